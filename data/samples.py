@@ -1,0 +1,206 @@
+"""One training sample: the token ids of an example, and a label for each token that is learned.
+
+What differs from the peers, where models that never stop and doubled BOS are common complaints:
+
+- EOS is learned. A text or completion ends in exactly one labelled EOS. In a conversation the
+  special token that the template writes after an assistant message is labelled, with the
+  whitespace before it if there is any; if nothing closes the last one, a labelled EOS is put right
+  after it.
+- BOS comes once, at the start, if the checkpoint's tokenizer adds one or its template writes one.
+- A conversation, or a prompt with its completion, is tokenized as one text, as it will be at
+  inference. A token across the start of what is learned is learned. One across its end is not: it
+  would teach the model to go on (".<" where a template closes with "<|im_end|>", which this
+  tokenizer does not know). Nor is a special token that ends the prompt, even if it swallows
+  whitespace after it.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from data.chat_template import Span, render, render_with_spans
+from data.formats import Conversation, Example, PromptCompletion, TokenIds
+from data.tokenizer import Tokenizer
+
+NO_LOSS = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids and, for each, the id to be learned at its position, or -100; not shifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Labels that a loss sees: nothing comes before position 0 to predict its label from."""
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(NO_LOSS)
+
+
+def to_sample(
+    example: Example,
+    tokenizer: Tokenizer,
+    *,
+    train_on: str,
+    now: datetime | None = None,
+) -> Sample:
+    """Tokenize an example and label what is learned.
+
+    Args:
+        train_on: "completions", or "all" for every token but BOS.
+        now: the time that a template may write into the text.
+
+    Raises:
+        ValueError: the template refuses the conversation, or its assistant messages cannot be
+            located.
+    """
+    if isinstance(example, TokenIds):
+        return Sample(example.input_ids, example.labels)
+    if isinstance(example, Conversation):
+        return _conversation_sample(example, tokenizer, train_on, now)
+    if isinstance(example, PromptCompletion):
+        start = len(example.prompt) if train_on == "completions" else 0
+        return _text_sample(example.prompt + example.completion, start, tokenizer)
+    return _text_sample(example.text, 0, tokenizer)
+
+
+def cut_document(sample: Sample, max_length: int) -> list[Sample]:
+    """Cut a document into pieces of at most max_length tokens.
+
+    Each piece starts with the last token of the piece before it, unlabelled. The first token of a
+    sample is never predicted, so without that overlap one token per piece would be lost; with it
+    every token but the document's first is predicted exactly once.
+    """
+    step = max_length - 1
+    pieces = []
+    for start in range(0, max(len(sample.input_ids) - 1, 1), step):
+        labels = sample.labels[start : start + max_length]
+        if start:
+            labels[0] = NO_LOSS
+        pieces.append(Sample(sample.input_ids[start : start + max_length], labels))
+    return pieces
+
+
+def _text_sample(text: str, start: int, tokenizer: Tokenizer) -> Sample:
+    """BOS, the text, EOS; learned from the character at `start` on."""
+    tokens = _Tokens(text, tokenizer, add_special_tokens=True)
+    tokens.drop_trailing_eos()
+    if len(tokens.ids) == tokens.num_bos:
+        return tokens.to_sample()
+    if start:
+        tokens.learn_spans([(start, len(text))])
+    else:
+        tokens.learn_all()
+    tokens.append_eos()
+    return tokens.to_sample()
+
+
+def _conversation_sample(
+    example: Conversation, tokenizer: Tokenizer, train_on: str, now: datetime | None
+) -> Sample:
+    # load_dataset has refused conversations without a template
+    assert tokenizer.chat_template is not None
+    bos_token, eos_token = tokenizer.bos_token, tokenizer.eos_token
+    if train_on == "all":
+        text = render(
+            tokenizer.chat_template,
+            example.messages,
+            add_generation_prompt=False,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            tools=example.tools,
+            now=now,
+        )
+        tokens = _Tokens(text, tokenizer, add_special_tokens=False)
+        tokens.learn_all()
+        if _closing_end(text, (0, len(text)), tokenizer) is None:
+            tokens.append_eos()
+        return tokens.to_sample()
+    text, spans = render_with_spans(
+        tokenizer.chat_template,
+        example.messages,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        targets=example.targets,
+        tools=example.tools,
+        now=now,
+    )
+    spans.sort()
+    ends = [_closing_end(text, span, tokenizer) for span in spans]
+    spans = [(start, closing or end) for (start, end), closing in zip(spans, ends, strict=True)]
+    # the text is cut where EOS goes, so that no token lies across it
+    cut = len(text) if ends[-1] is not None else spans[-1][1]
+    tokens = _Tokens(text[:cut], tokenizer, add_special_tokens=False)
+    tokens.learn_spans(spans)
+    if ends[-1] is None:
+        tokens.append_eos()
+        tokens.append_unlearned(text[cut:])
+    return tokens.to_sample()
+
+
+def _closing_end(text: str, span: Span, tokenizer: Tokenizer) -> int | None:
+    """End of the special token that closes a span, None if none does.
+
+    It lies in the span already if the template marks it so; else it follows, after whitespace at
+    most.
+    """
+    start, end = span
+    if text[start:end].rstrip().endswith(tokenizer.closing_tokens):
+        return end
+    rest = text[end:].lstrip()
+    token = next((t for t in tokenizer.closing_tokens if rest.startswith(t)), None)
+    return None if token is None else len(text) - len(rest) + len(token)
+
+
+class _Tokens:
+    """The tokens of a text while it is decided which of them are learned."""
+
+    def __init__(self, text: str, tokenizer: Tokenizer, add_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self.ids, self._offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
+        bos = tokenizer.bos_token_id
+        if tokenizer.adds_bos and bos is not None and self.ids[:1] != [bos]:
+            self.ids.insert(0, bos)
+            self._offsets.insert(0, (0, 0))
+        while bos is not None and self.ids[:2] == [bos, bos]:
+            del self.ids[0], self._offsets[0]
+        self.num_bos = int(bos is not None and self.ids[:1] == [bos])
+        self._is_target = [False] * len(self.ids)
+
+    def drop_trailing_eos(self) -> None:
+        """Remove the EOS that a post-processor adds or the text spells out."""
+        while len(self.ids) > self.num_bos and self.ids[-1] == self._tokenizer.eos_token_id:
+            del self.ids[-1], self._offsets[-1], self._is_target[-1]
+
+    def learn_all(self) -> None:
+        self._is_target = [i >= self.num_bos for i in range(len(self.ids))]
+
+    def learn_spans(self, spans: list[Span]) -> None:
+        """Label the tokens of the spans, which are ascending; the module docstring says which."""
+        current = 0
+        for i in range(self.num_bos, len(self.ids)):
+            start, end = self._offsets[i]
+            while current < len(spans) and spans[current][1] <= start:
+                current += 1
+            if current == len(spans):
+                return
+            span_start, span_end = spans[current]
+            # whitespace beside a special token can be part of it (lstrip, rstrip)
+            is_special = self.ids[i] in self._tokenizer.special_ids
+            is_inside = start >= span_start if is_special else end <= span_end
+            self._is_target[i] = start < end and end > span_start and is_inside
+
+    def append_eos(self) -> None:
+        assert self._tokenizer.eos_token_id is not None
+        self.ids.append(self._tokenizer.eos_token_id)
+        self._is_target.append(True)
+
+    def append_unlearned(self, text: str) -> None:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        self.ids += ids
+        self._is_target += [False] * len(ids)
+
+    def to_sample(self) -> Sample:
+        pairs = zip(self.ids, self._is_target, strict=True)
+        return Sample(self.ids, [i if is_target else NO_LOSS for i, is_target in pairs])

@@ -1,0 +1,228 @@
+"""data/tokenizer.py, and the small tokenizers that the other data tests share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data.tokenizer import Tokenizer
+
+BYTE_LEVEL_SPECIALS = ["<|begin|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|header|>"]
+
+
+def save_byte_level(
+    folder: Path,
+    *,
+    adds_bos: bool = True,
+    adds_eos: bool = False,
+    config: dict[str, object] | None = None,
+) -> Path:
+    """A byte-level BPE tokenizer in the way of Llama 3 and Qwen; its post-processor trims
+    offsets."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=BYTE_LEVEL_SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["hello there, how are you? hello hello"], trainer)
+    members: list[Any] = [processors.ByteLevel(trim_offsets=True)]
+    begin, end = ("<|begin|> " if adds_bos else ""), (" <|end_of_text|>" if adds_eos else "")
+    if begin or end:
+        specials = [(token, backend.token_to_id(token)) for token in BYTE_LEVEL_SPECIALS[:2]]
+        members.append(processors.TemplateProcessing(f"{begin}$A{end}", special_tokens=specials))
+    backend.post_processor = processors.Sequence(members)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    default = {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>"}
+    content = json.dumps(default if config is None else config)
+    (folder / "tokenizer_config.json").write_text(content)
+    return folder
+
+
+def save_metaspace(folder: Path) -> Path:
+    """A sentencepiece-like BPE tokenizer with byte fallback, in the way of Llama 2 and Mistral."""
+    characters = "\u2581abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ[]/.,:!?<|>_#"
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *characters]
+    merges = [("h", "i"), ("\u2581", "hi"), ("y", "o"), ("\u2581", "yo"), (".", "<"), ("!", "!")]
+    names += ["".join(pair) for pair in merges]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "lstrip": False}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_special_tokens_are_read_as_text_and_as_objects(tmp_path: Path) -> None:
+    byte_level = Tokenizer.from_folder(save_byte_level(tmp_path / "a"))
+    assert (byte_level.bos_token, byte_level.bos_token_id) == ("<|begin|>", 0)
+    assert (byte_level.eos_token, byte_level.eos_token_id) == ("<|end_of_text|>", 1)
+    metaspace = Tokenizer.from_folder(save_metaspace(tmp_path / "b"))
+    assert (metaspace.bos_token, metaspace.bos_token_id) == ("<s>", 1)
+    assert (metaspace.eos_token, metaspace.eos_token_id) == ("</s>", 2)
+
+
+def test_missing_special_tokens_are_none(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config={"bos_token": None}))
+    assert tokenizer.bos_token is None
+    assert tokenizer.bos_token_id is None
+    assert tokenizer.eos_token is None
+    assert tokenizer.eos_token_id is None
+    assert not tokenizer.adds_bos
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_adds_bos_is_what_encoding_does_not_what_the_config_says(
+    tmp_path: Path, adds_bos: bool
+) -> None:
+    config = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "add_bos_token": not adds_bos}
+    folder = save_byte_level(tmp_path, adds_bos=adds_bos, config=config)
+    assert Tokenizer.from_folder(folder).adds_bos is adds_bos
+
+
+@pytest.mark.parametrize("save", [save_byte_level, save_metaspace])
+def test_text_survives_encode_and_decode(tmp_path: Path, save) -> None:
+    tokenizer = Tokenizer.from_folder(save(tmp_path))
+    text = "hello there\n\n  caf\u00e9 \U0001f9ff!"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=True)) == text
+
+
+def test_vocab_size_bounds_every_id(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_metaspace(tmp_path))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert tokenizer.vocab_size == 1 + max(content["model"]["vocab"].values())
+
+
+@pytest.mark.parametrize("save", [save_byte_level, save_metaspace])
+def test_offsets_cover_whitespace_and_every_character(tmp_path: Path, save) -> None:
+    tokenizer = Tokenizer.from_folder(save(tmp_path))
+    text = "hello  there \n\n \U0001f9ff you "
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=True)
+    assert len(ids) == len(offsets)
+    assert offsets[0] == (0, 0)
+    covered = {i for start, end in offsets[1:] for i in range(start, end)}
+    assert covered == set(range(len(text)))
+    assert all(start < end for start, end in offsets[1:])
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("hello there, you", True)) == "hello there, you"
+    assert len(tokenizer.encode("a", False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("plain", "plain"),
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        (None, None),
+    ],
+    ids=["text", "list-takes-default", "none"],
+)
+def test_chat_template_of_the_config(tmp_path: Path, template, expected) -> None:
+    folder = save_byte_level(tmp_path, config={"chat_template": template})
+    assert Tokenizer.from_folder(folder).chat_template == expected
+
+
+def test_template_file_beats_config_and_argument_beats_both(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path, config={"chat_template": "config"})
+    (folder / "chat_template.jinja").write_text("file")
+    assert Tokenizer.from_folder(folder).chat_template == "file"
+    assert Tokenizer.from_folder(folder, chat_template="argument").chat_template == "argument"
+
+
+def test_list_of_templates_without_default_is_refused_unless_one_is_given(tmp_path: Path) -> None:
+    templates = [{"name": "rag", "template": "r"}]
+    folder = save_byte_level(tmp_path, config={"chat_template": templates})
+    with pytest.raises(ValueError, match="one named default: got rag"):
+        Tokenizer.from_folder(folder)
+    assert Tokenizer.from_folder(folder, chat_template="mine").chat_template == "mine"
+
+
+def test_save_copies_bytes(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path / "in")
+    (folder / "chat_template.jinja").write_bytes(b"a\r\nb")
+    (folder / "unrelated.txt").write_text("x")
+    Tokenizer.from_folder(folder).save(tmp_path / "out")
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_save_writes_the_template_override_and_reads_back(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path / "in")
+    (folder / "chat_template.jinja").write_text("old")
+    Tokenizer.from_folder(folder, chat_template="new\n").save(tmp_path / "out")
+    assert Tokenizer.from_folder(tmp_path / "out").chat_template == "new\n"
+    assert (folder / "chat_template.jinja").read_text() == "old"
+
+
+def test_save_into_its_own_folder_changes_nothing(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    Tokenizer.from_folder(folder).save(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_missing_tokenizer_file_names_folder_and_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere must hold a tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"a tokenizer\.model alone is not enough"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", '{"model": 3}', "\x00"])
+def test_unreadable_tokenizer_file_is_a_value_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("tokenizer_config.json", b"{", "must be JSON"),
+        ("tokenizer_config.json", b"[1]", "must hold a JSON object: got list"),
+        ("special_tokens_map.json", b"\xff", "must be JSON"),
+        ("chat_template.jinja", b"\xff", "must be UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "must be text: got int"),
+        ("tokenizer_config.json", b'{"eos_token": "<nope>"}', "got '<nope>'"),
+    ],
+)
+def test_unreadable_files_beside_it_are_value_errors(
+    tmp_path: Path, name: str, content: bytes, match: str
+) -> None:
+    save_byte_level(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        Tokenizer.from_folder(tmp_path)
