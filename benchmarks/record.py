@@ -1,0 +1,42 @@
+"""The head of every result file: the machine and the versions that a figure belongs to."""
+
+import json
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _output_of(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def head(benchmark: str, commit: str) -> dict[str, Any]:
+    """Describe the GPU, the software and the commit.
+
+    Args:
+        commit: of the checkout that is measured; empty to ask git.
+    """
+    query = "--query-gpu=driver_version"
+    return {
+        "benchmark": benchmark,
+        "device": torch.cuda.get_device_name(),
+        "driver": _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()[0],
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or _output_of("git", "rev-parse", "HEAD"),
+        "date": date.today().isoformat(),
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")

@@ -1,0 +1,127 @@
+"""What every NF4 kernel does to a byte: find its member, its scale and its level.
+
+Device functions and the tables they read; no launches. An NF4 weight stacks members (q, k, v)
+whose bytes, blocks and groups each start anew, so a kernel needs to know where. It reads that from
+a small table in device memory, one row a member, built once per shape by `member_table`.
+
+    member_table   | row | byte | block | group | num_elements |      int64, one line a member
+"""
+
+# triton's annotations know neither launch options nor static_range
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nf4.double_quant import DYNAMIC_MAP, GROUP_SIZE, QuantizedAbsmax
+from nf4.levels import LEVELS
+from nf4.weight import NF4Weight, member_spans
+
+# row, byte, block, group, num_elements
+TABLE_COLUMNS = tl.constexpr(5)
+QUANT_GROUP = tl.constexpr(GROUP_SIZE)
+
+
+@cache
+def device_constant(name: str, device: torch.device) -> Tensor:
+    """Copy one of the format's tables, "levels" or "dynamic_map", to a device once."""
+    return {"levels": LEVELS, "dynamic_map": DYNAMIC_MAP}[name].to(device)
+
+
+@cache
+def member_table(
+    rows: tuple[int, ...], in_features: int, block_size: int, device: torch.device
+) -> Tensor:  # (len(rows), TABLE_COLUMNS) int64
+    """Tabulate where each member begins in each buffer, and how many elements it has."""
+    return torch.tensor(
+        [
+            [span.row, span.packed.start, span.blocks.start, span.groups.start, span.num_elements]
+            for span in member_spans(rows, in_features, block_size)
+        ],
+        dtype=torch.int64,
+    ).to(device)
+
+
+def scale_tensors(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """List the three scale buffers in the kernels' order.
+
+    Without double quantization the first stands for all three; a kernel reads that one only.
+    """
+    if isinstance(weight.absmax, QuantizedAbsmax):
+        return weight.absmax.codes, weight.absmax.group_absmax, weight.absmax.mean
+    return weight.absmax, weight.absmax, weight.absmax
+
+
+@triton.jit
+def load_absmax(
+    absmax_ptr,
+    group_absmax_ptr,
+    absmax_mean_ptr,
+    dynamic_map_ptr,
+    block,  # index of the block within its member
+    block_start,  # the member's first block
+    group_start,  # the member's first group
+    member,
+    mask,
+    DOUBLE_QUANT: tl.constexpr,
+):
+    # launch with enable_fp_fusion=False: the reference rounds product and sum separately
+    if DOUBLE_QUANT:
+        code = tl.load(absmax_ptr + block_start + block, mask=mask, other=0).to(tl.int32)
+        group = group_start + block // QUANT_GROUP
+        group_absmax = tl.load(group_absmax_ptr + group, mask=mask, other=0.0)
+        value = tl.load(dynamic_map_ptr + code, mask=mask, other=0.0)
+        return value * group_absmax + tl.load(absmax_mean_ptr + member)
+    else:
+        return tl.load(absmax_ptr + block_start + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weight_tile(
+    packed_ptr,
+    absmax_ptr,
+    group_absmax_ptr,
+    absmax_mean_ptr,
+    levels_ptr,
+    dynamic_map_ptr,
+    member_table_ptr,
+    offs_n,  # (BLOCK_N,) int64, rows of the weight
+    offs_k,  # (BLOCK_K,) int64, columns
+    N,
+    K,
+    NUM_MEMBERS: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+):
+    # decodes a (BLOCK_N, BLOCK_K) float32 tile at any offset: a block may straddle rows, and a row
+    # may start inside a byte
+    member = tl.zeros_like(offs_n)
+    for m in tl.static_range(1, NUM_MEMBERS):
+        member += (offs_n >= tl.load(member_table_ptr + m * TABLE_COLUMNS)).to(member.dtype)
+    row = member_table_ptr + member * TABLE_COLUMNS
+    byte_start = tl.load(row + 1)[:, None]
+    block_start = tl.load(row + 2)[:, None]
+    group_start = tl.load(row + 3)[:, None]
+    local_row = offs_n - tl.load(row)
+    index = local_row[:, None] * K + offs_k[None, :]  # (BLOCK_N, BLOCK_K) within the member
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    byte = tl.load(packed_ptr + byte_start + index // 2, mask=mask, other=0).to(tl.int32)
+    code = tl.where(index % 2 == 0, byte >> 4, byte & 15)
+    absmax = load_absmax(
+        absmax_ptr,
+        group_absmax_ptr,
+        absmax_mean_ptr,
+        dynamic_map_ptr,
+        index // QUANT_BLOCK,
+        block_start,
+        group_start,
+        member[:, None],
+        mask,
+        DOUBLE_QUANT,
+    )
+    # a masked element has scale 0 or the mean: it must vanish from the product either way
+    return tl.where(mask, tl.load(levels_ptr + code) * absmax, 0.0)

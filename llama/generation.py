@@ -1,0 +1,36 @@
+"""Greedy text from a model: the most probable token, again and again."""
+
+from collections.abc import Collection
+
+import torch
+
+from llama.model import KeyValueCache, Llama
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: Llama, prompt_ids: list[int], max_new_tokens: int, stop_ids: Collection[int]
+) -> list[int]:
+    """Continue a prompt by the most probable token until one of `stop_ids`, which is not returned.
+
+    Without dropout, whatever mode the model is in.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    if not prompt_ids:
+        raise ValueError("a prompt must hold at least one token: got none")
+    was_training = model.training
+    model.eval()
+    cache = KeyValueCache()
+    new_ids: list[int] = []
+    ids = torch.tensor([prompt_ids], device=model.device)
+    while len(new_ids) < max_new_tokens:
+        hidden = model.hidden_states(ids, cache)[:, -1]
+        next_id = int((hidden @ model.head.to(hidden.dtype).T).argmax())
+        if next_id in stop_ids:
+            break
+        new_ids.append(next_id)
+        ids = torch.tensor([[next_id]], device=model.device)
+    model.train(was_training)
+    return new_ids

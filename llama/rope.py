@@ -1,0 +1,63 @@
+"""Rotary position embeddings (Su et al. 2021), in the half-rotate order of Hugging Face
+checkpoints."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llama.config import LlamaConfig
+
+
+def rope_frequencies(
+    config: LlamaConfig,
+) -> Tensor:  # (head_dim / 2,) float32, radians per position
+    """Compute the rotation speed of each pair of dimensions.
+
+        f[i] = rope_theta^(-2 i / head_dim)
+
+    Llama 3.1 divides the slow ones by `factor`, keeps the fast ones and interpolates between, so
+    that a model trained on short contexts (original = original_max_position_embeddings) reads long
+    ones:
+
+        smooth = (original f / 2 pi - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        f      = (1 - s) f / factor + s f          s = smooth clamped to [0, 1]
+
+    The operations and their order are transformers', so the values are equal bit for bit.
+    """
+    # on the CPU, so that a model built on the meta device has them too
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    original = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def rope_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin of every position's rotation, (T, head_dim / 2) float32 each."""
+    angles = positions[:, None].float() * frequencies[None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(
+    x: Tensor,  # (B, H, T, head_dim)
+    cos: Tensor,  # (T, head_dim / 2) float32
+    sin: Tensor,
+) -> Tensor:  # x's dtype
+    """Rotate the pairs (x[i], x[i + head_dim / 2]) by their position's angle, in float32, rounded
+    once.
+
+        y1 = x1 cos - x2 sin
+        y2 = x2 cos + x1 sin
+
+    Hugging Face's half-rotate order; Meta's own files interleave the pairs.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,201 @@
+"""One quantized weight: the record that everything above passes around, and its two functions.
+
+A weight may hold several matrices with the same number of columns, one below the other: q, k and v
+of an attention, gate and up of an MLP. Each of these members is quantized for itself, as if alone
+(its blocks, groups and mean start anew), and their bytes lie one after the other. So one launch
+expands them all, and each member's bytes are what bitsandbytes writes. A plain record instead of a
+tensor subclass: the code that uses it says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nf4.blockwise import check_block_size, dequantize_blockwise, quantize_blockwise
+from nf4.double_quant import GROUP_SIZE, QuantizedAbsmax, dequantize_absmax, quantize_absmax
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """Matrices of shape (rows[i], in_features), stacked and quantized to NF4."""
+
+    packed: Tensor  # (num_bytes,) uint8, even element in the high nibble
+    absmax: Tensor | QuantizedAbsmax  # (num_blocks,) float32, or the same double-quantized
+    rows: tuple[int, ...]  # of each member
+    in_features: int
+    block_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(self.rows), self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def is_double_quantized(self) -> bool:
+        return isinstance(self.absmax, QuantizedAbsmax)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of device memory held."""
+        if isinstance(self.absmax, QuantizedAbsmax):
+            scales = (self.absmax.codes, self.absmax.group_absmax, self.absmax.mean)
+        else:
+            scales = (self.absmax,)
+        return sum(t.numel() * t.element_size() for t in (self.packed, *scales))
+
+
+@dataclass(frozen=True)
+class MemberSpan:
+    """Where one member of a weight begins in each of its buffers, and its length there."""
+
+    row: int
+    packed: slice
+    blocks: slice
+    groups: slice
+    num_elements: int
+
+
+def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list[MemberSpan]:
+    """Lay the members of a weight out one after the other in whole bytes, blocks and groups."""
+    spans = []
+    row = byte = block = group = 0
+    for num_rows in rows:
+        num_elements = num_rows * in_features
+        next_byte = byte + (num_elements + 1) // 2
+        next_block = block + -(-num_elements // block_size)
+        next_group = group + -(-(next_block - block) // GROUP_SIZE)
+        spans.append(
+            MemberSpan(
+                row,
+                slice(byte, next_byte),
+                slice(block, next_block),
+                slice(group, next_group),
+                num_elements,
+            )
+        )
+        row, byte, block, group = row + num_rows, next_byte, next_block, next_group
+    return spans
+
+
+def empty_weight(
+    rows: Sequence[int], in_features: int, block_size: int, double_quant: bool, device: torch.device
+) -> NF4Weight:
+    """Allocate a weight whose members `quantize_member` fills one at a time.
+
+    Raises:
+        ValueError: the block size is not one of BLOCK_SIZES, there is no member, or one is empty.
+    """
+    check_block_size(block_size)
+    if not rows or min(rows) < 1 or in_features < 1:
+        raise ValueError(
+            "a weight must have at least one member, each with rows and columns: "
+            f"got rows {tuple(rows)} and in_features {in_features}"
+        )
+    last = member_spans(rows, in_features, block_size)[-1]
+    packed = torch.empty(last.packed.stop, dtype=torch.uint8, device=device)
+    absmax: Tensor | QuantizedAbsmax
+    if double_quant:
+        absmax = QuantizedAbsmax(
+            torch.empty(last.blocks.stop, dtype=torch.uint8, device=device),
+            torch.empty(last.groups.stop, dtype=torch.float32, device=device),
+            torch.empty(len(rows), dtype=torch.float32, device=device),
+        )
+    else:
+        absmax = torch.empty(last.blocks.stop, dtype=torch.float32, device=device)
+    return NF4Weight(packed, absmax, tuple(rows), in_features, block_size)
+
+
+def member(weight: NF4Weight, index: int) -> NF4Weight:
+    """View one member of a weight as a weight of its own."""
+    span = member_spans(weight.rows, weight.in_features, weight.block_size)[index]
+    absmax: Tensor | QuantizedAbsmax
+    if isinstance(weight.absmax, QuantizedAbsmax):
+        absmax = QuantizedAbsmax(
+            weight.absmax.codes[span.blocks],
+            weight.absmax.group_absmax[span.groups],
+            weight.absmax.mean[index].view(1),
+        )
+    else:
+        absmax = weight.absmax[span.blocks]
+    rows = (weight.rows[index],)
+    packed = weight.packed[span.packed]
+    return NF4Weight(packed, absmax, rows, weight.in_features, weight.block_size)
+
+
+def quantize_member(
+    weight: NF4Weight,
+    index: int,
+    matrix: Tensor,  # (rows[index], in_features), on the weight's device
+    name: str,
+) -> None:
+    """Quantize a matrix into one member of a weight, in place.
+
+    Args:
+        name: what an error calls the matrix: its name in the checkpoint.
+
+    Raises:
+        ValueError: the matrix has another shape, is not floating point, or holds a NaN or an
+            infinity.
+
+    Note:
+        Synchronizes with the device once, to look for non-finite weights.
+    """
+    target = member(weight, index)
+    if tuple(matrix.shape) != target.shape:
+        raise ValueError(f"{name} must have shape {target.shape}: got {tuple(matrix.shape)}")
+    packed, absmax = quantize_blockwise(matrix, weight.block_size, name)
+    if not bool(absmax.isfinite().all()):
+        num_bad = int((~matrix.isfinite()).sum())
+        raise ValueError(
+            f"{name} must hold finite weights only: {num_bad} of {matrix.numel()} are NaN or "
+            "infinite; the checkpoint is damaged or was saved from a diverged run"
+        )
+    target.packed.copy_(packed)
+    if isinstance(target.absmax, QuantizedAbsmax):
+        quantized = quantize_absmax(absmax)
+        target.absmax.codes.copy_(quantized.codes)
+        target.absmax.group_absmax.copy_(quantized.group_absmax)
+        target.absmax.mean.copy_(quantized.mean)
+    else:
+        target.absmax.copy_(absmax)
+
+
+def quantize(
+    matrix: Tensor, block_size: int = 64, double_quant: bool = True, name: str = "weight"
+) -> NF4Weight:
+    """Quantize one matrix to NF4.
+
+    Raises:
+        ValueError: the block size is not one of BLOCK_SIZES, or the matrix is empty, no matrix,
+            not floating point, or holds a NaN or an infinity.
+    """
+    if matrix.dim() != 2 or matrix.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix: got shape {tuple(matrix.shape)}")
+    num_rows, in_features = matrix.shape
+    weight = empty_weight((num_rows,), in_features, block_size, double_quant, matrix.device)
+    quantize_member(weight, 0, matrix, name)
+    return weight
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:  # (sum(rows), in_features) dtype
+    """Expand a weight to floats, member by member.
+
+        W[n, k] = LEVELS[code] * absmax[block of (n, k)]
+
+    The reference of every kernel and the CPU path.
+    """
+    matrices = []
+    for index, num_rows in enumerate(weight.rows):
+        part = member(weight, index)
+        absmax = part.absmax
+        if isinstance(absmax, QuantizedAbsmax):
+            absmax = dequantize_absmax(absmax)
+        num_elements = num_rows * weight.in_features
+        flat = dequantize_blockwise(part.packed, absmax, weight.block_size, num_elements, dtype)
+        matrices.append(flat.view(num_rows, weight.in_features))
+    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]

@@ -1,0 +1,1 @@
+"""A run's output folder: resolved config, atomic checkpoints, metrics, model card."""

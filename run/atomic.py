@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all, whatever moment the process is killed at.
+
+Everything is written under a temporary name, flushed to the disk and renamed. A rename within a
+folder is atomic, so a reader sees the old state or the new one.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# ends the name of what is not whole yet; `clean` removes what a killed process left
+_SUFFIX = ".partial"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    partial = path.with_name(path.name + _SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        _flush(file)
+    _flush(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, replacing one of that name at once."""
+    partial = path.with_name(path.name + _SUFFIX)
+    partial.write_text(text)
+    _flush(partial)
+    partial.replace(path)
+    _flush(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder for files; when the block ends it becomes `path`.
+
+    If the block raises, nothing is left.
+
+    Raises:
+        OSError: `path` is there already and not empty, or the disk refused.
+    """
+    with _partial_folder(path) as partial:
+        yield partial
+        _flush_files(partial)
+        partial.rename(path)
+        _flush(path.parent)
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; when the block ends, each file in it moves into `folder`.
+
+    A file of the same name is replaced at once. If the block raises, nothing changes.
+    """
+    with _partial_folder(folder / "files") as partial:
+        yield partial
+        _flush_files(partial)
+        for file in sorted(partial.iterdir()):
+            file.replace(folder / file.name)
+        _flush(folder)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file or folder is half-written: in the making, or left by a killed process."""
+    return path.name.endswith(_SUFFIX)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in filter(is_partial, list(folder.iterdir())):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

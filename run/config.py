@@ -1,0 +1,237 @@
+"""Everything a run depends on: one frozen dataclass, its flags on the command line, its file.
+
+    python train.py --learning-rate 1e-4    ->    TrainConfig(learning_rate=1e-4)
+
+Names are those of transformers' TrainingArguments and PEFT's LoraConfig where one exists. The
+resolved config is written to OUT/config.json; `--config OUT/config.json` runs it again.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.json"
+
+# flags that a resumed run may change: they decide what is written and where, not what is computed
+_FREE_ON_RESUME = frozenset({"output", "resume", "eval_steps", "save_steps", "logging_steps"})
+
+
+def _flag(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The flags of train.py, resolved and checked.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    model: str = _flag("", "data", "checkpoint folder or hub id")
+    data: str = _flag("", "data", "file to learn from: .jsonl, .json, .csv, .txt")
+    output: str = _flag("", "data", "folder for the results; by default the next free out/run-N")
+    eval_data: str = _flag("", "data", "file to evaluate on")
+    data_format: str = _flag(
+        "auto",
+        "data",
+        "how records are read",
+        ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"),
+    )
+    text_field: str = _flag("text", "data", "field of a text record")
+    max_length: int = _flag(
+        0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
+    )
+    train_on: str = _flag("completions", "data", "which tokens have a loss", ("completions", "all"))
+    chat_template: str = _flag("", "data", "a bundled template (chatml) or a .jinja file")
+    shuffle: bool = _flag(True, "data", "a new order of samples each epoch")
+
+    quant: str = _flag(
+        "nf4", "quantization", "number format of the frozen weights", ("nf4", "none")
+    )
+    block_size: int = _flag(64, "quantization", "weights that share a scale: 32 to 4096")
+    double_quant: bool = _flag(True, "quantization", "quantize the scales to 8 bits")
+
+    lora_r: int = _flag(16, "adapter", "rank of the update")
+    lora_alpha: float = _flag(32.0, "adapter", "the update is scaled by alpha / r")
+    lora_dropout: float = _flag(0.0, "adapter", "dropout before lora_A")
+    target_modules: str = _flag(
+        "all-linear", "adapter", "projections to adapt: all-linear or names with commas"
+    )
+    use_rslora: bool = _flag(False, "adapter", "scale by alpha / sqrt(r)")
+    init_adapter: str = _flag("", "adapter", "adapter folder to start from")
+
+    optim: str = _flag(
+        "paged_adamw_32bit",
+        "optimizer",
+        "paged: moments in CUDA unified memory",
+        ("paged_adamw_32bit", "adamw"),
+    )
+    learning_rate: float = _flag(2e-4, "optimizer", "the highest rate of the schedule")
+    lr_scheduler: str = _flag(
+        "cosine", "optimizer", "decay after the warm-up", ("cosine", "linear", "constant")
+    )
+    warmup_ratio: float = _flag(0.03, "optimizer", "share of the steps with a rising rate")
+    weight_decay: float = _flag(0.0, "optimizer", "decoupled decay of the adapter")
+    max_grad_norm: float = _flag(1.0, "optimizer", "clip the gradients' norm; 0: do not")
+
+    batch_size: int = _flag(4, "run", "samples of a micro-batch")
+    gradient_accumulation_steps: int = _flag(4, "run", "micro-batches of a step")
+    epochs: float = _flag(1.0, "run", "passes over the data")
+    max_steps: int = _flag(-1, "run", "steps, instead of epochs; 0: evaluate only")
+    eval_steps: int = _flag(0, "run", "evaluate every so many steps; 0: at the start and the end")
+    save_steps: int = _flag(100, "run", "a checkpoint every so many steps; 0: none")
+    logging_steps: int = _flag(1, "run", "a row of metrics every so many steps")
+    resume: bool = _flag(False, "run", "go on from the last checkpoint in --output")
+    seed: int = _flag(42, "run", "decides the adapter's start, the order and the dropout")
+    sample_prompt: str = _flag("", "run", "a prompt to answer before and after training")
+
+    device: str = _flag("auto", "machine", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    dtype: str = _flag(
+        "auto",
+        "machine",
+        "of the computation; auto: bfloat16 on a GPU that has it, float16 on another, "
+        "float32 on a CPU",
+        ("auto", "bfloat16", "float16", "float32"),
+    )
+    activations: str = _flag(
+        "auto",
+        "machine",
+        "keep them for the backward pass or recompute them; auto: recompute on a GPU",
+        ("auto", "keep", "recompute"),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("learning_rate", self.learning_rate > 0, "positive")
+        self._require("epochs", self.epochs > 0, "positive")
+        self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
+        self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
+        self._require(
+            "max_length", self.max_length == 0 or self.max_length >= 2, "at least 2, or 0"
+        )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata["choices"]
+            self._require(f.name, not choices or value in choices, f"one of {choices}")
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            self._require(f.name, is_finite, "finite")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{_flag_name(name)} must be {what}: got {getattr(self, name)}")
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default(f: Field) -> Any:
+    assert f.default is not MISSING
+    return f.default
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of train.py: one flag per field of TrainConfig, and --config."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tune a Llama checkpoint with QLoRA. "
+        "Without --model and --data: a bundled tiny model on bundled data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a config.json of an earlier run; flags override it")
+    groups: dict[str, Any] = {}
+    for f in fields(TrainConfig):
+        name, default = f.metadata["group"], _default(f)
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        help = f.metadata["help"] + ("" if default == "" else f" (default: {default})")
+        # absent means: not given on the command line
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": type(default), "choices": f.metadata["choices"]}
+            options["metavar"] = None if f.metadata["choices"] else type(default).__name__.upper()
+        groups[name].add_argument(_flag_name(f.name), **options)
+    return parser
+
+
+def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> TrainConfig:
+    """Read the command line, over the file of --config if given, over the defaults.
+
+    Args:
+        without_model: the fields of a run that names neither a model nor data.
+
+    Raises:
+        ValueError: a value out of range, a model without data or the reverse, or a config file
+            with other fields.
+    """
+    given = vars(build_parser().parse_args(arguments))
+    file = given.pop("config")
+    values = read_fields(Path(file)) | given if file else given
+    if not values.get("model") and not values.get("data"):
+        values = without_model | values
+    config = TrainConfig(**values)
+    if not config.model or not config.data:
+        missing, there = ("--data", "--model") if config.model else ("--model", "--data")
+        raise ValueError(
+            f"--model and --data must be given together: got {there} without {missing}; "
+            "leave out both to train the bundled model"
+        )
+    if config.resume and not config.output:
+        raise ValueError(
+            "--resume must be given with --output, the folder of the run to go on with"
+        )
+    return config
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read the fields of a config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or has other fields or kinds of value than TrainConfig.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--config must be the config.json of a run: there is no file {path}"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: got {error}") from None
+    kinds = {f.name: type(_default(f)) for f in fields(TrainConfig)}
+    unknown = sorted(set(values) - set(kinds)) if isinstance(values, dict) else ["no JSON object"]
+    if unknown:
+        raise ValueError(
+            f"{path} must hold fields of a training run only: got {', '.join(unknown)}; "
+            "give the config.json of an output folder"
+        )
+    for name, value in values.items():
+        if kinds[name] is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not kinds[name]:
+            raise ValueError(f"{path}: {name} must be {kinds[name].__name__}: got {value!r}")
+    return values
+
+
+def to_json(config: TrainConfig) -> str:
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def differences(config: TrainConfig, path: Path) -> list[str]:
+    """What makes a config another run than that of a config.json, a line for each field."""
+    earlier = read_fields(path)
+    return [
+        f"{_flag_name(name)} was {earlier.get(name)!r}, now {value!r}"
+        for name, value in asdict(config).items()
+        if name not in _FREE_ON_RESUME and earlier.get(name) != value
+    ]

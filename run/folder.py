@@ -1,0 +1,62 @@
+"""The output folder of a run: a new one, or one to go on with; never one over another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from run.atomic import clean, is_partial, write_text
+from run.checkpoint import latest_checkpoint
+from run.config import CONFIG_FILE, TrainConfig, differences, to_json
+
+DEFAULT_PARENT = Path("out")
+
+
+def choose_output(config: TrainConfig) -> TrainConfig:
+    """Fill in the output folder where none is given: the next free out/run-N."""
+    if config.output:
+        return config
+    number = 1
+    while (DEFAULT_PARENT / f"run-{number}").exists():
+        number += 1
+    return replace(config, output=str(DEFAULT_PARENT / f"run-{number}"))
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuse a folder that holds another run, or a resumed run under other flags.
+
+    Raises:
+        ValueError: the folder is a file, not empty without --resume, or of another run.
+    """
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder: got the file {folder}")
+    paths = folder.iterdir() if folder.is_dir() else []
+    present = sorted(path.name for path in paths if not is_partial(path))
+    if not config.resume:
+        if present:
+            raise ValueError(
+                f"--output must be a new or empty folder: {folder} holds {', '.join(present[:5])}; "
+                "choose another one, or go on with that run with --resume"
+            )
+        return
+    if present and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--resume must be given the folder of a run: {folder} has no {CONFIG_FILE}"
+        )
+    if present and (changed := differences(config, folder / CONFIG_FILE)):
+        raise ValueError(
+            f"--resume must keep the flags that decide the result: {'; '.join(changed)}; "
+            "give the same flags, or start a new run in another --output"
+        )
+
+
+def resume_point(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, None at a fresh start."""
+    return latest_checkpoint(Path(config.output)) if config.resume else None
+
+
+def open_output(config: TrainConfig) -> None:
+    """Make the folder ready: write config.json, remove what a killed process left half-written."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    write_text(folder / CONFIG_FILE, to_json(config))

@@ -1,0 +1,99 @@
+"""What a run reports: metrics.jsonl, a progress bar or lines, and the memory it took."""
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+GIB = 1 << 30
+
+Row: TypeAlias = dict[str, float | int]
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, for each logged step.
+
+    `tokens` and `target_tokens` count from the run's first step, padding left out.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open the file, dropping rows past `step`: a resumed run logs those steps again."""
+        path = folder / METRICS_FILE
+        rows = path.read_text().splitlines() if path.is_file() else []
+        # the last line may be cut off, where the process was killed in the middle of it
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
+        path.write_text("".join(row + "\n" for row in kept))
+        self._path = path
+        self.last_row: Row | None = json.loads(kept[-1]) if kept else None
+
+    def append(self, row: Row) -> None:
+        # JSON has no NaN
+        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        self.last_row = row
+
+
+class Progress:
+    """A bar with the last numbers on a terminal, a line per logged step elsewhere."""
+
+    def __init__(self, num_steps: int, step: int) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._num_steps = num_steps
+        self._bar = tqdm(
+            total=num_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._is_terminal,
+        )
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, row: Row) -> None:
+        """Show a row of metrics: the loss, the speed, the memory."""
+        numbers = describe(row)
+        if self._is_terminal:
+            self._bar.set_postfix_str(numbers)
+        else:
+            print(f"step {row['step']}/{self._num_steps}  {numbers}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def describe(row: Row) -> str:
+    """One line of a row of metrics."""
+    parts = []
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "eval_loss" in row:
+        parts.append(f"eval_loss {row['eval_loss']:.4f}")
+    if "loss" in row:
+        parts += [
+            f"grad_norm {row['grad_norm']:.3f}",
+            f"lr {row['learning_rate']:.2e}",
+            f"{row['tokens_per_second']:,.0f} tok/s",
+        ]
+    parts.append(f"{row['peak_memory_bytes'] / GIB:.2f} GiB")
+    return "  ".join(parts)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory the process has held: on the device as torch reserved it, or in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes on Linux, bytes on macOS
+    return peak if sys.platform == "darwin" else peak * 1024

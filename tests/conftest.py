@@ -1,0 +1,52 @@
+"""What all tests share: seeds, poisoned memory, and what to do without a GPU or the assets."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from poison import poisoned_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+# real checkpoints, tokenizers and data; they lie beside the repository and are no part of it
+ASSETS = ROOT.parent / "shared" / "assets"
+
+# small tensors gain nothing from more and lose much where cores are shared; and so sums add up in
+# one order on every machine
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one; nowhere else is that decided."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every generator before every test; the value is for tests that make their own."""
+    value = 0
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Find the folder of real checkpoints, tokenizers and data, or skip the test."""
+    if not ASSETS.is_dir():
+        pytest.skip(f"needs the assets beside the repository: {ASSETS} is no folder")
+    return ASSETS

@@ -1,0 +1,34 @@
+"""How two tensors are compared: exactly, or against what plain torch makes of the same dtype."""
+
+import torch
+from torch import Tensor
+
+
+def assert_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Both tensors hold the same finite numbers, in the same shape and dtype."""
+    assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert torch.isfinite(expected).all(), f"{what}: the expected values are not finite"
+    differing = int((actual != expected).sum())
+    assert differing == 0, f"{what}: {differing} of {actual.numel()} values differ"
+
+
+def assert_no_worse_than(
+    actual: Tensor, baseline: Tensor, truth: Tensor, factor: float = 2.0, what: str = ""
+) -> None:
+    """`actual` errs at most `factor` times as much as `baseline`, plain torch in the same dtype.
+
+    One unit in the last place of the largest value is allowed on top: a baseline may be exact.
+
+    Args:
+        truth: in float64.
+    """
+    assert actual.shape == baseline.shape == truth.shape, f"{what}: {actual.shape}, {truth.shape}"
+    assert actual.dtype == baseline.dtype, f"{what}: {actual.dtype}, {baseline.dtype}"
+    assert truth.dtype == torch.float64, f"{what}: the truth is {truth.dtype}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    assert torch.isfinite(truth).all(), f"{what}: the truth is not finite"
+    error = (actual.double() - truth).abs().max()
+    floor = (baseline.double() - truth).abs().max()
+    slack = torch.finfo(actual.dtype).eps * truth.abs().max()
+    assert error <= factor * floor + slack, f"{what}: error {error:.3e}, torch {floor:.3e}"

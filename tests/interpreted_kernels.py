@@ -1,0 +1,35 @@
+"""Runs the NF4 kernels of all tiny cases in Triton's interpreter; a process of its own.
+
+TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers return, by case,
+to the safetensors file that is its argument.
+"""
+
+import os
+import sys
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+import torch  # noqa: E402, the assertion comes first
+from nf4_cases import TINY_PRODUCTS, TINY_WEIGHTS, random_rows, random_weight  # noqa: E402
+from poison import poisoned_memory  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
+from kernels.nf4_matmul import _launch_nf4_matmul  # noqa: E402
+
+
+def main() -> None:
+    results = {}
+    with poisoned_memory():
+        for case in TINY_WEIGHTS:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                results[f"{case}-{dtype}"] = _launch_nf4_dequantize(random_weight(case), dtype)
+        for case in TINY_PRODUCTS:
+            weight = random_weight(case.weight)
+            results[str(case)] = _launch_nf4_matmul(random_rows(case), weight, case.transposed)
+    save_file(results, sys.argv[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,125 @@
+"""What transformers and PEFT compute from the checkpoints that the tests of llama/ and lora/ use.
+
+Importing them takes longer than all they are asked for, so one process serves all tiny checkpoints
+and one stories260K, each run once a session.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import tokenizers
+import torch
+from peer_process import run_peer
+from tiny_llama import VARIANTS, write_variant
+from torch import Tensor
+
+from llama.checkpoint import load_model
+from llama.model import PROJECTIONS
+from lora.adapter_file import save_adapter
+from lora.config import LoRAConfig
+
+SCRIPT = Path(__file__).with_name("transformers_peer.py")
+CPU = torch.device("cpu")
+
+# the first chunks of tinystories_val.txt, tokenized as one text
+NUM_CHUNKS, CHUNK_LENGTH = 200, 256
+
+# rsLoRA, and an alpha that is no multiple of the rank
+OUR_LORA = LoRAConfig(4, 6.0, 0.05, PROJECTIONS, use_rslora=True)
+PEFT_LORA = {"r": 3, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": "all-linear"}
+TRAINABLE_RANK = 8
+TRAINABLE_TARGETS = {"all-linear": "all-linear", "q-v": ["q_proj", "v_proj"]}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A checkpoint, what was fed to it and what the peers made of it."""
+
+    checkpoint: Path
+    folder: Path  # holds our_adapter, peft_adapter and resaved, the checkpoint as they save it
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def write_our_adapter(checkpoint: Path, folder: Path) -> None:
+    """Save an adapter that changes the logits, as the product does."""
+    model = load_model(checkpoint, CPU, torch.float32, None)
+    model.attach_lora(OUR_LORA, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for name, tensor in model.adapter_tensors().items():
+        if name.endswith("lora_B.weight"):
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    save_adapter(folder, model.adapter_tensors(), OUR_LORA, str(checkpoint))
+
+
+def _run(
+    base: Path, jobs: dict[str, dict[str, Any]], inputs: dict[str, dict[str, Tensor]]
+) -> dict[str, Peer]:
+    tensors = {f"{name}/{k}": v for name, own in inputs.items() for k, v in own.items()}
+    with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+        outputs = run_peer(SCRIPT, base, tensors, {"jobs": json.dumps(jobs)})
+    facts = json.loads((base / "facts.json").read_text())
+    return {
+        name: Peer(
+            Path(job["checkpoint"]),
+            base / name,
+            inputs[name],
+            {k.partition("/")[2]: v for k, v in outputs.items() if k.startswith(f"{name}/")},
+            facts[name],
+        )
+        for name, job in jobs.items()
+    }
+
+
+@functools.cache
+def _tiny_peers(base: Path) -> dict[str, Peer]:
+    base.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, 96, (2, 40), generator=generator)
+    labels = input_ids.masked_fill(torch.rand(2, 40, generator=generator) < 0.3, -100)
+    jobs = {}
+    for variant in VARIANTS:
+        folder = base / variant
+        checkpoint = write_variant(folder / "checkpoint", variant)
+        write_our_adapter(checkpoint, folder / "our_adapter")
+        jobs[variant] = {
+            "checkpoint": str(checkpoint),
+            "dtypes": ["float64", "bfloat16", "float16"],
+            "lora": PEFT_LORA,
+            **{name: str(folder / name) for name in ("our_adapter", "peft_adapter", "resaved")},
+        }
+    # tensors of one file may not share memory
+    inputs = {v: {"input_ids": input_ids.clone(), "labels": labels.clone()} for v in VARIANTS}
+    return _run(base, jobs, inputs)
+
+
+@functools.cache
+def _stories_peer(base: Path, assets: Path) -> Peer:
+    base.mkdir()
+    checkpoint = assets / "stories260K"
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    text = (assets / "data" / "tinystories_val.txt").read_text(encoding="utf-8")
+    num_tokens = NUM_CHUNKS * CHUNK_LENGTH
+    # a token of this vocabulary is hardly four characters, so this text is long enough
+    ids = tokenizer.encode(text[: 5 * num_tokens]).ids[:num_tokens]
+    chunks = torch.tensor(ids).view(NUM_CHUNKS, CHUNK_LENGTH)
+    job = {"checkpoint": str(checkpoint), "rank": TRAINABLE_RANK, "trainable": TRAINABLE_TARGETS}
+    inputs = {"input_ids": chunks[:4].clone(), "chunks": chunks}
+    return _run(base, {"stories260K": job}, {"stories260K": inputs})["stories260K"]
+
+
+def tiny_peer(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Peer:
+    """transformers and PEFT on the tiny checkpoint of one of VARIANTS."""
+    return _tiny_peers(tmp_path_factory.getbasetemp() / "tiny_peers")[variant]
+
+
+def stories_peer(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Peer:
+    """transformers and PEFT on stories260K."""
+    return _stories_peer(tmp_path_factory.getbasetemp() / "stories_peer", assets)

@@ -1,0 +1,112 @@
+"""The weights and products on which the NF4 kernels are tried: in the interpreter and on a GPU."""
+
+import zlib
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nf4.double_quant import QuantizedAbsmax
+from nf4.weight import NF4Weight, empty_weight, quantize_member
+
+
+@dataclass(frozen=True)
+class WeightCase:
+    """The shape and format of a weight."""
+
+    rows: tuple[int, ...]
+    in_features: int
+    block_size: int = 64
+    double_quant: bool = True
+
+    def __str__(self) -> str:
+        rows = "+".join(str(n) for n in self.rows)
+        nested = "nested" if self.double_quant else "plain"
+        return f"N{rows}-K{self.in_features}-block{self.block_size}-{nested}"
+
+
+@dataclass(frozen=True)
+class ProductCase:
+    """A weight, the number of rows that it is multiplied by, their dtype and the direction."""
+
+    weight: WeightCase
+    num_rows: int
+    dtype: torch.dtype
+    transposed: bool
+
+    def __str__(self) -> str:
+        direction = "transposed" if self.transposed else "forward"
+        return f"M{self.num_rows}-{self.weight}-{str(self.dtype)[6:]}-{direction}"
+
+
+def _generator(case: object) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+
+def random_weight(case: WeightCase) -> NF4Weight:
+    """Quantize normal matrices of growing scale, with a block of zeros and an outlier in each."""
+    generator = _generator(case)
+    device = torch.device("cpu")
+    weight = empty_weight(case.rows, case.in_features, case.block_size, case.double_quant, device)
+    for index, num_rows in enumerate(case.rows):
+        matrix = torch.randn(num_rows, case.in_features, generator=generator) * 2.0**index
+        flat = matrix.view(-1)
+        # the second block, if there is one
+        flat[case.block_size : 2 * case.block_size] = 0
+        flat[-1] = 20
+        quantize_member(weight, index, matrix, f"member {index}")
+    return weight
+
+
+def random_rows(case: ProductCase) -> Tensor:
+    """Draw the rows that a weight is multiplied by, out of a wider matrix: their stride is odd."""
+    rows, columns = sum(case.weight.rows), case.weight.in_features
+    num_columns = rows if case.transposed else columns
+    wide = torch.randn(case.num_rows, num_columns + 5, generator=_generator(case))
+    return wide.to(case.dtype)[:, :num_columns]
+
+
+# tiny, for the interpreter: whole blocks; a row that is no whole block; rows that start inside a
+# byte; one weight; more blocks than a group; more bytes than a program expands, in two members
+TINY_WEIGHTS = [
+    WeightCase(rows, in_features, block_size, double_quant)
+    for rows, in_features, block_size in [
+        ((32,), 64, 64),
+        ((5,), 100, 64),
+        ((3, 2, 4), 33, 32),
+        ((1,), 1, 64),
+        ((91,), 97, 32),
+        ((50, 30), 97, 64),
+        ((16, 8), 128, 128),
+    ]
+    for double_quant in (True, False)
+]
+# no bfloat16: the interpreter of triton 3.9 multiplies its bit patterns as integers in tl.dot
+TINY_PRODUCTS = [
+    ProductCase(replace(weight, double_quant=double_quant), num_rows, dtype, transposed)
+    for weight, double_quant, num_rows, dtype, transposed in product(
+        [
+            WeightCase((32,), 64),
+            WeightCase((5,), 100),
+            WeightCase((3, 2, 4), 33, 32),
+            WeightCase((1,), 1),
+            WeightCase((40, 31), 131),
+        ],
+        (True, False),
+        (1, 3, 17),
+        (torch.float32, torch.float16),
+        (False, True),
+    )
+]
+
+
+def to_device(weight: NF4Weight, device: torch.device) -> NF4Weight:
+    """Copy a weight to a device."""
+    absmax = weight.absmax
+    if isinstance(absmax, QuantizedAbsmax):
+        tensors = (absmax.codes, absmax.group_absmax, absmax.mean)
+        absmax = QuantizedAbsmax(*(tensor.to(device) for tensor in tensors))
+    else:
+        absmax = absmax.to(device)
+    return replace(weight, packed=weight.packed.to(device), absmax=absmax)

@@ -1,0 +1,527 @@
+"""llama/checkpoint.py: what is loaded is what the files hold, and files that lie are refused."""
+
+import json
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import assert_equal
+from llama_peers import CPU, Peer, tiny_peer
+from safetensors.torch import load_file, save_file
+from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama.checkpoint
+from llama.checkpoint import INDEX_NAME, SINGLE_NAME, find_checkpoint, load_model
+from llama.model import Llama
+from nf4.double_quant import QuantizedAbsmax
+from nf4.weight import NF4Weight, dequantize, member, quantize
+
+NF4 = (64, True)
+
+
+def load(folder: Path, quantization: tuple[int, bool] | None = None, **options: Any) -> Llama:
+    return load_model(folder, CPU, torch.float32, quantization, **options)
+
+
+def loaded_tensors(model: Llama) -> dict[str, Tensor]:
+    """Everything an unquantized model holds, by the checkpoint's names."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    for prefix, group in model.groups():
+        assert isinstance(group.weight, Tensor)
+        for name, weight in zip(group.names, group.weight.split(group.rows), strict=True):
+            tensors[f"{prefix}{name}.weight"] = weight
+        if group.bias is not None:
+            for name, bias in zip(group.names, group.bias.split(group.rows), strict=True):
+                tensors[f"{prefix}{name}.bias"] = bias
+    return tensors
+
+
+def assert_holds(model: Llama, expected: dict[str, Tensor]) -> None:
+    actual = loaded_tensors(model)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal(actual[name], tensor, name)
+
+
+def buffers(weight: NF4Weight) -> dict[str, Tensor]:
+    if isinstance(weight.absmax, QuantizedAbsmax):
+        absmax = weight.absmax
+        scales = {"codes": absmax.codes, "group_absmax": absmax.group_absmax, "mean": absmax.mean}
+    else:
+        scales = {"absmax": weight.absmax}
+    return {"packed": weight.packed, **scales}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_unquantized_model_holds_the_files_tensors(
+    tmp_path: Path, variant: str, num_shards: int, dtype: torch.dtype
+) -> None:
+    fields = FIELDS | VARIANTS[variant]
+    tensors = random_tensors(fields, dtype)
+    model = load(write_checkpoint(tmp_path, fields, tensors, num_shards))
+    assert_holds(model, tensors)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantized_member_is_its_tensor_quantized_alone(
+    tmp_path: Path, dtype: torch.dtype, double_quant: bool
+) -> None:
+    fields = FIELDS | VARIANTS["biases"]
+    tensors = random_tensors(fields, dtype)
+    model = load(write_checkpoint(tmp_path, fields, tensors), (32, double_quant))
+    num_members = 0
+    for prefix, group in model.groups():
+        assert isinstance(group.weight, NF4Weight)
+        assert group.bias is not None
+        for index, name in enumerate(group.names):
+            alone = quantize(tensors[f"{prefix}{name}.weight"], 32, double_quant)
+            for key, expected in buffers(alone).items():
+                assert_equal(buffers(member(group.weight, index))[key], expected, name)
+            num_members += 1
+        biases = [tensors[f"{prefix}{name}.bias"] for name in group.names]
+        assert_equal(group.bias, torch.cat(biases))
+    assert num_members == 7 * FIELDS["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_transformers_saves_in_shards_is_loaded(
+    tmp_path_factory: pytest.TempPathFactory, variant: str
+) -> None:
+    peer: Peer = tiny_peer(tmp_path_factory, variant)
+    resaved = peer.folder / "resaved"
+    assert len(list(resaved.glob("model-*.safetensors"))) > 1
+    # transformers 5 writes rope_parameters where the checkpoint has rope_theta and rope_scaling
+    assert "rope_parameters" in json.loads((resaved / "config.json").read_text())
+    model, original = load(resaved), load(peer.checkpoint)
+    assert model.config == original.config
+    assert_holds(model, loaded_tensors(original))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref[Tensor]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self.alive[id(tensor)] = weakref.ref(tensor)
+        sizes = {}
+        for key, reference in list(self.alive.items()):
+            if (tensor := reference()) is None:
+                del self.alive[key]
+            else:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        self.peak = max(self.peak, sum(sizes.values()))
+        return result
+
+
+def test_loading_peaks_at_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
+    size = 128
+    fields = FIELDS | {
+        "vocab_size": size,
+        "hidden_size": size,
+        "intermediate_size": size,
+        "num_hidden_layers": 12,
+        "num_key_value_heads": 4,
+    }
+    write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16))
+    with LiveBytes() as live:
+        model = load(tmp_path, NF4)
+    packed = sum(p.nbytes for p in model.parameters()) + model.frequencies.nbytes
+    for _, group in model.groups():
+        assert isinstance(group.weight, NF4Weight)
+        packed += group.weight.num_bytes
+    # the tensor itself in 2 bytes a weight, and the quantizer's float32 and int32 copies of it: the
+    # widened, the padded, the absolute, the scaled and the coded one, the last again in 1 byte
+    one_tensor = size * size * (2 + 5 * 4 + 1)
+    assert packed < live.peak <= packed + one_tensor
+    # a bound that a loader holding the whole checkpoint would break
+    assert packed + one_tensor < (tmp_path / SINGLE_NAME).stat().st_size
+
+
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
+    write_variant(tmp_path, "grouped-query")
+    model = load(tmp_path)
+    expected = {name: tensor.clone() for name, tensor in loaded_tensors(model).items()}
+    path = tmp_path / SINGLE_NAME
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(b"\x5a" * (size - size // 4))
+    assert_holds(model, expected)
+
+
+def test_progress_is_reported_after_each_tensor(tmp_path: Path) -> None:
+    tensors = random_tensors(FIELDS)
+    write_checkpoint(tmp_path, FIELDS, tensors, num_shards=2)
+    reports: list[tuple[int, int]] = []
+    load(tmp_path, NF4, report=lambda done, total: reports.append((done, total)))
+    assert reports == [(done, len(tensors)) for done in range(1, len(tensors) + 1)]
+
+
+def test_the_hubs_cache_of_symbolic_links_is_loaded(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "real", FIELDS, random_tensors(FIELDS), num_shards=2)
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "real").iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert_holds(load(snapshot), random_tensors(FIELDS))
+
+
+def test_rotary_frequencies_of_old_exports_are_passed_over(tmp_path: Path) -> None:
+    tensors = random_tensors(FIELDS)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write_checkpoint(tmp_path, FIELDS, tensors | {name: torch.ones(4)})
+    assert_holds(load(tmp_path), tensors)
+
+
+def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(tmp_path: Path) -> None:
+    fields = FIELDS | {"tie_word_embeddings": True}
+    tensors = random_tensors(fields)
+    head = tensors["model.embed_tokens.weight"].clone()
+    write_checkpoint(tmp_path, fields, tensors | {"lm_head.weight": head})
+    assert_holds(load(tmp_path), tensors)
+    head[-1, -1] += 1
+    write_checkpoint(tmp_path, fields, tensors | {"lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"lm_head\.weight must equal model\.embed_tokens\.weight"):
+        load(tmp_path)
+
+
+def test_quantized_members_may_differ_in_dtype_and_others_not(tmp_path: Path) -> None:
+    tensors = random_tensors(FIELDS)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].half()
+    write_checkpoint(tmp_path, FIELDS, tensors)
+    load(tmp_path, NF4)
+    with pytest.raises(ValueError, match="k_proj.weight, .* must share a dtype: got torch.float16"):
+        load(tmp_path)
+
+
+# what is done to a good checkpoint of three shards, the error, and what its message must say
+Damage = Callable[[Path], object]
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def change_tensors(change: Callable[[dict[str, Tensor]], object], file: str = SHARD) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
+        change(tensors)
+        save_file(tensors, folder / file)
+
+    return damage
+
+
+def change_index(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        index = json.loads((folder / INDEX_NAME).read_text())
+        change(index)
+        (folder / INDEX_NAME).write_text(json.dumps(index))
+
+    return damage
+
+
+def change_config(**changes: Any) -> Damage:
+    return lambda folder: (folder / "config.json").write_text(json.dumps(FIELDS | changes))
+
+
+def move_shard(to: str) -> Damage:
+    """The index follows the shard to another place."""
+
+    def damage(folder: Path) -> None:
+        (folder / to).parent.mkdir(exist_ok=True)
+        (folder / SHARD).rename(folder / to)
+        change_index(
+            lambda index: index["weight_map"].update(
+                {name: to for name, file in index["weight_map"].items() if file == SHARD}
+            )
+        )(folder)
+
+    return damage
+
+
+def truncate(num_bytes: int) -> Damage:
+    def damage(folder: Path) -> None:
+        content = (folder / SHARD).read_bytes()
+        (folder / SHARD).write_bytes(content[:num_bytes])
+
+    return damage
+
+
+def pickle_only(folder: Path) -> None:
+    for file in [*folder.glob("*.safetensors"), folder / INDEX_NAME]:
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def first_of(tensors: dict[str, Tensor], ending: str) -> str:
+    return next(name for name in sorted(tensors) if name.endswith(ending))
+
+
+DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
+    "shard-missing": (
+        lambda folder: (folder / SHARD).unlink(),
+        FileNotFoundError,
+        f"names the shard {SHARD}, which must be in",
+    ),
+    "shard-renamed": (
+        lambda folder: (folder / SHARD).rename(folder / "model-2-of-3.safetensors"),
+        FileNotFoundError,
+        "nearest there: model-",
+    ),
+    "shard-a-dangling-link": (
+        lambda folder: ((folder / SHARD).unlink(), (folder / SHARD).symlink_to("gone")),
+        FileNotFoundError,
+        f"names the shard {SHARD}",
+    ),
+    "shard-truncated": (truncate(-100), ValueError, "must be a complete safetensors file"),
+    "shard-empty": (truncate(0), ValueError, "truncated or damaged, download it again"),
+    "shard-header-truncated": (truncate(50), ValueError, SHARD),
+    "shards-swapped": (
+        lambda folder: (folder / SHARD).write_bytes(
+            (folder / SHARD.replace("2", "1")).read_bytes()
+        ),
+        ValueError,
+        f"must hold exactly the tensors that {INDEX_NAME} places there",
+    ),
+    "index-leaves-by-dots": (move_shard(f"../{SHARD}"), ValueError, "files of its own folder only"),
+    "index-leaves-by-a-folder": (move_shard(f"sub/{SHARD}"), ValueError, f"got 'sub/{SHARD}'"),
+    "index-names-an-absolute-path": (
+        change_index(lambda index: index["weight_map"].update(x="/etc/passwd")),
+        ValueError,
+        "must name files of its own folder only: got '/etc/passwd'",
+    ),
+    "index-names-the-parent": (
+        change_index(lambda index: index["weight_map"].update(x="..")),
+        ValueError,
+        "got '..'",
+    ),
+    "index-without-map": (
+        change_index(lambda index: index.pop("weight_map")),
+        ValueError,
+        "must be JSON with a weight_map",
+    ),
+    "index-not-json": (
+        lambda folder: (folder / INDEX_NAME).write_text("{"),
+        ValueError,
+        "must be JSON with a weight_map",
+    ),
+    "index-a-list": (
+        lambda folder: (folder / INDEX_NAME).write_text("[]"),
+        ValueError,
+        "must be JSON with a weight_map",
+    ),
+    "index-maps-to-numbers": (
+        change_index(lambda index: index["weight_map"].update(x=1)),
+        ValueError,
+        "weight_map must map tensor names to file names",
+    ),
+    "index-lists-what-no-shard-has": (
+        change_index(lambda index: index["weight_map"].update(x=SHARD)),
+        ValueError,
+        "1 differ, the first is x",
+    ),
+    "tensor-missing": (
+        lambda folder: (
+            change_tensors(lambda t: t.pop("model.norm.weight"), SHARD.replace("2", "3"))(folder),
+            change_index(lambda index: index["weight_map"].pop("model.norm.weight"))(folder),
+        ),
+        ValueError,
+        "missing are model.norm.weight; unknown are none",
+    ),
+    "more-layers-in-the-config": (
+        change_config(num_hidden_layers=3),
+        ValueError,
+        "missing are model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
+        "model.layers.2.mlp.gate_proj.weight and 6 more; unknown are none",
+    ),
+    "fewer-layers-in-the-config": (
+        change_config(num_hidden_layers=1),
+        ValueError,
+        "missing are none; unknown are model.layers.1.input_layernorm.weight",
+    ),
+    "biases-in-the-config-alone": (
+        change_config(attention_bias=True),
+        ValueError,
+        "missing are model.layers.0.self_attn.k_proj.bias",
+    ),
+    "head-tied-in-the-config-alone": (
+        change_config(tie_word_embeddings=True),
+        ValueError,
+        "lm_head.weight must equal model.embed_tokens.weight",
+    ),
+    "another-vocabulary": (
+        change_config(vocab_size=97),
+        ValueError,
+        "must have shape (97, 32) by config.json: got (96, 32)",
+    ),
+    "another-number-of-heads": (
+        change_config(num_key_value_heads=4),
+        ValueError,
+        "k_proj.weight must have shape (32, 32) by config.json: got (16, 32)",
+    ),
+    "another-architecture": (
+        change_config(architectures=["MistralForCausalLM"]),
+        ValueError,
+        "must describe the architecture LlamaForCausalLM",
+    ),
+    "integers": (
+        change_tensors(lambda t: t.update({k: v.int() for k, v in t.items()})),
+        ValueError,
+        "must be stored as F32, F16, BF16: got I32",
+    ),
+    "pickled": (
+        pickle_only,
+        FileNotFoundError,
+        "pytorch_model.bin is pickled, which is never read",
+    ),
+    "config-missing": (
+        lambda folder: (folder / "config.json").unlink(),
+        FileNotFoundError,
+        "must hold config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(folder, FIELDS, random_tensors(FIELDS), num_shards=3)
+    load(folder)
+    harm, error, message = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        load(folder)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    "ending",
+    ["q_proj.weight", "o_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight"],
+)
+def test_a_tensor_that_is_not_finite_is_named(
+    tmp_path: Path, ending: str, quantization: tuple[int, bool] | None, bad: float
+) -> None:
+    fields = FIELDS | VARIANTS["biases"]
+    tensors = random_tensors(fields)
+    name = first_of(tensors, ending)
+    tensors[name].view(-1)[7] = bad
+    write_checkpoint(tmp_path, fields, tensors)
+    with pytest.raises(ValueError, match=re.escape(name) + " must hold finite"):
+        load(tmp_path, quantization)
+
+
+def test_structure_is_checked_before_a_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, FIELDS, random_tensors(FIELDS), num_shards=3)
+    truncate(-1)(tmp_path)
+    monkeypatch.setattr(
+        llama.checkpoint.LinearGroup, "allocate", lambda *_: pytest.fail("too late")
+    )
+    with pytest.raises(ValueError, match="must be a complete safetensors file"):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))
+    message = f"must hold {SINGLE_NAME} or {INDEX_NAME}: {tmp_path} has config.json; download"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        load(tmp_path)
+
+
+def test_a_local_folder_is_its_own_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    # a folder comes before a hub id of the same name
+    assert find_checkpoint("owner/name") == Path("owner/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/owner") == tmp_path / "owner"
+
+
+@pytest.mark.parametrize(
+    "model", ["", "llama", "./a/b", "/no/such", "~/no/such", "a/b/c", "~nobody/x"]
+)
+def test_what_is_no_folder_and_no_hub_id_is_refused(model: str) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"owner/name: got {model!r}")):
+        find_checkpoint(model)
+
+
+def test_a_hub_id_fetches_only_the_files_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(llama.checkpoint, "snapshot_download", download)
+    assert find_checkpoint("owner/name") == tmp_path
+    [(repository, patterns)] = asked
+    assert repository == "owner/name"
+    assert {"config.json", "tokenizer.json", INDEX_NAME, "model*.safetensors"} <= set(patterns)
+    assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
+
+
+def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise llama.checkpoint.LocalEntryNotFoundError("no network\nand a long story")
+
+    monkeypatch.setattr(llama.checkpoint, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="'owner/name' is no folder here, .*: no network$"):
+        find_checkpoint("owner/name")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    fields = FIELDS | {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512}
+    write_checkpoint(tmp_path, fields, random_tensors(fields, dtype))
+    devices = (CPU, torch.device("cuda"))
+    on_cpu, on_cuda = (load_model(tmp_path, each, torch.float32, NF4) for each in devices)
+    for (name, ours), (_, theirs) in zip(
+        on_cuda.named_parameters(), on_cpu.named_parameters(), strict=True
+    ):
+        assert_equal(ours.detach().cpu(), theirs.detach(), name)
+    num_codes = num_differing = 0
+    for (prefix, ours), (_, theirs) in zip(on_cuda.groups(), on_cpu.groups(), strict=True):
+        assert isinstance(ours.weight, NF4Weight)
+        assert isinstance(theirs.weight, NF4Weight)
+        actual = {name: tensor.cpu() for name, tensor in buffers(ours.weight).items()}
+        expected = buffers(theirs.weight)
+        assert_equal(actual["packed"], expected["packed"], prefix)
+        # the mean of the scales is a sum whose order is the device's: float32 of num_blocks terms
+        num_blocks = expected["codes"].numel()
+        tolerance = num_blocks * torch.finfo(torch.float32).eps
+        assert ((actual["mean"] - expected["mean"]).abs() <= tolerance * expected["mean"]).all()
+        num_codes += num_blocks
+        num_differing += int((actual["codes"] != expected["codes"]).sum())
+        # so the scales agree to a step of the 8-bit map at most, the weights to the same
+        expanded = dequantize(ours.weight, torch.float32).cpu()
+        assert expanded.isfinite().all()
+    # a code moves only where a scale lies within the means' difference, some 1e-7, of a midpoint
+    assert num_differing <= 1 + num_codes // 10_000

@@ -1,0 +1,147 @@
+"""llama/config.py: what is read from config.json, and what is refused rather than ignored."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_llama import FIELDS, VARIANTS
+
+from llama.config import Llama3RopeScaling, LlamaConfig, read_config
+
+LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
+
+
+def read(folder: Path, **changes: Any) -> LlamaConfig:
+    (folder / "config.json").write_text(json.dumps(FIELDS | changes))
+    return read_config(folder)
+
+
+def test_every_field_is_read_under_its_name(tmp_path: Path) -> None:
+    config = read(tmp_path, **VARIANTS["llama3-rope"], **VARIANTS["biases"])
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        assert getattr(config, name) == FIELDS[name]
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 1, 12)
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 500000.0)
+    assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert config.max_position_embeddings == 128
+    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (1, 1, 0)
+    assert config.eos_token_ids == (2,)
+
+
+def test_absent_and_null_fields_have_transformers_defaults(tmp_path: Path) -> None:
+    optional = ("num_key_value_heads", "hidden_act", "rope_theta", "tie_word_embeddings")
+    nulls: dict[str, Any] = dict.fromkeys((*optional, "head_dim", "rope_scaling", "eos_token_id"))
+    config = read(tmp_path, **nulls)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert (config.tie_word_embeddings, config.eos_token_ids) == (False, ())
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: value for name, value in FIELDS.items() if name not in optional} | nulls)
+    )
+    assert read_config(tmp_path) == config
+
+
+def test_rope_parameters_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
+    old = read(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3)
+    inside = LLAMA3 | {"rope_theta": 500000.0}
+    assert read(tmp_path, rope_theta=None, rope_parameters=inside) == old
+    assert read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 3e4}) == read(
+        tmp_path, rope_theta=30000
+    )
+
+
+def test_the_old_key_type_names_the_rope_type(tmp_path: Path) -> None:
+    scaling = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+    assert read(tmp_path, rope_scaling=scaling) == read(tmp_path, rope_scaling=LLAMA3)
+
+
+def test_generation_config_decides_the_stop_tokens_where_it_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [5, 6]}')
+    assert read(tmp_path).eos_token_ids == (5, 6)
+    path.write_text('{"temperature": 0.6}')
+    assert read(tmp_path).eos_token_ids == (2,)
+    assert read(tmp_path, eos_token_id=[7, 8]).eos_token_ids == (7, 8)
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token"):
+        read(tmp_path)
+
+
+def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
+    harmless = {"pretraining_tp": 2, "use_cache": False, "initializer_range": 0.5}
+    assert read(tmp_path, **harmless, attention_dropout=0.0, torch_dtype="bfloat16") == read(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "must describe the architecture Llama"),
+        ({"architectures": "LlamaForCausalLM"}, "must describe the architecture Llama"),
+        ({"architectures": None}, "got None"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu': got 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
+        ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "default or llama3: got 'linear'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of parameters"),
+        ({"rope_scaling": [8.0]}, "one set of parameters"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1.0}}, "must agree"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be absent or 1: got 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "must give factor: the key is missing"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor must be a positive number: got '8'"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "must be above low_freq_factor"),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+            "must be the same inside rope_scaling and outside: got 16 and 64",
+        ),
+        ({"hidden_size": None}, "must give hidden_size: the key is missing"),
+        ({"hidden_size": "32"}, "hidden_size must be a positive integer: got '32'"),
+        ({"hidden_size": 32.5}, "hidden_size must be a positive integer: got 32.5"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer: got True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer: got 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number: got 'small'"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number: got nan"),
+        ({"tie_word_embeddings": "false"}, "must be true or false: got 'false'"),
+        ({"attention_bias": 1}, "attention_bias must be true or false: got 1"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id must be a token id or a list of them"),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads: got 4 and 3"),
+        ({"head_dim": 7}, "head_dim must be even, rotary positions turn pairs: got 7"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", str(value))[:40].strip("-"),
+)
+def test_what_the_model_does_not_compute_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read(tmp_path, **changes)
+    assert str(tmp_path / "config.json") in str(raised.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"must hold config.json: none in {tmp_path}"):
+        read_config(tmp_path)
+    for content, message in (("{", "must be JSON"), ("[1]", "must hold a JSON object: got a list")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path)
+
+
+def test_real_configs_are_read_or_refused_by_their_architecture(assets: Path) -> None:
+    families = {"Llama", "Meta", "TinyLlama", "SmolLM2"}
+    for path in sorted(assets.glob("configs/*/config.json")):
+        fields = json.loads(path.read_text())
+        if path.parent.name.partition("-")[0] in families:
+            config = read_config(path.parent)
+            assert config.hidden_size == fields["hidden_size"]
+            assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
+        else:
+            with pytest.raises(ValueError, match="must describe the architecture Llama"):
+                read_config(path.parent)

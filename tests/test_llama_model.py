@@ -1,0 +1,324 @@
+"""llama/model.py against transformers and PEFT on tiny random checkpoints, and against itself."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equality import assert_equal, assert_no_worse_than
+from llama_peers import (
+    CPU,
+    PEFT_LORA,
+    TRAINABLE_RANK,
+    TRAINABLE_TARGETS,
+    Peer,
+    stories_peer,
+    tiny_peer,
+)
+from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
+from torch import Tensor
+
+from llama.checkpoint import load_model
+from llama.model import PROJECTIONS, KeyValueCache, Llama
+from lora.adapter_file import load_adapter, read_adapter_config
+from lora.config import LoRAConfig, resolve_target_modules
+
+EPS = torch.finfo(torch.float32).eps
+# what the issue promises of float32 logits of order one
+PROMISED = 1e-4
+NF4 = (64, True)
+LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
+
+
+@pytest.fixture(params=VARIANTS)
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Peer:
+    return tiny_peer(tmp_path_factory, request.param)
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    quantization: tuple[int, bool] | None = None,
+) -> Llama:
+    return load_model(folder, CPU, dtype, quantization)
+
+
+def load_tiny(
+    folder: Path, lora: LoRAConfig | None = LORA, quantization: tuple[int, bool] | None = NF4
+) -> Llama:
+    """A tiny model whose updates are not zero."""
+    model = load(write_variant(folder, "grouped-query"), quantization=quantization)
+    if lora is not None:
+        model.attach_lora(lora, seed=0)
+        for name, tensor in model.adapter_tensors().items():
+            if name.endswith("lora_B.weight"):
+                tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, FIELDS["vocab_size"], shape, generator=torch.Generator().manual_seed(5))
+
+
+def float32_error(truth: Tensor, num_operations: int) -> Tensor:
+    """What float32 may lose on a path of `num_operations` rounded sums of at most 96 terms.
+
+    Each errs by sqrt(96) half units at random, and so do they together.
+    """
+    return math.sqrt(num_operations * 96) * EPS * truth.abs().max()
+
+
+def gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model.loss(input_ids, labels).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def projection_gradients(model: Llama) -> dict[str, Tensor]:
+    """The stacked gradients by the names of the adapter's tensors."""
+    found = {}
+    for prefix, group in model.groups():
+        if group.lora_A is None or group.lora_B is None:
+            continue
+        assert group.lora_A.grad is not None
+        assert group.lora_B.grad is not None
+        for name, update in zip(group.targets, group.updates, strict=True):
+            found[f"{prefix}{name}.lora_A.weight"] = group.lora_A.grad[update.A]
+            found[f"{prefix}{name}.lora_B.weight"] = group.lora_B.grad[update.B]
+    return found
+
+
+def test_logits_equal_transformers_in_float32(peer: Peer) -> None:
+    actual = load(peer.checkpoint).logits(peer.inputs["input_ids"])
+    expected = peer.outputs["logits"]
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float32
+    assert actual.isfinite().all()
+    assert (actual - expected).abs().max() <= PROMISED
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_errs_no_more_than_twice_as_much_as_transformers(
+    peer: Peer, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    model = load(peer.checkpoint, dtype)
+    assert model.hidden_states(peer.inputs["input_ids"]).dtype == dtype
+    actual = model.logits(peer.inputs["input_ids"])
+    baseline = peer.outputs[f"logits.{name}"].float()
+    assert_no_worse_than(actual, baseline, peer.outputs["logits.float64"])
+
+
+def test_gradients_of_the_adapter_equal_pefts(peer: Peer) -> None:
+    adapter = peer.folder / "peft_adapter"
+    model = load(peer.checkpoint)
+    model.attach_lora(read_adapter_config(adapter), seed=0)
+    load_adapter(adapter, model.adapter_tensors())
+    model.loss(peer.inputs["input_ids"], peer.inputs["labels"]).backward()
+    actual = projection_gradients(model)
+    expected = {
+        name.removeprefix("grad."): grad
+        for name, grad in peer.outputs.items()
+        if name.startswith("grad.")
+    }
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert actual[name].shape == grad.shape
+        assert actual[name].dtype == torch.float32
+        assert actual[name].isfinite().all()
+        # two layers forward and back, about 20 sums each way
+        assert (actual[name] - grad).abs().max() <= float32_error(grad, 80), name
+    assert len(expected) == 2 * 7 * 2
+    assert PEFT_LORA["target_modules"] == "all-linear"
+
+
+@pytest.mark.parametrize("targets", TRAINABLE_TARGETS)
+def test_trainable_parameters_are_described_as_peft_does(
+    tmp_path_factory: pytest.TempPathFactory, assets: Path, targets: str
+) -> None:
+    peer = stories_peer(tmp_path_factory, assets)
+    names = TRAINABLE_TARGETS[targets]
+    names = (names,) if isinstance(names, str) else names
+    config = LoRAConfig(TRAINABLE_RANK, 8, 0.0, resolve_target_modules(names, PROJECTIONS))
+    # 4-bit weights count as the numbers they stand for
+    for quantization in (None, NF4):
+        model = load(peer.checkpoint, quantization=quantization)
+        model.attach_lora(config, seed=0)
+        assert model.describe_trainable_parameters() == peer.facts[f"trainable.{targets}"]
+
+
+def test_an_untied_head_and_biases_are_counted(tmp_path: Path) -> None:
+    fields = FIELDS | VARIANTS["biases"]
+    tensors = random_tensors(fields)
+    model = load(write_checkpoint(tmp_path, fields, tensors), quantization=NF4)
+    model.attach_lora(LORA, seed=0)
+    trainable = sum(tensor.numel() for tensor in model.adapter_tensors().values())
+    frozen = sum(tensor.numel() for tensor in tensors.values())
+    assert model.num_parameters() == (trainable, frozen + trainable)
+    assert sum(p.numel() for p in model.trainable_parameters()) == trainable
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_trains(tmp_path: Path) -> None:
+    plain = load_tiny(tmp_path, lora=None)
+    expected = plain.logits(tokens(2, 9))
+    plain.attach_lora(LORA, seed=0)
+    assert_equal(plain.logits(tokens(2, 9)).detach(), expected)
+    trained = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert trained == set(gradients(plain, tokens(2, 9), tokens(2, 9)))
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    assert len(trained) == 2 * 4 * 2
+
+
+def test_a_seed_gives_one_adapter(tmp_path: Path) -> None:
+    def draw(seed: int) -> dict[str, Tensor]:
+        model = load(write_variant(tmp_path, "grouped-query"))
+        model.attach_lora(LORA, seed)
+        return model.adapter_tensors()
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert first.keys() == again.keys() == other.keys()
+    for name, tensor in first.items():
+        assert_equal(again[name], tensor, name)
+        if name.endswith("lora_A.weight"):
+            assert not torch.equal(other[name], tensor)
+            assert tensor.abs().max() <= tensor.shape[1] ** -0.5
+        else:
+            assert not tensor.any()
+
+
+def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
+    model = load(write_variant(tmp_path, "grouped-query"))
+    with pytest.raises(ValueError, match="got 'qproj'; did you mean q_proj"):
+        model.attach_lora(LoRAConfig(4, 8, 0.0, ("qproj",)), seed=0)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path)
+    input_ids = tokens(3, 17)
+    labels = input_ids.masked_fill(torch.rand(3, 17) < 0.4, -100)
+    logits = model.logits(input_ids)[:, :-1].double().flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
+    actual = model.loss(input_ids, labels)
+    assert actual.dtype == torch.float32
+    # the logits are the same numbers: a sum of at most 48 losses, each of a few rounded steps
+    assert abs(actual.item() - expected) <= 48 * EPS * abs(expected)
+
+
+def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path)
+    labels = torch.full((2, 9), -100)
+    # the first token of a sequence has nothing before it
+    labels[:, 0] = 3
+    assert model.loss(tokens(2, 9), labels).item() == 0
+    for name, grad in gradients(model, tokens(2, 9), labels).items():
+        assert not grad.any(), name
+
+
+def test_padding_on_the_right_changes_nothing(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path)
+    input_ids, labels = tokens(2, 12), tokens(2, 12)
+    labels[:, 7:] = -100
+    other = input_ids.clone()
+    other[:, 7:] = 0
+    # the same shapes and the same numbers at every real token: equal to the bit
+    assert_equal(model.logits(other)[:, :7].detach(), model.logits(input_ids)[:, :7].detach())
+    assert_equal(model.loss(other, labels).detach(), model.loss(input_ids, labels).detach())
+    expected = gradients(model, input_ids, labels)
+    for name, grad in gradients(model, other, labels).items():
+        assert_equal(grad, expected[name], name)
+    # without padding the products have other shapes
+    short = model.loss(input_ids[:, :7], labels[:, :7]).detach()
+    assert (model.loss(input_ids, labels).detach() - short).abs() <= float32_error(short, 40)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2, 9])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_with_a_cache_equals_decoding_without(
+    tmp_path: Path, variant: str, prompt_length: int
+) -> None:
+    model = load(write_variant(tmp_path, variant))
+    input_ids = tokens(2, 20)
+    expected = model.logits(input_ids)
+    cache = KeyValueCache()
+    pieces = [model.logits(input_ids[:, :prompt_length], cache)]
+    for position in range(prompt_length, 20):
+        assert cache.num_tokens == position
+        pieces.append(model.logits(input_ids[:, position : position + 1], cache))
+    actual = torch.cat(pieces, dim=1)
+    assert actual.isfinite().all()
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= float32_error(expected, 40)
+
+
+def test_a_cache_takes_several_tokens_only_at_first(tmp_path: Path) -> None:
+    model, cache = load_tiny(tmp_path), KeyValueCache()
+    model.logits(tokens(1, 3), cache)
+    with pytest.raises(ValueError, match="one token at a time: got 2 tokens"):
+        model.logits(tokens(1, 2), cache)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_give_the_same_bits(tmp_path: Path, dropout: float) -> None:
+    model = load_tiny(tmp_path, LoRAConfig(4, 6, dropout, PROJECTIONS)).train()
+    input_ids, labels = tokens(2, 15), tokens(2, 15)
+
+    def run(recompute: bool) -> dict[str, Tensor]:
+        model.recompute_activations = recompute
+        torch.manual_seed(11)
+        return gradients(model, input_ids, labels)
+
+    kept, recomputed = run(False), run(True)
+    assert kept.keys() == recomputed.keys()
+    for name, grad in kept.items():
+        assert_equal(recomputed[name], grad, name)
+
+
+def test_frozen_tensors_stay_in_the_checkpoints_dtype(tmp_path: Path) -> None:
+    fields = FIELDS | VARIANTS["biases"]
+    model = load(
+        write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16)),
+        quantization=NF4,
+    )
+    model.attach_lora(LORA, seed=0)
+    dtypes = {p.dtype for p in model.parameters() if not p.requires_grad}
+    biases = {group.bias.dtype for _, group in model.groups() if group.bias is not None}
+    assert dtypes == biases == {torch.bfloat16}
+    assert {p.dtype for p in model.trainable_parameters()} == {torch.float32}
+    assert model.logits(tokens(1, 4)).dtype == torch.float32
+
+
+def test_group_members_bear_the_checkpoints_names(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path)
+    names = {name for name, p in model.named_parameters() if not p.requires_grad}
+    names |= {f"{prefix}{name}.weight" for prefix, group in model.groups() for name in group.names}
+    assert names == set(random_tensors(FIELDS))
+    assert "model.layers.1.mlp.down_proj.lora_B.weight" in model.adapter_tensors()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
+def test_bf16_loss_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_the_cpu(
+    tmp_path: Path, quantization: tuple[int, bool] | None
+) -> None:
+    folder = write_variant(tmp_path, "grouped-query", torch.bfloat16)
+    input_ids, labels = tokens(2, 33), tokens(2, 33)
+
+    def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        # quantized on the CPU's arithmetic or the GPU's: tests/test_llama_checkpoint.py counts
+        model = load_model(folder, torch.device(device), dtype, quantization)
+        model.attach_lora(LORA, seed=0)
+        for name, tensor in model.adapter_tensors().items():
+            if name.endswith("lora_B.weight"):
+                drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+                tensor.copy_(0.1 * drawn)
+        loss = model.loss(input_ids, labels)
+        loss.backward()
+        return {"loss": loss.detach().cpu()} | {
+            name: grad.cpu() for name, grad in projection_gradients(model).items()
+        }
+
+    # float32 on the CPU errs by 2^-16 of what bfloat16 does, so it serves as the truth
+    truth, baseline = run("cpu", torch.float32), run("cpu", torch.bfloat16)
+    for name, actual in run("cuda", torch.bfloat16).items():
+        assert_no_worse_than(actual, baseline[name], truth[name].double(), what=name)

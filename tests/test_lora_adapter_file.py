@@ -1,0 +1,229 @@
+"""lora/adapter_file.py: PEFT loads ours, we load PEFT's, and what is unclear is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import assert_equal
+from llama_peers import CPU, OUR_LORA, PEFT_LORA, Peer, tiny_peer, write_our_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_llama import VARIANTS, write_variant
+from torch import Tensor
+
+from llama.checkpoint import load_model
+from llama.model import PROJECTIONS, Llama
+from lora.adapter_file import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
+from lora.config import LoRAConfig
+
+# what the issue promises of float32 logits of order one
+PROMISED = 1e-4
+
+
+@pytest.fixture(params=VARIANTS)
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Peer:
+    return tiny_peer(tmp_path_factory, request.param)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter that the product saved."""
+    write_our_adapter(write_variant(tmp_path / "model", "grouped-query"), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Llama:
+    """The adapter's base model, with a fresh adapter of its shape."""
+    model = load_model(
+        write_variant(tmp_path / "model", "grouped-query"), CPU, torch.float32, (64, True)
+    )
+    model.attach_lora(OUR_LORA, seed=99)
+    return model
+
+
+def with_adapter(checkpoint: Path, folder: Path) -> Llama:
+    model = load_model(checkpoint, CPU, torch.float32, None)
+    model.attach_lora(read_adapter_config(folder), seed=0)
+    load_adapter(folder, model.adapter_tensors())
+    return model
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert actual.isfinite().all()
+    assert (actual - expected).abs().max() <= PROMISED
+
+
+def test_peft_loads_ours_and_gives_the_same_logits(peer: Peer) -> None:
+    model = with_adapter(peer.checkpoint, peer.folder / "our_adapter")
+    actual = model.logits(peer.inputs["input_ids"]).detach()
+    assert_logits_close(actual, peer.outputs["our_adapter_logits"])
+    assert (actual - peer.outputs["logits"]).abs().max() > 100 * PROMISED
+
+
+def test_peft_warns_of_nothing_in_ours(peer: Peer) -> None:
+    # what PEFT and transformers say about each other they say of PEFT's own adapter too
+    assert peer.facts["our_adapter_warnings"] == peer.facts["peft_adapter_warnings"]
+
+
+def test_we_load_pefts_and_give_the_same_logits(peer: Peer) -> None:
+    folder = peer.folder / "peft_adapter"
+    config = read_adapter_config(folder)
+    assert set(config.target_modules) == set(PROJECTIONS)
+    assert (config.r, config.lora_alpha) == (PEFT_LORA["r"], PEFT_LORA["lora_alpha"])
+    actual = with_adapter(peer.checkpoint, folder).logits(peer.inputs["input_ids"]).detach()
+    assert_logits_close(actual, peer.outputs["peft_adapter_logits"])
+    assert (actual - peer.outputs["logits"]).abs().max() > 100 * PROMISED
+
+
+def test_names_shapes_and_dtypes_in_the_file_are_pefts(peer: Peer) -> None:
+    ours = load_file(peer.folder / "our_adapter" / WEIGHTS_NAME)
+    theirs = load_file(peer.folder / "peft_adapter" / WEIGHTS_NAME)
+    assert ours.keys() == theirs.keys()
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in ours
+    ranks = {OUR_LORA.r, PEFT_LORA["r"]}
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype == torch.float32
+        assert set(ours[name].shape) - ranks == set(tensor.shape) - ranks, name
+    with safe_open(peer.folder / "our_adapter" / WEIGHTS_NAME, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_config_is_a_part_of_pefts(peer: Peer) -> None:
+    ours = json.loads((peer.folder / "our_adapter" / CONFIG_NAME).read_text())
+    theirs = json.loads((peer.folder / "peft_adapter" / CONFIG_NAME).read_text())
+    assert ours.keys() <= theirs.keys()
+    own = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+    assert {k: v for k, v in ours.items() if k not in own} == {
+        k: v for k, v in theirs.items() if k in ours.keys() - own
+    }
+    assert isinstance(ours["lora_alpha"], int)
+    assert ours["target_modules"] == list(PROJECTIONS)
+
+
+def test_an_adapter_survives_the_round_trip(adapter: Path, model: Llama) -> None:
+    config = read_adapter_config(adapter)
+    assert set(config.target_modules) == set(OUR_LORA.target_modules)
+    assert config == LoRAConfig(
+        OUR_LORA.r,
+        OUR_LORA.lora_alpha,
+        OUR_LORA.lora_dropout,
+        config.target_modules,
+        OUR_LORA.use_rslora,
+    )
+    load_adapter(adapter, model.adapter_tensors())
+    saved = load_file(adapter / WEIGHTS_NAME)
+    for name, tensor in model.adapter_tensors().items():
+        assert_equal(tensor, saved[f"base_model.model.{name}"], name)
+
+
+@pytest.mark.parametrize("targets", [("k_proj",), ("q_proj", "v_proj"), ("up_proj", "o_proj")])
+def test_the_file_holds_the_targets_alone(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    checkpoint = write_variant(tmp_path / "model", "grouped-query")
+    model = load_model(checkpoint, CPU, torch.float32, None)
+    config = LoRAConfig(2, 2.5, 0.0, targets)
+    model.attach_lora(config, seed=0)
+    save_adapter(tmp_path / "new" / "adapter", model.adapter_tensors(), config, str(checkpoint))
+    saved = load_file(tmp_path / "new" / "adapter" / WEIGHTS_NAME)
+    assert {name.split(".")[-3] for name in saved} == set(targets)
+    assert len(saved) == 2 * len(targets) * 2
+    assert read_adapter_config(tmp_path / "new" / "adapter").lora_alpha == 2.5
+
+
+def test_16_bit_adapters_are_loaded_into_float32(adapter: Path, model: Llama) -> None:
+    path = adapter / WEIGHTS_NAME
+    halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(halves, path)
+    load_adapter(adapter, model.adapter_tensors())
+    for name, tensor in model.adapter_tensors().items():
+        assert_equal(tensor, halves[f"base_model.model.{name}"].float(), name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "must describe a LORA adapter: got peft_type 'IA3'"),
+        ({"use_dora": True}, "must describe a plain LoRA: use_dora is True"),
+        ({"rank_pattern": {"q_proj": 2}}, "plain LoRA: rank_pattern is {'q_proj': 2}"),
+        ({"modules_to_save": ["lm_head"]}, "plain LoRA: modules_to_save is ['lm_head']"),
+        ({"layer_replication": [[0, 1]]}, "plain LoRA: layer_replication is"),
+        ({"use_something_new": True}, "plain LoRA: use_something_new is True"),
+        ({"bias": "lora_only"}, "must have bias none: got 'lora_only'"),
+        ({"target_modules": ".*_proj"}, "must list target_modules by name: got '.*_proj'"),
+        ({"target_modules": None}, "must list target_modules by name: got None"),
+        ({"r": "16"}, "must give r as an integer"),
+        ({"use_rslora": "yes"}, "use_rslora as true or false: got 4 and 'yes'"),
+        ({"lora_alpha": None}, "lora_alpha must be a number: got None"),
+        ({"lora_dropout": "0"}, "lora_dropout must be a number: got '0'"),
+        ({"r": 0}, "--lora-r must be at least 1: got 0"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_config_that_is_no_plain_lora_is_refused(
+    adapter: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(adapter, **changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_adapter_config(adapter)
+    assert str(adapter / CONFIG_NAME) in str(raised.value)
+
+
+def test_a_broken_or_missing_adapter_is_named(tmp_path: Path, adapter: Path, model: Llama) -> None:
+    with pytest.raises(FileNotFoundError, match=f"must hold {CONFIG_NAME} and"):
+        read_adapter_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"must hold {WEIGHTS_NAME}: none in"):
+        load_adapter(tmp_path, model.adapter_tensors())
+    for content in ("{", "[]"):
+        (adapter / CONFIG_NAME).write_text(content)
+        with pytest.raises(ValueError, match=re.escape(str(adapter / CONFIG_NAME))):
+            read_adapter_config(adapter)
+    path = adapter / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="must be a complete safetensors file"):
+        load_adapter(adapter, model.adapter_tensors())
+
+
+FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(FIRST), f"1 tensors are missing (first: ['{FIRST}']), 0 unknown"),
+        (lambda t: t.update(x=torch.ones(1)), "0 tensors are missing (first: []), 1 unknown"),
+        (lambda t: t.update({FIRST[17:]: t.pop(FIRST)}), "1 tensors are missing"),
+        (lambda t: t.update({FIRST: t[FIRST][:2].clone()}), "must have shape (4, 72): got (2, 72)"),
+        (lambda t: t[FIRST].fill_(torch.nan), "must hold finite values only: got NaN"),
+        (lambda t: t.update({FIRST: t[FIRST].int()}), "must hold floats: got torch.int32"),
+    ],
+    ids=["missing", "unknown", "unprefixed", "rank", "nan", "integers"],
+)
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_copied(
+    adapter: Path, model: Llama, change: Any, message: str
+) -> None:
+    # load_file maps the file, which is about to be written over
+    tensors = {name: tensor.clone() for name, tensor in load_file(adapter / WEIGHTS_NAME).items()}
+    change(tensors)
+    save_file(tensors, adapter / WEIGHTS_NAME)
+    before = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        load_adapter(adapter, model.adapter_tensors())
+    assert str(adapter / WEIGHTS_NAME) in str(raised.value)
+    for name, tensor in model.adapter_tensors().items():
+        assert_equal(tensor, before[name], name)

@@ -1,0 +1,122 @@
+"""Tiny random Llama checkpoints for the tests of llama/ and lora/, written without the product's
+code."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+FIELDS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# what a Llama checkpoint may have; the rope scaling bends at 16 tokens, so tests of 40 see it
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped-query": {},
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3-rope": {
+        "head_dim": 12,
+        "num_key_value_heads": 1,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+
+
+def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint with these config fields."""
+    hidden, inner = fields["hidden_size"], fields["intermediate_size"]
+    head_dim = fields.get("head_dim", hidden // fields["num_attention_heads"])
+    queries = fields["num_attention_heads"] * head_dim
+    keys = fields["num_key_value_heads"] * head_dim
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (fields["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not fields["tie_word_embeddings"]:
+        found["lm_head.weight"] = (fields["vocab_size"], hidden)
+    attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
+    attention["o"] = (hidden, queries)
+    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    for layer in range(fields["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        found[f"{prefix}input_layernorm.weight"] = (hidden,)
+        found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        for block, members, has_bias in (
+            ("self_attn", attention, fields.get("attention_bias")),
+            ("mlp", mlp, fields.get("mlp_bias")),
+        ):
+            for name, shape in members.items():
+                found[f"{prefix}{block}.{name}_proj.weight"] = shape
+                if has_bias:
+                    found[f"{prefix}{block}.{name}_proj.bias"] = shape[:1]
+    return found
+
+
+def random_tensors(
+    fields: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
+    """Draw a checkpoint's tensors so that every activation is of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes(fields).items():
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):
+            tensor = 1 + 0.1 * noise
+        elif name == "model.embed_tokens.weight" or len(shape) == 1:
+            tensor = noise
+        else:
+            tensor = noise / math.sqrt(shape[1])
+        tensors[name] = tensor.to(dtype)
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor], num_shards: int = 1
+) -> Path:
+    """Write config.json and the tensors, in one file or in shards with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    places = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[shard::num_shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the checkpoint of one of VARIANTS."""
+    fields = FIELDS | VARIANTS[variant]
+    return write_checkpoint(folder, fields, random_tensors(fields, dtype))

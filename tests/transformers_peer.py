@@ -1,0 +1,110 @@
+"""transformers and PEFT on Llama checkpoints; run by `peer_process.run_peer`.
+
+In: "JOB/input_ids" and more for each job, and as metadata the jobs: what to compute of which
+checkpoint, and the folders to read and write. Out: "JOB/logits" and more, and facts.json in the
+working directory with what is no tensor.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+
+def load(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    return LlamaForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype).eval()
+
+
+def summed_loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(input_ids=input_ids).logits[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def mean_loss(model: Any, chunks: Tensor) -> float:
+    total = sum(float(summed_loss(model, part, part)) for part in chunks.split(20))
+    return total / (chunks.shape[0] * (chunks.shape[1] - 1))
+
+
+def make_adapter(job: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make an adapter as PEFT does, save it, and compute its logits and gradients."""
+    model = get_peft_model(load(job), LoraConfig(task_type=TaskType.CAUSAL_LM, **job["lora"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(job["peft_adapter"])
+    summed_loss(model, inputs["input_ids"], inputs["labels"]).backward()
+    output = {"peft_adapter_logits": model(input_ids=inputs["input_ids"]).logits.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            plain = name.removeprefix("base_model.model.").replace(".default.", ".")
+            output[f"grad.{plain}"] = parameter.grad
+    return output
+
+
+def trainable_line(job: dict[str, Any], targets: Any) -> str:
+    model = get_peft_model(load(job), LoraConfig(r=job["rank"], target_modules=targets))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        model.print_trainable_parameters()
+    return printed.getvalue().strip()
+
+
+def load_adapter(job: dict[str, Any], adapter: str, input_ids: Tensor) -> tuple[Tensor, list[str]]:
+    """Load an adapter with PEFT and compute its logits, recording every warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(load(job), adapter)
+    return model(input_ids=input_ids).logits.detach(), [str(each.message) for each in caught]
+
+
+def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    input_ids = inputs["input_ids"]
+    model = load(job)
+    output = {"inv_freq": model.model.rotary_emb.inv_freq}
+    facts: dict[str, Any] = {}
+    with torch.no_grad():
+        output["logits"] = model(input_ids=input_ids).logits
+        for dtype in job.get("dtypes", []):
+            output[f"logits.{dtype}"] = load(job, getattr(torch, dtype))(input_ids=input_ids).logits
+        if "chunks" in inputs:
+            facts["mean_loss"] = mean_loss(model, inputs["chunks"])
+    if "resaved" in job:
+        model.save_pretrained(job["resaved"], max_shard_size="20KB")
+    if "lora" in job:
+        output |= make_adapter(job, inputs)
+        _, facts["peft_adapter_warnings"] = load_adapter(job, job["peft_adapter"], input_ids)
+        output["our_adapter_logits"], facts["our_adapter_warnings"] = load_adapter(
+            job, job["our_adapter"], input_ids
+        )
+    for name, targets in job.get("trainable", {}).items():
+        facts[f"trainable.{name}"] = trainable_line(job, targets)
+    return output, facts
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    with safe_open("in.safetensors", framework="pt") as file:
+        jobs = json.loads(file.metadata()["jobs"])
+    inputs = load_file("in.safetensors")
+    outputs, facts = {}, {}
+    for name, job in jobs.items():
+        prefix = f"{name}/"
+        own = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
+        output, facts[name] = run(job, own)
+        outputs |= {prefix + k: v.contiguous() for k, v in output.items()}
+    save_file(outputs, "out.safetensors")
+    Path("facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

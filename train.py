@@ -1,0 +1,425 @@
+"""Fine-tune a Llama checkpoint with QLoRA: read this file top to bottom.
+
+python train.py                                          the bundled model and data
+python train.py --model DIR --data FILE --output OUT     your own
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
+from data.chat_template import load_template, render
+from data.dataset import Dataset, load_dataset
+from data.tokenizer import Tokenizer
+from llama.checkpoint import find_checkpoint, load_model
+from llama.config import LlamaConfig, read_config
+from llama.generation import generate_greedy
+from llama.model import PROJECTIONS, Llama
+from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
+from lora.config import LoRAConfig, resolve_target_modules
+from optim.adamw import AdamW
+from optim.loss_scale import LossScale
+from optim.schedule import learning_rate_at, num_warmup_steps
+from run.atomic import new_files
+from run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from run.config import TrainConfig, parse_config
+from run.folder import check_output, choose_output, open_output, resume_point
+from run.metrics import MetricsFile, Progress, Row, describe, peak_memory_bytes
+from run.model_card import CARD_FILE, model_card
+
+BUNDLED = Path(__file__).parent / "bundled"
+# the fields of a run that names neither a model nor data
+BUNDLED_RUN = {
+    "model": str(BUNDLED / "model"),
+    "data": str(BUNDLED / "data.jsonl"),
+    "eval_data": str(BUNDLED / "eval.jsonl"),
+    "learning_rate": 2e-3,
+    "batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "epochs": 3.0,
+    "sample_prompt": "Where does Ember live?",
+}
+DEFAULT_MAX_LENGTH = 2048
+SAMPLE_TOKENS = 64
+# float16's loss scale finds its level within fewer
+MAX_SKIPPED_IN_A_ROW = 30
+
+
+@dataclass
+class Run:
+    """A run between two steps: what a step changes, and what it needs."""
+
+    config: TrainConfig
+    model: Llama
+    optimizer: AdamW
+    loss_scale: LossScale
+    train_data: Dataset
+    eval_data: Dataset | None
+    state: RunState
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per target token
+    grad_norm: float  # before clipping
+    learning_rate: float
+    is_skipped: bool  # the gradients were not finite
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse_config(arguments, without_model=BUNDLED_RUN)
+    checkpoint_folder = find_checkpoint(config.model)
+    llama_config = read_config(checkpoint_folder)
+    config = resolve(config, llama_config)
+    check_output(config)
+    lora = lora_config(config)
+    device = torch.device(config.device)
+    make_deterministic(device)
+
+    resumed = resume_point(config)
+    saved = load_checkpoint(resumed) if resumed else None
+    state = saved[0] if saved else RunState(started=datetime.now().isoformat())
+    if resumed:
+        print(f"resumed from {resumed}: {state.step:,} steps done")
+    elif config.resume:
+        print(f"nothing to resume in {config.output}: starting from the first step")
+
+    template = load_template(config.chat_template) if config.chat_template else None
+    tokenizer = Tokenizer.from_folder(checkpoint_folder, template)
+    train_data = load_data(config.data, config, tokenizer, llama_config, state)
+    eval_data = (
+        load_data(config.eval_data, config, tokenizer, llama_config, state)
+        if config.eval_data
+        else None
+    )
+
+    model = load(checkpoint_folder, config, device)
+    model.attach_lora(lora, config.seed)
+    print(model.describe_trainable_parameters())
+    if resumed or config.init_adapter:
+        load_adapter(resumed or Path(config.init_adapter), model.adapter_tensors())
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    is_paged = config.optim == "paged_adamw_32bit"
+    optimizer = AdamW(parameters, weight_decay=config.weight_decay, is_paged=is_paged)
+    loss_scale = LossScale.for_dtype(model.compute_dtype)
+    if saved:
+        optimizer.load_state(saved[1], state.num_updates)
+        loss_scale.scale, loss_scale.num_good_steps = state.loss_scale, state.num_good_steps
+
+    # only now, when nothing that was given can be wrong any more, is anything written
+    open_output(config)
+    num_steps = count_steps(config, train_data)
+    run = Run(config, model, optimizer, loss_scale, train_data, eval_data, state, num_steps)
+    before = answer(run, tokenizer)
+    last_row = train(run, lora)
+    if num_steps:
+        save_results(run, lora, tokenizer, last_row)
+    after = answer(run, tokenizer)
+    if before is not None:
+        print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
+
+
+def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
+    """Replace every `auto` and default by what this machine and this checkpoint make of it.
+
+    Raises:
+        ValueError: a device that is not there, or a length beyond the model's positions.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
+            "choose --device cpu"
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        is_modern = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "float32" if device == "cpu" else "bfloat16" if is_modern else "float16"
+    activations = config.activations
+    if activations == "auto":
+        activations = "recompute" if device == "cuda" else "keep"
+    positions = llama_config.max_position_embeddings
+    max_length = config.max_length or min(DEFAULT_MAX_LENGTH, positions)
+    if max_length > positions:
+        raise ValueError(
+            f"--max-length must be at most the model's {positions:,} positions: got {max_length:,}"
+        )
+    if config.max_steps == 0 and not config.eval_data:
+        raise ValueError("--max-steps 0 evaluates only and must be given --eval-data: got none")
+    config = replace(
+        config, device=device, dtype=dtype, activations=activations, max_length=max_length
+    )
+    return choose_output(config)
+
+
+def lora_config(config: TrainConfig) -> LoRAConfig:
+    """The adapter's shape: from the flags, which must agree with the adapter to start from.
+
+    Raises:
+        ValueError: an unknown target module, or flags that --init-adapter contradicts.
+    """
+    requested = [name.strip() for name in config.target_modules.split(",") if name.strip()]
+    lora = LoRAConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=resolve_target_modules(requested, PROJECTIONS),
+        use_rslora=config.use_rslora,
+    )
+    if config.init_adapter:
+        given = read_adapter_config(Path(config.init_adapter))
+        given = replace(
+            given,
+            lora_dropout=lora.lora_dropout,
+            target_modules=resolve_target_modules(given.target_modules, PROJECTIONS),
+        )
+        if given != lora:
+            raise ValueError(
+                f"--init-adapter must have the shape that the flags ask for: it has {given}, the "
+                f"flags {lora}; give the adapter's --lora-r, --lora-alpha, --target-modules and "
+                "--use-rslora"
+            )
+    return lora
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Choose kernels whose result does not depend on timing: a seed gives the same losses."""
+    if device.type == "cuda":
+        # cuBLAS asks for a fixed workspace before its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # that also fills every empty tensor with NaN, which costs a pass over each
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def load_data(
+    path: str, config: TrainConfig, tokenizer: Tokenizer, llama: LlamaConfig, state: RunState
+) -> Dataset:
+    dataset = load_dataset(
+        Path(path),
+        tokenizer,
+        data_format=config.data_format,
+        text_field=config.text_field,
+        max_length=config.max_length,
+        train_on=config.train_on,
+        vocab_size=llama.vocab_size,
+        now=datetime.fromisoformat(state.started),
+    )
+    print(f"{path}: {dataset.describe()}")
+    return dataset
+
+
+def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
+    """Load the checkpoint onto the device, quantizing each tensor as it arrives."""
+    quantization = (config.block_size, config.double_quant) if config.quant == "nf4" else None
+    with tqdm(desc="loading", unit="tensor", disable=None, leave=False) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        model = load_model(folder, device, getattr(torch, config.dtype), quantization, report)
+    model.recompute_activations = config.activations == "recompute"
+    return model
+
+
+def count_steps(config: TrainConfig, dataset: Dataset) -> int:
+    if config.max_steps >= 0:
+        return config.max_steps
+    return math.ceil(config.epochs * steps_of_epoch(config, dataset))
+
+
+def steps_of_epoch(config: TrainConfig, dataset: Dataset) -> int:
+    return epoch_steps(len(dataset.samples), config.batch_size, config.gradient_accumulation_steps)
+
+
+def train(run: Run, lora: LoRAConfig) -> Row | None:
+    """Take the run's steps, evaluating, logging and saving on the way; return the last row."""
+    config, state = run.config, run.state
+    output = Path(config.output)
+    metrics = MetricsFile(output, state.step)
+    device = run.model.device
+    progress = Progress(run.num_steps, state.step)
+    if state.step == 0 and run.eval_data and not metrics.last_row:
+        row: Row = {"step": 0, "epoch": 0.0, "tokens": 0, "target_tokens": 0}
+        row["eval_loss"] = evaluate(run.model, run.eval_data, config.batch_size)
+        row["peak_memory_bytes"] = peak_memory_bytes(device)
+        metrics.append(row)
+        progress.show(row)
+
+    num_skipped_in_a_row = 0
+    since, tokens_then = time.perf_counter(), state.tokens
+    while state.step < run.num_steps:
+        result = train_step(run)
+        is_last = state.step == run.num_steps
+        progress.advance()
+        num_skipped_in_a_row = num_skipped_in_a_row + 1 if result.is_skipped else 0
+        if result.is_skipped:
+            progress.say(
+                f"step {state.step}: the gradients are not finite, the adapter is left as it was "
+                f"({state.num_skipped} steps so far, loss scale {run.loss_scale.scale:g})"
+            )
+        if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            progress.close()
+            raise RuntimeError(
+                f"gradients must be finite: {num_skipped_in_a_row} steps in a row were not, up to "
+                f"step {state.step}; lower --learning-rate or use --dtype bfloat16"
+            )
+        is_eval_due = is_last or is_due(config.eval_steps, state)
+        if is_eval_due or is_due(config.logging_steps, state):
+            seconds = time.perf_counter() - since
+            row = {
+                "step": state.step,
+                "epoch": state.step / steps_of_epoch(config, run.train_data),
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": result.learning_rate,
+                "tokens": state.tokens,
+                "target_tokens": state.target_tokens,
+                "tokens_per_second": (state.tokens - tokens_then) / seconds,
+                "peak_memory_bytes": peak_memory_bytes(device),
+            }
+            if is_eval_due and run.eval_data:
+                row["eval_loss"] = evaluate(run.model, run.eval_data, config.batch_size)
+            metrics.append(row)
+            progress.show(row)
+            since, tokens_then = time.perf_counter(), state.tokens
+        if is_due(config.save_steps, state) and not is_last:
+            save_checkpoint(
+                output,
+                state,
+                run.optimizer.state_tensors(),
+                lambda folder: write_adapter(folder, run, lora),
+            )
+    progress.close()
+    return metrics.last_row
+
+
+def is_due(every: int, state: RunState) -> bool:
+    return every > 0 and state.step % every == 0
+
+
+def train_step(run: Run) -> StepResult:
+    """Take one optimizer step over its micro-batches and count it in the run's state.
+
+        gradient = d/dadapter  sum over all micro-batches of the loss / the step's target tokens
+
+    The divisor counts the tokens of the whole step, so how samples are split into micro-batches
+    does not change the gradient, in a short last step neither.
+    """
+    config, state, optimizer, scale = run.config, run.state, run.optimizer, run.loss_scale
+    batches = step_batches(run)
+    num_targets = sum(batch.num_target_tokens for batch in batches)
+    learning_rate = learning_rate_at(
+        state.step,
+        run.num_steps,
+        num_warmup_steps(run.num_steps, config.warmup_ratio),
+        config.learning_rate,
+        config.lr_scheduler,
+    )
+    # dropout depends on the seed and the step alone, so a resumed run needs no random state
+    torch.manual_seed(config.seed * 1_000_003 + state.step)
+    run.model.train()
+    optimizer.zero_grad()
+    total_loss = torch.zeros((), device=run.model.device)
+    for batch in batches:
+        loss = run.model.loss(batch.input_ids, batch.labels) / num_targets
+        (loss * scale.scale).backward()
+        total_loss += loss.detach()
+    grad_norm = float(optimizer.scale_gradients(1 / scale.scale, config.max_grad_norm))
+    is_finite = math.isfinite(grad_norm)
+    if is_finite:
+        optimizer.step(learning_rate)
+    scale.update(is_finite)
+
+    state.step += 1
+    state.num_updates = optimizer.num_steps
+    state.num_skipped += not is_finite
+    state.tokens += sum(batch.num_tokens for batch in batches)
+    state.target_tokens += num_targets
+    state.loss_scale, state.num_good_steps = scale.scale, scale.num_good_steps
+    return StepResult(float(total_loss), grad_norm, learning_rate, not is_finite)
+
+
+def step_batches(run: Run) -> list[Batch]:
+    """The micro-batches of the next step, a pure function of the seed and the step's number."""
+    config, samples = run.config, run.train_data.samples
+    epoch, step_in_epoch = divmod(run.state.step, steps_of_epoch(config, run.train_data))
+    order = epoch_order(len(samples), epoch, config.seed, config.shuffle)
+    micro_batches = step_micro_batches(
+        order, step_in_epoch, config.batch_size, config.gradient_accumulation_steps
+    )
+    return [collate([samples[i] for i in indices]) for indices in micro_batches]
+
+
+@torch.no_grad()
+def evaluate(model: Llama, dataset: Dataset, batch_size: int) -> float:
+    """Compute the mean loss over a data set's target tokens, in nats, dropout off."""
+    model.eval()
+    total = 0.0
+    for start in range(0, len(dataset.samples), batch_size):
+        batch = collate(dataset.samples[start : start + batch_size])
+        total += float(model.loss(batch.input_ids, batch.labels))
+    return total / dataset.num_target_tokens
+
+
+def answer(run: Run, tokenizer: Tokenizer) -> str | None:
+    """Answer --sample-prompt with the most probable tokens, None where there is no prompt."""
+    prompt = run.config.sample_prompt
+    if not prompt:
+        return None
+    if tokenizer.chat_template is None:
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
+    else:
+        text = render(
+            tokenizer.chat_template,
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    run.model.eval()
+    stop_ids = {*run.model.config.eos_token_ids, *[i for i in [tokenizer.eos_token_id] if i]}
+    new_ids = generate_greedy(run.model, ids, SAMPLE_TOKENS, stop_ids)
+    return tokenizer.decode(new_ids).strip()
+
+
+def write_adapter(folder: Path, run: Run, lora: LoRAConfig) -> None:
+    save_adapter(folder, run.model.adapter_tensors(), lora, run.config.model)
+
+
+def save_results(run: Run, lora: LoRAConfig, tokenizer: Tokenizer, row: Row | None) -> None:
+    """Write the adapter, the tokenizer and the model card into the output folder."""
+    output = Path(run.config.output)
+    figures = {
+        "steps": f"{run.state.step:,}",
+        "tokens": f"{run.state.tokens:,}, of them learned {run.state.target_tokens:,}",
+    }
+    if row:
+        figures["last step"] = describe(row)
+    with new_files(output) as folder:
+        write_adapter(folder, run, lora)
+        tokenizer.save(folder)
+        (folder / CARD_FILE).write_text(model_card(run.config, figures))
+    print(f"saved the adapter in {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        # what the user gave: the message is enough, and says what to do
+        sys.exit(f"error: {error}")
