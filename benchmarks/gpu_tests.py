@@ -1,6 +1,6 @@
 """Run the tests that need a GPU and record what they said.
 
-    python -m benchmarks.gpu_tests --json benchmarks/results/gpu_tests.h100.json
+python -m benchmarks.gpu_tests --json benchmarks/results/gpu_tests.h100.json
 """
 
 import argparse

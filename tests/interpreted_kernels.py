@@ -10,7 +10,13 @@ import sys
 assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
-from nf4_cases import TINY_PRODUCTS, TINY_WEIGHTS, random_rows, random_weight  # noqa: E402
+from nf4_cases import (  # noqa: E402
+    INTERPRETED_DTYPES,
+    TINY_PRODUCTS,
+    TINY_WEIGHTS,
+    random_rows,
+    random_weight,
+)
 from poison import poisoned_memory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -22,7 +28,7 @@ def main() -> None:
     results = {}
     with poisoned_memory():
         for case in TINY_WEIGHTS:
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for dtype in INTERPRETED_DTYPES:
                 results[f"{case}-{dtype}"] = _launch_nf4_dequantize(random_weight(case), dtype)
         for case in TINY_PRODUCTS:
             weight = random_weight(case.weight)

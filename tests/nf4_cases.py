@@ -67,6 +67,9 @@ def random_rows(case: ProductCase) -> Tensor:
     return wide.to(case.dtype)[:, :num_columns]
 
 
+# without bfloat16: the interpreters of triton 3.6 to 3.9 cut its bits off instead of rounding, and
+# tl.dot multiplies its bit patterns as integers
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
 # tiny, for the interpreter: whole blocks; a row that is no whole block; rows that start inside a
 # byte; one weight; more blocks than a group; more bytes than a program expands, in two members
 TINY_WEIGHTS = [
@@ -82,7 +85,6 @@ TINY_WEIGHTS = [
     ]
     for double_quant in (True, False)
 ]
-# no bfloat16: the interpreter of triton 3.9 multiplies its bit patterns as integers in tl.dot
 TINY_PRODUCTS = [
     ProductCase(replace(weight, double_quant=double_quant), num_rows, dtype, transposed)
     for weight, double_quant, num_rows, dtype, transposed in product(
@@ -95,7 +97,7 @@ TINY_PRODUCTS = [
         ],
         (True, False),
         (1, 3, 17),
-        (torch.float32, torch.float16),
+        INTERPRETED_DTYPES,
         (False, True),
     )
 ]

@@ -1,4 +1,4 @@
-"""kernels/nf4_matmul.py: no worse than torch, interpreted and on a GPU; compiled for four."""
+"""kernels/nf4_matmul.py: no worse than torch, interpreted and on a GPU; compiles for four."""
 
 from collections.abc import Callable
 from itertools import product

@@ -1,6 +1,7 @@
 """llama/checkpoint.py: what is loaded is what the files hold, and files that lie are refused."""
 
 import json
+import math
 import re
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import llama.checkpoint
 from llama.checkpoint import INDEX_NAME, SINGLE_NAME, find_checkpoint, load_model
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
-from nf4.weight import NF4Weight, dequantize, member, quantize
+from nf4.weight import NF4Weight, member, quantize
 
 NF4 = (64, True)
 
@@ -212,7 +213,7 @@ def test_quantized_members_may_differ_in_dtype_and_others_not(tmp_path: Path) ->
     tensors[name] = tensors[name].half()
     write_checkpoint(tmp_path, FIELDS, tensors)
     load(tmp_path, NF4)
-    with pytest.raises(ValueError, match="k_proj.weight, .* must share a dtype: got torch.float16"):
+    with pytest.raises(ValueError, match=r"k_proj\.weight, .* must share a dtype: got torch"):
         load(tmp_path)
 
 
@@ -463,7 +464,7 @@ def test_a_local_folder_is_its_own_checkpoint(
 
 
 @pytest.mark.parametrize(
-    "model", ["", "llama", "./a/b", "/no/such", "~/no/such", "a/b/c", "~nobody/x"]
+    "model", ["", "no-such-folder", "./a/b", "/no/such", "~/no/such", "a/b/c", "~nobody/x"]
 )
 def test_what_is_no_folder_and_no_hub_id_is_refused(model: str) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"owner/name: got {model!r}")):
@@ -492,7 +493,7 @@ def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -
         raise llama.checkpoint.LocalEntryNotFoundError("no network\nand a long story")
 
     monkeypatch.setattr(llama.checkpoint, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match="'owner/name' is no folder here, .*: no network$"):
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' is no folder here, .*: no network$"):
         find_checkpoint("owner/name")
 
 
@@ -507,21 +508,19 @@ def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dty
         on_cuda.named_parameters(), on_cpu.named_parameters(), strict=True
     ):
         assert_equal(ours.detach().cpu(), theirs.detach(), name)
-    num_codes = num_differing = 0
     for (prefix, ours), (_, theirs) in zip(on_cuda.groups(), on_cpu.groups(), strict=True):
         assert isinstance(ours.weight, NF4Weight)
         assert isinstance(theirs.weight, NF4Weight)
         actual = {name: tensor.cpu() for name, tensor in buffers(ours.weight).items()}
         expected = buffers(theirs.weight)
         assert_equal(actual["packed"], expected["packed"], prefix)
-        # the mean of the scales is a sum whose order is the device's: float32 of num_blocks terms
+        # the mean of the scales is a float32 sum in the device's order, so its last bits may differ
         num_blocks = expected["codes"].numel()
-        tolerance = num_blocks * torch.finfo(torch.float32).eps
-        assert ((actual["mean"] - expected["mean"]).abs() <= tolerance * expected["mean"]).all()
-        num_codes += num_blocks
-        num_differing += int((actual["codes"] != expected["codes"]).sum())
-        # so the scales agree to a step of the 8-bit map at most, the weights to the same
-        expanded = dequantize(ours.weight, torch.float32).cpu()
-        assert expanded.isfinite().all()
-    # a code moves only where a scale lies within the means' difference, some 1e-7, of a midpoint
-    assert num_differing <= 1 + num_codes // 10_000
+        difference = (actual["mean"] - expected["mean"]).abs()
+        assert (difference <= num_blocks * torch.finfo(torch.float32).eps * expected["mean"]).all()
+        # it moves every scaled value by up to twice that over its group's scale, and a code only
+        # where one of the map's 255 midpoints lies in between; values of [-1, 1] have a density of
+        # about a half there, which leaves room for chance
+        shift = 2 * difference.max() / expected["group_absmax"].min()
+        num_differing = int((actual["codes"] != expected["codes"]).sum())
+        assert num_differing <= math.ceil(4 * 255 * float(shift) * num_blocks), prefix

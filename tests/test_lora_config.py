@@ -17,12 +17,15 @@ VALID: dict[str, Any] = {
 }
 
 
+def make(**changes: Any) -> LoRAConfig:
+    return LoRAConfig(**{**VALID, **changes})
+
+
 def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
-    assert LoRAConfig(**VALID).scaling == 2
-    assert LoRAConfig(**VALID | {"r": 8, "lora_alpha": 10}).scaling == 1.25
+    assert make().scaling == 2
+    assert make(r=8, lora_alpha=10).scaling == 1.25
     # PEFT gives 5.65685 for these
-    rank_stabilized = LoRAConfig(**VALID | {"r": 8, "lora_alpha": 16}, use_rslora=True)
-    assert rank_stabilized.scaling == 16 / math.sqrt(8)
+    assert make(r=8, lora_alpha=16, use_rslora=True).scaling == 16 / math.sqrt(8)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
 )
 def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        LoRAConfig(**VALID | changes)
+        make(**changes)
 
 
 def test_targets_come_once_and_in_the_models_order() -> None:

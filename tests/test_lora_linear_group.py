@@ -1,4 +1,4 @@
-"""lora/linear_group.py: every arrangement of targets, forward and back, against float64 autograd."""
+"""lora/linear_group.py: every arrangement of targets, forward and back, against float64."""
 
 from typing import Any, NamedTuple
 
@@ -299,7 +299,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_its_name(name: str) -> None:
     for bad in (torch.nan, torch.inf):
         tensor = torch.zeros(shape)
         tensor.view(-1)[-1] = bad
-        with pytest.raises(ValueError, match="layers.3.k_proj must hold finite values only"):
+        with pytest.raises(ValueError, match=r"layers\.3\.k_proj must hold finite values only"):
             group.load(f"k_proj.{name}", tensor, "layers.3.k_proj")
 
 

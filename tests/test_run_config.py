@@ -1,0 +1,113 @@
+"""run/config.py: the command line, the config file, and what a resumed run may change."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run.config import TrainConfig, build_parser, differences, parse_config, read_fields, to_json
+
+BUNDLED: dict[str, Any] = {"model": "bundled", "data": "bundled.jsonl", "learning_rate": 1e-2}
+
+
+def parse(line: str) -> TrainConfig:
+    return parse_config(line.split(), BUNDLED)
+
+
+def test_without_arguments_the_bundled_run_is_meant() -> None:
+    config = parse("")
+    assert (config.model, config.data, config.learning_rate) == ("bundled", "bundled.jsonl", 1e-2)
+
+
+def test_flags_override_the_bundled_run() -> None:
+    assert parse("--learning-rate 3e-4").learning_rate == 3e-4
+
+
+def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
+    config = parse("--model m --data d")
+    assert config == TrainConfig(model="m", data="d")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("--model m", "--model and --data must be given together: got --model without --data"),
+        ("--data d", "got --data without --model"),
+        ("--resume", "--resume must be given with --output"),
+        ("--batch-size 0", "--batch-size must be at least 1: got 0"),
+        ("--learning-rate 0", "--learning-rate must be positive: got 0.0"),
+        ("--learning-rate nan", "--learning-rate must be positive: got nan"),
+        ("--learning-rate inf", "--learning-rate must be finite: got inf"),
+        ("--weight-decay -1", "--weight-decay must be at least 0"),
+        ("--warmup-ratio 2", r"--warmup-ratio must be in \[0, 1\]"),
+        ("--max-length 1", "--max-length must be at least 2, or 0"),
+        ("--max-steps -5", "--max-steps must be at least 0"),
+        ("--epochs 0", "--epochs must be positive"),
+    ],
+)
+def test_values_out_of_range_are_refused(line: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        parse(line)
+
+
+@pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
+def test_unknown_flags_and_choices_end_with_usage(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(line)
+    assert stop.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_every_field_is_a_flag_and_the_reverse() -> None:
+    flags = {name for action in build_parser()._actions for name in action.option_strings}
+    expected = {"--" + f.name.replace("_", "-") for f in fields(TrainConfig)}
+    assert {f for f in flags if not f.startswith("--no-")} - {
+        "-h",
+        "--help",
+        "--config",
+    } == expected
+
+
+def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
+    config = parse("--model m --data d --learning-rate 3e-5 --no-shuffle --epochs 2")
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert parse(f"--config {path}") == config
+    assert parse(f"--config {path} --epochs 3").epochs == 3.0
+    assert json.loads(path.read_text()) == asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "fields of a training run only"),
+        ('{"lerning_rate": 1}', "fields of a training run only: got lerning_rate"),
+        ('{"epochs": "3"}', "epochs must be float: got '3'"),
+        ('{"batch_size": true}', "batch_size must be int: got True"),
+    ],
+)
+def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        read_fields(path)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--config must be .* no file .*config\.json"):
+        parse(f"--config {tmp_path / 'config.json'}")
+
+
+def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(to_json(parse("--output a --save-steps 5")))
+    assert differences(parse("--output b --resume --save-steps 7 --logging-steps 2"), path) == []
+    assert differences(parse("--seed 1 --epochs 2"), path) == [
+        "--epochs was 1.0, now 2.0",
+        "--seed was 42, now 1",
+    ]

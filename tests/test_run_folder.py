@@ -1,0 +1,171 @@
+"""run/atomic.py, run/checkpoint.py, run/folder.py and run/metrics.py: what lies on the disk."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from equality import assert_equal
+
+from run.atomic import clean, new_files, new_folder, write_text
+from run.checkpoint import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    RunState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from run.config import TrainConfig
+from run.folder import check_output, choose_output, open_output, resume_point
+from run.metrics import MetricsFile, describe
+
+CONFIG = TrainConfig(model="m", data="d")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write_and_fail() -> None:
+        with new_folder(tmp_path / "a") as folder:
+            (folder / "file").write_text("x")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
+    assert names(tmp_path) == []
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a").exists()
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["file"]
+
+
+def test_new_files_replace_old_ones_only_when_all_are_written(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "old").write_text("old")
+
+    def write_and_fail() -> None:
+        with new_files(tmp_path) as folder:
+            (folder / "old").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
+    assert (tmp_path / "old").read_text() == "old"
+    with new_files(tmp_path) as folder:
+        (folder / "old").write_text("new")
+    assert names(tmp_path) == ["kept", "old"]
+    assert (tmp_path / "old").read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "other.partial").write_text("half")
+    (tmp_path / "checkpoint-5.partial").mkdir()
+    (tmp_path / "checkpoint-5.partial" / "state.json").write_text("{")
+    assert latest_checkpoint(tmp_path) is None
+    clean(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def save(folder: Path, step: int) -> Path:
+    state = RunState(started="2026-01-01T00:00:00", step=step, tokens=10 * step, loss_scale=0.1)
+    moments = {"exp_avg.a": torch.full((3,), float(step)), "exp_avg_sq.a": torch.ones(2, 2)}
+    return save_checkpoint(folder, state, moments, lambda f: write_text(f / "adapter", "a"))
+
+
+def test_the_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-999").write_text("a file")
+    latest = latest_checkpoint(tmp_path)
+    assert latest == tmp_path / "checkpoint-100"
+    state, moments = load_checkpoint(latest)
+    assert (state.step, state.tokens, state.loss_scale) == (100, 1000, 0.1)
+    assert_equal(moments["exp_avg.a"], torch.full((3,), 100.0))
+    assert names(latest) == ["adapter", OPTIMIZER_FILE, STATE_FILE]
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER_FILE, STATE_FILE])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 3)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint-3 must be a whole checkpoint.*delete"):
+        load_checkpoint(path)
+    (path / name).unlink()
+    with pytest.raises(ValueError, match="checkpoint-3 must be a whole checkpoint"):
+        load_checkpoint(path)
+
+
+def test_an_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path / "out"))
+    check_output(config)
+    open_output(config)
+    with pytest.raises(ValueError, match=r"new or empty folder: .*out holds config\.json"):
+        check_output(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output must be a folder: got the file"):
+        check_output(replace(CONFIG, output=str(tmp_path / "file")))
+
+
+def test_a_resumed_run_keeps_its_flags(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path / "out"), resume=True)
+    # a folder that is not there yet: nothing to resume, which is no error
+    check_output(config)
+    assert resume_point(config) is None
+    open_output(config)
+    check_output(config)
+    with pytest.raises(ValueError, match=r"--lora-r was 16, now 8"):
+        check_output(replace(config, lora_r=8))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"the folder of a run: .*photos has no config\.json"):
+        check_output(replace(config, output=str(tmp_path / "photos")))
+
+
+def test_without_output_the_next_free_folder_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = choose_output(CONFIG)
+    open_output(first)
+    assert [first.output, choose_output(CONFIG).output] == ["out/run-1", "out/run-2"]
+    assert choose_output(replace(CONFIG, output="x")).output == "x"
+
+
+def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.append({"step": step, "loss": 1.0 / step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    resumed = MetricsFile(tmp_path, 2)
+    assert resumed.last_row == {"step": 2, "loss": 0.5}
+    resumed.append({"step": 3, "loss": float("nan")})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": None},
+    ]
+
+
+def test_a_line_of_the_log_has_speed_and_memory() -> None:
+    row = {
+        "step": 3,
+        "loss": 1.25,
+        "grad_norm": 0.5,
+        "learning_rate": 1e-4,
+        "tokens_per_second": 12345.6,
+        "peak_memory_bytes": 3 << 29,
+    }
+    assert describe(row) == "loss 1.2500  grad_norm 0.500  lr 1.00e-04  12,346 tok/s  1.50 GiB"
+    assert (
+        describe({"eval_loss": 2.0, "peak_memory_bytes": 1 << 30}) == "eval_loss 2.0000  1.00 GiB"
+    )

@@ -1,0 +1,244 @@
+"""train.py: accumulation, evaluation, resuming, what is written, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import assert_equal
+from safetensors.torch import load_file
+
+import train
+from data.batches import Batch, collate
+from data.samples import Sample
+from llama.checkpoint import load_model
+from lora.config import LoRAConfig
+from optim.adamw import AdamW
+
+BUNDLED = Path(train.BUNDLED)
+FEW = "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4"
+METRICS_KEYS = {
+    "step",
+    "epoch",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "target_tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+}
+CLOCK = ("tokens_per_second", "peak_memory_bytes")
+
+
+def small_data(folder: Path, count: int = 12) -> Path:
+    lines = (BUNDLED / "data.jsonl").read_text().splitlines()[: 5 * count : 5]
+    path = folder / "small.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(folder: Path, flags: str, name: str = "out") -> list[dict[str, Any]]:
+    data = small_data(folder)
+    output = folder / name
+    model = BUNDLED / "model"
+    train.main(f"--model {model} --data {data} --output {output} {FEW} {flags}".split())
+    return rows_of(output)
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+def test_the_loss_falls_and_everything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path)
+    prompt = "--sample-prompt Hello --max-steps 12 --learning-rate 3e-3 --save-steps 5"
+    rows = run(tmp_path, f"--eval-data {data} --eval-steps 6 {prompt}")
+    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 6, 12]
+    assert all(set(row) - {"eval_loss"} == METRICS_KEYS for row in rows[1:])
+    assert rows[-1]["eval_loss"] < 0.8 * rows[0]["eval_loss"]
+    output = tmp_path / "out"
+    written = {path.name for path in output.iterdir()}
+    assert written == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-10",
+        "checkpoint-5",
+        "config.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    said = capsys.readouterr().out
+    for part in ("trainable params: ", "messages (detected): 12 samples", "before", "after"):
+        assert part in said
+
+
+def test_how_a_step_is_split_into_micro_batches_does_not_change_it(tmp_path: Path) -> None:
+    # 12 samples in steps of 8: the second step of an epoch is short, and samples differ in length
+    flags = "--max-steps 4 --dtype float32 --quant none --lr-scheduler constant"
+    many = run(tmp_path, f"{flags} --batch-size 1 --gradient-accumulation-steps 8", "many")
+    one = run(tmp_path, f"{flags} --batch-size 8 --gradient-accumulation-steps 1", "one")
+    for a, b in zip(many, one, strict=True):
+        assert (a["tokens"], a["target_tokens"]) == (b["tokens"], b["target_tokens"])
+        # float32 sums in another order, fed back through AdamW's normalized step
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    num_targets = [row["target_tokens"] for row in many]
+    assert num_targets[1] - num_targets[0] < num_targets[0]
+
+
+def test_a_step_equals_autograd_over_the_whole_window() -> None:
+    model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
+    model.attach_lora(LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj")), seed=0)
+    samples = [
+        Sample([0, 5, 9, 7, 1], [-100, -100, 9, 7, 1]),
+        Sample([0, 8, 3], [-100, -100, 3]),
+        Sample([0, 30, 31, 32, 33, 34], [-100, 30, 31, 32, 33, 34]),
+    ]
+    optimizer = AdamW(
+        {n: p for n, p in model.named_parameters() if p.requires_grad},
+        weight_decay=0.0,
+        is_paged=False,
+    )
+    whole = collate(samples)
+    (model.loss(whole.input_ids, whole.labels) / 9).backward()
+    expected = optimizer.gradients.clone()
+    optimizer.zero_grad()
+    parts: list[Batch] = [collate(samples[:1]), collate(samples[1:])]
+    for batch in parts:
+        (model.loss(batch.input_ids, batch.labels) / 9).backward()
+    assert sum(batch.num_target_tokens for batch in parts) == 9
+    # float32: each element is a sum of a few hundred products in another order
+    error = (optimizer.gradients - expected).abs().max() / expected.abs().max()
+    assert expected.abs().max() > 0
+    assert error < 300 * 2**-24
+
+
+@pytest.mark.parametrize("flags", ["", "--lora-dropout 0.3 --activations recompute"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, flags: str) -> None:
+    flags += " --max-steps 7 --save-steps 3 --dtype float32"
+    expected = run(tmp_path, flags, "whole")
+    run(tmp_path, flags, "broken")
+    broken = tmp_path / "broken"
+    # as if killed after step 4: later checkpoints and results are not there yet
+    for path in (broken / "checkpoint-6").iterdir():
+        path.unlink()
+    (broken / "checkpoint-6").rmdir()
+    (broken / "adapter_model.safetensors").unlink()
+    actual = run(tmp_path, f"{flags} --resume", "broken")
+    assert timeless(actual) == timeless(expected)
+    ours, theirs = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("broken", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_equal(ours[name], theirs[name], name)
+
+
+def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
+    kept = run(tmp_path, "--activations keep --lora-dropout 0.2", "keep")
+    recomputed = run(tmp_path, "--activations recompute --lora-dropout 0.2", "recompute")
+    assert timeless(kept) == timeless(recomputed)
+
+
+def test_a_seed_decides_the_run(tmp_path: Path) -> None:
+    first, again = run(tmp_path, "--seed 1", "a"), run(tmp_path, "--seed 1", "b")
+    other = run(tmp_path, "--seed 2", "c")
+    assert timeless(first) == timeless(again)
+    assert timeless(first) != timeless(other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_training_follows_float32(tmp_path: Path, dtype: str) -> None:
+    wide = run(tmp_path, "--dtype float32", "wide")
+    narrow = run(tmp_path, f"--dtype {dtype}", "narrow")
+    # the losses are rounded logits' : one unit in the last place of the largest, about 16
+    bound = 16 * torch.finfo(getattr(torch, dtype)).eps
+    for a, b in zip(wide, narrow, strict=True):
+        assert abs(a["loss"] - b["loss"]) < bound
+    assert [row["step"] for row in narrow] == [1, 2, 3, 4]
+
+
+def test_max_steps_0_evaluates_only(tmp_path: Path) -> None:
+    rows = run(tmp_path, f"--max-steps 0 --eval-data {small_data(tmp_path)}")
+    assert [set(row) for row in rows] == [
+        {"step", "epoch", "tokens", "target_tokens", "eval_loss", "peak_memory_bytes"}
+    ]
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale_gradients = AdamW.scale_gradients
+    calls = []
+
+    def overflow_once(self: AdamW, factor: float, max_norm: float) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            self.gradients.fill_(float("inf"))
+        return scale_gradients(self, factor, max_norm)
+
+    monkeypatch.setattr(AdamW, "scale_gradients", overflow_once)
+    rows = run(tmp_path, "--dtype float32 --save-steps 1")
+    assert rows[1]["grad_norm"] is None
+    assert "step 2: the gradients are not finite" in capsys.readouterr().out
+    before, after = (
+        load_file(tmp_path / "out" / f"checkpoint-{n}" / "adapter_model.safetensors")
+        for n in (1, 2)
+    )
+    for name in before:
+        assert_equal(after[name], before[name], name)
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "state.json").read_text())
+    assert (state["num_updates"], state["num_skipped"]) == (2, 1)
+
+
+def test_diverged_training_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        AdamW, "scale_gradients", lambda self, factor, max_norm: torch.tensor(float("nan"))
+    )
+    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
+    with pytest.raises(RuntimeError, match="3 steps in a row were not, up to step 3"):
+        run(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--target-modules q_porj", "did you mean q_proj"),
+        ("--max-length 100000", "--max-length must be at most the model's"),
+        ("--device cuda", "--device cuda must find a GPU"),
+        ("--max-steps 0", "--max-steps 0 evaluates only and must be given --eval-data"),
+        ("--block-size 48", "block_size must be one of"),
+        ("--init-adapter nowhere", "adapter"),
+        ("--eval-data nowhere.jsonl", "nowhere.jsonl"),
+        ("--chat-template nowhere", "--chat-template must be"),
+    ],
+)
+def test_bad_flags_are_refused_and_leave_no_folder(
+    tmp_path: Path, flags: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if flags == "--device cuda":
+        flags = "--device cuda --dtype float32"
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        run(tmp_path, flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> None:
+    run(tmp_path, "", "first")
+    with pytest.raises(ValueError, match="--init-adapter must have the shape"):
+        run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
+    first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
+    assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
