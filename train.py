@@ -392,7 +392,7 @@ def answer(run: Run, tokenizer: Tokenizer) -> str | None:
         )
         ids = tokenizer.encode(text, add_special_tokens=False)
     run.model.eval()
-    stop_ids = {*run.model.config.eos_token_ids, *[i for i in [tokenizer.eos_token_id] if i]}
+    stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
     new_ids = generate_greedy(run.model, ids, SAMPLE_TOKENS, stop_ids)
     return tokenizer.decode(new_ids).strip()
 
@@ -420,6 +420,6 @@ def save_results(run: Run, lora: LoRAConfig, tokenizer: Tokenizer, row: Row | No
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        # what the user gave: the message is enough, and says what to do
+    except (ValueError, OSError) as error:
+        # what the user gave, or what the disk refused: the message is enough
         sys.exit(f"error: {error}")

@@ -51,6 +51,13 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_adapter(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert_equal(ours[name], theirs[name], name)
+
+
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
