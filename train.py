@@ -45,11 +45,11 @@ BUNDLED_RUN = {
     "learning_rate": 2e-3,
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "epochs": 3.0,
-    "sample_prompt": "Where does Ember live?",
+    "epochs": 6.0,
+    "sample_prompt": "Write a verse about Ember.",
 }
 DEFAULT_MAX_LENGTH = 2048
-SAMPLE_TOKENS = 64
+SAMPLE_TOKENS = 100
 # float16's loss scale finds its level within fewer
 MAX_SKIPPED_IN_A_ROW = 30
 
@@ -200,8 +200,9 @@ def make_deterministic(device: torch.device) -> None:
         # cuBLAS asks for a fixed workspace before its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # that also fills every empty tensor with NaN, which costs a pass over each
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # that also fills every empty tensor with NaN, which costs a pass over each; the stubs of
+        # torch 2.13 do not know the switch
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 def load_data(

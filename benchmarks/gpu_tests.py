@@ -14,7 +14,7 @@ from benchmarks.record import ROOT, head, write
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Run the GPU tests and record what they said.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     arguments = parser.parse_args()

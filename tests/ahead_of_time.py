@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,12 +36,13 @@ WARP_SIZE = 32
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """What one compiled kernel takes of a multiprocessor."""
+    """One compiled kernel, and what it takes of a multiprocessor."""
 
     num_threads: int
     registers: int  # of a thread
     shared_bytes: int  # of a block
     stack_bytes: int  # of a thread: what did not fit the registers lies there
+    ptx: str = field(repr=False)
 
     def assert_fits(self, capability: int) -> None:
         """It spills nothing and can be launched."""
@@ -101,6 +103,7 @@ def compile_launch(
         registers=usage["REG"],
         shared_bytes=compiled.metadata.shared,
         stack_bytes=max(usage["STACK"], usage["LOCAL"]),
+        ptx=compiled.asm["ptx"],
     )
 
 
@@ -108,6 +111,6 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         output = subprocess.check_output(command, text=True)
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}

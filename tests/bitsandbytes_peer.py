@@ -27,6 +27,10 @@ def quantize(weight, block_size):
         weight, blocksize=block_size, compress_statistics=False, quant_type="nf4"
     )
     assert torch.equal(packed, plain_packed)
+    assert state.code is not None
+    assert state.state2 is not None
+    assert state.state2.code is not None
+    assert state.offset is not None
     return {
         "packed": packed.flatten(),
         "absmax": plain_state.absmax,

@@ -1,4 +1,4 @@
-"""How two tensors are compared: exactly, or against what plain torch makes of the same dtype."""
+"""How two tensors are compared: exactly, within a bound, or with plain torch in the same dtype."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,28 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
     assert torch.isfinite(expected).all(), f"{what}: the expected values are not finite"
     differing = int((actual != expected).sum())
     assert differing == 0, f"{what}: {differing} of {actual.numel()} values differ"
+
+
+def assert_summed_in_float32(
+    actual: Tensor, truth: Tensor, magnitudes: Tensor, num_terms: int, what: str = ""
+) -> None:
+    """Each sum of products errs by what float32 may round, in whatever order, and rounds once.
+
+    A product and a partial sum of n terms round by half an eps each, so n eps times the sum of the
+    terms' magnitudes bounds the sum's error; then it is rounded to its dtype.
+
+    Args:
+        truth: in float64.
+        magnitudes: the same sums of the terms' absolute values, in float64.
+    """
+    assert actual.shape == truth.shape, f"{what}: {actual.shape}, {truth.shape}"
+    assert truth.dtype == torch.float64, f"{what}: the truth is {truth.dtype}"
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    assert torch.isfinite(truth).all(), f"{what}: the truth is not finite"
+    bound = num_terms * torch.finfo(torch.float32).eps * magnitudes
+    bound += torch.finfo(actual.dtype).eps / 2 * (truth.abs() + bound)
+    excess = ((actual.double() - truth).abs() - bound).max()
+    assert excess <= 0, f"{what}: the error exceeds its bound by {excess:.3e}"
 
 
 def assert_no_worse_than(

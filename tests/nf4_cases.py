@@ -60,10 +60,11 @@ def random_weight(case: WeightCase) -> NF4Weight:
 
 
 def random_rows(case: ProductCase) -> Tensor:
-    """Draw the rows that a weight is multiplied by, out of a wider matrix: their stride is odd."""
+    """Draw the rows that a weight is multiplied by, out of a wider matrix that ends in NaN."""
     rows, columns = sum(case.weight.rows), case.weight.in_features
     num_columns = rows if case.transposed else columns
     wide = torch.randn(case.num_rows, num_columns + 5, generator=_generator(case))
+    wide[:, num_columns:] = float("nan")
     return wide.to(case.dtype)[:, :num_columns]
 
 

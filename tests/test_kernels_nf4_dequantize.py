@@ -1,5 +1,6 @@
 """kernels/nf4_dequantize.py: equal to the reference, interpreted and on a GPU; compiles for 4."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -94,7 +95,7 @@ def test_kernel_compiles_without_spilling(
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_aligned_16_bit_weight_makes_no_detour_through_shared_memory(
+def test_aligned_16_bit_weight_is_moved_in_vectors_past_shared_memory(
     dtype: torch.dtype, capability: int
 ) -> None:
     weight = empty_weight((64, 32), 192, 64, True, CPU)
@@ -105,6 +106,10 @@ def test_aligned_16_bit_weight_makes_no_detour_through_shared_memory(
         capability,
     )
     assert compiled.shared_bytes == 0
+    stores = set(re.findall(r"st\.global\.\S+", compiled.ptx))
+    assert stores == {"st.global.v4.b32"}
+    # a thread loads four codes of scales a chunk, byte by byte, but its packed bytes at once
+    assert len(re.findall(r"ld\.global\.b8", compiled.ptx)) == 4 * module.CHUNKS
 
 
 @pytest.mark.gpu

@@ -261,6 +261,15 @@ def test_weight_that_cannot_be_is_refused(
         empty_weight(rows, in_features, block_size, True, torch.device("cpu"))
 
 
+def test_memory_that_no_member_has_filled_is_poisoned_in_tests() -> None:
+    weight = empty_weight((2, 2), 64, 64, True, torch.device("cpu"))
+    quantize_member(weight, 0, torch.randn(2, 64), "weight")
+    scales = nested_scales(weight)
+    assert set(weight.packed[64:].tolist()) == {0xA5}
+    assert scales.group_absmax.isnan().tolist() == [False, True]
+    assert scales.mean.isnan().tolist() == [False, True]
+
+
 def test_truncated_buffers_are_refused() -> None:
     weight = quantize(torch.randn(4, 64))
     with pytest.raises(ValueError, match="256 weights in blocks of 64 need 128 bytes and 4 scales"):

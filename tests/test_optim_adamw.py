@@ -75,10 +75,12 @@ def test_backward_accumulates_into_the_arena() -> None:
     parameters = make_parameters()
     optimizer = AdamW(parameters, weight_decay=0.0, is_paged=False)
     for _ in range(2):
-        sum((p * 3).sum() for p in parameters.values()).backward()
+        torch.stack([(p * 3).sum() for p in parameters.values()]).sum().backward()
     assert_equal(optimizer.gradients, torch.full_like(optimizer.gradients, 6.0))
     optimizer.zero_grad()
-    assert all(float(p.grad.abs().sum()) == 0 for p in parameters.values())
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().sum()) == 0, name
 
 
 def test_moving_into_the_arena_keeps_the_values() -> None:

@@ -84,7 +84,8 @@ def test_the_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) ->
     (tmp_path / "checkpoint-old").mkdir()
     (tmp_path / "checkpoint-999").write_text("a file")
     latest = latest_checkpoint(tmp_path)
-    assert latest == tmp_path / "checkpoint-100"
+    assert latest is not None
+    assert latest.name == "checkpoint-100"
     state, moments = load_checkpoint(latest)
     assert (state.step, state.tokens, state.loss_scale) == (100, 1000, 0.1)
     assert_equal(moments["exp_avg.a"], torch.full((3,), 100.0))
