@@ -111,6 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     is_paged = config.optim == "paged_adamw_32bit"
     optimizer = AdamW(parameters, weight_decay=config.weight_decay, is_paged=is_paged)
+    print(f"optimizer: {optimizer.describe()}")
     loss_scale = LossScale.for_dtype(model.compute_dtype)
     if saved:
         optimizer.load_state(saved[1], state.num_updates)

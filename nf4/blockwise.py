@@ -27,6 +27,9 @@ SMALLEST_SCALE = 1e-38
 # elements worked on at once, a multiple of every block size: bounds a float32 temporary to 64 MiB
 _SLICE = 1 << 24
 
+# both levels of a byte in one look-up
+_LEVELS_OF_BYTE = torch.stack((LEVELS.repeat_interleave(16), LEVELS.repeat(16)), dim=1)  # (256, 2)
+
 
 def check_block_size(block_size: int) -> None:
     """Refuse a block size that the format does not have.
@@ -106,13 +109,13 @@ def dequantize_blockwise(
             f"{num_elements} weights in blocks of {block_size} need {num_bytes} bytes and "
             f"{num_blocks} scales: got {packed.numel()} and {absmax.numel()}"
         )
-    levels = LEVELS.to(packed.device)
+    levels_of_byte = _LEVELS_OF_BYTE.to(packed.device)
     weight = torch.empty(num_elements, dtype=dtype, device=packed.device)
     for start in range(0, num_elements, _SLICE):
         end = min(start + _SLICE, num_elements)
         piece = packed[start // 2 : (end + 1) // 2]
-        codes = torch.stack((piece >> 4, piece & 15), dim=1).view(-1).int()
         scale = absmax[start // block_size : -(-end // block_size)]
-        values = F.pad(levels[codes], (0, -codes.numel() % block_size)).view(-1, block_size)
-        weight[start:end] = (values * scale[:, None]).view(-1)[: end - start]
+        values = levels_of_byte.index_select(0, piece.int()).view(-1)
+        blocks = F.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
+        weight[start:end] = blocks.mul_(scale[:, None]).view(-1)[: end - start]
     return weight

@@ -67,10 +67,10 @@ class AdamW:
         self.gradients = torch.zeros(num_elements, device=device)
         if is_paged and device.type == "cuda":
             moments = managed_zeros(2 * num_elements, device)
-            self.num_managed_bytes = 4 * moments.numel()
+            self._memory = "CUDA unified memory"
         else:
             moments = torch.zeros(2 * num_elements, device=device)
-            self.num_managed_bytes = 0
+            self._memory = f"ordinary memory of {device}"
         self._exp_avg, self._exp_avg_sq = moments.chunk(2)
         views = zip(
             parameters.values(),
@@ -88,6 +88,11 @@ class AdamW:
         sizes = [shape.numel() for shape in self._shapes.values()]
         pieces = zip(self._shapes.items(), arena.split(sizes), strict=True)
         return {name: piece.view(shape) for (name, shape), piece in pieces}
+
+    def describe(self) -> str:
+        """Say where the moments are, and how large they are."""
+        num_bytes = self._exp_avg.nbytes + self._exp_avg_sq.nbytes
+        return f"moments of {num_bytes / (1 << 20):.1f} MiB in {self._memory}"
 
     def zero_grad(self) -> None:
         self.gradients.zero_()

@@ -91,7 +91,10 @@ def describe(row: Row) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the process has held: on the device as torch reserved it, or in RAM."""
+    """The most memory the process has held: on the device as torch reserved it, or in RAM.
+
+    Unified memory is not in it: torch does not know of it, and it may lie on either side.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -249,3 +249,18 @@ def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> N
         run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
     first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
     assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    on_cpu = run(tmp_path, "--dtype float32", "cpu")
+    flags = f"--device cuda --dtype {dtype} --save-steps 2 --lora-dropout 0"
+    expected = run(tmp_path, flags, "whole")
+    bound = 16 * torch.finfo(getattr(torch, dtype)).eps
+    for a, b in zip(on_cpu, expected, strict=True):
+        assert abs(a["loss"] - b["loss"]) < bound
+    run(tmp_path, flags, "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").unlink()
+    assert timeless(run(tmp_path, f"{flags} --resume", "broken")) == timeless(expected)
+    assert_same_adapter(tmp_path / "broken", tmp_path / "whole")
