@@ -40,7 +40,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill a run, resume it, compare it with one left alone.")
+    parser = argparse.ArgumentParser(description="Compare a killed and resumed run.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=60)

@@ -58,6 +58,11 @@ def assert_same_adapter(folder: Path, other: Path) -> None:
         assert_equal(ours[name], theirs[name], name)
 
 
+def rounding_of_a_loss(dtype: str) -> float:
+    """One unit in the last place of the largest logit, about 16."""
+    return 16 * torch.finfo(getattr(torch, dtype)).eps
+
+
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
@@ -169,10 +174,8 @@ def test_a_seed_decides_the_run(tmp_path: Path) -> None:
 def test_16_bit_training_follows_float32(tmp_path: Path, dtype: str) -> None:
     wide = run(tmp_path, "--dtype float32", "wide")
     narrow = run(tmp_path, f"--dtype {dtype}", "narrow")
-    # the losses are rounded logits' : one unit in the last place of the largest, about 16
-    bound = 16 * torch.finfo(getattr(torch, dtype)).eps
     for a, b in zip(wide, narrow, strict=True):
-        assert abs(a["loss"] - b["loss"]) < bound
+        assert abs(a["loss"] - b["loss"]) < rounding_of_a_loss(dtype)
     assert [row["step"] for row in narrow] == [1, 2, 3, 4]
 
 
@@ -257,8 +260,9 @@ def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(tmp_path: Path, d
     on_cpu = run(tmp_path, "--dtype float32", "cpu")
     flags = f"--device cuda --dtype {dtype} --save-steps 2 --lora-dropout 0"
     expected = run(tmp_path, flags, "whole")
-    bound = 16 * torch.finfo(getattr(torch, dtype)).eps
     for a, b in zip(on_cpu, expected, strict=True):
+        # as between micro-batches in float32, as between dtypes in 16 bit
+        bound = 1e-5 * a["loss"] if dtype == "float32" else rounding_of_a_loss(dtype)
         assert abs(a["loss"] - b["loss"]) < bound
     run(tmp_path, flags, "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").unlink()
