@@ -41,12 +41,12 @@ class Parity:
     codes: dict[str, Tensor]  # of our double-quantized scales
 
 
-def make_samples(assets: Path, count: int) -> list[dict[str, list[int]]]:
-    """Stories cut to different lengths, the first tokens of each not learned."""
-    path = assets / "stories260K" / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    text = (assets / "data" / "tinystories_val.txt").read_text(encoding="utf-8")
+def make_samples(checkpoint: Path, text: str, count: int) -> list[dict[str, list[int]]]:
+    """A text cut to different lengths, the first tokens of each piece not learned."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     ids = tokenizer.encode(text[:60000]).ids
+    # what is past the end would be an empty sample
+    assert len(ids) >= 100 * count
     samples = []
     for i in range(count):
         length, num_masked = 40 + 7 * (i % 5), 3 + i % 11
@@ -79,13 +79,19 @@ def scale_codes(model: Llama) -> dict[str, Tensor]:
     return codes
 
 
-@pytest.fixture(scope="module")
-def parity(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Parity:
+@pytest.fixture(scope="module", params=["bundled", "stories260K"])
+def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     base = tmp_path_factory.mktemp("parity")
-    checkpoint, initial, output = assets / "stories260K", base / "initial", base / "ours"
+    if request.param == "bundled":
+        checkpoint, text_file = train.BUNDLED / "model", train.BUNDLED / "data.jsonl"
+    else:
+        assets: Path = request.getfixturevalue("assets")
+        checkpoint, text_file = assets / "stories260K", assets / "data" / "tinystories_val.txt"
+    initial, output = base / "initial", base / "ours"
     model = quantized_model(checkpoint)
     save_adapter(initial, model.adapter_tensors(), LORA, str(checkpoint))
-    samples = make_samples(assets, NUM_STEPS * NUM_MICRO * BATCH_SIZE)
+    text = text_file.read_text(encoding="utf-8")
+    samples = make_samples(checkpoint, text, NUM_STEPS * NUM_MICRO * BATCH_SIZE)
     data = base / "data.jsonl"
     data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     train.main(
