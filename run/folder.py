@@ -30,7 +30,8 @@ def check_output(config: TrainConfig) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder: got the file {folder}")
     paths = folder.iterdir() if folder.is_dir() else []
-    present = sorted(path.name for path in paths if not is_partial(path))
+    # a fresh run must not take somebody else's half-written file for its own and remove it
+    present = sorted(path.name for path in paths if not (config.resume and is_partial(path)))
     if not config.resume:
         if present:
             raise ValueError(

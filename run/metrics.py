@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from tqdm import tqdm
 
+from run.atomic import write_text
+
 METRICS_FILE = "metrics.jsonl"
 GIB = 1 << 30
 
@@ -28,7 +30,7 @@ class MetricsFile:
         rows = path.read_text().splitlines() if path.is_file() else []
         # the last line may be cut off, where the process was killed in the middle of it
         kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in kept))
+        write_text(path, "".join(row + "\n" for row in kept))
         self._path = path
         self.last_row: Row | None = json.loads(kept[-1]) if kept else None
 

@@ -115,6 +115,12 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         check_output(replace(CONFIG, output=str(tmp_path / "file")))
 
 
+def test_somebody_elses_half_written_file_is_not_taken_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "film.partial").write_text("half")
+    with pytest.raises(ValueError, match=r"new or empty folder: .* holds film\.partial"):
+        check_output(replace(CONFIG, output=str(tmp_path)))
+
+
 def test_a_resumed_run_keeps_its_flags(tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "out"), resume=True)
     # a folder that is not there yet: nothing to resume, which is no error
@@ -155,6 +161,23 @@ def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) 
         {"step": 2, "loss": 0.5},
         {"step": 3, "loss": None},
     ]
+
+
+def test_metrics_survive_where_dropping_rows_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = MetricsFile(tmp_path, 0)
+    for step in (1, 2):
+        metrics.append({"step": step, "loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("run.atomic.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        MetricsFile(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_a_line_of_the_log_has_speed_and_memory() -> None:
