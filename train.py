@@ -1,9 +1,12 @@
 """Fine-tune a Llama checkpoint with QLoRA: read this file top to bottom.
 
-python train.py                                          the bundled model and data
-python train.py --model DIR --data FILE --output OUT     your own
+    python train.py                                          the bundled model and data
+    python train.py --model DIR --data FILE --output OUT     your own
+
+`main` tells the story; its steps follow.
 """
 
+import functools
 import math
 import os
 import sys
@@ -53,12 +56,16 @@ SAMPLE_TOKENS = 100
 # float16's loss scale finds its level within fewer
 MAX_SKIPPED_IN_A_ROW = 30
 
+# asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
+order_of_epoch = functools.lru_cache(maxsize=1)(epoch_order)
+
 
 @dataclass
 class Run:
     """A run between two steps: what a step changes, and what it needs."""
 
     config: TrainConfig
+    lora: LoRAConfig
     model: Llama
     optimizer: AdamW
     loss_scale: LossScale
@@ -78,11 +85,11 @@ class StepResult:
 
 def main(arguments: Sequence[str]) -> None:
     config = parse_config(arguments, without_model=BUNDLED_RUN)
+    lora = lora_config(config)
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
     config = resolve(config, llama_config)
     check_output(config)
-    lora = lora_config(config)
     device = torch.device(config.device)
     make_deterministic(device)
 
@@ -120,11 +127,11 @@ def main(arguments: Sequence[str]) -> None:
     # only now, when nothing that was given can be wrong any more, is anything written
     open_output(config)
     num_steps = count_steps(config, train_data)
-    run = Run(config, model, optimizer, loss_scale, train_data, eval_data, state, num_steps)
+    run = Run(config, lora, model, optimizer, loss_scale, train_data, eval_data, state, num_steps)
     before = answer(run, tokenizer)
-    last_row = train(run, lora)
+    last_row = train(run)
     if num_steps:
-        save_results(run, lora, tokenizer, last_row)
+        save_results(run, tokenizer, last_row)
     after = answer(run, tokenizer)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
@@ -247,7 +254,7 @@ def steps_of_epoch(config: TrainConfig, dataset: Dataset) -> int:
     return epoch_steps(len(dataset.samples), config.batch_size, config.gradient_accumulation_steps)
 
 
-def train(run: Run, lora: LoRAConfig) -> Row | None:
+def train(run: Run) -> Row | None:
     """Take the run's steps, evaluating, logging and saving on the way; return the last row."""
     config, state = run.config, run.state
     output = Path(config.output)
@@ -303,7 +310,7 @@ def train(run: Run, lora: LoRAConfig) -> Row | None:
                 output,
                 state,
                 run.optimizer.state_tensors(),
-                lambda folder: write_adapter(folder, run, lora),
+                lambda folder: write_adapter(folder, run),
             )
     progress.close()
     return metrics.last_row
@@ -359,7 +366,7 @@ def step_batches(run: Run) -> list[Batch]:
     """The micro-batches of the next step, a pure function of the seed and the step's number."""
     config, samples = run.config, run.train_data.samples
     epoch, step_in_epoch = divmod(run.state.step, steps_of_epoch(config, run.train_data))
-    order = epoch_order(len(samples), epoch, config.seed, config.shuffle)
+    order = order_of_epoch(len(samples), epoch, config.seed, config.shuffle)
     micro_batches = step_micro_batches(
         order, step_in_epoch, config.batch_size, config.gradient_accumulation_steps
     )
@@ -393,17 +400,16 @@ def answer(run: Run, tokenizer: Tokenizer) -> str | None:
             eos_token=tokenizer.eos_token,
         )
         ids = tokenizer.encode(text, add_special_tokens=False)
-    run.model.eval()
     stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
     new_ids = generate_greedy(run.model, ids, SAMPLE_TOKENS, stop_ids)
     return tokenizer.decode(new_ids).strip()
 
 
-def write_adapter(folder: Path, run: Run, lora: LoRAConfig) -> None:
-    save_adapter(folder, run.model.adapter_tensors(), lora, run.config.model)
+def write_adapter(folder: Path, run: Run) -> None:
+    save_adapter(folder, run.model.adapter_tensors(), run.lora, run.config.model)
 
 
-def save_results(run: Run, lora: LoRAConfig, tokenizer: Tokenizer, row: Row | None) -> None:
+def save_results(run: Run, tokenizer: Tokenizer, row: Row | None) -> None:
     """Write the adapter, the tokenizer and the model card into the output folder."""
     output = Path(run.config.output)
     figures = {
@@ -413,7 +419,7 @@ def save_results(run: Run, lora: LoRAConfig, tokenizer: Tokenizer, row: Row | No
     if row:
         figures["last step"] = describe(row)
     with new_files(output) as folder:
-        write_adapter(folder, run, lora)
+        write_adapter(folder, run)
         tokenizer.save(folder)
         (folder / CARD_FILE).write_text(model_card(run.config, figures))
     print(f"saved the adapter in {output}")

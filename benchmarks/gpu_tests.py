@@ -1,6 +1,8 @@
-"""Run the tests that need a GPU and record what they said.
+"""Run the tests that need a GPU and record what they said: how many, of which file, how long.
 
-python -m benchmarks.gpu_tests --json benchmarks/results/gpu_tests.h100.json
+    python -m benchmarks.gpu_tests --json benchmarks/results/gpu_tests.h100.json
+
+A failing test makes the command fail, and is recorded too.
 """
 
 import argparse

@@ -239,8 +239,6 @@ def test_bad_flags_are_refused_and_leave_no_folder(
     tmp_path: Path, flags: str, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if flags == "--device cuda":
-        flags = "--device cuda --dtype float32"
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         run(tmp_path, flags)
     assert not (tmp_path / "out").exists()
