@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.nf4_matmul import nf4_matmul, nf4_matmul_transposed
+from kernels.nf4_quantize import nf4_quantize_member
 from lora.config import LoRAConfig
-from nf4.weight import NF4Weight, empty_weight, quantize_member
+from nf4.weight import NF4Weight, empty_weight
 
 
 class _Update(NamedTuple):
@@ -188,7 +189,7 @@ class LinearGroup(nn.Module):
         member_name, kind = name.rsplit(".", 1)
         index = self.names.index(member_name)
         if kind == "weight" and isinstance(self.weight, NF4Weight):
-            quantize_member(self.weight, index, tensor, checkpoint_name)
+            nf4_quantize_member(self.weight, index, tensor, checkpoint_name)
             return
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{checkpoint_name} must hold finite values only: got NaN or infinity")

@@ -41,6 +41,19 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}: got {block_size}")
 
 
+def check_quantizable(weight: Tensor, name: str) -> None:
+    """Refuse a tensor that NF4 cannot hold.
+
+    Raises:
+        ValueError: the tensor is empty or not floating point.
+    """
+    if weight.numel() == 0 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name} must be a non-empty float32, float16 or bfloat16 tensor to be quantized: "
+            f"got {weight.dtype} with shape {tuple(weight.shape)}"
+        )
+
+
 def quantize_blockwise(
     weight: Tensor,  # any shape; float32, float16 or bfloat16
     block_size: int,
@@ -62,11 +75,7 @@ def quantize_blockwise(
             floating point.
     """
     check_block_size(block_size)
-    if weight.numel() == 0 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"{name} must be a non-empty float32, float16 or bfloat16 tensor to be quantized: "
-            f"got {weight.dtype} with shape {tuple(weight.shape)}"
-        )
+    check_quantizable(weight, name)
     flat = weight.reshape(-1)
     num_elements = flat.numel()
     packed = torch.empty((num_elements + 1) // 2, dtype=torch.uint8, device=flat.device)

@@ -48,7 +48,7 @@ def _signed_dynamic_map() -> Tensor:  # (256,) float32, ascending
 
 
 DYNAMIC_MAP = _signed_dynamic_map()
-_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2
+DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:  # absmax (num_blocks,) 
     groups = F.pad(absmax - mean, (0, -num_blocks % GROUP_SIZE)).view(-1, GROUP_SIZE)
     group_absmax = groups.abs().amax(dim=1)
     scaled = groups * group_absmax.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()[:, None]
-    midpoints = _MIDPOINTS.to(absmax.device)
+    midpoints = DYNAMIC_MAP_MIDPOINTS.to(absmax.device)
     lower = torch.bucketize(scaled, midpoints, out_int32=True)
     upper = torch.bucketize(scaled, midpoints, out_int32=True, right=True)
     # the two searches differ only on a midpoint, where `upper` is `lower` + 1

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nf4.blockwise import check_block_size, dequantize_blockwise, quantize_blockwise
+from nf4.blockwise import (
+    check_block_size,
+    check_quantizable,
+    dequantize_blockwise,
+    quantize_blockwise,
+)
 from nf4.double_quant import GROUP_SIZE, QuantizedAbsmax, dequantize_absmax, quantize_absmax
 
 
@@ -127,6 +132,40 @@ def member(weight: NF4Weight, index: int) -> NF4Weight:
     return NF4Weight(packed, absmax, rows, weight.in_features, weight.block_size)
 
 
+def check_matrix(target: NF4Weight, matrix: Tensor, name: str) -> None:
+    """Refuse a matrix that cannot become `target`, whatever its values.
+
+    Raises:
+        ValueError: the matrix has another shape, lies on another device, or is not floating point.
+    """
+    if tuple(matrix.shape) != target.shape:
+        raise ValueError(f"{name} must have shape {target.shape}: got {tuple(matrix.shape)}")
+    if matrix.device != target.device:
+        raise ValueError(
+            f"{name} must lie on the device of the weight that takes it, {target.device}: "
+            f"got {matrix.device}"
+        )
+    check_quantizable(matrix, name)
+
+
+def check_finite(
+    absmax: Tensor,  # (num_blocks,) float32
+    matrix: Tensor,
+    name: str,
+) -> None:
+    """Refuse the matrix with these scales if a scale, and thus a weight, is not finite.
+
+    Raises:
+        ValueError: a scale is a NaN or an infinity.
+    """
+    if not bool(absmax.isfinite().all()):
+        num_bad = int((~matrix.isfinite()).sum())
+        raise ValueError(
+            f"{name} must hold finite weights only: {num_bad} of {matrix.numel()} are NaN or "
+            "infinite; the checkpoint is damaged or was saved from a diverged run"
+        )
+
+
 def quantize_member(
     weight: NF4Weight,
     index: int,
@@ -139,22 +178,16 @@ def quantize_member(
         name: what an error calls the matrix: its name in the checkpoint.
 
     Raises:
-        ValueError: the matrix has another shape, is not floating point, or holds a NaN or an
-            infinity.
+        ValueError: the matrix has another shape or lies on another device, is not floating point,
+            or holds a NaN or an infinity.
 
     Note:
         Synchronizes with the device once, to look for non-finite weights.
     """
     target = member(weight, index)
-    if tuple(matrix.shape) != target.shape:
-        raise ValueError(f"{name} must have shape {target.shape}: got {tuple(matrix.shape)}")
+    check_matrix(target, matrix, name)
     packed, absmax = quantize_blockwise(matrix, weight.block_size, name)
-    if not bool(absmax.isfinite().all()):
-        num_bad = int((~matrix.isfinite()).sum())
-        raise ValueError(
-            f"{name} must hold finite weights only: {num_bad} of {matrix.numel()} are NaN or "
-            "infinite; the checkpoint is damaged or was saved from a diverged run"
-        )
+    check_finite(absmax, matrix, name)
     target.packed.copy_(packed)
     if isinstance(target.absmax, QuantizedAbsmax):
         quantized = quantize_absmax(absmax)

@@ -2,19 +2,22 @@
 
 A recorder in the kernel's place takes what the launcher passes; from that the compiler's input is
 made as `triton.jit` makes it: types, constants, and which arguments are multiples of 16.
+Other kernels of the file, which the same launcher may launch, are recorded and let go.
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
+from compiled_kernels import Resources, note_compiled
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -25,24 +28,36 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.uint8: "u8",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 # bytes of shared memory that a block may have, by compute capability: CUDA programming guide,
 # "Technical Specifications per Compute Capability"
 SHARED_BYTES_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# what a block that uses shared memory gives up to the system; cuobjdump counts it among the block's
+# own, the limits above do not
+RESERVED_SHARED_BYTES = {80: 0, 89: 0, 90: 1 << 10, 100: 1 << 10}
 REGISTERS_LIMIT = 64 << 10
 WARP_SIZE = 32
 
 
 @dataclass(frozen=True)
-class CompiledLaunch:
+class CompiledLaunch(Resources):
     """One compiled kernel, and what it takes of a multiprocessor."""
 
+    kernel: str
     num_threads: int
-    registers: int  # of a thread
-    shared_bytes: int  # of a block
-    stack_bytes: int  # of a thread: what did not fit the registers lies there
     ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+
+    def count_instructions(self) -> int:
+        """Count what a thread executes at most, in code that has no loop.
+
+        Subroutines lie behind the last exit: the slow paths of a division, for instance.
+        """
+        listing = _cuobjdump(self.cubin, "-sass")
+        names = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", listing)
+        return len(names) - names[::-1].index("EXIT")
 
     def assert_fits(self, capability: int) -> None:
         """It spills nothing and can be launched."""
@@ -75,7 +90,10 @@ def compile_launch(
     """Compile the kernel that `launch` launches, for a GPU of the given capability."""
     kernel = getattr(module, kernel_name)
     recorder = _Recorder()
-    with patch.object(module, kernel_name, recorder):
+    with ExitStack() as stack:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            stand_in = recorder if name == kernel_name else _Recorder()
+            stack.enter_context(patch.object(module, name, stand_in))
         launch()
     names: list[str] = kernel.arg_names
     values = dict(zip(names, recorder.args, strict=False)) | recorder.kwargs
@@ -88,9 +106,13 @@ def compile_launch(
         if name in constexprs or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
             continue
-        is_tensor = isinstance(value, Tensor)
-        signature[name] = f"*{TYPE_NAMES[value.dtype]}" if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        if isinstance(value, Tensor):
+            signature[name] = f"*{TYPE_NAMES[value.dtype]}"
+            number = value.data_ptr()
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            number = value
+        if number % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -98,19 +120,33 @@ def compile_launch(
         options=options,
     )
     usage = _resource_usage(compiled.asm["cubin"])
-    return CompiledLaunch(
-        num_threads=compiled.metadata.num_warps * WARP_SIZE,
+    static_shared = max(usage["SHARED"] - RESERVED_SHARED_BYTES[capability], 0)
+    resources = Resources(
         registers=usage["REG"],
-        shared_bytes=compiled.metadata.shared,
+        # triton's own is dynamic; inline PTX may declare static memory beside it
+        shared_bytes=compiled.metadata.shared + static_shared,
         stack_bytes=max(usage["STACK"], usage["LOCAL"]),
+    )
+    configuration = repr((signature, constants, attributes, options))
+    note_compiled(kernel_name, capability, configuration, resources)
+    return CompiledLaunch(
+        **asdict(resources),
+        kernel=kernel_name,
+        num_threads=compiled.metadata.num_warps * WARP_SIZE,
         ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _cuobjdump(cubin, "-res-usage"))
+    return {name: int(number) for name, number in found}
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        output = subprocess.check_output(command, text=True)
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        # it warns of an old format each time
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)

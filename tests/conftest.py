@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled_kernels import resource_table
 from poison import poisoned_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the compiled kernels take of a GPU: a spill is a column that is not zero."""
+    lines = list(resource_table())
+    if lines:
+        terminalreporter.section("compiled kernels, the most of each over its configurations")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Runs the NF4 kernels of all tiny cases in Triton's interpreter; a process of its own.
 
-TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers return, by case,
-to the safetensors file that is its argument.
+TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers compute, by
+case, to the safetensors file that is its argument.
 """
 
 import os
@@ -19,12 +19,28 @@ from nf4_cases import (  # noqa: E402
     random_rows,
     random_weight,
 )
+from nf4_quantize_cases import (  # noqa: E402
+    INTERPRETED_CASES,
+    held_tensors,
+    matrices_of,
+    non_finite_matrix,
+    scales_on_midpoints,
+)
 from poison import poisoned_memory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul import _launch_nf4_matmul  # noqa: E402
+from kernels.nf4_quantize import (  # noqa: E402
+    _launch_nf4_quantize,
+    _launch_nf4_quantize_absmax,
+)
+from nf4.double_quant import quantize_absmax  # noqa: E402
+from nf4.weight import empty_weight, member  # noqa: E402
+
+CPU = torch.device("cpu")
 
 
 def let_loops_run_under_numpy_2_4() -> None:
@@ -42,6 +58,32 @@ def let_loops_run_under_numpy_2_4() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def quantized(results: dict[str, Tensor]) -> None:
+    """Add what the quantization launchers write."""
+    for case in INTERPRETED_CASES:
+        shape = case.weight
+        weight = empty_weight(
+            shape.rows, shape.in_features, shape.block_size, shape.double_quant, CPU
+        )
+        for index, matrix in enumerate(matrices_of(case)):
+            _launch_nf4_quantize(member(weight, index), matrix)
+        results |= {f"{case}/{name}": tensor for name, tensor in held_tensors(weight).items()}
+    for dtype in INTERPRETED_DTYPES:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            weight = empty_weight((5,), 70, 64, True, CPU)
+            absmax = _launch_nf4_quantize(weight, non_finite_matrix(value, dtype))
+            results[f"{value}-{dtype}/absmax"] = absmax
+    for name, absmax in (
+        ("on midpoints", scales_on_midpoints()),
+        ("overflow", torch.full((300,), 3e38)),
+    ):
+        # of the right shapes; all but the mean is written over
+        scales = quantize_absmax(torch.rand(absmax.numel()))
+        scales.mean.fill_(0.0 if name == "on midpoints" else float("inf"))
+        _launch_nf4_quantize_absmax(scales, absmax)
+        results |= {f"{name}/{part}": tensor for part, tensor in vars(scales).items()}
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -53,6 +95,7 @@ def main() -> None:
         for case in TINY_PRODUCTS:
             weight = random_weight(case.weight)
             results[str(case)] = _launch_nf4_matmul(random_rows(case), weight, case.transposed)
+        quantized(results)
     save_file(results, sys.argv[1])
 
 

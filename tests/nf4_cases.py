@@ -1,6 +1,7 @@
 """The weights and products on which the NF4 kernels are tried: in the interpreter and on a GPU."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -44,17 +45,23 @@ def _generator(case: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
 
 
-def random_weight(case: WeightCase) -> NF4Weight:
-    """Quantize normal matrices of growing scale, with a block of zeros and an outlier in each."""
+def random_matrices(case: WeightCase) -> Iterator[Tensor]:
+    """Draw normal matrices of growing scale, with a block of zeros and an outlier in each."""
     generator = _generator(case)
-    device = torch.device("cpu")
-    weight = empty_weight(case.rows, case.in_features, case.block_size, case.double_quant, device)
     for index, num_rows in enumerate(case.rows):
         matrix = torch.randn(num_rows, case.in_features, generator=generator) * 2.0**index
         flat = matrix.view(-1)
         # the second block, if there is one
         flat[case.block_size : 2 * case.block_size] = 0
         flat[-1] = 20
+        yield matrix
+
+
+def random_weight(case: WeightCase) -> NF4Weight:
+    """Quantize random matrices."""
+    device = torch.device("cpu")
+    weight = empty_weight(case.rows, case.in_features, case.block_size, case.double_quant, device)
+    for index, matrix in enumerate(random_matrices(case)):
         quantize_member(weight, index, matrix, f"member {index}")
     return weight
 

@@ -1,0 +1,80 @@
+"""ahead_of_time.py and compiled_kernels.py: all shared memory is counted, and the table is read."""
+
+# triton's annotations know no launch options
+# pyright: reportCallIssue=false
+
+import sys
+from unittest.mock import patch
+
+import compiled_kernels
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ahead_of_time import compile_launch
+from compiled_kernels import Resources, note_compiled, resource_table
+
+
+@triton.jit
+def _exchange_kernel(x_ptr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr):
+    offs = tl.arange(0, 128)
+    x = tl.load(x_ptr + offs)
+    if STATIC:
+        x = tl.inline_asm_elementwise(
+            """{
+            .shared .align 16 .b8 buffer[4096];
+            .reg .u32 address;
+            mov.u32 address, buffer;
+            st.shared.b32 [address], $1;
+            ld.shared.b32 $0, [address + 64];
+            }""",
+            "=r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    if DYNAMIC:
+        # a sum over 4 warps
+        x += tl.sum(x, 0)
+    tl.store(x_ptr + offs, x)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
+def test_static_shared_memory_is_counted_beside_dynamic(capability: int) -> None:
+    def launch(static: bool, dynamic: bool) -> None:
+        x = torch.empty(128, dtype=torch.int32)
+        _exchange_kernel[(1,)](x, STATIC=static, DYNAMIC=dynamic, enable_fp_fusion=True)
+
+    with patch.object(compiled_kernels, "_COMPILED", {}):
+        shared = {
+            (static, dynamic): compile_launch(
+                sys.modules[__name__],
+                "_exchange_kernel",
+                lambda static=static, dynamic=dynamic: launch(static, dynamic),
+                capability,
+            ).shared_bytes
+            for static in (False, True)
+            for dynamic in (False, True)
+        }
+    # four partial sums
+    assert shared[False, False] == 0
+    assert shared[False, True] == 16
+    assert shared[True, False] == 4096
+    assert shared[True, True] == 4112
+
+
+def test_table_shows_the_most_that_a_configuration_takes() -> None:
+    with patch.object(compiled_kernels, "_COMPILED", {}):
+        assert list(resource_table()) == []
+        note_compiled("_long_kernel", 90, "a", Resources(40, 2048, 0))
+        note_compiled("_long_kernel", 90, "b", Resources(64, 0, 8))
+        note_compiled("_long_kernel", 90, "b", Resources(64, 0, 8))
+        note_compiled("_long_kernel", 100, "a", Resources(32, 0, 0))
+        note_compiled("_a_kernel", 90, "a", Resources(255, 0, 0))
+        cells = [line.split() for line in list(resource_table())[1:]]
+    assert cells == [
+        ["_a_kernel", "sm_90", "1", "255", "0", "0"],
+        ["_long_kernel", "sm_90", "2", "64", "2048", "8"],
+        ["_long_kernel", "sm_100", "1", "32", "0", "0"],
+    ]
