@@ -12,12 +12,21 @@ N K multiplications, so memory bandwidth is the limit. Chunks are one-dimensiona
 bytes a thread because in that shape Triton vectorizes both load and store without a detour through
 shared memory, provided that it knows the members to be aligned.
 
+    out      | row 0        | gap | row 1        | gap | ...        gap = row stride - K
+
+W may be a part of wider rows, which hold the columns of an adapter behind it. Then a thread's 8
+values stay together if 8 divides K and the row stride; they move up by a gap for each row that ends
+before them. A program finds its first row by a division and counts further ends by comparing, where
+rows are long.
+
 Bit-identical to `nf4.weight.dequantize`: float32 level times float32 scale, rounded once. The
 format is that of QLoRA section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
 """
 
 # triton's annotations know neither launch options nor static_range
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from math import gcd
 
 import torch
 import triton
@@ -38,15 +47,19 @@ nf4_dequantize_reference = dequantize
 NUM_WARPS = 4
 # 4 bytes for each of a program's threads
 CHUNK_BYTES = 4 * 32 * NUM_WARPS
+# values that a thread makes of its 4 bytes
+MAX_VECTOR = 8
 # chunks per program, whose loads overlap
 CHUNKS = 4
+# more ends of rows than this in a program, and a division is cheaper than comparing with each
+MAX_ROW_ENDS = 4
 # what the widest access, 16 bytes, needs every start and length to be a multiple of
 ALIGNMENT = tl.constexpr(16)
 
 
 @triton.jit
 def _nf4_dequantize_kernel(
-    out_ptr,  # (sum of rows, in_features), contiguous
+    out_ptr,  # (sum of rows, in_features), each row contiguous
     packed_ptr,
     absmax_ptr,
     group_absmax_ptr,
@@ -55,7 +68,11 @@ def _nf4_dequantize_kernel(
     dynamic_map_ptr,
     member_table_ptr,
     in_features,
+    row_stride,
     IS_ALIGNED: tl.constexpr,  # every member has a multiple of 2 * ALIGNMENT elements
+    HAS_GAPS: tl.constexpr,  # row_stride > in_features; the next two matter then only
+    VECTOR: tl.constexpr,  # divides in_features and row_stride
+    ROW_ENDS: tl.constexpr,  # at most so many lie in a program's elements; 0: unknown
     QUANT_BLOCK: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     CHUNK_BYTES: tl.constexpr,
@@ -77,6 +94,16 @@ def _nf4_dequantize_kernel(
         num_bytes = tl.multiple_of(num_bytes, ALIGNMENT)
     first_byte = tl.program_id(0).to(tl.int64) * CHUNKS * CHUNK_BYTES
     if first_byte < num_bytes:
+        if HAS_GAPS:
+            # counted in vectors of values, which no row's end divides
+            chunk_length: tl.constexpr = 2 * CHUNK_BYTES // VECTOR
+            row_length = in_features // VECTOR
+            gap = (row_stride - in_features).to(tl.int64) // VECTOR
+            first_vector = tl.program_id(0).to(tl.int64) * CHUNKS * chunk_length
+            first_row = first_vector // row_length
+            # in 32 bits, where comparing and dividing cost less
+            first_column = (first_vector - first_row * row_length).to(tl.int32)
+            first_place = first_vector + first_row * gap + tl.load(row) * (row_length + gap)
         for chunk in tl.static_range(CHUNKS):
             offs = first_byte + chunk * CHUNK_BYTES + tl.arange(0, CHUNK_BYTES)
             mask = offs < num_bytes
@@ -96,14 +123,38 @@ def _nf4_dequantize_kernel(
             high = tl.load(levels_ptr + (byte >> 4)) * absmax
             low = tl.load(levels_ptr + (byte & 15)) * absmax
             values = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
-            offs_out = (first_byte + chunk * CHUNK_BYTES) * 2 + tl.arange(0, 2 * CHUNK_BYTES)
-            tl.store(out_ptr + first_element + offs_out, values, mask=offs_out < num_elements)
+            if HAS_GAPS:
+                vectors = chunk * chunk_length + tl.arange(0, chunk_length)
+                column = first_column + vectors
+                place = first_place + vectors
+                if ROW_ENDS > 0:
+                    for end in tl.static_range(1, ROW_ENDS + 1):
+                        place += tl.where(column >= end * row_length, gap, 0)
+                else:
+                    place += column // row_length * gap
+                offs_out = place[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+                mask_out = (first_vector + vectors < num_elements // VECTOR)[:, None]
+                values = tl.reshape(values, (chunk_length, VECTOR))
+                tl.store(out_ptr + offs_out, values, mask=mask_out)
+            else:
+                offs_out = (first_byte + chunk * CHUNK_BYTES) * 2 + tl.arange(0, 2 * CHUNK_BYTES)
+                tl.store(out_ptr + first_element + offs_out, values, mask=offs_out < num_elements)
 
 
-def _launch_nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    table = member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
-    sizes = [rows * weight.in_features for rows in weight.rows]
+def _launch_nf4_dequantize(
+    weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    in_features = weight.in_features
+    has_gaps = not out.is_contiguous()
+    row_stride = out.stride(0) if has_gaps else in_features
+    program_elements = 2 * CHUNKS * CHUNK_BYTES
+    row_ends = triton.cdiv(program_elements, in_features)
+    # a row and what a program goes on to are counted in 32 bits
+    assert not has_gaps or in_features + program_elements < 2**31
+    table = member_table(weight.rows, in_features, weight.block_size, weight.device)
+    sizes = [rows * in_features for rows in weight.rows]
     grid = (triton.cdiv((max(sizes) + 1) // 2, CHUNKS * CHUNK_BYTES), len(sizes))
     # triton launches on the current device, which need not be the weight's
     with torch.cuda.device_of(weight.packed):
@@ -114,8 +165,13 @@ def _launch_nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
             device_constant("levels", weight.device),
             device_constant("dynamic_map", weight.device),
             table,
-            weight.in_features,
+            in_features,
+            row_stride,
             IS_ALIGNED=all(size % (2 * ALIGNMENT.value) == 0 for size in sizes),
+            HAS_GAPS=has_gaps,
+            # constant without gaps, so that one kernel serves all
+            VECTOR=gcd(in_features, row_stride, MAX_VECTOR) if has_gaps else MAX_VECTOR,
+            ROW_ENDS=row_ends if has_gaps and row_ends <= MAX_ROW_ENDS else 0,
             QUANT_BLOCK=weight.block_size,
             DOUBLE_QUANT=weight.is_double_quantized,
             CHUNK_BYTES=CHUNK_BYTES,
@@ -126,19 +182,53 @@ def _launch_nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _check_out(out: Tensor, weight: NF4Weight, dtype: torch.dtype) -> None:
+    if tuple(out.shape) != weight.shape:
+        raise ValueError(
+            f"out must have the weight's shape {weight.shape}: got {tuple(out.shape)}; "
+            f"pass scratch[:, :{weight.in_features}] of a wider scratch"
+        )
+    if out.dtype != dtype:
+        raise ValueError(
+            f"out must have the dtype that the weight is expanded to, {dtype}: got {out.dtype}; "
+            "pass a tensor or a dtype that agrees"
+        )
+    if out.device != weight.device:
+        raise ValueError(
+            f"out must lie on the weight's device, {weight.device}: got {out.device}; "
+            "allocate it there"
+        )
+    num_rows, in_features = weight.shape
+    is_row_contiguous = out.stride(1) == 1 or in_features == 1
+    if not is_row_contiguous or (num_rows > 1 and out.stride(0) < in_features):
+        raise ValueError(
+            f"out must have contiguous rows that do not overlap: got strides {out.stride()}; "
+            "pass columns of a contiguous matrix"
+        )
+
+
 def nf4_dequantize(
     weight: NF4Weight,  # (N, K), all members
     dtype: torch.dtype,
+    out: Tensor | None = None,  # (N, K) dtype, each row contiguous
 ) -> Tensor:  # (N, K) dtype
     """Expand an NF4 weight to floats, all its members in one launch.
 
         W[n, k] = LEVELS[code[n, k]] * absmax[block of (n, k)]
 
+    Args:
+        out: what to write into and return, for instance the first K columns of a wider matrix,
+            whose other columns stay as they are; a new tensor if None.
+
     Raises:
-        ValueError: `dtype` is not bfloat16, float16 or float32.
+        ValueError: `dtype` is not bfloat16, float16 or float32, or `out` has another shape or
+            dtype, lies on another device, or has rows that are not contiguous or overlap.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"a weight dequantizes to bfloat16, float16 or float32: got {dtype}")
+    if out is not None:
+        _check_out(out, weight, dtype)
     if weight.device.type == "cpu":
-        return nf4_dequantize_reference(weight, dtype)
-    return _launch_nf4_dequantize(weight, dtype)
+        expanded = nf4_dequantize_reference(weight, dtype)
+        return expanded if out is None else out.copy_(expanded)
+    return _launch_nf4_dequantize(weight, dtype, out)

@@ -1,32 +1,58 @@
 """Multiply by an NF4 weight: y = x W^T and its mirror for the backward pass, grad_x = grad_y W.
 
-    x (M, K)  ---- tile (BLOCK_M, BLOCK_K) ----+
-                                               tl.dot -> y (M, N), float32, rounded once
-    W packed  -- decode (BLOCK_N, BLOCK_K) ----+
-               in registers: the 16-bit weight never reaches memory
+    few rows     fused    W is decoded inside the product (`nf4_matmul_fused`): reads its 0.516
+                          bytes a weight, and decodes them again for every 32 rows of x
+    many rows    expand   W is expanded once (`nf4_dequantize`, 2.516 bytes a weight moved), then
+                          a dense product reads 2 more and runs at the tensor cores' full rate
 
-Reads 2 M K bytes of x and N K (1/2 + 1/B + 4 / (256 B)) of W, with B the block size: 0.516 bytes a
-weight at 64, where a bf16 product reads 2. Writes 2 M N; 2 M N K FLOP. So the fused kernel wins
-while the weight's bytes are the cost: few rows. It decodes the weight once per BLOCK_M rows; with
-many rows that arithmetic is the cost, and expanding the weight once (N K * 2.516 bytes) for a dense
-product is faster. `matmul_path` decides.
-
-Weights are decoded exactly as `nf4_dequantize` does and rounded to x's dtype, so both paths
-multiply by the same numbers and differ in the order of summation only. The product is that of QLoRA
-section 3, "QLoRA", without the adapter's term.
+2 M N K FLOP either way. The number of rows where the second becomes faster is measured, not
+reasoned: `matmul_path` looks it up in a table by device and says why it chose. Expanded weights are
+rounded to x's dtype, fused ones are not or differently, so the two paths differ by about what
+either errs. The product is that of QLoRA section 3, "QLoRA", without the adapter's term.
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.nf4_decode import device_constant, load_weight_tile, member_table, scale_tensors
 from kernels.nf4_dequantize import nf4_dequantize
+from kernels.nf4_matmul_fused import (
+    _launch_nf4_matmul_forward,
+    _launch_nf4_matmul_transposed,
+    fused_obstacle,
+)
 from nf4.weight import NF4Weight, dequantize
+
+Path = Literal["fused", "expand"]
+
+
+class MatmulPath(NamedTuple):
+    """How a CUDA tensor is multiplied, and why."""
+
+    name: Path
+    reason: str
+
+
+class Crossover(NamedTuple):
+    """The most rows for which the fused product wins, for weights of at least a size."""
+
+    min_weights: int
+    forward: int
+    transposed: int
+
+
+# by compute capability and number of multiprocessors, the largest weights first; from
+# benchmarks/results/nf4_matmul.*.json
+CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
+    ((9, 0), 132): (
+        Crossover(8 << 20, forward=64, transposed=16),
+        Crossover(0, forward=32, transposed=16),
+    ),
+}
+# of a device that nobody measured: the fused product wins by far at these few rows on all known
+DEFAULT_CROSSOVERS = (Crossover(0, forward=16, transposed=16),)
 
 
 def nf4_matmul_reference(x: Tensor, weight: NF4Weight) -> Tensor:
@@ -39,115 +65,50 @@ def nf4_matmul_transposed_reference(grad_y: Tensor, weight: NF4Weight) -> Tensor
     return (grad_y.float() @ dequantize(weight, grad_y.dtype).float()).to(grad_y.dtype)
 
 
-# the most rows of x for which decoding inside the product beats expanding the weight first
-FUSED_MAX_ROWS = 16
-
-# the widest tile whose per-element addresses fit the registers on every target; one stage, for the
-# same reason
-BLOCK_M, BLOCK_KEPT, BLOCK_REDUCED = 16, 32, 64
-NUM_WARPS = 8
-NUM_STAGES = 1
+@cache
+def _device_key(device: torch.device) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
 
 
-@triton.jit
-def _nf4_matmul_kernel(
-    x_ptr,  # (M, REDUCED), row stride stride_xm
-    y_ptr,  # (M, KEPT), contiguous
-    packed_ptr,
-    absmax_ptr,
-    group_absmax_ptr,
-    absmax_mean_ptr,
-    levels_ptr,
-    dynamic_map_ptr,
-    member_table_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    NUM_MEMBERS: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,  # False: y = x W^T, reduced over K; True: y = x W, reduced over N
-    BLOCK_M: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr,
-    BLOCK_REDUCED: tl.constexpr,
-):
-    # one program computes the (BLOCK_M, BLOCK_KEPT) tile of y at (pid_m, pid_kept)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_kept = tl.program_id(0).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    mask_m = offs_m < M
-    kept, reduced = (K, N) if TRANSPOSED else (N, K)
-    acc = tl.zeros((BLOCK_M, BLOCK_KEPT), tl.float32)
-    for start in range(0, reduced, BLOCK_REDUCED):
-        offs_reduced = start + tl.arange(0, BLOCK_REDUCED).to(tl.int64)
-        x = tl.load(
-            x_ptr + offs_m[:, None] * stride_xm + offs_reduced[None, :],
-            mask=mask_m[:, None] & (offs_reduced < reduced)[None, :],
-            other=0.0,
-        )
-        offs_n, offs_k = (offs_reduced, offs_kept) if TRANSPOSED else (offs_kept, offs_reduced)
-        w = load_weight_tile(
-            packed_ptr,
-            absmax_ptr,
-            group_absmax_ptr,
-            absmax_mean_ptr,
-            levels_ptr,
-            dynamic_map_ptr,
-            member_table_ptr,
-            offs_n,
-            offs_k,
-            N,
-            K,
-            NUM_MEMBERS,
-            QUANT_BLOCK,
-            DOUBLE_QUANT,
-        ).to(x.dtype)
-        # ieee: a float32 product must not be rounded to tf32
-        acc = tl.dot(x, w if TRANSPOSED else tl.trans(w), acc, input_precision="ieee")
-    tl.store(
-        y_ptr + offs_m[:, None] * kept + offs_kept[None, :],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_kept < kept)[None, :],
-    )
+def matmul_path(
+    num_rows: int, weight: NF4Weight, dtype: torch.dtype, transposed: bool
+) -> MatmulPath:
+    """Choose how a CUDA tensor is multiplied by a weight.
 
-
-def _launch_nf4_matmul(x: Tensor, weight: NF4Weight, transposed: bool) -> Tensor:
+    Args:
+        num_rows: of the tensor.
+        dtype: of the tensor.
+        transposed: whether the product is grad_y W instead of x W^T.
+    """
+    if num_rows == 0:
+        return MatmulPath("expand", "there are no rows")
+    obstacle = fused_obstacle(weight, dtype, transposed)
+    if obstacle:
+        return MatmulPath("expand", obstacle)
+    key = _device_key(weight.device)
+    table = CROSSOVERS.get(key, DEFAULT_CROSSOVERS)
     N, K = weight.shape
-    M = x.shape[0]
-    kept = K if transposed else N
-    y = torch.empty((M, kept), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(kept, BLOCK_KEPT), triton.cdiv(M, BLOCK_M))
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(x):
-        _nf4_matmul_kernel[grid](
-            x,
-            y,
-            weight.packed,
-            *scale_tensors(weight),
-            device_constant("levels", weight.device),
-            device_constant("dynamic_map", weight.device),
-            member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
-            M,
-            N,
-            K,
-            x.stride(0),
-            NUM_MEMBERS=len(weight.rows),
-            QUANT_BLOCK=weight.block_size,
-            DOUBLE_QUANT=weight.is_double_quantized,
-            TRANSPOSED=transposed,
-            BLOCK_M=BLOCK_M,
-            BLOCK_KEPT=BLOCK_KEPT,
-            BLOCK_REDUCED=BLOCK_REDUCED,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-            enable_fp_fusion=False,
-        )
-    return y
+    crossover = next(row for row in table if row.min_weights <= N * K)
+    most = crossover.transposed if transposed else crossover.forward
+    (major, minor), num_sms = key
+    source = "measured on" if key in CROSSOVERS else "assumed for"
+    reason = (
+        f"{num_rows} rows of a {N}x{K} weight; fused wins up to {most}, {source} "
+        f"sm_{major}{minor} with {num_sms} multiprocessors"
+    )
+    return MatmulPath("fused" if num_rows <= most else "expand", reason)
 
 
-def matmul_path(num_rows: int) -> str:
-    """Choose how a CUDA tensor is multiplied: "fused", or "expand" (dequantize, then cuBLAS)."""
-    return "fused" if num_rows <= FUSED_MAX_ROWS else "expand"
+def _resolve(path: Path | None, x: Tensor, weight: NF4Weight, transposed: bool) -> Path:
+    if path is None:
+        return matmul_path(x.shape[0], weight, x.dtype, transposed).name
+    if path not in ("fused", "expand"):
+        raise ValueError(f"path must be fused or expand: got {path!r}")
+    obstacle = fused_obstacle(weight, x.dtype, transposed) if path == "fused" else ""
+    if obstacle:
+        raise ValueError(f"path must fit the weight: got fused, but {obstacle}; use expand")
+    return path
 
 
 def _check(x: Tensor, weight: NF4Weight, num_columns: int, what: str) -> None:
@@ -167,6 +128,7 @@ def _check(x: Tensor, weight: NF4Weight, num_columns: int, what: str) -> None:
 def nf4_matmul(
     x: Tensor,  # (M, K)
     weight: NF4Weight,  # (N, K)
+    path: Path | None = None,
 ) -> Tensor:  # (M, N), x's dtype
     """Multiply by the transpose of an NF4 weight.
 
@@ -174,31 +136,38 @@ def nf4_matmul(
 
     No gradient: `lora.linear_group` writes out the backward pass.
 
+    Args:
+        path: of a CUDA tensor, instead of what `matmul_path` chooses.
+
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or the path does not fit the weight.
     """
     _check(x, weight, weight.shape[1], "x")
     if x.device.type == "cpu":
         return nf4_matmul_reference(x, weight)
-    if matmul_path(x.shape[0]) == "fused":
-        return _launch_nf4_matmul(x, weight, transposed=False)
+    if _resolve(path, x, weight, transposed=False) == "fused":
+        return _launch_nf4_matmul_forward(x, weight)
     return x @ nf4_dequantize(weight, x.dtype).T
 
 
 def nf4_matmul_transposed(
     grad_y: Tensor,  # (M, N)
     weight: NF4Weight,  # (N, K)
+    path: Path | None = None,
 ) -> Tensor:  # (M, K), grad_y's dtype
     """Multiply by an NF4 weight: the gradient of `nf4_matmul` with respect to x.
 
         grad_x = grad_y W
 
+    Args:
+        path: of a CUDA tensor, instead of what `matmul_path` chooses.
+
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or the path does not fit the weight.
     """
     _check(grad_y, weight, weight.shape[0], "grad_y")
     if grad_y.device.type == "cpu":
         return nf4_matmul_transposed_reference(grad_y, weight)
-    if matmul_path(grad_y.shape[0]) == "fused":
-        return _launch_nf4_matmul(grad_y, weight, transposed=True)
+    if _resolve(path, grad_y, weight, transposed=True) == "fused":
+        return _launch_nf4_matmul_transposed(grad_y, weight)
     return grad_y @ nf4_dequantize(weight, grad_y.dtype)

@@ -99,11 +99,12 @@ def compile_launch(
     values = dict(zip(names, recorder.args, strict=False)) | recorder.kwargs
     options = {name: values.pop(name) for name in list(values) if name not in names} | options
     constexprs = {param.name for param in kernel.params if param.is_constexpr}
+    plain = {param.name for param in kernel.params if param.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value = values[name]
         # triton makes a constant of an integer that is 1
-        if name in constexprs or (isinstance(value, int) and value == 1):
+        if name in constexprs or (isinstance(value, int) and value == 1 and name not in plain):
             signature[name], constants[(index,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -112,7 +113,7 @@ def compile_launch(
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             number = value
-        if number % 16 == 0:
+        if number % 16 == 0 and name not in plain:
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

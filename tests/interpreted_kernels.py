@@ -13,11 +13,14 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
 from nf4_cases import (  # noqa: E402
+    IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
+    LONG_ROWS,
     TINY_PRODUCTS,
     TINY_WEIGHTS,
     random_rows,
     random_weight,
+    scratch_around,
 )
 from nf4_quantize_cases import (  # noqa: E402
     INTERPRETED_CASES,
@@ -32,7 +35,10 @@ from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
-from kernels.nf4_matmul import _launch_nf4_matmul  # noqa: E402
+from kernels.nf4_matmul_fused import (  # noqa: E402
+    _launch_nf4_matmul_forward,
+    _launch_nf4_matmul_transposed,
+)
 from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
@@ -84,6 +90,15 @@ def quantized(results: dict[str, Tensor]) -> None:
         results |= {f"{name}/{part}": tensor for part, tensor in vars(scales).items()}
 
 
+def expanded_into_a_part(results: dict[str, Tensor]) -> None:
+    """Add matrices of whose columns the dequantization launcher writes the first."""
+    for case in [*TINY_WEIGHTS, *LONG_ROWS]:
+        for dtype in INTERPRETED_DTYPES:
+            scratch = scratch_around(case, dtype)
+            _launch_nf4_dequantize(random_weight(case), dtype, scratch[:, : case.in_features])
+            results[f"{case}-{dtype}-strided"] = scratch
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -94,7 +109,15 @@ def main() -> None:
                 results[f"{case}-{dtype}"] = _launch_nf4_dequantize(random_weight(case), dtype)
         for case in TINY_PRODUCTS:
             weight = random_weight(case.weight)
-            results[str(case)] = _launch_nf4_matmul(random_rows(case), weight, case.transposed)
+            launch = (
+                _launch_nf4_matmul_transposed if case.transposed else _launch_nf4_matmul_forward
+            )
+            results[str(case)] = launch(random_rows(case), weight)
+        weight = random_weight(IDENTITY_WEIGHT)
+        rows, columns = weight.shape
+        results["identity-False"] = _launch_nf4_matmul_forward(torch.eye(columns).half(), weight)
+        results["identity-True"] = _launch_nf4_matmul_transposed(torch.eye(rows).half(), weight)
+        expanded_into_a_part(results)
         quantized(results)
     save_file(results, sys.argv[1])
 

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -66,6 +65,11 @@ def random_weight(case: WeightCase) -> NF4Weight:
     return weight
 
 
+def scratch_around(case: WeightCase, dtype: torch.dtype, num_extra: int = 16) -> Tensor:
+    """Make a matrix that has room for the weight and `num_extra` columns, filled with 777."""
+    return torch.full((sum(case.rows), case.in_features + num_extra), 777, dtype=dtype)
+
+
 def random_rows(case: ProductCase) -> Tensor:
     """Draw the rows that a weight is multiplied by, out of a wider matrix that ends in NaN."""
     rows, columns = sum(case.weight.rows), case.weight.in_features
@@ -93,22 +97,24 @@ TINY_WEIGHTS = [
     ]
     for double_quant in (True, False)
 ]
+# a program meets the ends of a few of their rows, or of one
+LONG_ROWS = [WeightCase((3, 2), 1500), WeightCase((2, 1), 4104)]
+# for the fused kernels, which want whole blocks: one step; several members; more steps than divide
+# into warps; more rows than a program takes
 TINY_PRODUCTS = [
-    ProductCase(replace(weight, double_quant=double_quant), num_rows, dtype, transposed)
-    for weight, double_quant, num_rows, dtype, transposed in product(
-        [
-            WeightCase((32,), 64),
-            WeightCase((5,), 100),
-            WeightCase((3, 2, 4), 33, 32),
-            WeightCase((1,), 1),
-            WeightCase((40, 31), 131),
-        ],
-        (True, False),
-        (1, 3, 17),
-        INTERPRETED_DTYPES,
-        (False, True),
+    ProductCase(
+        WeightCase(rows, in_features, 64, double_quant), num_rows, torch.float16, transposed
     )
+    for rows, in_features, double_quant, num_rows in (
+        ((64,), 256, True, 1),
+        ((64,), 256, False, 3),
+        ((64, 128), 512, True, 17),
+        ((64,), 768, True, 33),
+    )
+    for transposed in (False, True)
 ]
+# the product by the identity is the weight: shows which element lies where
+IDENTITY_WEIGHT = WeightCase((64, 64), 256)
 
 
 def to_device(weight: NF4Weight, device: torch.device) -> NF4Weight:

@@ -8,8 +8,17 @@ import torch
 from ahead_of_time import compile_launch
 from equality import assert_equal
 from interpreter import interpreted_results
-from nf4_cases import INTERPRETED_DTYPES, TINY_WEIGHTS, WeightCase, random_weight, to_device
+from nf4_cases import (
+    INTERPRETED_DTYPES,
+    LONG_ROWS,
+    TINY_WEIGHTS,
+    WeightCase,
+    random_weight,
+    scratch_around,
+    to_device,
+)
 from nf4_parity import parity_cases
+from torch import Tensor
 
 from kernels import nf4_dequantize as module
 from kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
@@ -27,6 +36,23 @@ COMPILED_WEIGHTS = [
     WeightCase((3, 2, 4), 33, 32, double_quant=False),
     WeightCase((5,), 1, 4096),
 ]
+# with a gap behind each row: a division finds a vector's row, or comparisons do; shorter vectors
+STRIDED = [
+    (WeightCase((64, 32), 192), 16),
+    (WeightCase((6, 3), 4096), 16),
+    (WeightCase((6, 3), 1376), 16),
+    (WeightCase((6, 3), 4096), 4),
+    (WeightCase((3, 2, 4), 33, 32), 5),
+]
+STRIDED_ON_GPU = [
+    *TINY_WEIGHTS,
+    *LONG_ROWS,
+    WeightCase((1031,), 257),
+    WeightCase((512, 128, 128), 1024),
+    WeightCase((512, 128), 14336),
+    WeightCase((300, 301), 1376, 4096),
+    WeightCase((7, 1, 130), 4097, double_quant=False),
+]
 GPU_WEIGHTS = [
     *TINY_WEIGHTS,
     *[
@@ -41,6 +67,18 @@ GPU_WEIGHTS = [
         for double_quant in (True, False)
     ],
 ]
+
+
+def assert_holds_weight(
+    scratch: Tensor,  # on the CPU, 777 before the weight was expanded into it
+    weight: NF4Weight,
+    first_column: int = 0,
+) -> None:
+    """The weight lies at the given column, and nothing else was written."""
+    expected = torch.full_like(scratch, 777)
+    columns = slice(first_column, first_column + weight.in_features)
+    expected[:, columns] = nf4_dequantize_reference(weight, scratch.dtype)
+    assert_equal(scratch, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,6 +102,58 @@ def test_another_dtype_is_refused() -> None:
     weight = random_weight(TINY_WEIGHTS[0])
     with pytest.raises(ValueError, match=r"bfloat16, float16 or float32: got torch\.float64"):
         nf4_dequantize(weight, torch.float64)
+
+
+@pytest.mark.parametrize("num_extra", [0, 5, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cpu_weight_is_expanded_into_a_part_of_a_wider_matrix(
+    dtype: torch.dtype, num_extra: int
+) -> None:
+    case = WeightCase((3, 2, 4), 33, 32)
+    weight = random_weight(case)
+    scratch = scratch_around(case, dtype, num_extra)
+    out = scratch[:, : case.in_features]
+    assert nf4_dequantize(weight, dtype, out) is out
+    assert_holds_weight(scratch, weight)
+
+
+def test_rows_of_one_column_may_lie_anywhere() -> None:
+    weight = random_weight(WeightCase((5,), 1))
+    scratch = torch.full((2, 10), 777.0)
+    # strides (2, 10): a row is a single element, whatever lies between columns
+    nf4_dequantize(weight, torch.float32, scratch[:1, ::2].T)
+    assert_equal(scratch[0, ::2], nf4_dequantize_reference(weight, torch.float32).flatten())
+    assert (scratch[0, 1::2] == 777).all()
+    assert (scratch[1] == 777).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.zeros(9, 49), r"shape \(9, 33\): got \(9, 49\); pass scratch\[:, :33\]"),
+        (torch.zeros(9 * 33), r"shape \(9, 33\): got \(297,\); pass"),
+        (torch.zeros(9, 33).half(), r"torch\.float32: got torch\.float16; pass"),
+        (torch.zeros(9, 33, device="meta"), r"device, cpu: got meta; allocate"),
+        (torch.zeros(33, 9).T, r"do not overlap: got strides \(1, 9\); pass"),
+        (torch.zeros(9, 66)[:, ::2], r"contiguous rows .* got strides \(66, 2\); pass"),
+        (torch.zeros(1, 33).expand(9, 33), r"do not overlap: got strides \(0, 1\); pass"),
+        (torch.zeros(297).as_strided((9, 33), (32, 1)), r"overlap: got strides \(32, 1\); pass"),
+    ],
+    ids=["wider", "flat", "dtype", "device", "transposed", "every-second", "expanded", "overlap"],
+)
+def test_an_out_that_cannot_take_the_weight_is_refused(out: Tensor, message: str) -> None:
+    weight = random_weight(WeightCase((3, 2, 4), 33, 32))
+    with pytest.raises(ValueError, match=message):
+        nf4_dequantize(weight, torch.float32, out)
+    assert out.device.type == "meta" or not out.any()
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*TINY_WEIGHTS, *LONG_ROWS], ids=str)
+def test_interpreted_kernel_fills_a_part_of_a_wider_matrix(
+    case: WeightCase, dtype: torch.dtype
+) -> None:
+    assert_holds_weight(interpreted_results()[f"{case}-{dtype}-strided"], random_weight(case))
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
@@ -94,15 +184,36 @@ def test_kernel_compiles_without_spilling(
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
+# the conversions to float16 are those of the contiguous kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "num_extra"), STRIDED, ids=str)
+def test_strided_kernel_compiles_without_spilling(
+    case: WeightCase, num_extra: int, dtype: torch.dtype, capability: int
+) -> None:
+    weight = empty_weight(case.rows, case.in_features, case.block_size, case.double_quant, CPU)
+    out = scratch_around(case, dtype, num_extra)[:, : case.in_features]
+    compile_launch(
+        module,
+        "_nf4_dequantize_kernel",
+        lambda: module._launch_nf4_dequantize(weight, dtype, out),
+        capability,
+    ).assert_fits(capability)
+
+
+# 8: a row stride of whole vectors, yet no multiple of the 16 that triton looks for
+@pytest.mark.parametrize("num_extra", [None, 16, 8], ids="extra-{}".format)
+@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_aligned_16_bit_weight_is_moved_in_vectors_past_shared_memory(
-    dtype: torch.dtype, capability: int
+    dtype: torch.dtype, capability: int, num_extra: int | None
 ) -> None:
-    weight = empty_weight((64, 32), 192, 64, True, CPU)
+    case = WeightCase((64, 32), 192)
+    weight = empty_weight(case.rows, case.in_features, 64, True, CPU)
+    out = None if num_extra is None else scratch_around(case, dtype, num_extra)[:, :192]
     compiled = compile_launch(
         module,
         "_nf4_dequantize_kernel",
-        lambda: module._launch_nf4_dequantize(weight, dtype),
+        lambda: module._launch_nf4_dequantize(weight, dtype, out),
         capability,
     )
     assert compiled.shared_bytes == 0
@@ -133,6 +244,37 @@ def test_gpu_kernel_expands_members_at_any_address(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+# vectors of 16 bytes; of 16 bytes at a stride that triton does not know; shorter ones; rows that
+# begin at any address; no gap
+@pytest.mark.parametrize(
+    ("first_column", "num_extra"), [(0, 16), (0, 8), (0, 4), (3, 5), (5, 16), (0, 0)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STRIDED_ON_GPU, ids=str)
+def test_gpu_kernel_fills_a_part_of_a_wider_matrix(
+    case: WeightCase, dtype: torch.dtype, first_column: int, num_extra: int
+) -> None:
+    weight = random_weight(case)
+    scratch = scratch_around(case, dtype, num_extra).cuda()
+    out = scratch[:, first_column : first_column + case.in_features]
+    assert nf4_dequantize(to_device(weight, out.device), dtype, out) is out
+    assert_holds_weight(scratch.cpu(), weight, first_column)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_kernel_fills_rows_of_a_wider_matrix_with_a_member(dtype: torch.dtype) -> None:
+    case = WeightCase((3, 5, 70), 33, 32)
+    weight = random_weight(case)
+    on_gpu = to_device(weight, torch.device("cuda"))
+    for index, num_rows in enumerate(case.rows):
+        scratch = scratch_around(case, dtype).cuda()
+        nf4_dequantize(member(on_gpu, index), dtype, scratch[:num_rows, :33])
+        assert_holds_weight(scratch[:num_rows].cpu(), member(weight, index))
+        assert (scratch[num_rows:] == 777).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpu_kernel_runs_where_the_weight_is() -> None:
     weight = random_weight(WeightCase((64, 32), 192))
@@ -143,10 +285,15 @@ def test_gpu_kernel_runs_where_the_weight_is() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.parametrize("num_extra", [0, 16], ids="extra-{}".format)
 @pytest.mark.parametrize(
-    ("rows", "in_features"), [((65_537,), 32_771), ((65_537, 3), 32_771)], ids=str
+    ("rows", "in_features"),
+    [((65_537,), 32_771), ((65_537, 3), 32_771), ((65_537, 3), 32_768)],
+    ids=str,
 )
-def test_gpu_kernel_reaches_beyond_int32(rows: tuple[int, ...], in_features: int) -> None:
+def test_gpu_kernel_reaches_beyond_int32(
+    rows: tuple[int, ...], in_features: int, num_extra: int
+) -> None:
     assert sum(rows) * in_features > 2**31
     device = torch.device("cuda")
     weight = empty_weight(rows, in_features, 64, True, device)
@@ -157,4 +304,8 @@ def test_gpu_kernel_reaches_beyond_int32(rows: tuple[int, ...], in_features: int
     weight.absmax.mean.fill_(1)
     # the reference in torch, on the GPU too: on a CPU it takes minutes
     expected = dequantize(weight, torch.bfloat16)
-    assert_equal(nf4_dequantize(weight, torch.bfloat16), expected)
+    size = sum(rows), in_features + num_extra
+    scratch = torch.full(size, 777, dtype=torch.bfloat16, device=device)
+    out = scratch[:, :in_features] if num_extra else None
+    assert_equal(nf4_dequantize(weight, torch.bfloat16, out), expected)
+    assert (scratch[:, in_features:] == 777).all()

@@ -1,5 +1,6 @@
 """kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for four."""
 
+import re
 from collections.abc import Callable
 from itertools import product
 
@@ -9,6 +10,7 @@ from ahead_of_time import CompiledLaunch, compile_launch
 from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from interpreter import interpreted_results
 from nf4_cases import (
+    IDENTITY_WEIGHT,
     TINY_PRODUCTS,
     ProductCase,
     WeightCase,
@@ -19,37 +21,68 @@ from nf4_cases import (
 from torch import Tensor
 
 from kernels import nf4_matmul as module
-from kernels.nf4_matmul import FUSED_MAX_ROWS, matmul_path, nf4_matmul, nf4_matmul_transposed
-from nf4.weight import NF4Weight, dequantize, empty_weight, quantize
+from kernels import nf4_matmul_fused as fused_module
+from kernels.nf4_matmul import (
+    CROSSOVERS,
+    Path,
+    matmul_path,
+    nf4_matmul,
+    nf4_matmul_transposed,
+)
+from kernels.nf4_matmul_fused import FORWARD_CONFIGS, TRANSPOSED_CONFIGS
+from nf4.double_quant import QuantizedAbsmax, dequantize_absmax
+from nf4.levels import LEVELS
+from nf4.weight import NF4Weight, dequantize, empty_weight, member, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF_DTYPES = [torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
 
-# multiples of 16 everywhere; of nothing, in three members; one of everything
-COMPILED_WEIGHTS = [
-    WeightCase((128,), 192, double_quant=True),
-    WeightCase((128,), 192, double_quant=False),
-    WeightCase((33, 31, 7), 193, 32, double_quant=True),
-    WeightCase((1,), 1, 4096, double_quant=False),
+# every configuration, with and without double quantization, of one member and of two
+COMPILED_PRODUCTS = [
+    ProductCase(WeightCase(rows, in_features, 64, double_quant), num_rows, dtype, transposed)
+    for rows, in_features, double_quant, num_rows, dtype, transposed in (
+        ((8192, 1024), 1024, True, 8, torch.bfloat16, False),
+        ((8192,), 1024, False, 8, torch.float16, False),
+        ((1024,), 2048, True, 8, torch.bfloat16, False),
+        ((8192,), 1024, True, 16, torch.bfloat16, False),
+        ((1024, 64), 2048, True, 16, torch.float16, False),
+        ((1024,), 2048, True, 17, torch.bfloat16, False),
+        ((8192, 64), 2048, False, 17, torch.float16, False),
+        ((64,), 256, True, 17, torch.bfloat16, False),
+        ((1024, 64), 1024, True, 16, torch.bfloat16, True),
+        ((1024,), 1024, False, 16, torch.float16, True),
+        ((1024,), 64, True, 17, torch.bfloat16, True),
+    )
+]
+# what the fused kernels take
+WHOLE_WEIGHTS = [
+    WeightCase((512, 256, 256), 1024),
+    WeightCase((64,), 768),
+    WeightCase((192,), 2048, double_quant=False),
+    WeightCase((8192 + 64,), 256),
+]
+# what only the expanding path takes
+ODD_WEIGHTS = [
+    WeightCase((33, 31, 7), 193, 32),
+    WeightCase((257,), 1031, double_quant=False),
+    WeightCase((1030,), 1376, 4096),
+]
+CANDIDATES: list[tuple[Path, list[WeightCase], list[torch.dtype]]] = [
+    ("fused", WHOLE_WEIGHTS, HALF_DTYPES),
+    ("expand", WHOLE_WEIGHTS[:1] + ODD_WEIGHTS, DTYPES),
 ]
 GPU_PRODUCTS = [
-    ProductCase(weight, num_rows, dtype, transposed)
+    (ProductCase(weight, num_rows, dtype, transposed), path)
+    for path, weights, dtypes in CANDIDATES
     for weight, dtype, transposed, num_rows in product(
-        [
-            WeightCase((512, 256, 256), 1024),
-            WeightCase((33, 31, 7), 193, 32),
-            WeightCase((257,), 1031, double_quant=False),
-            WeightCase((1030,), 1376, 4096),
-        ],
-        DTYPES,
-        (False, True),
-        (1, 3, 16, 17, 64, 300),
+        weights, dtypes, (False, True), (1, 3, 16, 17, 64, 300)
     )
 ]
 
 
-def multiply(x: Tensor, weight: NF4Weight, transposed: bool) -> Tensor:
-    return (nf4_matmul_transposed if transposed else nf4_matmul)(x, weight)
+def multiply(x: Tensor, weight: NF4Weight, transposed: bool, path: Path | None = None) -> Tensor:
+    return (nf4_matmul_transposed if transposed else nf4_matmul)(x, weight, path)
 
 
 def dense(x: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
@@ -59,24 +92,38 @@ def dense(x: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
 def assert_product_is_right(actual: Tensor, case: ProductCase, device: torch.device) -> None:
     """A float32 product is summed in float32, a 16-bit one errs at most twice as much as torch's.
 
-    Of float32 products torch's is no measure: it may happen to sum in a luckier order.
+    The truth is the product with the weight as it is stored, rounded nowhere; torch rounds it to
+    16 bits. Of float32 products torch's is no measure: it may happen to sum in a luckier order.
     """
-    x, matrix = random_rows(case), dequantize(random_weight(case.weight), case.dtype)
+    x, matrix = random_rows(case), dequantize(random_weight(case.weight), torch.float32)
     truth = dense(x.double(), matrix.double(), case.transposed)
     assert actual.dtype == case.dtype
     if case.dtype == torch.float32:
         magnitudes = dense(x.double().abs(), matrix.double().abs(), case.transposed)
         assert_summed_in_float32(actual.cpu(), truth, magnitudes, x.shape[1], str(case))
     else:
-        baseline = dense(x.to(device), matrix.to(device), case.transposed).cpu()
+        baseline = dense(x.to(device), matrix.to(device, case.dtype), case.transposed).cpu()
         assert_no_worse_than(actual.cpu(), baseline, truth, what=str(case))
 
 
+def rounded_levels_times_scales(weight: NF4Weight, dtype: torch.dtype) -> Tensor:  # (N, K) float32
+    """Expand a weight whose levels are rounded to `dtype`, as the fused kernels see it."""
+    parts = []
+    for index, rows in enumerate(weight.rows):
+        part = member(weight, index)
+        scales = part.absmax
+        if isinstance(scales, QuantizedAbsmax):
+            scales = dequantize_absmax(scales)
+        codes = torch.stack((part.packed >> 4, part.packed & 15), dim=1).int()
+        levels = LEVELS.to(part.device)[codes].to(dtype).float().view(-1, part.block_size)
+        parts.append((levels * scales[:, None]).view(rows, -1))
+    return torch.cat(parts)
+
+
 def test_cases_are_of_both_directions_and_with_an_odd_stride() -> None:
-    for cases in (TINY_PRODUCTS, GPU_PRODUCTS):
+    for cases in (TINY_PRODUCTS, [case for case, _ in GPU_PRODUCTS]):
         assert {case.transposed for case in cases} == {False, True}
         assert any(random_rows(case).stride(0) % 2 for case in cases)
-        assert any(case.weight.in_features % 64 for case in cases)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
@@ -102,9 +149,69 @@ def test_cpu_tensor_multiplies_without_a_gpu_and_keeps_its_dtype() -> None:
         assert (y.shape, y.dtype) == ((3, 12), dtype)
 
 
-def test_few_rows_are_fused_and_many_expand() -> None:
-    paths = [matmul_path(n) for n in (1, FUSED_MAX_ROWS, FUSED_MAX_ROWS + 1, 8192)]
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_device_key", lambda device: ((9, 0), 132))
+
+
+def path_of(num_rows: int, weight: WeightCase, dtype: torch.dtype, transposed: bool) -> Path:
+    empty = empty_weight(
+        weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
+    )
+    return matmul_path(num_rows, empty, dtype, transposed).name
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("rows", [(1024,), (4096,), (14336,)], ids=str)
+def test_few_rows_are_fused_and_many_expand(rows: tuple[int, ...], transposed: bool) -> None:
+    weight = WeightCase(rows, 4096)
+    table = CROSSOVERS[(9, 0), 132]
+    crossover = next(row for row in table if rows[0] * 4096 >= row.min_weights)
+    most = crossover.transposed if transposed else crossover.forward
+    paths = [path_of(n, weight, torch.bfloat16, transposed) for n in (1, most, most + 1, 8192)]
     assert paths == ["fused", "fused", "expand", "expand"]
+    assert path_of(0, weight, torch.bfloat16, transposed) == "expand"
+
+
+@pytest.mark.usefixtures("h100")
+def test_the_chosen_path_says_why() -> None:
+    weight = empty_weight((4096,), 4096, 64, True, CPU)
+    reason = matmul_path(1, weight, torch.bfloat16, False).reason
+    assert "1 rows of a 4096x4096 weight; fused wins up to" in reason
+    assert reason.endswith("measured on sm_90 with 132 multiprocessors")
+
+
+def test_an_unknown_device_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_device_key", lambda device: ((8, 6), 28))
+    weight = empty_weight((4096,), 4096, 64, True, CPU)
+    assert matmul_path(1, weight, torch.bfloat16, False).name == "fused"
+    path = matmul_path(512, weight, torch.bfloat16, False)
+    assert path.name == "expand"
+    assert "assumed for sm_86 with 28 multiprocessors" in path.reason
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype", "transposed", "reason"),
+    [
+        (WeightCase((64,), 256), torch.float32, False, "not in torch.float32"),
+        (WeightCase((64,), 256, 128), torch.bfloat16, False, "know block_size 64, not 128"),
+        (WeightCase((64,), 320), torch.bfloat16, False, "320 is no multiple of 256"),
+        (WeightCase((64,), 320 + 1), torch.bfloat16, True, "321 is no multiple of 64"),
+        (WeightCase((64, 8), 256), torch.bfloat16, False, "are no multiples of 16"),
+        (WeightCase((64, 16), 256), torch.bfloat16, True, "are no multiples of 64"),
+    ],
+    ids=["dtype", "block size", "columns", "columns transposed", "rows", "rows transposed"],
+)
+def test_a_weight_the_fused_kernels_do_not_take_expands_and_says_so(
+    weight: WeightCase, dtype: torch.dtype, transposed: bool, reason: str
+) -> None:
+    empty = empty_weight(
+        weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
+    )
+    path = matmul_path(1, empty, dtype, transposed)
+    assert path.name == "expand"
+    assert reason in path.reason
 
 
 @pytest.mark.parametrize(
@@ -131,39 +238,58 @@ def test_interpreted_product_is_right(case: ProductCase) -> None:
     assert_product_is_right(interpreted_results()[str(case)], case, CPU)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_interpreted_product_by_the_identity_is_the_weight(transposed: bool) -> None:
+    weight = random_weight(IDENTITY_WEIGHT)
+    expected = rounded_levels_times_scales(weight, torch.float16).half()
+    assert_equal(
+        interpreted_results()[f"identity-{transposed}"], expected if transposed else expected.T
+    )
+
+
 def compiled_launch(case: ProductCase, capability: int, **options: int) -> CompiledLaunch:
     weight = case.weight
     empty = empty_weight(
         weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
     )
     x = torch.zeros(case.num_rows, empty.shape[not case.transposed], dtype=case.dtype)
+    direction = "transposed" if case.transposed else "forward"
+    launch = getattr(fused_module, f"_launch_nf4_matmul_{direction}")
     return compile_launch(
-        module,
-        "_nf4_matmul_kernel",
-        lambda: module._launch_nf4_matmul(x, empty, case.transposed),
+        fused_module,
+        f"_nf4_matmul_{direction}_kernel",
+        lambda: launch(x, empty),
         capability,
         **options,
     )
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weight", COMPILED_WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", COMPILED_PRODUCTS, ids=str)
 def test_kernel_compiles_without_spilling(
-    weight: WeightCase,
-    dtype: torch.dtype,
-    transposed: bool,
-    capability: int,
-    record_property: Callable[[str, object], None],
+    case: ProductCase, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
-    compiled = compiled_launch(ProductCase(weight, 3, dtype, transposed), capability)
+    compiled = compiled_launch(case, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
+    # decoded weights go to the tensor cores without a detour: nothing waits until they are summed
+    before, *between, _ = compiled.ptx.split("mma.sync")
+    assert between
+    assert not any(re.search(r"\bbar\b|barrier|st\.shared", part) for part in (before, *between))
+
+
+def test_every_configuration_is_compiled() -> None:
+    for transposed, configs in ((False, FORWARD_CONFIGS), (True, TRANSPOSED_CONFIGS)):
+        used = {
+            fused_module._config_for(configs, case.num_rows, sum(case.weight.rows))
+            for case in COMPILED_PRODUCTS
+            if case.transposed == transposed
+        }
+        assert used == set(configs)
 
 
 def test_a_spill_is_seen() -> None:
-    case = ProductCase(COMPILED_WEIGHTS[0], 3, torch.float32, False)
+    case = COMPILED_PRODUCTS[0]
     compiled = compiled_launch(case, 90, maxnreg=32)
     assert compiled.registers <= 32
     with pytest.raises(AssertionError, match="bytes of registers are spilled"):
@@ -171,50 +297,72 @@ def test_a_spill_is_seen() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["fused", "expand"])
-@pytest.mark.parametrize("case", GPU_PRODUCTS, ids=str)
-def test_gpu_product_is_right(
-    case: ProductCase, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "matmul_path", lambda num_rows: path)
+@pytest.mark.parametrize(("case", "path"), GPU_PRODUCTS, ids=str)
+def test_gpu_product_is_right(case: ProductCase, path: Path) -> None:
     device = torch.device("cuda")
     rows = random_rows(case)
     # a copy would be contiguous: rows of x start anywhere, and what lies between them is NaN
     wide = torch.full((case.num_rows, rows.stride(0)), float("nan"), dtype=case.dtype)
     x = wide.to(device)[:, : rows.shape[1]].copy_(rows)
-    y = multiply(x, to_device(random_weight(case.weight), device), case.transposed)
+    y = multiply(x, to_device(random_weight(case.weight), device), case.transposed, path)
     assert y.device.type == "cuda"
     assert_product_is_right(y, case, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("path", ["fused", "expand"])
-def test_gpu_rows_in_float32_are_not_rounded_to_tf32(
-    path: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("case", WHOLE_WEIGHTS, ids=str)
+def test_gpu_product_by_the_identity_is_the_weight(
+    case: WeightCase, dtype: torch.dtype, transposed: bool
 ) -> None:
-    monkeypatch.setattr(module, "matmul_path", lambda num_rows: path)
-    weight = quantize(torch.rand(192, 192) + 1)
-    # tf32 keeps 10 bits: it would make these ones, and every sum too small by one in 4,096
-    x = torch.full((3, 192), 1 + 2.0**-12)
-    truth = dense(x.double(), dequantize(weight, torch.float32).double(), transposed)
-    y = multiply(x.cuda(), to_device(weight, torch.device("cuda")), transposed).cpu()
-    # all terms are positive
-    assert_summed_in_float32(y, truth, truth, num_terms=192)
+    weight = to_device(random_weight(case), torch.device("cuda"))
+    identity = torch.eye(weight.shape[not transposed], dtype=dtype, device="cuda")
+    y = multiply(identity, weight, transposed, "fused")
+    expected = rounded_levels_times_scales(weight, dtype).to(dtype)
+    assert_equal(y, expected if transposed else expected.T)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["fused", "expand"])
-@pytest.mark.parametrize("case", GPU_PRODUCTS, ids=str)
-def test_two_gpu_products_are_bit_equal(
-    case: ProductCase, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "matmul_path", lambda num_rows: path)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_gpu_rows_in_float32_are_not_rounded_to_tf32(transposed: bool) -> None:
+    weight = quantize(torch.rand(192, 256) + 1)
+    # tf32 keeps 10 bits: it would make these ones, and every sum too small by one in 4,096
+    x = torch.full((3, weight.shape[not transposed]), 1 + 2.0**-12)
+    truth = dense(x.double(), dequantize(weight, torch.float32).double(), transposed)
+    y = multiply(x.cuda(), to_device(weight, torch.device("cuda")), transposed).cpu()
+    # all terms are positive
+    assert_summed_in_float32(y, truth, truth, num_terms=x.shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "path"), GPU_PRODUCTS, ids=str)
+def test_two_gpu_products_are_bit_equal(case: ProductCase, path: Path) -> None:
     device = torch.device("cuda")
     # contiguous here
     x, weight = random_rows(case).to(device), to_device(random_weight(case.weight), device)
-    first = multiply(x, weight, case.transposed)
-    assert_equal(multiply(x, weight, case.transposed), first)
+    first = multiply(x, weight, case.transposed, path)
+    assert_equal(multiply(x, weight, case.transposed, path), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_gpu_product_reaches_beyond_int32(transposed: bool) -> None:
+    device = torch.device("cuda")
+    weight = empty_weight((64, 1 << 17), 1 << 14, 64, True, device)
+    assert weight.shape[0] * weight.shape[1] > 2**31
+    assert isinstance(weight.absmax, QuantizedAbsmax)
+    weight.packed.random_(256)
+    weight.absmax.codes.random_(256)
+    weight.absmax.group_absmax.uniform_(0.1, 0.5)
+    weight.absmax.mean.fill_(1)
+    x = torch.randn(3, weight.shape[not transposed], dtype=torch.bfloat16, device=device)
+    matrix = dequantize(weight, torch.bfloat16)
+    baseline = dense(x, matrix, transposed)
+    truth = dense(x.float(), matrix.float(), transposed).double()
+    y = multiply(x, weight, transposed, "fused")
+    assert_no_worse_than(y, baseline, truth, factor=3.0)
 
 
 @pytest.mark.gpu
@@ -222,3 +370,15 @@ def test_gpu_rows_and_a_cpu_weight_are_refused() -> None:
     weight = random_weight(WeightCase((64,), 64))
     with pytest.raises(ValueError, match="x and the weight must be on one device: got cuda:0 and"):
         nf4_matmul(torch.ones(3, 64, device="cuda"), weight)
+
+
+@pytest.mark.gpu
+def test_gpu_path_that_does_not_fit_is_refused() -> None:
+    weight = to_device(random_weight(WeightCase((64,), 64)), torch.device("cuda"))
+    x = torch.ones(3, 64, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="got fused, but in_features 64 is no multiple of 256; use"
+    ):
+        nf4_matmul(x, weight, "fused")
+    with pytest.raises(ValueError, match="path must be fused or expand: got 'quick'"):
+        nf4_matmul(x, weight, "quick")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,424 @@
+"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T, grad_x = grad_y W.
+
+    forward      W  | 16 rows | x  64 weights a block: levels from PRMT, in 16 bit
+                        tensor cores, a fresh float32 sum a block  -> * scale, added up
+
+    transposed   W  | 16 rows | x  64 columns: level * scale in float32, rounded to 16 bit
+                        tensor cores, one float32 sum               -> partial sums of row ranges
+
+Reads N K (1/2 + 1/64 + 4 / (256 * 64)) bytes of W once for each BLOCK_M rows of x, 0.516 a weight,
+where a bf16 product reads 2; x comes from the caches. 2 M N K FLOP, at least 8 rows' worth. What
+costs is decoding: about 3 integer instructions a weight, so that on an H100 the integer units are
+as busy as memory.
+
+The warps of a forward program share its rows of W and split the columns, 256 at a time, so that
+few rows still keep many warps loading; their sums meet in shared memory once. A program of the
+transposed product owns 64 columns and a range of rows, and a second kernel adds the ranges up in
+order: no atomics, so two runs give the same bits. Forward applies the exact float32 scale to exact
+products of rounded levels, transposed rounds level times scale as `nf4_dequantize` does for a
+rounded level: either errs about as much as a product with the expanded 16-bit weight.
+
+Which index lies where. A tensor core's operand takes neighbours of the summed index from the four
+lanes of a quad in turn. Columns are renumbered so that what a lane has to give are 16 weights of
+one row in one piece, 8 bytes; x is renumbered alike, and the sum does not mind. Triton decides how
+many neighbours a lane gives at a time (NEIGHBOURS); with another number the products stay right,
+but their operands would travel through shared memory.
+"""
+
+# triton's annotations know neither launch options nor static_range, nor tuples of tensors
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
+from kernels.ptx import (
+    QUAD,
+    decode_word,
+    level_planes,
+    load_byte,
+    load_float,
+    load_four_words,
+    load_planes,
+    load_two_words,
+    load_word,
+    nested_absmax,
+    scale_pair,
+    split_pair,
+    split_pairs,
+    stream_two_words,
+)
+from nf4.double_quant import GROUP_SIZE
+from nf4.weight import NF4Weight
+
+# what triton's compiler chooses for an operand that is joined from 32-bit loads
+NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
+# the kernels know this block size only: it is what everyone runs
+QUANT_BLOCK = tl.constexpr(64)
+QUANT_GROUP = tl.constexpr(GROUP_SIZE)
+# blocks of a row that a warp works on in one step: their codes are one word
+BLOCKS_PER_STEP = tl.constexpr(4)
+
+
+class Config(NamedTuple):
+    """How a product is cut up: for at most `max_rows` rows and at least `min_kept` columns of y."""
+
+    max_rows: int
+    min_kept: int
+    block_m: int
+    block_n: int  # rows of W
+    num_warps: int
+    # of a thread, where the compiler left to itself takes fewer and spills
+    num_registers: int | None = None
+
+
+# benchmarks/results/nf4_matmul.h100.json; the first that fits is taken
+FORWARD_CONFIGS = (
+    Config(8, 8192, 8, 16, 4),
+    Config(8, 0, 8, 16, 8),
+    Config(16, 8192, 16, 16, 4),
+    Config(16, 0, 16, 16, 8),
+    Config(2**31, 8192, 32, 16, 2, 224),
+    Config(2**31, 0, 32, 16, 4, 224),
+)
+TRANSPOSED_CONFIGS = (Config(16, 0, 16, 16, 4), Config(2**31, 0, 32, 16, 4))
+
+# programs of a transposed product: enough to keep the memory of a large GPU busy
+TRANSPOSED_PROGRAMS = 528
+SUM_ELEMENTS = 512
+
+
+@triton.jit
+def _member_of_row(
+    member_table_ptr,
+    row,  # of the stacked weight
+    NUM_MEMBERS: tl.constexpr,
+):
+    # a program's rows lie in one member
+    member = 0
+    for m in tl.static_range(1, NUM_MEMBERS):
+        member += (row >= tl.load(member_table_ptr + m * TABLE_COLUMNS)).to(tl.int32)
+    first_row = tl.load(member_table_ptr + member * TABLE_COLUMNS)
+    first_group = tl.load(member_table_ptr + member * TABLE_COLUMNS + 3)
+    return member, first_row, first_group
+
+
+# any number of rows, one compilation
+@triton.jit(do_not_specialize=["M"])
+def _nf4_matmul_forward_kernel(
+    y_ptr,  # (M, N), contiguous
+    x_ptr,  # (M, K), row stride stride_xm
+    packed_ptr,  # int32
+    absmax_ptr,
+    group_absmax_ptr,
+    absmax_mean_ptr,
+    dynamic_map_ptr,
+    planes_ptr,
+    member_table_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    NUM_MEMBERS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SLICES: tl.constexpr,  # of the columns of a step, one a warp
+):
+    # one program computes the (BLOCK_M, BLOCK_N) tile of y at (pid_m, pid_n)
+    WORDS: tl.constexpr = QUANT_BLOCK // 8  # of packed codes, in a block
+    STEP: tl.constexpr = NUM_SLICES * BLOCKS_PER_STEP
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_m = tl.program_id(1).to(tl.int64) * BLOCK_M
+    blocks = K // QUANT_BLOCK  # of a row
+    member, member_row, group_start = _member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
+    packed_ptr += first_row * blocks * WORDS
+    absmax_ptr += first_row * blocks
+    local_block = (first_row - member_row) * blocks
+    group_absmax_ptr += group_start + local_block // QUANT_GROUP
+    into_group = (local_block % QUANT_GROUP).to(tl.int32)
+
+    offs_slice = tl.arange(0, NUM_SLICES) * BLOCKS_PER_STEP
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_quad = tl.arange(0, QUAD)
+    offs_block = offs_n[None, :] * blocks + offs_slice[:, None]  # (NUM_SLICES, BLOCK_N)
+    # (NUM_SLICES, BLOCK_N, QUAD)
+    packed_ptrs = packed_ptr + (offs_block * WORDS)[:, :, None] + offs_quad * (WORDS // QUAD)
+    # rows beyond M repeat the last one, and are not stored
+    rows_m = tl.minimum(first_m + offs_m, M - 1) * stride_xm
+    # (NUM_SLICES, BLOCK_M, QUAD, 2), 8 numbers each
+    offs_x = (offs_slice * QUANT_BLOCK)[:, None, None, None] + rows_m[None, :, None, None]
+    offs_x += (offs_quad * (QUANT_BLOCK // QUAD))[:, None] + tl.arange(0, 2) * 8
+    x_ptrs = x_ptr + offs_x
+
+    words = ()
+    for block in tl.static_range(BLOCKS_PER_STEP):
+        words = words + stream_two_words(packed_ptrs + block * WORDS)
+    planes = load_planes(planes_ptr, offs_quad[None, None, :])
+    if DOUBLE_QUANT:
+        mean = tl.load(absmax_mean_ptr + member)
+        codes = load_word((absmax_ptr + offs_block).to(tl.pointer_type(tl.int32)))
+        group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
+    acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(0, blocks, STEP):
+        # what the next step decodes is under way while this one computes; the last has no next
+        k_next = tl.minimum(k + STEP, blocks - STEP)
+        next_words = ()
+        for block in tl.static_range(BLOCKS_PER_STEP):
+            x_0, x_1, x_2, x_3 = load_four_words(
+                (x_ptrs + (k + block) * QUANT_BLOCK).to(tl.pointer_type(tl.int32))
+            )
+            # (NUM_SLICES, BLOCK_M, QUAD, 2, word // 2, word % 2, 2), the last 4 a lane's 16 numbers
+            x = split_pairs(x_0, x_1, x_2, x_3, DTYPE)
+            if NEIGHBOURS == 4:
+                x = x.permute(0, 1, 3, 4, 2, 5, 6)
+            else:
+                x = x.permute(0, 1, 3, 4, 5, 2, 6)
+            x = x.reshape(NUM_SLICES, BLOCK_M, QUANT_BLOCK)
+            p_0, p_1, p_2, p_3 = decode_word(words[2 * block], planes)
+            q_0, q_1, q_2, q_3 = decode_word(words[2 * block + 1], planes)
+            w = tl.join(
+                split_pairs(p_0, p_1, p_2, p_3, DTYPE), split_pairs(q_0, q_1, q_2, q_3, DTYPE)
+            )
+            if NEIGHBOURS == 4:
+                w = w.permute(0, 1, 6, 3, 2, 4, 5)
+            else:
+                w = w.permute(0, 1, 6, 3, 4, 2, 5)
+            w = w.reshape(NUM_SLICES, BLOCK_N, QUANT_BLOCK)
+            product = tl.dot(w, x.permute(0, 2, 1))
+            next_words = next_words + stream_two_words(packed_ptrs + (k_next + block) * WORDS)
+            if DOUBLE_QUANT:
+                code = (codes >> (8 * block)) & 0xFF
+                value = load_float(dynamic_map_ptr + code)
+                absmax = nested_absmax(value, group_absmax, mean)
+            else:
+                absmax = load_float(absmax_ptr + offs_block + (k + block))
+            acc += product * absmax[:, :, None]
+        words = next_words
+        if DOUBLE_QUANT:
+            codes = load_word((absmax_ptr + offs_block + k_next).to(tl.pointer_type(tl.int32)))
+            group = (offs_block + (into_group + k_next)) // QUANT_GROUP
+            group_absmax = load_float(group_absmax_ptr + group)
+    y = tl.sum(acc, 0).to(DTYPE)  # (BLOCK_N, BLOCK_M)
+    y_ptrs = y_ptr + (first_m + offs_m)[None, :] * N + (first_row + offs_n)[:, None]
+    tl.store(y_ptrs, y, mask=(first_m + offs_m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _nf4_matmul_transposed_kernel(
+    partial_ptr,  # (number of row ranges, M, K) float32
+    grad_y_ptr,  # (M, N), row stride stride_gm
+    packed_ptr,  # int32
+    absmax_ptr,
+    group_absmax_ptr,
+    absmax_mean_ptr,
+    dynamic_map_ptr,
+    planes_ptr,
+    member_table_ptr,
+    M,
+    K,
+    stride_gm,
+    rows_per_range,
+    NUM_MEMBERS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SLICES: tl.constexpr,  # of the rows of a step, one a warp
+):
+    # one program sums a range of rows of W for the (BLOCK_M, QUANT_BLOCK) tile of grad_x
+    WORDS: tl.constexpr = QUANT_BLOCK // 8
+    pid_k = tl.program_id(0)
+    first_row = tl.program_id(1).to(tl.int64) * rows_per_range
+    first_m = tl.program_id(2).to(tl.int64) * BLOCK_M
+    blocks = K // QUANT_BLOCK
+    member, member_row, group_start = _member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
+    packed_ptr += (first_row * blocks + pid_k) * WORDS
+    absmax_ptr += first_row * blocks + pid_k
+    local_block = (first_row - member_row) * blocks + pid_k
+    group_absmax_ptr += group_start + local_block // QUANT_GROUP
+    into_group = (local_block % QUANT_GROUP).to(tl.int32)
+
+    offs_slice = tl.arange(0, NUM_SLICES) * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_word = tl.arange(0, WORDS)
+    offs_block = (offs_slice[:, None] + tl.arange(0, BLOCK_N)[None, :]) * blocks
+    packed_ptrs = packed_ptr + (offs_block * WORDS)[:, :, None] + offs_word
+    rows_m = tl.minimum(first_m + offs_m, M - 1) * stride_gm + first_row
+    offs_grad = offs_slice[:, None, None, None, None] + rows_m[None, :, None, None, None]
+    # (NUM_SLICES, BLOCK_M, BLOCK_N // 16, 4 // NEIGHBOURS, QUAD), NEIGHBOURS numbers each
+    offs_grad += tl.arange(0, BLOCK_N // 16)[:, None, None] * 16
+    offs_grad += tl.arange(0, 4 // NEIGHBOURS)[:, None] * 8 + tl.arange(0, QUAD) * NEIGHBOURS
+    grad_ptrs = grad_y_ptr + offs_grad
+    planes = load_planes(planes_ptr, (offs_word % QUAD)[None, None, :])
+    if DOUBLE_QUANT:
+        mean = tl.load(absmax_mean_ptr + member)
+    words_per_row = blocks.to(tl.int64) * WORDS
+    acc = tl.zeros((NUM_SLICES, BLOCK_M, QUANT_BLOCK), tl.float32)
+    for row in tl.range(0, rows_per_range, NUM_SLICES * BLOCK_N):
+        word = load_word(packed_ptrs + row * words_per_row)
+        if DOUBLE_QUANT:
+            code = load_byte(absmax_ptr + offs_block + row * blocks)
+            group = (offs_block + (row * blocks + into_group)) // QUANT_GROUP
+            value = load_float(dynamic_map_ptr + code)
+            absmax = nested_absmax(value, load_float(group_absmax_ptr + group), mean)
+        else:
+            absmax = load_float(absmax_ptr + offs_block + row * blocks)
+        words_ptrs = (grad_ptrs + row).to(tl.pointer_type(tl.int32))
+        if NEIGHBOURS == 4:
+            first, second = load_two_words(words_ptrs)
+            grad = tl.join(first, second)
+        else:
+            grad = load_word(words_ptrs)
+        grad = split_pair(grad, DTYPE).reshape(NUM_SLICES, BLOCK_M, BLOCK_N)
+        p_0, p_1, p_2, p_3 = decode_word(word, planes)
+        absmax = absmax[:, :, None]
+        w = split_pairs(
+            scale_pair(p_0, absmax, DTYPE),
+            scale_pair(p_1, absmax, DTYPE),
+            scale_pair(p_2, absmax, DTYPE),
+            scale_pair(p_3, absmax, DTYPE),
+            DTYPE,
+        )
+        # (NUM_SLICES, BLOCK_N, WORDS, 2, 2, 2): a lane has the same number of every word
+        w = w.permute(0, 1, 3, 4, 5, 2).reshape(NUM_SLICES, BLOCK_N, QUANT_BLOCK)
+        acc = tl.dot(grad, w, acc)
+    partial = tl.sum(acc, 0).reshape(BLOCK_M, 8, WORDS).permute(0, 2, 1)
+    partial = partial.reshape(BLOCK_M, QUANT_BLOCK)
+    partial_ptr += tl.program_id(1).to(tl.int64) * M * K + pid_k * QUANT_BLOCK
+    ptrs = partial_ptr + (first_m + offs_m)[:, None] * K + tl.arange(0, QUANT_BLOCK)[None, :]
+    tl.store(ptrs, partial, mask=(first_m + offs_m < M)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def _sum_partials_kernel(
+    out_ptr,  # (num_elements,)
+    partial_ptr,  # (num_partials, num_elements) float32
+    num_elements,
+    num_partials,
+    ELEMENTS: tl.constexpr,
+):
+    # one program adds the partial sums of ELEMENTS results up, in order
+    offs = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = offs < num_elements
+    stride = tl.cast(num_elements, tl.int64)
+    acc = tl.zeros((ELEMENTS,), tl.float32)
+    for index in tl.range(0, num_partials):
+        acc += tl.load(partial_ptr + index * stride + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Config:
+    return next(c for c in configs if num_rows <= c.max_rows and num_kept >= c.min_kept)
+
+
+def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
+    """Say what keeps a weight from the fused kernels; an empty string if nothing does."""
+    columns = QUANT_BLOCK.value * (1 if transposed else BLOCKS_PER_STEP.value)
+    rows = 64 if transposed else 16
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels multiply in bfloat16 or float16, not in {dtype}"
+    if weight.block_size != QUANT_BLOCK.value:
+        return f"the fused kernels know block_size {QUANT_BLOCK.value}, not {weight.block_size}"
+    if weight.in_features % columns:
+        return f"in_features {weight.in_features} is no multiple of {columns}"
+    if any(num_rows % rows for num_rows in weight.rows):
+        return f"rows {weight.rows} are no multiples of {rows}"
+    return ""
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Copy rows that do not begin on 16 bytes, which the vector loads need."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """List the weight's tensors in the kernels' order, packed_ptr to member_table_ptr."""
+    return (
+        weight.packed.view(torch.int32),
+        *scale_tensors(weight),
+        device_constant("dynamic_map", weight.device),
+        level_planes(dtype, weight.device),
+        member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
+    )
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
+    (N, K), M = weight.shape, x.shape[0]
+    config = _config_for(FORWARD_CONFIGS, M, N)
+    x = _aligned(x)
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    steps = K // (QUANT_BLOCK.value * BLOCKS_PER_STEP.value)
+    num_slices = gcd(config.num_warps, steps)
+    # triton launches on the current device, which need not be the weight's
+    with torch.cuda.device_of(x):
+        _nf4_matmul_forward_kernel[N // config.block_n, triton.cdiv(M, config.block_m)](
+            y,
+            x,
+            *_weight_arguments(weight, x.dtype),
+            M,
+            N,
+            K,
+            x.stride(0),
+            NUM_MEMBERS=len(weight.rows),
+            DOUBLE_QUANT=weight.is_double_quantized,
+            DTYPE=_triton_dtype(x.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            NUM_SLICES=num_slices,
+            num_warps=num_slices,
+            maxnreg=config.num_registers,
+        )
+    return y
+
+
+def _launch_nf4_matmul_transposed(grad_y: Tensor, weight: NF4Weight) -> Tensor:
+    (N, K), M = weight.shape, grad_y.shape[0]
+    config = _config_for(TRANSPOSED_CONFIGS, M, K)
+    grad_y = _aligned(grad_y)
+    # a range lies in one member and is a whole number of steps; the fewest that are enough
+    longest = gcd(*weight.rows)
+    step = config.num_warps * config.block_n
+    tiles = K // QUANT_BLOCK.value * triton.cdiv(M, config.block_m)
+    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
+    enough = [n for n in lengths if N // n * tiles >= TRANSPOSED_PROGRAMS]
+    rows_per_range = enough[0] if enough else lengths[-1]
+    num_ranges = N // rows_per_range
+    partial = torch.empty((num_ranges, M, K), dtype=torch.float32, device=grad_y.device)
+    grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
+    with torch.cuda.device_of(grad_y):
+        _nf4_matmul_transposed_kernel[
+            K // QUANT_BLOCK.value, num_ranges, triton.cdiv(M, config.block_m)
+        ](
+            partial,
+            grad_y,
+            *_weight_arguments(weight, grad_y.dtype),
+            M,
+            K,
+            grad_y.stride(0),
+            rows_per_range,
+            NUM_MEMBERS=len(weight.rows),
+            DOUBLE_QUANT=weight.is_double_quantized,
+            DTYPE=_triton_dtype(grad_y.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            NUM_SLICES=config.num_warps,
+            num_warps=config.num_warps,
+        )
+        _sum_partials_kernel[(triton.cdiv(M * K, SUM_ELEMENTS),)](
+            grad_x, partial, M * K, num_ranges, ELEMENTS=SUM_ELEMENTS
+        )
+    return grad_x
