@@ -32,11 +32,22 @@ def head(benchmark: str, commit: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or _output_of("git", "rev-parse", "HEAD"),
+        # null where git cannot tell
+        "dirty": None if commit else bool(_output_of("git", "status", "--porcelain")),
         "date": date.today().isoformat(),
     }
 
 
+def text_of(record: dict[str, Any]) -> str:
+    """Format a record as JSON, each of its rows on a line, so that a change reads as rows."""
+    text = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1)
+    if "rows" in record:
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
+        text = text.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}'
+    return text + "\n"
+
+
 def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(text_of(record))
     print(f"wrote {path}")

@@ -1,0 +1,110 @@
+"""Result rows as tables: providers side by side, aligned for a terminal or in Markdown."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+
+class Case(NamedTuple):
+    """What the rows of all providers have in common."""
+
+    mode: str
+    layer: str
+    m: int | None
+    n: int
+    k: int
+    dtype: str
+
+
+def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
+    """Sort rows by what was measured, then by provider; in the order in which they come."""
+    cases: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        case = Case(*(row[name] for name in Case._fields))
+        cases.setdefault(case, {})[row["provider"]] = row
+    return cases
+
+
+def short_name(layer: str) -> str:
+    """Name a layer without its model."""
+    return layer.rpartition(".")[2]
+
+
+def microseconds(row: Row | None) -> str:
+    """Format a row's median with three or more digits; a row that is missing as a dash."""
+    if row is None:
+        return "-"
+    us = row["ms_p50"] * 1e3
+    return f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def percent_of_copy(row: Row | None) -> str:
+    """Format how much of the copy's bandwidth a row reaches."""
+    if row is None or row["percent_of_copy"] is None:
+        return "-"
+    return f"{row['percent_of_copy']:.0f} %"
+
+
+def bandwidth_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of an operation whose limit is bandwidth."""
+    cases = by_case(rows)
+    columns = {"limit": "limit", "ours": "ours", "ours-checked": "checked"}
+    columns |= {"bitsandbytes": "bitsandbytes", "torch": "torch"}
+    # one operation has a public function that does more than its kernels
+    if not any("ours-checked" in providers for providers in cases.values()):
+        del columns["ours-checked"]
+    header = ["layer", "N x K", "dtype", "of copy", *columns.values()]
+    lines = [
+        [
+            short_name(case.layer),
+            f"{case.n} x {case.k}",
+            case.dtype,
+            percent_of_copy(providers.get("ours")),
+            *(microseconds(providers.get(provider)) for provider in columns),
+        ]
+        for case, providers in cases.items()
+    ]
+    return header, lines
+
+
+def matmul_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of a product over the rows of x."""
+    header = ["layer", "mode", "M", "limit", "ours", "path", "fused", "expand"]
+    header += ["bitsandbytes", "cuBLAS"]
+    lines = [
+        [
+            short_name(case.layer),
+            case.mode,
+            str(case.m),
+            microseconds(providers.get("limit")),
+            microseconds(providers.get("ours")),
+            providers["ours"]["path"] if "ours" in providers else "-",
+            microseconds(providers.get("ours-fused")),
+            microseconds(providers.get("ours-expand")),
+            microseconds(providers.get("bitsandbytes")),
+            microseconds(providers.get("torch")),
+        ]
+        for case, providers in by_case(rows).items()
+    ]
+    return header, lines
+
+
+def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Lay a table out in columns: the first to the left, the others to the right."""
+    table = [header, *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    return "\n".join(
+        " ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Lay a table out in Markdown: the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))

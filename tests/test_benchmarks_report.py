@@ -1,0 +1,176 @@
+"""benchmarks/report.py: README.md holds what it makes of the committed results."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report as module
+from benchmarks.report import BEGIN, END, README, RESULTS, kernels_section, load, with_section
+from benchmarks.tables import aligned, by_case, markdown, microseconds
+
+HEAD = {
+    "device": "a GPU",
+    "date": "2026-01-02",
+    "torch": "2.11",
+    "triton": "3.6",
+    "commit": "0123456789abcdef",
+    "bitsandbytes": "0.50.2",
+    "copy_gbps": 3000.0,
+    "matmul_tflops": 800.0,
+}
+
+
+def row(provider: str, us: float, m: int | None = None, mode: str = "forward") -> dict[str, Any]:
+    return {
+        "provider": provider,
+        "mode": mode,
+        "layer": "llama-3-8b.q_proj",
+        "m": m,
+        "n": 4096,
+        "k": 4096,
+        "dtype": "bfloat16",
+        "timing": "graph",
+        "ms_p20": us / 1e3,
+        "ms_p50": us / 1e3,
+        "ms_p80": us / 1e3,
+        "gbps": 42e3 / us,
+        "tflops": None,
+        "percent_of_copy": 1400 / us,
+        "peak_bytes": 0,
+        "path": "fused" if provider == "ours" else None,
+    }
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Make up the results of one device."""
+    bandwidth = [row("limit", 14), row("ours", 15.04), row("bitsandbytes", 34), row("torch", 1234)]
+    quantize = [row("limit", 14), row("ours", 15.04), row("ours-checked", 60)]
+    matmul = [
+        row(provider, factor * (3 + m / 100), m, mode)
+        for mode in ("forward", "transposed")
+        for m in (1, 4, 512, 8192)
+        for provider, factor in (("limit", 1), ("ours", 2), ("ours-fused", 2), ("torch", 3))
+        if m <= 512 or provider != "ours-fused"
+    ]
+    return {
+        "nf4_dequantize": HEAD | {"rows": bandwidth},
+        "nf4_quantize": HEAD | {"bitsandbytes": None, "rows": quantize},
+        "nf4_matmul": HEAD | {"rows": matmul},
+    }
+
+
+def test_the_readme_holds_what_report_makes_of_the_results() -> None:
+    readme = README.read_text()
+    expected = with_section(readme, kernels_section(load(RESULTS)))
+    assert readme == expected, "run python -m benchmarks.report --write"
+
+
+def test_every_chart_of_the_results_is_committed() -> None:
+    for device, found in load(RESULTS).items():
+        for name in module.charts_of(device, found):
+            assert (RESULTS / name).is_file(), f"{name}: run python -m benchmarks.report --write"
+
+
+def test_results_are_found_by_device_and_benchmark(tmp_path: Path) -> None:
+    for name, record in records().items():
+        (tmp_path / f"{name}.h100.json").write_text(json.dumps(record))
+    (tmp_path / "nf4_parity.h100.json").write_text("{}")
+    assert load(tmp_path) == {"h100": records()}
+
+
+def test_a_section_has_a_table_a_benchmark() -> None:
+    section = kernels_section({"h100": records()})
+    assert "| layer | N x K | dtype | of copy | limit | ours | bitsandbytes | torch |" in section
+    line = "| q_proj | 4096 x 4096 | bfloat16 | 93 % | 14.0 | 15.0 | 34.0 | 1,234 |"
+    assert line in section
+    assert "| q_proj | 4096 x 4096 | bfloat16 | 93 % | 14.0 | 15.0 | 60.0 | - | - |" in section
+    assert "| q_proj | forward | 1 | 3.0 | 6.0 | fused | 6.0 | - | - | 9.0 |" in section
+    # M = 4 is not shown, nor a product with few rows backwards
+    assert "| forward | 4 |" not in section
+    assert "| transposed | 1 |" not in section
+    assert "| transposed | 8192 |" in section
+    assert "bitsandbytes 0.50.2, commit 0123456; copy 3,000 GB/s, product 800 TFLOP/s." in section
+    assert "](benchmarks/results/nf4_matmul.h100.svg)" in section
+    assert "](benchmarks/results/nf4_bandwidth.h100.svg)" in section
+
+
+def test_a_section_without_results_says_so() -> None:
+    assert kernels_section({}).endswith("No results are committed yet.")
+
+
+def test_the_rest_of_the_readme_stays() -> None:
+    text = f"before\n{BEGIN}old\nlines{END}\nafter\n"
+    assert with_section(text, "new") == f"before\n{BEGIN}new{END}\nafter\n"
+    with pytest.raises(ValueError, match="must have the markers <!-- kernels -->"):
+        with_section("no markers", "new")
+
+
+def test_tables_are_laid_out() -> None:
+    header, lines = ["a", "bb"], [["ccc", "1"], ["d", "234"]]
+    assert aligned(header, lines) == "a    bb\nccc   1\nd   234"
+    assert markdown(header, lines) == "| a | bb |\n| --- | ---: |\n| ccc | 1 |\n| d | 234 |"
+
+
+def test_times_keep_three_digits() -> None:
+    formatted = [microseconds(row("ours", us)) for us in (3.14159, 53.55, 100.2, 1234.5)]
+    assert formatted == ["3.1", "53.5", "100", "1,234"]
+    assert microseconds(None) == "-"
+
+
+def test_rows_of_one_case_stand_side_by_side() -> None:
+    cases = by_case([row("ours", 1, 4), row("torch", 2, 4), row("ours", 3, 8)])
+    assert [(case.m, list(found)) for case, found in cases.items()] == [
+        (4, ["ours", "torch"]),
+        (8, ["ours"]),
+    ]
+
+
+@pytest.fixture
+def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, record in records().items():
+        (tmp_path / f"{name}.h100.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}{END}\n")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+
+
+@pytest.mark.usefixtures("_folder")
+def test_without_write_the_section_is_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report"])
+    assert module.main() == 0
+    assert capsys.readouterr().out == kernels_section({"h100": records()}) + "\n"
+    assert (tmp_path / "README.md").read_text() == f"# Title\n\n{BEGIN}{END}\n"
+
+
+@pytest.mark.usefixtures("_folder")
+def test_without_matplotlib_writing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", "--write"])
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--write needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_folder")
+def test_writing_twice_gives_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["report", "--write"])
+    written = []
+    for _ in range(2):
+        assert module.main() == 0
+        written.append({path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())})
+    assert written[0] == written[1]
+    charts = [name for name in written[0] if name.endswith(".svg")]
+    assert charts == ["nf4_bandwidth.h100.svg", "nf4_matmul.h100.svg"]
+    for name in charts:
+        assert b"<dc:date>" not in written[0][name]
+    assert "| q_proj | forward | 1 |" in (tmp_path / "README.md").read_text()
