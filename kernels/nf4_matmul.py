@@ -36,7 +36,7 @@ class MatmulPath(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """The most rows for which the fused product wins, for weights of at least a size."""
+    """The most rows for which the fused product wins, 0 if it never does, by size of weight."""
 
     min_weights: int
     forward: int
@@ -47,12 +47,16 @@ class Crossover(NamedTuple):
 # benchmarks/results/nf4_matmul.*.json
 CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
     ((9, 0), 132): (
-        Crossover(8 << 20, forward=64, transposed=16),
-        Crossover(0, forward=32, transposed=16),
+        Crossover(32 << 20, forward=80, transposed=32),
+        Crossover(8 << 20, forward=64, transposed=0),
+        Crossover(0, forward=128, transposed=0),
     ),
 }
-# of a device that nobody measured: the fused product wins by far at these few rows on all known
-DEFAULT_CROSSOVERS = (Crossover(0, forward=16, transposed=16),)
+# of a device that nobody measured: where the fused product wins by far on all known
+DEFAULT_CROSSOVERS = (
+    Crossover(32 << 20, forward=16, transposed=16),
+    Crossover(0, forward=16, transposed=0),
+)
 
 
 def nf4_matmul_reference(x: Tensor, weight: NF4Weight) -> Tensor:

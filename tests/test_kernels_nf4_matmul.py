@@ -169,9 +169,9 @@ def test_few_rows_are_fused_and_many_expand(rows: tuple[int, ...], transposed: b
     table = CROSSOVERS[(9, 0), 132]
     crossover = next(row for row in table if rows[0] * 4096 >= row.min_weights)
     most = crossover.transposed if transposed else crossover.forward
-    paths = [path_of(n, weight, torch.bfloat16, transposed) for n in (1, most, most + 1, 8192)]
-    assert paths == ["fused", "fused", "expand", "expand"]
-    assert path_of(0, weight, torch.bfloat16, transposed) == "expand"
+    fused = [n for n in range(200) if path_of(n, weight, torch.bfloat16, transposed) == "fused"]
+    assert fused == list(range(1, most + 1))
+    assert path_of(8192, weight, torch.bfloat16, transposed) == "expand"
 
 
 @pytest.mark.usefixtures("h100")
