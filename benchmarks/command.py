@@ -12,12 +12,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.bitsandbytes_peer import Bitsandbytes, bitsandbytes
-from benchmarks.measure import Call, Quantiles, copy_gbps, matmul_tflops, measure, peak_bytes
+from benchmarks.measure import (
+    Operation,
+    Quantiles,
+    copy_gbps,
+    matmul_tflops,
+    measure_in_turns,
+    peak_bytes,
+)
 from benchmarks.record import ROOT, head, write
 from benchmarks.tables import Row
 
@@ -89,14 +96,22 @@ def limit_row(work: Work, machine: Machine) -> Row:
     return row_of(work, "limit", "model", Quantiles(ms, ms, ms), 0, machine)
 
 
-def measured_row(
-    work: Work, provider: str, calls: Sequence[Call], machine: Machine, captured: bool = True
-) -> Row:
-    """Measure one provider."""
-    num_peak_bytes = peak_bytes(calls[0])
-    times = measure(calls, captured)
-    timing = "graph" if captured else "eager"
-    return row_of(work, provider, timing, times, num_peak_bytes, machine)
+class Candidate(NamedTuple):
+    """One provider's way to do a piece of work."""
+
+    work: Work
+    provider: str
+    operation: Operation
+
+
+def measured_rows(candidates: Sequence[Candidate], machine: Machine) -> list[Row]:
+    """Measure providers in turns."""
+    peaks = [peak_bytes(candidate.operation.calls[0]) for candidate in candidates]
+    times = measure_in_turns([candidate.operation for candidate in candidates])
+    return [
+        row_of(work, provider, "graph" if operation.captured else "eager", time, peak, machine)
+        for (work, provider, operation), time, peak in zip(candidates, times, peaks, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

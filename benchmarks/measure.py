@@ -5,6 +5,8 @@ one CUDA graph, and what is timed is its replay. Inputs and outputs rotate past 
 finds there nothing that it reads, nor the lines that it writes. What a call allocates and frees
 within (a temporary) does come back at the same address, as it does in training.
 
+Operations that are compared take turns, replay by replay.
+
 What is left out, against `triton.testing.do_bench`: no cache is flushed between calls, because a
 rotation needs no flush, and nothing is timed one call at a time.
 """
@@ -106,13 +108,21 @@ def _replay_of(calls: Sequence[Call], repeats: int, captured: bool) -> Call:
     return graph.replay
 
 
-def _times(replay: Call, count: int) -> list[float]:
+class _Prepared(NamedTuple):
+    """An operation ready to be timed: what a replay runs, how many calls that is, how often."""
+
+    replay: Call
+    num_calls: int
+    replays: int
+
+
+def _times(replays: Sequence[Call]) -> list[float]:
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(count)
+        for _ in replays
     ]
     # all are queued before one is awaited, so that no replay waits for Python
-    for start, end in events:
+    for replay, (start, end) in zip(replays, events, strict=True):
         start.record()
         replay()
         end.record()
@@ -120,28 +130,51 @@ def _times(replay: Call, count: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def measure(calls: Sequence[Call], captured: bool = True) -> Quantiles:
-    """Time one call of an operation, given as calls over different input sets.
+def _prepare(calls: Sequence[Call], captured: bool) -> _Prepared:
+    # compiles, loads modules, makes workspaces
+    _run(calls)
+    replay = _replay_of(calls, 1, captured)
+    rotation_ms = _times([replay] * 3)[-1]
+    repeats, replays = plan(rotation_ms, len(calls))
+    if repeats > 1:
+        replay = _replay_of(calls, repeats, captured)
+        _times([replay])
+    return _Prepared(replay, repeats * len(calls), replays)
 
-    Args:
-        captured: replay the calls from a CUDA graph. Otherwise Python issues each, as a user's
-            program would: for an operation that copies from the host or waits for the device.
+
+class Operation(NamedTuple):
+    """One operation, as calls over different input sets.
+
+    `captured`: replay the calls from a CUDA graph. Otherwise Python issues each, as a user's
+    program would: for an operation that copies from the host or waits for the device.
+    """
+
+    calls: Sequence[Call]
+    captured: bool = True
+
+
+def measure_in_turns(operations: Sequence[Operation]) -> list[Quantiles]:
+    """Time one call of each operation, a replay of each in turn: a GPU that slows down as it warms
+    up slows all of them down alike.
 
     Note:
         Synchronizes, and runs the calls some hundreds of times.
     """
     torch.cuda.synchronize()
     with torch.cuda.stream(_side_stream()):
-        # compiles, loads modules, makes workspaces
-        _run(calls)
-        replay = _replay_of(calls, 1, captured)
-        rotation_ms = _times(replay, 3)[-1]
-        repeats, replays = plan(rotation_ms, len(calls))
-        if repeats > 1:
-            replay = _replay_of(calls, repeats, captured)
-            _times(replay, 1)
-        times = _times(replay, replays)
-    return quantiles([ms / (repeats * len(calls)) for ms in times])
+        prepared = [_prepare(operation.calls, operation.captured) for operation in operations]
+        times: list[list[float]] = [[] for _ in prepared]
+        for turn in range(max(one.replays for one in prepared)):
+            playing = [index for index, one in enumerate(prepared) if turn < one.replays]
+            took = _times([prepared[index].replay for index in playing])
+            for index, ms in zip(playing, took, strict=True):
+                times[index].append(ms / prepared[index].num_calls)
+    return [quantiles(ms) for ms in times]
+
+
+def measure(calls: Sequence[Call], captured: bool = True) -> Quantiles:
+    """Time one call of one operation; see `measure_in_turns`."""
+    return measure_in_turns([Operation(calls, captured)])[0]
 
 
 def peak_bytes(call: Call) -> int:

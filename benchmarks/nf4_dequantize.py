@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bitsandbytes_peer import Bitsandbytes
-from benchmarks.command import Machine, Result, Work, limit_row, main, measured_row
+from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main, measured_rows
 from benchmarks.layers import BLOCK_SIZE, GROUPS, LAYERS, WEIGHT_STD, nf4_bytes
-from benchmarks.measure import num_input_sets
+from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, bandwidth_table
 from kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
 from nf4.weight import NF4Weight, empty_weight, quantize_member
@@ -78,12 +78,14 @@ def rows_of(shape: Shape, machine: Machine) -> list[Row]:
     made = [weight_and_theirs(shape, machine.device, machine.peer) for _ in range(num_sets)]
     ours = [partial(nf4_dequantize, weight, dtype) for weight, _ in made]
     reference = [partial(nf4_dequantize_reference, weight, dtype) for weight, _ in made]
-    rows = [limit_row(work, machine), measured_row(work, "ours", ours, machine)]
+    candidates = [
+        Candidate(work, "ours", Operation(ours)),
+        Candidate(work, "torch", Operation(reference, captured=False)),
+    ]
     if machine.peer:
         theirs = [partial(dequantize_members, machine.peer, members) for _, members in made]
-        rows.append(measured_row(work, "bitsandbytes", theirs, machine))
-    rows.append(measured_row(work, "torch", reference, machine, captured=False))
-    return rows
+        candidates.insert(1, Candidate(work, "bitsandbytes", Operation(theirs)))
+    return [limit_row(work, machine), *measured_rows(candidates, machine)]
 
 
 def run(machine: Machine) -> Result:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bitsandbytes_peer import Bitsandbytes
-from benchmarks.command import Machine, Result, Work, limit_row, main, measured_row
+from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main, measured_rows
 from benchmarks.layers import BLOCK_SIZE, LAYERS, WEIGHT_STD, nf4_bytes
-from benchmarks.measure import num_input_sets
+from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, by_case, matmul_table, short_name
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import matmul_path, nf4_matmul, nf4_matmul_transposed
@@ -138,6 +138,7 @@ class LayerBench:
         rows = {} if only else {"limit": limit_row(work, machine) | {"path": None}}
         ways = products(mode, m, machine.peer)
         expected = ways["torch"](inputs[0], operands[0])
+        candidates = []
         for provider, product in ways.items():
             if only and provider not in only:
                 continue
@@ -150,7 +151,9 @@ class LayerBench:
                     num_bytes=matmul_bytes(m, work.n, work.k, DTYPE.itemsize, weight_bytes),
                 )
             calls = [partial(product, x, w) for x, w in zip(inputs, operands, strict=True)]
-            rows[provider] = measured_row(moved, provider, calls, machine) | {"path": None}
+            candidates.append(Candidate(moved, provider, Operation(calls)))
+        measured = measured_rows(candidates, machine)
+        rows |= {row["provider"]: row | {"path": None} for row in measured}
         if "ours" in rows:
             path = matmul_path(m, operands[0].weight, DTYPE, mode == "transposed")
             rows["ours"]["path"] = path.name

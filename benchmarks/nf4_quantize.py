@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.command import Machine, Result, Work, limit_row, main, measured_row
+from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main, measured_rows
 from benchmarks.layers import BLOCK_SIZE, LAYERS, WEIGHT_STD, nf4_bytes
-from benchmarks.measure import num_input_sets
+from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, bandwidth_table
 from kernels.nf4_quantize import (
     _launch_nf4_quantize,
@@ -78,16 +78,15 @@ def rows_of(layer: str, dtype: torch.dtype, machine: Machine) -> list[Row]:
     unchecked = [partial(quantize_unchecked, matrix) for matrix in matrices]
     checked = [partial(quantize_checked, matrix) for matrix in matrices]
     reference = [partial(quantize_reference, matrix) for matrix in matrices]
-    rows = [
-        limit_row(work, machine),
-        measured_row(work, "ours", unchecked, machine),
-        measured_row(work, "ours-checked", checked, machine, captured=False),
+    candidates = [
+        Candidate(work, "ours", Operation(unchecked)),
+        Candidate(work, "ours-checked", Operation(checked, captured=False)),
+        Candidate(work, "torch", Operation(reference, captured=False)),
     ]
     if machine.peer:
         theirs = [partial(machine.peer.quantize, matrix) for matrix in matrices]
-        rows.append(measured_row(work, "bitsandbytes", theirs, machine, captured=False))
-    rows.append(measured_row(work, "torch", reference, machine, captured=False))
-    return rows
+        candidates.insert(2, Candidate(work, "bitsandbytes", Operation(theirs, captured=False)))
+    return [limit_row(work, machine), *measured_rows(candidates, machine)]
 
 
 def run(machine: Machine) -> Result:

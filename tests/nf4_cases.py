@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,8 +57,10 @@ def random_matrices(case: WeightCase) -> Iterator[Tensor]:
         yield matrix
 
 
+# the largest take seconds, and several tests in a row want the same
+@lru_cache(maxsize=4)
 def random_weight(case: WeightCase) -> NF4Weight:
-    """Quantize random matrices."""
+    """Quantize random matrices; not to be written to."""
     device = torch.device("cpu")
     weight = empty_weight(case.rows, case.in_features, case.block_size, case.double_quant, device)
     for index, matrix in enumerate(random_matrices(case)):

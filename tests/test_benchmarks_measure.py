@@ -11,9 +11,11 @@ from benchmarks.measure import (
     MOST_REPLAYS,
     MOST_SETS,
     SHORTEST_REPLAY_MS,
+    Operation,
     copy_gbps,
     matmul_tflops,
     measure,
+    measure_in_turns,
     num_input_sets,
     peak_bytes,
     plan,
@@ -87,6 +89,22 @@ def test_calls_that_cannot_be_captured_are_issued(clock: Clock) -> None:
 
     assert measure([call, call], captured=False) == (0.5, 0.5, 0.5)
     assert clock.num_captures == 0
+
+
+def test_operations_take_turns(clock: Clock) -> None:
+    order = []
+
+    def operation(name: str, ms: float) -> Operation:
+        def call() -> None:
+            order.append(name)
+            clock.ms += ms
+
+        return Operation([call], captured=False)
+
+    slow, fast = measure_in_turns([operation("slow", 9.0), operation("fast", 6.0)])
+    assert (slow.ms_p50, fast.ms_p50) == (9.0, 6.0)
+    # each was run once and timed three times before
+    assert order[8 : 8 + 2 * FEWEST_REPLAYS - 2] == ["slow", "fast"] * (FEWEST_REPLAYS - 1)
 
 
 def test_a_rotation_exceeds_twice_the_cache(clock: Clock) -> None:

@@ -98,12 +98,18 @@ def test_a_run_measures_every_provider_in_both_modes() -> None:
 def test_a_run_looks_for_the_crossover_between_the_listed_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def row(work, provider, calls, machine):
+    def rows(candidates, machine):
         # fused costs as much as 40 rows at once
-        ms = {"ours-fused": work.m / 40}.get(provider, 1.0)
-        return row_of(work, provider, "graph", Quantiles(ms, ms, ms), 0, machine)
+        times = [
+            candidate.work.m / 40 if candidate.provider == "ours-fused" else 1.0
+            for candidate in candidates
+        ]
+        return [
+            row_of(work, provider, "graph", Quantiles(ms, ms, ms), 0, machine)
+            for (work, provider, _), ms in zip(candidates, times, strict=True)
+        ]
 
-    monkeypatch.setattr(module, "measured_row", row)
+    monkeypatch.setattr(module, "measured_rows", rows)
     monkeypatch.setattr(module, "FUSED_MOST_ROWS", 64)
     result = module.run(MACHINE)
     assert {entry["fused_up_to"] for entry in result.more["crossovers"]} == {32}

@@ -44,12 +44,10 @@ STRIDED = [
     (WeightCase((6, 3), 4096), 4),
     (WeightCase((3, 2, 4), 33, 32), 5),
 ]
+# a compilation for nearly each with each stride: the interpreter sees many more
 STRIDED_ON_GPU = [
-    *TINY_WEIGHTS,
-    *LONG_ROWS,
-    WeightCase((1031,), 257),
+    LONG_ROWS[0],
     WeightCase((512, 128, 128), 1024),
-    WeightCase((512, 128), 14336),
     WeightCase((300, 301), 1376, 4096),
     WeightCase((7, 1, 130), 4097, double_quant=False),
 ]
@@ -244,12 +242,9 @@ def test_gpu_kernel_expands_members_at_any_address(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-# vectors of 16 bytes; of 16 bytes at a stride that triton does not know; shorter ones; rows that
-# begin at any address; no gap
-@pytest.mark.parametrize(
-    ("first_column", "num_extra"), [(0, 16), (0, 8), (0, 4), (3, 5), (5, 16), (0, 0)], ids=str
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# vectors of 16 bytes; shorter ones; rows that begin at any address; no gap
+@pytest.mark.parametrize(("first_column", "num_extra"), [(0, 16), (0, 4), (3, 5), (0, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", STRIDED_ON_GPU, ids=str)
 def test_gpu_kernel_fills_a_part_of_a_wider_matrix(
     case: WeightCase, dtype: torch.dtype, first_column: int, num_extra: int
