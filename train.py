@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
@@ -32,6 +33,8 @@ from lora.config import LoRAConfig, resolve_target_modules
 from optim.adamw import AdamW
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
+from optim.state_memory import OrdinaryMemory
+from optim.unified_memory import paged_memory
 from run.atomic import new_files
 from run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from run.config import TrainConfig, parse_config
@@ -76,11 +79,26 @@ class Run:
 
 
 @dataclass(frozen=True)
+class PendingResult:
+    """A step whose figures the device may still be computing."""
+
+    step: int
+    loss: Tensor  # () float32
+    grad_norm: Tensor  # () float32
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class StepResult:
+    step: int
     loss: float  # nats per target token
     grad_norm: float  # before clipping
     learning_rate: float
-    is_skipped: bool  # the gradients were not finite
+
+    @property
+    def is_skipped(self) -> bool:
+        """The gradients were not finite."""
+        return not math.isfinite(self.grad_norm)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -115,14 +133,13 @@ def main(arguments: Sequence[str]) -> None:
     print(model.describe_trainable_parameters())
     if resumed or config.init_adapter:
         load_adapter(resumed or Path(config.init_adapter), model.adapter_tensors())
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    is_paged = config.optim == "paged_adamw_32bit"
-    optimizer = AdamW(parameters, weight_decay=config.weight_decay, is_paged=is_paged)
-    print(f"optimizer: {optimizer.describe()}")
-    loss_scale = LossScale.for_dtype(model.compute_dtype)
+    optimizer = make_optimizer(model, config)
+    described = optimizer.describe()
+    print(f"optimizer: {described}")
+    loss_scale = LossScale.for_dtype(model.compute_dtype, device)
     if saved:
         optimizer.load_state(saved[1], state.num_updates)
-        loss_scale.scale, loss_scale.num_good_steps = state.loss_scale, state.num_good_steps
+        loss_scale.load_state(state.loss_scale, state.num_good_steps)
 
     # only now, when nothing that was given can be wrong any more, is anything written
     open_output(config)
@@ -130,6 +147,8 @@ def main(arguments: Sequence[str]) -> None:
     run = Run(config, lora, model, optimizer, loss_scale, train_data, eval_data, state, num_steps)
     before = answer(run, tokenizer)
     last_row = train(run)
+    if optimizer.describe() != described:
+        print(f"optimizer: {optimizer.describe()}")
     if num_steps:
         save_results(run, tokenizer, last_row)
     after = answer(run, tokenizer)
@@ -141,7 +160,8 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
     """Replace every `auto` and default by what this machine and this checkpoint make of it.
 
     Raises:
-        ValueError: a device that is not there, or a length beyond the model's positions.
+        ValueError: a device that is not there, a residency without one, or a length beyond the
+            model's positions.
     """
     device = config.device
     if device == "auto":
@@ -150,6 +170,11 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         raise ValueError(
             "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
             "choose --device cpu"
+        )
+    if device == "cpu" and config.optimizer_residency != "auto":
+        raise ValueError(
+            "--optimizer-residency must be auto on a CPU, where moments do not move: "
+            f"got {config.optimizer_residency}"
         )
     dtype = config.dtype
     if dtype == "auto":
@@ -244,6 +269,24 @@ def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
     return model
 
 
+def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
+    """Build the optimizer of --optim over the adapter, lora_B learning faster by LoRA+'s ratio.
+
+    Hayou et al. 2024, "LoRA+".
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    paged = functools.partial(paged_memory, residency=config.optimizer_residency)
+    return AdamW(
+        parameters,
+        weight_decay=config.weight_decay,
+        is_8bit=config.optim == "paged_adamw_8bit",
+        memory=OrdinaryMemory if config.optim == "adamw" else paged,
+        rate_factors={
+            name: config.loraplus_lr_ratio for name in parameters if name.endswith("lora_B")
+        },
+    )
+
+
 def count_steps(config: TrainConfig, dataset: Dataset) -> int:
     if config.max_steps >= 0:
         return config.max_steps
@@ -269,25 +312,37 @@ def train(run: Run) -> Row | None:
         progress.show(row)
 
     num_skipped_in_a_row = 0
+    pending: list[PendingResult] = []
     since, tokens_then = time.perf_counter(), state.tokens
     while state.step < run.num_steps:
-        result = train_step(run)
+        pending.append(train_step(run))
         is_last = state.step == run.num_steps
         progress.advance()
-        num_skipped_in_a_row = num_skipped_in_a_row + 1 if result.is_skipped else 0
-        if result.is_skipped:
-            progress.say(
-                f"step {state.step}: the gradients are not finite, the adapter is left as it was "
-                f"({state.num_skipped} steps so far, loss scale {run.loss_scale.scale:g})"
-            )
-        if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            progress.close()
-            raise RuntimeError(
-                f"gradients must be finite: {num_skipped_in_a_row} steps in a row were not, up to "
-                f"step {state.step}; lower --learning-rate or use --dtype bfloat16"
-            )
         is_eval_due = is_last or is_due(config.eval_steps, state)
-        if is_eval_due or is_due(config.logging_steps, state):
+        is_row_due = is_eval_due or is_due(config.logging_steps, state)
+        is_save_due = is_due(config.save_steps, state) and not is_last
+        if not (is_row_due or is_save_due or len(pending) == MAX_SKIPPED_IN_A_ROW):
+            continue
+        # the one place that waits for the device
+        results = read(pending, run)
+        pending.clear()
+        for result in results:
+            num_skipped_in_a_row = num_skipped_in_a_row + 1 if result.is_skipped else 0
+            state.num_skipped += result.is_skipped
+            state.num_updates += not result.is_skipped
+            if result.is_skipped:
+                progress.say(
+                    f"step {result.step}: the gradients are not finite, the adapter is left as it "
+                    f"was ({state.num_skipped} steps so far, loss scale {state.loss_scale:g})"
+                )
+            if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                progress.close()
+                raise RuntimeError(
+                    f"gradients must be finite: {num_skipped_in_a_row} steps in a row were not, up "
+                    f"to step {result.step}; lower --learning-rate or use --dtype bfloat16"
+                )
+        if is_row_due:
+            result = results[-1]
             seconds = time.perf_counter() - since
             row = {
                 "step": state.step,
@@ -305,7 +360,7 @@ def train(run: Run) -> Row | None:
             metrics.append(row)
             progress.show(row)
             since, tokens_then = time.perf_counter(), state.tokens
-        if is_due(config.save_steps, state) and not is_last:
+        if is_save_due:
             save_checkpoint(
                 output,
                 state,
@@ -320,13 +375,28 @@ def is_due(every: int, state: RunState) -> bool:
     return every > 0 and state.step % every == 0
 
 
-def train_step(run: Run) -> StepResult:
+def read(pending: list[PendingResult], run: Run) -> list[StepResult]:
+    """Wait for the device and take the figures of steps, and into the state the loss scale."""
+    figures = torch.stack([torch.stack((result.loss, result.grad_norm)) for result in pending])
+    if run.loss_scale.is_dynamic:
+        run.state.loss_scale, run.state.num_good_steps = run.loss_scale.state()
+    return [
+        StepResult(result.step, loss, grad_norm, result.learning_rate)
+        for result, (loss, grad_norm) in zip(pending, figures.tolist(), strict=True)
+    ]
+
+
+def train_step(run: Run) -> PendingResult:
     """Take one optimizer step over its micro-batches and count it in the run's state.
 
         gradient = d/dadapter  sum over all micro-batches of the loss / the step's target tokens
 
     The divisor counts the tokens of the whole step, so how samples are split into micro-batches
     does not change the gradient, in a short last step neither.
+
+    Note:
+        Does not wait for the device: the run's counters of updates and skipped steps, and its loss
+        scale, are what `read` last saw.
     """
     config, state, optimizer, scale = run.config, run.state, run.optimizer, run.loss_scale
     batches = step_batches(run)
@@ -343,23 +413,20 @@ def train_step(run: Run) -> StepResult:
     run.model.train()
     optimizer.zero_grad()
     total_loss = torch.zeros((), device=run.model.device)
-    for batch in batches:
+    for index, batch in enumerate(batches):
         loss = run.model.loss(batch.input_ids, batch.labels) / num_targets
+        if index == len(batches) - 1:
+            # what is paged out comes back beside the last backward pass
+            optimizer.prefetch()
         (loss * scale.scale).backward()
         total_loss += loss.detach()
-    grad_norm = float(optimizer.scale_gradients(1 / scale.scale, config.max_grad_norm))
-    is_finite = math.isfinite(grad_norm)
-    if is_finite:
-        optimizer.step(learning_rate)
-    scale.update(is_finite)
+    grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
+    scale.update(grad_norm)
 
     state.step += 1
-    state.num_updates = optimizer.num_steps
-    state.num_skipped += not is_finite
     state.tokens += sum(batch.num_tokens for batch in batches)
     state.target_tokens += num_targets
-    state.loss_scale, state.num_good_steps = scale.scale, scale.num_good_steps
-    return StepResult(float(total_loss), grad_norm, learning_rate, not is_finite)
+    return PendingResult(state.step, total_loss, grad_norm, learning_rate)
 
 
 def step_batches(run: Run) -> list[Batch]:

@@ -5,6 +5,7 @@ the path it finds ours, which has no `get_kernel`, and logs that it goes on with
 runs on a GPU is concerned. The tests, which run its CPU backend, keep it in a process of its own.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,12 +15,13 @@ from torch import Tensor
 
 
 class Bitsandbytes:
-    """The three operations that it is compared on, called as transformers calls them."""
+    """The operations that it is compared on, called as transformers calls them."""
 
     def __init__(self) -> None:
         # installed with the extra `test`; a benchmark runs without
         self._bitsandbytes: Any = import_module("bitsandbytes")
         self._functional: Any = import_module("bitsandbytes.functional")
+        self._optim: Any = import_module("bitsandbytes.optim")
         self.version = version("bitsandbytes")
 
     def quantize(self, matrix: Tensor) -> tuple[Tensor, Any]:  # packed and its state
@@ -33,6 +35,19 @@ class Bitsandbytes:
     def matmul(self, x: Tensor, packed: Tensor, state: Any) -> Tensor:
         """Multiply by the transpose: y = x W^T."""
         return self._bitsandbytes.matmul_4bit(x, packed.t(), state)
+
+    def adamw(
+        self,
+        parameters: Sequence[Tensor],
+        rate: float,
+        weight_decay: float,
+        is_8bit: bool,
+        is_paged: bool,
+    ) -> Any:
+        """Make its optimizer, whose `step` uses the parameters' gradients."""
+        name = f"{'Paged' if is_paged else ''}AdamW{'8bit' if is_8bit else '32bit'}"
+        optimizer_class = getattr(self._optim, name)
+        return optimizer_class(parameters, lr=rate, weight_decay=weight_decay)
 
 
 def bitsandbytes() -> Bitsandbytes | None:

@@ -91,6 +91,34 @@ def matmul_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def adamw_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of an optimizer's step."""
+    columns = {
+        "limit": "limit",
+        "ours": "ours",
+        "ours-step": "step",
+        "ours-managed": "managed",
+        "ours-host": "host",
+        "torch-fused": "torch fused",
+        "torch-foreach": "foreach",
+        "bitsandbytes": "bitsandbytes",
+        "bitsandbytes-paged": "paged",
+    }
+    header = ["moments", "norm", "elements", "tensors", "of copy", *columns.values()]
+    lines = [
+        [
+            case.mode.removesuffix("-clip"),
+            "yes" if case.mode.endswith("-clip") else "no",
+            f"{case.n:,}",
+            str(case.k),
+            percent_of_copy(providers.get("ours")),
+            *(microseconds(providers.get(provider)) for provider in columns),
+        ]
+        for case, providers in by_case(rows).items()
+    ]
+    return header, lines
+
+
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Lay a table out in columns: the first to the left, the others to the right."""
     table = [header, *lines]

@@ -32,23 +32,31 @@ def _linspace_to_one(num_cells: int) -> Tensor:  # (num_cells + 1,) float32
     return torch.where(index < (num_cells + 1) // 2, upwards, downwards).float()
 
 
-def _signed_dynamic_map() -> Tensor:  # (256,) float32, ascending
-    """Compute the signed 8-bit dynamic map.
+def _dynamic_map(is_signed: bool) -> Tensor:  # (256,) float32, ascending
+    """Compute an 8-bit dynamic map.
 
-    Decade d in 0..6 splits [0.1, 1] * 10^(d - 6) into 2^d equal cells and takes their centres, for
-    either sign; zero and one complete the 256 values. In float32, as published: float64 differs in
-    the last bit of 72 entries.
+    Decade d in 0..6 splits [0.1, 1] * 10^(d - 6) into equal cells and takes their centres: 2^d
+    cells for either sign, or twice as many where there is none. Zero and one complete the 256
+    values. In float32, as published: float64 differs in the last bit of 72 signed entries.
     """
     positive = []
     for decade in range(7):
-        edges = _linspace_to_one(2**decade)
+        edges = _linspace_to_one(2**decade if is_signed else 2 ** (decade + 1))
         positive.append((edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6))
     magnitudes = torch.cat(positive)
-    return torch.cat((-magnitudes, torch.tensor([0.0, 1.0]), magnitudes)).sort().values
+    negative = -magnitudes if is_signed else torch.empty(0)
+    return torch.cat((negative, torch.tensor([0.0, 1.0]), magnitudes)).sort().values
 
 
-DYNAMIC_MAP = _signed_dynamic_map()
-DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2
+def _midpoints(levels: Tensor) -> Tensor:
+    return (levels[1:] + levels[:-1]) / 2
+
+
+DYNAMIC_MAP = _dynamic_map(is_signed=True)
+DYNAMIC_MAP_MIDPOINTS = _midpoints(DYNAMIC_MAP)
+# of what is never negative: an optimizer's second moment (kernels/adamw.py)
+UNSIGNED_DYNAMIC_MAP = _dynamic_map(is_signed=False)
+UNSIGNED_DYNAMIC_MAP_MIDPOINTS = _midpoints(UNSIGNED_DYNAMIC_MAP)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +66,19 @@ class QuantizedAbsmax:
     codes: Tensor  # (num_blocks,) uint8, indices into DYNAMIC_MAP
     group_absmax: Tensor  # (ceil(num_blocks / GROUP_SIZE),) float32
     mean: Tensor  # (1,) float32, removed before and added after; one per member when stacked
+
+
+def nearest_codes(
+    scaled: Tensor,  # float32, of any shape
+    midpoints: Tensor,  # (255,) float32, of an 8-bit map
+) -> Tensor:  # int32, of the same shape
+    """Find the index of the nearest level; on a midpoint, the even one of the two."""
+    # the midpoint between an odd index and the next belongs to the next, which a strict comparison
+    # with the number just below it says
+    below = torch.nextafter(midpoints, torch.tensor(-torch.inf))
+    lower_is_odd = torch.arange(midpoints.numel()) % 2 == 1
+    thresholds = torch.where(lower_is_odd, below, midpoints)
+    return torch.bucketize(scaled, thresholds.to(scaled.device), out_int32=True)
 
 
 def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:  # absmax (num_blocks,) float32
@@ -76,11 +97,7 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:  # absmax (num_blocks,) 
     groups = F.pad(absmax - mean, (0, -num_blocks % GROUP_SIZE)).view(-1, GROUP_SIZE)
     group_absmax = groups.abs().amax(dim=1)
     scaled = groups * group_absmax.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()[:, None]
-    midpoints = DYNAMIC_MAP_MIDPOINTS.to(absmax.device)
-    lower = torch.bucketize(scaled, midpoints, out_int32=True)
-    upper = torch.bucketize(scaled, midpoints, out_int32=True, right=True)
-    # the two searches differ only on a midpoint, where `upper` is `lower` + 1
-    codes = torch.where(lower % 2 == 1, upper, lower)
+    codes = nearest_codes(scaled, DYNAMIC_MAP_MIDPOINTS)
     codes.masked_fill_(group_absmax[:, None] == 0, 0)
     return QuantizedAbsmax(codes.view(-1)[:num_blocks].to(torch.uint8), group_absmax, mean)
 

@@ -3,52 +3,138 @@
 torch.optim keeps two tensors per parameter and walks them one by one; bitsandbytes pages each
 tensor by itself, and only those of 100,000 elements or more, which is hardly any LoRA matrix. Here
 the model's parameters and their .grad become views of two arenas in ordinary memory, the moments
-two more in CUDA unified memory, so a step, a norm or a memset is one pass over everything. Under
-memory pressure the driver moves pages of the moments to the host and back.
+lie in one buffer beside them, so that a step, a norm, a memset or a page's way to the host is one
+call for everything. `kernels/adamw.py` holds the arithmetic; where the buffer's pages are is the
+business of `optim/unified_memory.py`.
 
-The arithmetic is torch's, operation by operation: in float32 on the CPU the parameters are equal
-bit for bit.
+Nothing here asks the device for a value except `num_steps`, `state_tensors` and `load_state`, which
+are for checkpoints.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from optim.unified_memory import managed_zeros
+from kernels.adamw import (
+    MOMENT_BLOCK,
+    NUM_SHARED_SCALARS,
+    TILE_BLOCKS,
+    ZERO_CODES,
+    Arenas,
+    Moments,
+    adamw,
+)
+from optim.state_memory import OrdinaryMemory, StateMemory
 
-BETA1, BETA2 = 0.9, 0.999
-EPSILON = 1e-8
+# smaller tensors keep float32 moments: bitsandbytes' min_8bit_size
+SMALLEST_8BIT = 4096
+
+
+class Layout:
+    """Which elements of the arenas a parameter has.
+
+        | parameters with 8-bit moments | ... | those with float32 moments | ... |
+
+    Each starts with a block of 256, each region with a tile of blocks; the rest is padding.
+
+    Attributes:
+        shapes: of every parameter, by name.
+        starts: the first element of every parameter.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], is_8bit: bool) -> None:
+        self.shapes = dict(shapes)
+        self.starts: dict[str, int] = {}
+        large = [name for name in shapes if is_8bit and shapes[name].numel() >= SMALLEST_8BIT]
+        small = [name for name in shapes if name not in set(large)]
+        self.num_8bit_blocks = self._place(large, 0)
+        self.num_blocks = self._place(small, self.num_8bit_blocks)
+
+    def _place(self, names: list[str], block: int) -> int:
+        for name in names:
+            self.starts[name] = block * MOMENT_BLOCK
+            block += self.blocks_of(name)
+        return block + -block % TILE_BLOCKS
+
+    def blocks_of(self, name: str) -> int:
+        return -(-self.shapes[name].numel() // MOMENT_BLOCK)
+
+    def is_8bit(self, name: str) -> bool:
+        return self.starts[name] < self.num_8bit_blocks * MOMENT_BLOCK
+
+    def first_block(self, name: str) -> int:
+        """Count the blocks before a parameter in its region."""
+        block = self.starts[name] // MOMENT_BLOCK
+        return block if self.is_8bit(name) else block - self.num_8bit_blocks
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_blocks * MOMENT_BLOCK
+
+    def view(self, arena: Tensor, name: str) -> Tensor:
+        """A parameter's elements of an arena over both regions."""
+        start, shape = self.starts[name], self.shapes[name]
+        return arena[start : start + shape.numel()].view(shape)
+
+    def _moment_sizes(self) -> list[tuple[int, torch.dtype]]:
+        """What the buffer holds, in the order of `Moments`: elements and dtype."""
+        codes = (self.num_8bit_blocks * MOMENT_BLOCK, torch.uint8)
+        absmax = (self.num_8bit_blocks, torch.float32)
+        rest = ((self.num_blocks - self.num_8bit_blocks) * MOMENT_BLOCK, torch.float32)
+        return [codes, codes, absmax, absmax, rest, rest]
+
+    def moment_bytes(self) -> int:
+        """The size of the buffer that holds both moments."""
+        sizes = (count * dtype.itemsize for count, dtype in self._moment_sizes())
+        return sum(size + -size % MOMENT_BLOCK for size in sizes)
+
+    def carve(self, buffer: Tensor) -> Moments:  # (moment_bytes,) uint8, zeros
+        """Cut the buffer into the moments, each aligned to 256 bytes, and set them to zero."""
+        parts, start = [], 0
+        for count, dtype in self._moment_sizes():
+            size = count * dtype.itemsize
+            parts.append(buffer[start : start + size].view(dtype))
+            start += size + -size % MOMENT_BLOCK
+        moments = Moments(*parts)
+        moments.exp_avg_codes.fill_(ZERO_CODES[0])
+        moments.exp_avg_sq_codes.fill_(ZERO_CODES[1])
+        return moments
 
 
 class AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
+    """AdamW with decoupled weight decay, its moments in float32 or in 8 bits.
 
-        p = p - lr wd p
-        m = m + (1 - b1) (g - m)
-        v = b2 v + (1 - b2) g^2
-        p = p - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
-
-    Decay comes before the step, as in torch; bitsandbytes' CUDA kernel applies it afterwards.
+    The algorithm, in equations and in torch, is that of `kernels/adamw.py`.
 
     Attributes:
-        gradients: the arena that every parameter's .grad is a view of.
-        num_steps: t, the steps taken.
+        gradients: the arena that every parameter's .grad is a view of; what lies between is zero.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, is_paged: bool
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float,
+        is_8bit: bool = False,
+        memory: Callable[[int, torch.device], StateMemory] = OrdinaryMemory,
+        rate_factors: Mapping[str, float] | None = None,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         """Move the parameters into an arena, in place: their tensors become views of it.
 
         Args:
             parameters: float32, all on one device, by name.
-            is_paged: on a CUDA device, keep the moments in unified memory.
+            is_8bit: quantize the moments of tensors of 4,096 elements or more.
+            memory: allocates the moments: takes bytes and a device.
+            rate_factors: by which a parameter's learning rate differs from the step's; 1 for those
+                that are not named.
+            copy_dtype: of a rounded copy of the parameters that every step writes too.
 
         Raises:
-            ValueError: no parameters, or one that is not float32 on the device of the first.
-            RuntimeError: the device refused unified memory.
+            ValueError: no parameters, one that is not float32 on the device of the first, or a
+                factor for one that is not there.
+            RuntimeError: the device refused the memory.
         """
         if not parameters:
             raise ValueError("an optimizer must have at least one parameter: got none")
@@ -59,97 +145,148 @@ class AdamW:
                     f"parameters to train must be float32 on {device}: "
                     f"got {name} as {parameter.dtype} on {parameter.device}"
                 )
-        self._weight_decay = weight_decay
-        self.num_steps = 0
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        num_elements = sum(shape.numel() for shape in self._shapes.values())
-        self._parameters = torch.empty(num_elements, device=device)
-        self.gradients = torch.zeros(num_elements, device=device)
-        if is_paged and device.type == "cuda":
-            moments = managed_zeros(2 * num_elements, device)
-            self._memory = "CUDA unified memory"
-        else:
-            moments = torch.zeros(2 * num_elements, device=device)
-            self._memory = f"ordinary memory of {device}"
-        self._exp_avg, self._exp_avg_sq = moments.chunk(2)
-        views = zip(
-            parameters.values(),
-            self._views(self._parameters).values(),
-            self._views(self.gradients).values(),
-            strict=True,
+        factors = dict(rate_factors or {})
+        unknown = sorted(factors.keys() - parameters.keys())
+        if unknown:
+            raise ValueError(
+                f"factors of the learning rate must be for parameters to train: got {unknown[0]}"
+            )
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._layout = layout = Layout(shapes, is_8bit)
+        self._memory = memory(layout.moment_bytes(), device)
+        group_of_block, groups = self._groups(factors, weight_decay)
+        num_elements = layout.num_elements
+        copy = (
+            None
+            if copy_dtype is None
+            else torch.zeros(num_elements, dtype=copy_dtype, device=device)
         )
+        self._arenas = Arenas(
+            parameters=torch.zeros(num_elements, device=device),
+            gradients=torch.zeros(num_elements, device=device),
+            compute_copy=copy,
+            moments=layout.carve(self._memory.buffer),
+            group_of_block=group_of_block.to(device),
+            groups=groups.to(device),
+            num_updates=torch.zeros(1, dtype=torch.int32, device=device),
+            scalars=torch.zeros(NUM_SHARED_SCALARS.value + 2 * len(groups), device=device),
+        )
+        self.gradients = self._arenas.gradients
+        self._unscaled = torch.ones((), device=device)
         with torch.no_grad():
-            for parameter, view, gradient in views:
+            for name, parameter in parameters.items():
+                view = layout.view(self._arenas.parameters, name)
                 view.copy_(parameter)
                 parameter.data = view
-                parameter.grad = gradient
+                parameter.grad = layout.view(self.gradients, name)
+            if copy is not None:
+                copy.copy_(self._arenas.parameters)
 
-    def _views(self, arena: Tensor) -> dict[str, Tensor]:
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        pieces = zip(self._shapes.items(), arena.split(sizes), strict=True)
-        return {name: piece.view(shape) for (name, shape), piece in pieces}
+    def _groups(self, factors: dict[str, float], weight_decay: float) -> tuple[Tensor, Tensor]:
+        """Tabulate which blocks have which factor of the learning rate."""
+        layout = self._layout
+        distinct = sorted({1.0, *factors.values()})
+        # the kernel reads a byte a block
+        assert len(distinct) <= 256
+        groups = torch.zeros(layout.num_blocks, dtype=torch.uint8)
+        for name, start in layout.starts.items():
+            first = start // MOMENT_BLOCK
+            index = distinct.index(factors.get(name, 1.0))
+            groups[first : first + layout.blocks_of(name)] = index
+        rows = [[factor, weight_decay] for factor in distinct]
+        return groups, torch.tensor(rows, dtype=torch.float64)
 
     def describe(self) -> str:
-        """Say where the moments are, and how large they are."""
-        num_bytes = self._exp_avg.nbytes + self._exp_avg_sq.nbytes
-        return f"moments of {num_bytes / (1 << 20):.1f} MiB in {self._memory}"
+        """Say where the moments are, how large they are, and what was moved."""
+        num_bytes, num_8bit = self._memory.buffer.nbytes, self._layout.num_8bit_blocks
+        share = num_8bit / self._layout.num_blocks
+        kind = f", {100 * share:.0f} % of them in 8 bits" if num_8bit else ""
+        return f"moments of {num_bytes / (1 << 20):.1f} MiB{kind} in {self._memory.describe()}"
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
 
-    def scale_gradients(
-        self, factor: float, max_norm: float
-    ) -> Tensor:  # () float32, on the device
-        """Multiply all gradients by `factor` and clip their 2-norm; return the norm before that.
-
-            norm = |factor g|
-            g    = factor g min(1, max_norm / (norm + 1e-6))
-
-        As torch.nn.utils.clip_grad_norm_; a max_norm of 0 does not clip.
-        """
-        if factor != 1.0:
-            self.gradients.mul_(factor)
-        norm = torch.linalg.vector_norm(self.gradients)
-        if max_norm > 0:
-            self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+    def prefetch(self) -> None:
+        """Start bringing the moments to the device; call it while the device has other work."""
+        self._memory.prefetch()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter from the gradients."""
-        self.num_steps += 1
-        correction1 = 1 - BETA1**self.num_steps
-        correction2 = 1 - BETA2**self.num_steps
-        self._parameters.mul_(1 - learning_rate * self._weight_decay)
-        self._exp_avg.lerp_(self.gradients, 1 - BETA1)
-        self._exp_avg_sq.mul_(BETA2).addcmul_(self.gradients, self.gradients, value=1 - BETA2)
-        denominator = self._exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(EPSILON)
-        self._parameters.addcdiv_(self._exp_avg, denominator, value=-learning_rate / correction1)
+    def step(
+        self,
+        learning_rate: float,
+        max_norm: float = 0.0,
+        loss_scale: Tensor | None = None,  # () float32
+    ) -> Tensor:  # () float32, the norm of the gradients before clipping, on the device
+        """Update every parameter from the gradients, or nothing where their norm is not finite.
+
+            norm = |gradients| / loss_scale
+            g    = gradients min(1, max_norm / (norm + 1e-6)) / loss_scale
+
+        As torch.nn.utils.clip_grad_norm_, but that the gradients stay as they are; a max_norm of 0
+        does not clip.
+
+        Note:
+            Does not wait for the device.
+        """
+        scale = self._unscaled if loss_scale is None else loss_scale
+        pieces = self._memory.pieces(self._arenas)
+        return adamw(self._arenas, learning_rate, max_norm, scale, pieces)
+
+    @property
+    def num_steps(self) -> int:
+        """The steps that changed the parameters. Waits for the device."""
+        return int(self._arenas.num_updates)
+
+    def compute_copies(self) -> dict[str, Tensor]:
+        """The rounded parameters by name, as views; empty without a copy_dtype."""
+        copy = self._arenas.compute_copy
+        if copy is None:
+            return {}
+        return {name: self._layout.view(copy, name) for name in self._layout.shapes}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moments by name ("exp_avg.model.layers.0.self_attn.qkv.lora_A"), as views."""
-        arenas = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
-        return {
-            f"{moment}.{name}": view
-            for moment, arena in arenas.items()
-            for name, view in self._views(arena).items()
-        }
+        """The moments by name ("exp_avg.model.layers.0.self_attn.qkv.lora_A"), as views.
+
+        Of a moment in 8 bits: "exp_avg_codes.NAME" and, one number a block, "exp_avg_absmax.NAME".
+
+        Note:
+            Waits for the device where the moments lie on the host.
+        """
+        self._memory.settle()
+        moments, layout = self._arenas.moments, self._layout
+        tensors = {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for name, shape in layout.shapes.items():
+                block = layout.first_block(name)
+                elements = slice(block * MOMENT_BLOCK, block * MOMENT_BLOCK + shape.numel())
+                if layout.is_8bit(name):
+                    codes = getattr(moments, f"{moment}_codes")[elements].view(shape)
+                    absmax = getattr(moments, f"{moment}_absmax")
+                    tensors[f"{moment}_codes.{name}"] = codes
+                    tensors[f"{moment}_absmax.{name}"] = absmax[
+                        block : block + layout.blocks_of(name)
+                    ]
+                else:
+                    tensors[f"{moment}.{name}"] = getattr(moments, moment)[elements].view(shape)
+        return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         """Copy saved moments into the arenas, which stay where they are: paging is kept.
 
         Raises:
-            ValueError: names or shapes are not this optimizer's; nothing was copied then.
+            ValueError: names, shapes or dtypes are not this optimizer's; nothing was copied then.
         """
         own = self.state_tensors()
         differing = sorted(own.keys() ^ tensors.keys()) or [
-            name for name in own if own[name].shape != tensors[name].shape
+            name
+            for name in own
+            if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype)
         ]
         if differing:
             raise ValueError(
-                "a saved optimizer state must have this model's names and shapes: "
-                f"{len(differing)} differ, the first is {differing[0]}"
+                "a saved optimizer state must have this model's names and shapes, and the moments "
+                f"of this --optim: {len(differing)} differ, the first is {differing[0]}"
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-        self.num_steps = num_steps
+        self._arenas.num_updates.fill_(num_steps)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: folders `checkpoint-N`, each whole, in safetensors and JSON.
 
     checkpoint-N/   the adapter, as its own room writes it
-                    optimizer.safetensors     the moments, float32
+                    optimizer.safetensors     the moments: float32, or codes and their scales
                     state.json                counters, loss scale, time of the first start
 
 Nothing is pickled, unlike transformers' optimizer.pt and rng_state.pth. There is no random state to

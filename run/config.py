@@ -17,7 +17,9 @@ from typing import Any
 CONFIG_FILE = "config.json"
 
 # flags that a resumed run may change: they decide what is written and where, not what is computed
-_FREE_ON_RESUME = frozenset({"output", "resume", "eval_steps", "save_steps", "logging_steps"})
+_FREE_ON_RESUME = frozenset(
+    {"output", "resume", "eval_steps", "save_steps", "logging_steps", "optimizer_residency"}
+)
 
 
 def _flag(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -68,10 +70,20 @@ class TrainConfig:
     optim: str = _flag(
         "paged_adamw_32bit",
         "optimizer",
-        "paged: moments in CUDA unified memory",
-        ("paged_adamw_32bit", "adamw"),
+        "paged: moments in CUDA unified memory; 8bit: quantized in blocks",
+        ("paged_adamw_32bit", "paged_adamw_8bit", "adamw"),
+    )
+    optimizer_residency: str = _flag(
+        "auto",
+        "optimizer",
+        "where paged moments are between steps; auto: on the host where less than twice their size "
+        "is free on the device at first",
+        ("auto", "device", "host"),
     )
     learning_rate: float = _flag(2e-4, "optimizer", "the highest rate of the schedule")
+    loraplus_lr_ratio: float = _flag(
+        1.0, "optimizer", "LoRA+: the rate of lora_B over that of lora_A"
+    )
     lr_scheduler: str = _flag(
         "cosine", "optimizer", "decay after the warm-up", ("cosine", "linear", "constant")
     )
@@ -110,7 +122,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("learning_rate", self.learning_rate > 0, "positive")
+        for name in ("learning_rate", "loraplus_lr_ratio"):
+            self._require(name, getattr(self, name) > 0, "positive")
         self._require("epochs", self.epochs > 0, "positive")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
@@ -123,6 +136,12 @@ class TrainConfig:
             self._require(f.name, not choices or value in choices, f"one of {choices}")
             is_finite = not isinstance(value, float) or math.isfinite(value)
             self._require(f.name, is_finite, "finite")
+
+        self._require(
+            "optimizer_residency",
+            self.optimizer_residency == "auto" or self.optim != "adamw",
+            "auto with --optim adamw, whose moments do not move",
+        )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -1,4 +1,4 @@
-"""What the NF4 kernels compute in Triton's interpreter, which needs no GPU."""
+"""What kernels compute in Triton's interpreter, which needs no GPU."""
 
 import os
 import subprocess
@@ -12,16 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def interpreted_results() -> dict[str, Tensor]:
-    """What the launchers return, by case; the first call runs `interpreted_kernels.py`."""
-    results, errors = _run()
+def interpreted_results(script: str = "interpreted_kernels.py") -> dict[str, Tensor]:
+    """What the launchers return, by case; the first call runs the script."""
+    results, errors = _run(script)
     assert results, errors
     return results
 
 
 @cache
-def _run() -> tuple[dict[str, Tensor], str]:
-    script = Path(__file__).with_name("interpreted_kernels.py")
+def _run(script: str) -> tuple[dict[str, Tensor], str]:
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
@@ -29,7 +28,7 @@ def _run() -> tuple[dict[str, Tensor], str]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.safetensors")
         done = subprocess.run(
-            [sys.executable, str(script), str(output)],
+            [sys.executable, str(Path(__file__).with_name(script)), str(output)],
             cwd=ROOT,
             env=environment,
             capture_output=True,

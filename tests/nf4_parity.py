@@ -192,8 +192,11 @@ def centred_scales(absmax: Tensor, mean: Tensor, group_absmax: Tensor) -> Tensor
     return (absmax - mean) * reciprocal.repeat_interleave(GROUP_SIZE)[: absmax.numel()]
 
 
-def cuda_codes(values: Tensor) -> Tensor:  # values in [-1, 1] float32
-    """Model the search of bitsandbytes' CUDA kernel for a second-level code.
+def cuda_codes(
+    values: Tensor,  # in [-1, 1] float32
+    levels: Tensor = DYNAMIC_MAP,
+) -> Tensor:
+    """Model the search of bitsandbytes' CUDA kernels for an 8-bit code.
 
     Seven halvings from index 127 end on an even index; then the neighbour on the value's side is
     taken if the value lies beyond the midpoint between the two.
@@ -201,21 +204,24 @@ def cuda_codes(values: Tensor) -> Tensor:  # values in [-1, 1] float32
     pivot = torch.full(values.shape, 127)
     lower, upper = torch.zeros_like(pivot), torch.full_like(pivot, 255)
     for step in (64, 32, 16, 8, 4, 2, 1):
-        above = values > DYNAMIC_MAP[pivot]
+        above = values > levels[pivot]
         lower, upper = torch.where(above, pivot, lower), torch.where(above, upper, pivot)
         pivot = torch.where(above, pivot + step, pivot - step)
-    above = values > DYNAMIC_MAP[pivot]
+    above = values > levels[pivot]
     neighbour = torch.where(above, upper, lower)
-    midpoint = (DYNAMIC_MAP[pivot] + DYNAMIC_MAP[neighbour]) * 0.5
+    midpoint = (levels[pivot] + levels[neighbour]) * 0.5
     beyond = torch.where(above, values > midpoint, values < midpoint)
     return torch.where(beyond, neighbour, pivot).to(torch.uint8)
 
 
-def cpu_codes(values: Tensor) -> Tensor:  # values in [-1, 1] float32
-    """Model the table of bitsandbytes' CPU backend for a second-level code.
+def cpu_codes(
+    values: Tensor,  # in [-1, 1] float32
+    midpoints: Tensor = MAP_MIDPOINTS,
+) -> Tensor:
+    """Model the table of bitsandbytes' CPU backend for an 8-bit code.
 
     The value is rounded to one of 65,536 bins; the bin's code is that of its centre.
     """
     bins = ((values.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
     centres = (torch.arange(65536, dtype=torch.float64) * (2 / 65535) - 1).float()
-    return torch.bucketize(centres, MAP_MIDPOINTS).to(torch.uint8)[bins]
+    return torch.bucketize(centres, midpoints).to(torch.uint8)[bins]

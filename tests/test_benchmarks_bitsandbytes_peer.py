@@ -26,6 +26,12 @@ expanded = peer.dequantize(packed, state)
 # its CPU backend takes another second-level code now and then
 check_agreement("bitsandbytes", expanded, dequantize(quantize(matrix), torch.float32))
 check_agreement("bitsandbytes", peer.matmul(x, packed, state), x @ expanded.T)
+for is_8bit in (False, True):
+    for is_paged in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(64, 64))
+        parameter.grad = torch.ones(64, 64)
+        peer.adamw([parameter], 0.5, 0.0, is_8bit, is_paged).step()
+        assert torch.allclose(parameter, torch.tensor(0.5), atol=1e-5)
 print(peer.version)
 """
 

@@ -55,7 +55,18 @@ def records() -> dict[str, dict[str, Any]]:
         for provider, factor in (("limit", 1), ("ours", 2), ("ours-fused", 2), ("torch", 3))
         if m <= 512 or provider != "ours-fused"
     ]
+    adamw = [
+        row(provider, us, None, mode)
+        | {"layer": "llama-3-8b.adapter-r16", "n": 41_943_040, "k": 448}
+        for mode, provider, us in (
+            ("32bit", "limit", 390),
+            ("32bit", "ours", 450.4),
+            ("32bit", "torch-fused", 1370),
+            ("8bit-clip", "ours-host", 7000),
+        )
+    ]
     return {
+        "adamw": HEAD | {"rows": adamw},
         "nf4_dequantize": HEAD | {"rows": bandwidth},
         "nf4_quantize": HEAD | {"bitsandbytes": None, "rows": quantize},
         "nf4_matmul": HEAD | {"rows": matmul},
@@ -88,6 +99,9 @@ def test_a_section_has_a_table_a_benchmark() -> None:
     assert line in section
     assert "| q_proj | 4096 x 4096 | bfloat16 | 93 % | 14.0 | 15.0 | 60.0 | - | - |" in section
     assert "| q_proj | forward | 1 | 3.0 | 6.0 | fused | 6.0 | - | - | 9.0 |" in section
+    line = "| 32bit | no | 41,943,040 | 448 | 3 % | 390 | 450 | - | - | - | 1,370 | - | - | - |"
+    assert line in section
+    assert "| 8bit | yes | 41,943,040 | 448 | - | - | - | - | - | 7,000 |" in section
     # M = 4 is not shown, nor a product with few rows backwards
     assert "| forward | 4 |" not in section
     assert "| transposed | 1 |" not in section

@@ -10,20 +10,36 @@ import torch
 from conftest import ROOT
 from equality import assert_equal
 from nf4_parity import MAP_MIDPOINTS, cpu_codes, cuda_codes, exact_scales, peer_result
+from torch import Tensor
 
 from nf4.double_quant import (
     DYNAMIC_MAP,
     GROUP_SIZE,
+    UNSIGNED_DYNAMIC_MAP,
     QuantizedAbsmax,
     dequantize_absmax,
     quantize_absmax,
 )
 
 MAP_HASH = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+UNSIGNED_MAP_HASH = "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"
 
 
-def test_map_hashes_to_the_published_one() -> None:
-    assert hashlib.sha256(DYNAMIC_MAP.numpy().astype("<f4").tobytes()).hexdigest() == MAP_HASH
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [(DYNAMIC_MAP, MAP_HASH), (UNSIGNED_DYNAMIC_MAP, UNSIGNED_MAP_HASH)],
+    ids=["signed", "unsigned"],
+)
+def test_map_hashes_to_the_published_one(levels: Tensor, expected: str) -> None:
+    assert hashlib.sha256(levels.numpy().astype("<f4").tobytes()).hexdigest() == expected
+
+
+def test_unsigned_map_has_254_magnitudes_and_zero_and_one() -> None:
+    assert (UNSIGNED_DYNAMIC_MAP.diff() > 0).all()
+    assert UNSIGNED_DYNAMIC_MAP[[0, 255]].tolist() == [0.0, 1.0]
+    ends = torch.tensor([3.25e-7, 0.9895, 0.9964844])
+    # published to this many digits
+    assert ((UNSIGNED_DYNAMIC_MAP[[1, 253, 254]] / ends - 1).abs() < 1e-4).all()
 
 
 def test_map_does_not_depend_on_the_cpu() -> None:

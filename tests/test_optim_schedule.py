@@ -36,20 +36,35 @@ def test_an_unknown_schedule_is_refused() -> None:
         learning_rate_at(5, 10, 0, 1.0, "polynomial")
 
 
+CPU = torch.device("cpu")
+FINITE, OVERFLOWN = torch.tensor(3.0), torch.tensor(float("inf"))
+
+
 def test_an_overflow_halves_the_scale_and_good_steps_double_it() -> None:
-    scale = LossScale.for_dtype(torch.float16)
-    assert scale.scale == INITIAL_SCALE
-    scale.update(is_finite=False)
-    assert scale.scale == INITIAL_SCALE / 2
+    scale = LossScale.for_dtype(torch.float16, CPU)
+    assert scale.state() == (INITIAL_SCALE, 0)
+    scale.update(FINITE)
+    assert scale.state() == (INITIAL_SCALE, 1)
+    scale.update(OVERFLOWN)
+    assert scale.state() == (INITIAL_SCALE / 2, 0)
     for _ in range(GROWTH_INTERVAL - 1):
-        scale.update(is_finite=True)
-    assert scale.scale == INITIAL_SCALE / 2
-    scale.update(is_finite=True)
-    assert (scale.scale, scale.num_good_steps) == (INITIAL_SCALE, 0)
+        scale.update(FINITE)
+    assert scale.state() == (INITIAL_SCALE / 2, GROWTH_INTERVAL - 1)
+    scale.update(FINITE)
+    assert scale.state() == (INITIAL_SCALE, 0)
+    scale.update(torch.tensor(float("nan")))
+    assert scale.state() == (INITIAL_SCALE / 2, 0)
+
+
+def test_a_restored_scale_goes_on_where_it_was() -> None:
+    scale = LossScale.for_dtype(torch.float16, CPU)
+    scale.load_state(512.0, GROWTH_INTERVAL - 1)
+    scale.update(FINITE)
+    assert scale.state() == (1024.0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_dtypes_are_not_scaled(dtype: torch.dtype) -> None:
-    scale = LossScale.for_dtype(dtype)
-    scale.update(is_finite=False)
-    assert scale.scale == 1.0
+    scale = LossScale.for_dtype(dtype, CPU)
+    scale.update(OVERFLOWN)
+    assert scale.state() == (1.0, 0)

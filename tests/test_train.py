@@ -1,7 +1,9 @@
 """train.py: accumulation, evaluation, resuming, what is written, and what is refused."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ METRICS_KEYS = {
     "tokens_per_second",
     "peak_memory_bytes",
 }
+HOST = "--optimizer-residency host"
 CLOCK = ("tokens_per_second", "peak_memory_bytes")
 
 
@@ -118,9 +121,7 @@ def test_a_step_equals_autograd_over_the_whole_window() -> None:
         Sample([0, 30, 31, 32, 33, 34], [-100, 30, 31, 32, 33, 34]),
     ]
     optimizer = AdamW(
-        {n: p for n, p in model.named_parameters() if p.requires_grad},
-        weight_decay=0.0,
-        is_paged=False,
+        {n: p for n, p in model.named_parameters() if p.requires_grad}, weight_decay=0.0
     )
     whole = collate(samples)
     (model.loss(whole.input_ids, whole.labels) / 9).backward()
@@ -136,7 +137,14 @@ def test_a_step_equals_autograd_over_the_whole_window() -> None:
     assert error < 300 * 2**-24
 
 
-@pytest.mark.parametrize("flags", ["", "--lora-dropout 0.3 --activations recompute"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--lora-dropout 0.3 --activations recompute",
+        "--optim paged_adamw_8bit --lora-r 16 --loraplus-lr-ratio 4",
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, flags: str) -> None:
     flags += " --max-steps 7 --save-steps 3 --dtype float32"
     expected = run(tmp_path, flags, "whole")
@@ -187,19 +195,24 @@ def test_max_steps_0_evaluates_only(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def overflow_in(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
+    """Let the gradients of some steps overflow, counted from 1."""
+    step = AdamW.step
+    calls = []
+
+    def overflow(self: AdamW, *args: Any) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) in steps:
+            self.gradients.fill_(float("inf"))
+        return step(self, *args)
+
+    monkeypatch.setattr(AdamW, "step", overflow)
+
+
 def test_a_step_whose_gradients_are_not_finite_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scale_gradients = AdamW.scale_gradients
-    calls = []
-
-    def overflow_once(self: AdamW, factor: float, max_norm: float) -> torch.Tensor:
-        calls.append(len(calls))
-        if len(calls) == 2:
-            self.gradients.fill_(float("inf"))
-        return scale_gradients(self, factor, max_norm)
-
-    monkeypatch.setattr(AdamW, "scale_gradients", overflow_once)
+    overflow_in(monkeypatch, {2})
     rows = run(tmp_path, "--dtype float32 --save-steps 1")
     assert rows[1]["grad_norm"] is None
     assert "step 2: the gradients are not finite" in capsys.readouterr().out
@@ -214,12 +227,66 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(
 
 
 def test_diverged_training_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        AdamW, "scale_gradients", lambda self, factor, max_norm: torch.tensor(float("nan"))
-    )
+    overflow_in(monkeypatch, range(1000))
     monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
-    with pytest.raises(RuntimeError, match="3 steps in a row were not, up to step 3"):
-        run(tmp_path, "")
+    for flags in ("", "--logging-steps 100"):
+        with pytest.raises(RuntimeError, match="3 steps in a row were not, up to step 3"):
+            run(tmp_path, flags, flags.replace(" ", "") + "out")
+
+
+def test_what_is_logged_seldom_is_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--dtype float16 --max-steps 6 --save-steps 3"
+    overflow_in(monkeypatch, {1, 2, 5})
+    often = run(tmp_path, flags, "often")
+    overflow_in(monkeypatch, {1, 2, 5})
+    seldom = run(tmp_path, f"{flags} --logging-steps 4", "seldom")
+    assert timeless(seldom) == [row for row in timeless(often) if row["step"] in (4, 6)]
+    assert_same_adapter(tmp_path / "seldom", tmp_path / "often")
+    said = capsys.readouterr().out
+    for step in (1, 2, 5):
+        assert said.count(f"step {step}: the gradients are not finite") == 2
+    states = [
+        json.loads((tmp_path / name / "checkpoint-3" / "state.json").read_text())
+        for name in ("often", "seldom")
+    ]
+    assert states[0] | {"started": ""} == states[1] | {"started": ""}
+    assert (states[0]["num_skipped"], states[0]["loss_scale"]) == (2, 65536.0 / 4)
+
+
+def test_8_bit_moments_train_as_well_as_32_bit_ones(tmp_path: Path) -> None:
+    flags = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --max-steps 300"
+    flags += " --save-steps 0 --learning-rate 1e-4 --sample-prompt "
+    losses = []
+    for optim in ("adamw", "paged_adamw_8bit"):
+        output = tmp_path / optim
+        bundled = ["--data", str(BUNDLED / "data.jsonl"), "--model", str(BUNDLED / "model")]
+        train.main([*flags.split(" "), *bundled, "--optim", optim, "--output", str(output)])
+        losses.append([row["loss"] for row in rows_of(output)])
+    exact, coarse = losses
+    assert coarse != exact
+    # far from where it started
+    assert fmean(exact[-100:]) < 0.3 * fmean(exact[:10])
+    assert fmean(coarse) == pytest.approx(fmean(exact), rel=0.005)
+    assert fmean(coarse[-100:]) == pytest.approx(fmean(exact[-100:]), rel=0.005)
+
+
+def test_paged_and_ordinary_moments_give_the_same_bits_on_a_cpu(tmp_path: Path) -> None:
+    paged = run(tmp_path, "--optim paged_adamw_32bit", "paged")
+    assert timeless(run(tmp_path, "--optim adamw", "plain")) == timeless(paged)
+    assert_same_adapter(tmp_path / "plain", tmp_path / "paged")
+
+
+def test_loraplus_lets_lora_b_learn_faster(tmp_path: Path) -> None:
+    flags = "--max-steps 1 --warmup-ratio 0 --learning-rate 1e-4"
+    run(tmp_path, f"{flags} --loraplus-lr-ratio 16", "plus")
+    run(tmp_path, flags, "plain")
+    plus, plain = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plus", "plain"))
+    for name, tensor in plain.items():
+        # B starts at zero, so its first step is the learning rate; A has no gradient yet
+        expected = 16 * tensor if "lora_B" in name else tensor
+        torch.testing.assert_close(plus[name], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +295,9 @@ def test_diverged_training_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("--target-modules q_porj", "did you mean q_proj"),
         ("--max-length 100000", "--max-length must be at most the model's"),
         ("--device cuda", "--device cuda must find a GPU"),
+        ("--optimizer-residency host", "--optimizer-residency must be auto on a CPU"),
+        ("--optimizer-residency host --optim adamw", "must be auto with --optim adamw"),
+        ("--loraplus-lr-ratio 0", "--loraplus-lr-ratio must be positive"),
         ("--max-steps 0", "--max-steps 0 evaluates only and must be given --eval-data"),
         ("--block-size 48", "block_size must be one of"),
         ("--init-adapter nowhere", "adapter"),
@@ -254,9 +324,20 @@ def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(tmp_path: Path, dtype: str) -> None:
-    on_cpu = run(tmp_path, "--dtype float32", "cpu")
-    flags = f"--device cuda --dtype {dtype} --save-steps 2 --lora-dropout 0"
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "paged_adamw_32bit",
+        f"paged_adamw_32bit {HOST}",
+        f"paged_adamw_8bit --lora-r 16 {HOST}",
+        "adamw",
+    ],
+)
+def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(
+    tmp_path: Path, dtype: str, optim: str
+) -> None:
+    on_cpu = run(tmp_path, f"--dtype float32 --optim {optim.replace(HOST, '')}", "cpu")
+    flags = f"--device cuda --dtype {dtype} --save-steps 2 --lora-dropout 0 --optim {optim}"
     expected = run(tmp_path, flags, "whole")
     for a, b in zip(on_cpu, expected, strict=True):
         # as between micro-batches in float32, as between dtypes in 16 bit

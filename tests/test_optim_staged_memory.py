@@ -1,0 +1,48 @@
+"""optim/staged_memory.py: its parts are the whole. That copies arrive in time, a GPU shows in
+test_optim_adamw.py."""
+
+import pytest
+import torch
+from adamw_cases import AdamWCase, held_tensors, random_arenas, set_gradients
+from equality import assert_equal
+
+from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Moments, adamw_reference
+from optim.staged_memory import _laid_out, cut, moments_of, spans
+
+
+@pytest.mark.parametrize("size", [TILE_BLOCKS, 3 * TILE_BLOCKS, 1000 * TILE_BLOCKS])
+def test_spans_cover_the_arena_and_keep_to_one_region(size: int) -> None:
+    num_8bit, num_blocks = 7 * TILE_BLOCKS, 12 * TILE_BLOCKS
+    found = list(spans(num_8bit, num_blocks, size))
+    assert [first for first, _ in found] == [0, *(last for _, last in found[:-1])]
+    assert found[-1][1] == num_blocks
+    for first, last in found:
+        assert 0 < last - first <= size
+        assert (last <= num_8bit) == (first < num_8bit)
+    assert list(spans(0, 0, size)) == []
+
+
+def test_steps_over_the_parts_are_a_step_over_the_whole() -> None:
+    case = AdamWCase(3, 2, torch.bfloat16, max_norm=0.0, num_groups=3)
+    whole, parted = random_arenas(case), random_arenas(case)
+    for step in range(2):
+        for arenas in (whole, parted):
+            set_gradients(arenas, case, step)
+        adamw_reference(whole, 1e-2, 0.0, torch.tensor(1.0))
+        steps = parted.num_updates.clone()
+        num_8bit, num_blocks = 3 * TILE_BLOCKS, 5 * TILE_BLOCKS
+        slots = torch.empty(2, 2 * TILE_BLOCKS * MOMENT_BLOCK * 8, dtype=torch.uint8)
+        for index, span in enumerate(spans(num_8bit, num_blocks, 2 * TILE_BLOCKS)):
+            parted.num_updates.copy_(steps)
+            home = moments_of(parted.moments, *span)
+            away = _laid_out(home, slots[index % 2])
+            copy(home, away)
+            adamw_reference(cut(parted, *span, away), 1e-2, 0.0, torch.tensor(1.0))
+            copy(away, home)
+        for name, tensor in held_tensors(whole).items():
+            assert_equal(held_tensors(parted)[name], tensor, f"step {step}: {name}")
+
+
+def copy(source: Moments, target: Moments) -> None:
+    for name, tensor in vars(source).items():
+        getattr(target, name).copy_(tensor)
