@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.rms_norm import rms_norm
 from llama.config import LlamaConfig
 from llama.loss import linear_cross_entropy
 from llama.rope import apply_rope, rope_frequencies, rope_tables
@@ -50,11 +51,12 @@ class KeyValueCache:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang and Sennrich 2019).
+    """Residual addition and root mean square normalization (Zhang and Sennrich 2019).
 
-        y = weight * x / sqrt(mean(x^2) + eps)
+        r = x + residual                              x itself where there is no residual
+        y = weight * r / sqrt(mean(r^2) + eps)
 
-    In float32, rounded once to x's dtype. transformers rounds x / sqrt(...) first, so in 16 bits it
+    In float32, rounded once to x's dtype. transformers rounds r / sqrt(...) first, so in 16 bits it
     differs by up to one rounding.
     """
 
@@ -63,10 +65,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D)
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,  # (..., D)
+        residual: Tensor | None = None,  # (..., D)
+    ) -> tuple[Tensor, Tensor]:  # y and r, (..., D) each
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -134,8 +138,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y, x = self.input_layernorm(x)
+        y, x = self.post_attention_layernorm(self.self_attn(y, rope, cache), x)
+        # added here and not in the next layer's norm, so that a layer has one input: recomputing
+        # it keeps one tensor
+        return x + self.mlp(y)
 
 
 class Decoder(nn.Module):
@@ -257,7 +264,7 @@ class Llama(nn.Module):
                 x = checkpoint(layer, x, rope, cache, use_reentrant=False)
             else:
                 x = layer(x, rope, cache)
-        return self.model.norm(x)
+        return self.model.norm(x)[0]
 
     def logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Compute next-token logits, (B, T, V) float32; for generation and small batches only."""

@@ -1,4 +1,4 @@
-"""Runs the NF4 kernels of all tiny cases in Triton's interpreter; a process of its own.
+"""Runs the kernels of all tiny cases in Triton's interpreter; a process of its own.
 
 TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers compute, by
 case, to the safetensors file that is its argument.
@@ -12,6 +12,7 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
+from layer_cases import TINY_NORMS, norm_results  # noqa: E402
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -43,6 +44,7 @@ from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
 )
+from kernels.rms_norm import _RMSNorm  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -99,6 +101,14 @@ def expanded_into_a_part(results: dict[str, Tensor]) -> None:
             results[f"{case}-{dtype}-strided"] = scratch
 
 
+def layer_operations(results: dict[str, Tensor]) -> None:
+    """Add what a layer's autograd functions compute, forward and back."""
+    for case in TINY_NORMS:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in norm_results(case, _RMSNorm.apply).items()
+        }
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -119,6 +129,7 @@ def main() -> None:
         results["identity-True"] = _launch_nf4_matmul_transposed(torch.eye(rows).half(), weight)
         expanded_into_a_part(results)
         quantized(results)
+        layer_operations(results)
     save_file(results, sys.argv[1])
 
 

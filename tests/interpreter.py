@@ -1,4 +1,4 @@
-"""What the NF4 kernels compute in Triton's interpreter, which needs no GPU."""
+"""What the kernels compute in Triton's interpreter, which needs no GPU."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def interpreted_results() -> dict[str, Tensor]:
-    """What the launchers return, by case; the first call runs `interpreted_kernels.py`."""
+    """What the kernels compute, by case; the first call runs `interpreted_kernels.py`."""
     results, errors = _run()
     assert results, errors
     return results
