@@ -12,7 +12,7 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
-from layer_cases import TINY_NORMS, norm_results  # noqa: E402
+from layer_cases import TINY_NORMS, TINY_ROPES, norm_results, rope_results  # noqa: E402
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -45,6 +45,7 @@ from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize_absmax,
 )
 from kernels.rms_norm import _RMSNorm  # noqa: E402
+from kernels.rope import _Rope  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -106,6 +107,10 @@ def layer_operations(results: dict[str, Tensor]) -> None:
     for case in TINY_NORMS:
         results |= {
             f"{case}/{name}": tensor for name, tensor in norm_results(case, _RMSNorm.apply).items()
+        }
+    for case in TINY_ROPES:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in rope_results(case, _Rope.apply).items()
         }
 
 

@@ -100,4 +100,106 @@ def norm_results(
     found = torch.autograd.grad(outputs, leaves, grads)
     results = {"y": y.detach(), "r": r.detach()}
     results |= dict(zip(("grad_x", "grad_residual"), found, strict=False))
-    return {name: tensor.clone() for name, tensor in results.items()}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in results.items()
+    }
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """A qkv buffer whose tokens lie anywhere in the tables."""
+
+    batch: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    # buffer and gradients are parts of wider rows, the gradients of heads that lie apart
+    is_strided: bool = False
+
+    def __str__(self) -> str:
+        heads = f"H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
+        shape = f"B{self.batch}-T{self.num_tokens}-{heads}-{str(self.dtype)[6:]}"
+        return shape + "-strided" * self.is_strided
+
+
+def rope_cases(
+    shapes: list[tuple[int, int, int, int, int]], dtypes: tuple[torch.dtype, ...]
+) -> list[RopeCase]:
+    return [
+        RopeCase(*shape, dtype, is_strided)
+        for dtype in dtypes
+        for shape in shapes
+        for is_strided in (False, True)
+    ]
+
+
+# no token; one head; pairs that fill no vector; more heads than a tile; than a program
+TINY_ROPES = rope_cases(
+    [(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (2, 5, 3, 1, 12), (1, 3, 18, 6, 128), (1, 2, 70, 1, 128)],
+    INTERPRETED_DTYPES,
+)
+NUM_POSITIONS = 37
+
+
+def rope_inputs(case: RopeCase, device: torch.device = CPU) -> dict[str, Tensor]:
+    """Draw a buffer, positions in no order, their tables, and the gradients of the results."""
+    generator = generator_of(case)
+    num_all = case.num_heads + 2 * case.num_kv_heads
+    shape = (case.batch, case.num_tokens)
+    angles = 40 * torch.rand(NUM_POSITIONS, case.head_dim // 2, generator=generator)
+    drawn = {"qkv": torch.randn(*shape, num_all * case.head_dim, generator=generator)}
+    heads = {"q": case.num_heads, "k": case.num_kv_heads, "v": case.num_kv_heads}
+    for name, num_heads in heads.items():
+        # (B, H, T, head_dim), or that as a view of (B, T, H, head_dim)
+        order = (case.num_tokens, num_heads) if case.is_strided else (num_heads, case.num_tokens)
+        grad = torch.randn(case.batch, *order, case.head_dim, generator=generator)
+        drawn[f"grad_{name}"] = grad
+    if case.is_strided:
+        drawn = {
+            name: part_of_wider_rows(tensor, case.dtype, device) for name, tensor in drawn.items()
+        }
+        drawn = {n: t.transpose(1, 2) if n.startswith("grad") else t for n, t in drawn.items()}
+    drawn = {name: tensor.to(device, case.dtype) for name, tensor in drawn.items()}
+    positions = torch.randint(NUM_POSITIONS, shape, generator=generator)
+    return drawn | {
+        # both kinds of integers
+        "positions": positions.to(device, torch.int32 if case.is_strided else torch.int64),
+        "cos": angles.cos().to(device),
+        "sin": angles.sin().to(device),
+    }
+
+
+def rope_results(
+    case: RopeCase,
+    rope: Callable[..., Any],  # (qkv, positions, cos, sin, num_heads, num_kv_heads) -> q, k, v
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run a rotation forward and back, over a buffer that may be written to."""
+    inputs = rope_inputs(case, device)
+    leaf = inputs["qkv"].requires_grad_()
+    # the buffer is consumed; an identity keeps its layout where a clone would not
+    buffer = _Same.apply(leaf)
+    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+    outputs = rope(buffer, *tables, case.num_heads, case.num_kv_heads)
+    results = {
+        name: output.detach().clone(memory_format=torch.contiguous_format)
+        for name, output in zip("qkv", outputs, strict=True)
+    }
+    grads = [inputs[f"grad_{name}"] for name in "qkv"]
+    (results["grad_qkv"],) = torch.autograd.grad(outputs, leaf, grads)
+    return results
+
+
+class _Same(torch.autograd.Function):
+    """A result that lies where its input does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
