@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
+from kernels.swiglu import swiglu
 from llama.config import LlamaConfig
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, is_causal=tokens > 1, enable_gqa=True
         )
-        return self.o(mixed.transpose(1, 2).reshape(batch, tokens, -1))[0]
+        return self.o.multiply(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class MLP(nn.Module):
@@ -130,8 +131,8 @@ class MLP(nn.Module):
         self.down = LinearGroup(("down_proj",), (config.hidden_size,), rows, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
-        return self.down(F.silu(gate) * up)[0]
+        # nothing else holds the buffer, so its gradient may take its place
+        return self.down.multiply(swiglu(self.gate_up.multiply(x), overwrites=True))
 
 
 class DecoderLayer(nn.Module):

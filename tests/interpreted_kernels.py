@@ -12,7 +12,15 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
-from layer_cases import TINY_NORMS, TINY_ROPES, norm_results, rope_results  # noqa: E402
+from layer_cases import (  # noqa: E402
+    TINY_GATES,
+    TINY_NORMS,
+    TINY_ROPES,
+    gate_inputs,
+    gate_results,
+    norm_results,
+    rope_results,
+)
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -46,6 +54,7 @@ from kernels.nf4_quantize import (  # noqa: E402
 )
 from kernels.rms_norm import _RMSNorm  # noqa: E402
 from kernels.rope import _Rope  # noqa: E402
+from kernels.swiglu import _launch_swiglu_backward, _SwiGLU  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -112,6 +121,15 @@ def layer_operations(results: dict[str, Tensor]) -> None:
         results |= {
             f"{case}/{name}": tensor for name, tensor in rope_results(case, _Rope.apply).items()
         }
+    for case in TINY_GATES:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in gate_results(case, _SwiGLU.apply).items()
+        }
+        inputs = gate_inputs(case)
+        grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
+        _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
+        results[f"{case}/in place/h"] = grad_h.contiguous()
+        results[f"{case}/in place/grad_gate_up"] = gate_up.contiguous()
 
 
 def main() -> None:

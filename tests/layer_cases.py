@@ -203,3 +203,62 @@ class _Same(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return grad_outputs[0]
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """A buffer of gates and what they gate."""
+
+    num_rows: int
+    width: int
+    dtype: torch.dtype
+    is_strided: bool = False
+    overwrites: bool = False
+
+    def __str__(self) -> str:
+        words = ["strided"] * self.is_strided + ["overwritten"] * self.overwrites
+        return "-".join((f"M{self.num_rows}-F{self.width}-{str(self.dtype)[6:]}", *words))
+
+
+def gate_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> list[GateCase]:
+    uses = [(False, False), (True, False), (False, True), (True, True)]
+    return [GateCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
+
+
+# no row; one value; a prime; a program; more than one
+TINY_GATES = gate_cases([(0, 64), (1, 1), (5, 97), (3, 512), (2, 2064)], INTERPRETED_DTYPES)
+
+
+def gate_inputs(case: GateCase, device: torch.device = CPU) -> dict[str, Tensor]:
+    """Draw gates from saturated to saturated, what they gate, and a gradient."""
+    generator = generator_of(case)
+    gate_up = torch.randn(case.num_rows, 2 * case.width, generator=generator)
+    gate_up[:, : case.width] *= 4
+    flat = gate_up.view(-1)
+    # exp overflows, is zero, is one
+    extremes = torch.tensor([-200.0, 200.0, 0.0, -89.0, 89.0])[: min(case.width, flat.numel())]
+    flat[: extremes.numel()] = extremes
+    grad_h = torch.randn(case.num_rows, case.width, generator=generator)
+    inputs = {"gate_up": gate_up, "grad_h": grad_h}
+    if case.is_strided:
+        inputs = {
+            name: part_of_wider_rows(tensor, case.dtype, device) for name, tensor in inputs.items()
+        }
+    return {name: tensor.to(device, case.dtype) for name, tensor in inputs.items()}
+
+
+def gate_results(
+    case: GateCase,
+    swiglu: Callable[..., Any],  # (gate_up, overwrites) -> h
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run a gating forward and back."""
+    inputs = gate_inputs(case, device)
+    leaf = inputs["gate_up"].requires_grad_()
+    h = swiglu(_Same.apply(leaf), case.overwrites)
+    (grad,) = torch.autograd.grad(h, leaf, inputs["grad_h"])
+    results = {"h": h.detach(), "grad_gate_up": grad}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in results.items()
+    }
