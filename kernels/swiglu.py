@@ -273,7 +273,8 @@ def swiglu(
         return swiglu_reference(gate_up)
     rows = _with_contiguous_rows(gate_up.reshape(-1, gate_up.shape[-1]))
     h = _SwiGLU.apply(rows, overwrites)
-    return h.view(*gate_up.shape[:-1], -1)
+    # a -1 would be ambiguous where there are no rows
+    return h.view(*gate_up.shape[:-1], h.shape[1])
 
 
 def swiglu_backward(
