@@ -86,7 +86,8 @@ def num_input_sets(moved_bytes: float, resident_bytes: float, device: torch.devi
 
 
 @cache
-def _side_stream() -> torch.cuda.Stream:
+def side_stream() -> torch.cuda.Stream:
+    """Make the stream on which operations are captured and timed."""
     # one for the process: cuBLAS keeps a workspace for every stream that it has seen
     return torch.cuda.Stream()
 
@@ -103,7 +104,7 @@ def _replay_of(calls: Sequence[Call], repeats: int, captured: bool) -> Call:
     if not captured:
         return lambda: _run(calls, repeats)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_side_stream()):
+    with torch.cuda.graph(graph, stream=side_stream()):
         _run(calls, repeats)
     return graph.replay
 
@@ -161,7 +162,7 @@ def measure_in_turns(operations: Sequence[Operation]) -> list[Quantiles]:
         Synchronizes, and runs the calls some hundreds of times.
     """
     torch.cuda.synchronize()
-    with torch.cuda.stream(_side_stream()):
+    with torch.cuda.stream(side_stream()):
         prepared = [_prepare(operation.calls, operation.captured) for operation in operations]
         times: list[list[float]] = [[] for _ in prepared]
         for turn in range(max(one.replays for one in prepared)):

@@ -69,6 +69,23 @@ def bandwidth_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def operation_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of a layer's elementwise operation over the rows of its input."""
+    columns = ["limit", "ours", "torch", "torch.compile"]
+    header = ["layer", "mode", "M", "of copy", *columns]
+    lines = [
+        [
+            short_name(case.layer),
+            case.mode,
+            str(case.m),
+            percent_of_copy(providers.get("ours")),
+            *(microseconds(providers.get(provider)) for provider in columns),
+        ]
+        for case, providers in by_case(rows).items()
+    ]
+    return header, lines
+
+
 def matmul_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of a product over the rows of x."""
     header = ["layer", "mode", "M", "limit", "ours", "path", "fused", "expand"]

@@ -11,19 +11,31 @@ rounds a norm before its weight is applied and rounds the cosines and sines.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
 from llama.config import LlamaConfig
 from llama.loss import linear_cross_entropy
-from llama.rope import apply_rope, rope_frequencies, rope_tables
+from llama.rope import rope_frequencies, rope_tables
 from lora.config import LoRAConfig, resolve_target_modules
 from lora.linear_group import LinearGroup
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Rotations(NamedTuple):
+    """How far each token is rotated: its row in tables of cosines and sines."""
+
+    positions: Tensor  # (B, T)
+    cos: Tensor  # (T_max, head_dim / 2) float32
+    sin: Tensor
 
 
 @dataclass
@@ -50,11 +62,12 @@ class KeyValueCache:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang and Sennrich 2019).
+    """Residual addition and root mean square normalization (Zhang and Sennrich 2019).
 
-        y = weight * x / sqrt(mean(x^2) + eps)
+        r = x + residual                              x itself where there is no residual
+        y = weight * r / sqrt(mean(r^2) + eps)
 
-    In float32, rounded once to x's dtype. transformers rounds x / sqrt(...) first, so in 16 bits it
+    In float32, rounded once to x's dtype. transformers rounds r / sqrt(...) first, so in 16 bits it
     differs by up to one rounding.
     """
 
@@ -63,10 +76,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D)
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,  # (..., D)
+        residual: Tensor | None = None,  # (..., D)
+    ) -> tuple[Tensor, Tensor]:  # y and r, (..., D) each
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -75,7 +90,8 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
         q_rows = config.num_attention_heads * config.head_dim
         kv_rows = config.num_key_value_heads * config.head_dim
         self.qkv = LinearGroup(
@@ -87,22 +103,20 @@ class Attention(nn.Module):
         self.o = LinearGroup(("o_proj",), (config.hidden_size,), q_rows, config.attention_bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None
+        self, x: Tensor, rotations: Rotations, cache: KeyValueCache | None
     ) -> Tensor:  # (B, T, D)
         batch, tokens, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:  # (B, T, H * head_dim) -> (B, H, T, head_dim)
-            return y.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-
-        query, key, value = (heads(y) for y in self.qkv(x))
-        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
+        # the rotation overwrites what it is given, which nothing else holds
+        query, key, value = rope(
+            self.qkv.multiply(x), *rotations, self.num_heads, self.num_kv_heads
+        )
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         # one new token sees everything before it; several see a triangle, and start an empty cache
         mixed = F.scaled_dot_product_attention(
             query, key, value, is_causal=tokens > 1, enable_gqa=True
         )
-        return self.o(mixed.transpose(1, 2).reshape(batch, tokens, -1))[0]
+        return self.o.multiply(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class MLP(nn.Module):
@@ -117,8 +131,8 @@ class MLP(nn.Module):
         self.down = LinearGroup(("down_proj",), (config.hidden_size,), rows, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
-        return self.down(F.silu(gate) * up)[0]
+        # nothing else holds the buffer, so its gradient may take its place
+        return self.down.multiply(swiglu(self.gate_up.multiply(x), overwrites=True))
 
 
 class DecoderLayer(nn.Module):
@@ -131,11 +145,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rotations: Rotations, cache: KeyValueCache | None) -> Tensor:
+        y, x = self.input_layernorm(x)
+        y, x = self.post_attention_layernorm(self.self_attn(y, rotations, cache), x)
+        # added here and not in the next layer's norm, so that a layer has one input: recomputing
+        # it keeps one tensor
+        return x + self.mlp(y)
 
 
 class Decoder(nn.Module):
@@ -249,15 +264,16 @@ class Llama(nn.Module):
             raise ValueError(
                 f"a cache continues one token at a time: got {input_ids.shape[1]} tokens"
             )
-        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        rope = rope_tables(self.frequencies, positions)
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
+        tables = rope_tables(self.frequencies, rows + past)
+        rotations = Rotations(rows.expand_as(input_ids), *tables)
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
         for layer in self.model.layers:
             if self.recompute_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rotations, cache, use_reentrant=False)
             else:
-                x = layer(x, rope, cache)
-        return self.model.norm(x)
+                x = layer(x, rotations, cache)
+        return self.model.norm(x)[0]
 
     def logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Compute next-token logits, (B, T, V) float32; for generation and small batches only."""

@@ -1,5 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), in the half-rotate order of Hugging Face
-checkpoints."""
+"""The angles of rotary position embeddings (Su et al. 2021); `kernels.rope` rotates by them."""
 
 import math
 
@@ -44,20 +43,3 @@ def rope_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]
     """Compute cos and sin of every position's rotation, (T, head_dim / 2) float32 each."""
     angles = positions[:, None].float() * frequencies[None, :]
     return angles.cos(), angles.sin()
-
-
-def apply_rope(
-    x: Tensor,  # (B, H, T, head_dim)
-    cos: Tensor,  # (T, head_dim / 2) float32
-    sin: Tensor,
-) -> Tensor:  # x's dtype
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) by their position's angle, in float32, rounded
-    once.
-
-        y1 = x1 cos - x2 sin
-        y2 = x2 cos + x1 sin
-
-    Hugging Face's half-rotate order; Meta's own files interleave the pairs.
-    """
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -255,8 +255,8 @@ class LinearGroup(nn.Module):
             return nf4_matmul_transposed(grad_y, self.weight)
         return grad_y @ self.weight.to(grad_y.dtype)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in_features) -> (..., rows[i]) each
-        """Apply all members to x; the results are views of one buffer."""
+    def multiply(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., sum of rows)
+        """Apply all members to x; the result is a buffer that nothing else holds."""
         flat = x.reshape(-1, self.in_features)
         if self.updates:
             drops = self.training and self.dropout > 0
@@ -264,4 +264,8 @@ class LinearGroup(nn.Module):
             y = _LoRALinear.apply(flat, z, self.lora_A, self.lora_B, self)
         else:
             y = _FrozenLinear.apply(flat, self)
-        return y.view(*x.shape[:-1], -1).split(self.rows, dim=-1)
+        return y.view(*x.shape[:-1], -1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in_features) -> (..., rows[i]) each
+        """Apply all members to x; the results are views of one buffer."""
+        return self.multiply(x).split(self.rows, dim=-1)

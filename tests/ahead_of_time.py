@@ -108,6 +108,9 @@ def compile_launch(
         if name in constexprs or (isinstance(value, int) and value == 1 and name not in plain):
             signature[name], constants[(index,)] = "constexpr", value
             continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"
             number = value.data_ptr()

@@ -1,4 +1,4 @@
-"""Runs the NF4 kernels of all tiny cases in Triton's interpreter; a process of its own.
+"""Runs the kernels of all tiny cases in Triton's interpreter; a process of its own.
 
 TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers compute, by
 case, to the safetensors file that is its argument.
@@ -12,6 +12,15 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
+from layer_cases import (  # noqa: E402
+    TINY_GATES,
+    TINY_NORMS,
+    TINY_ROPES,
+    gate_inputs,
+    gate_results,
+    norm_results,
+    rope_results,
+)
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -43,6 +52,9 @@ from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
 )
+from kernels.rms_norm import _RMSNorm  # noqa: E402
+from kernels.rope import _Rope  # noqa: E402
+from kernels.swiglu import _launch_swiglu_backward, _SwiGLU  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -99,6 +111,27 @@ def expanded_into_a_part(results: dict[str, Tensor]) -> None:
             results[f"{case}-{dtype}-strided"] = scratch
 
 
+def layer_operations(results: dict[str, Tensor]) -> None:
+    """Add what a layer's autograd functions compute, forward and back."""
+    for case in TINY_NORMS:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in norm_results(case, _RMSNorm.apply).items()
+        }
+    for case in TINY_ROPES:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in rope_results(case, _Rope.apply).items()
+        }
+    for case in TINY_GATES:
+        results |= {
+            f"{case}/{name}": tensor for name, tensor in gate_results(case, _SwiGLU.apply).items()
+        }
+        inputs = gate_inputs(case)
+        grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
+        _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
+        results[f"{case}/in place/h"] = grad_h.contiguous()
+        results[f"{case}/in place/grad_gate_up"] = gate_up.contiguous()
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -119,6 +152,7 @@ def main() -> None:
         results["identity-True"] = _launch_nf4_matmul_transposed(torch.eye(rows).half(), weight)
         expanded_into_a_part(results)
         quantized(results)
+        layer_operations(results)
     save_file(results, sys.argv[1])
 
 

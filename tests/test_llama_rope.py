@@ -1,4 +1,4 @@
-"""llama/rope.py: frequencies as transformers has them, rotations as complex numbers have them."""
+"""llama/rope.py: frequencies as transformers has them, and as they were published."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from llama_peers import tiny_peer
 from tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope import apply_rope, rope_frequencies, rope_tables
+from llama.rope import rope_frequencies
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -67,27 +67,3 @@ def test_scaling_keeps_the_fast_and_divides_the_slow_frequencies(tmp_path: Path)
     assert (~slow).any()
     assert torch.equal(scaled[slow], plain[slow] / 8)
     assert torch.equal(scaled[fast], plain[fast])
-
-
-def test_rotation_multiplies_complex_numbers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 7, 10, generator=generator)
-    frequencies = torch.rand(5, generator=generator)
-    positions = torch.arange(4, 11)
-    rotated = apply_rope(x, *rope_tables(frequencies, positions))
-    pairs = torch.complex(*x.double().chunk(2, dim=-1))
-    angles = positions[:, None].double() * frequencies.double()
-    expected = pairs * torch.polar(torch.ones_like(angles), angles)
-    expected = torch.cat((expected.real, expected.imag), dim=-1)
-    assert rotated.shape == x.shape
-    assert rotated.dtype == x.dtype
-    assert rotated.isfinite().all()
-    # the angle is rounded once, cosine and sine to two units, the two products and their sum once
-    tolerance = (float(angles.max()) + 5) * EPS * 2 * float(x.abs().max())
-    assert (rotated.double() - expected).abs().max() <= tolerance
-
-
-def test_half_precision_is_rounded_once() -> None:
-    x = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tables = rope_tables(torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.arange(5))
-    assert torch.equal(apply_rope(x, *tables), apply_rope(x.float(), *tables).bfloat16())

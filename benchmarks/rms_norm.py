@@ -1,0 +1,101 @@
+"""Measure the normalization of rows: ours, torch, torch.compile, a copy's bandwidth.
+
+    python -m benchmarks.rms_norm --json benchmarks/results/rms_norm.h100.json
+
+Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
+`post_attention_layernorm` adds the residual, forward; backward, both add the gradient of the
+residual stream.
+"""
+
+import sys
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.command import Machine, Result, Work, main
+from benchmarks.layer_operations import (
+    HIDDEN_SIZE,
+    NUM_ROWS,
+    Provided,
+    backward_calls,
+    forward_calls,
+    rows_of,
+)
+from benchmarks.measure import num_input_sets
+from benchmarks.tables import Row, aligned, operation_table
+from kernels.rms_norm import _launch_rms_norm, _launch_rms_norm_backward, rms_norm_reference
+
+EPS = 1e-5
+INPUT, POST_ATTENTION = "llama-3-8b.input_layernorm", "llama-3-8b.post_attention_layernorm"
+
+
+def shapes() -> list[tuple[str, int, torch.dtype]]:
+    """List what is measured: the norm, rows and dtype."""
+    return [(layer, m, torch.bfloat16) for layer in (INPUT, POST_ATTENTION) for m in NUM_ROWS]
+
+
+def forward_bytes(m: int, width: int, itemsize: int, has_residual: bool) -> float:
+    """Count the bytes of a normalization: 2 M D S + 4 M; with a residual 4 M D S + 4 M."""
+    return (4 if has_residual else 2) * m * width * itemsize + 4 * m
+
+
+def backward_bytes(m: int, width: int, itemsize: int) -> float:
+    """Count the bytes of its gradient, that of the residual stream added: 4 M D S + 4 M."""
+    return 4 * m * width * itemsize + 4 * m
+
+
+def measure_norm(
+    layer: str, m: int, dtype: torch.dtype, machine: Machine, width: int = HIDDEN_SIZE
+) -> list[Row]:
+    """Measure one norm, forward and back."""
+    has_residual = layer == POST_ATTENTION
+    forward = forward_bytes(m, width, dtype.itemsize, has_residual)
+    backward = backward_bytes(m, width, dtype.itemsize)
+    # the reference's graph keeps float32 copies
+    num_sets = num_input_sets(min(forward, backward), 12 * backward, machine.device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=machine.device).to(dtype)
+
+    weight = draw(width)
+    sets = [
+        (draw(m, width), weight, EPS, draw(m, width) if has_residual else None)
+        for _ in range(num_sets)
+    ]
+    grads = [(draw(m, width), draw(m, width)) for _ in range(num_sets)]
+    compiled = torch.compile(rms_norm_reference, dynamic=False)
+    work = Work("forward", layer, m, width, width, dtype, forward, 0)
+    ours = [partial(_launch_rms_norm, *arguments) for arguments in sets]
+    provided = Provided(
+        ours, forward_calls(rms_norm_reference, sets), forward_calls(compiled, sets)
+    )
+    rows = rows_of(work, provided, machine)
+    work = Work("backward", layer, m, width, width, dtype, backward, 0)
+    saved = [_launch_rms_norm(*arguments)[1:] for arguments in sets]
+    ours = [
+        partial(_launch_rms_norm_backward, *grad, r, rstd, weight)
+        for grad, (r, rstd) in zip(grads, saved, strict=True)
+    ]
+    for x, _, _, residual in sets:
+        x.requires_grad_()
+        if residual is not None:
+            residual.requires_grad_()
+    provided = Provided(
+        ours,
+        backward_calls(rms_norm_reference, sets, grads),
+        backward_calls(compiled, sets, grads),
+    )
+    return rows + rows_of(work, provided, machine)
+
+
+def run(machine: Machine) -> Result:
+    rows: list[Row] = []
+    for layer, m, dtype in shapes():
+        rows += measure_norm(layer, m, dtype, machine)
+        print(f"measured {layer} of {m} rows", flush=True)
+    return Result(rows, {}, aligned(*operation_table(rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main("rms_norm", run))

@@ -1,0 +1,115 @@
+"""Measure the gating of inner activations: ours, torch, torch.compile, a copy's bandwidth.
+
+    python -m benchmarks.swiglu --json benchmarks/results/swiglu.h100.json
+
+Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
+`backward-h` computes h again in the same pass, for which the others run forward too. Ours writes
+into new buffers here, so that every call finds the same numbers; in place it moves as many bytes.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.command import Machine, Result, Work, main
+from benchmarks.layer_operations import (
+    INTERMEDIATE_SIZE,
+    NUM_ROWS,
+    Provided,
+    backward_calls,
+    forward_calls,
+    rows_of,
+)
+from benchmarks.measure import Call, num_input_sets
+from benchmarks.tables import Row, aligned, operation_table
+from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward, swiglu_reference
+
+LAYER = "llama-3-8b.gate_up_proj"
+# tensors of M F values that a pass reads and writes
+TENSORS = {"forward": 3, "backward": 5, "backward-h": 6}
+
+
+def shapes() -> list[tuple[int, torch.dtype]]:
+    """List what is measured: rows and dtype."""
+    return [(m, torch.bfloat16) for m in NUM_ROWS]
+
+
+def swiglu_bytes(mode: str, m: int, width: int, itemsize: int) -> float:
+    """Count the bytes of a pass: 3 M F S forward, 5 M F S back, 6 M F S with h."""
+    return TENSORS[mode] * m * width * itemsize
+
+
+def gradient(grad_h: Tensor, gate_up: Tensor, writes_h: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the backward kernel into new buffers."""
+    grad_gate_up = torch.empty_like(gate_up)
+    h = torch.empty_like(grad_h) if writes_h else None
+    _launch_swiglu_backward(grad_h, gate_up, grad_gate_up, h)
+    return grad_gate_up, h
+
+
+def both_calls(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
+    """Make one call of two."""
+
+    def both(one: Call, other: Call) -> tuple[Any, Any]:
+        return one(), other()
+
+    return [partial(both, one, other) for one, other in zip(first, second, strict=True)]
+
+
+def measure_swiglu(
+    m: int, dtype: torch.dtype, machine: Machine, width: int = INTERMEDIATE_SIZE
+) -> list[Row]:
+    """Measure one gating: forward, back, and back with h."""
+
+    def work(mode: str) -> Work:
+        num_bytes = swiglu_bytes(mode, m, width, dtype.itemsize)
+        return Work(mode, LAYER, m, width, 2 * width, dtype, num_bytes, 0)
+
+    num_bytes = work("forward").num_bytes
+    num_sets = num_input_sets(num_bytes, 8 * num_bytes, machine.device)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=machine.device).to(dtype)
+
+    sets = [(draw(m, 2 * width),) for _ in range(num_sets)]
+    grads = [(draw(m, width),) for _ in range(num_sets)]
+    compiled = torch.compile(swiglu_reference, dynamic=False)
+    forward = Provided(
+        forward_calls(_launch_swiglu, sets),
+        forward_calls(swiglu_reference, sets),
+        forward_calls(compiled, sets),
+    )
+    rows = rows_of(work("forward"), forward, machine)
+    pairs = [(grad_h, gate_up.detach()) for (gate_up,), (grad_h,) in zip(sets, grads, strict=True)]
+    for (gate_up,) in sets:
+        gate_up.requires_grad_()
+    backward = Provided(
+        [partial(gradient, *pair, False) for pair in pairs],
+        backward_calls(swiglu_reference, sets, grads),
+        backward_calls(compiled, sets, grads),
+    )
+    rows += rows_of(work("backward"), backward, machine)
+    # without gradients, so that no graph is made
+    detached = [(gate_up,) for _, gate_up in pairs]
+    with_h = Provided(
+        [partial(gradient, *pair, True) for pair in pairs],
+        both_calls(backward.torch, forward_calls(swiglu_reference, detached)),
+        both_calls(backward.compiled, forward_calls(compiled, detached)),
+    )
+    return rows + rows_of(work("backward-h"), with_h, machine)
+
+
+def run(machine: Machine) -> Result:
+    rows: list[Row] = []
+    for m, dtype in shapes():
+        rows += measure_swiglu(m, dtype, machine)
+        print(f"measured {m} rows", flush=True)
+    return Result(rows, {}, aligned(*operation_table(rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main("swiglu", run))

@@ -1,0 +1,301 @@
+"""kernels/rope.py: equal to the reference, forward and back; rotations as complex numbers do."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from ahead_of_time import CompiledLaunch, compile_launch
+from equality import assert_equal
+from interpreter import interpreted_results
+from layer_cases import TINY_ROPES, RopeCase, rope_cases, rope_inputs, rope_results
+from torch import Tensor
+
+from kernels import rope as module
+from kernels.rope import rope, rope_reference, rotate_reference
+from llama.rope import rope_tables
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITIES = [80, 89, 90, 100]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+EPS = torch.finfo(torch.float32).eps
+# Llama 3 8B and 70B, Llama 3.2 1B, SmolLM, 80 columns, the tests' tiny model
+HEADS = [(32, 8, 128), (64, 8, 128), (32, 8, 64), (9, 3, 64), (14, 2, 80), (8, 4, 12)]
+GPU_CASES = rope_cases(
+    [(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (3, 131, 8, 4, 12)]
+    + [(2, 67, *heads) for heads in HEADS]
+    + [(1, 2049, 32, 8, 128)],
+    DTYPES,
+)
+
+
+def test_rotation_multiplies_complex_numbers() -> None:
+    x = torch.randn(2, 3, 7, 10)
+    frequencies = torch.rand(5)
+    positions = torch.arange(4, 11)
+    rotated = rotate_reference(x, *rope_tables(frequencies, positions))
+    pairs = torch.complex(*x.double().chunk(2, dim=-1))
+    angles = positions[:, None].double() * frequencies.double()
+    expected = pairs * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((expected.real, expected.imag), dim=-1)
+    assert rotated.shape == x.shape
+    assert rotated.dtype == x.dtype
+    assert rotated.isfinite().all()
+    # the angle is rounded once, cosine and sine to two units, the two products and their sum once
+    tolerance = (float(angles.max()) + 5) * EPS * 2 * float(x.abs().max())
+    assert (rotated.double() - expected).abs().max() <= tolerance
+
+
+def test_half_precision_is_rounded_once() -> None:
+    x = torch.randn(1, 2, 5, 8).bfloat16()
+    tables = rope_tables(torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.arange(5))
+    assert_equal(rotate_reference(x, *tables), rotate_reference(x.float(), *tables).bfloat16())
+
+
+def assert_equals_the_reference(case: RopeCase, actual: dict[str, Tensor]) -> None:
+    expected = rope_results(case, rope_reference)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal(actual[name], tensor, name)
+
+
+@pytest.mark.parametrize("case", TINY_ROPES, ids=str)
+def test_interpreted_kernels_equal_the_reference(case: RopeCase) -> None:
+    prefix = f"{case}/"
+    actual = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in interpreted_results().items()
+        if name.startswith(prefix)
+    }
+    assert_equals_the_reference(case, actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cpu_buffer_is_rotated_row_by_row_and_kept(dtype: torch.dtype) -> None:
+    case = RopeCase(2, 5, 3, 1, 12, dtype)
+    inputs = rope_inputs(case)
+    qkv, positions, cos, sin = (inputs[name] for name in ("qkv", "positions", "cos", "sin"))
+    before = qkv.clone()
+    query, key, value = rope(qkv, positions, cos, sin, 3, 1)
+    assert_equal(qkv, before)
+    assert query.shape == (2, 3, 5, 12)
+    assert key.shape == value.shape == (2, 1, 5, 12)
+    for b in range(2):
+        for t in range(5):
+            heads = qkv[b, t].view(5, 12)
+            row = positions[b, t]
+            rotated = rotate_reference(heads, cos[row], sin[row])
+            assert_equal(query[b, :, t], rotated[:3])
+            assert_equal(key[b, :, t], rotated[3:4])
+            assert_equal(value[b, :, t], heads[4:])
+
+
+def test_gradient_is_the_rotation_back() -> None:
+    # in float64, where the rotation is orthogonal to the last digits
+    x = torch.randn(2, 3, 7, 10, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(7, 5)
+    y = rotate_reference(x, angles.cos(), angles.sin())
+    grad_y = torch.randn(2, 3, 7, 10).double()
+    (grad,) = torch.autograd.grad(y, x, grad_y)
+    # the reference works in float32
+    expected = rotate_reference(grad_y, angles.cos(), -angles.sin())
+    assert_equal(grad, expected)
+
+
+def valid_arguments() -> dict[str, Tensor]:
+    inputs = rope_inputs(RopeCase(2, 5, 3, 1, 12, torch.float32))
+    return {name: inputs[name] for name in ("qkv", "positions", "cos", "sin")}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qkv", lambda t: t.double(), "^qkv must be bfloat16, float16 or float32: got"),
+        ("qkv", lambda t: t[..., :-12], r"^qkv must have shape \(B, T, 60\), each row contig"),
+        ("qkv", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "each row contiguous"),
+        ("qkv", lambda t: t.clone().requires_grad_(), "^qkv must be a result, .* got a leaf"),
+        (
+            "positions",
+            lambda t: t[:, 1:],
+            r"^positions must be .* of shape \(2, 5\): got .* \(2, 4",
+        ),
+        (
+            "positions",
+            lambda t: t.float(),
+            "^positions must be int32 or int64 .* got torch.float32",
+        ),
+        ("positions", lambda t: t.to("meta"), "must be on one device"),
+        ("cos", lambda t: t.bfloat16(), "^cos and sin must be float32 .* got torch.bfloat16"),
+        ("sin", lambda t: t[:-1], "^cos and sin must be float32 matrices of one shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    arguments = valid_arguments()
+    arguments[name] = change(arguments[name])
+    qkv, positions, cos, sin = arguments.values()
+    with pytest.raises(ValueError, match=message):
+        rope(qkv, positions, cos, sin, 3, 1)
+
+
+def compile_forward(
+    dtype: torch.dtype, heads: tuple[int, int, int], capability: int
+) -> CompiledLaunch:
+    num_heads, num_kv_heads, head_dim = heads
+    qkv = torch.empty(2, 32, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
+    return compile_launch(
+        module,
+        "_rope_kernel",
+        lambda: module._launch_rope(qkv, positions, table, table, num_heads + num_kv_heads),
+        capability,
+    )
+
+
+def compile_backward(
+    dtype: torch.dtype, heads: tuple[int, int, int], capability: int
+) -> CompiledLaunch:
+    num_heads, num_kv_heads, head_dim = heads
+    grad_q = torch.empty(2, 32, num_heads, head_dim, dtype=dtype).transpose(1, 2)
+    grad_k = torch.empty(2, 32, num_kv_heads, head_dim, dtype=dtype).transpose(1, 2)
+    positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
+    return compile_launch(
+        module,
+        "_rope_backward_kernel",
+        lambda: module._launch_rope_backward(grad_q, grad_k, grad_k, positions, table, table),
+        capability,
+    )
+
+
+COMPILED = [
+    (dtype, heads, capability)
+    for capability in CAPABILITIES
+    for dtype in DTYPES
+    for heads in (HEADS if capability == 90 else HEADS[:2])
+]
+
+
+@pytest.mark.parametrize("compile_kernel", [compile_forward, compile_backward])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "capability"),
+    COMPILED,
+    ids=[
+        f"{str(dtype)[6:]}-H{heads[0]}+{heads[1]}x{heads[2]}-sm{capability}"
+        for dtype, heads, capability in COMPILED
+    ],
+)
+def test_kernels_compile_without_spilling(
+    compile_kernel: Callable[..., CompiledLaunch],
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    capability: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    compiled = compile_kernel(dtype, heads, capability)
+    record_property("resources", str(compiled))
+    compiled.assert_fits(capability)
+    # each product is rounded, as in torch
+    assert "fma" not in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
+    dtype: torch.dtype, capability: int
+) -> None:
+    # of a tile, 16 heads of 128 in 16 bit: 32 heads are two, 8 are half of one
+    per_tile = 16 * 2 // dtype.itemsize
+    forward_tiles = -(-40 // per_tile)
+    backward_tiles = 32 // per_tile + 2 * -(-8 // per_tile)
+    # 8 angles a thread in 16 bit, 4 in float32
+    angles = 2 * (2 if dtype.itemsize == 2 else 1)
+    for compiled, most_tiles in (
+        (compile_forward(dtype, HEADS[0], capability), min(forward_tiles, module.MAX_TILES)),
+        (compile_backward(dtype, HEADS[0], capability), backward_tiles),
+    ):
+        assert compiled.shared_bytes == 0
+        assert "bar.sync" not in compiled.ptx
+        stores = re.findall(r"st\.global\S+", compiled.ptx)
+        assert stores == ["st.global.v4.b32"] * 2 * most_tiles
+        loads = re.findall(r"ld\.global\S+", compiled.ptx)
+        # and the position
+        assert sorted(loads) == ["ld.global.b64"] + ["ld.global.v4.b32"] * (2 * most_tiles + angles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_gpu_kernels_equal_the_reference(case: RopeCase) -> None:
+    for _ in range(2):
+        actual = rope_results(case, rope, CUDA)
+        assert_equals_the_reference(case, {name: t.cpu() for name, t in actual.items()})
+
+
+@pytest.mark.gpu
+def test_gpu_results_lie_in_the_buffer_and_its_other_columns_stay() -> None:
+    case = RopeCase(2, 5, 3, 1, 12, torch.bfloat16)
+    inputs = rope_inputs(case, CUDA)
+    wide = torch.full((2, 5, 64), 777.0, dtype=torch.bfloat16, device=CUDA)
+    wide[..., :60] = inputs["qkv"]
+    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+    query, key, value = rope(wide[..., :60], *tables, 3, 1)
+    assert query.data_ptr() == wide.data_ptr()
+    assert key.data_ptr() == wide[..., 36:].data_ptr()
+    assert value.data_ptr() == wide[..., 48:].data_ptr()
+    assert bool((wide[..., 60:] == 777).all())
+
+
+@pytest.mark.gpu
+def test_gpu_whoever_saved_the_buffer_gets_an_error() -> None:
+    case = RopeCase(2, 5, 3, 1, 12, torch.float32)
+    inputs = rope_inputs(case, CUDA)
+    qkv = inputs["qkv"].requires_grad_() * 2
+    saved = qkv.exp().sum() + qkv.square().sum()
+    rope(qkv, inputs["positions"], inputs["cos"], inputs["sin"], 3, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+@pytest.mark.gpu
+def test_gpu_position_beyond_the_tables_gives_nan() -> None:
+    case = RopeCase(1, 3, 2, 1, 8, torch.float32)
+    inputs = rope_inputs(case, CUDA)
+    positions = torch.tensor([[0, -1, inputs["cos"].shape[0]]], device=CUDA)
+    query, key, value = rope(inputs["qkv"], positions, inputs["cos"], inputs["sin"], 2, 1)
+    for rotated in (query, key):
+        assert bool(rotated[:, :, 0].isfinite().all())
+        assert bool(rotated[:, :, 1:].isnan().all())
+    assert bool(value.isfinite().all())
+
+
+@pytest.mark.gpu
+def test_gpu_gradients_of_sums_are_taken() -> None:
+    case = RopeCase(2, 5, 3, 1, 12, torch.float32)
+
+    def gradient(device: torch.device) -> Tensor:
+        inputs = rope_inputs(case, device)
+        leaf = inputs["qkv"].requires_grad_()
+        tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+        query, key, _ = rope(leaf * 1, *tables, 3, 1)
+        # the values have no gradient at all
+        return torch.autograd.grad(query.sum() + key.sum(), leaf)[0]
+
+    assert_equal(gradient(CUDA).cpu(), gradient(CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_kernels_reach_beyond_int32() -> None:
+    num_tokens, width = 2**31 // 6144 + 100, 6144
+    assert num_tokens * width > 2**31
+    qkv = torch.empty(1, num_tokens, width, dtype=torch.bfloat16, device=CUDA).normal_()
+    last = qkv[:, -3:].clone()
+    positions = torch.arange(num_tokens, device=CUDA).remainder(7)[None]
+    angles = torch.rand(7, 64, device=CUDA)
+    expected = rope_reference(last, positions[:, -3:], angles.cos(), angles.sin(), 32, 8)
+    found = rope(qkv, positions, angles.cos(), angles.sin(), 32, 8)
+    for actual, reference in zip(found, expected, strict=True):
+        assert_equal(actual[:, :, -3:], reference)
+    grad = module._launch_rope_backward(*found, positions, angles.cos(), angles.sin())
+    short = module._launch_rope_backward(*expected, positions[:, -3:], angles.cos(), angles.sin())
+    assert_equal(grad[:, -3:], short)
