@@ -29,6 +29,7 @@ but their operands would travel through shared memory.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
 
+from functools import cache
 from math import gcd
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ class Config(NamedTuple):
     num_registers: int | None = None
 
 
-# benchmarks/results/nf4_matmul.h100.json; the first that fits is taken
+# the first that fits is taken; README.md beside this file says what else was tried
 FORWARD_CONFIGS = (
     Config(8, 8192, 8, 16, 4),
     Config(8, 0, 8, 16, 8),
@@ -323,7 +324,9 @@ def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Co
 def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
     """Say what keeps a weight from the fused kernels; an empty string if nothing does."""
     columns = QUANT_BLOCK.value * (1 if transposed else BLOCKS_PER_STEP.value)
-    rows = 64 if transposed else 16
+    configs = TRANSPOSED_CONFIGS if transposed else FORWARD_CONFIGS
+    # the warps of a forward program share its rows, those of a transposed one split them
+    rows = max(c.block_n * (c.num_warps if transposed else 1) for c in configs)
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the fused kernels multiply in bfloat16 or float16, not in {dtype}"
     if weight.block_size != QUANT_BLOCK.value:
@@ -385,17 +388,24 @@ def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
     return y
 
 
+@cache
+def _rows_per_range(rows: tuple[int, ...], step: int, tiles: int) -> int:
+    """Cut the rows of a weight into equal ranges, no more than it takes to have enough programs.
+
+    A range lies in one member and is a whole number of steps.
+    """
+    longest = gcd(*rows)
+    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
+    enough = (n for n in lengths if sum(rows) // n * tiles >= TRANSPOSED_PROGRAMS)
+    return next(enough, lengths[-1])
+
+
 def _launch_nf4_matmul_transposed(grad_y: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, grad_y.shape[0]
     config = _config_for(TRANSPOSED_CONFIGS, M, K)
     grad_y = _aligned(grad_y)
-    # a range lies in one member and is a whole number of steps; the fewest that are enough
-    longest = gcd(*weight.rows)
-    step = config.num_warps * config.block_n
     tiles = K // QUANT_BLOCK.value * triton.cdiv(M, config.block_m)
-    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
-    enough = [n for n in lengths if N // n * tiles >= TRANSPOSED_PROGRAMS]
-    rows_per_range = enough[0] if enough else lengths[-1]
+    rows_per_range = _rows_per_range(weight.rows, config.num_warps * config.block_n, tiles)
     num_ranges = N // rows_per_range
     partial = torch.empty((num_ranges, M, K), dtype=torch.float32, device=grad_y.device)
     grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
