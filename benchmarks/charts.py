@@ -13,12 +13,13 @@ Record = dict[str, Any]
 
 # Okabe and Ito's palette, told apart by every kind of colour vision
 BLACK, GREY, BLUE = "#000000", "#6e6e6e", "#0072b2"
-SKY, GREEN, VERMILION = "#56b4e9", "#009e73", "#d55e00"
+SKY, GREEN, VERMILION, PURPLE = "#56b4e9", "#009e73", "#d55e00", "#cc79a7"
 
 # provider: label, and how its line is drawn
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("Quatrain, as dispatched", {"color": SKY, "linewidth": 7, "alpha": 0.5}),
     "ours-fused": ("fused", {"color": BLUE, "marker": "o"}),
+    "ours-warpgroup": ("warpgroup", {"color": PURPLE, "marker": "v"}),
     "ours-expand": ("expand, then cuBLAS", {"color": GREEN, "marker": "s"}),
     "bitsandbytes": ("bitsandbytes", {"color": VERMILION, "marker": "^"}),
     "torch": ("cuBLAS, bf16 weight", {"color": GREY, "marker": "x"}),

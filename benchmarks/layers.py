@@ -1,5 +1,7 @@
 """The layers that the kernels are measured on, and what an NF4 matrix weighs."""
 
+from nf4.double_quant import GROUP_SIZE
+
 # (out_features, in_features)
 LAYERS = {
     "llama-3-8b.q_proj": (4096, 4096),
@@ -15,7 +17,6 @@ GROUPS = {
 }
 
 BLOCK_SIZE = 64
-GROUP_SIZE = 256
 
 # a layer's weights are about this large
 WEIGHT_STD = 0.02

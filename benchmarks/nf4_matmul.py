@@ -2,15 +2,17 @@
 
     python -m benchmarks.nf4_matmul --json benchmarks/results/nf4_matmul.h100.json
 
-Forward is y = x W^T, transposed is grad_x = grad_y W. Our two paths are timed beside what the
-dispatch chooses, and where they cross is looked for between the listed numbers of rows: the
-dispatch table is filled from that. Few rows are limited by the weight's bytes, many by arithmetic.
+Forward is y = x W^T, transposed is grad_x = grad_y W. Our paths are timed beside what the dispatch
+chooses, and where each is overtaken by the next is looked for between the listed numbers of rows:
+the dispatch table is filled from that. Few rows are limited by the weight's bytes, many by
+arithmetic.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,13 +24,20 @@ from benchmarks.layers import BLOCK_SIZE, LAYERS, WEIGHT_STD, nf4_bytes
 from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, by_case, matmul_table, short_name
 from kernels.nf4_dequantize import nf4_dequantize
-from kernels.nf4_matmul import matmul_path, nf4_matmul, nf4_matmul_transposed
+from kernels.nf4_matmul import (
+    Path,
+    matmul_path,
+    nf4_matmul,
+    nf4_matmul_transposed,
+    path_obstacle,
+)
 from nf4.weight import NF4Weight, quantize
 
 DTYPE = torch.bfloat16
 NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-# the fused kernel is no candidate beyond
-FUSED_MOST_ROWS = 512
+# kernels that decode inside the product are no candidates beyond
+DECODING_MOST_ROWS = 256
+DECODING: tuple[Path, ...] = ("fused", "warpgroup")
 # the crossover is looked for to this many rows, a tile of the tensor cores
 CROSSOVER_STEP = 16
 # of the list of cases that are slower, on the terminal
@@ -75,8 +84,8 @@ def operand(layer: str, machine: Machine) -> Operand:
     return Operand(weight, nf4_dequantize(weight, DTYPE), theirs)
 
 
-def products(mode: str, m: int, peer: Bitsandbytes | None) -> dict[str, Product]:
-    """Name the ways to multiply M rows in a mode."""
+def products(mode: str, paths: Sequence[Path], peer: Bitsandbytes | None) -> dict[str, Product]:
+    """Name the ways to multiply in a mode: what ours chooses, some of its paths, the peers."""
     ours = nf4_matmul if mode == "forward" else nf4_matmul_transposed
 
     def torch_product(x: Tensor, operand: Operand) -> Tensor:
@@ -90,9 +99,8 @@ def products(mode: str, m: int, peer: Bitsandbytes | None) -> dict[str, Product]
         return x @ peer.dequantize(*operand.theirs)
 
     found: dict[str, Product] = {"ours": lambda x, operand: ours(x, operand.weight)}
-    if m <= FUSED_MOST_ROWS:
-        found["ours-fused"] = lambda x, operand: ours(x, operand.weight, path="fused")
-    found["ours-expand"] = lambda x, operand: ours(x, operand.weight, path="expand")
+    for path in paths:
+        found[f"ours-{path}"] = lambda x, operand, path=path: ours(x, operand.weight, path=path)
     if peer:
         found["bitsandbytes"] = peer_product
     return found | {"torch": torch_product}
@@ -136,7 +144,13 @@ class LayerBench:
         operands = self.operands[:num_sets]
         inputs = [torch.randn(m, num_columns, dtype=DTYPE, device=machine.device) for _ in operands]
         rows = {} if only else {"limit": limit_row(work, machine) | {"path": None}}
-        ways = products(mode, m, machine.peer)
+        weight, transposed = operands[0].weight, mode == "transposed"
+        paths: list[Path] = [
+            path
+            for path in DECODING
+            if m <= DECODING_MOST_ROWS and not path_obstacle(path, weight, DTYPE, transposed)
+        ]
+        ways = products(mode, [*paths, "expand"], machine.peer)
         expected = ways["torch"](inputs[0], operands[0])
         candidates = []
         for provider, product in ways.items():
@@ -155,16 +169,15 @@ class LayerBench:
         measured = measured_rows(candidates, machine)
         rows |= {row["provider"]: row | {"path": None} for row in measured}
         if "ours" in rows:
-            path = matmul_path(m, operands[0].weight, DTYPE, mode == "transposed")
-            rows["ours"]["path"] = path.name
+            rows["ours"]["path"] = matmul_path(m, weight, DTYPE, transposed).name
         return rows
 
 
 def crossover(times: Mapping[int, tuple[float, float]]) -> tuple[int, int | None]:
-    """Find up to how many rows the fused path is no slower than the expanding one.
+    """Find up to how many rows a path is no slower than the next.
 
     Args:
-        times: for numbers of rows, the time of the fused path and of the expanding one.
+        times: for numbers of rows, the time of the path and of the next.
 
     Returns:
         The largest number of rows such that it and all smaller ones in `times` are won, 0 if none
@@ -172,8 +185,8 @@ def crossover(times: Mapping[int, tuple[float, float]]) -> tuple[int, int | None
     """
     won = 0
     for m in sorted(times):
-        fused, expand = times[m]
-        if fused > expand:
+        ms, next_ms = times[m]
+        if ms > next_ms:
             return won, m
         won = m
     return won, None
@@ -186,9 +199,10 @@ def between(won: int, lost: int | None) -> int | None:
     return (won + lost) // 2 // CROSSOVER_STEP * CROSSOVER_STEP
 
 
-def find_crossover(bench: LayerBench, mode: str, rows: list[Row]) -> tuple[int, list[Row]]:
-    """Narrow the crossover of one layer and mode down by measuring both paths in between."""
-    paths = ("ours-fused", "ours-expand")
+def find_crossover(
+    bench: LayerBench, mode: str, rows: list[Row], paths: tuple[str, str]
+) -> tuple[int, list[Row]]:
+    """Narrow down where a path is overtaken by the next, by measuring both in between."""
     times = {
         case.m: (found[paths[0]]["ms_p50"], found[paths[1]]["ms_p50"])
         for case, found in by_case(rows).items()
@@ -208,8 +222,8 @@ def slower_than(rows: list[Row]) -> list[str]:
     """List where the dispatched product is more than 2 % slower than another NF4 product."""
     lines = []
     for case, found in by_case(rows).items():
-        for other in ("ours-fused", "ours-expand", "bitsandbytes"):
-            if "ours" not in found or other not in found:
+        for other in found:
+            if "ours" not in found or other in ("ours", "limit", "torch"):
                 continue
             ratio = found["ours"]["ms_p50"] / found[other]["ms_p50"]
             if ratio > 1.02:
@@ -225,19 +239,28 @@ def run(machine: Machine) -> Result:
         bench = LayerBench(layer, machine)
         for mode in MODES:
             listed = [row for m in NUM_ROWS for row in bench.measure(mode, m).values()]
-            fused_up_to, more = find_crossover(bench, mode, listed)
-            crossovers.append({"layer": layer, "mode": mode, "fused_up_to": fused_up_to})
+            between_listed: list[Row] = []
+            measured = {row["provider"] for row in listed}
+            ways = [f"ours-{path}" for path in (*DECODING, "expand")]
+            ways = [way for way in ways if way in measured]
+            for way, next_way in pairwise(ways):
+                up_to, more = find_crossover(bench, mode, listed, (way, next_way))
+                crossovers.append(
+                    {"layer": layer, "mode": mode, "path": way, "next": next_way, "up_to": up_to}
+                )
+                between_listed += more
             # with those that were measured in between
-            rows += sorted(listed + more, key=lambda row: row["m"])
+            rows += sorted(listed + between_listed, key=lambda row: row["m"])
             print(f"measured {layer} {mode}", flush=True)
         del bench
     listed = [row for row in rows if row["m"] in NUM_ROWS]
     slower = slower_than(rows)
     text = [
         aligned(*matmul_table(listed)),
-        "\nfused is no slower up to",
+        "\na path is no slower than the next up to",
         *(
-            f"  {short_name(entry['layer'])} {entry['mode']}: M = {entry['fused_up_to']}"
+            f"  {short_name(entry['layer'])} {entry['mode']}: {entry['path']} before "
+            f"{entry['next']}: M = {entry['up_to']}"
             for entry in crossovers
         ),
         f"\nslower than another way by more than 2 %: {len(slower)}",

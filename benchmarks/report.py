@@ -99,8 +99,9 @@ SECTIONS = {
     "nf4_matmul": (
         "Multiply",
         "y = x W^T (forward) and grad_x = grad_y W (transposed) for M rows in bf16: N K (1/2 + 1/B "
-        "+ 4 / (256 B)) + 2 M (N + K) bytes and 2 M N K FLOPs. `fused` and `expand` are the two "
-        "paths, `path` is the one that runs, and cuBLAS multiplies by the expanded weight.",
+        "+ 4 / (256 B)) + 2 M (N + K) bytes and 2 M N K FLOPs. `fused`, `warpgroup` and "
+        "`expand` are the paths, `path` is the one that runs, cuBLAS multiplies by the expanded "
+        "weight.",
         _matmul,
     ),
     "adamw": (

@@ -88,7 +88,7 @@ def operation_table(rows: Iterable[Row]) -> Table:
 
 def matmul_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of a product over the rows of x."""
-    header = ["layer", "mode", "M", "limit", "ours", "path", "fused", "expand"]
+    header = ["layer", "mode", "M", "limit", "ours", "path", "fused", "warpgroup", "expand"]
     header += ["bitsandbytes", "cuBLAS"]
     lines = [
         [
@@ -99,6 +99,7 @@ def matmul_table(rows: Iterable[Row]) -> Table:
             microseconds(providers.get("ours")),
             providers["ours"]["path"] if "ours" in providers else "-",
             microseconds(providers.get("ours-fused")),
+            microseconds(providers.get("ours-warpgroup")),
             microseconds(providers.get("ours-expand")),
             microseconds(providers.get("bitsandbytes")),
             microseconds(providers.get("torch")),

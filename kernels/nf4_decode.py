@@ -1,8 +1,8 @@
-"""What every NF4 kernel does to a byte: find its member, its scale and its level.
+"""What the NF4 kernels share: where each member of a weight begins, the tables, a block's scale.
 
-Device functions and the tables they read; no launches. An NF4 weight stacks members (q, k, v)
-whose bytes, blocks and groups each start anew, so a kernel needs to know where. It reads that from
-a small table in device memory, one row a member, built once per shape by `member_table`.
+A device function and the tables the kernels read; no launches. An NF4 weight stacks members (q, k,
+v) whose bytes, blocks and groups each start anew, so a kernel needs to know where. It reads that
+from a small table in device memory, one row a member, built once per shape by `member_table`.
 
     member_table   | row | byte | block | group | num_elements |      int64, one line a member
 """

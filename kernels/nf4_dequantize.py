@@ -67,8 +67,10 @@ def _nf4_dequantize_kernel(
     levels_ptr,
     dynamic_map_ptr,
     member_table_ptr,
+    num_rows,  # of all members
     in_features,
     row_stride,
+    NUM_MEMBERS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,  # every member has a multiple of 2 * ALIGNMENT elements
     HAS_GAPS: tl.constexpr,  # row_stride > in_features; the next two matter then only
     VECTOR: tl.constexpr,  # divides in_features and row_stride
@@ -80,12 +82,21 @@ def _nf4_dequantize_kernel(
 ):
     # one program expands CHUNKS * CHUNK_BYTES packed bytes of one member
     member = tl.program_id(1)
-    row = member_table_ptr + member * TABLE_COLUMNS
-    first_element = tl.load(row) * in_features
-    byte_start = tl.load(row + 1)
-    block_start = tl.load(row + 2)
-    group_start = tl.load(row + 3)
-    num_elements = tl.load(row + 4)
+    if NUM_MEMBERS == 1:
+        # the only one begins everything, and nothing waits for the table
+        member_row = tl.cast(0, tl.int64)
+        byte_start = tl.cast(0, tl.int64)
+        block_start = tl.cast(0, tl.int64)
+        group_start = tl.cast(0, tl.int64)
+        num_elements = tl.cast(num_rows, tl.int64) * in_features
+    else:
+        row = member_table_ptr + member * TABLE_COLUMNS
+        member_row = tl.load(row)
+        byte_start = tl.load(row + 1)
+        block_start = tl.load(row + 2)
+        group_start = tl.load(row + 3)
+        num_elements = tl.load(row + 4)
+    first_element = member_row * in_features
     num_bytes = (num_elements + 1) // 2
     if IS_ALIGNED:
         first_element = tl.multiple_of(first_element, ALIGNMENT)
@@ -103,7 +114,7 @@ def _nf4_dequantize_kernel(
             first_row = first_vector // row_length
             # in 32 bits, where comparing and dividing cost less
             first_column = (first_vector - first_row * row_length).to(tl.int32)
-            first_place = first_vector + first_row * gap + tl.load(row) * (row_length + gap)
+            first_place = first_vector + first_row * gap + member_row * (row_length + gap)
         for chunk in tl.static_range(CHUNKS):
             offs = first_byte + chunk * CHUNK_BYTES + tl.arange(0, CHUNK_BYTES)
             mask = offs < num_bytes
@@ -165,8 +176,10 @@ def _launch_nf4_dequantize(
             device_constant("levels", weight.device),
             device_constant("dynamic_map", weight.device),
             table,
+            sum(weight.rows),
             in_features,
             row_stride,
+            NUM_MEMBERS=len(sizes),
             IS_ALIGNED=all(size % (2 * ALIGNMENT.value) == 0 for size in sizes),
             HAS_GAPS=has_gaps,
             # constant without gaps, so that one kernel serves all

@@ -1,18 +1,19 @@
 """Multiply by an NF4 weight: y = x W^T and its mirror for the backward pass, grad_x = grad_y W.
 
-    few rows     fused    W is decoded inside the product (`nf4_matmul_fused`): reads its 0.516
-                          bytes a weight, and decodes them again for every 32 rows of x
-    many rows    expand   W is expanded once (`nf4_dequantize`, 2.516 bytes a weight moved), then
-                          a dense product reads 2 more and runs at the tensor cores' full rate
+    few rows     fused      W is decoded inside the product (`nf4_matmul_fused`): reads its 0.516
+                            bytes a weight, and decodes them again for every 32 rows of x
+    tens         warpgroup  the same for every 64 rows, on Hopper (`nf4_matmul_warpgroup`)
+    many rows    expand     W is expanded once (`nf4_dequantize`, 2.516 bytes a weight moved), then
+                            a dense product reads 2 more and runs at the tensor cores' full rate
 
-2 M N K FLOP either way. The number of rows where the second becomes faster is measured, not
-reasoned: `matmul_path` looks it up in a table by device and says why it chose. Expanded weights are
-rounded to x's dtype, fused ones are not or differently, so the two paths differ by about what
-either errs. The product is that of QLoRA section 3, "QLoRA", without the adapter's term.
+2 M N K FLOP in each. The numbers of rows where the next becomes faster are measured, not reasoned:
+`matmul_path` looks them up in a table by device and says why it chose. Expanded weights are rounded
+to x's dtype, decoded ones are not or differently, so the paths differ by about what each errs. The
+product is that of QLoRA section 3, "QLoRA", without the adapter's term.
 """
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from kernels.nf4_matmul_fused import (
     _launch_nf4_matmul_transposed,
     fused_obstacle,
 )
+from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup, warpgroup_obstacle
 from nf4.weight import NF4Weight, dequantize
 
-Path = Literal["fused", "expand"]
+Path = Literal["fused", "warpgroup", "expand"]
 
 
 class MatmulPath(NamedTuple):
@@ -36,10 +38,14 @@ class MatmulPath(NamedTuple):
 
 
 class Crossover(NamedTuple):
-    """The most rows for which the fused product wins, 0 if it never does, by size of weight."""
+    """The most rows for which a path wins, 0 if it never does, by size of weight.
+
+    `warpgroup` follows where `fused` ends; `transposed` is where fused ends for grad_y W.
+    """
 
     min_weights: int
-    forward: int
+    fused: int
+    warpgroup: int
     transposed: int
 
 
@@ -47,15 +53,15 @@ class Crossover(NamedTuple):
 # benchmarks/results/nf4_matmul.*.json
 CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
     ((9, 0), 132): (
-        Crossover(32 << 20, forward=80, transposed=32),
-        Crossover(8 << 20, forward=64, transposed=0),
-        Crossover(0, forward=128, transposed=0),
+        Crossover(32 << 20, fused=32, warpgroup=128, transposed=32),
+        Crossover(8 << 20, fused=32, warpgroup=128, transposed=0),
+        Crossover(0, fused=32, warpgroup=128, transposed=0),
     ),
 }
 # of a device that nobody measured: where the fused product wins by far on all known
 DEFAULT_CROSSOVERS = (
-    Crossover(32 << 20, forward=16, transposed=16),
-    Crossover(0, forward=16, transposed=0),
+    Crossover(32 << 20, fused=16, warpgroup=0, transposed=16),
+    Crossover(0, fused=16, warpgroup=0, transposed=0),
 )
 
 
@@ -87,31 +93,49 @@ def matmul_path(
     """
     if num_rows == 0:
         return MatmulPath("expand", "there are no rows")
-    obstacle = fused_obstacle(weight, dtype, transposed)
-    if obstacle:
-        return MatmulPath("expand", obstacle)
     key = _device_key(weight.device)
+    (major, minor), num_sms = key
     table = CROSSOVERS.get(key, DEFAULT_CROSSOVERS)
     N, K = weight.shape
     crossover = next(row for row in table if row.min_weights <= N * K)
-    most = crossover.transposed if transposed else crossover.forward
-    (major, minor), num_sms = key
-    source = "measured on" if key in CROSSOVERS else "assumed for"
-    reason = (
-        f"{num_rows} rows of a {N}x{K} weight; fused wins up to {most}, {source} "
-        f"sm_{major}{minor} with {num_sms} multiprocessors"
+    bounds: tuple[tuple[Path, int], ...] = (
+        (("fused", crossover.transposed),)
+        if transposed
+        else (("fused", crossover.fused), ("warpgroup", crossover.warpgroup))
     )
-    return MatmulPath("fused" if num_rows <= most else "expand", reason)
+    rows = f"{num_rows} rows of a {N}x{K} weight"
+    where = (
+        f"{'measured on' if key in CROSSOVERS else 'assumed for'} sm_{major}{minor} with "
+        f"{num_sms} multiprocessors"
+    )
+    obstacles = []
+    for name, most in bounds:
+        if num_rows <= most:
+            obstacle = path_obstacle(name, weight, dtype, transposed)
+            if not obstacle:
+                return MatmulPath(name, f"{rows}; {name} wins up to {most}, {where}")
+            obstacles.append(obstacle)
+    beyond = f"{rows}; it wins beyond {max(most for _, most in bounds)}, {where}"
+    return MatmulPath("expand", obstacles[0] if obstacles else beyond)
+
+
+def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
+    """Say what keeps a weight on a GPU from a path; an empty string if nothing does."""
+    if path == "fused":
+        return fused_obstacle(weight, dtype, transposed)
+    if path == "warpgroup":
+        return warpgroup_obstacle(weight, dtype, _device_key(weight.device)[0], transposed)
+    return ""
 
 
 def _resolve(path: Path | None, x: Tensor, weight: NF4Weight, transposed: bool) -> Path:
     if path is None:
         return matmul_path(x.shape[0], weight, x.dtype, transposed).name
-    if path not in ("fused", "expand"):
-        raise ValueError(f"path must be fused or expand: got {path!r}")
-    obstacle = fused_obstacle(weight, x.dtype, transposed) if path == "fused" else ""
+    if path not in get_args(Path):
+        raise ValueError(f"path must be one of {', '.join(get_args(Path))}: got {path!r}")
+    obstacle = path_obstacle(path, weight, x.dtype, transposed)
     if obstacle:
-        raise ValueError(f"path must fit the weight: got fused, but {obstacle}; use expand")
+        raise ValueError(f"path must fit the weight: got {path}, but {obstacle}; use expand")
     return path
 
 
@@ -149,8 +173,11 @@ def nf4_matmul(
     _check(x, weight, weight.shape[1], "x")
     if x.device.type == "cpu":
         return nf4_matmul_reference(x, weight)
-    if _resolve(path, x, weight, transposed=False) == "fused":
+    chosen = _resolve(path, x, weight, transposed=False)
+    if chosen == "fused":
         return _launch_nf4_matmul_forward(x, weight)
+    if chosen == "warpgroup":
+        return _launch_nf4_matmul_warpgroup(x, weight)
     return x @ nf4_dequantize(weight, x.dtype).T
 
 

@@ -29,6 +29,7 @@ but their operands would travel through shared memory.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
 
+from functools import cache
 from math import gcd
 from typing import NamedTuple
 
@@ -37,11 +38,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
+from kernels.nf4_matmul_operands import (
+    BLOCKS_PER_STEP,
+    QUANT_BLOCK,
+    QUANT_GROUP,
+    aligned_rows,
+    member_of_row,
+    operand_obstacle,
+    sum_partials,
+    triton_dtype,
+    weight_arguments,
+)
 from kernels.ptx import (
     QUAD,
     decode_word,
-    level_planes,
     load_byte,
     load_float,
     load_four_words,
@@ -54,16 +64,10 @@ from kernels.ptx import (
     split_pairs,
     stream_two_words,
 )
-from nf4.double_quant import GROUP_SIZE
 from nf4.weight import NF4Weight
 
 # what triton's compiler chooses for an operand that is joined from 32-bit loads
 NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
-# the kernels know this block size only: it is what everyone runs
-QUANT_BLOCK = tl.constexpr(64)
-QUANT_GROUP = tl.constexpr(GROUP_SIZE)
-# blocks of a row that a warp works on in one step: their codes are one word
-BLOCKS_PER_STEP = tl.constexpr(4)
 
 
 class Config(NamedTuple):
@@ -78,7 +82,7 @@ class Config(NamedTuple):
     num_registers: int | None = None
 
 
-# benchmarks/results/nf4_matmul.h100.json; the first that fits is taken
+# the first that fits is taken; README.md beside this file says what else was tried
 FORWARD_CONFIGS = (
     Config(8, 8192, 8, 16, 4),
     Config(8, 0, 8, 16, 8),
@@ -91,22 +95,6 @@ TRANSPOSED_CONFIGS = (Config(16, 0, 16, 16, 4), Config(2**31, 0, 32, 16, 4))
 
 # programs of a transposed product: enough to keep the memory of a large GPU busy
 TRANSPOSED_PROGRAMS = 528
-SUM_ELEMENTS = 512
-
-
-@triton.jit
-def _member_of_row(
-    member_table_ptr,
-    row,  # of the stacked weight
-    NUM_MEMBERS: tl.constexpr,
-):
-    # a program's rows lie in one member
-    member = 0
-    for m in tl.static_range(1, NUM_MEMBERS):
-        member += (row >= tl.load(member_table_ptr + m * TABLE_COLUMNS)).to(tl.int32)
-    first_row = tl.load(member_table_ptr + member * TABLE_COLUMNS)
-    first_group = tl.load(member_table_ptr + member * TABLE_COLUMNS + 3)
-    return member, first_row, first_group
 
 
 # any number of rows, one compilation
@@ -138,7 +126,7 @@ def _nf4_matmul_forward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     first_m = tl.program_id(1).to(tl.int64) * BLOCK_M
     blocks = K // QUANT_BLOCK  # of a row
-    member, member_row, group_start = _member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
+    member, member_row, group_start = member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
     packed_ptr += first_row * blocks * WORDS
     absmax_ptr += first_row * blocks
     local_block = (first_row - member_row) * blocks
@@ -240,7 +228,7 @@ def _nf4_matmul_transposed_kernel(
     first_row = tl.program_id(1).to(tl.int64) * rows_per_range
     first_m = tl.program_id(2).to(tl.int64) * BLOCK_M
     blocks = K // QUANT_BLOCK
-    member, member_row, group_start = _member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
+    member, member_row, group_start = member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
     packed_ptr += (first_row * blocks + pid_k) * WORDS
     absmax_ptr += first_row * blocks + pid_k
     local_block = (first_row - member_row) * blocks + pid_k
@@ -298,24 +286,6 @@ def _nf4_matmul_transposed_kernel(
     tl.store(ptrs, partial, mask=(first_m + offs_m < M)[:, None])
 
 
-@triton.jit(do_not_specialize=["num_partials"])
-def _sum_partials_kernel(
-    out_ptr,  # (num_elements,)
-    partial_ptr,  # (num_partials, num_elements) float32
-    num_elements,
-    num_partials,
-    ELEMENTS: tl.constexpr,
-):
-    # one program adds the partial sums of ELEMENTS results up, in order
-    offs = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    mask = offs < num_elements
-    stride = tl.cast(num_elements, tl.int64)
-    acc = tl.zeros((ELEMENTS,), tl.float32)
-    for index in tl.range(0, num_partials):
-        acc += tl.load(partial_ptr + index * stride + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Config:
     return next(c for c in configs if num_rows <= c.max_rows and num_kept >= c.min_kept)
 
@@ -323,11 +293,12 @@ def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Co
 def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
     """Say what keeps a weight from the fused kernels; an empty string if nothing does."""
     columns = QUANT_BLOCK.value * (1 if transposed else BLOCKS_PER_STEP.value)
-    rows = 64 if transposed else 16
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the fused kernels multiply in bfloat16 or float16, not in {dtype}"
-    if weight.block_size != QUANT_BLOCK.value:
-        return f"the fused kernels know block_size {QUANT_BLOCK.value}, not {weight.block_size}"
+    configs = TRANSPOSED_CONFIGS if transposed else FORWARD_CONFIGS
+    # the warps of a forward program share its rows, those of a transposed one split them
+    rows = max(c.block_n * (c.num_warps if transposed else 1) for c in configs)
+    obstacle = operand_obstacle(weight, dtype)
+    if obstacle:
+        return obstacle
     if weight.in_features % columns:
         return f"in_features {weight.in_features} is no multiple of {columns}"
     if any(num_rows % rows for num_rows in weight.rows):
@@ -335,31 +306,10 @@ def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> s
     return ""
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Copy rows that do not begin on 16 bytes, which the vector loads need."""
-    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def _weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """List the weight's tensors in the kernels' order, packed_ptr to member_table_ptr."""
-    return (
-        weight.packed.view(torch.int32),
-        *scale_tensors(weight),
-        device_constant("dynamic_map", weight.device),
-        level_planes(dtype, weight.device),
-        member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
-    )
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
-
-
 def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
     config = _config_for(FORWARD_CONFIGS, M, N)
-    x = _aligned(x)
+    x = aligned_rows(x)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     steps = K // (QUANT_BLOCK.value * BLOCKS_PER_STEP.value)
     num_slices = gcd(config.num_warps, steps)
@@ -368,14 +318,14 @@ def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
         _nf4_matmul_forward_kernel[N // config.block_n, triton.cdiv(M, config.block_m)](
             y,
             x,
-            *_weight_arguments(weight, x.dtype),
+            *weight_arguments(weight, x.dtype),
             M,
             N,
             K,
             x.stride(0),
             NUM_MEMBERS=len(weight.rows),
             DOUBLE_QUANT=weight.is_double_quantized,
-            DTYPE=_triton_dtype(x.dtype),
+            DTYPE=triton_dtype(x.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             NUM_SLICES=num_slices,
@@ -385,40 +335,43 @@ def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
     return y
 
 
+@cache
+def _rows_per_range(rows: tuple[int, ...], step: int, tiles: int) -> int:
+    """Cut the rows of a weight into equal ranges, no more than it takes to have enough programs.
+
+    A range lies in one member and is a whole number of steps.
+    """
+    longest = gcd(*rows)
+    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
+    enough = (n for n in lengths if sum(rows) // n * tiles >= TRANSPOSED_PROGRAMS)
+    return next(enough, lengths[-1])
+
+
 def _launch_nf4_matmul_transposed(grad_y: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, grad_y.shape[0]
     config = _config_for(TRANSPOSED_CONFIGS, M, K)
-    grad_y = _aligned(grad_y)
-    # a range lies in one member and is a whole number of steps; the fewest that are enough
-    longest = gcd(*weight.rows)
-    step = config.num_warps * config.block_n
+    grad_y = aligned_rows(grad_y)
     tiles = K // QUANT_BLOCK.value * triton.cdiv(M, config.block_m)
-    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
-    enough = [n for n in lengths if N // n * tiles >= TRANSPOSED_PROGRAMS]
-    rows_per_range = enough[0] if enough else lengths[-1]
+    rows_per_range = _rows_per_range(weight.rows, config.num_warps * config.block_n, tiles)
     num_ranges = N // rows_per_range
     partial = torch.empty((num_ranges, M, K), dtype=torch.float32, device=grad_y.device)
-    grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
     with torch.cuda.device_of(grad_y):
         _nf4_matmul_transposed_kernel[
             K // QUANT_BLOCK.value, num_ranges, triton.cdiv(M, config.block_m)
         ](
             partial,
             grad_y,
-            *_weight_arguments(weight, grad_y.dtype),
+            *weight_arguments(weight, grad_y.dtype),
             M,
             K,
             grad_y.stride(0),
             rows_per_range,
             NUM_MEMBERS=len(weight.rows),
             DOUBLE_QUANT=weight.is_double_quantized,
-            DTYPE=_triton_dtype(grad_y.dtype),
+            DTYPE=triton_dtype(grad_y.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             NUM_SLICES=config.num_warps,
             num_warps=config.num_warps,
         )
-        _sum_partials_kernel[(triton.cdiv(M * K, SUM_ELEMENTS),)](
-            grad_x, partial, M * K, num_ranges, ELEMENTS=SUM_ELEMENTS
-        )
-    return grad_x
+    return sum_partials(partial, grad_y.dtype)

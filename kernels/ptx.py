@@ -44,16 +44,28 @@ def level_planes(dtype: torch.dtype, device: torch.device) -> Tensor:  # (QUAD, 
 
 
 @triton.jit
+def _load_int(INSTRUCTION: tl.constexpr, ptr):
+    return tl.inline_asm_elementwise(
+        INSTRUCTION, "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _load_two_words(INSTRUCTION: tl.constexpr, ptr):
+    return tl.inline_asm_elementwise(
+        INSTRUCTION,
+        "=r,=r,l",
+        [ptr.to(tl.int64)],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_byte(ptr):
     if HAS_PTX:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.u8 $0, [$1];",
-            "=r,l",
-            [ptr.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        return _load_int("ld.global.nc.u8 $0, [$1];", ptr)
     else:
         return tl.load(ptr).to(tl.int32)
 
@@ -61,14 +73,7 @@ def load_byte(ptr):
 @triton.jit
 def load_word(ptr):
     if HAS_PTX:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];",
-            "=r,l",
-            [ptr.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        return _load_int("ld.global.nc.b32 $0, [$1];", ptr)
     else:
         return tl.load(ptr)
 
@@ -91,14 +96,7 @@ def load_float(ptr):
 @triton.jit
 def load_two_words(ptr):  # 8-byte aligned
     if HAS_PTX:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
-            "=r,=r,l",
-            [ptr.to(tl.int64)],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+        return _load_two_words("ld.global.nc.v2.b32 {$0, $1}, [$2];", ptr)
     else:
         return tl.load(ptr), tl.load(ptr + 1)
 
@@ -106,14 +104,7 @@ def load_two_words(ptr):  # 8-byte aligned
 @triton.jit
 def stream_two_words(ptr):  # 8-byte aligned; read once, so past the first-level cache
     if HAS_PTX:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];",
-            "=r,=r,l",
-            [ptr.to(tl.int64)],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+        return _load_two_words("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];", ptr)
     else:
         return tl.load(ptr), tl.load(ptr + 1)
 

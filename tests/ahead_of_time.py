@@ -7,6 +7,7 @@ Other kernels of the file, which the same launcher may launch, are recorded and 
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -92,9 +93,13 @@ def compile_launch(
     kernel = getattr(module, kernel_name)
     recorder = _Recorder()
     with ExitStack() as stack:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            stand_in = recorder if name == kernel_name else _Recorder()
-            stack.enter_context(patch.object(module, name, stand_in))
+        # a launcher may go on to launch a kernel of another file
+        files = [file for name, file in sys.modules.items() if name.startswith("kernels.")]
+        for owner in {module, *files}:
+            for name in [name for name in vars(owner) if name.endswith("_kernel")]:
+                is_wanted = owner is module and name == kernel_name
+                stand_in = recorder if is_wanted else _Recorder()
+                stack.enter_context(patch.object(owner, name, stand_in))
         launch()
     names: list[str] = kernel.arg_names
     values = dict(zip(names, recorder.args, strict=False)) | recorder.kwargs

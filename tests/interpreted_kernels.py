@@ -48,6 +48,7 @@ from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
     _launch_nf4_matmul_transposed,
 )
+from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup  # noqa: E402
 from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
@@ -146,10 +147,17 @@ def main() -> None:
                 _launch_nf4_matmul_transposed if case.transposed else _launch_nf4_matmul_forward
             )
             results[str(case)] = launch(random_rows(case), weight)
+            if not case.transposed:
+                y = _launch_nf4_matmul_warpgroup(random_rows(case), weight)
+                results[f"warpgroup-{case}"] = y
         weight = random_weight(IDENTITY_WEIGHT)
         rows, columns = weight.shape
-        results["identity-False"] = _launch_nf4_matmul_forward(torch.eye(columns).half(), weight)
-        results["identity-True"] = _launch_nf4_matmul_transposed(torch.eye(rows).half(), weight)
+        for name, launch, size in (
+            ("forward", _launch_nf4_matmul_forward, columns),
+            ("transposed", _launch_nf4_matmul_transposed, rows),
+            ("warpgroup", _launch_nf4_matmul_warpgroup, columns),
+        ):
+            results[f"identity-{name}"] = launch(torch.eye(size).half(), weight)
         expanded_into_a_part(results)
         quantized(results)
         layer_operations(results)

@@ -55,15 +55,21 @@ def test_a_provider_that_computes_something_else_is_not_timed() -> None:
             check_agreement("ours", wrong, expected)
 
 
+PROVIDERS = ("limit", "ours", "ours-fused", "ours-warpgroup", "ours-expand", "torch")
+
+
 @pytest.fixture
 def _tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def multiply(x: Tensor, weight: NF4Weight, path: str | None = None) -> Tensor:
-        assert path in (None, "fused", "expand")
+        assert path in (None, "fused", "warpgroup", "expand")
         return nf4_matmul_reference(x, weight)
 
     def multiply_transposed(x: Tensor, weight: NF4Weight, path: str | None = None) -> Tensor:
-        assert path in (None, "fused", "expand")
+        assert path in (None, "fused", "warpgroup", "expand")
         return nf4_matmul_transposed_reference(x, weight)
+
+    def obstacle(path: str, weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
+        return "forward only" if path == "warpgroup" and transposed else ""
 
     install(monkeypatch)
     monkeypatch.setattr(module, "nf4_matmul", multiply)
@@ -71,7 +77,8 @@ def _tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matmul_path", lambda *_: SimpleNamespace(name="fused"))
     monkeypatch.setattr(module, "LAYERS", {"tiny.q_proj": (128, 64), "tiny.down_proj": (64, 192)})
     monkeypatch.setattr(module, "NUM_ROWS", (1, 16, 64))
-    monkeypatch.setattr(module, "FUSED_MOST_ROWS", 16)
+    monkeypatch.setattr(module, "path_obstacle", obstacle)
+    monkeypatch.setattr(module, "DECODING_MOST_ROWS", 16)
 
 
 @pytest.mark.usefixtures("_tiny_run")
@@ -83,15 +90,21 @@ def test_a_run_measures_every_provider_in_both_modes() -> None:
         for layer in ("tiny.q_proj", "tiny.down_proj")
         for mode in ("forward", "transposed")
         for m in (1, 16, 64)
-        for provider in ("limit", "ours", "ours-fused", "ours-expand", "torch")
-        if m <= 16 or provider != "ours-fused"
+        for provider in PROVIDERS
+        if m <= 16 or provider not in ("ours-fused", "ours-warpgroup")
+        if mode == "forward" or provider != "ours-warpgroup"
     }
     assert len(found) == len(result.rows)
     assert len({tuple(row) for row in result.rows}) == 1
     assert {row["path"] for row in result.rows if row["provider"] == "ours"} == {"fused"}
-    # the stand-in takes equally long for either path
-    assert [entry["fused_up_to"] for entry in result.more["crossovers"]] == [16] * 4
-    assert "q_proj forward: M = 16" in result.text
+    # the stand-in takes equally long for every path
+    crossovers = result.more["crossovers"]
+    assert [(c["path"], c["next"], c["up_to"]) for c in crossovers] == 2 * [
+        ("ours-fused", "ours-warpgroup", 16),
+        ("ours-warpgroup", "ours-expand", 16),
+        ("ours-fused", "ours-expand", 16),
+    ]
+    assert "q_proj forward: ours-fused before ours-warpgroup: M = 16" in result.text
 
 
 @pytest.mark.usefixtures("_tiny_run")
@@ -110,11 +123,22 @@ def test_a_run_looks_for_the_crossover_between_the_listed_rows(
         ]
 
     monkeypatch.setattr(module, "measured_rows", rows)
-    monkeypatch.setattr(module, "FUSED_MOST_ROWS", 64)
+    monkeypatch.setattr(module, "DECODING_MOST_ROWS", 64)
     result = module.run(MACHINE)
-    assert {entry["fused_up_to"] for entry in result.more["crossovers"]} == {32}
-    found = {(row["provider"], row["m"]) for row in result.rows if row["m"] not in (1, 16, 64)}
-    assert found == {(path, m) for path in ("ours-fused", "ours-expand") for m in (32, 48)}
+    # of a path as fast as the next the largest number measured
+    expected = {"ours-fused": 32, "ours-warpgroup": 64}
+    assert all(c["up_to"] == expected[c["path"]] for c in result.more["crossovers"])
+    found = {
+        (row["mode"], row["provider"], row["m"])
+        for row in result.rows
+        if row["m"] not in (1, 16, 64)
+    }
+    assert found == {
+        (mode, path, m)
+        for mode, next_path in (("forward", "ours-warpgroup"), ("transposed", "ours-expand"))
+        for path in ("ours-fused", next_path)
+        for m in (32, 48)
+    }
     # a layer's and mode's rows come in the order of M
     assert [row["m"] for row in result.rows[:2]] == [1, 1]
     assert "48" not in result.text

@@ -1,0 +1,105 @@
+"""What products that decode a weight in registers share: its arguments, its members, partial sums.
+
+No product: device functions, launch arguments, and the kernel that adds up what programs with the
+same rows and other parts of the sum have each written.
+"""
+
+# triton's annotations know neither launch options nor static_range
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
+from kernels.ptx import level_planes
+from nf4.double_quant import GROUP_SIZE
+from nf4.weight import NF4Weight
+
+# the kernels know this block size only: it is what everyone runs
+QUANT_BLOCK = tl.constexpr(64)
+QUANT_GROUP = tl.constexpr(GROUP_SIZE)
+# blocks of a row that a warp works on in one step: their codes are one word
+BLOCKS_PER_STEP = tl.constexpr(4)
+
+SUM_ELEMENTS = 512
+
+
+@triton.jit
+def member_of_row(
+    member_table_ptr,
+    row,  # of the stacked weight
+    NUM_MEMBERS: tl.constexpr,
+):
+    # a program's rows lie in one member; the only one begins everything, and nothing waits for it
+    if NUM_MEMBERS == 1:
+        return 0, 0, 0
+    else:
+        member = 0
+        for m in tl.static_range(1, NUM_MEMBERS):
+            member += (row >= tl.load(member_table_ptr + m * TABLE_COLUMNS)).to(tl.int32)
+        first_row = tl.load(member_table_ptr + member * TABLE_COLUMNS)
+        first_group = tl.load(member_table_ptr + member * TABLE_COLUMNS + 3)
+        return member, first_row, first_group
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def _sum_partials_kernel(
+    out_ptr,  # (num_elements,)
+    partial_ptr,  # (num_partials, num_elements) float32
+    num_elements,
+    num_partials,
+    ELEMENTS: tl.constexpr,
+):
+    # one program adds the partial sums of ELEMENTS results up, in order
+    offs = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = offs < num_elements
+    stride = tl.cast(num_elements, tl.int64)
+    acc = tl.zeros((ELEMENTS,), tl.float32)
+    for index in tl.range(0, num_partials):
+        acc += tl.load(partial_ptr + index * stride + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add matrices of float32 up, the first dimension, in order, and round once."""
+    num_partials, num_rows, num_columns = partial.shape
+    total = torch.empty((num_rows, num_columns), dtype=dtype, device=partial.device)
+    grid = (triton.cdiv(total.numel(), SUM_ELEMENTS),)
+    with torch.cuda.device_of(partial):
+        _sum_partials_kernel[grid](
+            total, partial, total.numel(), num_partials, ELEMENTS=SUM_ELEMENTS
+        )
+    return total
+
+
+def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
+    """Say what keeps a weight from being decoded inside any product; an empty string if nothing."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the fused kernels multiply in bfloat16 or float16, not in {dtype}"
+    if weight.block_size != QUANT_BLOCK.value:
+        return f"the fused kernels know block_size {QUANT_BLOCK.value}, not {weight.block_size}"
+    return ""
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """Copy rows that do not begin on 16 bytes, which the vector loads need."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """List the weight's tensors in the kernels' order, packed_ptr to member_table_ptr."""
+    return (
+        weight.packed.view(torch.int32),
+        *scale_tensors(weight),
+        device_constant("dynamic_map", weight.device),
+        level_planes(dtype, weight.device),
+        member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
+    )
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Name a 16-bit dtype as Triton does."""
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
