@@ -53,9 +53,9 @@ class Crossover(NamedTuple):
 # benchmarks/results/nf4_matmul.*.json
 CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
     ((9, 0), 132): (
-        Crossover(32 << 20, fused=32, warpgroup=128, transposed=32),
+        Crossover(32 << 20, fused=16, warpgroup=128, transposed=32),
         Crossover(8 << 20, fused=32, warpgroup=128, transposed=0),
-        Crossover(0, fused=32, warpgroup=128, transposed=0),
+        Crossover(0, fused=128, warpgroup=0, transposed=0),
     ),
 }
 # of a device that nobody measured: where the fused product wins by far on all known
