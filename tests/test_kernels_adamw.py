@@ -83,7 +83,7 @@ def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         if name == "norm" and not tensor.isfinite():
-            assert actual[name].isnan().equal(tensor.isnan()), what
+            assert actual[name].cpu().isnan().equal(tensor.isnan()), what
         else:
             assert_equal(actual[name].cpu(), tensor, f"{what}: {name}")
 
