@@ -61,8 +61,30 @@ NUM_WARPS = 4
 BLOCKS_M = (32, 64)
 # of x's tiles: one step is copied while another is multiplied
 NUM_STAGES = 2
+# pairs of x that a program renumbers
+RENUMBERED_WORDS = 512
 # fewer programs leave multiprocessors of an H100 idle
 ENOUGH_PROGRAMS = 200
+
+
+@triton.jit
+def _renumber_columns_kernel(
+    out_ptr,  # (M, words of a row), contiguous
+    x_ptr,  # (M, words of a row), row stride stride_xm; int32: pairs of 16-bit numbers
+    stride_xm,
+    words_per_row,
+    WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,  # of a quantization block
+):
+    # one program renumbers WORDS pairs of a row
+    LANE_WORDS: tl.constexpr = BLOCK_WORDS // QUAD
+    row = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    place = offs % BLOCK_WORDS
+    source = offs - place + place % QUAD * LANE_WORDS + place // QUAD
+    mask = offs < words_per_row
+    pair = tl.load(x_ptr + row * stride_xm + source, mask=mask)
+    tl.store(out_ptr + row * words_per_row + offs, pair, mask=mask)
 
 
 # any number of rows, one compilation
@@ -173,9 +195,19 @@ def warpgroup_obstacle(
 
 def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     """Bring the pairs of each block into the order in which the quads of lanes supply W."""
-    pairs_of_a_lane = QUANT_BLOCK.value // QUAD.value // 2
-    pairs = aligned_rows(x).view(torch.int32).unflatten(1, (-1, QUAD.value, pairs_of_a_lane))
-    return pairs.transpose(2, 3).reshape(x.shape[0], -1).view(x.dtype)
+    pairs = aligned_rows(x).view(torch.int32)
+    num_rows, words_per_row = pairs.shape
+    renumbered = torch.empty((num_rows, words_per_row), dtype=torch.int32, device=x.device)
+    with torch.cuda.device_of(x):
+        _renumber_columns_kernel[triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows](
+            renumbered,
+            pairs,
+            pairs.stride(0),
+            words_per_row,
+            WORDS=RENUMBERED_WORDS,
+            BLOCK_WORDS=QUANT_BLOCK.value // 2,
+        )
+    return renumbered.view(x.dtype)
 
 
 @cache

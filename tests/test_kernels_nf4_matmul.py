@@ -352,6 +352,18 @@ def test_warpgroup_kernel_compiles_without_spilling(
     assert not any("st.shared" in part for part in (before, *between))
 
 
+@pytest.mark.parametrize("capability", [90], ids="sm{}".format)
+def test_renumbering_kernel_compiles_without_spilling(capability: int) -> None:
+    x = torch.zeros(64, 4096, dtype=torch.bfloat16)
+    compiled = compile_launch(
+        warpgroup_module,
+        "_renumber_columns_kernel",
+        lambda: warpgroup_module._renumbered(x),
+        capability,
+    )
+    compiled.assert_fits(capability)
+
+
 def test_every_configuration_is_compiled() -> None:
     used = {min(case.num_rows, 64) > 32 for case in COMPILED_WARPGROUP_PRODUCTS}
     assert len(used) == len(warpgroup_module.BLOCKS_M)
