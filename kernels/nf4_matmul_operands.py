@@ -77,9 +77,11 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
 def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
     """Say what keeps a weight from being decoded inside any product; an empty string if nothing."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"the fused kernels multiply in bfloat16 or float16, not in {dtype}"
+        return f"products that decode W multiply in bfloat16 or float16, not in {dtype}"
     if weight.block_size != QUANT_BLOCK.value:
-        return f"the fused kernels know block_size {QUANT_BLOCK.value}, not {weight.block_size}"
+        return (
+            f"products that decode W know block_size {QUANT_BLOCK.value}, not {weight.block_size}"
+        )
     return ""
 
 

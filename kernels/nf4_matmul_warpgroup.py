@@ -210,6 +210,10 @@ def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     return renumbered.view(x.dtype)
 
 
+def _block_m(num_rows: int) -> int:
+    return next((size for size in BLOCKS_M if size >= num_rows), BLOCKS_M[-1])
+
+
 @cache
 def _num_splits(blocks: int, tiles: int) -> int:
     """Count the ranges of columns: a power of two, no more than it takes to have enough programs.
@@ -224,7 +228,7 @@ def _num_splits(blocks: int, tiles: int) -> int:
 
 def _launch_nf4_matmul_warpgroup(x: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
-    block_m = next((size for size in BLOCKS_M if size >= M), BLOCKS_M[-1])
+    block_m = _block_m(M)
     tiles_n, tiles_m = N // BLOCK_N, triton.cdiv(M, block_m)
     blocks = K // QUANT_BLOCK.value
     splits = _num_splits(blocks, tiles_n * tiles_m)

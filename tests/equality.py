@@ -58,8 +58,9 @@ def assert_no_worse_on_the_whole_than(
     """The root mean square error of `actual` is at most `factor` times that of `baseline`.
 
     For what a whole network computes. There each element's error is a sum of hundreds of roundings,
-    random on both sides, and the largest of a tensor's is luck: in 60 tensors one pair of largest
-    errors differs by more than a factor of 2. Mean squares of hundreds of elements do not.
+    random on both sides, and the largest of a tensor's is luck: of some 350 tensors on a GPU plain
+    torch itself had one whose largest error was 2.1 times that on the CPU. Root mean squares of
+    the same tensors differed by at most 1.3 there.
 
     Args:
         truth: in float64.
