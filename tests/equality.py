@@ -58,7 +58,7 @@ def assert_no_worse_on_the_whole_than(
     """The root mean square error of `actual` is at most `factor` times that of `baseline`.
 
     For what a whole network computes. There each element's error is a sum of hundreds of roundings,
-    random on both sides, and the largest of a tensor's is luck: of some 350 tensors on a GPU plain
+    random on both sides, and the largest of a tensor's is luck: of 174 tensors on a GPU plain
     torch itself had one whose largest error was 2.1 times that on the CPU. Root mean squares of
     the same tensors differed by at most 1.3 there.
 
