@@ -89,7 +89,7 @@ def measure_rope(
     ]
     compiled = torch.compile(rope_reference, dynamic=False)
     work = Work("forward", LAYER, m, width, head_dim, dtype, forward, 0)
-    ours = [partial(_launch_rope, qkv, *tables, num_heads + num_kv_heads) for qkv in buffers]
+    ours = [partial(_launch_rope, qkv, *tables, num_heads, num_kv_heads) for qkv in buffers]
     provided = Provided(ours, forward_calls(rope_reference, sets), forward_calls(compiled, sets))
     rows = rows_of(work, provided, machine)
     work = Work("backward", LAYER, m, width, head_dim, dtype, backward, 0)

@@ -3,8 +3,9 @@
     python -m benchmarks.swiglu --json benchmarks/results/swiglu.h100.json
 
 Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
-`backward-h` computes h again in the same pass, for which the others run forward too. Ours writes
-into new buffers here, so that every call finds the same numbers; in place it moves as many bytes.
+Backward, ours computes h again in the same pass (`backward-h`), for which the others run forward
+too. It writes into new buffers here, so that every call finds the same numbers; in place it moves
+as many bytes.
 """
 
 import sys
@@ -30,7 +31,7 @@ from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward, swiglu_refer
 
 LAYER = "llama-3-8b.gate_up_proj"
 # tensors of M F values that a pass reads and writes
-TENSORS = {"forward": 3, "backward": 5, "backward-h": 6}
+TENSORS = {"forward": 3, "backward-h": 6}
 
 
 def shapes() -> list[tuple[int, torch.dtype]]:
@@ -39,14 +40,13 @@ def shapes() -> list[tuple[int, torch.dtype]]:
 
 
 def swiglu_bytes(mode: str, m: int, width: int, itemsize: int) -> float:
-    """Count the bytes of a pass: 3 M F S forward, 5 M F S back, 6 M F S with h."""
+    """Count the bytes of a pass: 3 M F S forward, 6 M F S back, h included."""
     return TENSORS[mode] * m * width * itemsize
 
 
-def gradient(grad_h: Tensor, gate_up: Tensor, writes_h: bool) -> tuple[Tensor, Tensor | None]:
+def gradient(grad_h: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Run the backward kernel into new buffers."""
-    grad_gate_up = torch.empty_like(gate_up)
-    h = torch.empty_like(grad_h) if writes_h else None
+    grad_gate_up, h = torch.empty_like(gate_up), torch.empty_like(grad_h)
     _launch_swiglu_backward(grad_h, gate_up, grad_gate_up, h)
     return grad_gate_up, h
 
@@ -63,7 +63,7 @@ def both_calls(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
 def measure_swiglu(
     m: int, dtype: torch.dtype, machine: Machine, width: int = INTERMEDIATE_SIZE
 ) -> list[Row]:
-    """Measure one gating: forward, back, and back with h."""
+    """Measure one gating, forward and back."""
 
     def work(mode: str) -> Work:
         num_bytes = swiglu_bytes(mode, m, width, dtype.itemsize)
@@ -87,20 +87,17 @@ def measure_swiglu(
     pairs = [(grad_h, gate_up.detach()) for (gate_up,), (grad_h,) in zip(sets, grads, strict=True)]
     for (gate_up,) in sets:
         gate_up.requires_grad_()
-    backward = Provided(
-        [partial(gradient, *pair, False) for pair in pairs],
-        backward_calls(swiglu_reference, sets, grads),
-        backward_calls(compiled, sets, grads),
-    )
-    rows += rows_of(work("backward"), backward, machine)
     # without gradients, so that no graph is made
     detached = [(gate_up,) for _, gate_up in pairs]
-    with_h = Provided(
-        [partial(gradient, *pair, True) for pair in pairs],
-        both_calls(backward.torch, forward_calls(swiglu_reference, detached)),
-        both_calls(backward.compiled, forward_calls(compiled, detached)),
+    backward = Provided(
+        [partial(gradient, *pair) for pair in pairs],
+        both_calls(
+            backward_calls(swiglu_reference, sets, grads),
+            forward_calls(swiglu_reference, detached),
+        ),
+        both_calls(backward_calls(compiled, sets, grads), forward_calls(compiled, detached)),
     )
-    return rows + rows_of(work("backward-h"), with_h, machine)
+    return rows + rows_of(work("backward-h"), backward, machine)
 
 
 def run(machine: Machine) -> Result:

@@ -17,8 +17,12 @@ twice, the second time from L2. With D values in S bytes each, a row moves
 
 and costs about 4 D FLOPs forward, 8 D backward: memory bandwidth is the limit. The weights are
 frozen: no gradient of theirs, and no pass to add it up over the rows. They come from L2, and so do
-not count. Saved for the backward pass are r, which is the residual stream and lives anyway, and
-rstd; y is not.
+not count. The backward pass asks for r, which is the residual stream and lives anyway, and rstd;
+not for y.
+
+Two functions and no autograd between them: who calls them has a backward pass of its own, and says
+where results go. A matrix may be the first columns of wider rows; accesses stay 16 bytes wide where
+its row stride is a multiple of 16 values.
 
 The arithmetic is float32, rounded once, where transformers rounds r * rstd before the weight is
 applied. r is rounded to x's dtype before it is normalized, as an addition of its own would be.
@@ -29,8 +33,6 @@ Root mean square layer normalization: Zhang and Sennrich 2019, equation 4.
 # triton's annotations know neither launch options nor static_range, nor tuples of tensors
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
-
-from typing import Any
 
 import torch
 import triton
@@ -47,16 +49,40 @@ MAX_CHUNKS = 8
 
 
 def rms_norm_reference(
-    x: Tensor,  # (..., D)
+    x: Tensor,  # (M, D)
     weight: Tensor,  # (D,)
     eps: float,
-    residual: Tensor | None = None,  # (..., D)
-) -> tuple[Tensor, Tensor]:  # y and r, (..., D) each, x's dtype
-    """Add the residual, if any, and normalize in float32."""
+    residual: Tensor | None = None,  # (M, D)
+) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
+    """Add the residual, if any, and normalize in float32.
+
+    r    = x + residual
+    rstd = 1 / sqrt(mean(r^2) + eps)
+    y    = weight * r * rstd
+    """
     r = x if residual is None else x + residual
     wide = r.float()
-    rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * rstd * weight.float()).to(x.dtype), r
+    rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
+    return (wide * rstd[:, None] * weight.float()).to(x.dtype), r, rstd
+
+
+def rms_norm_backward_reference(
+    grad_y: Tensor,  # (M, D)
+    grad_r: Tensor | None,  # (M, D)
+    r: Tensor,  # (M, D)
+    rstd: Tensor,  # (M,) float32
+    weight: Tensor,  # (D,)
+) -> Tensor:  # (M, D), r's dtype
+    """Compute the gradient of r in float32, rounded once.
+
+    g    = weight * grad_y
+    grad = rstd * (g - n * mean(g n)) + grad_r          n = r * rstd
+    """
+    normalized = r.float() * rstd[:, None]
+    g = grad_y.float() * weight.float()
+    slope = (g * normalized).mean(dim=1, keepdim=True)
+    grad = rstd[:, None] * (g - normalized * slope)
+    return (grad if grad_r is None else grad + grad_r.float()).to(r.dtype)
 
 
 @triton.jit
@@ -71,13 +97,14 @@ def _load_row(row_ptr, D, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def _rms_norm_kernel(
     y_ptr,  # (M, D)
-    r_ptr,  # (M, D), written where there is a residual
+    r_ptr,  # (M, D), contiguous, written where there is a residual
     rstd_ptr,  # (M,)
     x_ptr,  # (M, D)
     residual_ptr,  # (M, D)
     weight_ptr,  # (D,)
     D,
     eps,
+    stride_ym,
     stride_xm,
     stride_residual_m,
     HAS_RESIDUAL: tl.constexpr,
@@ -88,7 +115,7 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     residual_ptr += row * stride_residual_m
-    y_ptr += row * D
+    y_ptr += row * stride_ym
     r_ptr += row * D
     squares = tl.zeros((CHUNK,), tl.float32)
     if CHUNKS > 0:
@@ -140,13 +167,14 @@ def _rms_norm_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    grad_ptr,  # (M, D)
+    grad_ptr,  # (M, D), may be grad_y or grad_r
     grad_y_ptr,  # (M, D)
     grad_r_ptr,  # (M, D), read where there is one
     r_ptr,  # (M, D)
     rstd_ptr,  # (M,)
     weight_ptr,  # (D,)
     D,
+    stride_grad_m,
     stride_grad_ym,
     stride_grad_rm,
     stride_rm,
@@ -154,12 +182,14 @@ def _rms_norm_backward_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,  # 0: the row does not fit the registers
 ):
-    # one program computes the gradient of one row
+    # one program computes the gradient of one row. It may write it over grad_y or grad_r: a row in
+    # registers is read before any of it is written; of one that is read twice, the sum between
+    # ends the first reading for all threads, and each chunk is read again before it is written
     row = tl.program_id(0).to(tl.int64)
     grad_y_ptr += row * stride_grad_ym
     grad_r_ptr += row * stride_grad_rm
     r_ptr += row * stride_rm
-    grad_ptr += row * D
+    grad_ptr += row * stride_grad_m
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((CHUNK,), tl.float32)
     if CHUNKS > 0:
@@ -216,24 +246,19 @@ def _shape(x: Tensor) -> dict[str, int]:
     }
 
 
-def _with_contiguous_rows(x: Tensor) -> Tensor:
-    """Copy a matrix whose rows are scattered, such as the gradient of a sum."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _launch_rms_norm(
     x: Tensor,  # (M, D)
     weight: Tensor,  # (D,)
     eps: float,
-    residual: Tensor | None,  # (M, D)
+    residual: Tensor | None = None,  # (M, D)
+    out: Tensor | None = None,  # (M, D)
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D); rstd (M,) float32
     M, D = x.shape
-    x = _with_contiguous_rows(x)
-    y = torch.empty((M, D), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, D), dtype=x.dtype, device=x.device) if out is None else out
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
     has_residual = residual is not None
-    r = torch.empty_like(y) if has_residual else x
-    addend = _with_contiguous_rows(residual) if has_residual else x
+    r = torch.empty((M, D), dtype=x.dtype, device=x.device) if has_residual else x
+    addend = residual if has_residual else x
     if M > 0:
         # triton launches on the current device, which need not be x's
         with torch.cuda.device_of(x):
@@ -243,9 +268,10 @@ def _launch_rms_norm(
                 rstd,
                 x,
                 addend,
-                weight.contiguous(),
+                weight,
                 D,
                 eps,
+                y.stride(0),
                 x.stride(0),
                 addend.stride(0),
                 HAS_RESIDUAL=has_residual,
@@ -262,12 +288,12 @@ def _launch_rms_norm_backward(
     r: Tensor,  # (M, D)
     rstd: Tensor,  # (M,) float32
     weight: Tensor,  # (D,)
+    out: Tensor | None = None,  # (M, D), may be grad_y or grad_r
 ) -> Tensor:  # (M, D)
-    M, D = grad_y.shape
-    grad_y, r = _with_contiguous_rows(grad_y), _with_contiguous_rows(r)
-    grad = torch.empty((M, D), dtype=r.dtype, device=r.device)
+    M, D = r.shape
+    grad = torch.empty((M, D), dtype=r.dtype, device=r.device) if out is None else out
     has_grad_r = grad_r is not None
-    addend = _with_contiguous_rows(grad_r) if has_grad_r else grad_y
+    addend = grad_r if has_grad_r else grad_y
     if M > 0:
         with torch.cuda.device_of(r):
             _rms_norm_backward_kernel[(M,)](
@@ -276,8 +302,9 @@ def _launch_rms_norm_backward(
                 addend,
                 r,
                 rstd,
-                weight.contiguous(),
+                weight,
                 D,
+                grad.stride(0),
                 grad_y.stride(0),
                 addend.stride(0),
                 r.stride(0),
@@ -288,83 +315,107 @@ def _launch_rms_norm_backward(
     return grad
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Addition and normalization; r goes on as the residual stream, so its gradient comes back.
-
-    r         = x + residual                     x itself where there is no residual
-    y         = weight * r * rstd                weight frozen: no grad_weight is formed
-
-    g         = weight * grad_y
-    grad_r   += rstd * (g - r * rstd^2 * mean(g r))
-    grad_x    = grad_residual = grad_r
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, r, rstd = _launch_rms_norm(x, weight, eps, residual)
-        # scattered rows were copied, but an input is returned as itself
-        r = x if residual is None else r
-        ctx.save_for_backward(r, rstd, weight)
-        ctx.set_materialize_grads(False)
-        return y, r
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grad_outputs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_y, grad_r = grad_outputs
-        r, rstd, weight = ctx.saved_tensors
-        needs_x, needs_residual, _, _ = ctx.needs_input_grad
-        # a result that nobody used has no gradient
-        grad = (
-            grad_r if grad_y is None else _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight)
-        )
-        return grad if needs_x else None, grad if needs_residual else None, None, None
-
-
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+def _check(weight: Tensor, **matrices: Tensor | None) -> None:
+    """Refuse matrices, by name, that are not like the first, and a weight that does not fit it."""
+    given = {name: matrix for name, matrix in matrices.items() if matrix is not None}
+    first, x = next(iter(given.items()))
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x must be bfloat16, float16 or float32: got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"{first} must be bfloat16, float16 or float32: got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] == 0 or weight.shape != x.shape[1:]:
         raise ValueError(
-            "x must have rows as long as the weight: "
+            f"{first} must be a matrix of rows as long as the weight: "
             f"got shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"the residual must have x's shape and dtype, {tuple(x.shape)} and {x.dtype}: "
-            f"got {tuple(residual.shape)} and {residual.dtype}"
-        )
-    devices = {t.device for t in (x, weight, residual) if t is not None}
+    for name, matrix in given.items():
+        if (matrix.shape, matrix.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"{name} must have {first}'s shape and dtype, {tuple(x.shape)} and {x.dtype}: "
+                f"got {tuple(matrix.shape)} and {matrix.dtype}"
+            )
+        if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+            raise ValueError(f"{name} must have contiguous rows: got strides {matrix.stride()}")
+    out = given.get("out")
+    if out is not None and out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out must have rows that do not overlap: got strides {out.stride()}")
+    if not weight.is_contiguous():
+        raise ValueError(f"the weight must be contiguous: got stride {weight.stride(0)}")
+    devices = {tensor.device for tensor in (weight, *given.values())}
     if len(devices) > 1:
-        raise ValueError(f"x, weight and residual must be on one device: got {x.device} and others")
+        names = ", ".join(("weight", *given))
+        raise ValueError(f"{names} must be on one device: got {x.device} and others")
     if weight.requires_grad:
         raise ValueError("the weight must be frozen: got one that requires a gradient")
+    if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in given.values()):
+        raise ValueError(
+            "nothing is recorded for autograd: got a matrix that requires a gradient; "
+            "call under torch.no_grad(), and rms_norm_backward for the gradient"
+        )
 
 
 def rms_norm(
-    x: Tensor,  # (..., D)
+    x: Tensor,  # (M, D)
     weight: Tensor,  # (D,), frozen
     eps: float,
-    residual: Tensor | None = None,  # (..., D)
-) -> tuple[Tensor, Tensor]:  # y and r, (..., D) each, x's dtype
+    residual: Tensor | None = None,  # (M, D)
+    out: Tensor | None = None,  # (M, D)
+) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add a residual and normalize the sum by its root mean square.
 
-        r = x + residual
-        y = weight * r / sqrt(mean(r^2) + eps)
+        r    = x + residual
+        rstd = 1 / sqrt(mean(r^2) + eps)
+        y    = weight * r * rstd
 
-    Without a residual r is x: what goes on from there should take r instead, because then the
-    backward pass adds its gradient in the same pass.
+    Args:
+        out: what to write y into, for instance the first D columns of a wider matrix, whose other
+            columns stay as they are; shares no memory with x or residual. A new tensor if None.
+
+    Returns:
+        y: out, if that is given.
+        r: x itself without a residual, a new tensor with one. `rms_norm_backward` needs it.
+        rstd: what `rms_norm_backward` needs beside r.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the weight requires a gradient.
+        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
+            requires a gradient.
     """
-    _check(x, weight, residual)
+    _check(weight, x=x, residual=residual, out=out)
     if x.device.type == "cpu":
-        return rms_norm_reference(x, weight, eps, residual)
-    D = x.shape[-1]
-    rows = None if residual is None else residual.reshape(-1, D)
-    y, r = _RMSNorm.apply(x.reshape(-1, D), rows, weight, eps)
-    return y.view(x.shape), r.view(x.shape)
+        y, r, rstd = rms_norm_reference(x, weight, eps, residual)
+        return y if out is None else out.copy_(y), r, rstd
+    return _launch_rms_norm(x, weight, eps, residual, out)
+
+
+def rms_norm_backward(
+    grad_y: Tensor,  # (M, D)
+    grad_r: Tensor | None,  # (M, D)
+    r: Tensor,  # (M, D)
+    rstd: Tensor,  # (M,) float32
+    weight: Tensor,  # (D,), frozen
+    out: Tensor | None = None,  # (M, D)
+) -> Tensor:  # (M, D), r's dtype
+    """Compute the gradient of `rms_norm`'s r, which is that of x and of the residual.
+
+        g    = weight * grad_y
+        grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r
+
+    Args:
+        grad_r: what reaches r past the norm, along the residual stream; nothing if None.
+        out: what to write into and return. May be grad_y or grad_r, which is then overwritten;
+            shares no other memory with what is read. A new tensor if None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
+            requires a gradient.
+    """
+    _check(weight, r=r, grad_y=grad_y, grad_r=grad_r, out=out)
+    if (rstd.shape, rstd.dtype) != (r.shape[:1], torch.float32) or not rstd.is_contiguous():
+        raise ValueError(
+            f"rstd must be contiguous float32 of shape ({r.shape[0]},): "
+            f"got {rstd.dtype} of shape {tuple(rstd.shape)} and strides {rstd.stride()}"
+        )
+    if rstd.device != r.device:
+        raise ValueError(f"rstd and r must be on one device: got {rstd.device} and {r.device}")
+    if r.device.type == "cpu":
+        grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight)
+        return grad if out is None else out.copy_(grad)
+    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out)

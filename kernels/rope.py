@@ -15,6 +15,9 @@ whatever layout it likes, and the linear group wants one buffer: so the rotation
 and copies the gradient of the values on the way. To rotate in place instead would follow a pass
 that moves all three.
 
+Two functions and no autograd between them: who calls them has a backward pass of its own. Accesses
+stay 16 bytes wide where strides are multiples of 16 values.
+
 With M tokens, S bytes a value and W_qk, W_v values a token of queries and keys, and of values:
 
     forward     2 M W_qk S             + 8 M (head_dim / 2) of the tables
@@ -29,8 +32,6 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 # triton's annotations know neither launch options nor static_range, nor tuples of tensors
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
-from typing import Any
 
 import torch
 import triton
@@ -54,6 +55,17 @@ def rotate_reference(
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+def _heads_of(
+    qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim)
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
+    """View a buffer as queries, keys and values."""
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
+    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    return query, key, value
+
+
 def rope_reference(
     qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim)
     positions: Tensor,  # (B, T)
@@ -63,10 +75,23 @@ def rope_reference(
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
     """Rotate queries and keys into new tensors."""
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
-    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    query, key, value = _heads_of(qkv, num_heads, num_kv_heads)
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     return rotate_reference(query, cos, sin), rotate_reference(key, cos, sin), value
+
+
+def rope_backward_reference(
+    grad_q: Tensor,  # (B, H, T, head_dim)
+    grad_k: Tensor,  # (B, H_kv, T, head_dim)
+    grad_v: Tensor,  # (B, H_kv, T, head_dim)
+    positions: Tensor,  # (B, T)
+    cos: Tensor,  # (T_max, head_dim / 2) float32
+    sin: Tensor,
+) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
+    """Rotate the gradients of queries and keys back and gather all three in a new buffer."""
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    grads = (rotate_reference(grad_q, cos, -sin), rotate_reference(grad_k, cos, -sin), grad_v)
+    return torch.cat(grads, dim=1).transpose(1, 2).flatten(2)
 
 
 @triton.jit
@@ -183,6 +208,8 @@ def _rope_backward_kernel(
     num_heads,
     num_kv_heads,
     num_positions,
+    stride_b,
+    stride_t,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -209,8 +236,7 @@ def _rope_backward_kernel(
     q_ptr = grad_q_ptr + b * stride_qb + t * stride_qt
     k_ptr = grad_k_ptr + b * stride_kb + t * stride_kt
     v_ptr = grad_v_ptr + b * stride_vb + t * stride_vt
-    num_all = num_heads + 2 * num_kv_heads
-    out_q_ptr = grad_qkv_ptr + (b * num_tokens + t) * num_all * (2 * HALF)
+    out_q_ptr = grad_qkv_ptr + b * stride_b + t * stride_t
     out_k_ptr = out_q_ptr + num_heads * (2 * HALF)
     out_v_ptr = out_k_ptr + num_kv_heads * (2 * HALF)
     q = _load_halves(q_ptr, stride_qh, num_heads, first_q, HALF, COLUMNS, HEADS, Q_TILES)
@@ -245,13 +271,15 @@ def _shape(num_heads: int, half: int, itemsize: int) -> dict[str, int]:
 
 
 def _launch_rope(
-    qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim), each row contiguous
+    qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim), overwritten
     positions: Tensor,  # (B, T)
     cos: Tensor,  # (T_max, head_dim / 2) float32
     sin: Tensor,
-    num_rotated: int,  # H + H_kv
-) -> None:
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
     B, T, _ = qkv.shape
+    num_rotated = num_heads + num_kv_heads
     shape = _shape(num_rotated, cos.shape[1], qkv.element_size())
     num_tiles = triton.cdiv(num_rotated, shape["HEADS"])
     tiles = min(num_tiles, MAX_TILES)
@@ -261,8 +289,8 @@ def _launch_rope(
             _rope_kernel[(B * T, triton.cdiv(num_tiles, tiles))](
                 qkv,
                 positions,
-                cos.contiguous(),
-                sin.contiguous(),
+                cos,
+                sin,
                 T,
                 num_rotated,
                 cos.shape[0],
@@ -274,11 +302,7 @@ def _launch_rope(
                 enable_fp_fusion=False,
                 **shape,
             )
-
-
-def _with_contiguous_heads(x: Tensor) -> Tensor:
-    """Copy a gradient whose heads are scattered, such as that of a sum."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _heads_of(qkv, num_heads, num_kv_heads)
 
 
 def _launch_rope_backward(
@@ -288,13 +312,13 @@ def _launch_rope_backward(
     positions: Tensor,  # (B, T)
     cos: Tensor,  # (T_max, head_dim / 2) float32
     sin: Tensor,
+    out: Tensor | None = None,  # (B, T, (H + 2 H_kv) head_dim)
 ) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
     B, H, T, head_dim = grad_q.shape
     H_kv = grad_k.shape[1]
-    grads = [_with_contiguous_heads(grad) for grad in (grad_q, grad_k, grad_v)]
-    grad_qkv = torch.empty(
-        (B, T, (H + 2 * H_kv) * head_dim), dtype=grad_q.dtype, device=grad_q.device
-    )
+    if out is None:
+        width = (H + 2 * H_kv) * head_dim
+        out = torch.empty((B, T, width), dtype=grad_q.dtype, device=grad_q.device)
     shape = _shape(H, head_dim // 2, grad_q.element_size())
     num_tiles = triton.cdiv(H, shape["HEADS"])
     q_tiles = min(num_tiles, MAX_TILES)
@@ -302,16 +326,20 @@ def _launch_rope_backward(
     if B * T > 0:
         with torch.cuda.device_of(grad_q):
             _rope_backward_kernel[(B * T, num_programs)](
-                grad_qkv,
-                *grads,
+                out,
+                grad_q,
+                grad_k,
+                grad_v,
                 positions,
-                cos.contiguous(),
-                sin.contiguous(),
+                cos,
+                sin,
                 T,
                 H,
                 H_kv,
                 cos.shape[0],
-                *(stride for grad in grads for stride in grad.stride()[:3]),
+                out.stride(0),
+                out.stride(1),
+                *(stride for grad in (grad_q, grad_k, grad_v) for stride in grad.stride()[:3]),
                 positions.stride(0),
                 positions.stride(1),
                 Q_TILES=q_tiles,
@@ -319,70 +347,50 @@ def _launch_rope_backward(
                 enable_fp_fusion=False,
                 **shape,
             )
-    return grad_qkv
+    return out
 
 
-class _Rope(torch.autograd.Function):
-    """Rotation by R(angle) in place; query, key and value are views of the buffer.
-
-        q, k          = R q, R k
-        grad_q, grad_k = R^T grad_q, R^T grad_k          R^T = R(-angle)
-
-    Saves the positions and the tables. Autograd learns that the buffer has changed: whoever saved
-    it before gets an error in the backward pass, not wrong gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _launch_rope(qkv, positions, cos, sin, num_heads + num_kv_heads)
-        torch.autograd.graph.increment_version(qkv)
-        ctx.save_for_backward(positions, cos, sin)
-        # of a detached buffer, so that their gradients come here and go no other way
-        heads = qkv.detach().unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
-        query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        return query, key, value
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k, grad_v = grad_outputs
-        grad_qkv = _launch_rope_backward(grad_q, grad_k, grad_v, *ctx.saved_tensors)
-        return grad_qkv, None, None, None, None, None
-
-
-def _check(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
-) -> None:
-    if qkv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"qkv must be bfloat16, float16 or float32: got {qkv.dtype}")
-    if cos.dim() != 2 or cos.shape != sin.shape or {cos.dtype, sin.dtype} != {torch.float32}:
+def _check_tables(positions: Tensor, cos: Tensor, sin: Tensor, tokens: tuple[int, int]) -> None:
+    tables = (cos, sin)
+    if (
+        cos.dim() != 2
+        or cos.shape != sin.shape
+        or any(table.dtype != torch.float32 or not table.is_contiguous() for table in tables)
+    ):
         raise ValueError(
-            "cos and sin must be float32 matrices of one shape: got "
-            f"{cos.dtype} {tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}"
+            "cos and sin must be contiguous float32 matrices of one shape: got "
+            + " and ".join(f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in tables)
         )
-    width = (num_heads + 2 * num_kv_heads) * 2 * cos.shape[1]
-    if qkv.dim() != 3 or qkv.shape[2] != width or qkv.stride(2) != 1:
+    if tuple(positions.shape) != tokens or positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"qkv must have shape (B, T, {width}), each row contiguous: "
-            f"got {tuple(qkv.shape)} with strides {qkv.stride()}"
-        )
-    if positions.shape != qkv.shape[:2] or positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"positions must be int32 or int64 of shape {tuple(qkv.shape[:2])}: "
+            f"positions must be int32 or int64 of shape {tokens}: "
             f"got {positions.dtype} {tuple(positions.shape)}"
         )
-    devices = {tensor.device for tensor in (qkv, positions, cos, sin)}
+
+
+def _check_buffer(name: str, buffer: Tensor, shape: tuple[int, int, int]) -> None:
+    """Refuse a buffer of another shape, or one whose rows are scattered or overlap."""
+    if tuple(buffer.shape) != shape or buffer.stride(2) != 1:
+        raise ValueError(
+            f"{name} must have shape {shape}, each row contiguous: "
+            f"got {tuple(buffer.shape)} with strides {buffer.stride()}"
+        )
+    if any(
+        n > 1 and stride < shape[2] for n, stride in zip(shape[:2], buffer.stride(), strict=False)
+    ):
+        raise ValueError(f"{name} must have rows that do not overlap: got {buffer.stride()}")
+
+
+def _check_together(**tensors: Tensor) -> None:
+    """Refuse tensors, by name, of several devices, and those that require a gradient."""
+    devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
-        raise ValueError(f"qkv, positions and tables must be on one device: got {devices}")
-    if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
-        raise ValueError("qkv must be a result, because it is overwritten: got a leaf; clone it")
+        raise ValueError(f"{', '.join(tensors)} must be on one device: got {devices}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        raise ValueError(
+            "nothing is recorded for autograd: got a tensor that requires a gradient; "
+            "call under torch.no_grad(), and rope_backward for the gradient"
+        )
 
 
 def rope(
@@ -403,9 +411,75 @@ def rope(
         positions: on a GPU, one that is not in the tables gives NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or qkv is a leaf that requires a gradient.
+        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
+            requires a gradient.
     """
-    _check(qkv, positions, cos, sin, num_heads, num_kv_heads)
+    if qkv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"qkv must be bfloat16, float16 or float32: got {qkv.dtype}")
+    if qkv.dim() != 3:
+        raise ValueError(f"qkv must have three dimensions, (B, T, -1): got {tuple(qkv.shape)}")
+    B, T, _ = qkv.shape
+    _check_tables(positions, cos, sin, (B, T))
+    _check_buffer("qkv", qkv, (B, T, (num_heads + 2 * num_kv_heads) * 2 * cos.shape[1]))
+    _check_together(qkv=qkv, positions=positions, cos=cos, sin=sin)
     if qkv.device.type == "cpu":
         return rope_reference(qkv, positions, cos, sin, num_heads, num_kv_heads)
-    return _Rope.apply(qkv, positions, cos, sin, num_heads, num_kv_heads)
+    return _launch_rope(qkv, positions, cos, sin, num_heads, num_kv_heads)
+
+
+def rope_backward(
+    grad_q: Tensor,  # (B, H, T, head_dim), any layout whose heads are contiguous; so the next two
+    grad_k: Tensor,  # (B, H_kv, T, head_dim)
+    grad_v: Tensor,  # (B, H_kv, T, head_dim)
+    positions: Tensor,  # (B, T) int32 or int64, rows of the tables
+    cos: Tensor,  # (T_max, head_dim / 2) float32
+    sin: Tensor,
+    out: Tensor | None = None,  # (B, T, (H + 2 H_kv) head_dim)
+) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
+    """Compute the gradient of `rope`'s buffer: rotate back, and gather.
+
+        grad_x1 = grad_y1 cos + grad_y2 sin
+        grad_x2 = grad_y2 cos - grad_y1 sin
+
+    Args:
+        positions: those that were given to `rope`, and so the tables.
+        out: what to write into and return, for instance the first columns of a wider buffer, whose
+            other columns stay as they are; shares no memory with the gradients. A new tensor if
+            None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a head of a gradient or a row of out is
+            not contiguous, or something requires a gradient.
+    """
+    grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    if grad_q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"grad_q must be bfloat16, float16 or float32: got {grad_q.dtype}")
+    if grad_q.dim() != 4 or grad_k.dim() != 4:
+        raise ValueError(
+            "grad_q and grad_k must have four dimensions, (B, H, T, head_dim): "
+            f"got {tuple(grad_q.shape)} and {tuple(grad_k.shape)}"
+        )
+    B, H, T, head_dim = grad_q.shape
+    H_kv = grad_k.shape[1]
+    _check_tables(positions, cos, sin, (B, T))
+    if head_dim != 2 * cos.shape[1]:
+        raise ValueError(
+            f"heads must be twice as long as the tables' rows: got {head_dim} and {cos.shape[1]}"
+        )
+    for (name, grad), num_heads in zip(grads.items(), (H, H_kv, H_kv), strict=True):
+        shape = (B, num_heads, T, head_dim)
+        if (tuple(grad.shape), grad.dtype) != (shape, grad_q.dtype) or grad.stride(3) != 1:
+            raise ValueError(
+                f"{name} must be {grad_q.dtype} of shape {shape}, each head contiguous: "
+                f"got {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}"
+            )
+    if out is not None:
+        _check_buffer("out", out, (B, T, (H + 2 * H_kv) * head_dim))
+        if out.dtype != grad_q.dtype:
+            raise ValueError(f"out must have the gradients' dtype, {grad_q.dtype}: got {out.dtype}")
+        grads |= {"out": out}
+    _check_together(**grads, positions=positions, cos=cos, sin=sin)
+    if grad_q.device.type == "cpu":
+        grad_qkv = rope_backward_reference(grad_q, grad_k, grad_v, positions, cos, sin)
+        return grad_qkv if out is None else out.copy_(grad_qkv)
+    return _launch_rope_backward(grad_q, grad_k, grad_v, positions, cos, sin, out)

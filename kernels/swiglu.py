@@ -9,18 +9,20 @@
     grad_gate_up   | grad_gate 0 .. F-1 | grad_up 0 .. F-1 |     writes it and wants it back
     h              | h 0 .. F-1         |
 
-Saved for the backward pass is gate_up, once: neither the halves apart nor s nor h. The backward
-kernel reads a value and writes its gradient in the same thread, so the gradient may take gate_up's
-place, and h, which the gradient of what follows needs again, that of grad_h. With M rows and S
-bytes a value:
+The backward pass asks for gate_up alone: neither the halves apart nor s nor h. Its kernel reads a
+value and writes its gradient in the same thread, so the gradient takes gate_up's place, and h,
+which the gradient of what follows needs again, that of grad_h. With M rows and S bytes a value:
 
-    forward                 3 M F S       two read, one written
-    backward                5 M F S       three read, two written
-    backward and h again    6 M F S
+    forward     3 M F S       two read, one written
+    backward    6 M F S       three read, three written: h again
 
 and about 10 operations a value forward, 20 backward, two of them on the special function unit:
 memory bandwidth is the limit. The arithmetic is float32, each result rounded once, where torch
 rounds silu(gate) before it is multiplied.
+
+Two functions and no autograd between them: who calls them has a backward pass of its own. A matrix
+may be the first columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is
+a multiple of 16 values.
 
 SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
 """
@@ -28,8 +30,6 @@ SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
 # triton's annotations know neither launch options nor static_range, nor tuples of tensors
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
-
-from typing import Any
 
 import torch
 import triton
@@ -44,23 +44,23 @@ VECTOR_BYTES = 16
 CHUNKS = 2
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:  # (..., 2 F) -> (..., F)
+def swiglu_reference(gate_up: Tensor) -> Tensor:  # (M, 2 F) -> (M, F)
     """Gate in the tensor's dtype, rounding silu and product."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate) * up
 
 
 def swiglu_backward_reference(
-    grad_h: Tensor,  # (..., F)
-    gate_up: Tensor,  # (..., 2 F)
-) -> tuple[Tensor, Tensor]:  # grad_gate_up (..., 2 F), h (..., F)
+    grad_h: Tensor,  # (M, F)
+    gate_up: Tensor,  # (M, 2 F)
+) -> tuple[Tensor, Tensor]:  # grad_gate_up (M, 2 F), h (M, F)
     """Compute the gradient and the forward result in float32, each rounded once."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate_up.float().chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     grad_gate = grad_h.float() * up * sigmoid * (1 + gate * (1 - sigmoid))
     grad_up = grad_h.float() * silu
-    grad_gate_up = torch.cat((grad_gate, grad_up), dim=-1)
+    grad_gate_up = torch.cat((grad_gate, grad_up), dim=1)
     return grad_gate_up.to(gate_up.dtype), (silu * up).to(gate_up.dtype)
 
 
@@ -85,6 +85,7 @@ def _swiglu_kernel(
     gate_up_ptr,  # (M, 2 width)
     width,
     programs_per_row,
+    stride_hm,
     stride_m,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -93,7 +94,7 @@ def _swiglu_kernel(
     row = (tl.program_id(0) // programs_per_row).to(tl.int64)
     first = (tl.program_id(0) % programs_per_row) * (CHUNK * CHUNKS)
     gate_ptr = gate_up_ptr + row * stride_m
-    h_ptr += row * width
+    h_ptr += row * stride_hm
     gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
     ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
@@ -106,7 +107,7 @@ def _swiglu_kernel(
 @triton.jit
 def _swiglu_backward_kernel(
     grad_gate_up_ptr,  # (M, 2 width), may be gate_up
-    h_ptr,  # (M, width), may be grad_h; written if WRITES_H
+    h_ptr,  # (M, width), may be grad_h
     grad_h_ptr,  # (M, width)
     gate_up_ptr,  # (M, 2 width)
     width,
@@ -115,7 +116,6 @@ def _swiglu_backward_kernel(
     stride_hm,
     stride_grad_hm,
     stride_m,
-    WRITES_H: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -140,8 +140,7 @@ def _swiglu_backward_kernel(
         dtype = grad_gate_up_ptr.dtype.element_ty
         tl.store(grad_gate_ptr + offs, grad_gate.to(dtype), mask=mask)
         tl.store(grad_gate_ptr + width + offs, grad_up.to(dtype), mask=mask)
-        if WRITES_H:
-            tl.store(h_ptr + offs, (silu * up).to(dtype), mask=mask)
+        tl.store(h_ptr + offs, (silu * up).to(dtype), mask=mask)
 
 
 def _shape(width: int, itemsize: int) -> dict[str, int]:
@@ -155,14 +154,12 @@ def _shape(width: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def _with_contiguous_rows(x: Tensor) -> Tensor:
-    """Copy a matrix whose rows are scattered, such as the gradient of a sum."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _launch_swiglu(gate_up: Tensor) -> Tensor:  # (M, 2 F) -> (M, F)
+def _launch_swiglu(
+    gate_up: Tensor,  # (M, 2 F)
+    out: Tensor | None = None,  # (M, F)
+) -> Tensor:  # (M, F)
     M, width = gate_up.shape[0], gate_up.shape[1] // 2
-    h = torch.empty((M, width), dtype=gate_up.dtype, device=gate_up.device)
+    h = torch.empty((M, width), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     shape = _shape(width, gate_up.element_size())
     programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
@@ -173,6 +170,7 @@ def _launch_swiglu(gate_up: Tensor) -> Tensor:  # (M, 2 F) -> (M, F)
                 gate_up,
                 width,
                 programs_per_row,
+                h.stride(0),
                 gate_up.stride(0),
                 # multiply-adds round less
                 enable_fp_fusion=True,
@@ -185,131 +183,130 @@ def _launch_swiglu_backward(
     grad_h: Tensor,  # (M, F)
     gate_up: Tensor,  # (M, 2 F)
     grad_gate_up: Tensor,  # (M, 2 F), written; may be gate_up
-    h: Tensor | None,  # (M, F), written; may be grad_h
+    h: Tensor,  # (M, F), written; may be grad_h
 ) -> None:
     M, width = grad_h.shape
-    assert all(x.stride(1) == 1 or width == 1 for x in (grad_h, gate_up, grad_gate_up))
     shape = _shape(width, gate_up.element_size())
     programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         with torch.cuda.device_of(gate_up):
             _swiglu_backward_kernel[(M * programs_per_row,)](
                 grad_gate_up,
-                grad_h if h is None else h,
+                h,
                 grad_h,
                 gate_up,
                 width,
                 programs_per_row,
                 grad_gate_up.stride(0),
-                grad_h.stride(0) if h is None else h.stride(0),
+                h.stride(0),
                 grad_h.stride(0),
                 gate_up.stride(0),
-                WRITES_H=h is not None,
                 enable_fp_fusion=True,
                 **shape,
             )
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Gating over one buffer, which is all that is saved.
-
-        h         = gate s up                        s = sigmoid(gate)
-        grad_gate = grad_h up s (1 + gate (1 - s))
-        grad_up   = grad_h gate s
-
-    With `overwrites` the gradient takes gate_up's place: nobody else may need it, and there is no
-    second backward pass. Autograd learns of it, so either gets an error, not wrong gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, overwrites: bool) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.overwrites = overwrites
-        return _launch_swiglu(gate_up)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (gate_up,) = ctx.saved_tensors
-        grad_h = _with_contiguous_rows(grad_outputs[0])
-        if ctx.overwrites:
-            # detached: what is returned as a gradient must not carry a graph
-            grad_gate_up = gate_up.detach()
-        else:
-            grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        _launch_swiglu_backward(grad_h, gate_up, grad_gate_up, None)
-        if ctx.overwrites:
-            torch.autograd.graph.increment_version(gate_up)
-        return grad_gate_up, None
-
-
 def _check(gate_up: Tensor) -> None:
     if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"gate_up must be bfloat16, float16 or float32: got {gate_up.dtype}")
-    if gate_up.dim() == 0 or gate_up.shape[-1] == 0 or gate_up.shape[-1] % 2 != 0:
-        raise ValueError(f"gate_up must have rows of two halves: got shape {tuple(gate_up.shape)}")
+    if gate_up.dim() != 2 or gate_up.shape[1] == 0 or gate_up.shape[1] % 2 != 0:
+        raise ValueError(
+            f"gate_up must be a matrix of rows of two halves: got shape {tuple(gate_up.shape)}"
+        )
+    if gate_up.stride(1) != 1:
+        raise ValueError(f"gate_up must have contiguous rows: got strides {gate_up.stride()}")
+    _check_is_not_recorded(gate_up)
+
+
+def _check_half(name: str, half: Tensor, gate_up: Tensor) -> None:
+    """Refuse a matrix, to be written to, that is not like one half of gate_up."""
+    M, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if half.shape != (M, width) or half.dtype != gate_up.dtype:
+        raise ValueError(
+            f"{name} must have half of gate_up's columns and its dtype: got {half.dtype} "
+            f"{tuple(half.shape)} beside {gate_up.dtype} {tuple(gate_up.shape)}"
+        )
+    if half.device != gate_up.device:
+        raise ValueError(
+            f"{name} and gate_up must be on one device: got {half.device} and {gate_up.device}"
+        )
+    if half.stride(1) != 1 and width > 1:
+        raise ValueError(f"{name} must have contiguous rows: got strides {half.stride()}")
+    _check_rows_are_apart(name, half)
+    _check_is_not_recorded(half)
+
+
+def _check_rows_are_apart(name: str, matrix: Tensor) -> None:
+    if matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]:
+        raise ValueError(
+            f"{name} must have rows that do not overlap: got strides {matrix.stride()}"
+        )
+
+
+def _check_is_not_recorded(matrix: Tensor) -> None:
+    if matrix.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "nothing is recorded for autograd: got a matrix that requires a gradient; "
+            "call under torch.no_grad(), and swiglu_backward for the gradient"
+        )
 
 
 def swiglu(
-    gate_up: Tensor,  # (..., 2 F): the gates, then what they gate
-    overwrites: bool = False,
-) -> Tensor:  # (..., F)
+    gate_up: Tensor,  # (M, 2 F): the gates, then what they gate
+    out: Tensor | None = None,  # (M, F)
+) -> Tensor:  # (M, F)
     """Gate one half of each row by the other.
 
         h = silu(gate) * up
 
     Args:
-        overwrites: let the backward pass on a GPU write the gradient over gate_up, which saves its
-            size in memory. For a buffer that nothing else holds, in a graph that runs backward
-            once; otherwise autograd raises an error.
+        out: what to write into and return, for instance the first F columns of a wider matrix,
+            whose other columns stay as they are; shares no memory with gate_up. A new tensor if
+            None.
 
     Raises:
-        ValueError: gate_up is not floating point or has no two halves, or is a leaf that requires a
-            gradient and is to be overwritten.
+        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
+            requires a gradient.
     """
     _check(gate_up)
-    if overwrites and gate_up.is_leaf and gate_up.requires_grad:
-        raise ValueError("gate_up must be a result to be overwritten: got a leaf; clone it")
+    if out is not None:
+        _check_half("out", out, gate_up)
     if gate_up.device.type == "cpu":
-        return swiglu_reference(gate_up)
-    rows = _with_contiguous_rows(gate_up.reshape(-1, gate_up.shape[-1]))
-    h = _SwiGLU.apply(rows, overwrites)
-    # a -1 would be ambiguous where there are no rows
-    return h.view(*gate_up.shape[:-1], h.shape[1])
+        h = swiglu_reference(gate_up)
+        return h if out is None else out.copy_(h)
+    return _launch_swiglu(gate_up, out)
 
 
 def swiglu_backward(
-    grad_h: Tensor,  # (M, F)
-    gate_up: Tensor,  # (M, 2 F)
+    grad_h: Tensor,  # (M, F), overwritten
+    gate_up: Tensor,  # (M, 2 F), overwritten
 ) -> tuple[Tensor, Tensor]:  # grad_gate_up (M, 2 F), h (M, F)
-    """Compute the gradient of `swiglu` and its result again, in place and without autograd.
+    """Compute the gradient of `swiglu` and its result again, in place.
 
-    For a backward pass that is written out and did not save h: the gradient of a low-rank update on
-    h needs it.
+        s         = 1 / (1 + exp(-gate))
+        grad_gate = grad_h up s (1 + gate (1 - s))
+        grad_up   = grad_h gate s
+        h         = gate s up
+
+    The gradient of a low-rank update on h needs h, so the forward pass need not keep it.
 
     Args:
-        grad_h: on a GPU h is written over it.
-        gate_up: on a GPU its gradient is written over it.
+        grad_h: h is written over it.
+        gate_up: its gradient is written over it.
+
+    Returns:
+        grad_gate_up: gate_up itself.
+        h: grad_h itself.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a row is not contiguous.
+        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
+            requires a gradient.
     """
     _check(gate_up)
-    M, width = gate_up.shape[0], gate_up.shape[-1] // 2
-    if gate_up.dim() != 2 or grad_h.shape != (M, width) or grad_h.dtype != gate_up.dtype:
-        raise ValueError(
-            f"grad_h must have half of gate_up's columns and its dtype: got {grad_h.dtype} "
-            f"{tuple(grad_h.shape)} beside {gate_up.dtype} {tuple(gate_up.shape)}"
-        )
-    if grad_h.device != gate_up.device:
-        raise ValueError(
-            f"grad_h and gate_up must be on one device: got {grad_h.device} and {gate_up.device}"
-        )
-    if grad_h.stride(1) != 1 or gate_up.stride(1) != 1:
-        raise ValueError(
-            "grad_h and gate_up must have contiguous rows: "
-            f"got strides {grad_h.stride()} and {gate_up.stride()}"
-        )
+    _check_half("grad_h", grad_h, gate_up)
+    _check_rows_are_apart("gate_up", gate_up)
     if gate_up.device.type == "cpu":
-        return swiglu_backward_reference(grad_h, gate_up)
+        grad_gate_up, h = swiglu_backward_reference(grad_h, gate_up)
+        return gate_up.copy_(grad_gate_up), grad_h.copy_(h)
     _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
     return gate_up, grad_h

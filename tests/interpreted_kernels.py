@@ -16,7 +16,7 @@ from layer_cases import (  # noqa: E402
     TINY_GATES,
     TINY_NORMS,
     TINY_ROPES,
-    gate_inputs,
+    gate_gradient_apart,
     gate_results,
     norm_results,
     rope_results,
@@ -53,9 +53,9 @@ from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
 )
-from kernels.rms_norm import _RMSNorm  # noqa: E402
-from kernels.rope import _Rope  # noqa: E402
-from kernels.swiglu import _launch_swiglu_backward, _SwiGLU  # noqa: E402
+from kernels.rms_norm import _launch_rms_norm, _launch_rms_norm_backward  # noqa: E402
+from kernels.rope import _launch_rope, _launch_rope_backward  # noqa: E402
+from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -112,25 +112,25 @@ def expanded_into_a_part(results: dict[str, Tensor]) -> None:
             results[f"{case}-{dtype}-strided"] = scratch
 
 
+def gated_in_place(grad_h: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Call a launcher as the public function does."""
+    _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
+    return gate_up, grad_h
+
+
 def layer_operations(results: dict[str, Tensor]) -> None:
-    """Add what a layer's autograd functions compute, forward and back."""
+    """Add what the launchers of a layer's operations compute, forward and back."""
     for case in TINY_NORMS:
-        results |= {
-            f"{case}/{name}": tensor for name, tensor in norm_results(case, _RMSNorm.apply).items()
-        }
+        found = norm_results(case, _launch_rms_norm, _launch_rms_norm_backward)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
     for case in TINY_ROPES:
-        results |= {
-            f"{case}/{name}": tensor for name, tensor in rope_results(case, _Rope.apply).items()
-        }
+        found = rope_results(case, _launch_rope, _launch_rope_backward)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
     for case in TINY_GATES:
-        results |= {
-            f"{case}/{name}": tensor for name, tensor in gate_results(case, _SwiGLU.apply).items()
-        }
-        inputs = gate_inputs(case)
-        grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
-        _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
-        results[f"{case}/in place/h"] = grad_h.contiguous()
-        results[f"{case}/in place/grad_gate_up"] = gate_up.contiguous()
+        found = gate_results(case, _launch_swiglu, gated_in_place)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+        apart = gate_gradient_apart(case, _launch_swiglu_backward)
+        results |= {f"{case}/apart/{name}": tensor for name, tensor in apart.items()}
 
 
 def main() -> None:

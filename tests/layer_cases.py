@@ -19,36 +19,68 @@ def generator_of(case: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
 
 
-def part_of_wider_rows(matrix: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy a matrix into the first columns of one that ends in NaN, and take a leaf over them."""
+def nan_in_wider_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a matrix of the first columns of a wider one, NaN all over."""
     wide = torch.full(
-        (*matrix.shape[:-1], matrix.shape[-1] + NUM_EXTRA), float("nan"), dtype=dtype, device=device
+        (*shape[:-1], shape[-1] + NUM_EXTRA), float("nan"), dtype=dtype, device=device
     )
-    part = wide[..., : matrix.shape[-1]]
-    part.copy_(matrix)
-    return part.detach()
+    return wide[..., : shape[-1]]
+
+
+def part_of_wider_rows(matrix: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy a matrix into the first columns of one that ends in NaN."""
+    return nan_in_wider_rows(tuple(matrix.shape), dtype, device).copy_(matrix)
+
+
+def assert_nan_behind(part: Tensor) -> None:
+    """Nothing was written to the columns behind a part of wider rows."""
+    shape = (*part.shape[:-1], NUM_EXTRA)
+    behind = part.as_strided(shape, part.stride(), part.storage_offset() + part.shape[-1])
+    assert bool(behind.isnan().all())
+
+
+def assert_kept(tensors: dict[str, Tensor], before: dict[str, Tensor], *but: str) -> None:
+    """Nothing was written to any of the tensors, except for some."""
+    for name in tensors.keys() - set(but):
+        assert torch.equal(tensors[name], before[name]), name
+
+
+def contiguous(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy results, from wherever they lie."""
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in results.items()
+    }
 
 
 @dataclass(frozen=True)
 class NormCase:
-    """Rows to normalize, with what is added before and which results have a gradient."""
+    """Rows to normalize, with what is added before, and whether a gradient comes past the norm."""
 
     num_rows: int
     width: int
     dtype: torch.dtype
     has_residual: bool
     has_grad_r: bool
+    # all that is read and written is part of wider rows
     is_strided: bool = False
+    # which gradient the result is written over, grad_y or grad_r
+    in_place: str = ""
 
     def __str__(self) -> str:
         words = ["residual"] * self.has_residual + ["grad_r"] * self.has_grad_r
-        words += ["strided"] * self.is_strided
+        words += ["strided"] * self.is_strided + [f"over {self.in_place}"] * bool(self.in_place)
         return "-".join((f"M{self.num_rows}-D{self.width}-{str(self.dtype)[6:]}", *words))
 
 
 def norm_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> list[NormCase]:
-    """Combine shapes and dtypes with every use of residual, gradient and stride."""
-    uses = [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
+    """Combine shapes and dtypes with every use of residual, gradient, stride and place."""
+    uses = [
+        (False, False, False),
+        (False, True, True, "grad_y"),
+        (True, False, True),
+        (True, True, False, "grad_r"),
+    ]
     return [NormCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
 
 
@@ -81,29 +113,48 @@ def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]
 
 def norm_results(
     case: NormCase,
-    norm: Callable[..., Any],  # (x, residual, weight, eps) -> y, r
+    norm: Callable[..., Any],  # (x, weight, eps, residual, out) -> y, r, rstd
+    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out) -> grad
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
-    """Run a normalization forward and back."""
-    inputs = norm_inputs(case, device)
+    """Run a normalization forward and back, and see that only what may be is written to."""
+    inputs, before = norm_inputs(case, device), norm_inputs(case, device)
+    x, weight, grad_y = inputs["x"], inputs["weight"], inputs["grad_y"]
+    residual = inputs["residual"] if case.has_residual else None
+    grad_r = inputs["grad_r"] if case.has_grad_r else None
+
+    def place() -> Tensor | None:
+        shape = (case.num_rows, case.width)
+        return nan_in_wider_rows(shape, case.dtype, device) if case.is_strided else None
+
+    out = place()
+    y, r, rstd = norm(x, weight, EPS, residual, out)
+    assert (r is x) == (residual is None)
+    results = contiguous({"y": y, "r": r, "rstd": rstd})
+    grad_out = inputs[case.in_place] if case.in_place else place()
+    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out)
+    for given, result in ((out, y), (grad_out, grad)):
+        assert given is None or result is given
+        if case.is_strided:
+            assert_nan_behind(result)
+    assert_kept(inputs, before, case.in_place)
+    return results | contiguous({"grad": grad})
+
+
+def norm_results_of_autograd(
+    case: NormCase,
+    norm: Callable[..., Any],  # (x, weight, eps, residual) -> y, r, rstd
+) -> dict[str, Tensor]:
+    """Run a normalization forward, and autograd through it back."""
+    inputs = norm_inputs(case)
     x = inputs["x"].requires_grad_()
-    leaves = [x]
-    residual = None
-    if case.has_residual:
-        residual = inputs["residual"].requires_grad_()
-        leaves.append(residual)
-    y, r = norm(x, residual, inputs["weight"], EPS)
+    y, r, rstd = norm(x, inputs["weight"], EPS, inputs["residual"] if case.has_residual else None)
     outputs, grads = [y], [inputs["grad_y"]]
     if case.has_grad_r:
         outputs.append(r)
         grads.append(inputs["grad_r"])
-    found = torch.autograd.grad(outputs, leaves, grads)
-    results = {"y": y.detach(), "r": r.detach()}
-    results |= dict(zip(("grad_x", "grad_residual"), found, strict=False))
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in results.items()
-    }
+    (grad,) = torch.autograd.grad(outputs, x, grads)
+    return contiguous({"y": y, "r": r, "rstd": rstd, "grad": grad})
 
 
 @dataclass(frozen=True)
@@ -116,7 +167,8 @@ class RopeCase:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    # buffer and gradients are parts of wider rows, the gradients of heads that lie apart
+    # buffers and gradients are parts of wider rows, the gradients of heads that lie apart, and the
+    # rows that are written to are those of one token of the batch after the other
     is_strided: bool = False
 
     def __str__(self) -> str:
@@ -175,34 +227,37 @@ def rope_inputs(case: RopeCase, device: torch.device = CPU) -> dict[str, Tensor]
 def rope_results(
     case: RopeCase,
     rope: Callable[..., Any],  # (qkv, positions, cos, sin, num_heads, num_kv_heads) -> q, k, v
+    rope_backward: Callable[..., Any],  # (grad_q, grad_k, grad_v, positions, cos, sin, out)
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
-    """Run a rotation forward and back, over a buffer that may be written to."""
-    inputs = rope_inputs(case, device)
-    leaf = inputs["qkv"].requires_grad_()
-    # the buffer is consumed; an identity keeps its layout where a clone would not
-    buffer = _Same.apply(leaf)
+    """Run a rotation forward and back, and see that only what may be is written to."""
+    inputs, before = rope_inputs(case, device), rope_inputs(case, device)
     tables = (inputs["positions"], inputs["cos"], inputs["sin"])
-    outputs = rope(buffer, *tables, case.num_heads, case.num_kv_heads)
-    results = {
-        name: output.detach().clone(memory_format=torch.contiguous_format)
-        for name, output in zip("qkv", outputs, strict=True)
-    }
-    grads = [inputs[f"grad_{name}"] for name in "qkv"]
-    (results["grad_qkv"],) = torch.autograd.grad(outputs, leaf, grads)
-    return results
+    outputs = rope(inputs["qkv"], *tables, case.num_heads, case.num_kv_heads)
+    results = contiguous(dict(zip("qkv", outputs, strict=True)))
+    out = None
+    if case.is_strided:
+        shape = (case.num_tokens, case.batch, inputs["qkv"].shape[2])
+        out = nan_in_wider_rows(shape, case.dtype, device).transpose(0, 1)
+    grad = rope_backward(*(inputs[f"grad_{name}"] for name in "qkv"), *tables, out)
+    if out is not None:
+        assert grad is out
+        assert_nan_behind(out)
+    assert_kept(inputs, before, "qkv")
+    return results | contiguous({"grad_qkv": grad})
 
 
-class _Same(torch.autograd.Function):
-    """A result that lies where its input does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
+def rope_results_of_autograd(
+    case: RopeCase,
+    rope: Callable[..., Any],  # (qkv, positions, cos, sin, num_heads, num_kv_heads) -> q, k, v
+) -> dict[str, Tensor]:
+    """Run a rotation forward, into new tensors, and autograd through it back."""
+    inputs = rope_inputs(case)
+    qkv = inputs["qkv"].requires_grad_()
+    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+    outputs = rope(qkv, *tables, case.num_heads, case.num_kv_heads)
+    (grad,) = torch.autograd.grad(outputs, qkv, [inputs[f"grad_{name}"] for name in "qkv"])
+    return contiguous({**dict(zip("qkv", outputs, strict=True)), "grad_qkv": grad})
 
 
 @dataclass(frozen=True)
@@ -212,17 +267,21 @@ class GateCase:
     num_rows: int
     width: int
     dtype: torch.dtype
+    # all that is read and written is part of wider rows
     is_strided: bool = False
-    overwrites: bool = False
 
     def __str__(self) -> str:
-        words = ["strided"] * self.is_strided + ["overwritten"] * self.overwrites
-        return "-".join((f"M{self.num_rows}-F{self.width}-{str(self.dtype)[6:]}", *words))
+        shape = f"M{self.num_rows}-F{self.width}-{str(self.dtype)[6:]}"
+        return shape + "-strided" * self.is_strided
 
 
 def gate_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> list[GateCase]:
-    uses = [(False, False), (True, False), (False, True), (True, True)]
-    return [GateCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
+    return [
+        GateCase(*shape, dtype, is_strided)
+        for dtype in dtypes
+        for shape in shapes
+        for is_strided in (False, True)
+    ]
 
 
 # no row; one value; a prime; a program; more than one
@@ -249,16 +308,52 @@ def gate_inputs(case: GateCase, device: torch.device = CPU) -> dict[str, Tensor]
 
 def gate_results(
     case: GateCase,
-    swiglu: Callable[..., Any],  # (gate_up, overwrites) -> h
+    swiglu: Callable[..., Any],  # (gate_up, out) -> h
+    swiglu_backward: Callable[..., Any],  # (grad_h, gate_up) -> grad_gate_up, h
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
-    """Run a gating forward and back."""
-    inputs = gate_inputs(case, device)
-    leaf = inputs["gate_up"].requires_grad_()
-    h = swiglu(_Same.apply(leaf), case.overwrites)
-    (grad,) = torch.autograd.grad(h, leaf, inputs["grad_h"])
-    results = {"h": h.detach(), "grad_gate_up": grad}
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in results.items()
-    }
+    """Run a gating forward and, in place, back, and see that only what may be is written to."""
+    inputs, before = gate_inputs(case, device), gate_inputs(case, device)
+    grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
+    out = None
+    if case.is_strided:
+        out = nan_in_wider_rows((case.num_rows, case.width), case.dtype, device)
+    h = swiglu(gate_up, out)
+    assert out is None or h is out
+    assert_kept(inputs, before)
+    grad_gate_up, h_again = swiglu_backward(grad_h, gate_up)
+    assert grad_gate_up is gate_up
+    assert h_again is grad_h
+    if case.is_strided:
+        for part in (h, grad_gate_up, h_again):
+            assert_nan_behind(part)
+    return contiguous({"h": h, "grad_gate_up": grad_gate_up, "h_again": h_again})
+
+
+def gate_results_of_autograd(
+    case: GateCase,
+    swiglu: Callable[..., Any],  # gate_up -> h
+) -> dict[str, Tensor]:
+    """Run a gating forward, and autograd through it back."""
+    inputs = gate_inputs(case)
+    gate_up = inputs["gate_up"].requires_grad_()
+    h = swiglu(gate_up)
+    (grad,) = torch.autograd.grad(h, gate_up, inputs["grad_h"])
+    return contiguous({"h": h, "grad_gate_up": grad, "h_again": h})
+
+
+def gate_gradient_apart(
+    case: GateCase,
+    launch_backward: Callable[..., Any],  # (grad_h, gate_up, grad_gate_up, h)
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run a gating back into new matrices."""
+    inputs, before = gate_inputs(case, device), gate_inputs(case, device)
+    grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
+    h = nan_in_wider_rows((case.num_rows, case.width), case.dtype, device)
+    grad_gate_up = nan_in_wider_rows((case.num_rows, 2 * case.width), case.dtype, device)
+    launch_backward(grad_h, gate_up, grad_gate_up, h)
+    assert_kept(inputs, before)
+    for part in (h, grad_gate_up):
+        assert_nan_behind(part)
+    return contiguous({"grad_gate_up": grad_gate_up, "h_again": h})

@@ -9,29 +9,29 @@ import torch.nn.functional as F
 from ahead_of_time import CompiledLaunch, compile_launch
 from equality import assert_equal, assert_no_worse_than
 from interpreter import interpreted_results
-from layer_cases import TINY_GATES, GateCase, gate_cases, gate_inputs, gate_results
+from layer_cases import (
+    TINY_GATES,
+    GateCase,
+    gate_cases,
+    gate_gradient_apart,
+    gate_inputs,
+    gate_results,
+    gate_results_of_autograd,
+)
 from torch import Tensor
 
 from kernels import swiglu as module
-from kernels.swiglu import (
-    swiglu,
-    swiglu_backward,
-    swiglu_backward_reference,
-    swiglu_reference,
-)
+from kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITIES = [80, 89, 90, 100]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 # inner sizes of real models, and a prime
 WIDTHS = [1536, 4864, 11008, 14336, 28672, 997]
+CPU_CASES = gate_cases([(0, 64), (1, 1), (67, 997), (3, 4864)], DTYPES)
 GPU_CASES = gate_cases(
     [(0, 64), (1, 1), (1, 14336), (67, 997), (131, 4864), (33, 11008), (513, 14336)], DTYPES
 )
-
-
-def reference(gate_up: Tensor, overwrites: bool) -> Tensor:
-    return swiglu_reference(gate_up)
 
 
 def truth_of(case: GateCase) -> dict[str, Tensor]:
@@ -41,12 +41,12 @@ def truth_of(case: GateCase) -> dict[str, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
     h = gate * torch.sigmoid(gate) * up
     (grad,) = torch.autograd.grad(h, gate_up, inputs["grad_h"].double())
-    return {"h": h.detach(), "grad_gate_up": grad}
+    return {"h": h.detach(), "grad_gate_up": grad, "h_again": h.detach()}
 
 
 def assert_as_good_as_torch(case: GateCase, actual: dict[str, Tensor]) -> None:
     """The half of the gates and that of what they gate differ in size, so each is compared."""
-    truth, baseline = truth_of(case), gate_results(case, reference)
+    truth, baseline = truth_of(case), gate_results_of_autograd(case, swiglu_reference)
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():
         assert actual[name].shape == expected.shape, name
@@ -72,43 +72,54 @@ def test_interpreted_kernels_are_as_good_as_torch(case: GateCase) -> None:
 
 @pytest.mark.parametrize("case", TINY_GATES, ids=str)
 def test_interpreted_gradient_and_result_in_place_are_those_apart(case: GateCase) -> None:
-    apart = interpreted(f"{case}/")
-    in_place = interpreted(f"{case}/in place/")
-    assert apart.keys() == in_place.keys()
-    for name, tensor in apart.items():
-        assert_equal(in_place[name], tensor, name)
+    in_place, apart = interpreted(f"{case}/"), interpreted(f"{case}/apart/")
+    assert_equal(in_place["grad_gate_up"], apart["grad_gate_up"])
+    assert_equal(in_place["h_again"], apart["h_again"])
+    # the same arithmetic forward and back
+    assert_equal(in_place["h_again"], in_place["h"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cpu_buffer_is_gated_as_torch_does_and_kept(dtype: torch.dtype) -> None:
-    inputs = gate_inputs(GateCase(5, 97, dtype))
-    gate_up = inputs["gate_up"]
+    gate_up = gate_inputs(GateCase(5, 97, dtype))["gate_up"]
     gate, up = gate_up.split((97, 97), dim=1)
     before = gate_up.clone()
     assert_equal(swiglu(gate_up), F.silu(gate) * up)
-    assert_equal(swiglu(gate_up.view(5, 1, -1)), (F.silu(gate) * up).view(5, 1, 97))
     assert_equal(gate_up, before)
 
 
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_written_out_gradient_is_as_good_as_autograds(case: GateCase) -> None:
+    assert_as_good_as_torch(case, gate_results(case, swiglu, swiglu_backward))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_written_out_gradient_is_as_good_as_autograds(dtype: torch.dtype) -> None:
-    case = GateCase(5, 97, dtype)
-    inputs = gate_inputs(case)
-    before = {name: tensor.clone() for name, tensor in inputs.items()}
-    grad_gate_up, h = swiglu_backward(inputs["grad_h"], inputs["gate_up"])
-    assert_as_good_as_torch(case, {"h": h, "grad_gate_up": grad_gate_up})
-    for name, tensor in before.items():
-        assert_equal(inputs[name], tensor, name)
+def test_a_cpu_gradient_in_place_is_the_references(dtype: torch.dtype) -> None:
+    inputs = gate_inputs(GateCase(5, 97, dtype, is_strided=True))
+    expected, h = swiglu_backward_reference(inputs["grad_h"], inputs["gate_up"])
+    swiglu_backward(inputs["grad_h"], inputs["gate_up"])
+    assert_equal(inputs["gate_up"], expected)
+    assert_equal(inputs["grad_h"], h)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: swiglu(torch.ones(3, 4).int()), "^gate_up must be bfloat16, float16 or float32"),
-        (lambda: swiglu(torch.ones(3, 5)), r"^gate_up must have rows of two halves: .* \(3, 5\)"),
+        (lambda: swiglu(torch.ones(3, 5)), r"^gate_up must be .* rows of two halves: .* \(3, 5\)"),
+        (lambda: swiglu(torch.ones(1, 3, 4)), r"^gate_up must be a matrix .* \(1, 3, 4\)"),
+        (lambda: swiglu(torch.ones(4, 3).T), "^gate_up must have contiguous rows"),
         (
-            lambda: swiglu(torch.ones(3, 4, requires_grad=True), overwrites=True),
-            "^gate_up must be a result to be overwritten: got a leaf",
+            lambda: swiglu(torch.ones(3, 4, requires_grad=True)),
+            "^nothing is recorded for autograd",
+        ),
+        (
+            lambda: swiglu(torch.ones(3, 4), torch.ones(3, 4)),
+            "^out must have half of gate_up's columns and its dtype",
+        ),
+        (
+            lambda: swiglu(torch.ones(3, 4), torch.ones(2).expand(3, 2)),
+            "^out must have rows that do not overlap",
         ),
         (
             lambda: swiglu_backward(torch.ones(3, 4), torch.ones(3, 4)),
@@ -124,32 +135,61 @@ def test_written_out_gradient_is_as_good_as_autograds(dtype: torch.dtype) -> Non
         ),
         (
             lambda: swiglu_backward(torch.ones(2, 3).T, torch.ones(3, 4)),
-            "must have contiguous rows",
+            "^grad_h must have contiguous rows",
+        ),
+        (
+            lambda: swiglu_backward(torch.ones(3, 2), torch.ones(4).expand(3, 4)),
+            "^gate_up must have rows that do not overlap",
+        ),
+        (
+            lambda: swiglu_backward(torch.ones(3, 2, requires_grad=True), torch.ones(3, 4)),
+            "^nothing is recorded for autograd",
         ),
     ],
-    ids=["dtype", "odd", "leaf", "width", "other dtype", "device", "scattered"],
+    ids=[
+        "dtype",
+        "odd",
+        "three dimensions",
+        "scattered",
+        "recorded",
+        "out's width",
+        "out overlaps",
+        "gradient's width",
+        "gradient's dtype",
+        "gradient's device",
+        "gradient scattered",
+        "written over itself",
+        "gradient recorded",
+    ],
 )
 def test_arguments_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def compile_forward(dtype: torch.dtype, width: int, capability: int) -> CompiledLaunch:
-    gate_up = torch.empty(2, 2 * width, dtype=dtype)
+def halves_and_gates(dtype: torch.dtype, width: int, num_extra: int) -> tuple[Tensor, Tensor]:
+    h = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
+    gate_up = torch.empty(2, 2 * width + num_extra, dtype=dtype)[:, : 2 * width]
+    return h, gate_up
+
+
+def compile_forward(
+    dtype: torch.dtype, width: int, capability: int, num_extra: int = 0
+) -> CompiledLaunch:
+    h, gate_up = halves_and_gates(dtype, width, num_extra)
     return compile_launch(
-        module, "_swiglu_kernel", lambda: module._launch_swiglu(gate_up), capability
+        module, "_swiglu_kernel", lambda: module._launch_swiglu(gate_up, h), capability
     )
 
 
 def compile_backward(
-    dtype: torch.dtype, width: int, capability: int, writes_h: bool = True
+    dtype: torch.dtype, width: int, capability: int, num_extra: int = 0
 ) -> CompiledLaunch:
-    gate_up, grad_h = torch.empty(2, 2 * width, dtype=dtype), torch.empty(2, width, dtype=dtype)
-    h = grad_h if writes_h else None
+    grad_h, gate_up = halves_and_gates(dtype, width, num_extra)
     return compile_launch(
         module,
         "_swiglu_backward_kernel",
-        lambda: module._launch_swiglu_backward(grad_h, gate_up, gate_up, h),
+        lambda: module._launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h),
         capability,
     )
 
@@ -180,15 +220,15 @@ def test_kernels_compile_without_spilling(
     compiled.assert_fits(capability)
 
 
+@pytest.mark.parametrize("num_extra", [0, 16], ids=["whole", "part of wider rows"])
 @pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
-    dtype: torch.dtype, capability: int
+    dtype: torch.dtype, capability: int, num_extra: int
 ) -> None:
     for compiled, num_read, num_written in (
-        (compile_forward(dtype, 14336, capability), 2, 1),
-        (compile_backward(dtype, 14336, capability, writes_h=False), 3, 2),
-        (compile_backward(dtype, 14336, capability), 3, 3),
+        (compile_forward(dtype, 14336, capability, num_extra), 2, 1),
+        (compile_backward(dtype, 14336, capability, num_extra), 3, 3),
     ):
         assert compiled.shared_bytes == 0
         assert "bar.sync" not in compiled.ptx
@@ -211,51 +251,20 @@ def test_a_16_bit_value_costs_fewer_instructions_than_memory_leaves_time_for(
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_kernels_are_as_good_as_torch(case: GateCase) -> None:
-    actual = gate_results(case, swiglu, CUDA)
+    actual = gate_results(case, swiglu, swiglu_backward, CUDA)
     assert_as_good_as_torch(case, {name: tensor.cpu() for name, tensor in actual.items()})
-    for name, tensor in gate_results(case, swiglu, CUDA).items():
+    for name, tensor in gate_results(case, swiglu, swiglu_backward, CUDA).items():
         assert_equal(tensor, actual[name], name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_gradient_and_result_in_place_are_those_apart(case: GateCase) -> None:
-    apart = gate_results(case, swiglu, CUDA)
-    inputs = gate_inputs(case, CUDA)
-    grad_gate_up, h = swiglu_backward(inputs["grad_h"], inputs["gate_up"])
-    assert grad_gate_up.data_ptr() == inputs["gate_up"].data_ptr()
-    assert h.data_ptr() == inputs["grad_h"].data_ptr()
-    assert_equal(grad_gate_up, apart["grad_gate_up"])
-    assert_equal(h, apart["h"])
-
-
-@pytest.mark.gpu
-def test_gpu_gradient_takes_the_buffers_place_only_where_it_may() -> None:
-    leaf = torch.randn(3, 64, device=CUDA, requires_grad=True)
-    grad_h = torch.randn(3, 32, device=CUDA)
-    for overwrites in (False, True):
-        gate_up = leaf * 1
-        before = gate_up.detach().clone()
-        h = swiglu(gate_up, overwrites)
-        (grad,) = torch.autograd.grad(h, gate_up, grad_h, retain_graph=True)
-        assert (grad.data_ptr() == gate_up.data_ptr()) == overwrites
-        if overwrites:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                torch.autograd.grad(h, gate_up, grad_h)
-        else:
-            assert_equal(gate_up.detach(), before)
-            assert_equal(torch.autograd.grad(h, gate_up, grad_h)[0], grad)
-
-
-@pytest.mark.gpu
-def test_gpu_gradient_of_a_sum_is_taken() -> None:
-    gate_up = torch.randn(3, 64, device=CUDA, requires_grad=True)
-    (actual,) = torch.autograd.grad(swiglu(gate_up).sum(), gate_up)
-    expected, _ = swiglu_backward_reference(torch.ones(3, 32), gate_up.detach().cpu())
-    # a few operations in float32, each of which may round or approximate by two units
-    tolerance = 20 * torch.finfo(torch.float32).eps * float(expected.abs().max())
-    assert actual.isfinite().all()
-    assert (actual.cpu() - expected).abs().max() <= tolerance
+    in_place = gate_results(case, swiglu, swiglu_backward, CUDA)
+    apart = gate_gradient_apart(case, module._launch_swiglu_backward, CUDA)
+    assert_equal(in_place["grad_gate_up"], apart["grad_gate_up"])
+    assert_equal(in_place["h_again"], apart["h_again"])
+    assert_equal(in_place["h_again"], in_place["h"])
 
 
 @pytest.mark.gpu
