@@ -330,8 +330,9 @@ def test_every_step_equals_bitsandbytes_in_32_bits(device: str) -> None:
             # is a few learning rates at most, differs by a few roundings, and each sum rounds once
             per_step = EPS * (expected.abs() + 8 * PEER_RATE)
             if device == "cuda":
-                # its kernel decays after the update, and so the update too; its divisions and roots
-                # are approximate, of two units each
+                # its kernel decays after the update, so the update too, and each of the two rounds
+                # another sum; its divisions and roots are approximate, of two units each
+                per_step += EPS * expected.abs()
                 per_step += 8 * PEER_RATE * (PEER_RATE * PEER_DECAY + 8 * EPS)
             assert actual.shape == expected.shape
             assert torch.isfinite(expected).all()
@@ -342,9 +343,9 @@ def test_every_step_equals_bitsandbytes_in_32_bits(device: str) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_codes_after_one_step_are_those_of_bitsandbytes_rule(name: str, device: str) -> None:
     state = our_steps(is_8bit=True, device=device)[1]
-    for moment, part, levels, midpoints in (
-        ("exp_avg", "state1", DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS),
-        ("exp_avg_sq", "state2", UNSIGNED_DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP_MIDPOINTS),
+    for moment, part, beta, levels, midpoints in (
+        ("exp_avg", "state1", 0.9, DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS),
+        ("exp_avg_sq", "state2", 0.999, UNSIGNED_DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP_MIDPOINTS),
     ):
         theirs = peer(device)[f"32/state/{name}/{part}"].flatten()
         blocks = nn.functional.pad(theirs, (0, -theirs.numel() % MOMENT_BLOCK))
@@ -357,9 +358,11 @@ def test_codes_after_one_step_are_those_of_bitsandbytes_rule(name: str, device: 
         by_rule += torch.where(differs, torch.where(theirs > 0, 1, -1), 0)
         ours = state[f"{moment}_codes.{name}"].flatten().int()
         assert int((ours != by_rule).sum()) <= theirs.numel() // 1000
-        # one rounding of the moment
+        # its CUDA kernel takes 1 - beta of beta in float32: 1.3e-5 less for the second moment
+        share = float(1 - torch.tensor(beta)) / (1 - beta) if device == "cuda" else 1.0
+        # a moment is (1 - beta) g g: at most three factors, each rounded by half a unit, twice
         torch.testing.assert_close(
-            state[f"{moment}_absmax.{name}"], absmax.flatten(), rtol=2 * EPS, atol=0
+            state[f"{moment}_absmax.{name}"], absmax.flatten() / share, rtol=3 * EPS, atol=0
         )
         stored = peer(device)[f"8/state/{name}/{part}"].flatten().int()
         # its CPU backend stores what a table of 65,536 bins says instead
