@@ -33,7 +33,14 @@ from torch import Tensor
 from nf4.blockwise import SMALLEST_SCALE
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import MIDPOINTS
-from nf4.weight import NF4Weight, check_finite, check_matrix, member, quantize_member
+from nf4.weight import (
+    NF4Weight,
+    check_finite,
+    check_matrix,
+    member,
+    quantize_member,
+    quantize_member_unchecked,
+)
 
 nf4_quantize_member_reference = quantize_member
 
@@ -233,6 +240,32 @@ def _launch_nf4_quantize(
     return absmax
 
 
+def nf4_quantize_member_unchecked(
+    weight: NF4Weight,
+    index: int,
+    matrix: Tensor,  # (rows[index], in_features), on the weight's device
+    name: str,
+) -> Tensor:  # (num_blocks,) float32
+    """Quantize a matrix into one member of a weight, in place, whatever its values.
+
+    For a caller that quantizes many and waits for the device once: `nf4_quantize_member` without
+    its last step.
+
+    Returns:
+        The scales before double quantization. One of them is not finite where a weight of its
+        block is not; then the member holds no weight.
+
+    Raises:
+        ValueError: the matrix has another shape or lies on another device, or is not floating
+            point.
+    """
+    if weight.device.type == "cpu":
+        return quantize_member_unchecked(weight, index, matrix, name)
+    target = member(weight, index)
+    check_matrix(target, matrix, name)
+    return _launch_nf4_quantize(target, matrix)
+
+
 def nf4_quantize_member(
     weight: NF4Weight,
     index: int,
@@ -258,6 +291,4 @@ def nf4_quantize_member(
     if weight.device.type == "cpu":
         nf4_quantize_member_reference(weight, index, matrix, name)
         return
-    target = member(weight, index)
-    check_matrix(target, matrix, name)
-    check_finite(_launch_nf4_quantize(target, matrix), matrix, name)
+    check_finite(nf4_quantize_member_unchecked(weight, index, matrix, name), matrix, name)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.nf4_matmul import nf4_matmul, nf4_matmul_transposed
-from kernels.nf4_quantize import nf4_quantize_member
+from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
 from lora.config import LoRAConfig
 from nf4.weight import NF4Weight, empty_weight
 
@@ -180,25 +180,43 @@ class LinearGroup(nn.Module):
             torch.empty(sum(self.rows), dtype=bias_dtype, device=device) if self.has_bias else None
         )
 
+    def home(self, name: str) -> Tensor | None:
+        """Find the rows that hold a member's weight or bias ("q_proj.weight") as the checkpoint has
+        it; None for a weight that is quantized."""
+        member_name, kind = name.rsplit(".", 1)
+        if kind == "weight" and isinstance(self.weight, NF4Weight):
+            return None
+        buffer = self.bias if kind == "bias" else self.weight
+        assert isinstance(buffer, Tensor)
+        return buffer[self._row_slices()[self.names.index(member_name)]]
+
+    def quantize(self, name: str, tensor: Tensor, checkpoint_name: str) -> Tensor:
+        """Quantize a member's weight into the buffers, without waiting for the device.
+
+        Returns:
+            The scales, float32: one that is not finite tells of a weight that is not.
+        """
+        assert isinstance(self.weight, NF4Weight)
+        index = self.names.index(name.rsplit(".", 1)[0])
+        return nf4_quantize_member_unchecked(self.weight, index, tensor, checkpoint_name)
+
     def load(self, name: str, tensor: Tensor, checkpoint_name: str) -> None:
         """Take a member's weight or bias ("q_proj.weight") into the buffers, quantizing on arrival.
 
         Raises:
             ValueError: the tensor holds a NaN or an infinity; the message names `checkpoint_name`.
         """
-        member_name, kind = name.rsplit(".", 1)
-        index = self.names.index(member_name)
-        if kind == "weight" and isinstance(self.weight, NF4Weight):
+        index = self.names.index(name.rsplit(".", 1)[0])
+        home = self.home(name)
+        if home is None:
+            assert isinstance(self.weight, NF4Weight)
             nf4_quantize_member(self.weight, index, tensor, checkpoint_name)
             return
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{checkpoint_name} must hold finite values only: got NaN or infinity")
-        buffer = self.bias if kind == "bias" else self.weight
-        assert isinstance(buffer, Tensor)
-        rows = buffer[self._row_slices()[index]]
         # copy_ would broadcast and round
-        assert (rows.shape, rows.dtype) == (tensor.shape, tensor.dtype)
-        rows.copy_(tensor)
+        assert (home.shape, home.dtype) == (tensor.shape, tensor.dtype)
+        home.copy_(tensor)
 
     def attach(self, config: LoRAConfig, device: torch.device, generator: torch.Generator) -> None:
         """Give every member among the targets an update that starts at zero.

@@ -159,11 +159,16 @@ def check_finite(
         ValueError: a scale is a NaN or an infinity.
     """
     if not bool(absmax.isfinite().all()):
-        num_bad = int((~matrix.isfinite()).sum())
-        raise ValueError(
-            f"{name} must hold finite weights only: {num_bad} of {matrix.numel()} are NaN or "
-            "infinite; the checkpoint is damaged or was saved from a diverged run"
-        )
+        raise non_finite_weights(matrix, name)
+
+
+def non_finite_weights(matrix: Tensor, name: str) -> ValueError:
+    """Make the error about a matrix that holds a NaN or an infinity."""
+    num_bad = int((~matrix.isfinite()).sum())
+    return ValueError(
+        f"{name} must hold finite weights only: {num_bad} of {matrix.numel()} are NaN or "
+        "infinite; the checkpoint is damaged or was saved from a diverged run"
+    )
 
 
 def quantize_member(
@@ -188,6 +193,33 @@ def quantize_member(
     check_matrix(target, matrix, name)
     packed, absmax = quantize_blockwise(matrix, weight.block_size, name)
     check_finite(absmax, matrix, name)
+    _store(target, packed, absmax)
+
+
+def quantize_member_unchecked(
+    weight: NF4Weight,
+    index: int,
+    matrix: Tensor,  # (rows[index], in_features), on the weight's device
+    name: str,
+) -> Tensor:  # (num_blocks,) float32
+    """Quantize a matrix into one member of a weight, in place, whatever its values.
+
+    Returns:
+        The scales before double quantization. One of them is not finite where a weight of its
+        block is not; then the member holds no weight.
+
+    Raises:
+        ValueError: the matrix has another shape or lies on another device, or is not floating
+            point.
+    """
+    target = member(weight, index)
+    check_matrix(target, matrix, name)
+    packed, absmax = quantize_blockwise(matrix, weight.block_size, name)
+    _store(target, packed, absmax)
+    return absmax
+
+
+def _store(target: NF4Weight, packed: Tensor, absmax: Tensor) -> None:
     target.packed.copy_(packed)
     if isinstance(target.absmax, QuantizedAbsmax):
         quantized = quantize_absmax(absmax)

@@ -23,7 +23,11 @@ from nf4_quantize_cases import (
 from torch import Tensor
 
 from kernels import nf4_quantize as module
-from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_reference
+from kernels.nf4_quantize import (
+    nf4_quantize_member,
+    nf4_quantize_member_reference,
+    nf4_quantize_member_unchecked,
+)
 from nf4.blockwise import BLOCK_SIZES, quantize_blockwise
 from nf4.double_quant import GROUP_SIZE, QuantizedAbsmax, quantize_absmax
 from nf4.levels import MIDPOINTS
@@ -154,6 +158,39 @@ def test_non_finite_weight_is_refused_by_name(value: float) -> None:
         nf4_quantize_member(weight, 0, non_finite_matrix(value, torch.bfloat16), "layers.3")
 
 
+def assert_tells_by_its_scales(
+    device: torch.device, value: float, dtype: torch.dtype, double_quant: bool
+) -> None:
+    """The unchecked function refuses nothing; its scales tell a good matrix from a bad one."""
+    case = QuantizeCase("normal", WeightCase((5,), 70, 64, double_quant), dtype)
+    weight = empty(case.weight, device)
+    bad = non_finite_matrix(value, dtype)
+    scales = nf4_quantize_member_unchecked(weight, 0, bad.to(device), "w")
+    _, expected = quantize_blockwise(bad, 64)
+    assert scales.isfinite().tolist() == expected.isfinite().tolist()
+    assert not scales.isfinite().all()
+    (good,) = matrices_of(case)
+    scales = nf4_quantize_member_unchecked(weight, 0, good.to(device), "w")
+    assert_equal(scales.cpu(), quantize_blockwise(good, 64)[1])
+    assert_holds_the_same(weight, reference_of(case, device))
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("value", NON_FINITE, ids=str)
+def test_unchecked_scales_tell_of_a_non_finite_weight(value: float, double_quant: bool) -> None:
+    assert_tells_by_its_scales(CPU, value, torch.bfloat16, double_quant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("value", NON_FINITE, ids=str)
+def test_gpu_unchecked_scales_tell_of_a_non_finite_weight(
+    value: float, double_quant: bool, dtype: torch.dtype
+) -> None:
+    assert_tells_by_its_scales(CUDA, value, dtype, double_quant)
+
+
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
@@ -164,8 +201,9 @@ def test_non_finite_weight_is_refused_by_name(value: float) -> None:
     ids=["shape", "dtype", "device"],
 )
 def test_matrix_that_does_not_fit_is_refused_by_name(matrix: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        nf4_quantize_member(empty(WeightCase((5,), 64)), 0, matrix, "w")
+    for quantize in (nf4_quantize_member, nf4_quantize_member_unchecked):
+        with pytest.raises(ValueError, match=message):
+            quantize(empty(WeightCase((5,), 64)), 0, matrix, "w")
 
 
 def compile_kernel(

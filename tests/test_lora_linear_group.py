@@ -303,6 +303,24 @@ def test_a_tensor_that_is_not_finite_is_refused_by_its_name(name: str) -> None:
             group.load(f"k_proj.{name}", tensor, "layers.3.k_proj")
 
 
+def test_what_is_kept_as_it_is_has_a_home() -> None:
+    for quantization in QUANTIZATIONS.values():
+        group = make(quantization=quantization).group
+        assert group.bias is not None
+        home = group.home("k_proj.bias")
+        assert home is not None
+        assert_equal(home, group.bias[ROWS[0] : ROWS[0] + ROWS[1]])
+        home = group.home("k_proj.weight")
+        if quantization is not None:
+            assert home is None
+            continue
+        assert home is not None
+        home.fill_(3)
+        assert isinstance(group.weight, Tensor)
+        assert (group.weight[ROWS[0] : ROWS[0] + ROWS[1]] == 3).all()
+        assert (group.weight[: ROWS[0]] != 3).all()
+
+
 def test_a_bias_keeps_its_dtype_beside_a_quantized_weight() -> None:
     group = LinearGroup(("o_proj",), (8,), 64, has_bias=True)
     group.allocate(CPU, None, torch.float16, (64, True))
