@@ -1,11 +1,21 @@
 """From a checkpoint folder to a ready model, one tensor at a time.
 
-    shard's memory map -> device -> quantized there -> its group's buffer
+    on a GPU, three things at once:
+    threads    | read 2         | read 3 ...       shard -> pinned ring (llama/shard_reader.py)
+    copies     | copy 1         | copy 2 ...       ring -> staging, or home if it is kept as it is
+    kernels    | quantize 0     | quantize 1 ...   staging -> its group's buffer
 
-So the peak is the packed model plus one tensor (and the quantizer's bounded temporaries).
+    on the CPU: shard's memory map -> quantized or copied -> its group's buffer
+
+So the peak is the packed model plus one tensor on the CPU and two on a GPU, where a tensor is the
+largest that is quantized, in the checkpoint's dtype; and the quantizer's bounded temporaries.
+Embeddings, norms and what else is kept as it is go to their home directly. A GPU's load also holds
+128 MiB of pinned host memory.
+
 Everything that can be wrong with the files' structure (missing, truncated, renamed, pointing
 elsewhere, shapes that contradict config.json) is found from the headers, before the first weight is
-read; NaN and infinity as each tensor arrives. Pickled weights are never read.
+read. NaN and infinity are found as each tensor arrives; a GPU takes note of them and is asked once,
+at the end. Pickled weights are never read.
 """
 
 import difflib
@@ -23,7 +33,9 @@ from torch import Tensor, nn
 
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
+from llama.shard_reader import StoredTensor, make_ring, read_header, stream
 from lora.linear_group import LinearGroup
+from nf4.weight import non_finite_weights
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,23 +50,26 @@ _HUB_FILES = [
     "model*.safetensors",
 ]
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a checkpoint tensor goes: the shape it must have and what takes it."""
+    """Where a checkpoint tensor goes, and the shape it must have.
+
+    Attributes:
+        load: takes the tensor, once it is known to be finite.
+        home: finds, or makes, what holds the tensor's own bytes; None where it is quantized.
+        quantize: takes a tensor without home, and returns scales that tell whether it is finite.
+    """
 
     shape: tuple[int, ...]
     load: Callable[[Tensor], None]
+    home: Callable[[torch.dtype, torch.device], Tensor | None]
+    quantize: Callable[[Tensor], Tensor]
 
 
 def find_checkpoint(model: str) -> Path:
@@ -134,56 +149,67 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
-    """Every tensor of a checkpoint, from the files' headers."""
-    stored: dict[str, _StoredTensor] = {}
-    for path, indexed in _shards(folder).items():
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint from the files' headers, in the files' order."""
+    stored: dict[str, StoredTensor] = {}
+    for path, indexed in sorted(_shards(folder).items()):
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.offset_keys()}
-                headers = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+                names = set(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} must be a complete safetensors file: {error}; "
                 "it is truncated or damaged, download it again"
             ) from None
-        if indexed is not None and headers.keys() != indexed:
-            differing = sorted(headers.keys() ^ indexed)
+        if indexed is not None and names != indexed:
+            differing = sorted(names ^ indexed)
             raise ValueError(
                 f"{path} must hold exactly the tensors that {INDEX_NAME} places there: "
                 f"{len(differing)} differ, the first is {differing[0]}; download the folder again"
             )
-        for name, (dtype, shape) in headers.items():
-            if dtype not in _DTYPES:
-                raise ValueError(
-                    f"{path}: {name} must be stored as {', '.join(_DTYPES)}: got {dtype}"
-                )
-            stored[name] = _StoredTensor(path, shape, _DTYPES[dtype])
+        stored |= {tensor.name: tensor for tensor in read_header(path)}
     return stored
+
+
+def _non_finite_values(name: str) -> ValueError:
+    return ValueError(f"{name} must hold finite values only: got NaN or infinity")
+
+
+def _never(tensor: Tensor) -> Tensor:
+    raise AssertionError("embeddings and norms are not quantized")
 
 
 def _slots(model: Llama) -> dict[str, _Slot]:
     """Every tensor the model needs, by the checkpoint's name for it."""
     slots: dict[str, _Slot] = {}
 
-    def add_parameter(name: str, parameter: nn.Parameter) -> None:
+    def add_parameter(name: str, shape: tuple[int, ...]) -> None:
         owner = model.get_submodule(name.rpartition(".")[0])
+
+        def home(dtype: torch.dtype, device: torch.device) -> Tensor:
+            weight = torch.empty(shape, dtype=dtype, device=device)
+            owner.weight = nn.Parameter(weight, requires_grad=False)
+            return weight
 
         def load(tensor: Tensor) -> None:
             if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name} must hold finite values only: got NaN or infinity")
-            # on the CPU it is still a view of the whole file, which may change on the disk
-            kept = tensor.clone() if tensor.device.type == "cpu" else tensor
-            owner.weight = nn.Parameter(kept, requires_grad=False)
+                raise _non_finite_values(name)
+            # the tensor is a view of the whole file, which may change on the disk
+            home(tensor.dtype, tensor.device).copy_(tensor)
 
-        slots[name] = _Slot(tuple(parameter.shape), load)
+        slots[name] = _Slot(shape, load, home, _never)
 
     def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
-        slots[name] = _Slot(shape, lambda tensor: group.load(member, tensor, name))
+        slots[name] = _Slot(
+            shape,
+            lambda tensor: group.load(member, tensor, name),
+            lambda dtype, device: group.home(member),
+            lambda tensor: group.quantize(member, tensor, name),
+        )
 
     for name, parameter in model.named_parameters():
-        add_parameter(name, parameter)
+        add_parameter(name, tuple(parameter.shape))
     for prefix, group in model.groups():
         for name, rows in zip(group.names, group.rows, strict=True):
             add_member(prefix, group, f"{name}.weight", (rows, group.in_features))
@@ -199,7 +225,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check(
-    folder: Path, stored: dict[str, _StoredTensor], slots: dict[str, _Slot], is_tied: bool
+    folder: Path, stored: dict[str, StoredTensor], slots: dict[str, _Slot], is_tied: bool
 ) -> None:
     """Hold what the files contain against what config.json implies."""
     # old exports hold the rotary frequencies, which follow from the config; tied ones may repeat
@@ -227,7 +253,7 @@ def _check(
 
 
 def _shared_dtype(
-    folder: Path, stored: dict[str, _StoredTensor], names: Iterable[str]
+    folder: Path, stored: dict[str, StoredTensor], names: Iterable[str]
 ) -> torch.dtype:
     """The one dtype of tensors that share a buffer."""
     names = list(names)
@@ -240,7 +266,7 @@ def _shared_dtype(
     return dtypes.pop()
 
 
-def _check_tied_head(folder: Path, head: _StoredTensor, embeddings: Tensor) -> None:
+def _check_tied_head(folder: Path, head: StoredTensor, embeddings: Tensor) -> None:
     with safe_open(head.file, framework="pt") as file:
         is_equal = torch.equal(file.get_tensor(_HEAD).to(embeddings), embeddings)
     if not is_equal:
@@ -250,12 +276,120 @@ def _check_tied_head(folder: Path, head: _StoredTensor, embeddings: Tensor) -> N
         )
 
 
+def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, _Slot], report: Report) -> None:
+    """Load tensors from the shards' memory maps."""
+    done = 0
+    for path in dict.fromkeys(tensor.file for tensor in wanted):
+        with safe_open(path, framework="pt") as file:
+            for tensor in wanted:
+                if tensor.file == path:
+                    slots[tensor.name].load(file.get_tensor(tensor.name))
+                    done += 1
+                    report(done, len(wanted))
+
+
+class _Staging:
+    """Device memory for a tensor that is to be quantized."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        # when the last tensor in it had been quantized
+        self.vacated = torch.cuda.Event()
+
+
+class _DeviceSink:
+    """Copies tensors to a GPU on a stream of its own; the current stream quantizes what is whole.
+
+    Attributes:
+        homes: what holds each tensor's own bytes; None for one that is quantized.
+        extremes: of each tensor or its scales, the least and the largest; they are NaN where one
+            value is.
+    """
+
+    def __init__(
+        self,
+        wanted: list[StoredTensor],
+        slots: dict[str, _Slot],
+        device: torch.device,
+        report: Report,
+    ) -> None:
+        self.extremes: list[Tensor] = []
+        self._slots = slots
+        self._report = report
+        self._num_tensors = len(wanted)
+        # before the first copy, so that no copy waits for a kernel that used the memory before
+        self.homes = {t.name: slots[t.name].home(t.dtype, device) for t in wanted}
+        staged = [tensor.num_bytes for tensor in wanted if self.homes[tensor.name] is None]
+        self._staging = [_Staging(max(staged, default=0), device) for _ in range(2)]
+        self._target = torch.empty(0)
+        self._target_bytes = self._target
+        self._kernels = torch.cuda.current_stream(device)
+        self._copies = torch.cuda.Stream(device)
+        self._copies.wait_stream(self._kernels)
+
+    def begin(self, stored: StoredTensor) -> None:
+        home = self.homes[stored.name]
+        if home is None:
+            self._staging.reverse()
+            staging = self._staging[0]
+            self._copies.wait_event(staging.vacated)
+            home = staging.buffer[: stored.num_bytes].view(stored.dtype).view(stored.shape)
+        # copied as bytes, so a shape that is not the home's would go unnoticed
+        assert (home.shape, home.dtype) == (stored.shape, stored.dtype)
+        self._target, self._target_bytes = home, home.view(-1).view(torch.uint8)
+
+    def copy(self, start: int, piece: Tensor) -> Callable[[], None]:
+        with torch.cuda.stream(self._copies):
+            self._target_bytes[start : start + len(piece)].copy_(piece, non_blocking=True)
+        # the thread that waits sleeps: it has company, and a core may not be its own
+        copied = torch.cuda.Event(blocking=True)
+        copied.record(self._copies)
+        return copied.synchronize
+
+    def finish(self, stored: StoredTensor) -> None:
+        self._kernels.wait_stream(self._copies)
+        values = self._target
+        if self.homes[stored.name] is None:
+            values = self._slots[stored.name].quantize(values)
+            self._staging[0].vacated.record(self._kernels)
+        # two numbers, where isfinite() would make a temporary as large as the embeddings
+        self.extremes.append(torch.stack(values.aminmax()).float())
+        self._report(len(self.extremes), self._num_tensors)
+
+    def settle(self) -> None:
+        """Keep whatever runs next on the GPU from memory that is being copied to."""
+        self._kernels.wait_stream(self._copies)
+
+
+def _load_on_gpu(
+    wanted: list[StoredTensor], slots: dict[str, _Slot], device: torch.device, report: Report
+) -> None:
+    """Load tensors through pinned memory and quantize them there.
+
+    Note:
+        Synchronizes with the device once, at the end, to look for values that are not finite.
+    """
+    sink = _DeviceSink(wanted, slots, device, report)
+    try:
+        stream(wanted, make_ring(wanted, is_pinned=True), sink)
+    finally:
+        sink.settle()
+    is_finite = torch.stack(sink.extremes).isfinite().all(dim=1).tolist()
+    for tensor, is_good in zip(wanted, is_finite, strict=True):
+        if is_good:
+            continue
+        if sink.homes[tensor.name] is not None:
+            raise _non_finite_values(tensor.name)
+        with safe_open(tensor.file, framework="pt") as file:
+            raise non_finite_weights(file.get_tensor(tensor.name), tensor.name)
+
+
 def load_model(
     folder: Path,
     device: torch.device,
     compute_dtype: torch.dtype,
     quantization: tuple[int, bool] | None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> Llama:
     """Load a checkpoint: frozen, its linear groups in NF4 (block_size, double_quant) or, with None,
     as stored.
@@ -282,15 +416,12 @@ def load_model(
         bias_dtype = _shared_dtype(folder, stored, biases) if biases else None
         group.allocate(device, weight_dtype, bias_dtype, quantization)
     model.frequencies = model.frequencies.to(device)
-    done = 0
-    # shard by shard, each read front to back
-    for path in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(path, framework="pt") as file:
-            for name in file.offset_keys():
-                if name in slots:
-                    slots[name].load(file.get_tensor(name).to(device))
-                    done += 1
-                    report(done, len(slots))
+    # in the files' order: each is read front to back
+    wanted = [tensor for name, tensor in stored.items() if name in slots]
+    if device.type == "cpu":
+        _load_on_cpu(wanted, slots, report)
+    else:
+        _load_on_gpu(wanted, slots, device, report)
     if config.tie_word_embeddings and _HEAD in stored:
         _check_tied_head(folder, stored[_HEAD], model.head)
     return model.eval()

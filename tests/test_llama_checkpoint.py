@@ -1,12 +1,17 @@
 """llama/checkpoint.py: what is loaded is what the files hold, and files that lie are refused."""
 
+import gc
 import json
 import math
+import os
 import re
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,8 +23,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama.checkpoint
-from llama.checkpoint import INDEX_NAME, SINGLE_NAME, find_checkpoint, load_model
+import llama.shard_reader
+from llama.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    _DeviceSink,
+    _load_on_gpu,
+    find_checkpoint,
+    load_model,
+)
 from llama.model import Llama
+from llama.shard_reader import make_ring, stream
+from lora.linear_group import LinearGroup
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, member, quantize
 
@@ -497,6 +512,169 @@ def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -
         find_checkpoint("owner/name")
 
 
+class LateStream:
+    """Stands in for a stream of a GPU: what is put on it runs when another waits for it."""
+
+    def __init__(self, device: object = None) -> None:
+        self.queue: list[Callable[[], object]] = []
+        self.num_done = 0
+        self.lock = threading.Lock()
+
+    def run(self, num_calls: int) -> None:
+        with self.lock:
+            while num_calls > self.num_done:
+                self.queue[self.num_done]()
+                self.num_done += 1
+
+    def wait_stream(self, other: "LateStream") -> None:
+        other.run(len(other.queue))
+
+    def wait_event(self, event: "LateEvent") -> None:
+        event.synchronize()
+
+
+class LateEvent:
+    """Stands in for an event: a place in a stream's queue."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.stream = LateStream()
+        self.num_calls = 0
+
+    def record(self, stream: LateStream) -> None:
+        self.stream, self.num_calls = stream, len(stream.queue)
+
+    def synchronize(self) -> None:
+        self.stream.run(self.num_calls)
+
+
+@contextmanager
+def late_copies(stream: LateStream) -> Iterator[None]:
+    """Stands in for `torch.cuda.stream`: copies in this context are put off."""
+    copy = Tensor.copy_
+
+    def put_off(target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
+        assert non_blocking
+        stream.queue.append(lambda: copy(target, source))
+        return target
+
+    with patch.object(Tensor, "copy_", put_off):
+        yield
+
+
+@pytest.fixture
+def _stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's loads take the GPU's way, on streams that do everything as late as they may, in
+    pieces of 1000 bytes."""
+    kernels = LateStream()
+    for name, stand_in in {
+        "Stream": LateStream,
+        "Event": LateEvent,
+        "stream": late_copies,
+        "current_stream": lambda _: kernels,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(llama.shard_reader, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(
+        llama.checkpoint, "make_ring", lambda tensors, is_pinned: make_ring(tensors, False)
+    )
+    monkeypatch.setattr(
+        llama.checkpoint,
+        "_load_on_cpu",
+        lambda wanted, slots, report: _load_on_gpu(wanted, slots, CPU, report),
+    )
+
+
+@pytest.mark.usefixtures("_stand_in_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stand_in_gpu_holds_the_files_tensors(
+    tmp_path: Path, variant: str, num_shards: int, dtype: torch.dtype
+) -> None:
+    fields = FIELDS | VARIANTS[variant]
+    tensors = random_tensors(fields, dtype)
+    model = load(write_checkpoint(tmp_path, fields, tensors, num_shards))
+    assert_holds(model, tensors)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("quantization", [(64, False), NF4], ids=["nf4", "nf4-dq"])
+def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
+    tmp_path: Path, quantization: tuple[int, bool], request: pytest.FixtureRequest
+) -> None:
+    fields = FIELDS | VARIANTS["biases"]
+    write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16), num_shards=2)
+    expected = load(tmp_path, quantization)
+    request.getfixturevalue("_stand_in_gpu")
+    reports: list[tuple[int, int]] = []
+    actual = load(tmp_path, quantization, report=lambda done, total: reports.append((done, total)))
+    num_tensors = len(random_tensors(fields))
+    assert reports == [(done, num_tensors) for done in range(1, num_tensors + 1)]
+    for (_, ours), (prefix, theirs) in zip(actual.groups(), expected.groups(), strict=True):
+        assert isinstance(ours.weight, NF4Weight)
+        assert isinstance(theirs.weight, NF4Weight)
+        assert isinstance(ours.bias, Tensor)
+        assert isinstance(theirs.bias, Tensor)
+        for name, tensor in buffers(theirs.weight).items():
+            assert_equal(buffers(ours.weight)[name], tensor, f"{prefix}{name}")
+        assert_equal(ours.bias, theirs.bias, prefix)
+    for (name, ours), (_, theirs) in zip(
+        actual.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert_equal(ours.detach(), theirs.detach(), name)
+
+
+def write_non_finite(folder: Path, endings: tuple[str, ...], bad: float) -> list[str]:
+    """Write a checkpoint in which a value of some tensors is not finite, and name those."""
+    fields = FIELDS | VARIANTS["biases"]
+    tensors = random_tensors(fields)
+    names = [first_of(tensors, ending) for ending in endings]
+    for name in names:
+        tensors[name].view(-1)[7] = bad
+    write_checkpoint(folder, fields, tensors)
+    return names
+
+
+# what the message says beside the name, by what is not finite
+NON_FINITE = {
+    "q_proj.weight": "weights only: 1 of 1024 are NaN or infinite; the checkpoint is damaged",
+    "o_proj.bias": "values only: got NaN or infinity",
+    "norm.weight": "values only: got NaN or infinity",
+    "embed_tokens.weight": "values only: got NaN or infinity",
+    "lm_head.weight": "values only: got NaN or infinity",
+}
+
+
+@pytest.mark.usefixtures("_stand_in_gpu")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantization", [(64, False), NF4], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("ending", NON_FINITE)
+def test_a_stand_in_gpu_names_a_tensor_that_is_not_finite(
+    tmp_path: Path, ending: str, quantization: tuple[int, bool], bad: float
+) -> None:
+    (name,) = write_non_finite(tmp_path, (ending,), bad)
+    message = f"{name} must hold finite {NON_FINITE[ending]}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tmp_path, quantization)
+
+
+@pytest.mark.usefixtures("_stand_in_gpu")
+def test_a_stand_in_gpu_names_a_file_that_became_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, FIELDS, random_tensors(FIELDS))
+    path = tmp_path / SINGLE_NAME
+
+    def cut_and_stream(*arguments: Any) -> None:
+        os.truncate(path, path.stat().st_size - 100)
+        stream(*arguments)
+
+    monkeypatch.setattr(llama.checkpoint, "stream", cut_and_stream)
+    message = rf"^{re.escape(str(path))} must hold \d+ bytes of \S+ from \d+: it ends at"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, NF4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -524,3 +702,115 @@ def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dty
         shift = 2 * difference.max() / expected["group_absmax"].min()
         num_differing = int((actual["codes"] != expected["codes"]).sum())
         assert num_differing <= math.ceil(4 * 255 * float(shift) * num_blocks), prefix
+
+
+# matrices of several pieces, and of no whole number of them
+LARGER = FIELDS | VARIANTS["biases"] | {"hidden_size": 256, "intermediate_size": 640}
+CUDA = torch.device("cuda")
+
+
+def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels fall behind the copies, by some milliseconds a tensor."""
+    quantize_late = LinearGroup.quantize
+
+    def quantize_later(group: LinearGroup, *arguments: Any) -> Tensor:
+        torch.cuda._sleep(5_000_000)
+        return quantize_late(group, *arguments)
+
+    monkeypatch.setattr(LinearGroup, "quantize", quantize_later)
+
+
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies fall behind the threads and the kernels, by some tenths of a millisecond each."""
+    copy = _DeviceSink.copy
+
+    def copy_later(sink: _DeviceSink, start: int, piece: Tensor) -> Callable[[], None]:
+        with torch.cuda.stream(sink._copies):
+            torch.cuda._sleep(500_000)
+        return copy(sink, start, piece)
+
+    monkeypatch.setattr(_DeviceSink, "copy", copy_later)
+
+
+SPEEDS = {"as-it-is": lambda _: None, "slow-kernels": slow_kernels, "slow-copies": slow_copies}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_holds_each_tensor_as_if_loaded_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    quantization: tuple[int, bool] | None,
+    speed: str,
+) -> None:
+    tensors = random_tensors(LARGER, dtype)
+    write_checkpoint(tmp_path, LARGER, tensors, num_shards=3)
+    monkeypatch.setattr(llama.shard_reader, "PIECE_BYTES", 30_001)
+    SPEEDS[speed](monkeypatch)
+    # what an earlier load leaves in the memory is the same, what another leaves is not
+    for _ in range(3):
+        torch.empty(1 << 24, dtype=torch.uint8, device=CUDA).fill_(0xA5)
+        model = load_model(tmp_path, CUDA, dtype, quantization)
+        for name, parameter in model.named_parameters():
+            assert_equal(parameter.detach().cpu(), tensors[name], name)
+        for prefix, group in model.groups():
+            assert isinstance(group.bias, Tensor)
+            biases = [tensors[f"{prefix}{name}.bias"] for name in group.names]
+            assert_equal(group.bias.cpu(), torch.cat(biases), prefix)
+            weights = [tensors[f"{prefix}{name}.weight"] for name in group.names]
+            if quantization is None:
+                assert isinstance(group.weight, Tensor)
+                assert_equal(group.weight.cpu(), torch.cat(weights), prefix)
+                continue
+            assert isinstance(group.weight, NF4Weight)
+            for index, weight in enumerate(weights):
+                # on the GPU, whose mean of the scales adds up in an order of its own
+                alone = buffers(quantize(weight.to(CUDA), *quantization))
+                for key, tensor in buffers(member(group.weight, index)).items():
+                    assert_equal(tensor, alone[key], f"{prefix}{group.names[index]} {key}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("ending", NON_FINITE)
+def test_cuda_names_a_tensor_that_is_not_finite(
+    tmp_path: Path, ending: str, quantization: tuple[int, bool] | None, bad: float
+) -> None:
+    (name,) = write_non_finite(tmp_path, (ending,), bad)
+    message = f"{name} must hold finite "
+    if quantization is not None:
+        message += NON_FINITE[ending]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_model(tmp_path, CUDA, torch.float32, quantization)
+
+
+@pytest.mark.gpu
+def test_cuda_peaks_at_the_packed_model_and_two_tensors(tmp_path: Path) -> None:
+    hidden, inner = 512, 1536
+    fields = FIELDS | {
+        "vocab_size": 8192,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 6,
+    }
+    write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16))
+    # makes what later loads share
+    load_model(tmp_path, CUDA, torch.bfloat16, NF4)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load_model(tmp_path, CUDA, torch.bfloat16, NF4)
+    packed = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    two_tensors = 2 * hidden * inner * 2
+    # the quantizer's float32 scale of each block, and what a reduction leaves between its parts
+    temporaries = hidden * inner // 64 * 4 + (1 << 18)
+    assert packed < peak <= packed + two_tensors + temporaries
+    # embeddings that came through the staging memory, or a second copy of them, would break it
+    assert two_tensors + temporaries < model.model.embed_tokens.weight.nbytes
