@@ -40,8 +40,8 @@ from torch import Tensor
 PIECE_BYTES = 8 << 20
 # what is read and not yet copied: 128 MiB; a GPU's driver pins 256 MiB in about 0.1 s
 NUM_BUFFERS = 16
-# a thread reads 5 to 10 GB/s from the page cache
-NUM_THREADS = 8
+# a thread reads 5 to 10 GB/s from the page cache; more threads than cores slow each other down
+NUM_THREADS = min(8, os.cpu_count() or 1)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # safetensors' own bound
