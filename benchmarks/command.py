@@ -123,18 +123,18 @@ class Result:
     text: str
 
 
-def run_tests(operation: str) -> None:
-    """Run the GPU tests of an operation.
+def run_tests(operation: str, room: str = "kernels") -> None:
+    """Run the GPU tests of an operation, or of another file of a room.
 
     Raises:
         RuntimeError: one fails, or there is none.
     """
-    tests = f"tests/test_kernels_{operation}.py"
+    tests = f"tests/test_{room}_{operation}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", tests]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code != 0:
         raise RuntimeError(
-            f"{tests} must pass before its kernel is measured: pytest's exit code is {code}"
+            f"{tests} must pass before what it tests is measured: pytest's exit code is {code}"
         )
 
 
