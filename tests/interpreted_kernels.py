@@ -6,12 +6,18 @@ case, to the safetensors file that is its argument.
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
+from cross_entropy_cases import (  # noqa: E402
+    TINY_LOGITS,
+    logits_with_targets_outside,
+    loss_results,
+)
 from layer_cases import (  # noqa: E402
     TINY_GATES,
     TINY_NORMS,
@@ -43,6 +49,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
+from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
@@ -133,6 +140,19 @@ def layer_operations(results: dict[str, Tensor]) -> None:
         results |= {f"{case}/apart/{name}": tensor for name, tensor in apart.items()}
 
 
+def losses(results: dict[str, Tensor]) -> None:
+    """Add what cross-entropy computes alone, and with its gradient in place."""
+    alone = partial(_launch_cross_entropy, writes=False)
+    in_place = partial(_launch_cross_entropy, writes=True)
+    for case in TINY_LOGITS:
+        found = loss_results(case, alone, in_place)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+    logits, targets = logits_with_targets_outside()
+    results["outside/losses alone"] = alone(logits, targets)
+    results["outside/losses"] = in_place(logits, targets)
+    results["outside/gradient"] = logits
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -161,6 +181,7 @@ def main() -> None:
         expanded_into_a_part(results)
         quantized(results)
         layer_operations(results)
+        losses(results)
     save_file(results, sys.argv[1])
 
 

@@ -1,0 +1,271 @@
+"""Cross-entropy of rows of logits, and its gradient in their place, on the GPU.
+
+    loss = logsumexp(z) - z[target]         z a row of logits
+    z    = softmax(z) - onehot(target)      in place, where the gradient is wanted
+
+    row of V | group 0                      | group 1 | ... | rest |
+             | chunk 0 | chunk 1 | ...                                 16 bytes a thread and chunk
+    1 ->       a maximum and a sum of exponentials for each place in a chunk, online; then one
+               maximum and one sum across the program's threads
+    2 <-       read again and overwritten, from the end of the row
+
+One program per row. A row of a large vocabulary (250 KB for 128,256 values in bf16) fits neither
+registers nor shared memory, so the second pass reads it from the L2 cache: it starts with what was
+read last, and a program has the more warps the longer its row is, so that the rows under way on all
+multiprocessors fit that cache. With V values in S bytes each, a row moves
+
+    loss                 V S + 12
+    with the gradient  3 V S + 12     two read, one written; all but 2 V S from L2 at best
+
+and a value costs 12 instructions for the loss and 25 with the gradient, two of them exponentials,
+where in 16 bit an H100 issues 18 and 36 in the time that memory takes: bandwidth is the limit. The
+arithmetic is float32, the gradient rounded once. The order of the sum depends on V, the dtype and
+where rows start, so a row's loss is always the same bits. Rows of any V are read in vectors if they
+start on 16 values: only the rest of a row is masked.
+
+Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
+"""
+
+# triton's annotations know neither launch options nor static_range, nor tuples of tensors, nor that
+# a bool serves as a constexpr
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# the widest access of a thread
+VECTOR_BYTES = 16
+# of a group, whose loads are all under way before the first is worked on
+CHUNKS = 4
+# of a row, to every warp: 32 warps fill a multiprocessor, whose rows then have 256 KB together, and
+# those of an H100's 132 have 34 MB of its 50 MB of L2
+WARP_BYTES = 8 << 10
+MIN_WARPS, MAX_WARPS = 4, 32
+
+# finite, so that a difference of two maxima is a number where no value was seen yet
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+    """Compute the losses in float32; that of a target outside the row is NaN."""
+    is_valid = (targets >= 0) & (targets < logits.shape[1])
+    z, picked = logits.float(), targets.where(is_valid, 0)[:, None]
+    losses = z.logsumexp(dim=1) - z.gather(1, picked).squeeze(1)
+    return losses.masked_fill_(~is_valid, float("nan"))
+
+
+def cross_entropy_reference_(logits: Tensor, targets: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+    """Compute the losses, and in float32 the gradient in the logits' place."""
+    losses = cross_entropy_reference(logits, targets)
+    is_valid = (targets >= 0) & (targets < logits.shape[1])
+    gradient = logits.float().softmax(dim=1)
+    picked = targets.where(is_valid, 0)[:, None]
+    gradient.scatter_add_(1, picked, torch.full_like(losses[:, None], -1.0))
+    logits.copy_(gradient.masked_fill_(~is_valid[:, None], float("nan")))
+    return losses
+
+
+@triton.jit
+def _load_group(
+    row_ptr,
+    first,
+    V,
+    IS_WHOLE: tl.constexpr,
+    IS_LAST_USE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    # nobody needs what was read for the last time, others read theirs again
+    policy: tl.constexpr = "evict_first" if IS_LAST_USE else ""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
+        if IS_WHOLE:
+            tile = tl.load(row_ptr + offs, eviction_policy=policy)
+        else:
+            tile = tl.load(
+                row_ptr + offs, mask=offs < V, other=float("-inf"), eviction_policy=policy
+            )
+        tiles = tiles + (tile,)  # noqa: RUF005, triton knows no star
+    return tiles
+
+
+@triton.jit
+def _add_group(largest, total, tiles, CHUNKS: tl.constexpr):
+    raised = largest
+    for chunk in tl.static_range(CHUNKS):
+        raised = tl.maximum(raised, tiles[chunk].to(tl.float32))
+    total *= tl.exp(largest - raised)
+    for chunk in tl.static_range(CHUNKS):
+        total += tl.exp(tiles[chunk].to(tl.float32) - raised)
+    return raised, total
+
+
+@triton.jit
+def _store_group(
+    row_ptr,
+    first,
+    V,
+    tiles,
+    largest,
+    factor,
+    target,
+    IS_WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    for chunk in tl.static_range(CHUNKS):
+        offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
+        gradient = tl.exp(tiles[chunk].to(tl.float32) - largest) * factor
+        gradient = tl.where(offs == target, gradient - 1.0, gradient)
+        gradient = gradient.to(row_ptr.dtype.element_ty)
+        if IS_WHOLE:
+            tl.store(row_ptr + offs, gradient, eviction_policy="evict_first")
+        else:
+            tl.store(row_ptr + offs, gradient, mask=offs < V, eviction_policy="evict_first")
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    losses_ptr,  # (M,)
+    logits_ptr,  # (M, V), written if WRITES
+    targets_ptr,  # (M,)
+    V,
+    stride_m,
+    WRITES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    # one program computes the loss of one row, and its gradient
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_m
+    wanted = tl.load(targets_ptr + row)
+    is_valid = (wanted >= 0) & (wanted < V)
+    target = tl.where(is_valid, wanted, 0).to(tl.int32)
+    # before the row is written to: the reductions below have barriers
+    target_logit = tl.load(row_ptr + target).to(tl.float32)
+
+    num_groups = V // (CHUNK * CHUNKS)
+    rest = num_groups * (CHUNK * CHUNKS)
+    maxima = tl.full((CHUNK,), LOWEST, tl.float32)
+    totals = tl.zeros((CHUNK,), tl.float32)
+    for group in range(num_groups):
+        tiles = _load_group(row_ptr, group * (CHUNK * CHUNKS), V, True, not WRITES, CHUNK, CHUNKS)
+        maxima, totals = _add_group(maxima, totals, tiles, CHUNKS)
+    if rest < V:
+        tiles = _load_group(row_ptr, rest, V, False, not WRITES, CHUNK, CHUNKS)
+        maxima, totals = _add_group(maxima, totals, tiles, CHUNKS)
+    largest = tl.max(maxima, 0)
+    total = tl.sum(totals * tl.exp(maxima - largest), 0)
+    loss = tl.log(total) - (target_logit - largest)
+    tl.store(losses_ptr + row, tl.where(is_valid, loss, float("nan")))
+
+    if WRITES:
+        factor = tl.where(is_valid, tl.div_rn(1.0, total), float("nan"))
+        if rest < V:
+            tiles = _load_group(row_ptr, rest, V, False, True, CHUNK, CHUNKS)
+            _store_group(row_ptr, rest, V, tiles, largest, factor, target, False, CHUNK, CHUNKS)
+        for group in range(num_groups):
+            first = (num_groups - 1 - group) * (CHUNK * CHUNKS)
+            tiles = _load_group(row_ptr, first, V, True, True, CHUNK, CHUNKS)
+            _store_group(row_ptr, first, V, tiles, largest, factor, target, True, CHUNK, CHUNKS)
+
+
+def _shape(V: int, itemsize: int) -> dict[str, int]:
+    """Choose warps by the length of a row, and chunks with a vector for every thread."""
+    wanted = min(max(V * itemsize // WARP_BYTES, MIN_WARPS), MAX_WARPS)
+    num_warps = triton.next_power_of_2(wanted)
+    return {
+        "CHUNK": 32 * num_warps * VECTOR_BYTES // itemsize,
+        "CHUNKS": CHUNKS,
+        "num_warps": num_warps,
+    }
+
+
+def _launch_cross_entropy(
+    logits: Tensor,  # (M, V)
+    targets: Tensor,  # (M,)
+    writes: bool,
+) -> Tensor:  # (M,) float32
+    M, V = logits.shape
+    assert logits.stride(1) == 1 or V == 1
+    losses = torch.empty(M, dtype=torch.float32, device=logits.device)
+    if M > 0:
+        # triton launches on the current device, which need not be the logits'
+        with torch.cuda.device_of(logits):
+            _cross_entropy_kernel[(M,)](
+                losses,
+                logits,
+                targets.contiguous(),
+                V,
+                logits.stride(0),
+                WRITES=writes,
+                # multiply-adds round less
+                enable_fp_fusion=True,
+                **_shape(V, logits.element_size()),
+            )
+    return losses
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"logits must be bfloat16, float16 or float32: got {logits.dtype}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be rows of values: got shape {tuple(logits.shape)}")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"logits must have contiguous rows: got strides {logits.stride()}")
+    if targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"targets must be one int64 for each row: got {targets.dtype} {tuple(targets.shape)} "
+            f"beside logits of {tuple(logits.shape)}"
+        )
+    if targets.device != logits.device:
+        raise ValueError(
+            f"logits and targets must be on one device: got {logits.device} and {targets.device}"
+        )
+
+
+def cross_entropy(
+    logits: Tensor,  # (M, V), rows of any stride
+    targets: Tensor,  # (M,) int64
+) -> Tensor:  # (M,) float32
+    """Compute the loss of each row, in one pass and without a gradient.
+
+        loss = logsumexp(z) - z[target]
+
+    A target outside the row makes its loss NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit.
+    """
+    _check(logits, targets)
+    if logits.device.type == "cpu":
+        return cross_entropy_reference(logits, targets)
+    return _launch_cross_entropy(logits, targets, writes=False)
+
+
+def cross_entropy_(
+    logits: Tensor,  # (M, V), rows of any stride; overwritten
+    targets: Tensor,  # (M,) int64
+) -> Tensor:  # (M,) float32
+    """Compute the loss of each row, and overwrite the row with the loss's gradient.
+
+        loss = logsumexp(z) - z[target]
+        z    = softmax(z) - onehot(target)
+
+    A target outside the row makes its loss and its gradient NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit, or rows overlap.
+    """
+    _check(logits, targets)
+    M, V = logits.shape
+    if M > 1 and logits.stride(0) < V:
+        raise ValueError(f"logits that are overwritten must not overlap: got {logits.stride()}")
+    if logits.device.type == "cpu":
+        return cross_entropy_reference_(logits, targets)
+    return _launch_cross_entropy(logits, targets, writes=True)
