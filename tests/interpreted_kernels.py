@@ -18,6 +18,7 @@ from cross_entropy_cases import (  # noqa: E402
     logits_with_targets_outside,
     loss_results,
 )
+from dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
 from layer_cases import (  # noqa: E402
     TINY_GATES,
     TINY_NORMS,
@@ -50,6 +51,7 @@ from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
+from kernels.dropout import _launch_dropout  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
@@ -153,6 +155,14 @@ def losses(results: dict[str, Tensor]) -> None:
     results["outside/gradient"] = logits
 
 
+def dropouts(results: dict[str, Tensor]) -> None:
+    """Add what dropout writes and adds."""
+    write, add = partial(_launch_dropout, adds=False), partial(_launch_dropout, adds=True)
+    for case in TINY_DROPOUTS:
+        found = dropout_results(case, write, add)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -182,6 +192,7 @@ def main() -> None:
         quantized(results)
         layer_operations(results)
         losses(results)
+        dropouts(results)
     save_file(results, sys.argv[1])
 
 
