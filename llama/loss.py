@@ -1,70 +1,141 @@
 """Cross-entropy of the head's logits without ever holding them all.
 
-The logits of 8,192 tokens over a vocabulary of 128,256 take 4 GiB in float32, and their gradient as
-much again. The head is frozen, so the gradient with respect to the hidden states is all that is
-needed, and it can be formed chunk by chunk while the logits are at hand: one product for the
-logits, one for the gradient, nothing recomputed in the backward pass. Rows without a label never
-reach the head.
+The logits of 8,192 tokens over a vocabulary of 128,256 take 2 GiB in bfloat16 and 4 GiB in float32,
+and their gradient as much again. The head is frozen, so the gradient with respect to the hidden
+states is all that is needed, and it can be formed chunk by chunk while the logits are at hand: one
+product for the logits, one for the gradient, nothing computed again. Of the logits one chunk is
+held, whose place their gradient takes; the gradient of the hidden states takes theirs. Rows without
+a label never reach the head.
+
+What is left out: autograd. The training step is written out, and asks for loss and gradient at
+once.
 """
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# float32 logits held at once
-LOGITS_BYTES = 512 << 20
+from kernels.cross_entropy import cross_entropy, cross_entropy_
+
+# logits held at once
+LOGITS_BYTES = 256 << 20
+# rows of a tile of the products; chunks are whole tiles where that leaves any
+TILE_ROWS = 128
+# values on which each row of the logits starts, so that a vocabulary of any size is read in vectors
+ROW_ALIGNMENT = 16
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of the logits of a frozen head W.
-
-        z      = h W^T                             one chunk of rows at a time
-        loss   = sum_i logsumexp(z_i) - z_i[target_i]
-        grad_h = grad_loss (softmax(z) - onehot(target)) W
-
-    All of grad_h but its factor is formed in the forward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (M, D), only rows that have a target
-        head: Tensor,  # (V, D), hidden's dtype
-        targets: Tensor,  # (M,) int64
-    ) -> Tensor:  # () float32
-        chunk = max(1, LOGITS_BYTES // (4 * head.shape[0]))
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ head.T).float()
-            picked = targets[rows, None]
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_normalizer - logits.gather(1, picked)).sum()
-            if grad_hidden is not None:
-                probabilities = logits.sub_(log_normalizer).exp_()
-                probabilities.scatter_add_(1, picked, torch.full_like(log_normalizer, -1.0))
-                grad_hidden[rows] = probabilities.to(hidden.dtype) @ head
-        if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        # the incoming factor is loss scale / target tokens: applied in float32, a float16 one could
-        # underflow
-        return (grad_hidden.float() * grad_outputs[0]).to(grad_hidden.dtype), None, None
+def chunk_rows(vocab_size: int, dtype: torch.dtype, num_rows: int) -> int:
+    """Count the rows whose logits are held at once: LOGITS_BYTES of them, but at least one row."""
+    rows = LOGITS_BYTES // (_row_width(vocab_size) * dtype.itemsize)
+    if rows > TILE_ROWS:
+        rows -= rows % TILE_ROWS
+    return max(1, min(rows, num_rows))
 
 
+def _row_width(vocab_size: int) -> int:
+    return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def _chunks(
+    hidden: Tensor,  # (M, D)
+    head: Tensor,  # (V, D), hidden's dtype
+    targets: Tensor,  # (M,)
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield rows of hidden, their logits and their targets; the next logits overwrite these."""
+    M, V = hidden.shape[0], head.shape[0]
+    num_rows = chunk_rows(V, hidden.dtype, M)
+    buffer = torch.empty((num_rows, _row_width(V)), dtype=hidden.dtype, device=hidden.device)
+    for rows, some_targets in zip(hidden.split(num_rows), targets.split(num_rows), strict=True):
+        logits = buffer[: rows.shape[0], :V]
+        torch.mm(rows, head.T, out=logits)
+        yield rows, logits, some_targets
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices of one dtype without rounding the result to it."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _check(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(
+            "hidden and head must be matrices with rows of one length: "
+            f"got shapes {tuple(hidden.shape)} and {tuple(head.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            "targets must be one for each row of hidden: "
+            f"got shapes {tuple(targets.shape)} and {tuple(hidden.shape)}"
+        )
+    if not hidden.device == head.device == targets.device:
+        raise ValueError(
+            "hidden, head and targets must be on one device: "
+            f"got {hidden.device}, {head.device} and {targets.device}"
+        )
+    if hidden.stride(1) != 1 and hidden.shape[1] > 1:
+        raise ValueError(f"hidden must have contiguous rows: got strides {hidden.stride()}")
+
+
+@torch.no_grad()
 def linear_cross_entropy(
-    hidden: Tensor,  # (M, D), only rows that have a target
+    hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
     head: Tensor,  # (V, D)
     targets: Tensor,  # (M,) int64
 ) -> Tensor:  # () float32, summed over the rows
-    """Sum the cross-entropy of softmax(hidden head^T) at the targets.
+    """Sum the cross-entropy of softmax(hidden head^T) at the targets, without a gradient.
 
-    The products are in hidden's dtype, everything after them in float32.
+        z    = hidden head^T                          one chunk of rows at a time
+        loss = sum_i logsumexp(z_i) - z_i[target_i]
+
+    The product is in hidden's dtype, to which the head is converted, everything after it in
+    float32.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit.
     """
-    return _LinearCrossEntropy.apply(hidden, head.to(hidden.dtype), targets)
+    _check(hidden, head, targets)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for _, logits, some_targets in _chunks(hidden, head.to(hidden.dtype), targets):
+        loss += cross_entropy(logits, some_targets).sum()
+    return loss
+
+
+@torch.no_grad()
+def linear_cross_entropy_with_gradient(
+    hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
+    head: Tensor,  # (V, D), frozen
+    targets: Tensor,  # (M,) int64
+    factor: Tensor,  # () float32
+) -> tuple[Tensor, Tensor]:  # () float32, summed over the rows; (M, D), hidden's dtype
+    """Sum the cross-entropy as `linear_cross_entropy` does, and compute its gradient.
+
+        z           = hidden head^T                   one chunk of rows at a time
+        loss        = sum_i logsumexp(z_i) - z_i[target_i]
+        grad_hidden = factor (softmax(z) - onehot(targets)) head
+
+    Both products are of matrices in hidden's dtype; the second one's result is float32, and rounded
+    once, after the factor: a loss scale over a number of tokens, which float16 might not hold.
+
+    Args:
+        hidden: consumed; the gradient is written over it, and returned.
+        factor: of the gradient, on hidden's device; not of the loss.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not fit.
+    """
+    _check(hidden, head, targets)
+    if factor.shape != () or factor.dtype != torch.float32 or factor.device != hidden.device:
+        raise ValueError(
+            "the factor must be one float32 on hidden's device: "
+            f"got {factor.dtype} {tuple(factor.shape)} on {factor.device}, not {hidden.device}"
+        )
+    head = head.to(hidden.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, logits, some_targets in _chunks(hidden, head, targets):
+        loss += cross_entropy_(logits, some_targets).sum()
+        torch.mul(_product_in_float32(logits, head), factor, out=rows)
+    return loss, hidden

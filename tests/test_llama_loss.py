@@ -1,16 +1,24 @@
 """llama/loss.py: the chunked loss and its gradient against torch's cross-entropy in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_no_worse_than
+from equality import assert_equal, assert_no_worse_than
+from layer_cases import part_of_wider_rows
 from torch import Tensor
 
 import llama.loss
-from llama.loss import linear_cross_entropy
+from llama.loss import chunk_rows, linear_cross_entropy, linear_cross_entropy_with_gradient
 
 EPS = torch.finfo(torch.float32).eps
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NUM_ROWS, HIDDEN, VOCAB = 37, 24, 101
+# of a row of the logits' buffer
+ROW_WIDTH = 112
+HALVES = [torch.bfloat16, torch.float16]
+FACTOR = 3.0
 
 
 @pytest.fixture
@@ -25,8 +33,40 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, head, targets
 
 
-def set_chunk(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
-    monkeypatch.setattr(llama.loss, "LOGITS_BYTES", num_rows * VOCAB * 4)
+def set_chunk(monkeypatch: pytest.MonkeyPatch, num_rows: int, itemsize: int = 4) -> None:
+    monkeypatch.setattr(llama.loss, "LOGITS_BYTES", num_rows * ROW_WIDTH * itemsize)
+
+
+def loss_and_gradient(
+    hidden: Tensor, head: Tensor, targets: Tensor, factor: float = FACTOR
+) -> tuple[Tensor, Tensor]:
+    """Call the product on a copy of hidden that it may consume, as part of wider rows."""
+    consumed = part_of_wider_rows(hidden, hidden.dtype, hidden.device)
+    loss, gradient = linear_cross_entropy_with_gradient(
+        consumed, head, targets, torch.tensor(factor, device=hidden.device)
+    )
+    assert gradient.data_ptr() == consumed.data_ptr()
+    assert gradient.stride() == consumed.stride()
+    return loss, gradient
+
+
+def loss_and_gradient_of_torch(
+    hidden: Tensor, head: Tensor, targets: Tensor, factor: float = FACTOR
+) -> tuple[Tensor, Tensor]:
+    """As transformers does: logits in the model's dtype, the loss in float32 at least."""
+    hidden = hidden.clone().requires_grad_()
+    logits = hidden @ head.T
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(factor * loss, hidden)
+    return loss.detach(), gradient
+
+
+def in_dtype(
+    case: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head, targets = case
+    return hidden.to(dtype), head.to(dtype), targets
 
 
 @pytest.mark.parametrize("chunk", [1, 5, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1])
@@ -35,85 +75,138 @@ def test_loss_and_gradient_equal_float64_for_every_chunk(
 ) -> None:
     set_chunk(monkeypatch, chunk)
     hidden, head, targets = case
-    hidden = hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, head, targets)
-    (3 * loss).backward()
+    loss, gradient = loss_and_gradient(hidden, head, targets)
+    alone = linear_cross_entropy(hidden, head, targets)
+    expected, expected_gradient = loss_and_gradient_of_torch(*in_dtype(case, torch.float64))
 
-    truth = hidden.detach().double().requires_grad_()
-    logits = truth @ head.double().T
-    expected = F.cross_entropy(logits, targets, reduction="sum")
-    (3 * expected).backward()
-
-    assert loss.shape == ()
-    assert loss.dtype == torch.float32
-    assert loss.isfinite()
     # a logit is a sum of HIDDEN products, and logsumexp moves by no more than its largest logit
-    logit_error = HIDDEN * EPS * (hidden.detach().abs() @ head.abs().T).double().amax(1)
-    logit_error += 4 * EPS * (logits.detach().abs().amax(1) + 1)
-    sum_error = NUM_ROWS * EPS * expected.detach()
-    assert (loss.double() - expected).abs() <= 2 * logit_error.sum() + sum_error
+    magnitudes = hidden.double().abs() @ head.double().abs().T
+    logits = hidden.double() @ head.double().T
+    logit_error = HIDDEN * EPS * magnitudes.amax(1) + 4 * EPS * (logits.abs().amax(1) + 1)
+    for actual in (loss, alone):
+        assert actual.shape == ()
+        assert actual.dtype == torch.float32
+        assert actual.isfinite()
+        sum_error = NUM_ROWS * EPS * expected
+        assert (actual.double() - expected).abs() <= 2 * logit_error.sum() + sum_error
 
-    assert hidden.grad is not None
-    assert truth.grad is not None
-    assert hidden.grad.shape == hidden.shape
-    assert hidden.grad.isfinite().all()
+    assert gradient.shape == hidden.shape
+    assert gradient.dtype == torch.float32
+    assert gradient.isfinite().all()
     # a probability inherits twice the logits' error, and its row of the head sums VOCAB products
-    factor = logits.detach().softmax(1)
-    factor[torch.arange(NUM_ROWS), targets] += 1
-    bound = 3 * (2 * logit_error + (VOCAB + 4) * EPS)[:, None] * (factor @ head.double().abs())
-    assert ((hidden.grad.double() - truth.grad).abs() <= bound).all()
+    slope = logits.softmax(1)
+    slope[torch.arange(NUM_ROWS), targets] += 1
+    bound = FACTOR * (2 * logit_error + (VOCAB + 5) * EPS)[:, None] * (slope @ head.double().abs())
+    assert ((gradient.double() - expected_gradient).abs() <= bound).all()
 
 
-def test_no_rows_give_a_loss_of_zero(case: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, head, _ = case
-    hidden = torch.empty(0, HIDDEN, requires_grad=True)
-    loss = linear_cross_entropy(hidden, head, torch.empty(0, dtype=torch.int64))
-    loss.backward()
-    assert loss.item() == 0
-    assert hidden.grad is not None
-    assert hidden.grad.shape == (0, HIDDEN)
+def test_the_loss_alone_keeps_the_hidden_states(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, head, targets = case
+    before = hidden.clone()
+    linear_cross_entropy(hidden, head, targets)
+    assert_equal(hidden, before)
 
 
-def test_the_logits_are_never_held_at_once(
-    monkeypatch: pytest.MonkeyPatch, case: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    set_chunk(monkeypatch, 5)
-    sizes = []
-    matmul = Tensor.__matmul__
-
-    def record(a: Tensor, b: Tensor) -> Tensor:
-        product = matmul(a, b)
-        sizes.append(tuple(product.shape))
-        return product
-
-    monkeypatch.setattr(Tensor, "__matmul__", record)
-    linear_cross_entropy(*case)
-    assert sizes == [(5, VOCAB)] * 7 + [(2, VOCAB)]
+def test_what_lies_behind_the_hidden_states_is_left(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, head, targets = case
+    wide = torch.zeros(NUM_ROWS, HIDDEN + 3)
+    wide[:, :HIDDEN] = hidden
+    linear_cross_entropy_with_gradient(wide[:, :HIDDEN], head, targets, torch.tensor(1.0))
+    assert (wide[:, HIDDEN:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_errs_no_more_than_twice_as_much_as_torch(
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_no_rows_give_a_loss_of_zero(
     case: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> None:
-    hidden, head, targets = (t.to(dtype) if t.is_floating_point() else t for t in case)
+    head = case[1].to(dtype)
+    hidden, targets = torch.empty(0, HIDDEN, dtype=dtype), torch.empty(0, dtype=torch.int64)
+    assert_equal(linear_cross_entropy(hidden, head, targets), torch.tensor(0.0))
+    loss, gradient = loss_and_gradient(hidden, head, targets)
+    assert_equal(loss, torch.tensor(0.0))
+    assert_equal(gradient, hidden)
 
-    def gradient(dtype: torch.dtype, ours: bool) -> tuple[Tensor, Tensor]:
-        x, w = hidden.to(dtype, copy=True).requires_grad_(), head.to(dtype)
-        if ours:
-            loss = linear_cross_entropy(x, w, targets)
-        else:
-            logits = x @ w.T
-            # as transformers does: logits in the model's dtype, the loss in float32
-            logits = logits if dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-        loss.backward()
-        assert x.grad is not None
-        return loss.detach(), x.grad
 
-    for actual, baseline, truth in zip(
-        gradient(dtype, True), gradient(dtype, False), gradient(torch.float64, False), strict=True
-    ):
-        assert_no_worse_than(actual, baseline, truth)
+def test_a_factor_is_the_gradients_not_the_losss(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    loss, gradient = loss_and_gradient(*case, factor=1.0)
+    for factor in (0.0, 0.25, 1024.0):
+        again, scaled = loss_and_gradient(*case, factor=factor)
+        assert_equal(again, loss)
+        # powers of two round nothing
+        assert_equal(scaled, factor * gradient)
+
+
+def test_a_small_factor_does_not_underflow_before_the_gradient_is_large(
+    case: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    hidden, head, targets = in_dtype(case, torch.float16)
+    # below float16's smallest number, as 1 / tokens may be; the head makes up for it
+    factor, large = 2.0**-26, 2.0**13 * head
+    _, expected = loss_and_gradient(hidden * 2.0**-13, large, targets, factor=1.0)
+    _, scaled = loss_and_gradient(hidden * 2.0**-13, large, targets, factor=factor)
+    assert scaled.count_nonzero() > 0
+    tiny = 2.0**-24
+    assert (scaled.double() - factor * expected.double()).abs().max() <= tiny
+
+
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["loss", "gradient"])
+def test_the_logits_of_one_chunk_are_held_in_one_buffer(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[Tensor, Tensor, Tensor], with_gradient: bool
+) -> None:
+    set_chunk(monkeypatch, 5)
+    shapes, places = [], set()
+    mm = torch.mm
+
+    def record(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        shapes.append(tuple(out.shape))
+        places.add((out.data_ptr(), out.stride()))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", record)
+    if with_gradient:
+        loss_and_gradient(*case)
+    else:
+        linear_cross_entropy(*case)
+    assert shapes == [(5, VOCAB)] * 7 + [(2, VOCAB)]
+    assert len(places) == 1
+    ((_, stride),) = places
+    assert stride == (ROW_WIDTH, 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype", "num_rows", "expected"),
+    [
+        # 256 MiB of 2 bytes hold 1046 rows, of which whole tiles are 1024
+        (128_256, torch.bfloat16, 8192, 1024),
+        (128_256, torch.float32, 8192, 512),
+        (128_256, torch.float16, 1000, 1000),
+        (32_000, torch.bfloat16, 8192, 4096),
+        # rows of 128,272 values
+        (128_257, torch.bfloat16, 8192, 1024),
+        # less than a tile
+        (2**21, torch.bfloat16, 8192, 64),
+        # less than a row
+        (2**28, torch.float32, 8192, 1),
+        (101, torch.float32, 0, 1),
+    ],
+)
+def test_a_chunk_is_what_the_budget_holds(
+    vocab_size: int, dtype: torch.dtype, num_rows: int, expected: int
+) -> None:
+    assert chunk_rows(vocab_size, dtype, num_rows) == expected
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_errs_no_more_than_twice_as_much_as_torch(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    set_chunk(monkeypatch, 5, itemsize=2)
+    inputs = in_dtype(case, dtype)
+    baseline = loss_and_gradient_of_torch(*inputs)
+    truth = loss_and_gradient_of_torch(*in_dtype(inputs, torch.float64))
+    for actual, floor, expected in zip(loss_and_gradient(*inputs), baseline, truth, strict=True):
+        assert_no_worse_than(actual, floor, expected)
+    assert_no_worse_than(linear_cross_entropy(*inputs), baseline[0], truth[0])
 
 
 def test_a_head_in_another_dtype_is_used_in_the_hidden_states_dtype(
@@ -121,7 +214,114 @@ def test_a_head_in_another_dtype_is_used_in_the_hidden_states_dtype(
 ) -> None:
     hidden, head, targets = case
     stored = head.bfloat16()
-    assert torch.equal(
-        linear_cross_entropy(hidden, stored, targets),
-        linear_cross_entropy(hidden, stored.float(), targets),
+    same = stored.float()
+    assert_equal(
+        linear_cross_entropy(hidden, stored, targets), linear_cross_entropy(hidden, same, targets)
     )
+    for actual, expected in zip(
+        loss_and_gradient(hidden, stored, targets),
+        loss_and_gradient(hidden, same, targets),
+        strict=True,
+    ):
+        assert_equal(actual, expected)
+
+
+def test_nothing_is_recorded_for_autograd(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, head, targets = case
+    hidden.requires_grad_()
+    assert not linear_cross_entropy(hidden * 1, head, targets).requires_grad
+    loss, gradient = linear_cross_entropy_with_gradient(
+        hidden * 1, head, targets, torch.tensor(1.0)
+    )
+    assert not loss.requires_grad
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": torch.ones(5, 7)}, "^hidden and head must be matrices with rows of one length"),
+        ({"hidden": torch.ones(3, 8, 1)}, "^hidden and head must be matrices"),
+        ({"targets": torch.zeros(4).long()}, "^targets must be one for each row of hidden"),
+        ({"head": torch.ones(5, 8, device="meta")}, "must be on one device: got cpu, meta and cpu"),
+        (
+            {"hidden": torch.ones(8, 3).T},
+            "^hidden must have contiguous rows: got strides",
+        ),
+        ({"factor": torch.ones(1)}, "^the factor must be one float32 on hidden's device"),
+        ({"factor": torch.tensor(1.0).half()}, "^the factor must be one float32"),
+        ({"factor": torch.ones((), device="meta")}, "^the factor must be one float32"),
+    ],
+    ids=[
+        "width",
+        "dimensions",
+        "targets",
+        "device",
+        "scattered",
+        "factor's shape",
+        "factor's dtype",
+        "factor's device",
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    given = {"hidden": torch.ones(3, 8), "head": torch.ones(5, 8)}
+    given |= {"targets": torch.zeros(3).long(), "factor": torch.tensor(1.0)}
+    given |= changes
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy_with_gradient(**given)
+    if "factor" not in changes:
+        del given["factor"]
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(**given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gpu_loss_and_gradient_are_as_good_as_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    num_rows, width, vocab_size = 300, 512, 32_003
+    # whole tiles, and what is left
+    monkeypatch.setattr(llama.loss, "LOGITS_BYTES", 200 * 32_016 * dtype.itemsize)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, width, generator=generator)
+    head = torch.randn(vocab_size, width, generator=generator) / 16
+    targets = torch.randint(vocab_size, (num_rows,), generator=generator)
+    hidden[:100] = 8 * head[targets[:100]]
+    inputs = in_dtype((hidden.to(CUDA), head.to(CUDA), targets.to(CUDA)), dtype)
+    baseline = loss_and_gradient_of_torch(*inputs)
+    truth = loss_and_gradient_of_torch(*in_dtype(inputs, torch.float64))
+    found = loss_and_gradient(*inputs)
+    for actual, floor, expected in zip(found, baseline, truth, strict=True):
+        assert_no_worse_than(actual, floor, expected)
+    for actual, again in zip(found, loss_and_gradient(*inputs), strict=True):
+        assert_equal(again, actual)
+    assert_no_worse_than(linear_cross_entropy(*inputs), baseline[0], truth[0])
+
+
+@pytest.mark.gpu
+def test_gpu_is_not_waited_for_and_holds_one_chunk_of_logits() -> None:
+    # odd, so rows of the logits are parts of wider ones
+    num_rows, width, vocab_size, row_width = 4096, 256, 128_257, 128_272
+    hidden = torch.randn(num_rows, width, device=CUDA).bfloat16()
+    head = torch.randn(vocab_size, width, device=CUDA).bfloat16()
+    targets = torch.randint(vocab_size, (num_rows,), device=CUDA)
+    factor = torch.tensor(0.5, device=CUDA)
+    # compiles, and makes cuBLAS's workspace
+    linear_cross_entropy_with_gradient(hidden.clone(), head, targets, factor)
+    linear_cross_entropy(hidden, head, targets)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(hidden, head, targets)
+        linear_cross_entropy_with_gradient(hidden, head, targets, factor)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    num_chunk_rows = chunk_rows(vocab_size, torch.bfloat16, num_rows)
+    logits_bytes = num_chunk_rows * row_width * 2
+    # beside them the gradient of a chunk in float32, and the losses
+    bound = logits_bytes + num_chunk_rows * width * 4 + (1 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= bound
