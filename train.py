@@ -7,6 +7,7 @@
 """
 
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -27,6 +28,7 @@ from data.tokenizer import Tokenizer
 from llama.checkpoint import find_checkpoint, load_model
 from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
+from llama.micro_step import MicroStep
 from llama.model import PROJECTIONS, Llama
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, resolve_target_modules
@@ -70,6 +72,7 @@ class Run:
     config: TrainConfig
     lora: LoRAConfig
     model: Llama
+    micro_step: MicroStep
     optimizer: AdamW
     loss_scale: LossScale
     train_data: Dataset
@@ -144,7 +147,21 @@ def main(arguments: Sequence[str]) -> None:
     # only now, when nothing that was given can be wrong any more, is anything written
     open_output(config)
     num_steps = count_steps(config, train_data)
-    run = Run(config, lora, model, optimizer, loss_scale, train_data, eval_data, state, num_steps)
+    micro_step = MicroStep(
+        model, [config.activations] * len(model.layers), captures=device.type == "cuda"
+    )
+    run = Run(
+        config,
+        lora,
+        model,
+        micro_step,
+        optimizer,
+        loss_scale,
+        train_data,
+        eval_data,
+        state,
+        num_steps,
+    )
     before = answer(run, tokenizer)
     last_row = train(run)
     if optimizer.describe() != described:
@@ -264,9 +281,7 @@ def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
             bar.total = total
             bar.update(done - bar.n)
 
-        model = load_model(folder, device, getattr(torch, config.dtype), quantization, report)
-    model.recompute_activations = config.activations == "recompute"
-    return model
+        return load_model(folder, device, getattr(torch, config.dtype), quantization, report)
 
 
 def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
@@ -408,18 +423,15 @@ def train_step(run: Run) -> PendingResult:
         config.learning_rate,
         config.lr_scheduler,
     )
-    # dropout depends on the seed and the step alone, so a resumed run needs no random state
-    torch.manual_seed(config.seed * 1_000_003 + state.step)
-    run.model.train()
     optimizer.zero_grad()
     total_loss = torch.zeros((), device=run.model.device)
     for index, batch in enumerate(batches):
-        loss = run.model.loss(batch.input_ids, batch.labels) / num_targets
         if index == len(batches) - 1:
-            # what is paged out comes back beside the last backward pass
+            # what is paged out comes back beside the last micro-batch
             optimizer.prefetch()
-        (loss * scale.scale).backward()
-        total_loss += loss.detach()
+        seed = dropout_seed(config.seed, state.step, index)
+        total_loss += run.micro_step(batch.input_ids, batch.labels, scale.scale / num_targets, seed)
+    total_loss /= num_targets
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
     scale.update(grad_norm)
 
@@ -427,6 +439,14 @@ def train_step(run: Run) -> PendingResult:
     state.tokens += sum(batch.num_tokens for batch in batches)
     state.target_tokens += num_targets
     return PendingResult(state.step, total_loss, grad_norm, learning_rate)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Draw a micro-batch's seed from its place alone, so that a resumed run needs no random
+    state."""
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
+    # what an int64 holds
+    return int.from_bytes(digest[:7], "big")
 
 
 def step_batches(run: Run) -> list[Batch]:
@@ -440,10 +460,8 @@ def step_batches(run: Run) -> list[Batch]:
     return [collate([samples[i] for i in indices]) for indices in micro_batches]
 
 
-@torch.no_grad()
 def evaluate(model: Llama, dataset: Dataset, batch_size: int) -> float:
     """Compute the mean loss over a data set's target tokens, in nats, dropout off."""
-    model.eval()
     total = 0.0
     for start in range(0, len(dataset.samples), batch_size):
         batch = collate(dataset.samples[start : start + batch_size])

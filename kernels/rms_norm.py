@@ -13,7 +13,7 @@ One program holds a row in registers, so each tensor is moved once; a row too lo
 twice, the second time from L2. With D values in S bytes each, a row moves
 
     forward     2 D S + 4      with a residual 4 D S + 4: two read, two written
-    backward    3 D S + 4      with the gradient of r 4 D S + 4
+    backward    3 D S + 4      with the gradient of r 4 D S + 4, with y again D S more
 
 and costs about 4 D FLOPs forward, 8 D backward: memory bandwidth is the limit. The weights are
 frozen: no gradient of theirs, and no pass to add it up over the rows. They come from L2, and so do
@@ -168,6 +168,7 @@ def _rms_norm_kernel(
 @triton.jit
 def _rms_norm_backward_kernel(
     grad_ptr,  # (M, D), may be grad_y or grad_r
+    y_ptr,  # (M, D), written if WRITES_Y; may be grad_y
     grad_y_ptr,  # (M, D)
     grad_r_ptr,  # (M, D), read where there is one
     r_ptr,  # (M, D)
@@ -175,14 +176,16 @@ def _rms_norm_backward_kernel(
     weight_ptr,  # (D,)
     D,
     stride_grad_m,
+    stride_ym,
     stride_grad_ym,
     stride_grad_rm,
     stride_rm,
     HAS_GRAD_R: tl.constexpr,
+    WRITES_Y: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,  # 0: the row does not fit the registers
 ):
-    # one program computes the gradient of one row. It may write it over grad_y or grad_r: a row in
+    # one program computes the gradient of one row. It may write over grad_y or grad_r: a row in
     # registers is read before any of it is written; of one that is read twice, the sum between
     # ends the first reading for all threads, and each chunk is read again before it is written
     row = tl.program_id(0).to(tl.int64)
@@ -190,6 +193,7 @@ def _rms_norm_backward_kernel(
     grad_r_ptr += row * stride_grad_rm
     r_ptr += row * stride_rm
     grad_ptr += row * stride_grad_m
+    y_ptr += row * stride_ym
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((CHUNK,), tl.float32)
     if CHUNKS > 0:
@@ -218,6 +222,9 @@ def _rms_norm_backward_kernel(
             if HAS_GRAD_R:
                 grad += grads_r[chunk].to(tl.float32)
             tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)
+            if WRITES_Y:
+                y = rows[chunk].to(tl.float32) * rstd * weights[chunk].to(tl.float32)
+                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
     else:
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
@@ -228,6 +235,9 @@ def _rms_norm_backward_kernel(
             if HAS_GRAD_R:
                 grad += tl.load(grad_r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
             tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)
+            if WRITES_Y:
+                y = r * rstd * weight
+                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
 
 
 def _shape(x: Tensor) -> dict[str, int]:
@@ -289,6 +299,7 @@ def _launch_rms_norm_backward(
     rstd: Tensor,  # (M,) float32
     weight: Tensor,  # (D,)
     out: Tensor | None = None,  # (M, D), may be grad_y or grad_r
+    y: Tensor | None = None,  # (M, D), written; may be grad_y
 ) -> Tensor:  # (M, D)
     M, D = r.shape
     grad = torch.empty((M, D), dtype=r.dtype, device=r.device) if out is None else out
@@ -298,6 +309,7 @@ def _launch_rms_norm_backward(
         with torch.cuda.device_of(r):
             _rms_norm_backward_kernel[(M,)](
                 grad,
+                grad if y is None else y,
                 grad_y,
                 addend,
                 r,
@@ -305,10 +317,12 @@ def _launch_rms_norm_backward(
                 weight,
                 D,
                 grad.stride(0),
+                grad.stride(0) if y is None else y.stride(0),
                 grad_y.stride(0),
                 addend.stride(0),
                 r.stride(0),
                 HAS_GRAD_R=has_grad_r,
+                WRITES_Y=y is not None,
                 enable_fp_fusion=True,
                 **_shape(r),
             )
@@ -392,6 +406,7 @@ def rms_norm_backward(
     rstd: Tensor,  # (M,) float32
     weight: Tensor,  # (D,), frozen
     out: Tensor | None = None,  # (M, D)
+    y: Tensor | None = None,  # (M, D)
 ) -> Tensor:  # (M, D), r's dtype
     """Compute the gradient of `rms_norm`'s r, which is that of x and of the residual.
 
@@ -402,12 +417,14 @@ def rms_norm_backward(
         grad_r: what reaches r past the norm, along the residual stream; nothing if None.
         out: what to write into and return. May be grad_y or grad_r, which is then overwritten;
             shares no other memory with what is read. A new tensor if None.
+        y: what to write the norm's result into again, bit for bit, for whoever did not keep it: the
+            gradient of a low-rank update needs it. May be grad_y, if out is not.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
             requires a gradient.
     """
-    _check(weight, r=r, grad_y=grad_y, grad_r=grad_r, out=out)
+    _check(weight, r=r, grad_y=grad_y, grad_r=grad_r, out=out, y=y)
     if (rstd.shape, rstd.dtype) != (r.shape[:1], torch.float32) or not rstd.is_contiguous():
         raise ValueError(
             f"rstd must be contiguous float32 of shape ({r.shape[0]},): "
@@ -417,5 +434,7 @@ def rms_norm_backward(
         raise ValueError(f"rstd and r must be on one device: got {rstd.device} and {r.device}")
     if r.device.type == "cpu":
         grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight)
+        if y is not None:
+            y.copy_(r.float() * rstd[:, None] * weight.float())
         return grad if out is None else out.copy_(grad)
-    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out)
+    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out, y)

@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 import torch
 
-from llama.model import KeyValueCache, Llama
+from llama.decoder_layer import KeyValueCache
+from llama.model import Llama
 
 
 @torch.no_grad()
@@ -13,15 +14,11 @@ def generate_greedy(
 ) -> list[int]:
     """Continue a prompt by the most probable token until one of `stop_ids`, which is not returned.
 
-    Without dropout, whatever mode the model is in.
-
     Raises:
         ValueError: the prompt is empty.
     """
     if not prompt_ids:
         raise ValueError("a prompt must hold at least one token: got none")
-    was_training = model.training
-    model.eval()
     cache = KeyValueCache()
     new_ids: list[int] = []
     ids = torch.tensor([prompt_ids], device=model.device)
@@ -32,5 +29,4 @@ def generate_greedy(
             break
         new_ids.append(next_id)
         ids = torch.tensor([[next_id]], device=model.device)
-    model.train(was_training)
     return new_ids

@@ -3,118 +3,47 @@
     q_proj | k_proj | v_proj        gate_proj | up_proj        o_proj        down_proj
 
 The members' weights lie row by row in one buffer, so one dequantization and one product serve them
-all; checkpoint and adapter files still see the members by name. PEFT instead wraps each projection,
-dequantizes each by itself and computes each update from its own copy of the input's gradient. Here
-the members share the input's dropout mask too, which is one draw where PEFT makes one per
-projection.
+all; checkpoint and adapter files still see the members by name. The updates ride in the same
+product, because the buffers have room for them (a tail of T columns):
+
+    forward     y      = [x | h] [W | s B]^T              h      = z A^T
+    backward    grad_x = [grad_y | grad_h] [W; A]         grad_h = grad_y s B
+
+                grad_A += grad_h^T z
+                grad_B += s grad_y^T h
+
+where z is x after dropout, or x itself. Whoever produces x or grad_y writes it into a buffer with
+that room, and there is no autograd: the layers write their backward pass out. PEFT instead wraps
+each projection, dequantizes each by itself, adds each update in a pass of its own and computes it
+from its own copy of the input's gradient. Here the members share the input's dropout mask too,
+which is one draw where PEFT makes one per projection.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.nf4_matmul import nf4_matmul, nf4_matmul_transposed
+from kernels.dropout import dropout, dropout_add_
+from kernels.lora_extension import Update, extend_with_lora
+from kernels.nf4_dequantize import nf4_dequantize
+from kernels.nf4_matmul import matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
 from lora.config import LoRAConfig
 from nf4.weight import NF4Weight, empty_weight
 
-
-class _Update(NamedTuple):
-    """Where one member's update lives: its rows of y, of the stacked A, of the stacked B."""
-
-    y: slice
-    A: slice
-    B: slice
+# of the tails' columns: keeps rows aligned for the widest access, and away from strides that are powers
+# of two, on which cuBLAS is slower (3 % of an 8B step)
+TAIL_MULTIPLE = 64
 
 
-def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply 16-bit matrices into a float32 result, rounded nowhere in between."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    """Add s a b to a float32 matrix, accumulated in float32 and rounded nowhere in between."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
-class _LoRALinear(torch.autograd.Function):
-    """A frozen linear layer with low-rank updates; z is x after dropout, or x itself.
-
-        h_i      = z A_i^T                          for each member i with an update
-        y_i      = x W_i^T + b_i + s h_i B_i^T
-
-        grad_h_i = s grad_y_i B_i
-        grad_B_i = s grad_y_i^T h_i
-        grad_A_i = grad_h_i^T z
-        grad_z   = sum_i grad_h_i A_i
-        grad_x   = grad_y W                         over all members, with an update or not
-
-    W and b are frozen; W is dequantized again, not saved. Without dropout grad_z is added into
-    grad_x. grad_A and grad_B are float32, accumulated in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (M, K) compute dtype
-        z: Tensor | None,  # (M, K), or None where there is no dropout
-        lora_A: Tensor,  # (num_updates * R, K) float32
-        lora_B: Tensor,  # (sum of the targets' rows, R) float32
-        group: "LinearGroup",
-    ) -> Tensor:  # (M, N) compute dtype
-        A = lora_A.to(x.dtype)
-        B = lora_B.to(x.dtype)
-        h = (x if z is None else z) @ A.T
-        y = group.multiply_base(x)
-        for update in group.updates:
-            y[:, update.y].addmm_(h[:, update.A], B[update.B].T, alpha=group.scaling)
-        ctx.save_for_backward(x if z is None else z, h, lora_A, lora_B)
-        ctx.group = group
-        ctx.has_dropout = z is not None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grad_outputs
-        z, h, lora_A, lora_B = ctx.saved_tensors
-        group: LinearGroup = ctx.group
-        needs_x, needs_z, needs_A, needs_B, _ = ctx.needs_input_grad
-        A = lora_A.to(grad_y.dtype)
-        B = lora_B.to(grad_y.dtype)
-        grad_h = torch.empty_like(h)
-        grad_B = torch.empty_like(lora_B) if needs_B else None
-        for update in group.updates:
-            # beta=0 overwrites; the scaling is applied before the one rounding
-            grad_h[:, update.A].addmm_(
-                grad_y[:, update.y], B[update.B], beta=0, alpha=group.scaling
-            )
-            if grad_B is not None:
-                torch.mul(
-                    _matmul_float32(grad_y[:, update.y].T, h[:, update.A]),
-                    group.scaling,
-                    out=grad_B[update.B],
-                )
-        grad_A = _matmul_float32(grad_h.T, z) if needs_A else None
-        grad_z = grad_h @ A if needs_z else None
-        grad_x = group.multiply_base_transposed(grad_y) if needs_x else None
-        if grad_x is not None and not ctx.has_dropout:
-            grad_x.addmm_(grad_h, A)
-        return grad_x, grad_z, grad_A, grad_B, None
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A frozen linear layer: y = x W^T + b, grad_x = grad_y W."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: "LinearGroup") -> Tensor:
-        ctx.group = group
-        return group.multiply_base(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
-        (grad_y,) = grad_outputs
-        needs_x, _ = ctx.needs_input_grad
-        return ctx.group.multiply_base_transposed(grad_y) if needs_x else None, None
+        total.addmm_(a.float(), b.float(), alpha=scaling)
+    else:
+        torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
 
 
 class LinearGroup(nn.Module):
@@ -145,10 +74,11 @@ class LinearGroup(nn.Module):
         self.rows = rows
         self.in_features = in_features
         self.has_bias = has_bias
-        self.updates: list[_Update] = []
+        self.updates: tuple[Update, ...] = ()
         self.targets: tuple[str, ...] = ()
         self.scaling = 0.0
         self.dropout = 0.0
+        self.site = 0
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
@@ -172,12 +102,12 @@ class LinearGroup(nn.Module):
         """
         if quantization is None:
             self.weight = torch.empty(
-                sum(self.rows), self.in_features, dtype=weight_dtype, device=device
+                self.num_rows, self.in_features, dtype=weight_dtype, device=device
             )
         else:
             self.weight = empty_weight(self.rows, self.in_features, *quantization, device)
         self.bias = (
-            torch.empty(sum(self.rows), dtype=bias_dtype, device=device) if self.has_bias else None
+            torch.empty(self.num_rows, dtype=bias_dtype, device=device) if self.has_bias else None
         )
 
     def home(self, name: str) -> Tensor | None:
@@ -218,30 +148,36 @@ class LinearGroup(nn.Module):
         assert (home.shape, home.dtype) == (tensor.shape, tensor.dtype)
         home.copy_(tensor)
 
-    def attach(self, config: LoRAConfig, device: torch.device, generator: torch.Generator) -> None:
+    def attach(
+        self, config: LoRAConfig, device: torch.device, generator: torch.Generator, site: int
+    ) -> None:
         """Give every member among the targets an update that starts at zero.
 
         A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)), B = 0, as PEFT draws them. Drawn on the
         CPU, so a seed gives the same adapter on every device.
+
+        Args:
+            site: tells this group's dropout masks from those of others.
         """
         assert not self.updates, "a group takes one adapter"
         self.targets = tuple(name for name in self.names if name in config.target_modules)
         if not self.targets:
             return
         bound = self.in_features**-0.5
-        self.scaling, self.dropout = config.scaling, config.lora_dropout
-        parts_A = []
+        self.scaling, self.dropout, self.site = config.scaling, config.lora_dropout, site
+        parts_A, updates = [], []
         num_rows = 0
         for name, y in zip(self.names, self._row_slices(), strict=True):
             if name in self.targets:
                 first = len(parts_A) * config.r
                 rows = y.stop - y.start
-                self.updates.append(
-                    _Update(y, slice(first, first + config.r), slice(num_rows, num_rows + rows))
+                updates.append(
+                    Update(y, slice(first, first + config.r), slice(num_rows, num_rows + rows))
                 )
                 part = torch.empty(config.r, self.in_features)
                 parts_A.append(part.uniform_(-bound, bound, generator=generator))
                 num_rows += rows
+        self.updates = tuple(updates)
         self.lora_A = nn.Parameter(torch.cat(parts_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(num_rows, config.r, device=device))
 
@@ -256,34 +192,148 @@ class LinearGroup(nn.Module):
     @property
     def num_frozen(self) -> int:
         """Frozen weights and biases, counted as numbers, not as bytes."""
-        return sum(self.rows) * (self.in_features + self.has_bias)
+        return self.num_rows * (self.in_features + self.has_bias)
 
-    def multiply_base(self, x: Tensor) -> Tensor:  # (M, in_features) -> (M, sum of rows)
-        """Compute x W^T + b, without gradient."""
-        weight = self.weight
-        y = nf4_matmul(x, weight) if isinstance(weight, NF4Weight) else x @ weight.to(x.dtype).T
-        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows)
 
-    def multiply_base_transposed(
-        self, grad_y: Tensor
-    ) -> Tensor:  # (M, sum of rows) -> (M, in_features)
-        """Compute grad_y W, without gradient."""
-        grad_y = grad_y.contiguous()
+    @property
+    def tail(self) -> int:
+        """The columns that x and grad_y have behind their own, for h and its gradient."""
+        num_ranks = 0 if self.lora_A is None else self.lora_A.shape[0]
+        return num_ranks + -num_ranks % TAIL_MULTIPLE
+
+    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, K + T)
+        """Allocate a buffer for x and its tail, on a tensor's device and in its dtype."""
+        return like.new_empty(num_rows, self.in_features + self.tail)
+
+    def extended(self, x: Tensor) -> Tensor:  # (M, K) -> (M, K + T)
+        """Put x into a buffer with a tail; x itself where there is none."""
+        if not self.tail:
+            return x
+        x_ext = self.empty_input(x.shape[0], x)
+        x_ext[:, : self.in_features] = x
+        return x_ext
+
+    def empty_output(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, N + T)
+        """Allocate a buffer for y or its gradient and the tail."""
+        return like.new_empty(num_rows, self.num_rows + self.tail)
+
+    def expand(self, dtype: torch.dtype) -> Tensor:  # (N + T, K + T)
+        """Write out the weight and, behind it, the updates: [[W, s B], [A, -]].
+
+        Without updates the weight alone, (N, K).
+        """
+        N, K, tail = self.num_rows, self.in_features, self.tail
+        if self.lora_A is None or self.lora_B is None:
+            if isinstance(self.weight, NF4Weight):
+                return nf4_dequantize(self.weight, dtype)
+            return self.weight.to(dtype)
+        W_ext = torch.empty(N + tail, K + tail, dtype=dtype, device=self.lora_A.device)
         if isinstance(self.weight, NF4Weight):
-            return nf4_matmul_transposed(grad_y, self.weight)
-        return grad_y @ self.weight.to(grad_y.dtype)
-
-    def multiply(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., sum of rows)
-        """Apply all members to x; the result is a buffer that nothing else holds."""
-        flat = x.reshape(-1, self.in_features)
-        if self.updates:
-            drops = self.training and self.dropout > 0
-            z = F.dropout(flat, self.dropout) if drops else None
-            y = _LoRALinear.apply(flat, z, self.lora_A, self.lora_B, self)
+            nf4_dequantize(self.weight, dtype, out=W_ext[:N, :K])
         else:
-            y = _FrozenLinear.apply(flat, self)
-        return y.view(*x.shape[:-1], -1)
+            W_ext[:N, :K] = self.weight
+        extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates, self.scaling)
+        return W_ext
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in_features) -> (..., rows[i]) each
-        """Apply all members to x; the results are views of one buffer."""
-        return self.multiply(x).split(self.rows, dim=-1)
+    def forward(
+        self,
+        x_ext: Tensor,  # (M, K + T), x in the first K columns
+        seed: Tensor | None = None,  # (1,) int64, of the dropout; None: there is none
+        out: Tensor | None = None,  # (M, N), each row contiguous
+        W_ext: Tensor | None = None,  # what `expand` returns
+    ) -> Tensor:  # (M, N)
+        """Apply all members to x, and leave h = z A^T in the tail.
+
+        Few rows are multiplied by the packed weight, if it is not given expanded.
+        """
+        N, K = self.num_rows, self.in_features
+        x, h = x_ext[:, :K], x_ext[:, K:]
+        if W_ext is None and self._decodes_inside(x, seed):
+            return self._multiply_packed(x, h, out)
+        if W_ext is None:
+            W_ext = self.expand(x.dtype)
+        if self.updates:
+            torch.mm(self.dropped(x, seed), W_ext[N:, :K].T, out=h)
+        W = W_ext[:N].T
+        if self.bias is None:
+            return torch.mm(x_ext, W, out=out)
+        return torch.addmm(self.bias.to(x.dtype), x_ext, W, out=out)
+
+    def _drops(self, seed: Tensor | None) -> TypeGuard[Tensor]:
+        return seed is not None and self.dropout > 0
+
+    def _decodes_inside(self, x: Tensor, seed: Tensor | None) -> bool:
+        """Whether so few rows are faster on the packed weight."""
+        if not isinstance(self.weight, NF4Weight) or x.device.type == "cpu" or self._drops(seed):
+            return False
+        return matmul_path(x.shape[0], self.weight, x.dtype, False).name != "expand"
+
+    def _multiply_packed(self, x: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
+        assert isinstance(self.weight, NF4Weight)
+        y = nf4_matmul(x, self.weight)
+        if self.lora_A is not None and self.lora_B is not None:
+            num_ranks = self.lora_A.shape[0]
+            torch.mm(x, self.lora_A.to(x.dtype).T, out=h[:, :num_ranks])
+            B = self.lora_B.to(x.dtype)
+            for update in self.updates:
+                y[:, update.y].addmm_(h[:, update.A], B[update.B].T, alpha=self.scaling)
+        if self.bias is not None:
+            y += self.bias.to(y.dtype)
+        return y if out is None else out.copy_(y)
+
+    def dropped(self, x: Tensor, seed: Tensor | None) -> Tensor:  # (M, K)
+        """z: x after dropout, or x itself."""
+        return dropout(x, seed, self.site, self.dropout) if self._drops(seed) else x
+
+    def backward(
+        self,
+        grad_ext: Tensor,  # (M, N + T), grad_y in the first N columns
+        h: Tensor,  # (M, T), what `forward` left in the tail
+        seed: Tensor | None = None,
+        needs_grad_x: bool = True,
+        W_ext: Tensor | None = None,
+    ) -> Tensor | None:  # (M, K), or None if it is not needed
+        """Compute x's gradient, add B's to `lora_B.grad`, and leave grad_h in the tail.
+
+        A's needs z, which may have to be computed again: `accumulate_grad_A`.
+        """
+        N, K = self.num_rows, self.in_features
+        if not needs_grad_x and not self.updates:
+            return None
+        if W_ext is None:
+            W_ext = self.expand(grad_ext.dtype)
+        grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
+        if self.updates:
+            torch.mm(grad_y, W_ext[:N, K:], out=grad_h)
+            assert self.lora_B is not None
+            assert self.lora_B.grad is not None
+            for update in self.updates:
+                _add_product(
+                    self.lora_B.grad[update.B],
+                    grad_y[:, update.y].T,
+                    h[:, update.A],
+                    self.scaling,
+                )
+        if not needs_grad_x:
+            return None
+        if not self._drops(seed):
+            return grad_ext @ W_ext[:, :K]
+        grad_x = grad_y @ W_ext[:N, :K]
+        return dropout_add_(grad_x, grad_h @ W_ext[N:, :K], seed, self.site, self.dropout)
+
+    def accumulate_grad_A(
+        self,
+        grad_ext: Tensor,  # (M, N + T), after `backward`
+        x: Tensor,  # (M, K)
+        seed: Tensor | None = None,
+    ) -> None:
+        """Add grad_h^T z to `lora_A.grad`."""
+        if self.lora_A is None:
+            return
+        assert self.lora_A.grad is not None
+        N, num_ranks = self.num_rows, self.lora_A.shape[0]
+        grad_h = grad_ext[:, N : N + num_ranks]
+        _add_product(self.lora_A.grad, grad_h.T, self.dropped(x, seed))

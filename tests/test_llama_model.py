@@ -16,19 +16,20 @@ from llama_peers import (
     stories_peer,
     tiny_peer,
 )
+from micro_steps import LORA, NF4, gradients_of, load_tiny, tokens
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
 
 from llama.checkpoint import load_model
-from llama.model import PROJECTIONS, KeyValueCache, Llama
+from llama.decoder_layer import KeyValueCache
+from llama.micro_step import MicroStep
+from llama.model import PROJECTIONS, Llama
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
 
 EPS = torch.finfo(torch.float32).eps
 # what the issue promises of float32 logits of order one
 PROMISED = 1e-4
-NF4 = (64, True)
-LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -44,23 +45,6 @@ def load(
     return load_model(folder, CPU, dtype, quantization)
 
 
-def load_tiny(
-    folder: Path, lora: LoRAConfig | None = LORA, quantization: tuple[int, bool] | None = NF4
-) -> Llama:
-    """A tiny model whose updates are not zero."""
-    model = load(write_variant(folder, "grouped-query"), quantization=quantization)
-    if lora is not None:
-        model.attach_lora(lora, seed=0)
-        for name, tensor in model.adapter_tensors().items():
-            if name.endswith("lora_B.weight"):
-                tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return model
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, FIELDS["vocab_size"], shape, generator=torch.Generator().manual_seed(5))
-
-
 def float32_error(truth: Tensor, num_operations: int) -> Tensor:
     """What float32 may lose on a path of `num_operations` rounded sums of at most 96 terms.
 
@@ -69,14 +53,9 @@ def float32_error(truth: Tensor, num_operations: int) -> Tensor:
     return math.sqrt(num_operations * 96) * EPS * truth.abs().max()
 
 
-def gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model.loss(input_ids, labels).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def projection_gradients(model: Llama) -> dict[str, Tensor]:
-    """The stacked gradients by the names of the adapter's tensors."""
+def projection_gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The gradients of the loss by the names of the adapter's tensors."""
+    gradients_of(MicroStep(model, ["keep"] * len(model.layers)), input_ids, labels)
     found = {}
     for prefix, group in model.groups():
         if group.lora_A is None or group.lora_B is None:
@@ -115,8 +94,7 @@ def test_gradients_of_the_adapter_equal_pefts(peer: Peer) -> None:
     model = load(peer.checkpoint)
     model.attach_lora(read_adapter_config(adapter), seed=0)
     load_adapter(adapter, model.adapter_tensors())
-    model.loss(peer.inputs["input_ids"], peer.inputs["labels"]).backward()
-    actual = projection_gradients(model)
+    actual = projection_gradients(model, peer.inputs["input_ids"], peer.inputs["labels"])
     expected = {
         name.removeprefix("grad."): grad
         for name, grad in peer.outputs.items()
@@ -163,9 +141,8 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains(tmp_path: Path) -> Non
     plain = load_tiny(tmp_path, lora=None)
     expected = plain.logits(tokens(2, 9))
     plain.attach_lora(LORA, seed=0)
-    assert_equal(plain.logits(tokens(2, 9)).detach(), expected)
+    assert_equal(plain.logits(tokens(2, 9)), expected)
     trained = {name for name, p in plain.named_parameters() if p.requires_grad}
-    assert trained == set(gradients(plain, tokens(2, 9), tokens(2, 9)))
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
     assert len(trained) == 2 * 4 * 2
 
@@ -205,16 +182,6 @@ def test_loss_is_the_cross_entropy_of_the_logits(tmp_path: Path) -> None:
     assert abs(actual.item() - expected) <= 48 * EPS * abs(expected)
 
 
-def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
-    model = load_tiny(tmp_path)
-    labels = torch.full((2, 9), -100)
-    # the first token of a sequence has nothing before it
-    labels[:, 0] = 3
-    assert model.loss(tokens(2, 9), labels).item() == 0
-    for name, grad in gradients(model, tokens(2, 9), labels).items():
-        assert not grad.any(), name
-
-
 def test_padding_on_the_right_changes_nothing(tmp_path: Path) -> None:
     model = load_tiny(tmp_path)
     input_ids, labels = tokens(2, 12), tokens(2, 12)
@@ -222,14 +189,14 @@ def test_padding_on_the_right_changes_nothing(tmp_path: Path) -> None:
     other = input_ids.clone()
     other[:, 7:] = 0
     # the same shapes and the same numbers at every real token: equal to the bit
-    assert_equal(model.logits(other)[:, :7].detach(), model.logits(input_ids)[:, :7].detach())
-    assert_equal(model.loss(other, labels).detach(), model.loss(input_ids, labels).detach())
-    expected = gradients(model, input_ids, labels)
-    for name, grad in gradients(model, other, labels).items():
+    assert_equal(model.logits(other)[:, :7], model.logits(input_ids)[:, :7])
+    assert_equal(model.loss(other, labels), model.loss(input_ids, labels))
+    expected = projection_gradients(model, input_ids, labels)
+    for name, grad in projection_gradients(model, other, labels).items():
         assert_equal(grad, expected[name], name)
     # without padding the products have other shapes
-    short = model.loss(input_ids[:, :7], labels[:, :7]).detach()
-    assert (model.loss(input_ids, labels).detach() - short).abs() <= float32_error(short, 40)
+    short = model.loss(input_ids[:, :7], labels[:, :7])
+    assert (model.loss(input_ids, labels) - short).abs() <= float32_error(short, 40)
 
 
 @pytest.mark.parametrize("prompt_length", [1, 2, 9])
@@ -256,22 +223,6 @@ def test_a_cache_takes_several_tokens_only_at_first(tmp_path: Path) -> None:
     model.logits(tokens(1, 3), cache)
     with pytest.raises(ValueError, match="one token at a time: got 2 tokens"):
         model.logits(tokens(1, 2), cache)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputed_activations_give_the_same_bits(tmp_path: Path, dropout: float) -> None:
-    model = load_tiny(tmp_path, LoRAConfig(4, 6, dropout, PROJECTIONS)).train()
-    input_ids, labels = tokens(2, 15), tokens(2, 15)
-
-    def run(recompute: bool) -> dict[str, Tensor]:
-        model.recompute_activations = recompute
-        torch.manual_seed(11)
-        return gradients(model, input_ids, labels)
-
-    kept, recomputed = run(False), run(True)
-    assert kept.keys() == recomputed.keys()
-    for name, grad in kept.items():
-        assert_equal(recomputed[name], grad, name)
 
 
 def test_frozen_tensors_stay_in_the_checkpoints_dtype(tmp_path: Path) -> None:
@@ -312,13 +263,10 @@ def test_bf16_logits_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_
             if name.endswith("lora_B.weight"):
                 drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
                 tensor.copy_(0.1 * drawn)
-        model.loss(input_ids, labels).backward()
-        with torch.no_grad():
-            logits = model.logits(input_ids.to(device)).cpu()
+        logits = model.logits(input_ids.to(device)).cpu()
         # not the loss: one number's error is luck, the largest of many is not
-        return {"logits": logits} | {
-            name: grad.cpu() for name, grad in projection_gradients(model).items()
-        }
+        found = projection_gradients(model, input_ids, labels)
+        return {"logits": logits} | {name: grad.cpu() for name, grad in found.items()}
 
     # float32 on the CPU errs by 2^-16 of what bfloat16 does, so it serves as the truth
     truth, baseline = run("cpu", torch.float32), run("cpu", torch.bfloat16)

@@ -1,0 +1,70 @@
+"""A model of a real shape with random weights, made on the device without a checkpoint."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
+from llama.config import LlamaConfig
+from llama.model import Llama
+from llama.rope import rope_frequencies
+from nf4.double_quant import QuantizedAbsmax
+from nf4.weight import NF4Weight
+
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=None,
+    max_position_embeddings=8192,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    eos_token_ids=(128001,),
+)
+CONFIGS = {
+    "llama-3-8b": LLAMA_3_8B,
+    "llama-3-70b": replace(
+        LLAMA_3_8B,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+    ),
+}
+
+
+def random_model(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Llama:
+    """Draw NF4 weights code by code, about as large as a trained model's, and the rest in `dtype`.
+
+    The codes are uniform, where those of a normal matrix are not quite; no kernel's time depends on
+    it.
+    """
+    with torch.device("meta"):
+        model = Llama(config, dtype)
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        weight = weight.fill_(1) if weight.dim() == 1 else weight.normal_(std=WEIGHT_STD)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+    for _, group in model.groups():
+        group.allocate(device, None, None, (BLOCK_SIZE, True))
+        weight = group.weight
+        assert isinstance(weight, NF4Weight)
+        assert isinstance(weight.absmax, QuantizedAbsmax)
+        weight.packed.random_(0, 256)
+        # levels have a root mean square of 0.6, and scales lie around their mean
+        weight.absmax.codes.random_(0, 256)
+        weight.absmax.group_absmax.fill_(WEIGHT_STD / 2)
+        weight.absmax.mean.fill_(1.6 * WEIGHT_STD)
+    model.frequencies = rope_frequencies(config).to(device)
+    return model.eval()

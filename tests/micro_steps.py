@@ -1,0 +1,58 @@
+"""Tiny models with an adapter, and the gradients that a micro-step adds to it."""
+
+from pathlib import Path
+
+import torch
+from tiny_llama import FIELDS, write_variant
+from torch import Tensor
+
+from llama.checkpoint import load_model
+from llama.micro_step import MicroStep
+from llama.model import PROJECTIONS, Llama
+from lora.config import LoRAConfig
+
+NF4 = (64, True)
+LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
+CPU = torch.device("cpu")
+
+
+def load_tiny(
+    folder: Path,
+    lora: LoRAConfig | None = LORA,
+    quantization: tuple[int, bool] | None = NF4,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+) -> Llama:
+    """A tiny model whose updates are not zero."""
+    folder = write_variant(folder, "grouped-query", dtype)
+    model = load_model(folder, device, dtype, quantization)
+    if lora is not None:
+        model.attach_lora(lora, seed=0)
+        for name, tensor in model.adapter_tensors().items():
+            if name.endswith("lora_B.weight"):
+                drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+                tensor.copy_(0.1 * drawn)
+    return model
+
+
+def tokens(*shape: int, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, FIELDS["vocab_size"], shape, generator=generator)
+
+
+def gradients_of(
+    step: MicroStep, input_ids: Tensor, labels: Tensor, factor: float = 1.0, dropout_seed: int = 0
+) -> dict[str, Tensor]:
+    """The gradients of one micro-batch, and its loss, on the CPU."""
+    parameters = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        # a captured step knows where they lie
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.zero_()
+    scale = torch.tensor(factor, device=step.model.device)
+    found = {"loss": step(input_ids, labels, scale, dropout_seed).cpu()}
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        found[name] = parameter.grad.cpu().clone()
+    return found

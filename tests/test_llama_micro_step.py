@@ -1,0 +1,180 @@
+"""llama/micro_step.py: gradients are slopes; every policy, captured or not, gives the same bits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from equality import assert_equal
+from micro_steps import CPU, LORA, NF4, gradients_of, load_tiny, tokens
+from torch import Tensor
+
+from llama.micro_step import MicroStep, Policy
+from llama.model import PROJECTIONS
+from lora.config import LoRAConfig
+
+CUDA = torch.device("cuda")
+POLICIES: dict[str, tuple[Policy, Policy]] = {
+    "keep": ("keep", "keep"),
+    "recompute": ("recompute", "recompute"),
+    "first": ("keep", "recompute"),
+    "last": ("recompute", "keep"),
+}
+DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.3])
+DEVICES = pytest.mark.parametrize(
+    "device", [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+
+
+def adapter(dropout: float, targets: Sequence[str] = PROJECTIONS) -> LoRAConfig:
+    return LoRAConfig(4, 6, dropout, tuple(targets))
+
+
+def some_labels(input_ids: Tensor) -> Tensor:
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    labels[-1, -3:] = -100
+    return labels
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal(actual[name], tensor, name)
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("q_proj", "v_proj"), ("down_proj",)], ids=str)
+def test_gradients_with_dropout_are_the_slopes_of_the_loss(
+    tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    model = load_tiny(tmp_path, adapter(0.3, targets))
+    step = MicroStep(model, ["keep"] * 2)
+    input_ids = tokens(4, 9)
+
+    def run() -> dict[str, Tensor]:
+        return gradients_of(step, input_ids, some_labels(input_ids), dropout_seed=7)
+
+    gradients = run()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # uphill, where the slope is the gradient's length; a step that changes the loss by far more
+        # than it is rounded, and by less than the slope changes on the way
+        gradient = gradients[name]
+        size = 1e-2 / gradient.norm()
+        parameter.data += size * gradient
+        above = run()["loss"].double()
+        parameter.data -= 2 * size * gradient
+        below = run()["loss"].double()
+        parameter.data += size * gradient
+        slope = (above - below) / (2 * size)
+        # another mask than the forward pass had would be off by tens of percent
+        assert abs(slope / gradient.square().sum() - 1) < 0.02, name
+
+
+@DEVICES
+@DROPOUTS
+@pytest.mark.parametrize("policies", POLICIES)
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("q_proj", "v_proj")], ids=str)
+def test_every_policy_gives_the_same_bits(
+    tmp_path: Path, targets: tuple[str, ...], policies: str, dropout: float, device: torch.device
+) -> None:
+    model = load_tiny(tmp_path, adapter(dropout, targets), device=device)
+    input_ids = tokens(2, 65)
+    labels = some_labels(input_ids)
+    expected = gradients_of(MicroStep(model, ["keep"] * 2), input_ids, labels, 0.25, 7)
+    assert all(grad.any() for grad in expected.values())
+    actual = gradients_of(MicroStep(model, POLICIES[policies]), input_ids, labels, 0.25, 7)
+    assert_same(actual, expected)
+
+
+@DEVICES
+def test_gradients_are_added_and_scaled(tmp_path: Path, device: torch.device) -> None:
+    model = load_tiny(tmp_path, device=device)
+    step = MicroStep(model, ["keep"] * 2)
+    input_ids = tokens(2, 9)
+    once = gradients_of(step, input_ids, input_ids)
+    quarter = gradients_of(step, input_ids, input_ids, 0.25)
+    assert_equal(quarter["loss"], once["loss"])
+    # on top of the quarter that is there
+    step(input_ids, input_ids, torch.tensor(0.25, device=device))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert_equal(quarter[name], once[name] / 4, name)
+            # a sum over 18 rows that starts from another number rounds otherwise
+            error = (parameter.grad.cpu() - once[name] / 2).abs().max()
+            assert error <= 18 * torch.finfo(torch.float32).eps * once[name].abs().max(), name
+
+
+@DROPOUTS
+def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> None:
+    step = MicroStep(load_tiny(tmp_path, adapter(dropout)), ["keep"] * 2)
+    input_ids = tokens(2, 9)
+    first, again, other = (gradients_of(step, input_ids, input_ids, 1.0, s) for s in (1, 1, 2))
+    assert_same(again, first)
+    for name, grad in other.items():
+        assert torch.equal(grad, first[name]) == (dropout == 0), name
+    # evaluation has none
+    loss = step.model.loss(input_ids, input_ids)
+    assert torch.equal(loss, first["loss"]) == (dropout == 0)
+
+
+def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
+    step = MicroStep(load_tiny(tmp_path), ["keep", "recompute"])
+    labels = torch.full((2, 9), -100)
+    # the first token of a sequence has nothing before it
+    labels[:, 0] = 3
+    for name, tensor in gradients_of(step, tokens(2, 9), labels).items():
+        assert not tensor.any(), name
+
+
+@pytest.mark.gpu
+@DROPOUTS
+@pytest.mark.parametrize("policies", POLICIES)
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gpu_captured_steps_give_the_same_bits(
+    tmp_path: Path,
+    dtype: torch.dtype,
+    quantization: tuple[int, bool] | None,
+    policies: str,
+    dropout: float,
+) -> None:
+    model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype)
+    launched = MicroStep(model, ["keep"] * 2)
+    captured = MicroStep(model, POLICIES[policies], captures=True)
+    # two shapes, each three times: launched, captured, replayed; other tokens and seeds each time
+    for turn in range(3):
+        for shape in ((2, 40), (3, 33)):
+            input_ids = tokens(*shape, seed=turn)
+            labels = some_labels(input_ids)
+            expected = gradients_of(launched, input_ids, labels, 0.5, turn)
+            assert_same(gradients_of(captured, input_ids, labels, 0.5, turn), expected)
+
+
+@pytest.mark.gpu
+def test_gpu_a_step_without_labels_may_be_captured(tmp_path: Path) -> None:
+    step = MicroStep(load_tiny(tmp_path, device=CUDA), ["keep"] * 2, captures=True)
+    input_ids = tokens(2, 9)
+    expected = gradients_of(step, input_ids, input_ids)
+    for _ in range(3):
+        for tensor in gradients_of(step, input_ids, torch.full((2, 9), -100)).values():
+            assert not tensor.any()
+    assert_same(gradients_of(step, input_ids, input_ids), expected)
+
+
+@pytest.mark.gpu
+def test_gpu_recomputing_needs_less_memory(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, LORA, device=CUDA)
+    input_ids = tokens(8, 512)
+    peaks = []
+    for policy in ("keep", "recompute"):
+        step = MicroStep(model, [policy] * 2)
+        gradients_of(step, input_ids, input_ids)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients_of(step, input_ids, input_ids)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    # half of the layers' activations, beside what one layer and the loss need in passing
+    assert peaks[1] < 0.9 * peaks[0]
