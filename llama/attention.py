@@ -38,6 +38,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, has_backward: bool) -> 
     return Mixed(inputs, output)
 
 
-def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, ...]:
+def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value from that of the output."""
-    return torch.autograd.grad(mixed.output, mixed.inputs, grad)
+    query, key, value = torch.autograd.grad(mixed.output, mixed.inputs, grad)
+    return query, key, value

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.cross_entropy import cross_entropy, cross_entropy_
 
 # logits held at once
-LOGITS_BYTES = 256 << 20
+LOGITS_BYTES = 128 << 20
 # rows of a tile of the products; chunks are whole tiles where that leaves any
 TILE_ROWS = 128
 # values on which each row of the logits starts, so that a vocabulary of any size is read in vectors

@@ -2,37 +2,41 @@
 
     embed -> layers -> norm -> cross-entropy, with its gradient -> norm' -> layers' -> (nothing)
 
-Each layer keeps its activations for the backward pass, or only its input, from which they are
-computed again. On a GPU a shape that comes again is captured into two CUDA graphs, one before the
-loss and one after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than
-the GPU needs for the work. The loss is left between them, because how many tokens have one differs
-from batch to batch.
+Each layer keeps its activations for the backward pass; or only its input, from which they are
+computed again; or not even that, because the input waits on the host.
+
+On a GPU a shape that comes again is captured into two CUDA graphs, one before the loss and one
+after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than the GPU needs
+for the work. The loss is left between them, because how many tokens have one differs from batch to
+batch. All passes, captured or not, take turns in one pool of memory, so that however many shapes
+there are, it is as large as the largest needs.
 
     M = B T rows, D hidden_size
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.rms_norm import rms_norm, rms_norm_backward
 from llama.decoder_layer import Activations, DecoderLayer, Shared
+from llama.host_stash import HostStash
 from llama.loss import linear_cross_entropy_with_gradient
 from llama.model import Llama, target_rows
 
-Policy = Literal["keep", "recompute"]
+Policy = Literal["keep", "recompute", "offload"]
 # of the shapes that are captured; each holds its launches, some 10 MB
 MAX_GRAPHS = 16
 
 
-@dataclass
-class _LayerInput:
+class _LayerInput(NamedTuple):
     """All that a layer keeps which computes its activations again."""
 
-    r1: Tensor  # (M, D)
+    r1: Tensor | None  # (M, D); None if it waits on the host
     h_down: Tensor  # (M, T of the group)
 
 
@@ -46,12 +50,13 @@ class _Kept:
     rstd: Tensor  # (M,) float32
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Captured:
-    """A shape's two graphs, and the buffers through which one talks to them."""
+    """A shape's two graphs, and the memory through which one talks to them."""
 
     input_ids: Tensor  # (B, T)
     hidden: Tensor  # (M, D): hidden states, then their gradient
+    host: list[Tensor]
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -67,16 +72,22 @@ class MicroStep:
         """Prepare for micro-batches of any shape.
 
         Args:
-            captures: replay a shape that comes again as CUDA graphs.
+            captures: on a GPU, replay a shape that comes again as CUDA graphs.
         """
         assert len(policies) == len(model.layers)
         self.model = model
         self.policies = tuple(policies)
-        self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._captures = captures
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if captures else None
+        self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
+        offloaded = [i for i, policy in enumerate(policies) if policy == "offload"]
+        assert model.device.type == "cuda" or not (captures or offloaded)
+        self._stash = HostStash(offloaded, model.device) if offloaded else None
+        if model.device.type == "cuda":
+            # torch gives memory back to the stream that it was used on
+            self._stream = torch.cuda.Stream(model.device)
+            self._pool = torch.cuda.MemPool()
 
     @torch.no_grad()
     def __call__(
@@ -94,45 +105,94 @@ class MicroStep:
         Note:
             Does not wait for the device.
         """
-        device = self.model.device
-        rows, targets = (t.to(device, non_blocking=True) for t in target_rows(labels))
         self._seed.fill_(dropout_seed)
-        shape = tuple(input_ids.shape)
-        captured = self._captured.get(shape)
-        if captured is None and shape in self._seen and len(self._captured) < MAX_GRAPHS:
-            captured = self._captured[shape] = self._capture(shape)
-        self._seen.update([shape] if self._captures else [])
-        if captured is not None:
-            captured.input_ids.copy_(input_ids, non_blocking=True)
-            captured.forward.replay()
-            loss = self._loss(captured.hidden, rows, targets, factor)
-            captured.backward.replay()
-            return loss
-        hidden, kept = self._forward(input_ids.to(device, non_blocking=True))
-        loss = self._loss(hidden, rows, targets, factor)
-        self._backward(hidden, kept)
+        rows, targets = target_rows(labels)
+        if self.model.device.type == "cpu":
+            return self._launch(input_ids, rows, targets, factor)
+        device = self.model.device
+        rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        main = torch.cuda.current_stream()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            captured = self._captured_for(input_ids)
+            if captured is None:
+                input_ids = input_ids.to(device, non_blocking=True)
+                loss = self._launch(input_ids, rows, targets, factor)
+            else:
+                captured.input_ids.copy_(input_ids, non_blocking=True)
+                captured.forward.replay()
+                loss = self._loss(captured.hidden, rows, targets, factor)
+                captured.backward.replay()
+        main.wait_stream(self._stream)
         return loss
 
-    def _capture(self, shape: tuple[int, ...]) -> _Captured:
-        """Record both halves; nothing is computed."""
-        input_ids = torch.zeros(shape, dtype=torch.int64, device=self.model.device)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
+    def _launch(self, input_ids: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
+        """Run both passes kernel by kernel."""
+        with self._pooled():
             hidden, kept = self._forward(input_ids)
-        with torch.cuda.graph(backward, pool=self._pool):
+        loss = self._loss(hidden, rows, targets, factor)
+        with self._pooled():
             self._backward(hidden, kept)
-        return _Captured(input_ids, hidden, forward, backward)
+        return loss
+
+    def _pooled(self) -> AbstractContextManager[None]:
+        """Take memory from the pool that the captured passes have theirs from.
+
+        Not for the loss: to the allocator, what a captured forward pass keeps for the backward pass
+        is free.
+        """
+        if self.model.device.type == "cpu":
+            return nullcontext()
+        return torch.cuda.use_mem_pool(self._pool)
+
+    def _captured_for(self, input_ids: Tensor) -> _Captured | None:
+        """Find a shape's graphs, recording them when it comes for the second time.
+
+        By then its kernels are compiled and all constants are on the device.
+        """
+        shape = tuple(input_ids.shape)
+        is_known = shape in self._seen
+        if self._captures:
+            self._seen.add(shape)
+        if is_known and shape not in self._captured and len(self._captured) < MAX_GRAPHS:
+            self._captured[shape] = self._capture(
+                torch.zeros_like(input_ids, device=self._seed.device)
+            )
+        return self._captured.get(shape)
+
+    def _capture(self, input_ids: Tensor) -> _Captured:
+        """Record both passes; nothing is computed."""
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # the stubs of torch 2.13 want a type that its own pools do not have
+        pool: Any = self._pool.id
+        with torch.cuda.graph(forward, pool=pool, stream=self._stream):
+            hidden, kept = self._forward(input_ids)
+        with torch.cuda.graph(backward, pool=pool, stream=self._stream):
+            self._backward(hidden, kept)
+        host = self._stash.held() if self._stash else []
+        return _Captured(input_ids, hidden, host, forward, backward)
 
     def _forward(self, input_ids: Tensor) -> tuple[Tensor, _Kept]:
-        model = self.model
+        model, stash = self.model, self._stash
         shared = model.shared(input_ids, dropout_seed=self._seed)
         x, delta = model.embed(input_ids), None
+        if stash is not None:
+            stash.reserve(x)
         layers: list[Activations | _LayerInput] = []
         for layer, policy in zip(model.layers, self.policies, strict=True):
             x, delta, activations = layer(x, delta, shared, has_backward=policy == "keep")
-            layers.append(
-                activations if policy == "keep" else _LayerInput(activations.r1, activations.h_down)
-            )
+            if policy == "keep":
+                layers.append(activations)
+            elif policy == "recompute":
+                layers.append(_LayerInput(activations.r1, activations.h_down))
+            else:
+                assert stash is not None
+                stash.put(layer.index, activations.r1)
+                layers.append(_LayerInput(None, activations.h_down))
+            # before the next layer needs the room
+            del activations
+        if stash is not None:
+            stash.settle()
         norm = model.model.norm
         hidden, r, rstd = rms_norm(x, norm.weight, norm.eps, delta)
         return hidden, _Kept(shared, layers, r, rstd)
@@ -142,21 +202,22 @@ class MicroStep:
         loss, grad = linear_cross_entropy_with_gradient(
             hidden[rows], self.model.head, targets, factor
         )
-        # no token without a label has a gradient here
+        # a token without a label has none
         hidden.zero_().index_copy_(0, rows, grad)
         return loss
 
     def _backward(self, grad_hidden: Tensor, kept: _Kept) -> None:
-        layers, shared = self.model.layers, kept.shared
+        layers, shared, stash = self.model.layers, kept.shared, self._stash
         M, D = grad_hidden.shape
         tail = max(layer.grad_tail for layer in layers)
         grad_ext = grad_hidden.new_empty(M, D + tail)
         norm = self.model.model.norm
         rms_norm_backward(grad_hidden, None, kept.r, kept.rstd, norm.weight, out=grad_ext[:, :D])
+        if stash is not None:
+            stash.fetch_next(grad_hidden)
         for layer in reversed(layers):
             activations = self._activations(layer, kept.layers.pop(), shared)
             layer.backward(grad_ext, activations, shared, needs_grad_x=layer.index > 0)
-            # before the next layer needs the room
             del activations
 
     def _activations(
@@ -164,4 +225,10 @@ class MicroStep:
     ) -> Activations:
         if isinstance(kept, Activations):
             return kept
-        return layer.recompute(kept.r1, kept.h_down, shared)
+        r1 = kept.r1
+        if r1 is None:
+            assert self._stash is not None
+            r1 = self._stash.take(layer.index)
+            # the one that is needed next comes beside this one's computation
+            self._stash.fetch_next(r1)
+        return layer.recompute(r1, kept.h_down, shared)

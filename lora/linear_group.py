@@ -33,8 +33,8 @@ from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchec
 from lora.config import LoRAConfig
 from nf4.weight import NF4Weight, empty_weight
 
-# of the tails' columns: keeps rows aligned for the widest access, and away from strides that are powers
-# of two, on which cuBLAS is slower (3 % of an 8B step)
+# of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
+# two, on which cuBLAS is slower: 3 % of an 8B step
 TAIL_MULTIPLE = 64
 
 

