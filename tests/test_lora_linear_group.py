@@ -1,5 +1,7 @@
 """lora/linear_group.py: every arrangement of targets, forward and back, against float64."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -7,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from equality import assert_equal, assert_no_worse_than
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.dropout import dropout
+from lora import linear_group
 from lora.config import LoRAConfig
-from lora.linear_group import LinearGroup
+from lora.linear_group import TAIL_MULTIPLE, LinearGroup
 from nf4.weight import NF4Weight, dequantize, quantize
 
 CPU = torch.device("cpu")
@@ -19,6 +24,8 @@ ROWS = (32, 13, 1)
 NUM_TOKENS, IN_FEATURES, RANK = 11, 48, 3
 # alpha / r is no power of two, so a scaling applied twice or rounded twice shows
 ALPHA = 10.0
+
+SEED, SITE = 17, 5
 
 TARGETS = {
     "none": (),
@@ -47,6 +54,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     rows: tuple[int, ...] = ROWS,
     in_features: int = IN_FEATURES,
+    site: int = SITE,
 ) -> Case:
     """A group loaded member by member; its truth is quantized matrix by matrix."""
     group = LinearGroup(NAMES[: len(rows)], rows, in_features, has_bias)
@@ -62,25 +70,66 @@ def make(
             matrix = dequantize(quantize(matrix, *quantization), torch.float32)
         weights.append(matrix.double())
         biases.append(bias.double())
-    group.attach(LoRAConfig(RANK, ALPHA, dropout, targets), device, torch.Generator())
+    group.attach(LoRAConfig(RANK, ALPHA, dropout, targets), device, torch.Generator(), site)
     if group.lora_B is not None:
         group.lora_B.data.normal_()
     return Case(group, torch.cat(weights), torch.cat(biases))
 
 
-def run_ours(group: LinearGroup, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
-    """The group's outputs and gradients."""
-    x = x.clone().requires_grad_()
-    group.zero_grad()
-    y = torch.cat(group(x), dim=-1)
-    y.backward(grad_y)
-    assert x.grad is not None
-    found = {"y": y.detach(), "grad_x": x.grad}
-    for name in ("lora_A", "lora_B"):
-        parameter = getattr(group, name)
-        if parameter is not None:
-            found[f"grad_{name}"] = parameter.grad
-    return found
+class Passed(NamedTuple):
+    """What a group writes on its way forward and back."""
+
+    y: Tensor  # (M, N)
+    h: Tensor  # (M, T)
+    grad_x: Tensor | None  # (M, K)
+    grad_h: Tensor  # (M, T)
+    grads: dict[str, Tensor]  # of the parameters
+
+
+@torch.no_grad()
+def run(
+    group: LinearGroup,
+    x: Tensor,
+    grad_y: Tensor,
+    seed: Tensor | None = None,
+    start: float = 0.0,  # of the parameters' gradients
+    needs_grad_x: bool = True,
+    W_ext: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Passed:
+    """Run a group forward and back, as a layer does."""
+    M, K, N = x.shape[0], group.in_features, group.num_rows
+    for parameter in group.parameters():
+        parameter.grad = torch.full_like(parameter, start)
+    x_ext = group.extended(x)
+    y = group(x_ext, seed, out, W_ext)
+    assert out is None or y is out
+    assert_equal(x_ext[:, :K], x)
+    h = x_ext[:, K:].clone()
+    grad_ext = group.empty_output(M, grad_y)
+    grad_ext[:, :N] = grad_y
+    grad_x = group.backward(grad_ext, h, seed, needs_grad_x, W_ext)
+    assert_equal(grad_ext[:, :N], grad_y)
+    group.accumulate_grad_A(grad_ext, x, seed)
+    grads = {f"grad_{name}": p.grad for name, p in group.named_parameters() if p.grad is not None}
+    return Passed(y, h, grad_x, grad_ext[:, N:], grads)
+
+
+def results_of(passed: Passed) -> dict[str, Tensor]:
+    """Outputs and gradients, as `run_torch` names them."""
+    assert passed.grad_x is not None
+    return {"y": passed.y, "grad_x": passed.grad_x} | passed.grads
+
+
+def seed_on(device: torch.device) -> Tensor:
+    return torch.tensor([SEED], device=device)
+
+
+def mask_of(group: LinearGroup, x: Tensor, seed: Tensor | None) -> Tensor | None:
+    """What dropout multiplies x with, scale included."""
+    if seed is None or group.dropout == 0:
+        return None
+    return dropout(torch.ones_like(x), seed, group.site, group.dropout)
 
 
 def run_torch(
@@ -131,22 +180,39 @@ def absolute(case: Case) -> Case:
     return Case(twin, case.weight.abs(), case.bias.abs())
 
 
+def rounded_apart(case: Case, num_tokens: int) -> float:
+    """How far float32 sums may be from float64's, in units of their terms' magnitudes.
+
+    No path has more roundings than there are terms and factors.
+    """
+    num_roundings = num_tokens + case.group.in_features + case.group.num_rows + RANK + 8
+    return num_roundings * torch.finfo(torch.float32).eps
+
+
 def assert_equal_to_float64(
-    case: Case, x: Tensor, grad_y: Tensor, mask: Tensor | None = None
+    case: Case, x: Tensor, grad_y: Tensor, seed: Tensor | None = None, start: float = 0.0
 ) -> None:
-    actual = run_ours(case.group, x, grad_y)
+    actual = results_of(run(case.group, x, grad_y, seed, start))
+    mask = mask_of(case.group, x, seed)
     truth = run_torch(case, x, grad_y, mask)
     # outputs and gradients are sums of products: with all signs positive they bound what each
-    # rounding can move, and no path has more roundings than there are terms and factors
+    # rounding can move
     scale = run_torch(absolute(case), x.abs(), grad_y.abs(), mask)
-    num_roundings = x.shape[0] + case.group.in_features + sum(case.group.rows) + RANK + 8
-    tolerance = num_roundings * torch.finfo(torch.float32).eps
+    for name in truth.keys() - {"y", "grad_x"}:
+        truth[name] += start
+        scale[name] += abs(start)
+    tolerance = rounded_apart(case, x.shape[0])
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():
         assert actual[name].shape == expected.shape, name
         assert actual[name].dtype == torch.float32, name
         assert actual[name].isfinite().all(), name
         assert ((actual[name].double() - expected).abs() <= tolerance * scale[name]).all(), name
+
+
+def draw(num_tokens: int = NUM_TOKENS) -> tuple[Tensor, Tensor]:
+    """Rows and gradients for the usual group."""
+    return torch.randn(num_tokens, IN_FEATURES), torch.randn(num_tokens, sum(ROWS))
 
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
@@ -159,8 +225,7 @@ def test_outputs_and_gradients_equal_float64(
     num_targets = len(TARGETS[targets])
     assert len(case.group.updates) == num_targets
     assert isinstance(case.group.weight, NF4Weight) == (quantization != "unquantized")
-    x, grad_y = torch.randn(NUM_TOKENS, IN_FEATURES), torch.randn(NUM_TOKENS, sum(ROWS))
-    assert_equal_to_float64(case, x, grad_y)
+    assert_equal_to_float64(case, *draw())
 
 
 @pytest.mark.parametrize(
@@ -179,36 +244,55 @@ def test_other_shapes_equal_float64(
 
 
 @pytest.mark.parametrize("targets", ["first", "outer", "all"])
+def test_gradients_are_added_to_what_there_is(targets: str) -> None:
+    assert_equal_to_float64(make(TARGETS[targets], (64, True)), *draw(), start=3.0)
+
+
+@pytest.mark.parametrize("targets", ["first", "outer", "all"])
 def test_dropout_is_on_the_updates_input_alone(targets: str) -> None:
     case = make(TARGETS[targets], (64, True), dropout=0.4)
-    case.group.train()
-    x, grad_y = torch.randn(NUM_TOKENS, IN_FEATURES), torch.randn(NUM_TOKENS, sum(ROWS))
+    x, grad_y = draw()
+    seed = seed_on(CPU)
     # the one mask that all members share
-    torch.manual_seed(17)
-    mask = F.dropout(torch.ones(NUM_TOKENS, IN_FEATURES), 0.4)
+    mask = mask_of(case.group, x, seed)
+    assert mask is not None
     assert 0 < (mask == 0).sum() < mask.numel()
-    torch.manual_seed(17)
-    assert_equal_to_float64(case, x, grad_y, mask)
+    assert_equal_to_float64(case, x, grad_y, seed)
 
 
-def test_there_is_no_dropout_in_evaluation() -> None:
-    case = make(NAMES, dropout=0.4)
-    x = torch.randn(NUM_TOKENS, IN_FEATURES)
-    case.group.eval()
-    evaluated = torch.cat(case.group(x), dim=-1).detach()
-    case.group.dropout = 0.0
-    case.group.train()
-    assert_equal(torch.cat(case.group(x), dim=-1).detach(), evaluated)
+def test_seed_and_site_decide_the_mask() -> None:
+    x, grad_y = draw()
+    group = make(NAMES, dropout=0.4).group
+    first = run(group, x, grad_y, torch.tensor([1]))
+    assert_equal(run(group, x, grad_y, torch.tensor([1])).y, first.y)
+    assert not torch.equal(run(group, x, grad_y, torch.tensor([2])).y, first.y)
+    group.site += 1
+    assert not torch.equal(run(group, x, grad_y, torch.tensor([1])).y, first.y)
 
 
-def assert_half_precision(case: Case, num_tokens: int, dtype: torch.dtype) -> None:
-    device = case.weight.device
-    x = torch.randn(num_tokens, case.group.in_features, device=device).to(dtype)
-    grad_y = torch.randn(num_tokens, sum(case.group.rows), device=device).to(dtype)
-    torch.manual_seed(17)
-    mask = F.dropout(torch.ones_like(x), case.group.dropout)
-    torch.manual_seed(17)
-    actual = run_ours(case.group.train(), x, grad_y)
+def test_there_is_no_dropout_without_a_seed() -> None:
+    group = make(NAMES, dropout=0.4).group
+    x, grad_y = draw()
+    dropping, without = run(group, x, grad_y, seed_on(CPU)), run(group, x, grad_y)
+    assert not torch.equal(dropping.y, without.y)
+    group.dropout = 0.0
+    for seed in (None, seed_on(CPU)):
+        passed = run(group, x, grad_y, seed)
+        for name, expected in results_of(without).items():
+            assert_equal(results_of(passed)[name], expected, name)
+
+
+def assert_half_precision(
+    case: Case, num_tokens: int, dtype: torch.dtype, has_out: bool = False
+) -> None:
+    group, device = case.group, case.weight.device
+    x = torch.randn(num_tokens, group.in_features, device=device).to(dtype)
+    grad_y = torch.randn(num_tokens, group.num_rows, device=device).to(dtype)
+    seed = seed_on(device)
+    mask = mask_of(group, x, seed)
+    # as gates and ups lie, before their tail
+    out = group.empty_output(num_tokens, x)[:, : group.num_rows] if has_out else None
+    actual = results_of(run(group, x, grad_y, seed, out=out))
     baseline = run_torch(case, x, grad_y, mask, dtype)
     truth = run_torch(case, x, grad_y, mask)
     assert actual.keys() == truth.keys()
@@ -230,49 +314,148 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_torch(
     assert_half_precision(case, NUM_TOKENS, dtype)
 
 
-def test_leading_dimensions_are_kept_and_members_split() -> None:
-    case = make()
-    x = torch.randn(2, 5, IN_FEATURES)
-    outputs = case.group(x)
-    assert [tuple(y.shape) for y in outputs] == [(2, 5, rows) for rows in ROWS]
-    flat = case.group(x.view(10, IN_FEATURES))
-    for y, expected in zip(outputs, flat, strict=True):
-        assert_equal(y.detach().reshape(expected.shape), expected.detach())
-
-
-@pytest.mark.parametrize("targets", ["none", "all"])
-def test_an_input_without_gradient_costs_no_product(
-    monkeypatch: pytest.MonkeyPatch, targets: str
-) -> None:
-    case = make(TARGETS[targets])
-    x = torch.randn(NUM_TOKENS, IN_FEATURES)
-    calls = []
-    monkeypatch.setattr(
-        LinearGroup, "multiply_base_transposed", lambda _, grad_y: calls.append(grad_y)
-    )
-    y = torch.cat(case.group(x), dim=-1)
-    # the embeddings are frozen: the first layer's input needs no gradient
-    assert y.requires_grad == (targets == "all")
-    if y.requires_grad:
-        y.sum().backward()
-    assert not calls
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("targets", ["first", "outer", "all"])
+def test_tails_hold_h_and_its_gradient(targets: str, dropout: float) -> None:
+    case = make(TARGETS[targets], dropout=dropout)
+    group = case.group
+    x, grad_y = draw()
+    seed = seed_on(CPU)
+    passed = run(group, x, grad_y, seed)
+    assert group.lora_A is not None
+    assert group.lora_B is not None
+    A, B = group.lora_A.detach().double(), group.lora_B.detach().double()
+    mask = mask_of(group, x, seed)
+    z = x.double() if mask is None else x.double() * mask
+    num_ranks = RANK * len(TARGETS[targets])
+    sides = [grad_y.double()[:, update.y] for update in group.updates]
+    matrices = [group.scaling * B[update.B] for update in group.updates]
+    grad_h = torch.cat([g @ m for g, m in zip(sides, matrices, strict=True)], dim=1)
+    scale = torch.cat([g.abs() @ m.abs() for g, m in zip(sides, matrices, strict=True)], dim=1)
+    for actual, expected, magnitudes in (
+        (passed.h, z @ A.T, z.abs() @ A.abs().T),
+        (passed.grad_h, grad_h, scale),
+    ):
+        assert actual.shape == (NUM_TOKENS, TAIL_MULTIPLE)
+        error = (actual[:, :num_ranks].double() - expected).abs()
+        assert (error <= rounded_apart(case, NUM_TOKENS) * magnitudes).all()
+        # behind the ranks
+        assert not actual[:, num_ranks:].any()
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_expanded_weight_is_not_saved_for_the_backward_pass(quantization: str) -> None:
-    case = make(NAMES, QUANTIZATIONS[quantization])
-    saved = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_expanded_weight_gives_the_same_bits(dtype: torch.dtype, quantization: str) -> None:
+    group = make(TARGETS["outer"], QUANTIZATIONS[quantization], dropout=0.4, dtype=dtype).group
+    x, grad_y = (tensor.to(dtype) for tensor in draw())
+    expected = run(group, x, grad_y, seed_on(CPU))
+    with torch.no_grad():
+        W_ext = group.expand(dtype)
+    given = run(group, x, grad_y, seed_on(CPU), W_ext=W_ext)
+    for name, tensor in results_of(expected).items():
+        assert_equal(results_of(given)[name], tensor, name)
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tuple(tensor.shape))
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.group(torch.randn(NUM_TOKENS, IN_FEATURES, requires_grad=True))
-    num_ranks = len(NAMES) * RANK
-    expected = [(NUM_TOKENS, IN_FEATURES), (NUM_TOKENS, num_ranks)]
-    expected += [(num_ranks, IN_FEATURES), (sum(ROWS), RANK)]
-    assert saved == expected
+@torch.no_grad()
+def test_an_expanded_weight_has_its_updates_behind_it() -> None:
+    case = make(TARGETS["outer"], (64, True))
+    group, K, N = case.group, IN_FEATURES, sum(ROWS)
+    W_ext = group.expand(torch.float32)
+    assert W_ext.shape == (N + TAIL_MULTIPLE, K + TAIL_MULTIPLE)
+    assert_equal(W_ext[:N, :K], case.weight.float())
+    assert group.lora_A is not None
+    assert_equal(W_ext[N : N + 2 * RANK, :K], group.lora_A.detach())
+    # nothing was written to the corner, so a result that is finite has not read it
+    assert W_ext[N:, K:].isnan().all()
+    # k_proj has no update
+    assert not W_ext[ROWS[0] : ROWS[0] + ROWS[1], K:].any()
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_without_updates_there_is_no_tail(quantization: str) -> None:
+    case = make((), QUANTIZATIONS[quantization])
+    group = case.group
+    x, grad_y = draw()
+    assert group.tail == 0
+    assert group.extended(x) is x
+    assert group.empty_input(3, x).shape == (3, IN_FEATURES)
+    assert group.empty_output(3, x).shape == (3, sum(ROWS))
+    assert_equal(group.expand(torch.float32), case.weight.float())
+    assert run(group, x, grad_y, needs_grad_x=False).grad_x is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_targets", "tail"), [(1, 1, 64), (16, 3, 64), (64, 1, 64), (22, 3, 128)]
+)
+def test_a_tail_is_a_whole_number_of_vectors(rank: int, num_targets: int, tail: int) -> None:
+    group = LinearGroup(NAMES, ROWS, IN_FEATURES, has_bias=False)
+    config = LoRAConfig(rank, ALPHA, 0.0, NAMES[:num_targets])
+    group.attach(config, CPU, torch.Generator(), SITE)
+    assert group.tail == tail
+    x = torch.randn(3, IN_FEATURES).half()
+    x_ext = group.extended(x)
+    assert (x_ext.shape, x_ext.dtype) == ((3, IN_FEATURES + tail), torch.float16)
+    assert_equal(x_ext[:, :IN_FEATURES], x)
+    assert x_ext[:, IN_FEATURES:].isnan().all()
+    y_ext = group.empty_output(3, x)
+    assert (y_ext.shape, y_ext.dtype) == ((3, sum(ROWS) + tail), torch.float16)
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("targets", ["none", "outer"])
+def test_an_output_may_be_part_of_wider_rows(targets: str, has_bias: bool) -> None:
+    group = make(TARGETS[targets], (64, True), has_bias).group
+    x, grad_y = draw()
+    wide = torch.full((NUM_TOKENS, sum(ROWS) + 3), torch.nan)
+    passed = run(group, x, grad_y, out=wide[:, : sum(ROWS)])
+    assert_equal(passed.y, run(group, x, grad_y).y)
+    assert wide[:, sum(ROWS) :].isnan().all()
+
+
+@contextmanager
+def products() -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+    """The shapes of the two factors of every matrix product."""
+    found = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "matmul"):
+                found.append(tuple(tuple(factor.shape) for factor in args[-2:]))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield found
+
+
+@pytest.mark.parametrize("targets", ["none", "first", "outer", "all"])
+def test_an_input_without_gradient_costs_no_product(targets: str) -> None:
+    group = make(TARGETS[targets], (64, True), dropout=0.4).group
+    x, grad_y = draw()
+    expected = run(group, x, grad_y, seed_on(CPU))
+    with products() as found:
+        # the embeddings are frozen: the first layer's input needs no gradient
+        passed = run(group, x, grad_y, seed_on(CPU), needs_grad_x=False)
+    assert passed.grad_x is None
+    M, N, K, T = NUM_TOKENS, sum(ROWS), IN_FEATURES, group.tail
+    num_ranks = RANK * len(group.updates)
+    forward = [((M, K), (K, T))] * bool(group.updates) + [((M, K + T), (K + T, N))]
+    backward = [((M, N), (N, T))]
+    backward += [((update.y.stop - update.y.start, M), (M, RANK)) for update in group.updates]
+    backward += [((num_ranks, M), (M, K))]
+    assert found == forward + backward * bool(group.updates)
+    for name, gradient in expected.grads.items():
+        assert_equal(passed.grads[name], gradient, name)
+
+
+@pytest.mark.parametrize("targets", ["none", "all"])
+def test_base_and_updates_share_each_product(targets: str) -> None:
+    group = make(TARGETS[targets], (64, True)).group
+    M, N, K, T = NUM_TOKENS, sum(ROWS), IN_FEATURES, group.tail
+    with products() as found:
+        run(group, *draw())
+    assert ((M, K + T), (K + T, N)) in found
+    assert ((M, N + T), (N + T, K)) in found
+    assert len(found) == 2 + (2 + len(group.updates) + 1) * bool(group.updates)
 
 
 def test_adapter_tensors_are_views_by_pefts_names() -> None:
@@ -331,21 +514,58 @@ def test_a_bias_keeps_its_dtype_beside_a_quantized_weight() -> None:
     assert_equal(group.bias, bias)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("num_tokens", [1, 16, 17, 300])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("targets", ["first", "outer", "all"])
-def test_bf16_on_cuda_errs_no_more_than_twice_as_much_as_torch(
-    targets: str, quantization: str, num_tokens: int, dropout: float
-) -> None:
-    case = make(
+# the second fits the kernels that multiply a packed weight
+GPU_SHAPES = {"odd": ((256, 65, 13), 320), "even": ((256, 64, 128), 512)}
+
+
+def gpu_case(targets: str, quantization: str, dropout: float, shape: str) -> Case:
+    rows, in_features = GPU_SHAPES[shape]
+    return make(
         TARGETS[targets],
         QUANTIZATIONS[quantization],
         dropout=dropout,
         device=torch.device("cuda"),
         dtype=torch.bfloat16,
-        rows=(256, 65, 13),
-        in_features=320,
+        rows=rows,
+        in_features=in_features,
     )
-    assert_half_precision(case, num_tokens, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_out", [False, True], ids=["new", "part of wider rows"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 300])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("targets", ["first", "outer", "all"])
+def test_gpu_bf16_errs_no_more_than_twice_as_much_as_torch(
+    targets: str, quantization: str, shape: str, num_tokens: int, dropout: float, has_out: bool
+) -> None:
+    case = gpu_case(targets, quantization, dropout, shape)
+    assert_half_precision(case, num_tokens, torch.bfloat16, has_out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "num_calls"), [(1, 1), (16, 1), (300, 0)])
+def test_gpu_few_rows_are_multiplied_by_the_packed_weight(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, num_calls: int
+) -> None:
+    # whichever device it is, it multiplies 16 rows packed and expands for 300
+    group = gpu_case("outer", "nf4-dq", 0.5, "even").group
+    calls = []
+    multiply = linear_group.nf4_matmul
+
+    def recorded(x: Tensor, weight: NF4Weight) -> Tensor:
+        calls.append(x.shape)
+        return multiply(x, weight)
+
+    monkeypatch.setattr(linear_group, "nf4_matmul", recorded)
+    x = torch.randn(num_tokens, group.in_features, device="cuda").bfloat16()
+    with torch.no_grad():
+        x_ext = group.extended(x)
+        group(x_ext)
+        assert len(calls) == num_calls
+        # not where it is there expanded, nor for a product whose h is of a dropped x
+        group(x_ext, None, None, group.expand(torch.bfloat16))
+        group(x_ext, seed_on(x.device))
+    assert len(calls) == num_calls

@@ -15,6 +15,7 @@ import train
 from data.batches import Batch, collate
 from data.samples import Sample
 from llama.checkpoint import load_model
+from llama.micro_step import MicroStep, Policy
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
 
@@ -112,7 +113,7 @@ def test_how_a_step_is_split_into_micro_batches_does_not_change_it(tmp_path: Pat
     assert num_targets[1] - num_targets[0] < num_targets[0]
 
 
-def test_a_step_equals_autograd_over_the_whole_window() -> None:
+def test_micro_steps_add_up_to_the_gradient_of_the_whole_window() -> None:
     model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
     model.attach_lora(LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj")), seed=0)
     samples = [
@@ -123,15 +124,18 @@ def test_a_step_equals_autograd_over_the_whole_window() -> None:
     optimizer = AdamW(
         {n: p for n, p in model.named_parameters() if p.requires_grad}, weight_decay=0.0
     )
+    policies: list[Policy] = ["keep" for _ in model.layers]
+    micro_step = MicroStep(model, policies)
+    factor = torch.tensor(1 / 9)
     whole = collate(samples)
-    (model.loss(whole.input_ids, whole.labels) / 9).backward()
+    loss = micro_step(whole.input_ids, whole.labels, factor)
     expected = optimizer.gradients.clone()
     optimizer.zero_grad()
     parts: list[Batch] = [collate(samples[:1]), collate(samples[1:])]
-    for batch in parts:
-        (model.loss(batch.input_ids, batch.labels) / 9).backward()
+    losses = [micro_step(batch.input_ids, batch.labels, factor) for batch in parts]
     assert sum(batch.num_target_tokens for batch in parts) == 9
     # float32: each element is a sum of a few hundred products in another order
+    assert float(sum(losses)) == pytest.approx(float(loss), rel=300 * 2**-24)
     error = (optimizer.gradients - expected).abs().max() / expected.abs().max()
     assert expected.abs().max() > 0
     assert error < 300 * 2**-24
