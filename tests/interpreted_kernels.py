@@ -28,6 +28,7 @@ from layer_cases import (  # noqa: E402
     norm_results,
     rope_results,
 )
+from lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -52,6 +53,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
+from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
@@ -163,6 +165,12 @@ def dropouts(results: dict[str, Tensor]) -> None:
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def extensions(results: dict[str, Tensor]) -> None:
+    """Add weights with the updates behind them."""
+    for case in TINY_EXTENSIONS:
+        results[f"{case}/W_ext"] = extended(case, _launch_extend_with_lora)
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -193,6 +201,7 @@ def main() -> None:
         layer_operations(results)
         losses(results)
         dropouts(results)
+        extensions(results)
     save_file(results, sys.argv[1])
 
 

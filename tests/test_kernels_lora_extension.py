@@ -1,0 +1,205 @@
+"""kernels/lora_extension.py: value for value what is written by hand; compiles for four GPUs."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import CompiledLaunch, compile_launch
+from equality import assert_equal
+from interpreter import interpreted_results
+from lora_extension_cases import (
+    SCALING,
+    TINY_EXTENSIONS,
+    ExtensionCase,
+    extended,
+    extended_by_hand,
+    extension_cases,
+    extension_inputs,
+)
+
+from kernels import lora_extension as module
+from kernels.lora_extension import Update, extend_with_lora, extend_with_lora_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITIES = [80, 89, 90, 100]
+CUDA, META = torch.device("cuda"), torch.device("meta")
+CPU_CASES = extension_cases([((5, 3), (0, 1), 37, 2, 4), ((7, 2, 3), (0, 2), 48, 3, 64)], DTYPES)
+# of Llama-3-8B: rows of the members, in_features
+GROUPS = {
+    "qkv": ((4096, 1024, 1024), 4096),
+    "o": ((4096,), 4096),
+    "gate_up": ((14336, 14336), 4096),
+    "down": ((4096,), 14336),
+}
+RANKS = (16, 64)
+
+
+def case_of(group: str, rank: int, dtype: torch.dtype, targets: Any = None) -> ExtensionCase:
+    """A group with updates of some members, or of all; its tail is a multiple of 64."""
+    rows, in_features = GROUPS[group]
+    targets = tuple(range(len(rows))) if targets is None else targets
+    num_ranks = rank * len(targets)
+    tail = num_ranks + -num_ranks % 64
+    return ExtensionCase(rows, targets, in_features, rank, tail, dtype)
+
+
+@pytest.mark.parametrize("case", CPU_CASES + TINY_EXTENSIONS, ids=str)
+def test_on_a_cpu_every_value_is_the_one_written_by_hand(case: ExtensionCase) -> None:
+    assert_equal(extended(case, extend_with_lora), extended_by_hand(case))
+
+
+@pytest.mark.parametrize("case", TINY_EXTENSIONS, ids=str)
+def test_interpreted_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
+    found = interpreted_results()[f"{case}/W_ext"]
+    assert_equal(found, extended(case, extend_with_lora_reference))
+
+
+def test_a_member_without_an_update_has_rows_of_zeros() -> None:
+    # q_proj and v_proj learn, k_proj does not
+    case = ExtensionCase((7, 5, 3), (0, 2), 48, 4, 64, torch.float32)
+    W_ext, lora_A, lora_B = extension_inputs(case)
+    extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING)
+    q, k, v = W_ext[:15, 48:].split((7, 5, 3))
+    assert not k.any()
+    assert q[:, :4].all()
+    assert v[:, 4:8].all()
+    assert not q[:, 4:].any()
+    assert not v[:, :4].any()
+    assert not v[:, 8:].any()
+
+
+W, A, B = torch.zeros(7 + 64, 48 + 64), torch.zeros(6, 48), torch.zeros(7, 3)
+UPDATES = (
+    Update(slice(0, 5), slice(0, 3), slice(0, 5)),
+    Update(slice(5, 7), slice(3, 6), slice(5, 7)),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates": ()}, "^W_ext must have room for the updates"),
+        ({"W_ext": torch.zeros(7 + 5, 48 + 5)}, r"room for the updates .*: got \(12, 53\) for A"),
+        ({"W_ext": torch.zeros(6 + 64, 48 + 64)}, "^W_ext must have room"),
+        ({"lora_A": torch.zeros(3, 48)}, r"^W_ext must have room .* A \(3, 48\) and B \(7, 3\)$"),
+        ({"lora_B": torch.zeros(8, 3)}, r"^W_ext must have room .* B \(8, 3\)$"),
+        ({"lora_B": torch.zeros(7, 2)}, r"^W_ext must have room .* B \(7, 2\)$"),
+        ({"lora_A": A.half()}, "^A and B must be float32: got torch.float16 and torch.float32"),
+        ({"lora_B": B.half()}, "^A and B must be float32: got torch.float32 and torch.float16"),
+        ({"W_ext": W.to(META)}, "^W_ext, A and B must be on one device: got meta"),
+        ({"lora_A": A.to(META)}, "^W_ext, A and B must be on one device"),
+        ({"lora_B": B.to(META)}, "^W_ext, A and B must be on one device"),
+        ({"W_ext": torch.zeros(112, 71).T}, r"contiguous rows, .* strides \(1, 71\)"),
+        ({"lora_A": torch.zeros(48, 6).T}, r"A and B must be contiguous: .* \(1, 6\) and"),
+        ({"lora_B": torch.zeros(7, 6)[:, :3]}, r"A and B must be contiguous: .* and \(6, 1\)$"),
+    ],
+    ids=[
+        "no update",
+        "tail too narrow",
+        "rows too few",
+        "A too short",
+        "B too long",
+        "ranks differ",
+        "A in 16 bit",
+        "B in 16 bit",
+        "weight elsewhere",
+        "A elsewhere",
+        "B elsewhere",
+        "scattered",
+        "A scattered",
+        "B scattered",
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"W_ext": W, "lora_A": A, "lora_B": B, "updates": UPDATES}
+    with pytest.raises(ValueError, match=message):
+        extend_with_lora(**(given | changes), scaling=SCALING)
+
+
+def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
+    # nothing is read, so nothing is drawn
+    num_rows = sum(case.rows[member] for member in case.targets)
+    shape = (case.num_rows + case.tail, case.in_features + case.tail)
+    W_ext = torch.empty(shape, dtype=case.dtype, device=META)
+    lora_A = torch.empty(case.rank * len(case.targets), case.in_features, device=META)
+    lora_B = torch.empty(num_rows, case.rank, device=META)
+    return compile_launch(
+        module,
+        "_extend_with_lora_kernel",
+        lambda: module._launch_extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING),
+        capability,
+    )
+
+
+# all for one GPU; for the others the widest tail and the usual one
+COMPILED = [
+    (case_of(group, rank, dtype), capability)
+    for capability in CAPABILITIES
+    for dtype in DTYPES
+    for rank in RANKS
+    for group in GROUPS
+    if capability == 90 or (group, rank) in (("qkv", 64), ("gate_up", 16))
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    COMPILED,
+    ids=[f"{case}-sm{capability}" for case, capability in COMPILED],
+)
+def test_kernel_compiles_without_spilling(
+    case: ExtensionCase, capability: int, record_property: Callable[[str, object], None]
+) -> None:
+    compiled = compile_kernel(case, capability)
+    record_property("resources", str(compiled))
+    compiled.assert_fits(capability)
+    assert compiled.shared_bytes == 0
+    # but for the table, three numbers an update, all is moved in vectors of 16 bytes: a tile of s B
+    # from each update's rows, or a piece of a row of A
+    num_updates = len(case.updates)
+    num_values = module.TILE_VALUES * num_updates + module.BLOCK_K
+    accesses = Counter(re.findall(r"(?:ld|st)\.global\S+", compiled.ptx))
+    values_per_store = 16 // case.dtype.itemsize * compiled.num_threads
+    assert accesses == {
+        "ld.global.b64": 3 * num_updates,
+        "ld.global.v4.b32": num_values // (4 * compiled.num_threads),
+        "st.global.v4.b32": (module.TILE_VALUES + module.BLOCK_K) // values_per_store,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TINY_EXTENSIONS + CPU_CASES, ids=str)
+def test_gpu_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
+    found = extended(case, extend_with_lora, CUDA).cpu()
+    assert_equal(found, extended(case, extend_with_lora_reference))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_gpu_kernel_writes_llama_groups(group: str, rank: int, dtype: torch.dtype) -> None:
+    case = case_of(group, rank, dtype)
+    # the reference on the GPU too: a product of float32 numbers rounds the same everywhere
+    found = extended(case, extend_with_lora, CUDA)
+    assert_equal(found, extended(case, extend_with_lora_reference, CUDA))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_kernel_reaches_beyond_int32() -> None:
+    case = ExtensionCase((524_290, 3), (0, 1), 4096, 16, 64, torch.bfloat16)
+    assert (case.num_rows - 3) * (case.in_features + case.tail) > 2**31
+    W_ext, lora_A, lora_B = extension_inputs(case, CUDA)
+    extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING)
+    N, K = case.num_rows, case.in_features
+    tails = torch.zeros(6, 64, device=CUDA)
+    tails[:3, :16] = lora_B[-6:-3] * SCALING
+    tails[3:, 16:32] = lora_B[-3:] * SCALING
+    assert_equal(W_ext[N - 6 : N, K:], tails.bfloat16())
+    assert_equal(W_ext[N : N + 32, :K], lora_A.bfloat16())
+    assert not W_ext[N + 32 :, :K].any()
+    assert (W_ext[N - 6 : N, :K] == 7).all()
