@@ -68,6 +68,15 @@ def backward_calls(
     return calls
 
 
+def both_calls(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
+    """Make one call of two."""
+
+    def both(one: Call, other: Call) -> tuple[Any, Any]:
+        return one(), other()
+
+    return [partial(both, one, other) for one, other in zip(first, second, strict=True)]
+
+
 def rows_of(work: Work, provided: Provided, machine: Machine) -> list[Row]:
     """Measure every provider of one operation, in turns."""
     candidates = [

@@ -4,7 +4,9 @@
 
 Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
 `post_attention_layernorm` adds the residual, forward; backward, both add the gradient of the
-residual stream.
+residual stream. As a layer does, ours writes y again in the same pass (`backward-y`), over grad_y,
+and the gradient over that of the residual stream; the others run forward too, on r, and write new
+tensors, which moves as many bytes.
 """
 
 import sys
@@ -19,6 +21,7 @@ from benchmarks.layer_operations import (
     NUM_ROWS,
     Provided,
     backward_calls,
+    both_calls,
     forward_calls,
     rows_of,
 )
@@ -41,8 +44,8 @@ def forward_bytes(m: int, width: int, itemsize: int, has_residual: bool) -> floa
 
 
 def backward_bytes(m: int, width: int, itemsize: int) -> float:
-    """Count the bytes of its gradient, that of the residual stream added: 4 M D S + 4 M."""
-    return 4 * m * width * itemsize + 4 * m
+    """Count the bytes of its gradient, with the residual stream's and y again: 5 M D S + 4 M."""
+    return 5 * m * width * itemsize + 4 * m
 
 
 def measure_norm(
@@ -71,20 +74,28 @@ def measure_norm(
         ours, forward_calls(rms_norm_reference, sets), forward_calls(compiled, sets)
     )
     rows = rows_of(work, provided, machine)
-    work = Work("backward", layer, m, width, width, dtype, backward, 0)
+    work = Work("backward-y", layer, m, width, width, dtype, backward, 0)
     saved = [_launch_rms_norm(*arguments)[1:] for arguments in sets]
+    # their own, because they are written over: r's gradient grows from call to call, by no more
+    # than the norm's of y itself
     ours = [
-        partial(_launch_rms_norm_backward, *grad, r, rstd, weight)
-        for grad, (r, rstd) in zip(grads, saved, strict=True)
+        partial(_launch_rms_norm_backward, grad_y, grad_r, r, rstd, weight, grad_r, grad_y)
+        for (grad_y, grad_r), (r, rstd) in zip(
+            [(grad_y.clone(), grad_r.clone()) for grad_y, grad_r in grads], saved, strict=True
+        )
     ]
+    again = [(r.detach(), weight, EPS, None) for r, _ in saved]
     for x, _, _, residual in sets:
         x.requires_grad_()
         if residual is not None:
             residual.requires_grad_()
     provided = Provided(
         ours,
-        backward_calls(rms_norm_reference, sets, grads),
-        backward_calls(compiled, sets, grads),
+        both_calls(
+            backward_calls(rms_norm_reference, sets, grads),
+            forward_calls(rms_norm_reference, again),
+        ),
+        both_calls(backward_calls(compiled, sets, grads), forward_calls(compiled, again)),
     )
     return rows + rows_of(work, provided, machine)
 

@@ -9,9 +9,7 @@ as many bytes.
 """
 
 import sys
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +20,11 @@ from benchmarks.layer_operations import (
     NUM_ROWS,
     Provided,
     backward_calls,
+    both_calls,
     forward_calls,
     rows_of,
 )
-from benchmarks.measure import Call, num_input_sets
+from benchmarks.measure import num_input_sets
 from benchmarks.tables import Row, aligned, operation_table
 from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward, swiglu_reference
 
@@ -49,15 +48,6 @@ def gradient(grad_h: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate_up, h = torch.empty_like(gate_up), torch.empty_like(grad_h)
     _launch_swiglu_backward(grad_h, gate_up, grad_gate_up, h)
     return grad_gate_up, h
-
-
-def both_calls(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
-    """Make one call of two."""
-
-    def both(one: Call, other: Call) -> tuple[Any, Any]:
-        return one(), other()
-
-    return [partial(both, one, other) for one, other in zip(first, second, strict=True)]
 
 
 def measure_swiglu(

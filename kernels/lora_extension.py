@@ -8,9 +8,10 @@ GPU.
 
 The updates of a weight's members lie side by side: A is stacked, B is block-diagonal, a block for
 each member that has an update, and what no update fills is zero. The corner is never read. One
-launch writes both tails. Moves (4 + S) bytes a value of A, S of the rows below that fill it up to T,
-S a value of s B's N T and 4 of each in its blocks, where W_ext has S: 6.6 MB beside the 235 MB of a
-Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the result rounded once.
+launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a value of
+the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB beside the
+235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the result
+rounded once.
 
 LoRA: Hu et al. 2021, section 4.1.
 """

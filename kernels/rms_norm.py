@@ -185,9 +185,10 @@ def _rms_norm_backward_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,  # 0: the row does not fit the registers
 ):
-    # one program computes the gradient of one row. It may write over grad_y or grad_r: a row in
-    # registers is read before any of it is written; of one that is read twice, the sum between
-    # ends the first reading for all threads, and each chunk is read again before it is written
+    # one program computes the gradient of one row. It may write over grad_y or grad_r: of a row in
+    # registers, a thread reads all of its values before it writes any; of one that is read twice,
+    # the sum between ends the first reading for all threads, and each chunk is read again before it
+    # is written
     row = tl.program_id(0).to(tl.int64)
     grad_y_ptr += row * stride_grad_ym
     grad_r_ptr += row * stride_grad_rm
@@ -205,6 +206,11 @@ def _rms_norm_backward_kernel(
         for chunk in tl.static_range(CHUNKS):
             g = grads_y[chunk].to(tl.float32) * weights[chunk].to(tl.float32)
             products += g * rows[chunk].to(tl.float32)
+            if WRITES_Y:
+                # after the sum more would be held at once, and sm_80 spills
+                offs = chunk * CHUNK + tl.arange(0, CHUNK)
+                y = rows[chunk].to(tl.float32) * rstd * weights[chunk].to(tl.float32)
+                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
     else:
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
@@ -222,9 +228,6 @@ def _rms_norm_backward_kernel(
             if HAS_GRAD_R:
                 grad += grads_r[chunk].to(tl.float32)
             tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)
-            if WRITES_Y:
-                y = rows[chunk].to(tl.float32) * rstd * weights[chunk].to(tl.float32)
-                tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
     else:
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
@@ -348,9 +351,12 @@ def _check(weight: Tensor, **matrices: Tensor | None) -> None:
             )
         if matrix.stride(1) != 1 and matrix.shape[1] > 1:
             raise ValueError(f"{name} must have contiguous rows: got strides {matrix.stride()}")
-    out = given.get("out")
-    if out is not None and out.shape[0] > 1 and out.stride(0) < out.shape[1]:
-        raise ValueError(f"out must have rows that do not overlap: got strides {out.stride()}")
+    for name in given.keys() & {"out", "y"}:
+        written = given[name]
+        if written.shape[0] > 1 and written.stride(0) < written.shape[1]:
+            raise ValueError(
+                f"{name} must have rows that do not overlap: got strides {written.stride()}"
+            )
     if not weight.is_contiguous():
         raise ValueError(f"the weight must be contiguous: got stride {weight.stride(0)}")
     devices = {tensor.device for tensor in (weight, *given.values())}

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,13 @@ class NormCase:
     is_strided: bool = False
     # which gradient the result is written over, grad_y or grad_r
     in_place: str = ""
+    # where y is written again: over grad_y, or elsewhere; nowhere if empty
+    y_place: str = ""
 
     def __str__(self) -> str:
         words = ["residual"] * self.has_residual + ["grad_r"] * self.has_grad_r
         words += ["strided"] * self.is_strided + [f"over {self.in_place}"] * bool(self.in_place)
+        words += [f"y {self.y_place}"] * bool(self.y_place)
         return "-".join((f"M{self.num_rows}-D{self.width}-{str(self.dtype)[6:]}", *words))
 
 
@@ -80,6 +83,11 @@ def norm_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -
         (False, True, True, "grad_y"),
         (True, False, True),
         (True, True, False, "grad_r"),
+        (False, False, False, "", "elsewhere"),
+        (False, True, True, "grad_y", "elsewhere"),
+        (True, False, True, "", "over grad_y"),
+        # as a layer does
+        (True, True, False, "grad_r", "over grad_y"),
     ]
     return [NormCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
 
@@ -89,8 +97,11 @@ TINY_NORMS = norm_cases([(0, 64), (1, 1), (5, 97), (3, 512), (2, 16400)], INTERP
 
 
 def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]:
-    """Draw rows of very different scale, one of them zero, weights, and gradients."""
-    generator = generator_of(case)
+    """Draw rows of very different scale, one of them zero, weights, and gradients.
+
+    The same whether y is written again or not.
+    """
+    generator = generator_of(replace(case, y_place=""))
     shape = (case.num_rows, case.width)
     scale = 2.0 ** torch.arange(case.num_rows).remainder(9).sub(4)
     inputs = {
@@ -114,7 +125,7 @@ def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]
 def norm_results(
     case: NormCase,
     norm: Callable[..., Any],  # (x, weight, eps, residual, out) -> y, r, rstd
-    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out) -> grad
+    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out, y) -> grad
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a normalization forward and back, and see that only what may be is written to."""
@@ -132,13 +143,22 @@ def norm_results(
     assert (r is x) == (residual is None)
     results = contiguous({"y": y, "r": r, "rstd": rstd})
     grad_out = inputs[case.in_place] if case.in_place else place()
-    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out)
+    y_again = {
+        "": None,
+        "elsewhere": nan_in_wider_rows((case.num_rows, case.width), case.dtype, device),
+        "over grad_y": grad_y,
+    }[case.y_place]
+    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out, y_again)
     for given, result in ((out, y), (grad_out, grad)):
         assert given is None or result is given
         if case.is_strided:
             assert_nan_behind(result)
-    assert_kept(inputs, before, case.in_place)
-    return results | contiguous({"grad": grad})
+    assert_kept(inputs, before, case.in_place, case.y_place.removeprefix("over "))
+    if y_again is None:
+        return results | contiguous({"grad": grad})
+    if case.is_strided or y_again is not grad_y:
+        assert_nan_behind(y_again)
+    return results | contiguous({"grad": grad, "y_again": y_again})
 
 
 def norm_results_of_autograd(

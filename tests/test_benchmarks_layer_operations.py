@@ -26,7 +26,7 @@ def test_bytes_of_a_norm_are_those_of_its_tensors() -> None:
     x, rstd = torch.empty(7, 64, dtype=torch.bfloat16), torch.empty(7)
     assert rms_norm.forward_bytes(7, 64, 2, False) == bytes_of(x, x, rstd)
     assert rms_norm.forward_bytes(7, 64, 2, True) == bytes_of(x, x, x, x, rstd)
-    assert rms_norm.backward_bytes(7, 64, 2) == bytes_of(x, x, x, x, rstd)
+    assert rms_norm.backward_bytes(7, 64, 2) == bytes_of(x, x, x, x, x, rstd)
 
 
 def test_bytes_of_a_rotation_are_those_of_its_tensors() -> None:
@@ -80,7 +80,7 @@ def stand_in_launches(monkeypatch: pytest.MonkeyPatch) -> None:
                 for layer, m, dtype in rms_norm.shapes()
                 for row in rms_norm.measure_norm(layer, m // 1024, dtype, MACHINE, 64)
             ],
-            ["forward", "backward"] * 4,
+            ["forward", "backward-y"] * 4,
         ),
         (
             rope,

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -61,7 +63,11 @@ def truth_of(case: NormCase) -> dict[str, Tensor]:
 def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
     """Rows differ in scale, so each is compared with its own truth."""
     truth, baseline = truth_of(case), norm_results_of_autograd(case, rms_norm_reference)
-    assert actual.keys() == truth.keys()
+    assert actual.keys() - {"y_again"} == truth.keys()
+    assert ("y_again" in actual) == bool(case.y_place)
+    if case.y_place:
+        # the same arithmetic forward and back
+        assert_equal(actual["y_again"], actual["y"], "y again")
     for name, expected in truth.items():
         assert actual[name].shape == expected.shape, name
         if name == "rstd":
@@ -80,15 +86,22 @@ def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
     assert (error <= tolerance * truth["rstd"]).all()
 
 
-@pytest.mark.parametrize("case", TINY_NORMS, ids=str)
-def test_interpreted_kernels_are_as_good_as_torch(case: NormCase) -> None:
+def interpreted(case: NormCase) -> dict[str, Tensor]:
     prefix = f"{case}/"
-    actual = {
+    return {
         name.removeprefix(prefix): tensor
         for name, tensor in interpreted_results().items()
         if name.startswith(prefix)
     }
+
+
+@pytest.mark.parametrize("case", TINY_NORMS, ids=str)
+def test_interpreted_kernels_are_as_good_as_torch(case: NormCase) -> None:
+    actual = interpreted(case)
     assert_as_good_as_torch(case, actual)
+    # y again changes nothing of the rest
+    for name, tensor in interpreted(replace(case, y_place="")).items():
+        assert_equal(actual[name], tensor, name)
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
@@ -120,6 +133,18 @@ def test_a_cpu_gradient_over_another_is_that_in_a_new_tensor() -> None:
         found = rms_norm_backward(**grads, r=r, rstd=rstd, weight=weight, out=grads[name])
         assert found is grads[name]
         assert_equal(found, expected)
+
+
+def test_a_cpu_result_is_written_again_as_it_was() -> None:
+    inputs = norm_inputs(NormCase(7, 97, torch.bfloat16, False, True))
+    x, weight, grad_y, grad_r = (inputs[name] for name in ("x", "weight", "grad_y", "grad_r"))
+    y, r, rstd = rms_norm(x, weight, EPS)
+    expected = rms_norm_backward(grad_y, grad_r, r, rstd, weight)
+    # as a layer does: both gradients give way
+    found = rms_norm_backward(grad_y, grad_r, r, rstd, weight, out=grad_r, y=grad_y)
+    assert found is grad_r
+    assert_equal(grad_r, expected)
+    assert_equal(grad_y, y)
 
 
 X, WEIGHT = torch.ones(3, 4), torch.ones(4)
@@ -186,6 +211,10 @@ def test_arguments_that_do_not_fit_are_refused(
         ("rstd", torch.ones(3, device="meta"), "on one device: got meta and cpu"),
         ("weight", torch.ones(5), r"rows as long as the weight: got shapes \(3, 4\) and"),
         ("out", torch.ones(4).expand(3, 4), "^out must have rows that do not overlap"),
+        ("y", X[:2], r"^y must have r's shape .*: got \(2, 4\) and"),
+        ("y", X.half(), "^y must have r's .* and torch.float16$"),
+        ("y", torch.ones(4, 3).T, "^y must have contiguous rows"),
+        ("y", torch.ones(4).expand(3, 4), "^y must have rows that do not overlap"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(name: str, value: Tensor, message: str) -> None:
@@ -218,17 +247,25 @@ def compile_forward(
 
 
 def compile_backward(
-    dtype: torch.dtype, width: int, has_grad_r: bool, capability: int, num_extra: int = 0
+    dtype: torch.dtype,
+    width: int,
+    has_grad_r: bool,
+    capability: int,
+    num_extra: int = 0,
+    writes_y: bool = False,
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight, rstd = torch.empty(width, dtype=dtype), torch.empty(2)
-    grad_r = x if has_grad_r else None
+    grad_r, y = x if has_grad_r else None, x if writes_y else None
     return compile_launch(
         module,
         "_rms_norm_backward_kernel",
-        lambda: module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x),
+        lambda: module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y),
         capability,
     )
+
+
+compile_backward_with_y = partial(compile_backward, writes_y=True)
 
 
 # all widths for one GPU; for the others a usual one and the largest that registers hold
@@ -240,7 +277,11 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("compile_kernel", [compile_forward, compile_backward])
+@pytest.mark.parametrize(
+    "compile_kernel",
+    [compile_forward, compile_backward, compile_backward_with_y],
+    ids=["forward", "backward", "backward with y"],
+)
 @pytest.mark.parametrize(
     ("dtype", "width", "capability"),
     COMPILED,
@@ -257,7 +298,7 @@ def test_kernels_compile_without_spilling(
     compiled = compile_kernel(dtype, width, True, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
-    assert "sqrt.rn.f32" in compiled.ptx or compile_kernel is compile_backward
+    assert "sqrt.rn.f32" in compiled.ptx or compile_kernel is not compile_forward
     assert not re.search(r"\.approx|\.full", compiled.ptx)
 
 
@@ -271,10 +312,12 @@ def test_aligned_rows_are_moved_once_in_vectors_of_16_bytes(
     chunks = 4
     forward = compile_forward(dtype, 4096, has_addend, capability, num_extra)
     backward = compile_backward(dtype, 4096, has_addend, capability, num_extra)
+    with_y = compile_backward_with_y(dtype, 4096, has_addend, capability, num_extra)
     for compiled, num_read, num_written, scalars in (
         # the row and the weight; rstd is written, or read
         (forward, 2 + has_addend, 1 + has_addend, ("st", 1)),
         (backward, 3 + has_addend, 1, ("ld", 1)),
+        (with_y, 3 + has_addend, 2, ("ld", 1)),
     ):
         vectors = {"ld": chunks * num_read, "st": chunks * num_written}
         for way, num_vectors in vectors.items():
@@ -289,6 +332,7 @@ def test_a_row_in_one_warp_needs_no_shared_memory() -> None:
     for compiled in (
         compile_forward(torch.bfloat16, 896, True, 90),
         compile_backward(torch.bfloat16, 896, True, 90),
+        compile_backward_with_y(torch.bfloat16, 896, True, 90),
     ):
         assert compiled.num_threads == 32
         assert compiled.shared_bytes == 0
@@ -316,7 +360,7 @@ def test_gpu_gradient_over_another_is_that_in_a_new_tensor(
 
     grad_y, grad_r, r = rows(), rows(), rows()
     weight = torch.rand(width, device=CUDA).to(dtype)
-    _, _, rstd = rms_norm(r, weight, EPS)
+    result, _, rstd = rms_norm(r, weight, EPS)
     expected = rms_norm_backward(grad_y, grad_r, r, rstd, weight)
     for overwritten in (grad_y, grad_r):
         before = overwritten.clone()
@@ -324,6 +368,13 @@ def test_gpu_gradient_over_another_is_that_in_a_new_tensor(
         assert found is overwritten
         assert_equal(found, expected)
         overwritten.copy_(before)
+    y = rows()
+    assert_equal(rms_norm_backward(grad_y, grad_r, r, rstd, weight, y=y), expected)
+    assert_equal(y, result)
+    # as a layer does: both gradients give way
+    rms_norm_backward(grad_y, grad_r, r, rstd, weight, out=grad_r, y=grad_y)
+    assert_equal(grad_r, expected)
+    assert_equal(grad_y, result)
 
 
 @pytest.mark.gpu
@@ -334,7 +385,10 @@ def test_gpu_kernels_reach_beyond_int32() -> None:
     x = torch.empty(num_rows, width, dtype=torch.bfloat16, device=CUDA).normal_()
     weight = torch.rand(width, device=CUDA).bfloat16()
     y, _, rstd = rms_norm(x, weight, EPS)
-    grad = rms_norm_backward(y, None, x, rstd, weight)
+    again = torch.empty_like(y)
+    grad = rms_norm_backward(y, None, x, rstd, weight, y=again)
+    assert torch.equal(again, y)
+    del again
     for rows in (slice(0, 3), slice(num_rows - 3, num_rows)):
         expected, _, expected_rstd = rms_norm(x[rows], weight, EPS)
         assert_equal(y[rows], expected)
