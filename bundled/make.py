@@ -1,7 +1,8 @@
 """Write everything else in this room: `python -m bundled.make`, some minutes on two CPU cores.
 
 The model is the product's own Llama in float32, with a trainable product in each linear group's
-place. The same machine writes the same bytes every time.
+place, run by torch's autograd: the product's own passes know no gradient of a frozen weight. The
+same machine writes the same bytes every time.
 """
 
 import json
@@ -22,7 +23,9 @@ from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from data.chat_template import load_template
 from llama.config import read_config
+from llama.decoder_layer import RMSNorm
 from llama.model import Llama
+from llama.rope import rope_tables
 from lora.linear_group import LinearGroup
 
 FOLDER = Path(__file__).parent
@@ -45,15 +48,44 @@ INIT_STD = 0.02
 
 
 class _TrainableGroup(nn.Module):
-    """The interface of a LinearGroup, with a weight that has a gradient: y_i = x W_i^T."""
+    """A LinearGroup whose weight has a gradient: y = x W^T, of all members."""
 
     def __init__(self, group: LinearGroup) -> None:
         super().__init__()
         self.names, self.rows = group.names, group.rows
         self.weight = nn.Parameter(torch.empty(sum(group.rows), group.in_features))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in_features) -> (..., rows[i]) each
-        return F.linear(x, self.weight).split(self.rows, dim=-1)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., sum of rows)
+        return F.linear(x, self.weight)
+
+
+def _normalize(x: Tensor, norm: RMSNorm) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _hidden_states(model: Llama, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
+    """Run the decoder as `Llama.hidden_states` does, through torch's operations, which have a graph
+    of autograd."""
+    config = model.config
+    tables = rope_tables(model.frequencies, torch.arange(input_ids.shape[1]))
+    num_heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+    x = model.model.embed_tokens(input_ids)
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = attention.qkv(_normalize(x, layer.input_layernorm))
+        heads = qkv.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        query, key, value = heads.split(num_heads, dim=1)
+        query, key = _rotate(query, *tables), _rotate(key, *tables)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        x = x + attention.o(mixed.transpose(1, 2).flatten(2))
+        gate, up = mlp.gate_up(_normalize(x, layer.post_attention_layernorm)).chunk(2, dim=-1)
+        x = x + mlp.down(F.silu(gate) * up)
+    return _normalize(x, model.model.norm)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -174,7 +206,7 @@ def pretrain(tokenizer: tokenizers.Tokenizer) -> Llama:
     for step, window in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step)
-        hidden = model.hidden_states(window[:, :-1])
+        hidden = _hidden_states(model, window[:, :-1])
         loss = F.cross_entropy((hidden @ model.head.T).flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

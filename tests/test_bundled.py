@@ -2,12 +2,16 @@
 
 import json
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import save_file
 
+from bundled import make
 from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from bundled.make import BOS, EOS, SEED
@@ -108,6 +112,29 @@ def test_answers_fit_the_context_and_end_in_eos(name: str, tokenizer: Tokenizer)
         learned = [label for label in sample.labels if label >= 0]
         assert learned.count(tokenizer.eos_token_id or 0) == 1
         assert learned[-1] == tokenizer.eos_token_id
+
+
+def test_what_is_pretrained_is_what_the_model_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "NUM_STEPS", 10)
+    tokenizer = tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    trained = make.pretrain(tokenizer)
+    for parameter in trained.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    save_file(make.checkpoint_tensors(trained), tmp_path / "model.safetensors")
+    shutil.copy(MODEL / "config.json", tmp_path)
+    loaded = load_model(tmp_path, torch.device("cpu"), torch.float32, None)
+    ids = torch.randint(0, make.VOCAB_SIZE, (2, 33))
+    with torch.no_grad():
+        expected = make._hidden_states(trained, ids)
+    error = (loaded.hidden_states(ids) - expected).abs().max() / expected.abs().max()
+    # float32: each number is a sum of a few hundred products in another order
+    assert error < 300 * 2**-24
+    # ten steps are better than guessing
+    window = next(make._windows(tokenizer))
+    loss = float(loaded.loss(window, window)) / window[:, 1:].numel()
+    assert loss < math.log(make.VOCAB_SIZE) - 0.5
 
 
 def test_quantized_model_predicts_text_it_was_not_trained_on(
