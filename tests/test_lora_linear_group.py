@@ -190,9 +190,14 @@ def rounded_apart(case: Case, num_tokens: int) -> float:
 
 
 def assert_equal_to_float64(
-    case: Case, x: Tensor, grad_y: Tensor, seed: Tensor | None = None, start: float = 0.0
+    case: Case,
+    x: Tensor,
+    grad_y: Tensor,
+    seed: Tensor | None = None,
+    start: float = 0.0,
+    out: Tensor | None = None,
 ) -> None:
-    actual = results_of(run(case.group, x, grad_y, seed, start))
+    actual = results_of(run(case.group, x, grad_y, seed, start, out=out))
     mask = mask_of(case.group, x, seed)
     truth = run_torch(case, x, grad_y, mask)
     # outputs and gradients are sums of products: with all signs positive they bound what each
@@ -241,6 +246,20 @@ def test_other_shapes_equal_float64(
     assert_equal_to_float64(
         case, torch.randn(num_tokens, in_features), torch.randn(num_tokens, sum(rows))
     )
+
+
+@pytest.mark.parametrize("has_out", [False, True], ids=["new", "part of wider rows"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_a_product_by_the_packed_weight_equals_float64(
+    monkeypatch: pytest.MonkeyPatch, targets: str, has_bias: bool, has_out: bool
+) -> None:
+    # what a GPU does with few rows
+    monkeypatch.setattr(LinearGroup, "_decodes_inside", lambda *_: True)
+    case = make(TARGETS[targets], (64, True), has_bias)
+    x, grad_y = draw(3)
+    out = case.group.empty_output(3, x)[:, : sum(ROWS)] if has_out else None
+    assert_equal_to_float64(case, x, grad_y, out=out)
 
 
 @pytest.mark.parametrize("targets", ["first", "outer", "all"])
