@@ -70,6 +70,13 @@ class Activations:
         self.h_down = h_down  # (M, T of the group)
 
 
+class LayerInput(NamedTuple):
+    """What a layer's activations are computed again from."""
+
+    r1: Tensor  # (M, D)
+    h_down: Tensor  # (M, T of the group)
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far, one (B, H_kv, T, head_dim) pair per layer."""
 
@@ -156,35 +163,37 @@ class DecoderLayer(nn.Module):
         shared: Shared,
         cache: KeyValueCache | None = None,
         has_backward: bool = False,
-    ) -> tuple[Tensor, Tensor, Activations]:  # x, delta (M, D) and what `backward` takes
+    ) -> tuple[Tensor, Tensor, Activations | LayerInput]:  # x, delta (M, D) and what is kept
         """Run the layer; with a cache its keys and values go before the new tokens' own.
 
         Args:
-            has_backward: keep the graph of the attention.
+            has_backward: keep what `backward` takes instead of what `recompute` takes.
         """
         down = self.mlp.down
         attended = self._attend(x, delta, shared, cache, has_backward)
         gated = self._gate(attended, shared)
-        inner_ext = down.empty_input(x.shape[0], x)
+        r1, r2 = attended.r1, gated.r2
+        kept = (attended, gated) if has_backward else None
+        # what is not kept makes room
+        del attended
+        inner_ext = down.empty_input(r1.shape[0], r1)
         gates_and_ups = gated.gate_up_ext[:, : self.mlp.gate_up.num_rows]
         swiglu(gates_and_ups, out=inner_ext[:, : down.in_features])
-        delta = down(inner_ext, shared.dropout_seed)
+        del gated, gates_and_ups
+        delta_out = down.forward(inner_ext, shared.dropout_seed)
         h_down = _own(inner_ext[:, down.in_features :])
-        return gated.r2, delta, Activations(attended, gated, h_down)
+        if kept is None:
+            return r2, delta_out, LayerInput(r1, h_down)
+        return r2, delta_out, Activations(*kept, h_down)
 
-    def recompute(
-        self,
-        r1: Tensor,  # (M, D)
-        h_down: Tensor,  # (M, T of the group)
-        shared: Shared,
-    ) -> Activations:
+    def recompute(self, kept: LayerInput, shared: Shared) -> Activations:
         """Compute the activations of an earlier `forward` again, bit for bit.
 
         The last projection is left out: of its input the backward pass needs no more than h, which
         is a few columns, and its output it does not need.
         """
-        attended = self._attend(r1, None, shared, None, has_backward=True)
-        return Activations(attended, self._gate(attended, shared), h_down)
+        attended = self._attend(kept.r1, None, shared, None, has_backward=True)
+        return Activations(attended, self._gate(attended, shared), kept.h_down)
 
     def _attend(
         self,
@@ -198,7 +207,7 @@ class DecoderLayer(nn.Module):
         M, D = x.shape
         y_ext = qkv.empty_input(M, x)
         _, r1, rstd1 = rms_norm(x, norm.weight, norm.eps, delta, out=y_ext[:, :D])
-        buffer = qkv(y_ext, shared.dropout_seed).unflatten(0, tuple(shared.positions.shape))
+        buffer = qkv.forward(y_ext, shared.dropout_seed).unflatten(0, tuple(shared.positions.shape))
         # the rotation overwrites what it is given, which nothing else holds
         tables = (shared.positions, shared.cos, shared.sin)
         query, key, value = rope(buffer, *tables, self.num_heads, self.num_kv_heads)
@@ -206,10 +215,9 @@ class DecoderLayer(nn.Module):
             key, value = cache.extend(self.index, key, value)
         mixed = attention(query, key, value, has_backward)
         mixed_ext = o.extended(_rows_of(mixed.output))
-        delta = o(mixed_ext, shared.dropout_seed)
-        return Attended(
-            r1, rstd1, _own(y_ext[:, D:]), mixed, _own(mixed_ext[:, o.in_features :]), delta
-        )
+        delta = o.forward(mixed_ext, shared.dropout_seed)
+        h_o = _own(mixed_ext[:, o.in_features :])
+        return Attended(r1, rstd1, _own(y_ext[:, D:]), mixed, h_o, delta)
 
     def _gate(self, attended: Attended, shared: Shared) -> Gated:
         gate_up, norm = self.mlp.gate_up, self.post_attention_layernorm
@@ -219,7 +227,7 @@ class DecoderLayer(nn.Module):
             attended.delta, norm.weight, norm.eps, attended.r1, out=y_ext[:, :D]
         )
         gate_up_ext = gate_up.empty_output(M, attended.r1)
-        gate_up(y_ext, shared.dropout_seed, out=gate_up_ext[:, : gate_up.num_rows])
+        gate_up.forward(y_ext, shared.dropout_seed, out=gate_up_ext[:, : gate_up.num_rows])
         return Gated(r2, rstd2, _own(y_ext[:, D:]), gate_up_ext)
 
     @property

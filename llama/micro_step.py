@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.rms_norm import rms_norm, rms_norm_backward
-from llama.decoder_layer import Activations, DecoderLayer, Shared
+from llama.decoder_layer import Activations, DecoderLayer, LayerInput, Shared
 from llama.host_stash import HostStash
 from llama.loss import linear_cross_entropy_with_gradient
 from llama.model import Llama, target_rows
@@ -33,10 +33,9 @@ Policy = Literal["keep", "recompute", "offload"]
 MAX_GRAPHS = 16
 
 
-class _LayerInput(NamedTuple):
-    """All that a layer keeps which computes its activations again."""
+class _Offloaded(NamedTuple):
+    """What is left of a layer's input while the rest waits on the host."""
 
-    r1: Tensor | None  # (M, D); None if it waits on the host
     h_down: Tensor  # (M, T of the group)
 
 
@@ -45,7 +44,7 @@ class _Kept:
     """What the backward pass needs of the forward pass."""
 
     shared: Shared
-    layers: list[Activations | _LayerInput]
+    layers: list[Activations | LayerInput | _Offloaded]
     r: Tensor  # (M, D), what the last norm was taken of
     rstd: Tensor  # (M,) float32
 
@@ -178,19 +177,15 @@ class MicroStep:
         x, delta = model.embed(input_ids), None
         if stash is not None:
             stash.reserve(x)
-        layers: list[Activations | _LayerInput] = []
+        layers: list[Activations | LayerInput | _Offloaded] = []
         for layer, policy in zip(model.layers, self.policies, strict=True):
-            x, delta, activations = layer(x, delta, shared, has_backward=policy == "keep")
-            if policy == "keep":
-                layers.append(activations)
-            elif policy == "recompute":
-                layers.append(_LayerInput(activations.r1, activations.h_down))
-            else:
+            x, delta, kept = layer.forward(x, delta, shared, has_backward=policy == "keep")
+            if policy == "offload":
                 assert stash is not None
-                stash.put(layer.index, activations.r1)
-                layers.append(_LayerInput(None, activations.h_down))
-            # before the next layer needs the room
-            del activations
+                assert isinstance(kept, LayerInput)
+                stash.put(layer.index, kept.r1)
+                kept = _Offloaded(kept.h_down)
+            layers.append(kept)
         if stash is not None:
             stash.settle()
         norm = model.model.norm
@@ -221,14 +216,14 @@ class MicroStep:
             del activations
 
     def _activations(
-        self, layer: DecoderLayer, kept: Activations | _LayerInput, shared: Shared
+        self, layer: DecoderLayer, kept: Activations | LayerInput | _Offloaded, shared: Shared
     ) -> Activations:
         if isinstance(kept, Activations):
             return kept
-        r1 = kept.r1
-        if r1 is None:
+        if isinstance(kept, _Offloaded):
             assert self._stash is not None
             r1 = self._stash.take(layer.index)
             # the one that is needed next comes beside this one's computation
             self._stash.fetch_next(r1)
-        return layer.recompute(r1, kept.h_down, shared)
+            kept = LayerInput(r1, kept.h_down)
+        return layer.recompute(kept, shared)

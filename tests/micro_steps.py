@@ -7,13 +7,15 @@ from tiny_llama import FIELDS, write_variant
 from torch import Tensor
 
 from llama.checkpoint import load_model
-from llama.micro_step import MicroStep
+from llama.micro_step import MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 
 NF4 = (64, True)
 LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
 CPU = torch.device("cpu")
+# of both layers
+KEEP: tuple[Policy, ...] = ("keep", "keep")
 
 
 def load_tiny(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from equality import assert_equal
-from micro_steps import CPU, LORA, NF4, gradients_of, load_tiny, tokens
+from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, tokens
 from torch import Tensor
 
 from llama.micro_step import MicroStep, Policy
@@ -54,7 +54,7 @@ def test_gradients_with_dropout_are_the_slopes_of_the_loss(
     tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
     model = load_tiny(tmp_path, adapter(0.3, targets))
-    step = MicroStep(model, ["keep"] * 2)
+    step = MicroStep(model, KEEP)
     input_ids = tokens(4, 9)
 
     def run() -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def test_every_policy_gives_the_same_bits(
     model = load_tiny(tmp_path, adapter(dropout, targets), device=device)
     input_ids = tokens(2, 65)
     labels = some_labels(input_ids)
-    expected = gradients_of(MicroStep(model, ["keep"] * 2), input_ids, labels, 0.25, 7)
+    expected = gradients_of(MicroStep(model, KEEP), input_ids, labels, 0.25, 7)
     assert all(grad.any() for grad in expected.values())
     actual = gradients_of(MicroStep(model, POLICIES[policies]), input_ids, labels, 0.25, 7)
     assert_same(actual, expected)
@@ -97,7 +97,7 @@ def test_every_policy_gives_the_same_bits(
 @DEVICES
 def test_gradients_are_added_and_scaled(tmp_path: Path, device: torch.device) -> None:
     model = load_tiny(tmp_path, device=device)
-    step = MicroStep(model, ["keep"] * 2)
+    step = MicroStep(model, KEEP)
     input_ids = tokens(2, 9)
     once = gradients_of(step, input_ids, input_ids)
     quarter = gradients_of(step, input_ids, input_ids, 0.25)
@@ -115,7 +115,7 @@ def test_gradients_are_added_and_scaled(tmp_path: Path, device: torch.device) ->
 
 @DROPOUTS
 def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> None:
-    step = MicroStep(load_tiny(tmp_path, adapter(dropout)), ["keep"] * 2)
+    step = MicroStep(load_tiny(tmp_path, adapter(dropout)), KEEP)
     input_ids = tokens(2, 9)
     first, again, other = (gradients_of(step, input_ids, input_ids, 1.0, s) for s in (1, 1, 2))
     assert_same(again, first)
@@ -127,7 +127,7 @@ def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> Non
 
 
 def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path), ["keep", "recompute"])
+    step = MicroStep(load_tiny(tmp_path), ("keep", "recompute"))
     labels = torch.full((2, 9), -100)
     # the first token of a sequence has nothing before it
     labels[:, 0] = 3
@@ -148,7 +148,7 @@ def test_gpu_captured_steps_give_the_same_bits(
     dropout: float,
 ) -> None:
     model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype)
-    launched = MicroStep(model, ["keep"] * 2)
+    launched = MicroStep(model, KEEP)
     captured = MicroStep(model, GPU_POLICIES[policies], captures=True)
     # two shapes, each three times: launched, captured, replayed; other tokens and seeds each time
     for turn in range(3):
@@ -161,7 +161,7 @@ def test_gpu_captured_steps_give_the_same_bits(
 
 @pytest.mark.gpu
 def test_gpu_a_step_without_labels_may_be_captured(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path, device=CUDA), ["keep"] * 2, captures=True)
+    step = MicroStep(load_tiny(tmp_path, device=CUDA), KEEP, captures=True)
     input_ids = tokens(2, 9)
     expected = gradients_of(step, input_ids, input_ids)
     for _ in range(3):
@@ -184,14 +184,14 @@ def test_gpu_each_policy_needs_less_memory_than_the_one_before(tmp_path: Path) -
     model = load_tiny(tmp_path, LORA, device=CUDA)
     policies: tuple[Policy, ...] = ("keep", "recompute", "offload")
     keep, recompute, offload = (
-        peak_of(MicroStep(model, [policy] * 2), tokens(8, 512)) for policy in policies
+        peak_of(MicroStep(model, (policy, policy)), tokens(8, 512)) for policy in policies
     )
     assert keep > recompute > offload
 
 
 @pytest.mark.gpu
 def test_gpu_shapes_share_one_pool(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path, LORA, device=CUDA), ["keep"] * 2, captures=True)
+    step = MicroStep(load_tiny(tmp_path, LORA, device=CUDA), KEEP, captures=True)
     sizes = []
     # the largest first; each launched, captured and replayed
     for num_tokens in (512, 256, 384):

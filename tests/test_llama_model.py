@@ -16,7 +16,7 @@ from llama_peers import (
     stories_peer,
     tiny_peer,
 )
-from micro_steps import LORA, NF4, gradients_of, load_tiny, tokens
+from micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, tokens
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def float32_error(truth: Tensor, num_operations: int) -> Tensor:
 
 def projection_gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The gradients of the loss by the names of the adapter's tensors."""
-    gradients_of(MicroStep(model, ["keep"] * len(model.layers)), input_ids, labels)
+    gradients_of(MicroStep(model, KEEP), input_ids, labels)
     found = {}
     for prefix, group in model.groups():
         if group.lora_A is None or group.lora_B is None:
