@@ -25,11 +25,14 @@ from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_ba
 from data.chat_template import load_template, render
 from data.dataset import Dataset, load_dataset
 from data.tokenizer import Tokenizer
-from llama.checkpoint import find_checkpoint, load_model
+from llama.checkpoint import find_checkpoint, frozen_bytes, load_model
 from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
-from llama.micro_step import MicroStep
+from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
+from llama.micro_step import POLICIES, MicroStep, padded_tokens
 from llama.model import PROJECTIONS, Llama
+from llama.step_time import measure_rates, step_seconds
+from llama.workload import Workload
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, resolve_target_modules
 from optim.adamw import AdamW
@@ -105,6 +108,8 @@ class StepResult:
 
 
 def main(arguments: Sequence[str]) -> None:
+    # torch's allocator then leaves hardly any holes between tensors; it asks once, at its first
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = parse_config(arguments, without_model=BUNDLED_RUN)
     lora = lora_config(config)
     checkpoint_folder = find_checkpoint(config.model)
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     config = resolve(config, llama_config)
     check_output(config)
     device = torch.device(config.device)
-    make_deterministic(device)
+    prepare(device, config.deterministic)
 
     resumed = resume_point(config)
     saved = load_checkpoint(resumed) if resumed else None
@@ -131,6 +136,12 @@ def main(arguments: Sequence[str]) -> None:
         else None
     )
 
+    work = workload(config, lora, llama_config, checkpoint_folder, train_data)
+    plan = plan_run(config, work)
+    if config.plan:
+        print(describe_plan(config, work, plan, train_data))
+        return
+
     model = load(checkpoint_folder, config, device)
     model.attach_lora(lora, config.seed)
     print(model.describe_trainable_parameters())
@@ -147,9 +158,7 @@ def main(arguments: Sequence[str]) -> None:
     # only now, when nothing that was given can be wrong any more, is anything written
     open_output(config)
     num_steps = count_steps(config, train_data)
-    micro_step = MicroStep(
-        model, [config.activations] * len(model.layers), captures=device.type == "cuda"
-    )
+    micro_step = MicroStep(model, plan.policies, captures=device.type == "cuda")
     run = Run(
         config,
         lora,
@@ -162,10 +171,13 @@ def main(arguments: Sequence[str]) -> None:
         state,
         num_steps,
     )
+    preflight(run, plan)
     before = answer(run, tokenizer)
     last_row = train(run)
     if optimizer.describe() != described:
         print(f"optimizer: {optimizer.describe()}")
+    if device.type == "cuda":
+        print(memory_line(plan))
     if num_steps:
         save_results(run, tokenizer, last_row)
     after = answer(run, tokenizer)
@@ -193,13 +205,14 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
             "--optimizer-residency must be auto on a CPU, where moments do not move: "
             f"got {config.optimizer_residency}"
         )
+    if device == "cpu" and (config.activations == "offload" or config.max_memory):
+        raise ValueError(
+            "--activations offload and --max-memory must be given for a GPU: the device is the CPU"
+        )
     dtype = config.dtype
     if dtype == "auto":
         is_modern = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "float32" if device == "cpu" else "bfloat16" if is_modern else "float16"
-    activations = config.activations
-    if activations == "auto":
-        activations = "recompute" if device == "cuda" else "keep"
     positions = llama_config.max_position_embeddings
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, positions)
     if max_length > positions:
@@ -208,10 +221,7 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         )
     if config.max_steps == 0 and not config.eval_data:
         raise ValueError("--max-steps 0 evaluates only and must be given --eval-data: got none")
-    config = replace(
-        config, device=device, dtype=dtype, activations=activations, max_length=max_length
-    )
-    return choose_output(config)
+    return choose_output(replace(config, device=device, dtype=dtype, max_length=max_length))
 
 
 def lora_config(config: TrainConfig) -> LoRAConfig:
@@ -244,12 +254,12 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
     return lora
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Choose kernels whose result does not depend on timing: a seed gives the same losses."""
+def prepare(device: torch.device, is_deterministic: bool) -> None:
+    """Choose how torch computes and takes memory on a GPU, before either begins."""
     if device.type == "cuda":
-        # cuBLAS asks for a fixed workspace before its first call
+        # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(is_deterministic)
         # that also fills every empty tensor with NaN, which costs a pass over each; the stubs of
         # torch 2.13 do not know the switch
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
@@ -272,9 +282,13 @@ def load_data(
     return dataset
 
 
+def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
+    return (config.block_size, config.double_quant) if config.quant == "nf4" else None
+
+
 def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
     """Load the checkpoint onto the device, quantizing each tensor as it arrives."""
-    quantization = (config.block_size, config.double_quant) if config.quant == "nf4" else None
+    quantization = quantization_of(config)
     with tqdm(desc="loading", unit="tensor", disable=None, leave=False) as bar:
 
         def report(done: int, total: int) -> None:
@@ -282,6 +296,88 @@ def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
             bar.update(done - bar.n)
 
         return load_model(folder, device, getattr(torch, config.dtype), quantization, report)
+
+
+def workload(
+    config: TrainConfig, lora: LoRAConfig, llama: LlamaConfig, folder: Path, data: Dataset
+) -> Workload:
+    """Size the largest micro-batch of the run."""
+    longest = max(len(sample.input_ids) for sample in data.samples)
+    is_8bit = config.optim == "paged_adamw_8bit"
+    on_device = config.device == "cpu" or config.optimizer_residency != "host"
+    return Workload(
+        config=llama,
+        lora=lora,
+        frozen_bytes=frozen_bytes(folder, quantization_of(config)),
+        # two numbers of 4 bytes, or of one and their blocks' scales
+        moment_bytes=(2 + 8 / 256 if is_8bit else 8) * on_device,
+        batch=min(config.batch_size, len(data.samples)),
+        tokens=padded_tokens(longest, torch.device(config.device)),
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def plan_run(config: TrainConfig, work: Workload) -> MemoryPlan:
+    """Choose what every layer does with its activations, so that the run fits the GPU.
+
+    Raises:
+        ValueError: it does not; the message names the nearest settings that would.
+    """
+    if config.device == "cpu":
+        policy = POLICIES.get(config.activations, POLICIES["keep"])
+        return plan_memory(work, (policy,) * work.config.num_hidden_layers)
+    # the context is there already
+    available = torch.cuda.mem_get_info()[0] + CONTEXT_BYTES
+    budget = min(config.max_memory_bytes or available, available)
+    return plan_within(work, POLICIES.get(config.activations), budget)
+
+
+def describe_plan(config: TrainConfig, work: Workload, plan: MemoryPlan, data: Dataset) -> str:
+    """Say what the run will take: memory, tokens and, where there is a GPU, time."""
+    text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
+    num_tokens = sum(len(sample.input_ids) for sample in data.samples)
+    num_steps, epoch_length = count_steps(config, data), steps_of_epoch(config, data)
+    total = num_tokens * num_steps / epoch_length
+    text += f"\n{num_steps:,} steps over about {total:,.0f} tokens"
+    if config.device == "cuda":
+        rates = measure_rates(torch.device("cuda"), work.dtype)
+        seconds = step_seconds(work, plan.policies, rates)
+        speed = work.M / seconds
+        text += f", {speed:,.0f} tokens/s: about {total / speed / 60:,.0f} min without padding"
+    return text
+
+
+def preflight(run: Run, plan: MemoryPlan) -> None:
+    """Run the longest micro-batch once on a GPU, so that what does not fit fails before step 1.
+
+    Raises:
+        RuntimeError: the GPU has not the memory.
+    """
+    if run.config.device == "cpu" or not run.num_steps:
+        return
+    longest = max(run.train_data.samples, key=lambda sample: len(sample.input_ids))
+    batch = collate([longest] * min(run.config.batch_size, len(run.train_data.samples)))
+    start = time.perf_counter()
+    try:
+        run.micro_step(batch.input_ids, batch.labels, run.loss_scale.scale * 0)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"the longest micro-batch, {len(batch.input_ids)} x {batch.input_ids.shape[1]:,} "
+            f"tokens, must fit the GPU: {error}; lower --max-memory, --batch-size or --max-length"
+        ) from None
+    print(
+        f"longest micro-batch: {len(batch.input_ids)} x {batch.input_ids.shape[1]:,} tokens in "
+        f"{time.perf_counter() - start:.1f} s with what is compiled; {memory_line(plan)}"
+    )
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """Hold the plan against the allocator's peak."""
+    return (
+        f"layers: {plan.layers()}; memory {torch.cuda.max_memory_reserved() / GIB:.2f} GiB, "
+        f"planned {plan.reserved / GIB:.2f}"
+    )
 
 
 def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:

@@ -35,7 +35,7 @@ from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
 from llama.shard_reader import StoredTensor, make_ring, read_header, stream
 from lora.linear_group import LinearGroup
-from nf4.weight import non_finite_weights
+from nf4.weight import non_finite_weights, weight_bytes
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -384,6 +384,35 @@ def _load_on_gpu(
             raise non_finite_weights(file.get_tensor(tensor.name), tensor.name)
 
 
+def _described(
+    folder: Path, compute_dtype: torch.dtype
+) -> tuple[Llama, dict[str, _Slot], dict[str, StoredTensor]]:
+    """A model without tensors, where its tensors go, and what the files hold, checked."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llama(config, compute_dtype)
+    slots = _slots(model)
+    stored = _stored_tensors(folder)
+    _check(folder, stored, slots, config.tie_word_embeddings)
+    return model, slots, stored
+
+
+def frozen_bytes(folder: Path, quantization: tuple[int, bool] | None) -> int:
+    """Count what `load_model` will hold of a checkpoint on the device, from the files' headers.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json.
+    """
+    model, slots, stored = _described(folder, torch.float32)
+    total = sum(stored[name].num_bytes for name in slots)
+    if quantization is not None:
+        for prefix, group in model.groups():
+            total -= sum(stored[f"{prefix}{name}.weight"].num_bytes for name in group.names)
+            total += weight_bytes(group.rows, group.in_features, *quantization)
+    return total
+
+
 def load_model(
     folder: Path,
     device: torch.device,
@@ -402,12 +431,7 @@ def load_model(
         ValueError: the files contradict each other or config.json, or a tensor holds a NaN or an
             infinity.
     """
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Llama(config, compute_dtype)
-    slots = _slots(model)
-    stored = _stored_tensors(folder)
-    _check(folder, stored, slots, config.tie_word_embeddings)
+    model, slots, stored = _described(folder, compute_dtype)
     for prefix, group in model.groups():
         weights = [f"{prefix}{name}.weight" for name in group.names]
         biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
@@ -422,6 +446,6 @@ def load_model(
         _load_on_cpu(wanted, slots, report)
     else:
         _load_on_gpu(wanted, slots, device, report)
-    if config.tie_word_embeddings and _HEAD in stored:
+    if model.config.tie_word_embeddings and _HEAD in stored:
         _check_tied_head(folder, stored[_HEAD], model.head)
     return model.eval()

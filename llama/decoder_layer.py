@@ -66,8 +66,12 @@ class Activations:
 
     def __init__(self, attended: Attended, gated: Gated, h_down: Tensor) -> None:
         self.r1, self.rstd1, self.h_qkv, self.mixed, self.h_o, _ = attended
-        self.r2, self.rstd2, self.h_gate_up, self.gate_up_ext = gated
         self.h_down = h_down  # (M, T of the group)
+        self._gated = [gated]
+
+    def pop_gated(self) -> Gated:
+        """Hand over the second half, which goes once its backward pass has used it."""
+        return self._gated.pop()
 
 
 class LayerInput(NamedTuple):
@@ -250,7 +254,7 @@ class DecoderLayer(nn.Module):
         Adds the gradients of the low-rank updates to those of the parameters.
 
         Args:
-            kept: of the same pass; gate_up_ext is overwritten.
+            kept: of the same pass, and used up.
             needs_grad_x: False for the first layer, whose input is frozen.
         """
         qkv, o = self.self_attn.qkv, self.self_attn.o
@@ -260,19 +264,20 @@ class DecoderLayer(nn.Module):
         B, T = shared.positions.shape
         grad = grad_ext[:, :D]
 
+        r2, rstd2, h_gate_up, gate_up_ext = kept.pop_gated()
         grad_out = grad_ext[:, : D + down.tail]
         grad_inner = down.backward(grad_out, kept.h_down, seed)
         assert grad_inner is not None
         # gates and ups give way to their gradients, and their gradient to what they gave
-        _, inner = swiglu_backward(grad_inner, kept.gate_up_ext[:, : gate_up.num_rows])
+        _, inner = swiglu_backward(grad_inner, gate_up_ext[:, : gate_up.num_rows])
         down.accumulate_grad_A(grad_out, inner, seed)
         del grad_inner, inner
-        grad_y = gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
+        grad_y = gate_up.backward(gate_up_ext, h_gate_up, seed)
         assert grad_y is not None
         norm = self.post_attention_layernorm
-        rms_norm_backward(grad_y, grad, kept.r2, kept.rstd2, norm.weight, out=grad, y=grad_y)
-        gate_up.accumulate_grad_A(kept.gate_up_ext, grad_y, seed)
-        del grad_y
+        rms_norm_backward(grad_y, grad, r2, rstd2, norm.weight, out=grad, y=grad_y)
+        gate_up.accumulate_grad_A(gate_up_ext, grad_y, seed)
+        del grad_y, r2, rstd2, h_gate_up, gate_up_ext
 
         grad_out = grad_ext[:, : D + o.tail]
         grad_mixed = o.backward(grad_out, kept.h_o, seed)

@@ -17,9 +17,10 @@ there are, it is as large as the largest needs.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.rms_norm import rms_norm, rms_norm_backward
@@ -29,8 +30,19 @@ from llama.loss import linear_cross_entropy_with_gradient
 from llama.model import Llama, target_rows
 
 Policy = Literal["keep", "recompute", "offload"]
+POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}
 # of the shapes that are captured; each holds its launches, some 10 MB
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
+# tokens to a multiple of which a GPU's batches are padded, so that their shapes come again
+PADDED_TOKENS = 64
+
+
+def padded_tokens(num_tokens: int, device: torch.device) -> int:
+    """Count the tokens that samples of a length are computed with.
+
+    The padding comes last, so no real token sees it, and it has no loss.
+    """
+    return num_tokens if device.type == "cpu" else num_tokens + -num_tokens % PADDED_TOKENS
 
 
 class _Offloaded(NamedTuple):
@@ -105,10 +117,12 @@ class MicroStep:
             Does not wait for the device.
         """
         self._seed.fill_(dropout_seed)
-        rows, targets = target_rows(labels)
-        if self.model.device.type == "cpu":
-            return self._launch(input_ids, rows, targets, factor)
         device = self.model.device
+        num_padding = padded_tokens(input_ids.shape[1], device) - input_ids.shape[1]
+        input_ids = F.pad(input_ids, (0, num_padding))
+        rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
+        if device.type == "cpu":
+            return self._launch(input_ids, rows, targets, factor)
         rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)

@@ -46,6 +46,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> N
         torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
 
 
+def tail_columns(num_ranks: int) -> int:
+    """Count the columns of a tail that has room for so many ranks."""
+    return num_ranks + -num_ranks % TAIL_MULTIPLE
+
+
 class LinearGroup(nn.Module):
     """Frozen projections of one input, in NF4 or in the checkpoint's dtype, with optional low-rank
     updates.
@@ -201,8 +206,7 @@ class LinearGroup(nn.Module):
     @property
     def tail(self) -> int:
         """The columns that x and grad_y have behind their own, for h and its gradient."""
-        num_ranks = 0 if self.lora_A is None else self.lora_A.shape[0]
-        return num_ranks + -num_ranks % TAIL_MULTIPLE
+        return tail_columns(0 if self.lora_A is None else self.lora_A.shape[0])
 
     def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, K + T)
         """Allocate a buffer for x and its tail, on a tensor's device and in its dtype."""

@@ -87,6 +87,16 @@ def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list
     return spans
 
 
+def weight_bytes(
+    rows: Sequence[int], in_features: int, block_size: int, double_quant: bool
+) -> int:
+    """Count the bytes that a weight holds, from its shape."""
+    last = member_spans(rows, in_features, block_size)[-1]
+    if not double_quant:
+        return last.packed.stop + 4 * last.blocks.stop
+    return last.packed.stop + last.blocks.stop + 4 * (last.groups.stop + len(rows))
+
+
 def empty_weight(
     rows: Sequence[int], in_features: int, block_size: int, double_quant: bool, device: torch.device
 ) -> NF4Weight:

@@ -9,6 +9,7 @@ resolved config is written to OUT/config.json; `--config OUT/config.json` runs i
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,8 +19,22 @@ CONFIG_FILE = "config.json"
 
 # flags that a resumed run may change: they decide what is written and where, not what is computed
 _FREE_ON_RESUME = frozenset(
-    {"output", "resume", "eval_steps", "save_steps", "logging_steps", "optimizer_residency"}
+    {
+        "output",
+        "resume",
+        "eval_steps",
+        "save_steps",
+        "logging_steps",
+        "optimizer_residency",
+        "activations",
+        "max_memory",
+        "plan",
+    }
 )
+
+
+_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
 def _flag(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -113,8 +128,19 @@ class TrainConfig:
     activations: str = _flag(
         "auto",
         "machine",
-        "keep them for the backward pass or recompute them; auto: recompute on a GPU",
-        ("auto", "keep", "recompute"),
+        "of each layer: keep them for the backward pass, recompute them from the layer's input, or "
+        "offload that input to the host; auto: the fastest mix that fits",
+        ("auto", "keep", "recompute", "offload"),
+    )
+    max_memory: str = _flag(
+        "", "machine", "of the GPU, such as 24GiB; by default what is free on it"
+    )
+    plan: bool = _flag(False, "machine", "say what the run will take of memory and time, and stop")
+    deterministic: bool = _flag(
+        False,
+        "machine",
+        "let attention's backward pass on a GPU add in one order, which takes longer: then equal "
+        "runs give equal bits there too",
     )
 
     def __post_init__(self) -> None:
@@ -138,10 +164,21 @@ class TrainConfig:
             self._require(f.name, is_finite, "finite")
 
         self._require(
+            "max_memory",
+            not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
+            "a size such as 24GiB, 24GB or 800MiB",
+        )
+        self._require(
             "optimizer_residency",
             self.optimizer_residency == "auto" or self.optim != "adamw",
             "auto with --optim adamw, whose moments do not move",
         )
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        """--max-memory in bytes; None where it is not given."""
+        found = _SIZE.fullmatch(self.max_memory)
+        return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

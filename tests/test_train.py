@@ -341,7 +341,7 @@ def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(
     tmp_path: Path, dtype: str, optim: str
 ) -> None:
     on_cpu = run(tmp_path, f"--dtype float32 --optim {optim.replace(HOST, '')}", "cpu")
-    flags = f"--device cuda --dtype {dtype} --save-steps 2 --lora-dropout 0 --optim {optim}"
+    flags = f"--device cuda --deterministic --dtype {dtype} --save-steps 2 --optim {optim}"
     expected = run(tmp_path, flags, "whole")
     for a, b in zip(on_cpu, expected, strict=True):
         # as between micro-batches in float32, as between dtypes in 16 bit

@@ -1,0 +1,71 @@
+"""The sizes of a micro-step: what `llama/memory_plan.py` and `llama/step_time.py` reckon with.
+
+M = B T rows, D hidden_size, F intermediate_size
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from llama.config import LlamaConfig
+from lora.config import LoRAConfig
+from lora.linear_group import tail_columns
+
+
+@dataclass(frozen=True)
+class Group:
+    """A linear group's sizes: (N, K) with a tail of T columns, and the numbers of its adapter."""
+
+    N: int
+    K: int
+    tail: int
+    num_adapted: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is for.
+
+    Attributes:
+        frozen_bytes: of the frozen weights as they lie on the device.
+        moment_bytes: what both moments of a number of the adapter take of the device.
+        tokens: of each sample of the batch.
+    """
+
+    config: LlamaConfig
+    lora: LoRAConfig
+    frozen_bytes: int
+    moment_bytes: float
+    batch: int
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def M(self) -> int:
+        return self.batch * self.tokens
+
+    def _group(self, K: int, **rows: int) -> Group:
+        """Size a group from its members' rows by name."""
+        targets = [name for name in rows if name in self.lora.target_modules]
+        ranks = self.lora.r * len(targets)
+        num_adapted = ranks * K + self.lora.r * sum(rows[name] for name in targets)
+        return Group(sum(rows.values()), K, tail_columns(ranks), num_adapted)
+
+    def groups(self) -> tuple[Group, Group, Group, Group]:
+        """qkv, o, gate_up and down of a layer."""
+        config = self.config
+        D, F = config.hidden_size, config.intermediate_size
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        return (
+            self._group(D, q_proj=q, k_proj=kv, v_proj=kv),
+            self._group(q, o_proj=D),
+            self._group(D, gate_proj=F, up_proj=F),
+            self._group(F, down_proj=D),
+        )
+
+    @property
+    def num_adapted(self) -> int:
+        """Numbers of the adapter."""
+        per_layer = sum(group.num_adapted for group in self.groups())
+        return self.config.num_hidden_layers * per_layer
