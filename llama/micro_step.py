@@ -14,8 +14,8 @@ there are, it is as large as the largest needs.
     M = B T rows, D hidden_size
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -124,20 +124,32 @@ class MicroStep:
         if device.type == "cpu":
             return self._launch(input_ids, rows, targets, factor)
         rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        main = torch.cuda.current_stream()
-        self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
+        with self._on_stream():
             captured = self._captured_for(input_ids)
             if captured is None:
                 input_ids = input_ids.to(device, non_blocking=True)
-                loss = self._launch(input_ids, rows, targets, factor)
-            else:
-                captured.input_ids.copy_(input_ids, non_blocking=True)
-                captured.forward.replay()
-                loss = self._loss(captured.hidden, rows, targets, factor)
-                captured.backward.replay()
+                return self._launch(input_ids, rows, targets, factor)
+            captured.input_ids.copy_(input_ids, non_blocking=True)
+            captured.forward.replay()
+            loss = self._loss(captured.hidden, rows, targets, factor)
+            captured.backward.replay()
+            return loss
+
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:  # () float32
+        """Compute a batch's summed loss without dropout, in the memory that training takes."""
+        if self.model.device.type == "cpu":
+            return self.model.loss(input_ids, labels)
+        with self._on_stream(), self._pooled():
+            return self.model.loss(input_ids, labels)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Run on the stream that the pool's memory belongs to, in turn with the caller's."""
+        main = torch.cuda.current_stream()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            yield
         main.wait_stream(self._stream)
-        return loss
 
     def _launch(self, input_ids: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Run both passes kernel by kernel."""

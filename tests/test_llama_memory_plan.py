@@ -66,7 +66,7 @@ def test_the_adapter_and_the_groups_are_those_of_the_model(
 
 def test_each_policy_needs_less_than_the_one_before() -> None:
     keep, recompute, offload = (
-        plan_memory(WORK, [policy] * NUM_LAYERS) for policy in POLICIES.values()
+        plan_memory(WORK, (policy,) * NUM_LAYERS) for policy in POLICIES.values()
     )
     assert keep.device > recompute.device > offload.device
     # what a layer keeps, as llama/decoder_layer.py counts it: 4.5 D + 2 F numbers a token, and the

@@ -126,6 +126,14 @@ def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> Non
     assert torch.equal(loss, first["loss"]) == (dropout == 0)
 
 
+@DEVICES
+def test_evaluation_is_the_models_loss(tmp_path: Path, device: torch.device) -> None:
+    step = MicroStep(load_tiny(tmp_path, adapter(0.3), device=device), KEEP)
+    input_ids = tokens(2, 64)
+    loss = step.evaluate(input_ids, some_labels(input_ids))
+    assert_equal(loss, step.model.loss(input_ids, some_labels(input_ids)))
+
+
 def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
     step = MicroStep(load_tiny(tmp_path), ("keep", "recompute"))
     labels = torch.full((2, 9), -100)
