@@ -30,7 +30,7 @@ REFERENCES = {"loss": cross_entropy_reference, "gradient": cross_entropy_referen
 
 def shapes() -> list[tuple[int, torch.dtype]]:
     """List what is measured: rows and dtype, of a chunk of llama/loss.py."""
-    return [(1024, torch.bfloat16)]
+    return [(512, torch.bfloat16)]
 
 
 def cross_entropy_bytes(mode: str, m: int, vocab_size: int, itemsize: int) -> float:
