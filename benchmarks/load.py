@@ -38,7 +38,7 @@ from benchmarks.command import run_tests
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from benchmarks.measure import measure, quantiles
 from benchmarks.record import head, write
-from benchmarks.tables import Row, aligned
+from benchmarks.tables import Row, aligned, load_table
 from llama.checkpoint import INDEX_NAME, load_model
 from llama.config import CONFIG_NAME, read_config
 from llama.model import Llama
@@ -121,15 +121,17 @@ def header_of(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 
 
 def write_checkpoint(folder: Path, fields: dict[str, Any], num_shards: int = NUM_SHARDS) -> Path:
-    """Write a checkpoint of random bf16 weights, several tensors at a time."""
+    """Write a checkpoint of random bf16 weights, norms of ones, several tensors at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps(fields))
     generator = torch.Generator().manual_seed(0)
     block = (torch.randn(BLOCK_ELEMENTS, generator=generator) * WEIGHT_STD).bfloat16()
-    content = block.view(torch.uint8).numpy().data
+    random = block.view(torch.uint8).numpy().data
+    ones = torch.ones_like(block).view(torch.uint8).numpy().data
     places: dict[str, str] = {}
 
-    def write_tensor(file: int, start: int, size: int, index: int) -> None:
+    def write_tensor(file: int, start: int, shape: tuple[int, ...], index: int) -> None:
+        size, content = num_bytes(shape), ones if len(shape) == 1 else random
         shift = index * SHIFT_ELEMENTS % BLOCK_ELEMENTS * torch.bfloat16.itemsize
         done = 0
         while done < size:
@@ -145,9 +147,9 @@ def write_checkpoint(folder: Path, fields: dict[str, Any], num_shards: int = NUM
             start = file.write(header_of(shapes))
             writes = []
             for shape in shapes.values():
-                index, size = len(places) + len(writes), num_bytes(shape)
-                writes.append(pool.submit(write_tensor, file.fileno(), start, size, index))
-                start += size
+                index = len(places) + len(writes)
+                writes.append(pool.submit(write_tensor, file.fileno(), start, shape, index))
+                start += num_bytes(shape)
             for done in writes:
                 done.result()
         places |= dict.fromkeys(shapes, name)
@@ -243,22 +245,6 @@ def measured_row(
     return row
 
 
-def table(rows: list[Row]) -> str:
-    """Lay rows out in seconds."""
-    names = ["provider", "mode", "first s", "s", "p20", "p80", "GB/s", "peak GiB"]
-    lines = [
-        [
-            row["provider"],
-            row["mode"],
-            *(f"{row[key] / 1e3:.2f}" for key in ("ms_first", "ms_p50", "ms_p20", "ms_p80")),
-            f"{row['gbps']:.1f}",
-            f"{row['peak_bytes'] / 2**30:.2f}",
-        ]
-        for row in rows
-    ]
-    return aligned(names, lines)
-
-
 def rows_of(folder: Path, device: torch.device, limit_gbps: float, repetitions: int) -> list[Row]:
     """Measure every way to bring a folder's tensors to the device."""
     tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in read_header(path)]
@@ -311,7 +297,7 @@ def main() -> int:
         "rows": rows,
     }
     print(f"\n{record['device']}, {record['num_cores']} cores, {num_file_bytes / 1e9:.1f} GB\n")
-    print(table(rows))
+    print(aligned(*load_table(rows)))
     if arguments.json:
         write(arguments.json, record)
     return 0

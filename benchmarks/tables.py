@@ -137,6 +137,104 @@ def adamw_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+NAMES = {
+    "limit": "limit",
+    "ours": "Quatrain",
+    "hf": "transformers + PEFT + bitsandbytes",
+    "unsloth": "Unsloth",
+}
+
+
+def _by_provider(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["provider"], row["policy"]), {})[row["shape"]] = row
+    return found
+
+
+def percent_of_limit(row: Row, rows: Iterable[Row]) -> str:
+    """Format how much of its policy's limit a training step reaches; what is not kept is computed
+    again."""
+    policy = "keep" if row["policy"] == "keep" else "recompute"
+    for limit in _by_provider(rows).get(("limit", policy), {}).values():
+        if limit["shape"] == row["shape"] and "error" not in limit:
+            return f"{100 * row['tokens_per_second'] / limit['tokens_per_second']:.0f} %"
+    return "-"
+
+
+def _number(row: Row, key: str, digits: int) -> str:
+    value = row.get(key)
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def train_step_lines(rows: Sequence[Row]) -> Table:
+    """List training steps, a line each."""
+    header = ["provider", "policy", "shape", "tokens/s", "of limit", "ms", "peak GiB"]
+    header += ["reserved GiB", "load s", "first step s", ""]
+    lines = [
+        [
+            row["provider"],
+            row["policy"],
+            row["shape"],
+            _number(row, "tokens_per_second", 0),
+            "-" if "error" in row else percent_of_limit(row, rows),
+            _number(row, "ms_p50", 1),
+            _number(row, "peak_gib", 2),
+            _number(row, "reserved_gib", 2),
+            _number(row, "load_s", 1),
+            _number(row, "first_step_s", 1),
+            row.get("error", ""),
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def _step_cell(row: Row | None) -> str:
+    """Format tokens per second, and the peak beside them if there is one."""
+    if row is None:
+        return "-"
+    if "error" in row:
+        return "does not fit" if row["error"].startswith("out of memory") else "failed"
+    peak = row.get("peak_gib")
+    return _number(row, "tokens_per_second", 0) + ("" if peak is None else f", {peak:.1f} GiB")
+
+
+def train_step_table(rows: Sequence[Row]) -> Table:
+    """Tabulate training steps: providers over shapes."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    header = ["", *(shape.replace("x", " x ") for shape in shapes), "load s", "first step s"]
+    lines = []
+    for (provider, policy), found in _by_provider(rows).items():
+        # of the first process, where one had to be followed by another
+        whole = next((row for row in found.values() if "load_s" in row), {})
+        lines.append(
+            [
+                f"{NAMES[provider]}, {policy}",
+                *(_step_cell(found.get(shape)) for shape in shapes),
+                _number(whole, "load_s", 1),
+                _number(whole, "first_step_s", 1),
+            ]
+        )
+    return header, lines
+
+
+def load_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the seconds of a checkpoint's way to the device."""
+    header = ["provider", "mode", "first s", "s", "p20", "p80", "GB/s", "peak GiB"]
+    lines = [
+        [
+            row["provider"],
+            row["mode"],
+            *(f"{row[key] / 1e3:.2f}" for key in ("ms_first", "ms_p50", "ms_p20", "ms_p80")),
+            f"{row['gbps']:.1f}",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Lay a table out in columns: the first to the left, the others to the right."""
     table = [header, *lines]

@@ -1,0 +1,154 @@
+"""The limit of a training step, in a process of its own; `benchmarks/train_step.py` starts it.
+
+    keep        L (forward + backward products + attention there and back) + the head's two
+    recompute   the forward products and attention of the layers once more
+
+Products are cuBLAS's of bf16 weights: y = x W^T and grad_x = grad_y W of a layer's four groups and
+of the head, attention the faster of cuDNN's and FlashAttention's. No weight is expanded, no update
+is applied, nothing is normalized, rotated, gated or optimized: what a step takes beyond the limit
+is what its author has to answer for. Recomputation could spare down's product, and ours does.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.layer_operations import backward_calls
+from benchmarks.layers import WEIGHT_STD
+from benchmarks.measure import measure
+from benchmarks.random_model import CONFIGS
+from benchmarks.step_timing import parse_shape, print_row
+from llama.config import LlamaConfig
+
+DTYPE = torch.bfloat16
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    # where there is no GPU
+    "math": SDPBackend.MATH,
+}
+# of the head's products: their time grows with the rows, which are too many at once
+MAX_HEAD_ROWS = 4096
+
+
+class Times(NamedTuple):
+    """Milliseconds of one layer's parts, and of the head over all rows."""
+
+    forward_ms: float
+    backward_ms: float
+    attention_forward_ms: float
+    attention_backward_ms: float
+    head_ms: float
+
+
+def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """List the rows and columns of a layer's groups."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "qkv": (queries + 2 * keys, config.hidden_size),
+        "o": (config.hidden_size, queries),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+    }
+
+
+def products(
+    shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device
+) -> tuple[float, float]:
+    """Measure y = x W^T and grad_x = grad_y W of all weights together, in milliseconds."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=DTYPE, device=device)
+
+    def measured(width: Callable[[tuple[int, int]], int], is_transposed: bool) -> float:
+        inputs = [draw(num_rows, width(shape)) for shape in shapes]
+        pairs = [(x, W if is_transposed else W.T) for x, W in zip(inputs, weights, strict=True)]
+        return measure([lambda: [x @ W for x, W in pairs]]).ms_p50
+
+    weights = [draw(*shape) * WEIGHT_STD for shape in shapes]
+    return measured(lambda shape: shape[1], False), measured(lambda shape: shape[0], True)
+
+
+def attention(
+    config: LlamaConfig, shape: tuple[int, int], device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Measure attention there and back in milliseconds, by every backend that takes the shape."""
+    num_samples, num_tokens = shape
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    query, key, value = (
+        torch.randn(num_samples, num, num_tokens, config.head_dim, dtype=DTYPE, device=device)
+        for num in heads
+    )
+    grad = torch.randn_like(query)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    found = {}
+    for name, backend in BACKENDS.items():
+        if (name == "math") == (device.type == "cuda"):
+            continue
+        with sdpa_kernel(backend):
+            try:
+                run(query, key, value)
+            except RuntimeError as error:
+                print(f"{name} does not take {shape}: {error}", file=sys.stderr)
+                continue
+            forward = measure([lambda: run(query, key, value)]).ms_p50
+            leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+            backward = measure(backward_calls(run, [leaves], [[grad]])).ms_p50
+        found[name] = (forward, backward)
+    return found
+
+
+def step_ms(times: Times, num_layers: int, policy: str) -> float:
+    """Add up a step."""
+    num_forward = 2 if policy == "recompute" else 1
+    layer_ms = num_forward * (times.forward_ms + times.attention_forward_ms)
+    layer_ms += times.backward_ms + times.attention_backward_ms
+    return num_layers * layer_ms + times.head_ms
+
+
+def rows_of(config: LlamaConfig, text: str, device: torch.device) -> list[dict[str, Any]]:
+    """Measure the limit of one shape, for both policies."""
+    shape = parse_shape(text)
+    num_rows = shape[0] * shape[1]
+    forward, backward = products(list(group_shapes(config).values()), num_rows, device)
+    head_rows = min(num_rows, MAX_HEAD_ROWS)
+    head = sum(products([(config.vocab_size, config.hidden_size)], head_rows, device))
+    by_backend = attention(config, shape, device)
+    backend = min(by_backend, key=lambda name: sum(by_backend[name]))
+    times = Times(forward, backward, *by_backend[backend], head * num_rows / head_rows)
+    rows = []
+    for policy in ("keep", "recompute"):
+        ms = step_ms(times, config.num_hidden_layers, policy)
+        row = {"provider": "limit", "policy": policy, "shape": text}
+        row |= {"tokens_per_second": round(1e3 * num_rows / ms, 1), "ms_p50": round(ms, 3)}
+        parts = {name: round(ms, 4) for name, ms in times._asdict().items()}
+        rows.append(row | {"attention": backend} | parts)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure the limit of a training step.")
+    parser.add_argument("--shape-name", choices=CONFIGS, required=True)
+    parser.add_argument("--shapes", required=True)
+    arguments = parser.parse_args()
+    device = torch.device("cuda", torch.cuda.current_device())
+    print_row({"is_ready": True})
+    for text in arguments.shapes.split(","):
+        for row in rows_of(CONFIGS[arguments.shape_name], text, device):
+            print_row(row)
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

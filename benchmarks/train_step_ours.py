@@ -1,0 +1,165 @@
+"""Our training step in a process of its own; `benchmarks/train_step.py` starts it.
+
+As train.py runs it: planned, prepared and optimized by its own functions, micro-steps captured.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import train
+from benchmarks.layers import BLOCK_SIZE
+from benchmarks.random_model import CONFIGS, random_model
+from benchmarks.step_timing import Step, measure_shapes, parse_shape
+from kernels.adamw import MOMENT_BLOCK
+from llama.checkpoint import frozen_bytes, load_model
+from llama.config import read_config
+from llama.memory_plan import MemoryPlan, plan_memory
+from llama.micro_step import POLICIES, MicroStep, Policy
+from llama.model import Llama
+from llama.workload import Workload
+from nf4.weight import weight_bytes
+from run.config import TrainConfig
+
+SEED = 0
+QUANTIZATION = (BLOCK_SIZE, True)
+
+
+def frozen_bytes_of(source: str) -> int:
+    """Count what the frozen weights will take of the device."""
+    if source not in CONFIGS:
+        return frozen_bytes(Path(source), QUANTIZATION)
+    with torch.device("meta"):
+        model = Llama(CONFIGS[source], torch.bfloat16)
+    groups = [group for _, group in model.groups()]
+    packed = (weight_bytes(group.rows, group.in_features, *QUANTIZATION) for group in groups)
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    return kept * torch.bfloat16.itemsize + sum(packed)
+
+
+def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:
+    """Size a shape's micro-step as train.py's plan wants it."""
+    return Workload(
+        config=CONFIGS[source] if source in CONFIGS else read_config(Path(source)),
+        lora=train.lora_config(config),
+        frozen_bytes=frozen_bytes_of(source),
+        # of two numbers, and of their blocks' scales
+        moment_bytes=2 + 8 / MOMENT_BLOCK if config.optim == "paged_adamw_8bit" else 8,
+        batch=shape[0],
+        tokens=shape[1],
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def plan_of(policy: str, config: TrainConfig, work: Workload) -> MemoryPlan:
+    """Plan a step: `keep`, `recompute` or `offload` for every layer, `auto` as train.py decides it,
+    "auto:8GiB" as it does with that --max-memory.
+
+    Raises:
+        ValueError: there is no such policy, or `auto` does not fit.
+    """
+    name, _, size = policy.partition(":")
+    if name == "auto":
+        return train.plan_run(replace(config, activations="auto", max_memory=size), work)
+    if policy not in POLICIES:
+        raise ValueError(f"a policy must be auto or one of {', '.join(POLICIES)}: got {policy!r}")
+    return plan_memory(work, (POLICIES[policy],) * work.config.num_hidden_layers)
+
+
+def make_step(
+    model: Llama, config: TrainConfig, policies: Sequence[Policy], optimizer: train.AdamW
+) -> Step:
+    """Make a training step of one micro-batch, in which every token has a label."""
+    micro_step = MicroStep(model, policies, captures=model.device.type == "cuda")
+
+    def step(ids: Tensor) -> Tensor:
+        num_targets = ids.shape[0] * (ids.shape[1] - 1)
+        factor = torch.full((), 1 / num_targets, device=model.device)
+        optimizer.zero_grad()
+        optimizer.prefetch()
+        loss = micro_step(ids, ids, factor, SEED)
+        optimizer.step(config.learning_rate, config.max_grad_norm)
+        return loss / num_targets
+
+    return step
+
+
+def load(source: str, config: TrainConfig, device: torch.device) -> Llama:
+    """Load a checkpoint folder, or draw a model of one of the shapes that have a name."""
+    dtype = getattr(torch, config.dtype)
+    if source in CONFIGS:
+        return random_model(CONFIGS[source], device, dtype)
+    return load_model(Path(source), device, dtype, QUANTIZATION)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description="Measure our training step.")
+    result.add_argument("--policy", required=True)
+    result.add_argument("--model", required=True, help="checkpoint folder or name of a shape")
+    result.add_argument("--shapes", required=True)
+    result.add_argument("--steps", type=int, required=True)
+    result.add_argument("--started", type=float, required=True)
+    result.add_argument("--target-modules", required=True)
+    result.add_argument("--rank", type=int, required=True)
+    result.add_argument("--alpha", type=float, required=True)
+    result.add_argument("--dropout", type=float, required=True)
+    result.add_argument("--optim", required=True)
+    return result
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    # as train.py does, before the first allocation
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TrainConfig(
+        device=device.type,
+        dtype="bfloat16",
+        target_modules=arguments.target_modules,
+        lora_r=arguments.rank,
+        lora_alpha=arguments.alpha,
+        lora_dropout=arguments.dropout,
+        optim=arguments.optim,
+    )
+    train.prepare(device, config.deterministic)
+    shapes = arguments.shapes.split(",")
+    # while the device is empty, as train.py does; what does not fit is told with its shape
+    plans: dict[tuple[int, int], MemoryPlan | ValueError] = {}
+    for shape in map(parse_shape, shapes):
+        work = workload_of(arguments.model, config, shape)
+        try:
+            plans[shape] = plan_of(arguments.policy, config, work)
+        except ValueError as error:
+            plans[shape] = error
+    start = time.perf_counter()
+    model = load(arguments.model, config, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    load_s = time.perf_counter() - start
+    model.attach_lora(train.lora_config(config), SEED)
+    optimizer = train.make_optimizer(model, config)
+
+    def make(shape: tuple[int, int]) -> tuple[Step, dict[str, Any]]:
+        plan = plans[shape]
+        if isinstance(plan, ValueError):
+            raise plan
+        planned = {"layers": plan.layers(), "planned_gib": round(plan.reserved / 2**30, 3)}
+        return make_step(model, config, plan.policies, optimizer), planned
+
+    facts = {"provider": "ours", "policy": arguments.policy, "load_s": round(load_s, 2)}
+    facts |= {"optimizer": optimizer.describe()}
+    vocab_size, num_steps = model.config.vocab_size, arguments.steps
+    measure_shapes(facts, shapes, vocab_size, num_steps, arguments.started, make)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

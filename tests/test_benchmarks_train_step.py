@@ -1,0 +1,326 @@
+"""benchmarks/train_step.py and its processes: a tiny checkpoint, and what may go wrong."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stand_in_gpu import install
+from tiny_llama import FIELDS
+
+from benchmarks import load, train_step, train_step_limit, train_step_ours
+from benchmarks.step_timing import Stopwatch, measure_shapes, parse_shape, random_ids
+from benchmarks.tables import aligned, train_step_lines, train_step_table
+from benchmarks.train_step import (
+    RECIPES,
+    Bench,
+    Provider,
+    Recipe,
+    last_error,
+    measure_all,
+    prepare_checkpoint,
+    providers_of,
+    read_output,
+    run_process,
+    some_of,
+    without_checkout,
+)
+from llama.checkpoint import load_model
+from llama.config import read_config
+from run.config import TrainConfig
+
+CPU = torch.device("cpu")
+TINY = Recipe(("1x8", "2x6"), rank=2, optim="adamw")
+# a peer's kernels want whole blocks
+PEER_FIELDS = train_step.FIELDS | FIELDS | {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "BLOCK_ELEMENTS", 1000)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, _small_blocks: None) -> Path:
+    return prepare_checkpoint(tmp_path / "model", PEER_FIELDS)
+
+
+def bench_of(checkpoint: Path | str, recipe: Recipe = TINY, time_limit: float = 120.0) -> Bench:
+    return Bench(recipe, str(checkpoint), recipe.shapes, 3, time_limit)
+
+
+def step_row(provider: str, policy: str, shape: str, rate: float, **more: Any) -> dict[str, Any]:
+    return {
+        "provider": provider,
+        "policy": policy,
+        "shape": shape,
+        "tokens_per_second": rate,
+        "ms_p50": 1.0,
+        **more,
+    }
+
+
+def test_a_checkpoint_is_written_once_and_is_one_of_ours(checkpoint: Path) -> None:
+    before = (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns
+    prepare_checkpoint(checkpoint, PEER_FIELDS)
+    assert (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns == before
+    load_model(checkpoint, CPU, torch.bfloat16, (64, True))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        json.loads((checkpoint / name).read_text())
+
+
+def test_the_written_config_is_an_8b_llamas(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(train_step.FIELDS))
+    config = read_config(tmp_path)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (32, 4096, 128256)
+
+
+def test_our_process_measures_every_shape(checkpoint: Path) -> None:
+    outcome = bench_of(checkpoint).measure(Provider("ours", "recompute"))
+    assert [row.get("error") for row in outcome.rows] == [None, None]
+    assert [row["shape"] for row in outcome.rows] == ["1x8", "2x6"]
+    for row in outcome.rows:
+        assert (row["provider"], row["policy"], row["peak_gib"]) == ("ours", "recompute", None)
+        assert row["tokens_per_second"] > 0
+        assert len(row["losses"]) == 5
+        assert row["load_s"] < row["first_step_s"]
+
+
+def test_a_peers_process_computes_our_losses(checkpoint: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    bench = bench_of(checkpoint, Recipe(("1x8", "2x6"), rank=2, optim="adamw"))
+    ours = bench.measure(Provider("ours", "keep"))
+    theirs = bench.measure(Provider("hf", "recompute"))
+    assert [row.get("error") for row in theirs.rows] == [None, None]
+    assert theirs.versions["bitsandbytes"]
+    for mine, other in zip(ours.rows, theirs.rows, strict=True):
+        # the first is of the checkpoint alone; bf16 keeps 8 bits
+        assert mine["losses"][0] == pytest.approx(other["losses"][0], rel=2**-8)
+
+
+def test_a_peer_that_is_not_installed_has_rows_that_say_so(checkpoint: Path) -> None:
+    outcome = bench_of(checkpoint).measure(Provider("unsloth", "offload"))
+    assert [row["shape"] for row in outcome.rows] == ["1x8", "2x6"]
+    for row in outcome.rows:
+        assert "No module named 'unsloth'" in row["error"]
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def test_a_process_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    text = "import subprocess, time; print('{\"is_ready\": true}', flush=True);"
+    text += "subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    outcome = run_process(script(text), tmp_path, {}, 1.0)
+    assert outcome.is_timed_out
+    assert outcome.is_ready
+    assert outcome.error == "not done after 1 s"
+
+
+def test_a_process_that_fails_leaves_its_last_error(tmp_path: Path) -> None:
+    outcome = run_process(script("print('hello'); raise KeyError('x')"), tmp_path, {}, 60.0)
+    assert outcome.error == "exit code 1: KeyError: 'x'"
+    assert not outcome.rows
+
+
+def test_a_shape_that_ends_the_process_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(_: object, provider: Provider, shapes: list[str]) -> train_step.Outcome:
+        asked.append(list(shapes))
+        outcome = train_step.Outcome(is_ready=True)
+        for shape in shapes:
+            if shape == "2x2":
+                outcome.error = "exit code 1: RuntimeError: a launch failed"
+                break
+            outcome.rows.append(step_row(*provider, shape, 1.0))
+        return outcome
+
+    monkeypatch.setattr(Bench, "_run", run)
+    found = bench_of("", Recipe(("1x1", "2x2", "3x3"))).measure(Provider("ours", "keep"))
+    assert asked == [["1x1", "2x2", "3x3"], ["3x3"]]
+    assert [row.get("error") for row in found.rows] == [
+        None,
+        "exit code 1: RuntimeError: a launch failed",
+        None,
+    ]
+
+
+def test_the_file_is_written_after_every_provider(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, sizes = tmp_path / "result.json", []
+
+    def measure(_: object, provider: Provider) -> train_step.Outcome:
+        sizes.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return train_step.Outcome([step_row(*provider, "1x1", 1.0)], {"torch": "2"})
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    providers = providers_of(TINY, ["keep"], ["unsloth"])
+    assert providers == [("limit", "keep"), ("ours", "keep"), *train_step.PEERS["unsloth"]]
+    record = measure_all(bench_of(""), providers, {"device": "a GPU"}, path)
+    assert sizes == [0, 1, 2, 3]
+    assert json.loads(path.read_text()) == record
+
+
+def test_without_a_checkpoint_there_are_no_peers() -> None:
+    names = {provider.name for provider in providers_of(RECIPES["70b"], ["offload"], ["hf"])}
+    assert names == {"limit", "ours"}
+
+
+def test_output_among_other_lines_is_found() -> None:
+    rows = [{"is_ready": True}, {"versions": {"a": "1"}}, {"provider": "hf", "shape": "1x1"}]
+    text = "a banner\n" + "\n".join(map(json.dumps, rows)) + '\n{not json\n{"provider": "h'
+    outcome = read_output(text)
+    assert outcome.is_ready
+    assert outcome.versions == {"a": "1"}
+    assert outcome.rows == rows[2:]
+
+
+def test_the_last_error_is_named() -> None:
+    assert last_error("Traceback\n  File\nValueError: bad\nsome warning\n") == "ValueError: bad"
+    assert last_error("killed\n") == "killed"
+    assert last_error("") == "no message"
+
+
+def test_peers_do_not_see_the_checkout(tmp_path: Path) -> None:
+    root = str(train_step.ROOT)
+    assert without_checkout(f"{root}:{tmp_path}::{root}/") == str(tmp_path)
+    assert without_checkout("site") == str(Path("site").resolve())
+
+
+def test_flags_name_what_there_is() -> None:
+    assert some_of("hf,", ["hf", "unsloth"], "--peers") == ["hf"]
+    assert some_of("keep,auto:8GiB", ["keep", "auto"], "--ours") == ["keep", "auto:8GiB"]
+    with pytest.raises(ValueError, match="--peers must name some of hf: got 'axolotl'"):
+        some_of("axolotl", ["hf"], "--peers")
+    assert parse_shape("4x2048") == (4, 2048)
+    for text in ("4", "4x", "0x2", "ax2", "1x2x3"):
+        with pytest.raises(ValueError, match="SAMPLESxTOKENS"):
+            parse_shape(text)
+
+
+def test_a_shape_without_room_has_an_error_and_the_next_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def make_step(shape: tuple[int, int]) -> Any:
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            if shape[0] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+            return ids.float().mean()
+
+        if shape[1] > 4:
+            raise ValueError("too long")
+        return step, {"layers": "2 keep"}
+
+    measure_shapes({"provider": "ours"}, ["2x4", "1x5", "1x4"], 10, 3, 0.0, make_step)
+    first, failed, refused, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"is_ready": True, "provider": "ours"}
+    assert failed["error"] == "out of memory: CUDA out of memory. Tried"
+    assert refused["error"] == "too long"
+    assert measured["layers"] == "2 keep"
+    assert measured["ms_min"] <= measured["ms_p50"] <= measured["ms_max"]
+
+
+def test_all_providers_get_the_same_tokens() -> None:
+    ids = random_ids((2, 5), 100, 3)
+    assert torch.equal(ids, random_ids((2, 5), 100, 3))
+    assert not torch.equal(ids, random_ids((2, 5), 100, 4))
+
+
+def test_the_first_step_is_told_once() -> None:
+    watch = Stopwatch(0.0)
+    first = watch.measure(lambda ids: ids.float().mean(), (1, 4), 10, 2)
+    again = watch.measure(lambda ids: ids.float().mean(), (1, 4), 10, 2)
+    assert first["first_step_s"] == again["first_step_s"] == watch.first_step_s
+
+
+def test_auto_is_what_train_makes_of_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(device="cpu", dtype="bfloat16")
+    work = train_step_ours.workload_of(str(checkpoint), config, (2, 16))
+    assert (work.M, work.config.num_hidden_layers) == (32, 2)
+    assert train_step_ours.plan_of("auto", config, work).policies == ("keep", "keep")
+    assert train_step_ours.plan_of("offload", config, work).policies == ("offload",) * 2
+    with pytest.raises(ValueError, match="got 'forget'"):
+        train_step_ours.plan_of("forget", config, work)
+    # on a GPU of 80 GiB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    config = replace(config, device="cuda")
+    assert train_step_ours.plan_of("auto", config, work).policies == ("keep", "keep")
+    with pytest.raises(ValueError, match="must fit"):
+        train_step_ours.plan_of("auto:1MiB", config, work)
+
+
+def test_a_named_shape_takes_what_a_checkpoint_of_it_takes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(train_step_ours.CONFIGS, "tiny", read_config(checkpoint))
+    expected = train_step_ours.frozen_bytes_of(str(checkpoint))
+    assert train_step_ours.frozen_bytes_of("tiny") == expected
+
+
+def test_a_named_shape_is_measured_too(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(train_step_ours.CONFIGS, "tiny", read_config(checkpoint))
+    # the process would set it for good
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    command = train_step.command_of(Provider("ours", "keep"), TINY, "tiny", ["1x8"], 2, checkpoint)
+    monkeypatch.setattr(sys, "argv", command[2:])
+    assert train_step_ours.main() == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["shape"], row["layers"]) == ("1x8", "2 keep")
+    assert row["tokens_per_second"] > 0
+
+
+def test_the_limit_of_a_tiny_step_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))
+    config = read_config(tmp_path)
+    assert train_step_limit.group_shapes(config)["qkv"] == (64, 32)
+    monkeypatch.setattr(train_step_limit, "MAX_HEAD_ROWS", 8)
+    rows = train_step_limit.rows_of(config, "2x16", CPU)
+    assert [row["policy"] for row in rows] == ["keep", "recompute"]
+    keep, recompute = (row["ms_p50"] for row in rows)
+    again = rows[0]["forward_ms"] + rows[0]["attention_forward_ms"]
+    assert recompute - keep == pytest.approx(config.num_hidden_layers * again, abs=2e-3)
+
+
+def test_tables_put_providers_beside_the_limit() -> None:
+    rows = [
+        step_row("limit", "keep", "1x8", 200.0),
+        step_row("limit", "recompute", "1x8", 100.0),
+        step_row("ours", "offload", "1x8", 80.0, peak_gib=5.04, load_s=2.0, first_step_s=9.0),
+        {"provider": "ours", "policy": "offload", "shape": "2x8", "error": "out of memory: x"},
+        {"provider": "hf", "policy": "recompute", "shape": "2x8", "error": "exit code 1"},
+    ]
+    lines = train_step_lines(rows)[1]
+    assert lines[2] == [
+        "ours",
+        "offload",
+        "1x8",
+        "80",
+        "80 %",
+        "1.0",
+        "5.04",
+        "-",
+        "2.0",
+        "9.0",
+        "",
+    ]
+    assert lines[3][3:6] == ["-", "-", "-"]
+    assert aligned(*train_step_lines(rows)).count("\n") == 5
+    header, wide = train_step_table(rows)
+    assert header == ["", "1 x 8", "2 x 8", "load s", "first step s"]
+    assert wide == [
+        ["limit, keep", "200", "-", "-", "-"],
+        ["limit, recompute", "100", "-", "-", "-"],
+        ["Quatrain, offload", "80, 5.0 GiB", "does not fit", "2.0", "9.0"],
+        ["transformers + PEFT + bitsandbytes, recompute", "-", "failed", "-", "-"],
+    ]
