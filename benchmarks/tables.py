@@ -219,6 +219,23 @@ def train_step_table(rows: Sequence[Row]) -> Table:
     return header, lines
 
 
+def breakdown_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the families of a step's kernels."""
+    header = ["family", "launches", "ms", "limit ms", "of limit", "of step"]
+    lines = [
+        [
+            row["family"],
+            str(row["launches"]),
+            _number(row, "ms", 2),
+            _number(row, "limit_ms", 2),
+            "-" if row["percent_of_limit"] is None else f"{row['percent_of_limit']:.0f} %",
+            "-" if row["percent_of_step"] is None else f"{row['percent_of_step']:.1f} %",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
 def load_table(rows: Iterable[Row]) -> Table:
     """Tabulate the seconds of a checkpoint's way to the device."""
     header = ["provider", "mode", "first s", "s", "p20", "p80", "GB/s", "peak GiB"]
