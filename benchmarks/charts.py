@@ -1,4 +1,4 @@
-"""Charts of the kernels' results, drawn by matplotlib; the same results give the same bytes."""
+"""Charts of the results, drawn by matplotlib; the same results give the same bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ def draw(path: Path, records: dict[str, Record]) -> None:
         mpl.rcParams.update(STYLE)
         if path.name.startswith("nf4_matmul."):
             figure = matmul_figure(records["nf4_matmul"])
+        elif path.name.startswith("breakdown."):
+            figure = breakdown_figure(records["breakdown"])
         else:
             figure = bandwidth_figure(records)
         # neither a date nor the version of matplotlib
@@ -153,4 +155,39 @@ def bandwidth_figure(records: dict[str, Record]) -> Figure:
     )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def breakdown_figure(record: Record) -> Figure:
+    """Draw the time of every family of kernels, and its limit within."""
+    rows = [row for row in record["rows"] if row["percent_of_step"] is not None]
+    families = [row for row in rows if row["family"] != "all"]
+    figure = Figure(figsize=(8, 1.4 + 0.36 * len(families)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(families))
+    axes.barh(places, [row["ms"] for row in families], 0.7, color=SKY, label="time")
+    limits = [row["limit_ms"] or 0 for row in families]
+    axes.barh(places, limits, 0.35, color=BLUE, label="limit")
+    ends = [max(row["ms"], limit) for row, limit in zip(families, limits, strict=True)]
+    for place, (row, end) in enumerate(zip(families, ends, strict=True)):
+        axes.annotate(
+            f"{row['ms']:,.1f} ms, {row['percent_of_step']:.1f} %",
+            (end, place),
+            (4, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontsize=8,
+        )
+    axes.set_yticks(places, [row["family"] for row in families], fontsize=9)
+    axes.invert_yaxis()
+    # room for what stands beside the longest bar
+    axes.set_xlim(0, 1.25 * max(ends))
+    axes.set_xlabel("milliseconds")
+    total = next(row["ms"] for row in rows if row["family"] == "all")
+    figure.suptitle(
+        f"{total:,.0f} ms of kernels in a micro-step of {record['model']}, {record['shape']} tokens"
+        f",\nactivations: {record['policy']}, on an {record['device']}",
+        fontsize=11,
+    )
+    axes.legend(loc="lower right", frameon=False)
     return figure

@@ -1,19 +1,20 @@
-"""Turn the committed results into README.md's tables of the kernels, and into charts.
+"""Turn the committed results into README.md's tables of step and kernels, and into charts.
 
     python -m benchmarks.report            # the tables, in Markdown
     python -m benchmarks.report --write    # into README.md, with the charts beside the results
 
-A result file is named BENCHMARK.DEVICE.json. Charts are drawn by matplotlib, the extra `report`.
+A result file is named BENCHMARK.DEVICE.json; a benchmark without one has no table. Charts are drawn
+by matplotlib, the extra `report`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.record import ROOT
 from benchmarks.tables import (
@@ -21,13 +22,16 @@ from benchmarks.tables import (
     Table,
     adamw_table,
     bandwidth_table,
+    breakdown_table,
+    load_table,
     markdown,
     matmul_table,
+    operation_table,
+    train_step_table,
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- kernels -->\n", "\n<!-- /kernels -->"
 
 # the README's selection of M: what decoding and training meet
 SHOWN_ROWS = {"forward": (1, 16, 64, 512, 2048, 8192), "transposed": (512, 2048, 8192)}
@@ -43,24 +47,38 @@ large bf16 product, whichever is longer; both are measured in the same process. 
 Llama-3-8B's, with double quantization and blocks of B = 64."""
 
 
+class Section(NamedTuple):
+    """A benchmark's paragraph: a title, what is counted, and the table of its rows."""
+
+    title: str
+    counted: str
+    table: Callable[[list[Row]], Table]
+
+
 def load(folder: Path) -> dict[str, dict[str, Record]]:
-    """Read the kernels' results: by device, then by benchmark."""
+    """Read the results that have a section: by device, then by benchmark."""
     devices: dict[str, dict[str, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         benchmark, _, device = path.stem.partition(".")
-        if benchmark in SECTIONS:
+        if benchmark in STEP_SECTIONS or benchmark in KERNEL_SECTIONS:
             devices.setdefault(device, {})[benchmark] = json.loads(path.read_text())
     return devices
 
 
 def where(record: Record) -> str:
     """Say what a record was measured on, and with what."""
-    peer = f", bitsandbytes {record['bitsandbytes']}" if record["bitsandbytes"] else ""
-    return (
-        f"{record['device']}, {record['date']}, torch {record['torch']}, triton "
-        f"{record['triton']}{peer}, commit {record['commit'][:7]}; copy "
-        f"{record['copy_gbps']:,.0f} GB/s, product {record['matmul_tflops']:,.0f} TFLOP/s."
-    )
+    versions = {"torch": record["torch"], "triton": record["triton"]}
+    if record.get("bitsandbytes"):
+        versions["bitsandbytes"] = record["bitsandbytes"]
+    versions |= record.get("versions", {})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = f"{record['device']}, {record['date']}, {listed}, commit {record['commit'][:7]}"
+    rates = {"copy": ("copy_gbps", "GB/s"), "product": ("matmul_tflops", "TFLOP/s")}
+    rates["pinned copy"] = ("pinned_copy_gbps", "GB/s")
+    measured = [
+        f"{name} {record[key]:,.0f} {unit}" for name, (key, unit) in rates.items() if key in record
+    ]
+    return f"{'; '.join([text, ', '.join(measured)] if measured else [text])}."
 
 
 def shown(rows: Iterable[Row]) -> list[Row]:
@@ -68,43 +86,100 @@ def shown(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["m"] in SHOWN_ROWS[row["mode"]]]
 
 
-def _bandwidth(record: Record) -> Table:
-    return bandwidth_table(record["rows"])
+STEP_COUNTED = (
+    "Tokens a second and the peak of torch's allocator over shapes of samples x tokens; a step is "
+    "one micro-batch and the optimizer's step. The limit is cuBLAS's products and attention alone; "
+    "`recompute` runs the forward pass of the layers twice. `load` is the checkpoint's way to the "
+    "device, `first step` counts from the start of the process."
+)
 
-
-def _matmul(record: Record) -> Table:
-    return matmul_table(shown(record["rows"]))
-
-
-def _adamw(record: Record) -> Table:
-    return adamw_table(record["rows"])
-
-
-# in the order of the README: title, what is counted, table
-SECTIONS = {
-    "nf4_dequantize": (
+# in the order of the README
+STEP_SECTIONS = {
+    "train_step": Section(
+        "Training step",
+        "Llama-3-8B with random weights, NF4 and double quantization, bf16, rank 16 on all linear "
+        f"layers, AdamW in 32 bits (`python -m benchmarks.train_step`). {STEP_COUNTED}",
+        train_step_table,
+    ),
+    "train_step_seed": Section(
+        "Training step, two projections",
+        "The same with rank 16 on q_proj and v_proj, dropout 0.05 and AdamW in 8 bits "
+        "(`python -m benchmarks.train_step --recipe seed`).",
+        train_step_table,
+    ),
+    "train_step_70b": Section(
+        "Training step, 70B",
+        "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
+        "(`python -m benchmarks.train_step --recipe 70b`).",
+        train_step_table,
+    ),
+    "breakdown": Section(
+        "Breakdown",
+        "The kernels of one micro-step of Llama-3-8B, rank 16 on all linear layers, by what they "
+        "are for (`python -m benchmarks.breakdown`); the limit is that of a family's bytes or "
+        "FLOPs.",
+        breakdown_table,
+    ),
+    "load": Section(
+        "Load",
+        "Seconds from a checkpoint of bf16 weights in the page cache to the device "
+        "(`python -m benchmarks.load`): `load-nf4` to the ready model, `load-as-stored` without "
+        "quantization, `read` and `read-copy` its parts alone; `torch` gets one tensor after the "
+        "other.",
+        load_table,
+    ),
+}
+_OPERATION = "`of copy` is the share of a copy's bandwidth that ours reaches."
+KERNEL_SECTIONS = {
+    "nf4_dequantize": Section(
         "Dequantize",
         "Reads N K (1/2 + 1/B + 4 / (256 B)) bytes and writes N K of the dtype; `of copy` is the "
         "share of a copy's bandwidth that ours reaches. `torch` is the reference; Python issues "
         "its calls, which cannot be captured.",
-        _bandwidth,
+        bandwidth_table,
     ),
-    "nf4_quantize": (
+    "nf4_quantize": Section(
         "Quantize",
         "Reads N K of the dtype and writes N K (1/2 + 1/B + 4 / (256 B)) bytes; `ours` is the "
         "kernels, `checked` the public function, which waits to learn whether all weights are "
         "finite, `torch` the reference. The last three cannot be captured: Python issues them.",
-        _bandwidth,
+        bandwidth_table,
     ),
-    "nf4_matmul": (
+    "nf4_matmul": Section(
         "Multiply",
         "y = x W^T (forward) and grad_x = grad_y W (transposed) for M rows in bf16: N K (1/2 + 1/B "
         "+ 4 / (256 B)) + 2 M (N + K) bytes and 2 M N K FLOPs. `fused`, `warpgroup` and "
         "`expand` are the paths, `path` is the one that runs, cuBLAS multiplies by the expanded "
         "weight.",
-        _matmul,
+        lambda rows: matmul_table(shown(rows)),
     ),
-    "adamw": (
+    "rms_norm": Section(
+        "Normalize",
+        "Root mean square normalization of M rows of 4,096 values (`python -m benchmarks.rms_norm`)"
+        "; after attention it adds the residual first, and backward it writes y again. "
+        f"{_OPERATION}",
+        operation_table,
+    ),
+    "rope": Section(
+        "Rotate",
+        "Queries and keys of M tokens in the buffer of q, k and v (`python -m benchmarks.rope`); "
+        f"backward gathers all three gradients there. {_OPERATION}",
+        operation_table,
+    ),
+    "swiglu": Section(
+        "Gate",
+        "silu(gate) up over M rows of 2 x 14,336 values (`python -m benchmarks.swiglu`); back, "
+        "their gradients take their place, and with `-h` the result that of its gradient. "
+        f"{_OPERATION}",
+        operation_table,
+    ),
+    "cross_entropy": Section(
+        "Cross-entropy",
+        "Losses of M rows of 128,256 logits, and with their gradient in the logits' place "
+        f"(`python -m benchmarks.cross_entropy`). {_OPERATION}",
+        operation_table,
+    ),
+    "adamw": Section(
         "AdamW",
         "A step over the adapter of rank 16 on all linear layers of Llama-3-8B "
         "(`python -m benchmarks.adamw`): 28 bytes an element with moments in 32 bits, 16 + 16 / "
@@ -112,7 +187,7 @@ SECTIONS = {
         "`managed` the same with moments in unified memory, `host` with moments that come from the "
         "host and go back; Python issues all but the first. `paged` is bitsandbytes' optimizer of "
         "that name.",
-        _adamw,
+        adamw_table,
     ),
 }
 
@@ -121,6 +196,8 @@ def charts_of(device: str, benchmarks: Iterable[str]) -> dict[str, str]:
     """Name the chart files that a device's results make, each with a description."""
     found = set(benchmarks)
     charts = {}
+    if "breakdown" in found:
+        charts[f"breakdown.{device}.svg"] = "Time of a micro-step by what its kernels are for"
     if "nf4_matmul" in found:
         charts[f"nf4_matmul.{device}.svg"] = "Time of a product over the rows of x, log-log"
     if found & {"nf4_dequantize", "nf4_quantize"}:
@@ -128,47 +205,67 @@ def charts_of(device: str, benchmarks: Iterable[str]) -> dict[str, str]:
     return charts
 
 
-def kernels_section(devices: dict[str, dict[str, Record]]) -> str:
-    """Write the README's section from results."""
-    parts = [INTRODUCTION]
-    if not devices:
-        parts.append("No results are committed yet.")
+def _parts(
+    device: str, records: dict[str, Record], sections: dict[str, Section], charts: Iterable[str]
+) -> list[str]:
+    parts = []
+    for benchmark, section in sections.items():
+        if benchmark in records:
+            record = records[benchmark]
+            parts.append(f"**{section.title}.** {section.counted} {where(record)}")
+            parts.append(markdown(*section.table(record["rows"])))
+    described = charts_of(device, records)
+    return parts + [
+        f"![{described[name]}](benchmarks/results/{name})"
+        for name in (f"{chart}.{device}.svg" for chart in charts)
+        if name in described
+    ]
+
+
+def step_section(devices: dict[str, dict[str, Record]]) -> str:
+    """Write the README's section of the whole step from results; empty where there are none."""
+    parts = []
     for device, records in devices.items():
-        for benchmark, (title, counted, table) in SECTIONS.items():
-            if benchmark in records:
-                record = records[benchmark]
-                parts.append(f"**{title}.** {counted} {where(record)}")
-                parts.append(markdown(*table(record)))
-        parts += [
-            f"![{what}](benchmarks/results/{name})"
-            for name, what in charts_of(device, records).items()
-        ]
-    return "\n\n".join(parts)
+        parts += _parts(device, records, STEP_SECTIONS, ["breakdown"])
+    return "\n\n".join(["### Loading and training", *parts]) if parts else ""
 
 
-def with_section(text: str, section: str) -> str:
+def kernels_section(devices: dict[str, dict[str, Record]]) -> str:
+    """Write the README's section of the kernels from results."""
+    parts = []
+    for device, records in devices.items():
+        parts += _parts(device, records, KERNEL_SECTIONS, ["nf4_matmul", "nf4_bandwidth"])
+    return "\n\n".join([INTRODUCTION, *(parts or ["No results are committed yet."])])
+
+
+def with_section(text: str, name: str, section: str) -> str:
     """Put a section between a text's two markers.
 
     Raises:
         ValueError: the markers are missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, begin, rest = text.partition(f"{first}\n")
+    _, end, after = rest.partition(f"\n{last}")
     if not (begin and end):
-        raise ValueError(
-            f"README.md must have the markers {BEGIN.strip()} and {END.strip()}: one is missing"
-        )
-    return before + BEGIN + section + END + after
+        raise ValueError(f"README.md must have the markers {first} and {last}: one is missing")
+    return before + begin + section + end + after
+
+
+def with_sections(text: str, devices: dict[str, dict[str, Record]]) -> str:
+    """Put every section that results make into the README's text."""
+    text = with_section(text, "step", step_section(devices))
+    return with_section(text, "kernels", kernels_section(devices))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make tables and charts of the kernels' results.")
+    parser = argparse.ArgumentParser(description="Make tables and charts of the results.")
     parser.add_argument("--write", action="store_true", help="into README.md, and draw the charts")
     arguments = parser.parse_args()
     devices = load(RESULTS)
-    section = kernels_section(devices)
     if not arguments.write:
-        print(section)
+        sections = [step_section(devices), kernels_section(devices)]
+        print("\n\n".join(section for section in sections if section))
         return 0
     if find_spec("matplotlib") is None:
         parser.error("--write needs matplotlib: none is installed; pip install -e '.[report]'")
@@ -178,7 +275,7 @@ def main() -> int:
         for name in charts_of(device, records):
             charts.draw(RESULTS / name, records)
             print(f"wrote {RESULTS / name}")
-    README.write_text(with_section(README.read_text(), section))
+    README.write_text(with_sections(README.read_text(), devices))
     print(f"wrote {README}")
     return 0
 

@@ -195,7 +195,9 @@ def _step_cell(row: Row | None) -> str:
     if row is None:
         return "-"
     if "error" in row:
-        return "does not fit" if row["error"].startswith("out of memory") else "failed"
+        known = {"out of memory": "does not fit", "must fit": "does not fit"}
+        known["No module"] = "not installed"
+        return next((said for word, said in known.items() if word in row["error"]), "failed")
     peak = row.get("peak_gib")
     return _number(row, "tokens_per_second", 0) + ("" if peak is None else f", {peak:.1f} GiB")
 

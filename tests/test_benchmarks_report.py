@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from benchmarks import report as module
-from benchmarks.report import BEGIN, END, README, RESULTS, kernels_section, load, with_section
+from benchmarks.report import (
+    README,
+    RESULTS,
+    kernels_section,
+    load,
+    step_section,
+    with_section,
+    with_sections,
+)
 from benchmarks.tables import aligned, by_case, markdown, microseconds
 
+KERNELS = ("<!-- kernels -->\n", "\n<!-- /kernels -->")
+STEP = ("<!-- step -->\n", "\n<!-- /step -->")
+EMPTY = f"# Title\n\n{''.join(STEP)}\n\n{''.join(KERNELS)}\n"
 HEAD = {
     "device": "a GPU",
     "date": "2026-01-02",
@@ -65,8 +76,35 @@ def records() -> dict[str, dict[str, Any]]:
             ("8bit-clip", "ours-host", 7000),
         )
     ]
+    gate = [row("limit", 58), row("ours", 60), row("torch", 169), row("torch.compile", 66)]
+    steps = [
+        {"provider": provider, "policy": "keep", "shape": shape, "tokens_per_second": rate}
+        | ({} if provider == "limit" else {"peak_gib": 12.34, "load_s": 2.5, "first_step_s": 8.1})
+        for provider, rate in (("limit", 20_500.0), ("ours", 16_000.0))
+        for shape in ("1x2048", "4x2048")
+    ]
+    families = [
+        {"family": family, "launches": 2, "ms": ms, "limit_ms": limit}
+        | {"percent_of_limit": 50.0 if limit else None, "percent_of_step": share}
+        for family, ms, limit, share in (
+            ("norms", 4.0, 2.0, 40.0),
+            ("copies and other", 6.0, None, 60.0),
+            ("host transfers", 3.0, None, None),
+            ("all", 10.0, 2.0, 100.0),
+        )
+    ]
+    loads = [
+        {"provider": "ours", "mode": "load-nf4", "gbps": 8.0, "peak_bytes": 2**33}
+        | dict.fromkeys(("ms_first", "ms_p20", "ms_p50", "ms_p80"), 2000.0)
+    ]
+    plain = {name: HEAD[name] for name in ("device", "date", "torch", "triton", "commit")}
+    about = {"model": "llama-3-8b", "shape": "4x2048", "policy": "keep"}
     return {
         "adamw": HEAD | {"rows": adamw},
+        "breakdown": HEAD | {"bitsandbytes": None} | about | {"rows": families},
+        "load": plain | {"pinned_copy_gbps": 55.3, "rows": loads},
+        "swiglu": HEAD | {"rows": gate},
+        "train_step": plain | {"versions": {"unsloth": "2026.10"}, "rows": steps},
         "nf4_dequantize": HEAD | {"rows": bandwidth},
         "nf4_quantize": HEAD | {"bitsandbytes": None, "rows": quantize},
         "nf4_matmul": HEAD | {"rows": matmul},
@@ -75,8 +113,7 @@ def records() -> dict[str, dict[str, Any]]:
 
 def test_the_readme_holds_what_report_makes_of_the_results() -> None:
     readme = README.read_text()
-    expected = with_section(readme, kernels_section(load(RESULTS)))
-    assert readme == expected, "run python -m benchmarks.report --write"
+    assert readme == with_sections(readme, load(RESULTS)), "run python -m benchmarks.report --write"
 
 
 def test_every_chart_of_the_results_is_committed() -> None:
@@ -111,15 +148,40 @@ def test_a_section_has_a_table_a_benchmark() -> None:
     assert "](benchmarks/results/nf4_bandwidth.h100.svg)" in section
 
 
-def test_a_section_without_results_says_so() -> None:
+def test_a_layers_operation_has_a_table() -> None:
+    section = kernels_section({"h100": records()})
+    assert "**Gate.** silu(gate) up" in section
+    assert "| q_proj | forward | None | 23 % | 58.0 | 60.0 | 169 | 66.0 |" in section
+    # without its result
+    assert "**Rotate.**" not in section
+
+
+def test_the_step_has_its_own_section() -> None:
+    section = step_section({"h100": records()})
+    assert section.startswith("### Loading and training\n\n**Training step.** Llama-3-8B")
+    assert "|  | 1 x 2048 | 4 x 2048 | load s | first step s |" in section
+    assert "| limit, keep | 20,500 | 20,500 | - | - |" in section
+    assert "| Quatrain, keep | 16,000, 12.3 GiB | 16,000, 12.3 GiB | 2.5 | 8.1 |" in section
+    assert "triton 3.6, unsloth 2026.10, commit 0123456." in section
+    assert "| norms | 2 | 4.00 | 2.00 | 50 % | 40.0 % |" in section
+    assert "commit 0123456; pinned copy 55 GB/s." in section
+    assert "| ours | load-nf4 | 2.00 | 2.00 | 2.00 | 2.00 | 8.0 | 8.00 |" in section
+    assert section.endswith("](benchmarks/results/breakdown.h100.svg)")
+    assert "two projections" not in section
+
+
+def test_a_section_without_results_says_so_or_is_empty() -> None:
     assert kernels_section({}).endswith("No results are committed yet.")
+    assert step_section({}) == ""
+    assert with_sections(EMPTY, {}).startswith(f"# Title\n\n{''.join(STEP)}\n\n")
 
 
 def test_the_rest_of_the_readme_stays() -> None:
-    text = f"before\n{BEGIN}old\nlines{END}\nafter\n"
-    assert with_section(text, "new") == f"before\n{BEGIN}new{END}\nafter\n"
-    with pytest.raises(ValueError, match="must have the markers <!-- kernels -->"):
-        with_section("no markers", "new")
+    begin, end = KERNELS
+    text = f"before\n{begin}old\nlines{end}\nafter\n"
+    assert with_section(text, "kernels", "new") == f"before\n{begin}new{end}\nafter\n"
+    with pytest.raises(ValueError, match="must have the markers <!-- step -->"):
+        with_section(text, "step", "new")
 
 
 def test_tables_are_laid_out() -> None:
@@ -146,7 +208,7 @@ def test_rows_of_one_case_stand_side_by_side() -> None:
 def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, record in records().items():
         (tmp_path / f"{name}.h100.json").write_text(json.dumps(record))
-    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}{END}\n")
+    (tmp_path / "README.md").write_text(EMPTY)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "README", tmp_path / "README.md")
 
@@ -157,8 +219,10 @@ def test_without_write_the_section_is_printed(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report"])
     assert module.main() == 0
-    assert capsys.readouterr().out == kernels_section({"h100": records()}) + "\n"
-    assert (tmp_path / "README.md").read_text() == f"# Title\n\n{BEGIN}{END}\n"
+    devices = {"h100": records()}
+    expected = f"{step_section(devices)}\n\n{kernels_section(devices)}\n"
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "README.md").read_text() == EMPTY
 
 
 @pytest.mark.usefixtures("_folder")
@@ -184,7 +248,7 @@ def test_writing_twice_gives_the_same_bytes(
         written.append({path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())})
     assert written[0] == written[1]
     charts = [name for name in written[0] if name.endswith(".svg")]
-    assert charts == ["nf4_bandwidth.h100.svg", "nf4_matmul.h100.svg"]
+    assert charts == ["breakdown.h100.svg", "nf4_bandwidth.h100.svg", "nf4_matmul.h100.svg"]
     for name in charts:
         assert b"<dc:date>" not in written[0][name]
     assert "| q_proj | forward | 1 |" in (tmp_path / "README.md").read_text()

@@ -298,6 +298,7 @@ def test_tables_put_providers_beside_the_limit() -> None:
         step_row("limit", "recompute", "1x8", 100.0),
         step_row("ours", "offload", "1x8", 80.0, peak_gib=5.04, load_s=2.0, first_step_s=9.0),
         {"provider": "ours", "policy": "offload", "shape": "2x8", "error": "out of memory: x"},
+        {"provider": "hf", "policy": "recompute", "shape": "1x8", "error": "No module named 'x'"},
         {"provider": "hf", "policy": "recompute", "shape": "2x8", "error": "exit code 1"},
     ]
     lines = train_step_lines(rows)[1]
@@ -315,12 +316,12 @@ def test_tables_put_providers_beside_the_limit() -> None:
         "",
     ]
     assert lines[3][3:6] == ["-", "-", "-"]
-    assert aligned(*train_step_lines(rows)).count("\n") == 5
+    assert aligned(*train_step_lines(rows)).count("\n") == 6
     header, wide = train_step_table(rows)
     assert header == ["", "1 x 8", "2 x 8", "load s", "first step s"]
     assert wide == [
         ["limit, keep", "200", "-", "-", "-"],
         ["limit, recompute", "100", "-", "-", "-"],
         ["Quatrain, offload", "80, 5.0 GiB", "does not fit", "2.0", "9.0"],
-        ["transformers + PEFT + bitsandbytes, recompute", "-", "failed", "-", "-"],
+        ["transformers + PEFT + bitsandbytes, recompute", "not installed", "failed", "-", "-"],
     ]
