@@ -87,9 +87,7 @@ def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list
     return spans
 
 
-def weight_bytes(
-    rows: Sequence[int], in_features: int, block_size: int, double_quant: bool
-) -> int:
+def weight_bytes(rows: Sequence[int], in_features: int, block_size: int, double_quant: bool) -> int:
     """Count the bytes that a weight holds, from its shape."""
     last = member_spans(rows, in_features, block_size)[-1]
     if not double_quant:
