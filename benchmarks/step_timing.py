@@ -1,8 +1,8 @@
 """Time training steps shape by shape: the one clock for our process and for the peers'.
 
-A step is one micro-batch and the optimizer's step. It is timed from an idle device to an idle
-device, so that libraries which wait for the device within a step and those which do not are timed
-alike. What a process finds it prints, a JSON object a line:
+A step is one micro-batch and the optimizer's step. Steps follow each other as they do in training,
+in NUM_BLOCKS blocks that each begin and end with an idle device; a step's time is its block's over
+the block's steps. What a process finds it prints, a JSON object a line:
 
     {"is_ready": true, ...}            the model is loaded
     {"provider": ..., "shape": ...}    a shape is measured, or did not fit
@@ -22,6 +22,7 @@ from torch import Tensor
 
 # the first compiles, the second may be captured
 NUM_WARM_UPS = 2
+NUM_BLOCKS = 3
 
 # a micro-batch on the CPU to its mean loss on the device
 Step = Callable[[Tensor], Tensor]
@@ -75,30 +76,33 @@ class Stopwatch:
         self._started = started
         self.first_step_s: float | None = None
 
-    def _time(self, step: Step, ids: Tensor) -> tuple[float, float]:
+    def _block(self, step: Step, batches: Sequence[Tensor]) -> tuple[float, list[float]]:
+        """Take steps one after the other: seconds a step, and the losses."""
         synchronize()
         start = time.perf_counter()
-        loss = step(ids)
+        losses = [step(ids) for ids in batches]
         synchronize()
         seconds = time.perf_counter() - start
         if self.first_step_s is None:
             self.first_step_s = round(time.time() - self._started, 2)
-        return seconds, round(float(loss), 4)
+        return seconds / len(batches), [round(float(loss), 4) for loss in losses]
 
     def measure(
         self, step: Step, shape: tuple[int, int], vocab_size: int, num_steps: int
     ) -> dict[str, Any]:
-        """Measure the steps of one shape."""
+        """Measure NUM_BLOCKS blocks of steps of one shape."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         resident_gib = allocated_gib("memory_allocated")
-        timed = [
-            self._time(step, random_ids(shape, vocab_size, index))
-            for index in range(NUM_WARM_UPS + num_steps)
-        ]
-        seconds = sorted(s for s, _ in timed[NUM_WARM_UPS:])
+        sizes = [1] * NUM_WARM_UPS + [num_steps] * NUM_BLOCKS
+        blocks, index = [], 0
+        for size in sizes:
+            batches = [random_ids(shape, vocab_size, i) for i in range(index, index + size)]
+            blocks.append(self._block(step, batches))
+            index += size
+        seconds = sorted(s for s, _ in blocks[NUM_WARM_UPS:])
         median = statistics.median(seconds)
         return {
             "tokens_per_second": round(shape[0] * shape[1] / median, 1),
@@ -109,7 +113,7 @@ class Stopwatch:
             "reserved_gib": allocated_gib("max_memory_reserved"),
             "resident_gib": resident_gib,
             "first_step_s": self.first_step_s,
-            "losses": [loss for _, loss in timed],
+            "losses": [loss for _, losses in blocks for loss in losses],
         }
 
 

@@ -12,8 +12,9 @@ NF4 with double quantization, bf16, all tokens with a label. Every provider is a
 on the same GPU, one after the other, and all load the same checkpoint folder (--model; written with
 random weights where there is none, or into a temporary folder). `limit` rows are measured too: see
 train_step_limit.py. A step is one micro-batch and the optimizer's step, with clipping; its time is
-the median of --steps after two to warm up. peak_gib and reserved_gib are torch's allocator's, from
-each shape's first step on; first_step_s counts from the start of the process.
+the median of three blocks of --steps each, after two steps to warm up. peak_gib and reserved_gib
+are torch's allocator's, from each shape's first step on; first_step_s counts from the start of the
+process.
 
 A peer that is not installed, fails, does not fit or takes longer than --time-limit has a row that
 says so. The file is written after every provider.
@@ -344,7 +345,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ours", help="policies with commas, of them auto:8GiB and the like")
     result.add_argument("--peers", default="hf,unsloth", help="hf and unsloth, with a comma")
     result.add_argument("--model", type=Path, help="checkpoint folder, written if it is not there")
-    result.add_argument("--steps", type=int, default=5, help="after two to warm up")
+    result.add_argument(
+        "--steps", type=int, default=3, help="of each of three blocks, after two to warm up"
+    )
     result.add_argument("--time-limit", type=float, default=240, help="of a process, seconds")
     result.add_argument("--json", type=Path, help="result file to write")
     result.add_argument("--commit", default="", help="of this checkout, where git cannot tell")

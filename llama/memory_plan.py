@@ -192,7 +192,10 @@ class MemoryPlan:
 
     @property
     def in_use(self) -> int:
-        """Tensors in torch's allocator at the peak; the moments are elsewhere."""
+        """Tensors in torch's allocator, at the most; the moments are elsewhere.
+
+        The loss takes its own memory between the passes, where the other is not at its peak.
+        """
         return self.weights + self.adapter + self.gradients + self.step + self.loss
 
     @property

@@ -147,6 +147,8 @@ def test_gpu_holds_what_was_planned(
         gradients_of(step, input_ids, input_ids)
     plan = plan_memory(work, policies)
     actual = torch.cuda.max_memory_allocated() - before
-    # in all, and of what is not counted by heart: cuBLAS's workspaces are beside it
-    assert actual == pytest.approx(plan.in_use, rel=0.05, abs=64 << 20)
-    assert actual - frozen == pytest.approx(plan.in_use - frozen, rel=0.1, abs=64 << 20)
+    # the loss is over when the layers' backward passes need most, and has its memory all the same
+    assert 0.95 * (plan.in_use - plan.loss) <= actual <= 1.05 * plan.in_use
+    # the same of what is not frozen, beside cuBLAS's workspaces
+    working, least = actual - frozen, plan.in_use - plan.loss - frozen
+    assert 0.9 * least <= working <= 1.1 * (plan.in_use - frozen) + (64 << 20)
