@@ -25,8 +25,11 @@ LLAMA_3_8B = LlamaConfig(
     rope_scaling=None,
     max_position_embeddings=8192,
     tie_word_embeddings=False,
-    attention_bias=False,
+    qkv_bias=False,
+    o_bias=False,
     mlp_bias=False,
+    qk_norm=False,
+    windows=(None,) * 32,
     eos_token_ids=(128001,),
 )
 CONFIGS = {
@@ -37,6 +40,7 @@ CONFIGS = {
         intermediate_size=28672,
         num_hidden_layers=80,
         num_attention_heads=64,
+        windows=(None,) * 80,
     ),
 }
 

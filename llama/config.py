@@ -1,9 +1,10 @@
-"""config.json of a Llama checkpoint: read, checked, refused where it asks for what the model does
-not compute.
+"""config.json of a checkpoint: read, checked, refused where it asks for what the model does not
+compute.
 
-"What it asks for" is what transformers' LlamaForCausalLM does with the same file: a field that
-changes its function is either computed here or refused; a field that it ignores (pretraining_tp,
-initializer_range, use_cache) is ignored.
+"What it asks for" is what transformers' class of that architecture does with the same file: a field
+that changes its function is either computed here or refused; a field that it ignores
+(pretraining_tp, initializer_range, use_cache) is ignored, and an unknown one is refused if it is
+set.
 """
 
 import json
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURE = "LlamaForCausalLM"
+from llama.families import COMPUTED, FAMILIES, WITHOUT_EFFECT, Family
+
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_ROPE_THETA = 10000.0
@@ -30,6 +32,16 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearRopeScaling:
+    """Positions divided by a factor."""
+
+    factor: float
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
     """The fields of config.json that decide what the model computes, under their names there."""
 
@@ -42,11 +54,15 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # queries and keys are normalized head by head before they are rotated
+    # of each layer: how many tokens each sees, itself included; None: all before it
+    windows: tuple[int | None, ...]
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
 
 
@@ -95,7 +111,7 @@ def _read_fields(path: Path) -> _Fields:
     return _Fields(path, values)
 
 
-def _rope(fields: _Fields) -> tuple[float, Llama3RopeScaling | None]:
+def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     """Read rope_theta and the scaling of its frequencies."""
     path, values = fields.path, fields.values
     # transformers 5 writes rope_parameters, with rope_theta inside; earlier versions rope_scaling
@@ -115,10 +131,15 @@ def _rope(fields: _Fields) -> tuple[float, Llama3RopeScaling | None]:
         if (share := scope.number("partial_rotary_factor", 1.0)) != 1:
             raise ValueError(f"{path}: partial_rotary_factor must be absent or 1: got {share}")
     kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind == "default":
+    # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
+    if kind in ("default", "dynamic"):
         return theta, None
+    if kind == "linear":
+        return theta, LinearRopeScaling(inner.number("factor"))
     if kind != "llama3":
-        raise ValueError(f"{path}: rope_scaling must be absent, default or llama3: got {kind!r}")
+        raise ValueError(
+            f"{path}: rope_scaling must be absent, default, linear, dynamic or llama3: got {kind!r}"
+        )
     scaling = Llama3RopeScaling(
         inner.number("factor"),
         inner.number("low_freq_factor"),
@@ -151,15 +172,73 @@ def _eos_token_ids(fields: _Fields) -> tuple[int, ...] | None:
     return tuple(ids)
 
 
+def _family(fields: _Fields) -> Family:
+    """Find the family, and refuse what it does not know."""
+    path, values = fields.path, fields.values
+    architectures = values.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    name = named[0] if len(named) == 1 else None
+    if name not in FAMILIES:
+        raise ValueError(
+            f"{path} must describe one of the architectures {', '.join(FAMILIES)}: "
+            f"got {architectures!r} (model_type {values.get('model_type')!r})"
+        )
+    family = FAMILIES[name]
+    if values.get("model_type", family.model_type) != family.model_type:
+        raise ValueError(
+            f"{path}: model_type must be {family.model_type!r} with {name}: "
+            f"got {values['model_type']!r}"
+        )
+    if values.get("auto_map"):
+        raise ValueError(
+            f"{path} must not name code of its own: got auto_map {values['auto_map']!r}, which is "
+            "never run; remove it if the checkpoint computes what its architecture does"
+        )
+    known = COMPUTED | family.fields | WITHOUT_EFFECT | {"auto_map"}
+    unknown = sorted(key for key, value in values.items() if value and key not in known)
+    if unknown:
+        raise ValueError(
+            f"{path} must hold fields that {name} has: got {unknown[0]} = "
+            f"{values[unknown[0]]!r}; remove it if it does not change what the model computes"
+        )
+    return family
+
+
+def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    """Read which layers see how many tokens."""
+    path, values = fields.path, fields.values
+    size = values.get("sliding_window", family.default_window)
+    if size is not None:
+        size = fields.integer("sliding_window", family.default_window)
+    if family.windows == "none" or size is None:
+        sees_window = [False] * num_layers
+    elif family.windows == "all":
+        sees_window = [True] * num_layers
+    else:
+        first = fields.values.get("max_window_layers", 28)
+        is_used = fields.boolean("use_sliding_window", False)
+        sees_window = [is_used and layer >= first for layer in range(num_layers)]
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        named = {"full_attention": False, "sliding_attention": True}
+        if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= set(named):
+            raise ValueError(
+                f"{path}: layer_types must name one of {', '.join(named)} for each of "
+                f"{num_layers} layers: got {kinds!r}"
+            )
+        given = [named[kind] for kind in kinds]
+        if any(given) and size is None:
+            raise ValueError(f"{path}: sliding_window must be given with sliding layers: got none")
+        if family.windows == "later":
+            sees_window = given
+        elif given != sees_window:
+            raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
+    return tuple(size if sees else None for sees in sees_window)
+
+
 def _check_function(fields: _Fields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
-    architectures = values.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        raise ValueError(
-            f"{path} must describe the architecture {ARCHITECTURE}: got {architectures!r} "
-            f"(model_type {values.get('model_type')!r}); other families are not supported yet"
-        )
     quantized = values.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -188,9 +267,11 @@ def read_config(folder: Path) -> LlamaConfig:
     if not path.is_file():
         raise FileNotFoundError(f"a checkpoint folder must hold {CONFIG_NAME}: none in {folder}")
     fields = _read_fields(path)
+    family = _family(fields)
     _check_function(fields)
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    if fields.values.get("head_dim") is None and hidden_size % num_heads:
+    has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
+    if not has_head_dim and hidden_size % num_heads:
         raise ValueError(
             f"{path}: hidden_size must be a multiple of num_attention_heads where head_dim is not "
             f"given: got {hidden_size} and {num_heads}"
@@ -202,21 +283,26 @@ def read_config(folder: Path) -> LlamaConfig:
     if eos_token_ids is None:
         eos_token_ids = _eos_token_ids(fields)
     rope_theta, rope_scaling = _rope(fields)
+    num_layers = fields.integer("num_hidden_layers")
+    bias = "attention_bias" in family.fields and fields.boolean("attention_bias", False)
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=fields.integer("head_dim", hidden_size // num_heads),
+        head_dim=fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        attention_bias=fields.boolean("attention_bias", False),
-        mlp_bias=fields.boolean("mlp_bias", False),
+        qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=bias if family.o_bias is None else family.o_bias,
+        mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        windows=_windows(fields, family, num_layers),
         eos_token_ids=eos_token_ids or (),
     )
     if config.num_attention_heads % config.num_key_value_heads:

@@ -38,6 +38,13 @@ class Shared(NamedTuple):
     dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
 
 
+class NormedHeads(NamedTuple):
+    """Heads before they were normalized, one a row, and what that divided them by."""
+
+    heads: Tensor  # (M H, head_dim)
+    rstd: Tensor  # (M H,) float32
+
+
 class Attended(NamedTuple):
     """The first half of a layer: what its backward pass needs, and its result.
 
@@ -47,6 +54,8 @@ class Attended(NamedTuple):
     r1: Tensor  # (M, D)
     rstd1: Tensor  # (M,) float32
     h_qkv: Tensor  # (M, T of the group)
+    # of queries and keys, where they are normalized
+    head_norms: tuple[NormedHeads, ...]
     mixed: Mixed
     h_o: Tensor  # (M, T of the group)
     delta: Tensor  # (M, D)
@@ -65,7 +74,7 @@ class Activations:
     """What a layer's backward pass needs of its forward pass."""
 
     def __init__(self, attended: Attended, gated: Gated, h_down: Tensor) -> None:
-        self.r1, self.rstd1, self.h_qkv, self.mixed, self.h_o, _ = attended
+        self.r1, self.rstd1, self.h_qkv, self.head_norms, self.mixed, self.h_o, _ = attended
         self.h_down = h_down  # (M, T of the group)
         self._gated = [gated]
 
@@ -113,10 +122,10 @@ class RMSNorm(nn.Module):
     up to one rounding.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
-        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
 
 
 class Attention(nn.Module):
@@ -130,9 +139,17 @@ class Attention(nn.Module):
             ("q_proj", "k_proj", "v_proj"),
             (q_rows, kv_rows, kv_rows),
             config.hidden_size,
-            config.attention_bias,
+            config.qkv_bias,
         )
-        self.o = LinearGroup(("o_proj",), (config.hidden_size,), q_rows, config.attention_bias)
+        self.o = LinearGroup(("o_proj",), (config.hidden_size,), q_rows, config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    @property
+    def head_norms(self) -> tuple[RMSNorm, ...]:
+        """Of queries and keys, where there are any."""
+        return (self.q_norm, self.k_norm) if hasattr(self, "q_norm") else ()
 
 
 class MLP(nn.Module):
@@ -155,9 +172,10 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
-        self.input_layernorm = RMSNorm(config)
+        self.window = config.windows[index]
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -212,16 +230,41 @@ class DecoderLayer(nn.Module):
         y_ext = qkv.empty_input(M, x)
         _, r1, rstd1 = rms_norm(x, norm.weight, norm.eps, delta, out=y_ext[:, :D])
         buffer = qkv.forward(y_ext, shared.dropout_seed).unflatten(0, tuple(shared.positions.shape))
+        head_norms = self._normalize_heads(buffer)
         # the rotation overwrites what it is given, which nothing else holds
         tables = (shared.positions, shared.cos, shared.sin)
         query, key, value = rope(buffer, *tables, self.num_heads, self.num_kv_heads)
         if cache is not None:
             key, value = cache.extend(self.index, key, value)
-        mixed = attention(query, key, value, has_backward)
+        mixed = attention(query, key, value, self.window, has_backward)
         mixed_ext = o.extended(_rows_of(mixed.output))
         delta = o.forward(mixed_ext, shared.dropout_seed)
         h_o = _own(mixed_ext[:, o.in_features :])
-        return Attended(r1, rstd1, _own(y_ext[:, D:]), mixed, h_o, delta)
+        return Attended(r1, rstd1, _own(y_ext[:, D:]), head_norms, mixed, h_o, delta)
+
+    def _normalize_heads(self, qkv: Tensor) -> tuple[NormedHeads, ...]:
+        """Normalize queries and keys in place, where the family does, head by head."""
+        kept = []
+        for norm, part in zip(self.self_attn.head_norms, self._heads(qkv), strict=False):
+            heads = _own(part).view(-1, norm.weight.shape[0])
+            y, _, rstd = rms_norm(heads, norm.weight, norm.eps)
+            part.copy_(y.view(part.shape))
+            kept.append(NormedHeads(heads, rstd))
+        return tuple(kept)
+
+    def _normalize_heads_backward(self, grad_qkv: Tensor, kept: tuple[NormedHeads, ...]) -> None:
+        """Turn the gradients of normalized queries and keys into theirs, in place."""
+        norms = self.self_attn.head_norms
+        for norm, part, normed in zip(norms, self._heads(grad_qkv), kept, strict=False):
+            grad = _own(part).view(normed.heads.shape)
+            rms_norm_backward(grad, None, *normed, norm.weight, out=grad)
+            part.copy_(grad.view(part.shape))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """View the heads of queries, keys and values, each (B, T, heads, head_dim)."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = qkv.unflatten(-1, (sum(counts), -1)).split(counts, dim=2)
+        return query, key, value
 
     def _gate(self, attended: Attended, shared: Shared) -> Gated:
         gate_up, norm = self.mlp.gate_up, self.post_attention_layernorm
@@ -290,6 +333,7 @@ class DecoderLayer(nn.Module):
         grad_qkv = grad_qkv_ext[:, : qkv.num_rows].unflatten(0, (B, T))
         rope_backward(*grads, shared.positions, shared.cos, shared.sin, out=grad_qkv)
         del grads
+        self._normalize_heads_backward(grad_qkv, kept.head_norms)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)
         norm = self.input_layernorm
         if grad_y is None:
@@ -300,9 +344,9 @@ class DecoderLayer(nn.Module):
         qkv.accumulate_grad_A(grad_qkv_ext, y, seed)
 
 
-def _own(tail: Tensor) -> Tensor:
-    """Copy a tail's columns out, so that the buffer before them can go."""
-    return tail.clone(memory_format=torch.contiguous_format)
+def _own(part: Tensor) -> Tensor:
+    """Copy a part of a buffer out, so that the rest can go or the part be written to."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_of(heads: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ class _Step:
         # the softmax's denominators
         self.lse = 4 * work.M * config.num_attention_heads
         self.mixed = (self.heads * e, self.lse)
+        num_normed = config.num_attention_heads + config.num_key_value_heads
+        num_normed *= work.M * config.qk_norm
+        self.normed_heads = (num_normed * config.head_dim * e, 4 * num_normed)
 
     def columns(self, count: int) -> int:
         return self.work.M * count * self.work.dtype.itemsize
@@ -76,6 +79,8 @@ class _Step:
         W = memory.take(self.expanded(self.qkv))
         qkv = memory.take(self.columns(self.qkv.N))
         memory.give(W)
+        # queries and keys before they are normalized, where they are
+        qkv += memory.take(*self.normed_heads)
         mixed = memory.take(*self.mixed)
         mixed_ext = memory.take(self.input_of(self.o)) if self.o.tail else 0
         W = memory.take(self.expanded(self.o))

@@ -1,5 +1,5 @@
-"""Llama (Touvron et al. 2023) as a checkpoint has it, with a linear group wherever projections
-share an input.
+"""Llama (Touvron et al. 2023) and its family as a checkpoint has them, with a linear group wherever
+projections share an input.
 
 Modules bear the checkpoint's names; a group adds its members' (`model.layers.0.self_attn.qkv` holds
 `model.layers.0.self_attn.q_proj`). Frozen tensors stay in the checkpoint's dtype; activations have
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nn.Module):

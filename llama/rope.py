@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from llama.config import LlamaConfig
+from llama.config import LinearRopeScaling, LlamaConfig
 
 
 def rope_frequencies(
@@ -15,9 +15,9 @@ def rope_frequencies(
 
         f[i] = rope_theta^(-2 i / head_dim)
 
-    Llama 3.1 divides the slow ones by `factor`, keeps the fast ones and interpolates between, so
-    that a model trained on short contexts (original = original_max_position_embeddings) reads long
-    ones:
+    Linear scaling divides all by its factor. Llama 3.1 divides the slow ones by `factor`, keeps the
+    fast ones and interpolates between, so that a model trained on short contexts (original =
+    original_max_position_embeddings) reads long ones:
 
         smooth = (original f / 2 pi - low_freq_factor) / (high_freq_factor - low_freq_factor)
         f      = (1 - s) f / factor + s f          s = smooth clamped to [0, 1]
@@ -30,6 +30,8 @@ def rope_frequencies(
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearRopeScaling):
+        return frequencies / scaling.factor
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - scaling.low_freq_factor) / (

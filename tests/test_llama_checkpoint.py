@@ -395,9 +395,9 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
         "k_proj.weight must have shape (32, 32) by config.json: got (16, 32)",
     ),
     "another-architecture": (
-        change_config(architectures=["MistralForCausalLM"]),
+        change_config(architectures=["GPT2LMHeadModel"]),
         ValueError,
-        "must describe the architecture LlamaForCausalLM",
+        "must describe one of the architectures LlamaForCausalLM",
     ),
     "integers": (
         change_tensors(lambda t: t.update({k: v.int() for k, v in t.items()})),

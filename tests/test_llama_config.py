@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from tiny_llama import FIELDS, VARIANTS
 
-from llama.config import Llama3RopeScaling, LlamaConfig, read_config
+from llama.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, read_config
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
+MISTRAL, QWEN2 = VARIANTS["mistral"], VARIANTS["qwen2"]
 
 
 def read(folder: Path, **changes: Any) -> LlamaConfig:
@@ -26,7 +27,9 @@ def test_every_field_is_read_under_its_name(tmp_path: Path) -> None:
     assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 500000.0)
     assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
     assert config.max_position_embeddings == 128
-    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (1, 1, 0)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (1, 1, 1)
+    assert (config.tie_word_embeddings, config.qk_norm) == (0, 0)
+    assert config.windows == (None, None)
     assert config.eos_token_ids == (2,)
 
 
@@ -79,15 +82,33 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "must describe the architecture Llama"),
-        ({"architectures": "LlamaForCausalLM"}, "must describe the architecture Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "must describe one of the architectures Llama"),
+        ({"architectures": ["LlamaForCausalLM"] * 2}, "must describe one of the architectures"),
+        ({"architectures": "LlamaForCausalLM"}, "must describe one of the architectures Llama"),
+        ({"model_type": "mistral"}, "model_type must be 'llama' with LlamaForCausalLM"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "must not name code of its own"),
+        ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it"),
+        # a field of another family
+        (
+            {"sliding_window": 4096},
+            "must hold fields that LlamaForCausalLM has: got sliding_window",
+        ),
+        (MISTRAL | {"sliding_window": -1}, "sliding_window must be a positive integer: got -1"),
+        (MISTRAL | {"attention_bias": True}, "got attention_bias = True"),
+        (MISTRAL | {"layer_types": ["full_attention"] * 2}, "layer_types must be those of mistral"),
+        (QWEN2 | {"layer_types": ["full_attention"]}, "for each of 2 layers"),
+        (QWEN2 | {"layer_types": ["chunked", "chunked"]}, "layer_types must name one of"),
+        (
+            QWEN2 | {"sliding_window": None, "layer_types": ["sliding_attention"] * 2},
+            "sliding_window must be given with sliding layers",
+        ),
         ({"architectures": None}, "got None"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu': got 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
         ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "default or llama3: got 'linear'"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "got 'longrope'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of parameters"),
         ({"rope_scaling": [8.0]}, "one set of parameters"),
@@ -134,14 +155,48 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             read_config(tmp_path)
 
 
+def test_families_differ_in_their_fields(tmp_path: Path) -> None:
+    mistral = read(tmp_path, **MISTRAL)
+    assert mistral.windows == (8, 8)
+    assert (mistral.qkv_bias, mistral.o_bias, mistral.qk_norm) == (False, False, False)
+    # absent is transformers' default, null is none
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in (FIELDS | MISTRAL).items() if k != "sliding_window"})
+    )
+    assert read_config(tmp_path).windows == (4096, 4096)
+    assert read(tmp_path, **MISTRAL | {"sliding_window": None}).windows == (None, None)
+    qwen2 = read(tmp_path, **QWEN2)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.windows) == (True, False, (None, 8))
+    assert read(tmp_path, **QWEN2 | {"use_sliding_window": False}).windows == (None, None)
+    kinds = ["sliding_attention", "full_attention"]
+    assert read(tmp_path, **QWEN2 | {"layer_types": kinds}).windows == (8, None)
+    qwen3 = read(tmp_path, **VARIANTS["qwen3"])
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 12)
+    assert read(tmp_path, **VARIANTS["qwen3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_rope_scalings_are_read(tmp_path: Path) -> None:
+    linear = read(tmp_path, rope_scaling={"type": "linear", "factor": 4})
+    assert linear.rope_scaling == LinearRopeScaling(4.0)
+    # it begins beyond the positions that the model has
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    assert read(tmp_path, rope_scaling=dynamic).rope_scaling is None
+
+
 def test_real_configs_are_read_or_refused_by_their_architecture(assets: Path) -> None:
-    families = {"Llama", "Meta", "TinyLlama", "SmolLM2"}
+    refused = {"Phi3ForCausalLM", "Gemma2ForCausalLM"}
+    num_read = 0
     for path in sorted(assets.glob("configs/*/config.json")):
         fields = json.loads(path.read_text())
-        if path.parent.name.partition("-")[0] in families:
-            config = read_config(path.parent)
-            assert config.hidden_size == fields["hidden_size"]
-            assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
-        else:
-            with pytest.raises(ValueError, match="must describe the architecture Llama"):
+        if fields["architectures"][0] in refused:
+            with pytest.raises(ValueError, match="must describe one of the architectures"):
                 read_config(path.parent)
+            continue
+        config = read_config(path.parent)
+        num_read += 1
+        assert config.hidden_size == fields["hidden_size"]
+        assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
+        # none of them has a window that its length reaches, but Mistral's first
+        has_window = path.parent.name == "Mistral-7B-v0.1"
+        assert set(config.windows) == ({4096} if has_window else {None})
+    assert num_read > 20

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer
-from tiny_llama import write_variant
+from llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer, tiny_peer
+from tiny_llama import VARIANTS, write_variant
 
 from llama.checkpoint import load_model
 from llama.generation import generate_greedy
@@ -34,6 +34,16 @@ def test_greedy_text_equals_the_published_one(assets: Path, stories: Llama) -> N
     assert len(new_ids) == 256
     published = (folder / "published_greedy.txt").read_text(encoding="utf-8")
     assert tokenizer.decode(new_ids) == published
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_equal_transformers(
+    tmp_path_factory: pytest.TempPathFactory, variant: str
+) -> None:
+    peer = tiny_peer(tmp_path_factory, variant)
+    model = load_model(peer.checkpoint, CPU, torch.float32, None)
+    prompt, expected = peer.inputs["input_ids"][0, :12].tolist(), peer.outputs["greedy"][0]
+    assert generate_greedy(model, prompt, 24, ()) == expected[12:].tolist()
 
 
 def test_logits_of_real_text_equal_transformers(

@@ -28,7 +28,8 @@ FIELDS: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# what a Llama checkpoint may have; the rope scaling bends at 16 tokens, so tests of 40 see it
+# what a checkpoint may have, in Llama's family and in others; the rope scaling bends at 16 tokens,
+# and windows are of 8, so tests of 40 see them
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped-query": {},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -44,6 +45,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
+    },
+    "linear-rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 8,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 12,
+        "use_sliding_window": False,
+        "sliding_window": None,
     },
 }
 
@@ -67,13 +89,16 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         found[f"{prefix}input_layernorm.weight"] = (hidden,)
         found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        for block, members, has_bias in (
-            ("self_attn", attention, fields.get("attention_bias")),
-            ("mlp", mlp, fields.get("mlp_bias")),
-        ):
+        if fields["model_type"] == "qwen3":
+            found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
+            found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+        biased = set("qkvo") if fields.get("attention_bias") else set()
+        biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
+        biased |= set(mlp) if fields.get("mlp_bias") else set()
+        for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
                 found[f"{prefix}{block}.{name}_proj.weight"] = shape
-                if has_bias:
+                if name in biased:
                     found[f"{prefix}{block}.{name}_proj.bias"] = shape[:1]
     return found
 

@@ -1,4 +1,4 @@
-"""transformers and PEFT on Llama checkpoints; run by `peer_process.run_peer`.
+"""transformers and PEFT on checkpoints; run by `peer_process.run_peer`.
 
 In: "JOB/input_ids" and more for each job, and as metadata the jobs: what to compute of which
 checkpoint, and the folders to read and write. Out: "JOB/logits" and more, and facts.json in the
@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 
 def load(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    return LlamaForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype).eval()
 
 
 def summed_loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -74,6 +74,10 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
     facts: dict[str, Any] = {}
     with torch.no_grad():
         output["logits"] = model(input_ids=input_ids).logits
+        # a prompt beyond a window, and more than one
+        output["greedy"] = model.generate(
+            input_ids[:1, :12], max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
         for dtype in job.get("dtypes", []):
             output[f"logits.{dtype}"] = load(job, getattr(torch, dtype))(input_ids=input_ids).logits
         if "chunks" in inputs:
