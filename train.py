@@ -30,7 +30,7 @@ from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
 from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
 from llama.micro_step import POLICIES, MicroStep, padded_tokens
-from llama.model import PROJECTIONS, Llama
+from llama.model import Llama, projections
 from llama.step_time import measure_rates, step_seconds
 from llama.workload import Workload
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
@@ -111,9 +111,9 @@ def main(arguments: Sequence[str]) -> None:
     # torch's allocator then leaves hardly any holes between tensors; it asks once, at its first
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = parse_config(arguments, without_model=BUNDLED_RUN)
-    lora = lora_config(config)
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
+    lora = lora_config(config, projections(llama_config))
     config = resolve(config, llama_config)
     check_output(config)
     device = torch.device(config.device)
@@ -224,8 +224,11 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
     return choose_output(replace(config, device=device, dtype=dtype, max_length=max_length))
 
 
-def lora_config(config: TrainConfig) -> LoRAConfig:
+def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
     """The adapter's shape: from the flags, which must agree with the adapter to start from.
+
+    Args:
+        names: of the model's projections.
 
     Raises:
         ValueError: an unknown target module, or flags that --init-adapter contradicts.
@@ -235,7 +238,7 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=resolve_target_modules(requested, PROJECTIONS),
+        target_modules=resolve_target_modules(requested, names),
         use_rslora=config.use_rslora,
     )
     if config.init_adapter:
@@ -243,7 +246,7 @@ def lora_config(config: TrainConfig) -> LoRAConfig:
         given = replace(
             given,
             lora_dropout=lora.lora_dropout,
-            target_modules=resolve_target_modules(given.target_modules, PROJECTIONS),
+            target_modules=resolve_target_modules(given.target_modules, names),
         )
         if given != lora:
             raise ValueError(

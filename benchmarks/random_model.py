@@ -8,7 +8,6 @@ from torch import nn
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
 from llama.model import Llama
-from llama.rope import rope_frequencies
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight
 
@@ -28,6 +27,7 @@ LLAMA_3_8B = LlamaConfig(
     qkv_bias=False,
     o_bias=False,
     mlp_bias=False,
+    is_fused=False,
     qk_norm=False,
     windows=(None,) * 32,
     eos_token_ids=(128001,),
@@ -70,5 +70,5 @@ def random_model(
         weight.absmax.codes.random_(0, 256)
         weight.absmax.group_absmax.fill_(WEIGHT_STD / 2)
         weight.absmax.mean.fill_(1.6 * WEIGHT_STD)
-    model.frequencies = rope_frequencies(config).to(device)
+    model.frequencies = model.frequencies.to(device)
     return model.eval()

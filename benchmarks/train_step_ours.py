@@ -24,7 +24,7 @@ from llama.checkpoint import frozen_bytes, load_model
 from llama.config import read_config
 from llama.memory_plan import MemoryPlan, plan_memory
 from llama.micro_step import POLICIES, MicroStep, Policy
-from llama.model import Llama
+from llama.model import PROJECTIONS, Llama
 from llama.workload import Workload
 from nf4.weight import weight_bytes
 from run.config import TrainConfig
@@ -49,7 +49,7 @@ def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Wor
     """Size a shape's micro-step as train.py's plan wants it."""
     return Workload(
         config=CONFIGS[source] if source in CONFIGS else read_config(Path(source)),
-        lora=train.lora_config(config),
+        lora=train.lora_config(config, PROJECTIONS),
         frozen_bytes=frozen_bytes_of(source),
         # of two numbers, and of their blocks' scales
         moment_bytes=2 + 8 / MOMENT_BLOCK if config.optim == "paged_adamw_8bit" else 8,
@@ -144,7 +144,7 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - start
-    model.attach_lora(train.lora_config(config), SEED)
+    model.attach_lora(train.lora_config(config, PROJECTIONS), SEED)
     optimizer = train.make_optimizer(model, config)
 
     def make(shape: tuple[int, int]) -> tuple[Step, dict[str, Any]]:

@@ -72,7 +72,7 @@ def _hidden_states(model: Llama, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, 
     """Run the decoder as `Llama.hidden_states` does, through torch's operations, which have a graph
     of autograd."""
     config = model.config
-    tables = rope_tables(model.frequencies, torch.arange(input_ids.shape[1]))
+    tables = rope_tables(model.frequencies[0], torch.arange(input_ids.shape[1]))
     num_heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
     x = model.model.embed_tokens(input_ids)
     for layer in model.layers:

@@ -8,6 +8,7 @@ set.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,18 @@ class LinearRopeScaling:
     factor: float
 
 
-RopeScaling = Llama3RopeScaling | LinearRopeScaling
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Phi-3's factors for each pair of dimensions (Ding et al. 2024, "LongRoPE"): other ones for
+    sequences beyond the length that the model was first trained on."""
+
+    short_factor: tuple[float, ...]  # (head_dim / 2,)
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float  # of cosines and sines
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class LlamaConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    is_fused: bool  # qkv_proj and gate_up_proj are tensors of their own
     qk_norm: bool  # queries and keys are normalized head by head before they are rotated
     # of each layer: how many tokens each sees, itself included; None: all before it
     windows: tuple[int | None, ...]
@@ -136,9 +149,12 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, LinearRopeScaling(inner.number("factor"))
+    if kind in ("longrope", "su"):
+        return theta, _long_rope(fields, inner)
     if kind != "llama3":
         raise ValueError(
-            f"{path}: rope_scaling must be absent, default, linear, dynamic or llama3: got {kind!r}"
+            f"{path}: rope_scaling must be absent, default, linear, dynamic, llama3 or longrope: "
+            f"got {kind!r}"
         )
     scaling = Llama3RopeScaling(
         inner.number("factor"),
@@ -158,6 +174,28 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
             f"outside: got {original} and {values['original_max_position_embeddings']}"
         )
     return theta, scaling
+
+
+def _long_rope(fields: _Fields, scaling: _Fields) -> LongRopeScaling:
+    """Read longrope's factors, and work out what they do to the cosines."""
+    path = fields.path
+    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    num_pairs = fields.integer("head_dim", hidden_size // num_heads) // 2
+    factors = []
+    for name in ("short_factor", "long_factor"):
+        values = scaling.values.get(name)
+        is_list = isinstance(values, list) and len(values) == num_pairs
+        if not is_list or not all(type(v) in (int, float) and v > 0 for v in values or ()):
+            raise ValueError(f"{path}: {name} must be {num_pairs} positive numbers: got {values!r}")
+        factors.append(tuple(float(value) for value in values or ()))
+    longest = fields.integer("max_position_embeddings")
+    # where transformers looks for it
+    inside = scaling.integer("original_max_position_embeddings", longest)
+    original = fields.integer("original_max_position_embeddings", inside)
+    factor = scaling.number("factor", longest / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention_factor = scaling.number("attention_factor", default)
+    return LongRopeScaling(factors[0], factors[1], original, attention_factor)
 
 
 def _eos_token_ids(fields: _Fields) -> tuple[int, ...] | None:
@@ -182,6 +220,7 @@ def _family(fields: _Fields) -> Family:
         raise ValueError(
             f"{path} must describe one of the architectures {', '.join(FAMILIES)}: "
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
+            + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
     family = FAMILIES[name]
     if values.get("model_type", family.model_type) != family.model_type:
@@ -189,12 +228,7 @@ def _family(fields: _Fields) -> Family:
             f"{path}: model_type must be {family.model_type!r} with {name}: "
             f"got {values['model_type']!r}"
         )
-    if values.get("auto_map"):
-        raise ValueError(
-            f"{path} must not name code of its own: got auto_map {values['auto_map']!r}, which is "
-            "never run; remove it if the checkpoint computes what its architecture does"
-        )
-    known = COMPUTED | family.fields | WITHOUT_EFFECT | {"auto_map"}
+    known = COMPUTED | family.fields | WITHOUT_EFFECT
     unknown = sorted(key for key, value in values.items() if value and key not in known)
     if unknown:
         raise ValueError(
@@ -301,6 +335,7 @@ def read_config(folder: Path) -> LlamaConfig:
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=bias if family.o_bias is None else family.o_bias,
         mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
+        is_fused=family.is_fused,
         qk_norm=family.qk_norm,
         windows=_windows(fields, family, num_layers),
         eos_token_ids=eos_token_ids or (),

@@ -135,12 +135,10 @@ class Attention(nn.Module):
         super().__init__()
         q_rows = config.num_attention_heads * config.head_dim
         kv_rows = config.num_key_value_heads * config.head_dim
-        self.qkv = LinearGroup(
-            ("q_proj", "k_proj", "v_proj"),
-            (q_rows, kv_rows, kv_rows),
-            config.hidden_size,
-            config.qkv_bias,
-        )
+        names, rows = ("q_proj", "k_proj", "v_proj"), (q_rows, kv_rows, kv_rows)
+        if config.is_fused:
+            names, rows = ("qkv_proj",), (sum(rows),)
+        self.qkv = LinearGroup(names, rows, config.hidden_size, config.qkv_bias)
         self.o = LinearGroup(("o_proj",), (config.hidden_size,), q_rows, config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -157,11 +155,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        rows = config.intermediate_size
-        self.gate_up = LinearGroup(
-            ("gate_proj", "up_proj"), (rows, rows), config.hidden_size, config.mlp_bias
-        )
-        self.down = LinearGroup(("down_proj",), (config.hidden_size,), rows, config.mlp_bias)
+        width = config.intermediate_size
+        names, rows = ("gate_proj", "up_proj"), (width, width)
+        if config.is_fused:
+            names, rows = ("gate_up_proj",), (2 * width,)
+        self.gate_up = LinearGroup(names, rows, config.hidden_size, config.mlp_bias)
+        self.down = LinearGroup(("down_proj",), (config.hidden_size,), width, config.mlp_bias)
 
 
 class DecoderLayer(nn.Module):

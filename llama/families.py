@@ -15,6 +15,8 @@ class Family:
 
     Attributes:
         qkv_bias, o_bias: whether the projections have one; None where `attention_bias` says.
+        is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
+            gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see only the last `sliding_window` tokens: none, all, or, where
             `use_sliding_window` is set, those from `max_window_layers` on.
@@ -26,6 +28,7 @@ class Family:
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     qk_norm: bool = False
+    is_fused: bool = False
     head_dim: int | None = None
     windows: Literal["none", "all", "later"] = "none"
     default_window: int | None = None
@@ -53,6 +56,15 @@ FAMILIES = {
         head_dim=128,
         windows="later",
         fields=_WINDOW_FIELDS | {"attention_bias"},
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3",
+        qkv_bias=False,
+        o_bias=False,
+        is_fused=True,
+        windows="all",
+        # transformers ignores the bias
+        fields=frozenset({"sliding_window", "attention_bias"}),
     ),
 }
 
@@ -90,6 +102,8 @@ WITHOUT_EFFECT = frozenset(
         "_attn_implementation_autoset",
         "_name_or_path",
         "attention_sink_size",
+        # names classes that transformers prefers its own of this architecture to
+        "auto_map",
         "bos_token_id",
         "cache_implementation",
         "chunk_size_feed_forward",

@@ -28,5 +28,8 @@ def generate_greedy(
         if next_id in stop_ids:
             break
         new_ids.append(next_id)
-        ids = torch.tensor([[next_id]], device=model.device)
+        next_ids = [next_id]
+        if model.starts_anew(cache.num_tokens, cache.num_tokens + 1):
+            cache, next_ids = KeyValueCache(), prompt_ids + new_ids
+        ids = torch.tensor([next_ids], device=model.device)
     return new_ids

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
-from llama.config import LlamaConfig
+from llama.config import LlamaConfig, LongRopeScaling
 from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
@@ -26,6 +26,12 @@ from lora.config import LoRAConfig, resolve_target_modules
 from lora.linear_group import LinearGroup
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def projections(config: LlamaConfig) -> tuple[str, ...]:
+    """The names of a layer's linear projections in the checkpoint and in adapters."""
+    return FUSED_PROJECTIONS if config.is_fused else PROJECTIONS
 
 
 class Decoder(nn.Module):
@@ -45,7 +51,9 @@ class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    frequencies: Tensor  # (head_dim / 2,) float32, follow from the config
+    # (2, head_dim / 2) float32, for sequences of the usual length and for long ones; they follow
+    # from the config
+    frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,7 +63,8 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head.requires_grad_(False)
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        frequencies = torch.stack([rope_frequencies(config, is_long) for is_long in (False, True)])
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +97,7 @@ class Llama(nn.Module):
         Raises:
             ValueError: a target is not one of the model's projections.
         """
-        resolve_target_modules(config.target_modules, PROJECTIONS)
+        resolve_target_modules(config.target_modules, projections(self.config))
         generator = torch.Generator().manual_seed(seed)
         for site, (_, group) in enumerate(self.groups()):
             group.attach(config, self.device, generator, site)
@@ -134,8 +143,19 @@ class Llama(nn.Module):
     ) -> Shared:
         """Compute what all layers of one pass over these tokens share."""
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        cos, sin = rope_tables(self.frequencies, rows + num_past)
+        scaling = self.config.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+        is_long = self.starts_anew(0, num_past + input_ids.shape[1])
+        cos, sin = rope_tables(self.frequencies[int(is_long)], rows + num_past, factor)
         return Shared(rows.expand_as(input_ids), cos, sin, dropout_seed)
+
+    def starts_anew(self, num_tokens: int, num_more: int) -> bool:
+        """Whether a sequence that grows from one length to another has other frequencies then."""
+        scaling = self.config.rope_scaling
+        return (
+            isinstance(scaling, LongRopeScaling)
+            and num_tokens <= scaling.original_max_position_embeddings < num_more
+        )
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -146,9 +166,12 @@ class Llama(nn.Module):
         then on. Without dropout, whatever mode the model is in.
 
         Raises:
-            ValueError: several tokens are given to a cache that is not empty.
+            ValueError: several tokens are given to a cache that is not empty, or the sequence
+                outgrows the frequencies that the cache was computed with.
         """
         past = cache.num_tokens if cache else 0
+        if past and self.starts_anew(past, past + input_ids.shape[1]):
+            raise ValueError(f"a cache of this model starts anew beyond {past} tokens")
         if past and input_ids.shape[1] > 1:
             raise ValueError(
                 f"a cache continues one token at a time: got {input_ids.shape[1]} tokens"

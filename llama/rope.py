@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from llama.config import LinearRopeScaling, LlamaConfig
+from llama.config import LinearRopeScaling, LlamaConfig, LongRopeScaling
 
 
 def rope_frequencies(
-    config: LlamaConfig,
+    config: LlamaConfig, is_long: bool = False
 ) -> Tensor:  # (head_dim / 2,) float32, radians per position
     """Compute the rotation speed of each pair of dimensions.
 
@@ -22,7 +22,12 @@ def rope_frequencies(
         smooth = (original f / 2 pi - low_freq_factor) / (high_freq_factor - low_freq_factor)
         f      = (1 - s) f / factor + s f          s = smooth clamped to [0, 1]
 
+    Phi-3 divides each by a factor of its own, and by another for long sequences.
+
     The operations and their order are transformers', so the values are equal bit for bit.
+
+    Args:
+        is_long: for sequences beyond original_max_position_embeddings of a LongRopeScaling.
     """
     # on the CPU, so that a model built on the meta device has them too
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
@@ -32,6 +37,9 @@ def rope_frequencies(
         return frequencies
     if isinstance(scaling, LinearRopeScaling):
         return frequencies / scaling.factor
+    if isinstance(scaling, LongRopeScaling):
+        factors = scaling.long_factor if is_long else scaling.short_factor
+        return 1.0 / (torch.tensor(factors, device="cpu") * config.rope_theta**exponents)
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - scaling.low_freq_factor) / (
@@ -41,7 +49,11 @@ def rope_frequencies(
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rope_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin of every position's rotation, (T, head_dim / 2) float32 each."""
+def rope_tables(
+    frequencies: Tensor,  # (head_dim / 2,) float32
+    positions: Tensor,  # (T,)
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # (T, head_dim / 2) float32 each
+    """Compute cos and sin of every position's rotation, times a factor."""
     angles = positions[:, None].float() * frequencies[None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor

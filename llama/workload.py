@@ -57,10 +57,14 @@ class Workload:
         D, F = config.hidden_size, config.intermediate_size
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
+        if config.is_fused:
+            qkv, gate_up = {"qkv_proj": q + 2 * kv}, {"gate_up_proj": 2 * F}
+        else:
+            qkv, gate_up = {"q_proj": q, "k_proj": kv, "v_proj": kv}, {"gate_proj": F, "up_proj": F}
         return (
-            self._group(D, q_proj=q, k_proj=kv, v_proj=kv),
+            self._group(D, **qkv),
             self._group(q, o_proj=D),
-            self._group(D, gate_proj=F, up_proj=F),
+            self._group(D, **gate_up),
             self._group(F, down_proj=D),
         )
 

@@ -7,7 +7,7 @@ and one stories260K, each run once a session.
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +20,7 @@ from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 from llama.checkpoint import load_model
-from llama.model import PROJECTIONS
+from llama.model import PROJECTIONS, projections
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
 
@@ -51,12 +51,13 @@ class Peer:
 def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     """Save an adapter that changes the logits, as the product does."""
     model = load_model(checkpoint, CPU, torch.float32, None)
-    model.attach_lora(OUR_LORA, seed=3)
+    lora = replace(OUR_LORA, target_modules=projections(model.config))
+    model.attach_lora(lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in model.adapter_tensors().items():
         if name.endswith("lora_B.weight"):
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    save_adapter(folder, model.adapter_tensors(), OUR_LORA, str(checkpoint))
+    save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint))
 
 
 def _run(

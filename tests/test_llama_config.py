@@ -1,6 +1,7 @@
 """llama/config.py: what is read from config.json, and what is refused rather than ignored."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,16 @@ from typing import Any
 import pytest
 from tiny_llama import FIELDS, VARIANTS
 
-from llama.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, read_config
+from llama.config import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LlamaConfig,
+    LongRopeScaling,
+    read_config,
+)
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
-MISTRAL, QWEN2 = VARIANTS["mistral"], VARIANTS["qwen2"]
+MISTRAL, QWEN2, PHI3 = VARIANTS["mistral"], VARIANTS["qwen2"], VARIANTS["phi3"]
 
 
 def read(folder: Path, **changes: Any) -> LlamaConfig:
@@ -86,7 +93,10 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"] * 2}, "must describe one of the architectures"),
         ({"architectures": "LlamaForCausalLM"}, "must describe one of the architectures Llama"),
         ({"model_type": "mistral"}, "model_type must be 'llama' with LlamaForCausalLM"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "must not name code of its own"),
+        (
+            {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
+            "got ['Mine'] (model_type 'llama'); code that auto_map names is never run",
+        ),
         ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it"),
         # a field of another family
         (
@@ -108,7 +118,11 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
         ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
         ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "got 'longrope'"),
+        (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 4 positive numbers"),
+        (
+            PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"long_factor": [1.0, 2.0, 0.0, 1.0]}},
+            "long_factor must be 4 positive numbers: got [1.0, 2.0, 0.0, 1.0]",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of parameters"),
         ({"rope_scaling": [8.0]}, "one set of parameters"),
@@ -181,10 +195,15 @@ def test_rope_scalings_are_read(tmp_path: Path) -> None:
     # it begins beyond the positions that the model has
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
     assert read(tmp_path, rope_scaling=dynamic).rope_scaling is None
+    long = read(tmp_path, **PHI3)
+    factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
+    short, longer = (tuple(PHI3["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
+    assert long.rope_scaling == LongRopeScaling(short, longer, 16, factor)
+    assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
 
 
 def test_real_configs_are_read_or_refused_by_their_architecture(assets: Path) -> None:
-    refused = {"Phi3ForCausalLM", "Gemma2ForCausalLM"}
+    refused = {"Gemma2ForCausalLM"}
     num_read = 0
     for path in sorted(assets.glob("configs/*/config.json")):
         fields = json.loads(path.read_text())
@@ -196,7 +215,7 @@ def test_real_configs_are_read_or_refused_by_their_architecture(assets: Path) ->
         num_read += 1
         assert config.hidden_size == fields["hidden_size"]
         assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
-        # none of them has a window that its length reaches, but Mistral's first
-        has_window = path.parent.name == "Mistral-7B-v0.1"
-        assert set(config.windows) == ({4096} if has_window else {None})
+        # the others' windows are as long as their positions, or not used
+        windows = {"Mistral-7B-v0.1": {4096}, "Phi-3.5-mini-instruct": {262144}}
+        assert set(config.windows) == windows.get(path.parent.name, {None})
     assert num_read > 20

@@ -7,10 +7,12 @@ import pytest
 import torch
 from equality import assert_equal
 from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, tokens
+from tiny_llama import write_variant
 from torch import Tensor
 
+from llama.checkpoint import load_model
 from llama.micro_step import MicroStep, Policy
-from llama.model import PROJECTIONS
+from llama.model import PROJECTIONS, projections
 from lora.config import LoRAConfig
 
 CUDA = torch.device("cuda")
@@ -92,6 +94,20 @@ def test_every_policy_gives_the_same_bits(
     assert all(grad.any() for grad in expected.values())
     actual = gradients_of(MicroStep(model, POLICIES[policies]), input_ids, labels, 0.25, 7)
     assert_same(actual, expected)
+
+
+@DEVICES
+@pytest.mark.parametrize("variant", ["biases", "mistral", "qwen2", "qwen3", "phi3"])
+def test_every_family_is_recomputed_bit_for_bit(
+    tmp_path: Path, variant: str, device: torch.device
+) -> None:
+    model = load_model(write_variant(tmp_path, variant), device, torch.float32, NF4)
+    model.attach_lora(LoRAConfig(4, 6, 0.3, projections(model.config)), seed=0)
+    input_ids = tokens(2, 65)
+    expected = gradients_of(MicroStep(model, KEEP), input_ids, some_labels(input_ids), 0.25, 7)
+    recompute: tuple[Policy, Policy] = ("recompute", "recompute")
+    step = MicroStep(model, recompute)
+    assert_same(gradients_of(step, input_ids, some_labels(input_ids), 0.25, 7), expected)
 
 
 @DEVICES

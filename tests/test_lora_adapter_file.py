@@ -15,7 +15,8 @@ from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 from llama.checkpoint import load_model
-from llama.model import PROJECTIONS, Llama
+from llama.config import read_config
+from llama.model import Llama, projections
 from lora.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -85,7 +86,7 @@ def test_peft_warns_of_nothing_in_ours(peer: Peer) -> None:
 def test_we_load_pefts_and_give_the_same_logits(peer: Peer) -> None:
     folder = peer.folder / "peft_adapter"
     config = read_adapter_config(folder)
-    assert set(config.target_modules) == set(PROJECTIONS)
+    assert set(config.target_modules) == set(projections(read_config(peer.checkpoint)))
     assert (config.r, config.lora_alpha) == (PEFT_LORA["r"], PEFT_LORA["lora_alpha"])
     actual = with_adapter(peer.checkpoint, folder).logits(peer.inputs["input_ids"]).detach()
     assert_logits_close(actual, peer.outputs["peft_adapter_logits"])
@@ -96,7 +97,7 @@ def test_names_shapes_and_dtypes_in_the_file_are_pefts(peer: Peer) -> None:
     ours = load_file(peer.folder / "our_adapter" / WEIGHTS_NAME)
     theirs = load_file(peer.folder / "peft_adapter" / WEIGHTS_NAME)
     assert ours.keys() == theirs.keys()
-    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in ours
+    assert "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight" in ours
     ranks = {OUR_LORA.r, PEFT_LORA["r"]}
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype == torch.float32
@@ -114,7 +115,7 @@ def test_the_config_is_a_part_of_pefts(peer: Peer) -> None:
         k: v for k, v in theirs.items() if k in ours.keys() - own
     }
     assert isinstance(ours["lora_alpha"], int)
-    assert ours["target_modules"] == list(PROJECTIONS)
+    assert ours["target_modules"] == list(projections(read_config(peer.checkpoint)))
 
 
 def test_an_adapter_survives_the_round_trip(adapter: Path, model: Llama) -> None:

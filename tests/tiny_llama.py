@@ -60,6 +60,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "max_window_layers": 1,
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "sliding_window": 8,
+        # sequences of 40 are long, those of the first 16 tokens not
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.5],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    },
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -95,6 +108,9 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         biased = set("qkvo") if fields.get("attention_bias") else set()
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
         biased |= set(mlp) if fields.get("mlp_bias") else set()
+        if fields["model_type"] == "phi3":
+            attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
+            mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
         for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
                 found[f"{prefix}{block}.{name}_proj.weight"] = shape

@@ -74,9 +74,14 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
     facts: dict[str, Any] = {}
     with torch.no_grad():
         output["logits"] = model(input_ids=input_ids).logits
-        # a prompt beyond a window, and more than one
+        # a prompt longer than a window; no token of it is padding
+        prompt = input_ids[:1, :12]
         output["greedy"] = model.generate(
-            input_ids[:1, :12], max_new_tokens=24, do_sample=False, eos_token_id=None
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
         )
         for dtype in job.get("dtypes", []):
             output[f"logits.{dtype}"] = load(job, getattr(torch, dtype))(input_ids=input_ids).logits
