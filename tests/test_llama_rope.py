@@ -9,7 +9,7 @@ import torch
 from llama_peers import tiny_peer
 from tiny_llama import FIELDS, VARIANTS
 
-from llama.config import LlamaConfig, read_config
+from llama.config import Llama3RopeScaling, LlamaConfig, read_config
 from llama.rope import rope_frequencies
 
 EPS = torch.finfo(torch.float32).eps
@@ -21,6 +21,7 @@ def published_frequencies(config: LlamaConfig) -> torch.Tensor:
     for pair in range(config.head_dim // 2):
         frequency = config.rope_theta ** (-2 * pair / config.head_dim)
         if (scaling := config.rope_scaling) is not None:
+            assert isinstance(scaling, Llama3RopeScaling)
             wavelength = 2 * math.pi / frequency
             original = scaling.original_max_position_embeddings
             if wavelength > original / scaling.low_freq_factor:
