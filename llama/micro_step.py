@@ -66,7 +66,7 @@ class _Captured:
     """A shape's two graphs, and the memory through which one talks to them."""
 
     input_ids: Tensor  # (B, T)
-    hidden: Tensor  # (M, D): hidden states, then their gradient
+    hidden: Tensor  # (M, D), of the step's buffer
     host: list[Tensor]
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
@@ -92,6 +92,7 @@ class MicroStep:
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self._hidden = torch.empty(0, dtype=model.compute_dtype, device=model.device)
         offloaded = [i for i, policy in enumerate(policies) if policy == "offload"]
         assert model.device.type == "cuda" or not (captures or offloaded)
         self._stash = HostStash(offloaded, model.device) if offloaded else None
@@ -123,13 +124,14 @@ class MicroStep:
         rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
         if device.type == "cpu":
             return self._launch(input_ids, rows, targets, factor)
-        rows, targets = rows.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        # a copy from memory that is not pinned waits for the device
+        sent = [t.pin_memory().to(device, non_blocking=True) for t in (input_ids, rows, targets)]
+        input_ids, rows, targets = sent
         with self._on_stream():
             captured = self._captured_for(input_ids)
             if captured is None:
-                input_ids = input_ids.to(device, non_blocking=True)
                 return self._launch(input_ids, rows, targets, factor)
-            captured.input_ids.copy_(input_ids, non_blocking=True)
+            captured.input_ids.copy_(input_ids)
             captured.forward.replay()
             loss = self._loss(captured.hidden, rows, targets, factor)
             captured.backward.replay()
@@ -153,12 +155,24 @@ class MicroStep:
 
     def _launch(self, input_ids: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Run both passes kernel by kernel."""
+        hidden = self._hidden_states(input_ids)
         with self._pooled():
-            hidden, kept = self._forward(input_ids)
+            kept = self._forward(input_ids, hidden)
         loss = self._loss(hidden, rows, targets, factor)
         with self._pooled():
             self._backward(hidden, kept)
         return loss
+
+    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+        """View the rows of the buffer for hidden states, later their gradient.
+
+        One for all shapes: between the passes it is all that the loss and they have in common. A
+        captured shape knows where it is, and holds on to it where a larger one takes its place.
+        """
+        M, D = input_ids.numel(), self.model.config.hidden_size
+        if self._hidden.numel() < M * D:
+            self._hidden = self._hidden.new_empty(M * D)
+        return self._hidden[: M * D].view(M, D)
 
     def _pooled(self) -> AbstractContextManager[None]:
         """Take memory from the pool that the captured passes have theirs from.
@@ -180,9 +194,7 @@ class MicroStep:
         if self._captures:
             self._seen.add(shape)
         if is_known and shape not in self._captured and len(self._captured) < MAX_GRAPHS:
-            self._captured[shape] = self._capture(
-                torch.zeros_like(input_ids, device=self._seed.device)
-            )
+            self._captured[shape] = self._capture(torch.zeros_like(input_ids))
         return self._captured.get(shape)
 
     def _capture(self, input_ids: Tensor) -> _Captured:
@@ -190,14 +202,16 @@ class MicroStep:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the stubs of torch 2.13 want a type that its own pools do not have
         pool: Any = self._pool.id
+        hidden = self._hidden_states(input_ids)
         with torch.cuda.graph(forward, pool=pool, stream=self._stream):
-            hidden, kept = self._forward(input_ids)
+            kept = self._forward(input_ids, hidden)
         with torch.cuda.graph(backward, pool=pool, stream=self._stream):
             self._backward(hidden, kept)
         host = self._stash.held() if self._stash else []
         return _Captured(input_ids, hidden, host, forward, backward)
 
-    def _forward(self, input_ids: Tensor) -> tuple[Tensor, _Kept]:
+    def _forward(self, input_ids: Tensor, hidden: Tensor) -> _Kept:
+        """Write the hidden states, and return what the backward pass needs."""
         model, stash = self.model, self._stash
         shared = model.shared(input_ids, dropout_seed=self._seed)
         x, delta = model.embed(input_ids), None
@@ -215,8 +229,8 @@ class MicroStep:
         if stash is not None:
             stash.settle()
         norm = model.model.norm
-        hidden, r, rstd = rms_norm(x, norm.weight, norm.eps, delta)
-        return hidden, _Kept(shared, layers, r, rstd)
+        _, r, rstd = rms_norm(x, norm.weight, norm.eps, delta, out=hidden)
+        return _Kept(shared, layers, r, rstd)
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Compute the loss, and turn the hidden states into their gradient."""
