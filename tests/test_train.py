@@ -12,12 +12,17 @@ from equality import assert_equal
 from safetensors.torch import load_file
 
 import train
+from benchmarks.random_model import LLAMA_3_8B
 from data.batches import Batch, collate
 from data.samples import Sample
 from llama.checkpoint import load_model
+from llama.memory_plan import GIB, MemoryPlan
 from llama.micro_step import MicroStep, Policy
+from llama.model import PROJECTIONS
+from llama.workload import Workload
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
+from run.config import TrainConfig
 
 BUNDLED = Path(train.BUNDLED)
 FEW = "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4"
@@ -301,6 +306,9 @@ def test_loraplus_lets_lora_b_learn_faster(tmp_path: Path) -> None:
         ("--device cuda", "--device cuda must find a GPU"),
         ("--optimizer-residency host", "--optimizer-residency must be auto on a CPU"),
         ("--optimizer-residency host --optim adamw", "must be auto with --optim adamw"),
+        ("--max-memory 24", "--max-memory must be a size such as 24GiB"),
+        ("--max-memory 24GiB", "must be given for a GPU: the device is the CPU"),
+        ("--activations offload", "must be given for a GPU: the device is the CPU"),
         ("--loraplus-lr-ratio 0", "--loraplus-lr-ratio must be positive"),
         ("--max-steps 0", "--max-steps 0 evaluates only and must be given --eval-data"),
         ("--block-size 48", "block_size must be one of"),
@@ -324,6 +332,56 @@ def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> N
         run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
     first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
     assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
+
+
+def test_a_plan_says_what_the_run_takes_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path)
+    arguments = f"--model {BUNDLED / 'model'} --data {data} --output {tmp_path / 'out'} {FEW}"
+    train.main(f"{arguments} --plan".split())
+    said = capsys.readouterr().out
+    assert "plan for micro-batches of 2 x" in said
+    for part in ("weights", "adapter", "gradients", "activations and scratch", "4 keep"):
+        assert f"  {part}" in said
+    assert "4 steps over about" in said
+    assert not (tmp_path / "out").exists()
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, free: int, **flags: Any) -> MemoryPlan:
+    """What train.py plans for Llama-3-8B on a GPU with so much memory free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * GIB))
+    config = TrainConfig(model="m", data="d", device="cuda", dtype="bfloat16", **flags)
+    work = Workload(
+        config=LLAMA_3_8B,
+        lora=LoRAConfig(16, 32.0, 0.0, PROJECTIONS),
+        frozen_bytes=5_700_000_000,
+        moment_bytes=8,
+        batch=4,
+        tokens=2048,
+        dtype=torch.bfloat16,
+    )
+    return train.plan_run(config, work)
+
+
+def test_what_is_free_decides_which_layers_keep_their_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert planned(monkeypatch, 79 * GIB).policies == ("keep",) * 32
+    mixed = planned(monkeypatch, 23 * GIB)
+    assert set(mixed.policies) == {"keep", "recompute", "offload"}
+    assert mixed.reserved + mixed.moments < 23 * GIB
+    # no more than is asked for, nor than there is
+    assert planned(monkeypatch, 79 * GIB, max_memory="24GiB").device <= 24 * GIB
+    assert planned(monkeypatch, 23 * GIB, max_memory="80GiB") == mixed
+    assert planned(monkeypatch, 79 * GIB, activations="offload").policies == ("offload",) * 32
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"--activations auto with --batch-size 4 --max-length"):
+        planned(monkeypatch, 23 * GIB, activations="keep")
+    with pytest.raises(ValueError, match=r"need .* at the least; --activations auto with --batch"):
+        planned(monkeypatch, 79 * GIB, max_memory="8GiB")
 
 
 @pytest.mark.gpu
