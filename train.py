@@ -329,7 +329,7 @@ def plan_run(config: TrainConfig, work: Workload) -> MemoryPlan:
     if config.device == "cpu":
         policy = POLICIES.get(config.activations, POLICIES["keep"])
         return plan_memory(work, (policy,) * work.config.num_hidden_layers)
-    # the context is there already; a plan errs by up to 2 %
+    # the context is there already; a plan has been 2 % too low
     available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
     budget = min(config.max_memory_bytes or available, available)
     return plan_within(work, POLICIES.get(config.activations), budget)
