@@ -76,6 +76,7 @@ KERNELS = {
     "_nf4_dequantize_kernel": "dequantization",
     "_nf4_matmul_": "base products, forward",
     "_extend_with_lora_kernel": "low-rank updates",
+    "_lora_gradient_": "low-rank updates",
     "_dropout_kernel": "low-rank updates",
     "_rms_norm_": "norms",
     "_rope_": "rotation",

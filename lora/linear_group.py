@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
 from kernels.lora_extension import Update, extend_with_lora
+from kernels.lora_gradient import add_product, lora_gradient
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
@@ -36,14 +37,6 @@ from nf4.weight import NF4Weight, empty_weight
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
 TAIL_MULTIPLE = 64
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
-    """Add s a b to a float32 matrix, accumulated in float32 and rounded nowhere in between."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        total.addmm_(a.float(), b.float(), alpha=scaling)
-    else:
-        torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
 
 
 def tail_columns(num_ranks: int) -> int:
@@ -311,16 +304,10 @@ class LinearGroup(nn.Module):
             W_ext = self.expand(grad_ext.dtype)
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
-            torch.mm(grad_y, W_ext[:N, K:], out=grad_h)
             assert self.lora_B is not None
             assert self.lora_B.grad is not None
-            for update in self.updates:
-                _add_product(
-                    self.lora_B.grad[update.B],
-                    grad_y[:, update.y].T,
-                    h[:, update.A],
-                    self.scaling,
-                )
+            sB, grad_B = W_ext[:N, K:], self.lora_B.grad
+            lora_gradient(grad_y, h, sB, grad_h, grad_B, self.updates, self.scaling)
         if not needs_grad_x:
             return None
         if not self._drops(seed):
@@ -340,4 +327,4 @@ class LinearGroup(nn.Module):
         assert self.lora_A.grad is not None
         N, num_ranks = self.num_rows, self.lora_A.shape[0]
         grad_h = grad_ext[:, N : N + num_ranks]
-        _add_product(self.lora_A.grad, grad_h.T, self.dropped(x, seed))
+        add_product(self.lora_A.grad, grad_h.T, self.dropped(x, seed))

@@ -29,6 +29,7 @@ from layer_cases import (  # noqa: E402
     rope_results,
 )
 from lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
+from lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -54,6 +55,7 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
+from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
@@ -171,6 +173,14 @@ def extensions(results: dict[str, Tensor]) -> None:
         results[f"{case}/W_ext"] = extended(case, _launch_extend_with_lora)
 
 
+def update_gradients(results: dict[str, Tensor]) -> None:
+    """Add what the updates' gradients are, in one pass."""
+    compute = partial(_launch_lora_gradient, num_multiprocessors=NUM_MULTIPROCESSORS)
+    for num_tokens, case in TINY_GRADIENTS:
+        found = gradients(num_tokens, case, compute)
+        results |= {f"M{num_tokens}-{case}/{name}": tensor for name, tensor in found.items()}
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
@@ -202,6 +212,7 @@ def main() -> None:
         losses(results)
         dropouts(results)
         extensions(results)
+        update_gradients(results)
     save_file(results, sys.argv[1])
 
 

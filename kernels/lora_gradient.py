@@ -1,0 +1,379 @@
+"""Compute, from y's gradient, that of h = z A^T and that of B, reading it once, on the GPU.
+
+    grad_h   = grad_y s B               (M, T), R columns an update
+    grad_B  += s grad_y^T h             (rows of the updates, R)
+
+    grad_y              stripe of BLOCK_N columns
+             . . . . . | = = = = | . . .
+    group of . . . . . | = = = = | . . .    a program, tile by tile of BLOCK_M rows
+    rows     . . . . . | = = = = | . . .        grad_y^T h added up     (BLOCK_N, R) registers
+             . . . . . | = = = = | . . .        grad_y s B              a part of grad_h
+
+Two products would read grad_y twice: 0.9 GB for a Llama-3-8B gate and up at 8,192 rows. One pass
+has to add over columns for grad_h and over rows for grad_B. So a program takes a rectangle and
+leaves a part of either in float32, and a second launch adds the parts up in a fixed order: equal
+runs give equal bits. At rank 16, parts are 32 / BLOCK_N + 32 / rows of a group of grad_y's bytes,
+written and read again, mostly from L2. The FLOPs, 4 M N R, take a tenth of the bytes' time.
+
+The updates of a weight's members lie side by side, so a stripe belongs to one member, and columns
+of grad_h that no update fills become zero.
+
+Both products take grad_y from shared memory, one of them transposed, as Hopper's can; on a GPU of
+another kind, in float32, and with a higher rank, where the parts grow and the tiles shrink, two
+products do it.
+
+LoRA: Hu et al. 2021, section 4.1.
+"""
+
+# triton's annotations know neither launch options nor static_range
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.lora_extension import Update
+
+# compute capability of the GPUs that do it in one pass
+CAPABILITY = (9, 0)
+# the ranks of an update, and at least what a product of tiles takes
+MAX_RANK = tl.constexpr(16)
+# three tiles under way fill the shared memory of a multiprocessor
+BLOCK_M = 64
+BLOCK_N = 512
+NUM_WARPS = 8
+NUM_STAGES = 3
+MAX_GROUPS = 32
+# what a program's first and last tile take longer, because nothing is under way beside them
+TILES_TO_FILL = 2
+# the launch that adds parts up: numbers a program writes, parts that it reads at once
+SUM_VALUES = 256
+SUM_PARTS = tl.constexpr(16)
+SUM_WARPS = 4
+# y_start, y_stop, A_start, B_start, first_stripe
+TABLE_COLUMNS = tl.constexpr(5)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    """Add s a b to a float32 matrix, accumulated in float32 and rounded nowhere in between."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        total.addmm_(a.float(), b.float(), alpha=scaling)
+    else:
+        torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
+
+
+def lora_gradient_reference(
+    grad_y: Tensor,  # (M, N)
+    h: Tensor,  # (M, T)
+    sB: Tensor,  # (N, T)
+    grad_h: Tensor,  # (M, T), written
+    grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
+    updates: tuple[Update, ...],
+    scaling: float,
+) -> None:
+    """Compute both with a product for grad_h and one an update for grad_B."""
+    torch.mm(grad_y, sB, out=grad_h)
+    for update in updates:
+        add_product(grad_B[update.B], grad_y[:, update.y].T, h[:, update.A], scaling)
+
+
+@triton.jit
+def _lora_gradient_kernel(
+    grad_h_parts_ptr,  # (stripes, M, R) float32
+    grad_B_parts_ptr,  # (groups, rows of B, R) float32
+    grad_y_ptr,  # (M, N)
+    sB_ptr,  # (N, T)
+    h_ptr,  # (M, T)
+    table_ptr,  # (NUM_UPDATES, TABLE_COLUMNS)
+    M,
+    R,
+    num_rows_B,
+    num_stripes,
+    rows_per_group,
+    stride_grad_ym,
+    stride_sBn,
+    stride_hm,
+    NUM_UPDATES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # of where the members' rows begin and end
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    stripe = tl.program_id(0) % num_stripes
+    group = tl.program_id(0) // num_stripes
+    y_start, y_stop, A_start, B_start, first_stripe = 0, 0, 0, 0, 0
+    for update in tl.static_range(NUM_UPDATES):
+        row = table_ptr + update * TABLE_COLUMNS
+        begins = tl.load(row + 4)
+        y_start = tl.where(stripe >= begins, tl.load(row), y_start)
+        y_stop = tl.where(stripe >= begins, tl.load(row + 1), y_stop)
+        A_start = tl.where(stripe >= begins, tl.load(row + 2), A_start)
+        B_start = tl.where(stripe >= begins, tl.load(row + 3), B_start)
+        first_stripe = tl.where(stripe >= begins, begins, first_stripe)
+    # so that 16 bytes at a time are copied
+    y_start = tl.multiple_of(y_start, ALIGNMENT)
+    y_stop = tl.multiple_of(y_stop, ALIGNMENT)
+    offs_r = tl.arange(0, MAX_RANK)[None, :]
+    in_R = offs_r < R
+    member_rows = (stripe - first_stripe) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = y_start + member_rows
+    in_y = offs_n < y_stop
+    sB_ptrs = sB_ptr + offs_n.to(tl.int64)[:, None] * stride_sBn + A_start + offs_r
+    sB = tl.load(sB_ptrs, in_y[:, None] & in_R, 0.0)
+    grad_B = tl.zeros((BLOCK_N, MAX_RANK), tl.float32)
+    grad_h_parts_ptr += stripe.to(tl.int64) * M * R
+    first_row = group * rows_per_group
+    for start in range(first_row, min(first_row + rows_per_group, M), BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)[:, None]
+        in_M = offs_m < M
+        rows = offs_m.to(tl.int64)
+        grad_y = tl.load(
+            grad_y_ptr + rows * stride_grad_ym + offs_n[None, :], in_M & in_y[None, :], 0.0
+        )
+        h = tl.load(h_ptr + rows * stride_hm + A_start + offs_r, in_M & in_R, 0.0)
+        grad_B = tl.dot(tl.trans(grad_y), h, grad_B)
+        tl.store(grad_h_parts_ptr + rows * R + offs_r, tl.dot(grad_y, sB), in_M & in_R)
+    grad_B_parts_ptr += group.to(tl.int64) * num_rows_B * R
+    B_rows = (B_start + member_rows)[:, None]
+    tl.store(grad_B_parts_ptr + B_rows * R + offs_r, grad_B, in_y[:, None] & in_R)
+
+
+@triton.jit
+def _sum_of_parts(parts_ptr, first, stop, length, offs):
+    total = tl.zeros(offs.shape, tl.float32)
+    for start in range(first, stop, SUM_PARTS):
+        part = (start + tl.arange(0, SUM_PARTS))[:, None]
+        is_one = (part < stop) & (offs < length)[None, :]
+        values = tl.load(parts_ptr + part.to(tl.int64) * length + offs[None, :], is_one, 0.0)
+        total += tl.sum(values, 0)
+    return total
+
+
+@triton.jit
+def _lora_gradient_sum_kernel(
+    grad_h_ptr,  # (M, T)
+    grad_B_ptr,  # (rows of B, R) float32
+    grad_h_parts_ptr,  # (stripes, M, R) float32
+    grad_B_parts_ptr,  # (groups, rows of B, R) float32
+    table_ptr,  # (NUM_UPDATES, TABLE_COLUMNS)
+    M,
+    R,
+    T,
+    num_rows_B,
+    num_stripes,
+    num_groups,
+    scaling,
+    stride_grad_hm,
+    programs_per_update,
+    num_B_programs,
+    NUM_UPDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # one program writes BLOCK numbers: of grad_B, of an update's columns of grad_h, or of the
+    # columns that no update fills
+    pid = tl.program_id(0)
+    values = tl.arange(0, BLOCK)
+    num_h_programs = programs_per_update * NUM_UPDATES
+    if pid < num_B_programs:
+        offs = pid * BLOCK + values
+        length = num_rows_B * R
+        total = _sum_of_parts(grad_B_parts_ptr, 0, num_groups, length, offs)
+        before = tl.load(grad_B_ptr + offs, offs < length)
+        tl.store(grad_B_ptr + offs, before + total * scaling, offs < length)
+    elif pid < num_B_programs + num_h_programs:
+        update = (pid - num_B_programs) // programs_per_update
+        offs = (pid - num_B_programs) % programs_per_update * BLOCK + values
+        row = table_ptr + update * TABLE_COLUMNS
+        stop = num_stripes
+        if update + 1 < NUM_UPDATES:
+            stop = tl.load(row + TABLE_COLUMNS + 4)
+        total = _sum_of_parts(grad_h_parts_ptr, tl.load(row + 4), stop, M * R, offs)
+        places = (offs // R).to(tl.int64) * stride_grad_hm + tl.load(row + 2) + offs % R
+        tl.store(grad_h_ptr + places, total.to(grad_h_ptr.dtype.element_ty), offs < M * R)
+    else:
+        offs = (pid - num_B_programs - num_h_programs) * BLOCK + values
+        filled = NUM_UPDATES * R
+        places = (offs // (T - filled)).to(tl.int64) * stride_grad_hm + filled
+        zeros = tl.zeros((BLOCK,), grad_h_ptr.dtype.element_ty)
+        tl.store(grad_h_ptr + places + offs % (T - filled), zeros, offs < M * (T - filled))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _stripe_table(
+    places: tuple[tuple[int, int, int, int], ...], device: torch.device
+) -> tuple[Tensor, int]:  # (updates, TABLE_COLUMNS) int32, and the number of stripes
+    rows, num_stripes = [], 0
+    for y_start, y_stop, A_start, B_start in places:
+        rows.append((y_start, y_stop, A_start, B_start, num_stripes))
+        num_stripes += triton.cdiv(y_stop - y_start, BLOCK_N)
+    return torch.tensor(rows, dtype=torch.int32).to(device), num_stripes
+
+
+def _tiles_per_group(num_tiles: int, num_stripes: int, num_multiprocessors: int) -> int:
+    """Choose how many row tiles a program takes, so that all of them end together."""
+
+    def duration(num_groups: int) -> int:
+        num_rounds = triton.cdiv(num_groups * num_stripes, num_multiprocessors)
+        return num_rounds * (triton.cdiv(num_tiles, num_groups) + TILES_TO_FILL)
+
+    num_groups = min(range(1, min(MAX_GROUPS, num_tiles) + 1), key=duration)
+    return triton.cdiv(num_tiles, num_groups)
+
+
+def _launch_lora_gradient(
+    grad_y: Tensor,  # (M, N)
+    h: Tensor,  # (M, T)
+    sB: Tensor,  # (N, T)
+    grad_h: Tensor,  # (M, T)
+    grad_B: Tensor,  # (sum of the updates' rows, R) float32
+    updates: tuple[Update, ...],
+    scaling: float,
+    num_multiprocessors: int,
+) -> None:
+    M, T = h.shape
+    num_rows_B, R = grad_B.shape
+    places = tuple((u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
+    table, num_stripes = _stripe_table(places, h.device)
+    num_tiles = triton.cdiv(M, BLOCK_M)
+    rows_per_group = BLOCK_M * _tiles_per_group(num_tiles, num_stripes, num_multiprocessors)
+    num_groups = triton.cdiv(M, rows_per_group)
+    grad_h_parts = grad_B.new_empty(num_stripes, M, R)
+    grad_B_parts = grad_B.new_empty(num_groups, num_rows_B, R)
+    programs_per_update = triton.cdiv(M * R, SUM_VALUES)
+    num_B_programs = triton.cdiv(num_rows_B * R, SUM_VALUES)
+    num_rest_programs = triton.cdiv(M * (T - len(updates) * R), SUM_VALUES)
+    # triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(h):
+        _lora_gradient_kernel[(num_stripes * num_groups,)](
+            grad_h_parts,
+            grad_B_parts,
+            grad_y,
+            sB,
+            h,
+            table,
+            M,
+            R,
+            num_rows_B,
+            num_stripes,
+            rows_per_group,
+            grad_y.stride(0),
+            sB.stride(0),
+            h.stride(0),
+            NUM_UPDATES=len(updates),
+            ALIGNMENT=math.gcd(16, *(row for place in places for row in place[:2])),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+            # multiply-adds round less
+            enable_fp_fusion=True,
+        )
+        _lora_gradient_sum_kernel[
+            (num_B_programs + programs_per_update * len(updates) + num_rest_programs,)
+        ](
+            grad_h,
+            grad_B,
+            grad_h_parts,
+            grad_B_parts,
+            table,
+            M,
+            R,
+            T,
+            num_rows_B,
+            num_stripes,
+            num_groups,
+            scaling,
+            grad_h.stride(0),
+            programs_per_update,
+            num_B_programs,
+            NUM_UPDATES=len(updates),
+            BLOCK=SUM_VALUES,
+            num_warps=SUM_WARPS,
+            enable_fp_fusion=True,
+        )
+
+
+def _takes_one_pass(grad_y: Tensor, rank: int) -> bool:
+    if grad_y.device.type == "cpu" or grad_y.dtype == torch.float32 or rank > MAX_RANK.value:
+        return False
+    return torch.cuda.get_device_capability(grad_y.device) == CAPABILITY
+
+
+def _check(
+    grad_y: Tensor,
+    h: Tensor,
+    sB: Tensor,
+    grad_h: Tensor,
+    grad_B: Tensor,
+    updates: tuple[Update, ...],
+) -> None:
+    M, N = grad_y.shape
+    T = sB.shape[1]
+    if h.shape != (M, T) or grad_h.shape != (M, T) or sB.shape[0] != N:
+        raise ValueError(
+            f"h and grad_h must be (M, T), s B (N, T) for a gradient of (M, N), {(M, N)}: "
+            f"got {tuple(h.shape)}, {tuple(grad_h.shape)} and {tuple(sB.shape)}"
+        )
+    num_rows = sum(update.B.stop - update.B.start for update in updates)
+    R = grad_B.shape[1]
+    if not updates or grad_B.shape[0] != num_rows or len(updates) * R > T:
+        raise ValueError(
+            f"the gradient of B must have the rows of the updates {updates}, and ranks that h's "
+            f"{T} columns hold: got {tuple(grad_B.shape)}"
+        )
+    if grad_B.dtype != torch.float32 or not grad_B.is_contiguous():
+        raise ValueError(
+            "the gradient of B must be contiguous float32: "
+            f"got {grad_B.dtype} with strides {grad_B.stride()}"
+        )
+    if not grad_y.dtype == h.dtype == sB.dtype == grad_h.dtype:
+        raise ValueError(
+            "y's gradient, h, s B and h's gradient must share a dtype: "
+            f"got {grad_y.dtype}, {h.dtype}, {sB.dtype} and {grad_h.dtype}"
+        )
+    matrices = (grad_y, h, sB, grad_h)
+    if any(matrix.stride(1) != 1 for matrix in matrices if matrix.shape[1] > 1):
+        raise ValueError(
+            "y's gradient, h, s B and h's gradient must have contiguous rows: "
+            f"got strides {', '.join(str(matrix.stride()) for matrix in matrices)}"
+        )
+    if len({matrix.device for matrix in (*matrices, grad_B)}) > 1:
+        raise ValueError(f"all matrices must be on one device: got {grad_y.device} and others")
+
+
+def lora_gradient(
+    grad_y: Tensor,  # (M, N)
+    h: Tensor,  # (M, T), z A^T
+    sB: Tensor,  # (N, T), s B as `extend_with_lora` writes it
+    grad_h: Tensor,  # (M, T), written
+    grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
+    updates: tuple[Update, ...],
+    scaling: float,
+) -> None:
+    """Compute h's gradient, and add B's to what there is.
+
+        grad_h   = grad_y s B
+        grad_B  += s grad_y^T h
+
+    Args:
+        grad_y: may be the first columns of wider rows, as may h, s B and grad_h.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a row is not contiguous.
+    """
+    _check(grad_y, h, sB, grad_h, grad_B, updates)
+    if not grad_y.shape[0]:
+        return
+    if _takes_one_pass(grad_y, grad_B.shape[1]):
+        num_multiprocessors = _num_multiprocessors(grad_y.device)
+        _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, scaling, num_multiprocessors)
+    else:
+        lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates, scaling)

@@ -1,0 +1,240 @@
+"""kernels/lora_gradient.py: whole numbers exactly, others as torch does; compiles for an H100."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import CompiledLaunch, compile_launch
+from equality import assert_equal, assert_no_worse_than
+from interpreter import interpreted_results
+from lora_extension_cases import ExtensionCase
+from lora_gradient_cases import (
+    NUM_MULTIPROCESSORS,
+    SCALING,
+    TINY_GRADIENTS,
+    gradient_cases,
+    gradient_inputs,
+    gradients,
+    gradients_by_hand,
+)
+from torch import Tensor
+
+from kernels import lora_gradient as module
+from kernels.lora_extension import Update
+from kernels.lora_gradient import lora_gradient, lora_gradient_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.bfloat16, torch.float16)
+CUDA, META = torch.device("cuda"), torch.device("meta")
+CPU_CASES = gradient_cases(
+    [(70, (5, 3), (0, 1), 2, 4), (65, (7, 2, 3), (0, 2), 3, 64), (9, (40,), (0,), 33, 64)], DTYPES
+)
+# rows of Llama-3-8B's groups
+GROUPS = {"qkv": (4096, 1024, 1024), "o": (4096,), "gate_up": (14336, 14336)}
+
+
+def named(cases: list[tuple[int, ExtensionCase]]) -> Any:
+    ids = [f"M{num_tokens}-{case}" for num_tokens, case in cases]
+    return pytest.mark.parametrize(("num_tokens", "case"), cases, ids=ids)
+
+
+def case_of(group: str, rank: int, dtype: torch.dtype) -> ExtensionCase:
+    rows = GROUPS[group]
+    num_ranks = rank * len(rows)
+    tail = num_ranks + -num_ranks % 64
+    return ExtensionCase(rows, tuple(range(len(rows))), 1, rank, tail, dtype)
+
+
+def assert_found(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert_equal(found[name], tensor, name)
+
+
+@named(CPU_CASES + TINY_GRADIENTS)
+def test_on_a_cpu_whole_numbers_are_exact(num_tokens: int, case: ExtensionCase) -> None:
+    found = gradients(num_tokens, case, lora_gradient)
+    assert_found(found, gradients_by_hand(num_tokens, case))
+
+
+@named(TINY_GRADIENTS)
+def test_interpreted_kernel_adds_whole_numbers_exactly(
+    num_tokens: int, case: ExtensionCase
+) -> None:
+    results = interpreted_results()
+    found = {name: results[f"M{num_tokens}-{case}/{name}"] for name in ("grad_h", "grad_B")}
+    assert_found(found, gradients_by_hand(num_tokens, case))
+
+
+@pytest.mark.parametrize("num_stripes", [1, 8, 12, 56, 300])
+@pytest.mark.parametrize("num_tiles", [1, 2, 31, 32, 128, 1000])
+def test_programs_take_all_tiles_and_end_together(num_tiles: int, num_stripes: int) -> None:
+    tiles = module._tiles_per_group(num_tiles, num_stripes, 132)
+    num_groups = -(-num_tiles // tiles)
+    assert 1 <= num_groups <= module.MAX_GROUPS
+    # no worse than one group, or as many as fit one round
+    rounds = -(-num_groups * num_stripes // 132)
+    for other in (1, max(min(132 // num_stripes, num_tiles, module.MAX_GROUPS), 1)):
+        other_rounds = -(-other * num_stripes // 132)
+        assert rounds * (tiles + 2) <= other_rounds * (-(-num_tiles // other) + 2)
+
+
+UPDATES = (
+    Update(slice(0, 5), slice(0, 3), slice(0, 5)),
+    Update(slice(5, 7), slice(3, 6), slice(5, 7)),
+)
+GIVEN = {
+    "grad_y": torch.zeros(4, 7),
+    "h": torch.zeros(4, 64),
+    "sB": torch.zeros(7, 64),
+    "grad_h": torch.zeros(4, 64),
+    "grad_B": torch.zeros(7, 3),
+    "updates": UPDATES,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h": torch.zeros(3, 64)}, r"^h and grad_h must be .* \(4, 7\): got \(3, 64\), "),
+        ({"grad_h": torch.zeros(4, 32)}, r"^h and grad_h must be .* \(4, 32\) and \(7, 64\)$"),
+        ({"sB": torch.zeros(6, 64)}, r"^h and grad_h must be .* and \(6, 64\)$"),
+        ({"updates": ()}, "^the gradient of B must have the rows of the updates"),
+        ({"grad_B": torch.zeros(8, 3)}, r"^the gradient of B must have .*: got \(8, 3\)$"),
+        ({"grad_B": torch.zeros(7, 33)}, r"^the gradient of B must have .*: got \(7, 33\)$"),
+        ({"grad_B": torch.zeros(7, 3).half()}, "^the gradient of B must be contiguous float32"),
+        ({"grad_B": torch.zeros(3, 7).T}, r"^the gradient of B must be .* strides \(1, 7\)$"),
+        ({"h": torch.zeros(4, 64).half()}, "must share a dtype: got torch.float32, torch.float16"),
+        ({"grad_h": torch.zeros(64, 4).T}, "must have contiguous rows: got strides"),
+        ({"grad_y": torch.zeros(4, 7, device=META)}, "^all matrices must be on one device"),
+        ({"grad_B": torch.zeros(7, 3, device=META)}, "^all matrices must be on one device"),
+    ],
+    ids=[
+        "h too short",
+        "grad_h too narrow",
+        "s B too short",
+        "no update",
+        "B too long",
+        "ranks too many",
+        "B in 16 bit",
+        "B scattered",
+        "dtypes differ",
+        "scattered",
+        "y elsewhere",
+        "B elsewhere",
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lora_gradient(**(GIVEN | changes), scaling=SCALING)
+
+
+def compile_kernel(kernel: str, case: ExtensionCase) -> CompiledLaunch:
+    # nothing is read, so nothing is drawn
+    M, N, T = 8192, case.num_rows, case.tail
+
+    def empty(rows: int, columns: int, width: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=META)[:, :columns]
+
+    grad_B = empty(N, case.rank, case.rank, torch.float32)
+    matrices = (empty(M, N, N + T), empty(M, T, T), empty(N, T, 4096 + T), empty(M, T, N + T))
+    arguments = (*matrices, grad_B, case.updates, SCALING, NUM_MULTIPROCESSORS)
+    return compile_launch(module, kernel, lambda: module._launch_lora_gradient(*arguments), 90)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rank", [3, 8, 16])
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_compile_without_spilling(
+    group: str, rank: int, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
+    case = case_of(group, rank, dtype)
+    for kernel in ("_lora_gradient_kernel", "_lora_gradient_sum_kernel"):
+        compiled = compile_kernel(kernel, case)
+        record_property(kernel, str(compiled))
+        compiled.assert_fits(90)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_h100_copies_16_bytes_at_a_time_and_multiplies_them_in_place(
+    group: str, dtype: torch.dtype
+) -> None:
+    compiled = compile_kernel("_lora_gradient_kernel", case_of(group, 16, dtype))
+    copies = re.findall(r"cp\.async\.c\w\.\S+ \[[^]]*\], \[[^]]*\], (\w+)", compiled.ptx)
+    assert copies
+    assert set(copies) == {"0x10"}
+    assert "wgmma.mma_async" in compiled.ptx
+    # a tile does not pass through the registers on its way to either product
+    assert "ldmatrix" not in compiled.ptx
+
+
+# a rest in every direction, and ranks that are no power of two
+GPU_CASES = gradient_cases(
+    [
+        (1, (1,), (0,), 1, 1),
+        (1003, (600, 40, 40), (0, 2), 5, 64),
+        (8192, GROUPS["qkv"], (0, 1, 2), 16, 64),
+        (2048, GROUPS["gate_up"], (0, 1), 16, 64),
+        (2111, GROUPS["o"], (0,), 32, 64),
+        (300, (576, 192, 192), (0, 1, 2), 64, 192),
+        (0, (40,), (0,), 16, 64),
+    ],
+    HALVES,
+)
+
+
+@pytest.mark.gpu
+@named(GPU_CASES + CPU_CASES + TINY_GRADIENTS)
+def test_gpu_kernel_adds_whole_numbers_exactly(num_tokens: int, case: ExtensionCase) -> None:
+    found = gradients(num_tokens, case, lora_gradient, CUDA)
+    expected = gradients_by_hand(num_tokens, case)
+    assert_found({name: tensor.cpu() for name, tensor in found.items()}, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rank", [16, 24])
+@pytest.mark.parametrize("group", GROUPS)
+def test_gpu_kernel_errs_no_more_than_torch_and_repeats_its_bits(
+    group: str, rank: int, dtype: torch.dtype
+) -> None:
+    case = case_of(group, rank, dtype)
+
+    def found(compute: Callable[..., Any], wide: bool = False) -> tuple[Tensor, Tensor]:
+        matrices = gradient_inputs(4096, case, CUDA)
+        generator = torch.Generator(CUDA).manual_seed(1)
+        for matrix in matrices[:3]:
+            matrix.mul_(torch.rand(matrix.shape, generator=generator, device=CUDA))
+        given = [matrix.double() if wide else matrix for matrix in matrices]
+        compute(*given, case.updates, SCALING)
+        return given[3], given[4]
+
+    def in_float64(
+        grad_y: Tensor, h: Tensor, sB: Tensor, grad_h: Tensor, grad_B: Tensor, *_: Any
+    ) -> None:
+        torch.mm(grad_y, sB, out=grad_h)
+        for update in case.updates:
+            grad_B[update.B] += SCALING * grad_y[:, update.y].T @ h[:, update.A]
+
+    actual, again = found(lora_gradient), found(lora_gradient)
+    baseline, truth = found(lora_gradient_reference), found(in_float64, wide=True)
+    for name, ours, repeated, torchs, true in zip(
+        ("grad_h", "grad_B"), actual, again, baseline, truth, strict=True
+    ):
+        assert_equal(repeated, ours, name)
+        assert_no_worse_than(ours, torchs, true, what=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_kernel_reaches_beyond_int32() -> None:
+    case = ExtensionCase((262_200, 16), (0, 1), 1, 16, 64, torch.bfloat16)
+    assert 8200 * case.num_rows > 2**31
+    # a sum of whole numbers that float32 holds, and both round it once
+    found = gradients(8200, case, lora_gradient, CUDA)
+    matrices = gradient_inputs(8200, case, CUDA)
+    lora_gradient_reference(*matrices, case.updates, SCALING)
+    assert_equal(found["grad_B"], matrices[4])
+    assert_equal(found["grad_h"], matrices[3].contiguous())
