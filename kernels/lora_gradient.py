@@ -217,6 +217,7 @@ def _stripe_table(
     return torch.tensor(rows, dtype=torch.int32).to(device), num_stripes
 
 
+@cache
 def _tiles_per_group(num_tiles: int, num_stripes: int, num_multiprocessors: int) -> int:
     """Choose how many row tiles a program takes, so that all of them end together."""
 
