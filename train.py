@@ -35,7 +35,7 @@ from llama.step_time import measure_rates, step_seconds
 from llama.workload import Workload
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, resolve_target_modules
-from optim.adamw import AdamW
+from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
@@ -155,10 +155,14 @@ def main(arguments: Sequence[str]) -> None:
         optimizer.load_state(saved[1], state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
 
-    # only now, when nothing that was given can be wrong any more, is anything written
-    open_output(config)
     num_steps = count_steps(config, train_data)
     micro_step = MicroStep(model, plan.policies, captures=device.type == "cuda")
+    if device.type == "cuda" and num_steps:
+        preflight(config, train_data, micro_step, loss_scale)
+        print(memory_line(plan))
+
+    # only now, when nothing that was given can be wrong any more, is anything written
+    open_output(config)
     run = Run(
         config,
         lora,
@@ -171,7 +175,6 @@ def main(arguments: Sequence[str]) -> None:
         state,
         num_steps,
     )
-    preflight(run, plan)
     before = answer(run, tokenizer)
     last_row = train(run)
     if optimizer.describe() != described:
@@ -306,14 +309,12 @@ def workload(
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     longest = max(len(sample.input_ids) for sample in data.samples)
-    is_8bit = config.optim == "paged_adamw_8bit"
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
     return Workload(
         config=llama,
         lora=lora,
         frozen_bytes=frozen_bytes(folder, quantization_of(config)),
-        # two numbers of 4 bytes, or of one and their blocks' scales
-        moment_bytes=(2 + 8 / 256 if is_8bit else 8) * on_device,
+        moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
         batch=min(config.batch_size, len(data.samples)),
         tokens=padded_tokens(longest, torch.device(config.device)),
         dtype=getattr(torch, config.dtype),
@@ -350,29 +351,28 @@ def describe_plan(config: TrainConfig, work: Workload, plan: MemoryPlan, data: D
     return text
 
 
-def preflight(run: Run, plan: MemoryPlan) -> None:
+def preflight(
+    config: TrainConfig, data: Dataset, micro_step: MicroStep, loss_scale: LossScale
+) -> None:
     """Run the longest micro-batch once on a GPU, so that what does not fit fails before step 1.
 
     Raises:
-        RuntimeError: the GPU has not the memory.
+        ValueError: the GPU has not the memory.
     """
-    if run.config.device == "cpu" or not run.num_steps:
-        return
-    longest = max(run.train_data.samples, key=lambda sample: len(sample.input_ids))
-    batch = collate([longest] * min(run.config.batch_size, len(run.train_data.samples)))
+    longest = max(data.samples, key=lambda sample: len(sample.input_ids))
+    batch = collate([longest] * min(config.batch_size, len(data.samples)))
+    shape = f"{len(batch.input_ids)} x {batch.input_ids.shape[1]:,} tokens"
     start = time.perf_counter()
     try:
-        run.micro_step(batch.input_ids, batch.labels, run.loss_scale.scale * 0)
+        micro_step(batch.input_ids, batch.labels, loss_scale.scale * 0)
         torch.cuda.synchronize()
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(
-            f"the longest micro-batch, {len(batch.input_ids)} x {batch.input_ids.shape[1]:,} "
-            f"tokens, must fit the GPU: {error}; lower --max-memory, --batch-size or --max-length"
+        raise ValueError(
+            f"the longest micro-batch, {shape}, must fit the GPU: {error}; lower --max-memory, "
+            "--batch-size or --max-length"
         ) from None
-    print(
-        f"longest micro-batch: {len(batch.input_ids)} x {batch.input_ids.shape[1]:,} tokens in "
-        f"{time.perf_counter() - start:.1f} s with what is compiled; {memory_line(plan)}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled")
 
 
 def memory_line(plan: MemoryPlan) -> str:

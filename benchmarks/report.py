@@ -173,6 +173,12 @@ KERNEL_SECTIONS = {
         f"{_OPERATION}",
         operation_table,
     ),
+    "lora_gradient": Section(
+        "LoRA gradient",
+        "The gradients of h and of B from that of y, over M tokens at rank 16 "
+        f"(`python -m benchmarks.lora_gradient`); torch takes a product for each. {_OPERATION}",
+        operation_table,
+    ),
     "cross_entropy": Section(
         "Cross-entropy",
         "Losses of M rows of 128,256 logits, and with their gradient in the logits' place "

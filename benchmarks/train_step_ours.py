@@ -19,7 +19,6 @@ import train
 from benchmarks.layers import BLOCK_SIZE
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
-from kernels.adamw import MOMENT_BLOCK
 from llama.checkpoint import frozen_bytes, load_model
 from llama.config import read_config
 from llama.memory_plan import MemoryPlan, plan_memory
@@ -27,6 +26,7 @@ from llama.micro_step import POLICIES, MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from llama.workload import Workload
 from nf4.weight import weight_bytes
+from optim.adamw import moment_bytes_per_element
 from run.config import TrainConfig
 
 SEED = 0
@@ -51,8 +51,7 @@ def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Wor
         config=CONFIGS[source] if source in CONFIGS else read_config(Path(source)),
         lora=train.lora_config(config, PROJECTIONS),
         frozen_bytes=frozen_bytes_of(source),
-        # of two numbers, and of their blocks' scales
-        moment_bytes=2 + 8 / MOMENT_BLOCK if config.optim == "paged_adamw_8bit" else 8,
+        moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
         batch=shape[0],
         tokens=shape[1],
         dtype=getattr(torch, config.dtype),

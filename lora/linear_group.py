@@ -240,18 +240,16 @@ class LinearGroup(nn.Module):
         x_ext: Tensor,  # (M, K + T), x in the first K columns
         seed: Tensor | None = None,  # (1,) int64, of the dropout; None: there is none
         out: Tensor | None = None,  # (M, N), each row contiguous
-        W_ext: Tensor | None = None,  # what `expand` returns
     ) -> Tensor:  # (M, N)
         """Apply all members to x, and leave h = z A^T in the tail.
 
-        Few rows are multiplied by the packed weight, if it is not given expanded.
+        Few rows are multiplied by the packed weight.
         """
         N, K = self.num_rows, self.in_features
         x, h = x_ext[:, :K], x_ext[:, K:]
-        if W_ext is None and self._decodes_inside(x, seed):
+        if self._decodes_inside(x, seed):
             return self._multiply_packed(x, h, out)
-        if W_ext is None:
-            W_ext = self.expand(x.dtype)
+        W_ext = self.expand(x.dtype)
         if self.updates:
             torch.mm(self.dropped(x, seed), W_ext[N:, :K].T, out=h)
         W = W_ext[:N].T
@@ -291,7 +289,6 @@ class LinearGroup(nn.Module):
         h: Tensor,  # (M, T), what `forward` left in the tail
         seed: Tensor | None = None,
         needs_grad_x: bool = True,
-        W_ext: Tensor | None = None,
     ) -> Tensor | None:  # (M, K), or None if it is not needed
         """Compute x's gradient, add B's to `lora_B.grad`, and leave grad_h in the tail.
 
@@ -300,8 +297,7 @@ class LinearGroup(nn.Module):
         N, K = self.num_rows, self.in_features
         if not needs_grad_x and not self.updates:
             return None
-        if W_ext is None:
-            W_ext = self.expand(grad_ext.dtype)
+        W_ext = self.expand(grad_ext.dtype)
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
             assert self.lora_B is not None

@@ -31,6 +31,12 @@ from optim.state_memory import OrdinaryMemory, StateMemory
 SMALLEST_8BIT = 4096
 
 
+def moment_bytes_per_element(is_8bit: bool) -> float:
+    """Count the bytes of both moments of an element: two codes and its share of two scales, or two
+    numbers of 4 bytes."""
+    return 2 + 8 / MOMENT_BLOCK if is_8bit else 8
+
+
 class Layout:
     """Which elements of the arenas a parameter has.
 

@@ -94,7 +94,6 @@ def run(
     seed: Tensor | None = None,
     start: float = 0.0,  # of the parameters' gradients
     needs_grad_x: bool = True,
-    W_ext: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Passed:
     """Run a group forward and back, as a layer does."""
@@ -102,13 +101,13 @@ def run(
     for parameter in group.parameters():
         parameter.grad = torch.full_like(parameter, start)
     x_ext = group.extended(x)
-    y = group(x_ext, seed, out, W_ext)
+    y = group(x_ext, seed, out)
     assert out is None or y is out
     assert_equal(x_ext[:, :K], x)
     h = x_ext[:, K:].clone()
     grad_ext = group.empty_output(M, grad_y)
     grad_ext[:, :N] = grad_y
-    grad_x = group.backward(grad_ext, h, seed, needs_grad_x, W_ext)
+    grad_x = group.backward(grad_ext, h, seed, needs_grad_x)
     assert_equal(grad_ext[:, :N], grad_y)
     group.accumulate_grad_A(grad_ext, x, seed)
     grads = {f"grad_{name}": p.grad for name, p in group.named_parameters() if p.grad is not None}
@@ -360,19 +359,6 @@ def test_tails_hold_h_and_its_gradient(targets: str, dropout: float) -> None:
         assert (error <= rounded_apart(case, NUM_TOKENS) * magnitudes).all()
         # behind the ranks
         assert not actual[:, num_ranks:].any()
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_expanded_weight_gives_the_same_bits(dtype: torch.dtype, quantization: str) -> None:
-    group = make(TARGETS["outer"], QUANTIZATIONS[quantization], dropout=0.4, dtype=dtype).group
-    x, grad_y = (tensor.to(dtype) for tensor in draw())
-    expected = run(group, x, grad_y, seed_on(CPU))
-    with torch.no_grad():
-        W_ext = group.expand(dtype)
-    given = run(group, x, grad_y, seed_on(CPU), W_ext=W_ext)
-    for name, tensor in results_of(expected).items():
-        assert_equal(results_of(given)[name], tensor, name)
 
 
 @torch.no_grad()
