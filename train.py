@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
-from data.chat_template import load_template, render
 from data.dataset import Dataset, load_dataset
 from data.tokenizer import Tokenizer
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model
@@ -127,8 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
-    template = load_template(config.chat_template) if config.chat_template else None
-    tokenizer = Tokenizer.from_folder(checkpoint_folder, template)
+    tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
     train_data = load_data(config.data, config, tokenizer, llama_config, state)
     eval_data = (
         load_data(config.eval_data, config, tokenizer, llama_config, state)
@@ -573,17 +571,12 @@ def answer(run: Run, tokenizer: Tokenizer) -> str | None:
     prompt = run.config.sample_prompt
     if not prompt:
         return None
-    if tokenizer.chat_template is None:
-        ids = tokenizer.encode(prompt, add_special_tokens=True)
-    else:
-        text = render(
-            tokenizer.chat_template,
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-        )
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
     stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
     new_ids = generate_greedy(run.model, ids, SAMPLE_TOKENS, stop_ids)
     return tokenizer.decode(new_ids).strip()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
-from data.chat_template import load_template
+from data.template_files import BUNDLED_TEMPLATES
 from llama.config import read_config
 from llama.decoder_layer import RMSNorm
 from llama.model import Llama
@@ -117,7 +117,7 @@ def write_configs(tokenizer: tokenizers.Tokenizer) -> None:
             "eos_token": EOS,
             "model_max_length": 256,
             "clean_up_tokenization_spaces": False,
-            "chat_template": load_template("chatml"),
+            "chat_template": (BUNDLED_TEMPLATES / "chatml.jinja").read_text(),
         },
     )
     _write_json(MODEL / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})

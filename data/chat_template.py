@@ -1,54 +1,42 @@
-"""A conversation as text, and which characters of it each assistant message contributes.
+"""A conversation as text, exactly as transformers' apply_chat_template(tokenize=False) writes it.
 
-render() gives the text that transformers' apply_chat_template(tokenize=False) gives: the same
-sandboxed Jinja environment, globals and filters. What the model must learn is found without ever
-searching the text for a message's content, which fails on repeated, trimmed and empty messages:
+The same sandboxed Jinja environment with the same globals, filters and tags; what a template sees
+is plain JSON, the tokenizer's special tokens and the variables of the call. Where it differs:
 
-- A template with {% generation %} marks says it: the marked ranges are recorded while rendering,
-  by marker characters that the block tag writes around its body.
-- Otherwise by differential rendering. The conversation is rendered again with the content of one
-  assistant message replaced by a sentinel, a single character that occurs nowhere else:
+- An error says which template, where it came from, which message it stumbled over, and why.
+- What it writes can be traced (data/template_trace.py), from which data/assistant_spans.py finds
+  what the assistant says.
 
-      text     = head + contribution + tail
-      rendered = head + sentinel     + tail
-
-  The sentinel's position is where the contribution starts, the two lengths say where it ends, and
-  both head and tail must be equal character by character. A sentinel in place of the content,
-  rather than at its two ends, is one rendering instead of two and needs no special case for
-  templates that trim: what is trimmed is not contributed.
-
-In both ways the renderings must agree exactly outside of the characters that were put there; where
-a template's wording depends on a message's content they do not, and that is an error, never a
-guess.
-
-Left out: documents (retrieval templates), images and other parts that are not text.
+Left out: images and other parts that are not text, and functions in place of tools' JSON schemas.
 """
 
 import functools
-import itertools
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
+import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.template_trace import (
+    TRACE,
+    Event,
+    Trace,
+    TraceExtension,
+    absent_character,
+    compile_traced,
+    has_generation_marks,
+)
+
 Message = dict[str, Any]
-Span = tuple[int, int]  # half-open range of characters
 
-BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
-
-# the variable under which the marker characters travel to the block tag
-_MARKS = "generation_mark_characters"
 # what template code can raise besides Jinja's own errors: 'a' + none, 1 / 0, endless recursion
-_TEMPLATE_ERRORS = (
+TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
@@ -57,144 +45,164 @@ _TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
 )
+# the variables that a call itself gives, which none of its own may replace
+GIVEN_VARIABLES = ("messages", "tools", "add_generation_prompt", "strftime_now")
 # the names under which data sets keep a message's reasoning, the one that templates read first
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_WAY_OUT = "use a template with {% generation %} marks, or learn every token with --train-on all"
 
 
-def load_template(name_or_path: str) -> str:
-    """Text of a bundled template, by name, or of a .jinja file, by path.
+@dataclass(frozen=True)
+class Rendering:
+    """A traced text: its events with their positions, and the messages as the template saw
+    them."""
 
-    Raises:
-        ValueError: neither a bundled name nor a file, or the file is not a UTF-8 Jinja template.
+    text: str
+    events: list[tuple[int, Event]]
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, what errors call it, and the special tokens that it may write.
+
+    Attributes:
+        special_tokens: "bos_token" and the like to the token. One that is absent is undefined to
+            the template, which renders as nothing.
     """
-    bundled = {p.stem: p for p in sorted(BUNDLED_TEMPLATES.glob("*.jinja"))}
-    path = bundled.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise ValueError(
-            f"--chat-template must be a bundled template ({', '.join(bundled)}) or the path of a "
-            f".jinja file: got {name_or_path!r}"
-        )
-    try:
-        template = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--chat-template must be UTF-8: got {path} with {error}") from error
-    _compile(template)
-    return template
 
+    text: str
+    name: str
+    special_tokens: Mapping[str, str]
 
-def render(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    bos_token: str | None,
-    eos_token: str | None,
-    tools: Sequence[object] | None = None,
-    now: datetime | None = None,
-) -> str:
-    """Render a conversation as transformers' apply_chat_template(tokenize=False) does.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[object] | None = None,
+        variables: Mapping[str, object] | None = None,
+        now: datetime | None = None,
+    ) -> str:
+        """Render a conversation as apply_chat_template(tokenize=False) does.
 
-    Args:
-        tools: JSON schemas of the functions that the model may call.
-        now: what strftime_now formats; the time of the call if None.
+        Args:
+            tools: JSON schemas of the functions that the model may call.
+            variables: more of what the template reads: documents, enable_thinking.
+            now: what strftime_now formats; the time of the call if None.
 
-    Raises:
-        ValueError: the template is not valid, or it refuses the conversation; the message says
-            where.
-    """
-    variables = _variables(bos_token, eos_token, tools, now) | {
-        "add_generation_prompt": add_generation_prompt
-    }
-    return _render(template, messages, variables)
+        Raises:
+            ValueError: the template is not valid, or it refuses the conversation; the message says
+                which template, where, and its reason.
+        """
+        seen = self.variables(tools=tools, variables=variables, now=now)
+        return self.write(messages, seen | {"add_generation_prompt": add_generation_prompt})
 
+    def variables(
+        self,
+        *,
+        tools: Sequence[object] | None,
+        variables: Mapping[str, object] | None,
+        now: datetime | None,
+    ) -> dict[str, Any]:
+        """What the template sees besides the messages, without a prompt for the assistant."""
+        return {
+            "documents": None,
+            **self.special_tokens,
+            **(variables or {}),
+            "tools": tools,
+            "add_generation_prompt": False,
+            "strftime_now": (now or datetime.now()).strftime,
+        }
 
-def render_with_spans(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    bos_token: str | None,
-    eos_token: str | None,
-    targets: Sequence[int] | None = None,
-    tools: Sequence[object] | None = None,
-    now: datetime | None = None,
-) -> tuple[str, list[Span]]:
-    """Render a conversation and locate what its assistant messages contribute to the text.
-
-    Args:
-        targets: indices of the assistant messages to locate, ascending; all of them if None.
-
-    Returns:
-        The text and its spans in order, one per target. With {% generation %} marks a span is what
-        the template marks, usually the content and the token that ends the turn; without, the
-        content alone.
-
-    Raises:
-        ValueError: as render(), or the contribution of a message cannot be located.
-    """
-    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    chosen = replies if targets is None else list(targets)
-    # every rendering of this conversation sees the same clock
-    variables = _variables(bos_token, eos_token, tools, now or datetime.now())
-    text = _render(template, messages, variables)
-    if _has_marks(template):
-        spans = _marked_spans(template, messages, variables, text)
-        if chosen == replies:
-            return text, spans
-        if len(spans) != len(replies):
+    def write(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """Render with all that the template sees; render() says what it raises."""
+        self.check_syntax()
+        try:
+            return self.attempt(messages, variables)
+        except TEMPLATE_ERRORS as error:
+            place = self._place_of(error, messages, variables)
             raise ValueError(
-                "a chat template must mark each assistant message once where only some of them are "
-                f"learned: got {len(spans)} marks for {len(replies)} messages; {_WAY_OUT}"
+                f"the conversation must suit {self.name}: {place} the template raised "
+                f"{_reason(error)!r}; correct the conversation or choose another template with "
+                "--chat-template"
+            ) from error
+
+    def attempt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """Render, and let one of TEMPLATE_ERRORS pass as it is."""
+        return _compile(self.text).render(messages=[_as_seen(m) for m in messages], **variables)
+
+    def trace(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        *,
+        with_loops: bool = True,
+    ) -> Rendering | None:
+        """Render and say where each message's turn and each {% generation %} mark is.
+
+        Args:
+            with_loops: False leaves the turns out.
+
+        Returns:
+            None where the template does not write what its loops and marks enclose unchanged.
+
+        Raises one of TEMPLATE_ERRORS where attempt() does.
+        """
+        text = self.attempt(messages, variables)
+        trace = Trace(absent_character(text), with_loops)
+        seen = [_as_seen(message) for message in messages]
+        try:
+            marked = _compile_traced(self.text).render(messages=seen, **{**variables, TRACE: trace})
+        except TEMPLATE_ERRORS:
+            return None
+        unmarked, events = trace.read(marked)
+        return Rendering(text, events, seen) if unmarked == text else None
+
+    def check_syntax(self) -> None:
+        """Raise ValueError if the template is not Jinja."""
+        try:
+            _compile(self.text)
+        except (jinja2.TemplateError, RecursionError) as error:
+            line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise ValueError(
+                f"{self.name} must be valid Jinja: got {line}{_reason(error)}; correct it or "
+                "choose another with --chat-template"
+            ) from error
+
+    def has_marks(self) -> bool:
+        """Whether the template has {% generation %} marks."""
+        return _has_marks(self.text)
+
+    def check_variables(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the template has no use for a variable: it would be ignored."""
+        self.check_syntax()
+        unread = [name for name in names if name not in _names_read(self.text)]
+        if unread:
+            raise ValueError(
+                f"{self.name} must read what the record gives it: got no use of "
+                f"{', '.join(unread)} in it; delete that from the data, or choose another template "
+                "with --chat-template"
             )
-        return text, [spans[replies.index(i)] for i in chosen]
-    return text, [_contribution(template, messages, i, variables, text) for i in chosen]
 
-
-def _variables(
-    bos_token: str | None,
-    eos_token: str | None,
-    tools: Sequence[object] | None,
-    now: datetime | None,
-) -> dict[str, Any]:
-    named = {"bos_token": bos_token, "eos_token": eos_token}
-    return {
-        "tools": tools,
-        "documents": None,
-        "add_generation_prompt": False,
-        "strftime_now": (now or datetime.now()).strftime,
-        # a token that the checkpoint lacks is undefined to its template, which renders as nothing
-        **{name: token for name, token in named.items() if token is not None},
-    }
-
-
-def _render(template: str, messages: Sequence[Message], variables: dict[str, Any]) -> str:
-    compiled = _compile(template)
-
-    def attempt(count: int) -> str:
-        return compiled.render(messages=[_as_seen(m) for m in messages[:count]], **variables)
-
-    try:
-        return attempt(len(messages))
-    except _TEMPLATE_ERRORS as error:
+    def _place_of(
+        self, error: Exception, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> str:
         # the culprit ends the shortest beginning that is refused for the same reason
+        if not messages:
+            return "without messages"
         index = len(messages) - 1
         for count in range(1, len(messages)):
             try:
-                attempt(count)
-            except _TEMPLATE_ERRORS as other:
+                self.attempt(messages[:count], variables)
+            except TEMPLATE_ERRORS as other:
                 if str(other) == str(error):
                     index = count - 1
                     break
-        where = (
-            f"at message {index} (role {messages[index]['role']!r})"
-            if messages
-            else "without messages"
-        )
-        raise ValueError(
-            f"the conversation must suit the chat template: {where} the template raised "
-            f"{str(error) or type(error).__name__!r}; correct the conversation or choose another "
-            "template with --chat-template"
-        ) from error
+        return f"at message {index} (role {messages[index]['role']!r})"
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _as_seen(message: Message) -> Message:
@@ -204,103 +212,6 @@ def _as_seen(message: Message) -> Message:
     if reasoning is not None:
         seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
     return seen
-
-
-def _marked_spans(
-    template: str, messages: Sequence[Message], variables: dict[str, Any], text: str
-) -> list[Span]:
-    opening, closing = _absent_characters(text, 2)
-    marked = _render(template, messages, variables | {_MARKS: (opening, closing)})
-    spans, start, length = [], None, 0
-    for piece in re.split(f"([{opening}{closing}])", marked):
-        if piece == opening and start is None:
-            start = length
-        elif piece == closing and start is not None:
-            spans.append((start, length))
-            start = None
-        elif piece in (opening, closing):
-            raise ValueError(
-                "a chat template's {% generation %} marks must not be nested or repeated: got "
-                "such marks; correct the template or learn every token with --train-on all"
-            )
-        else:
-            length += len(piece)
-    if marked.translate({ord(opening): None, ord(closing): None}) != text or start is not None:
-        raise ValueError(
-            "a chat template must write what its {% generation %} marks enclose unchanged: got "
-            "a filter or test applied to marked text; move the marks outwards or learn every "
-            "token with --train-on all"
-        )
-    if not spans:
-        raise ValueError(
-            "a chat template's {% generation %} marks must be reached by some assistant "
-            "message: got none in a conversation of roles "
-            f"{', '.join(m['role'] for m in messages)}; correct the template or learn every token "
-            "with --train-on all"
-        )
-    return spans
-
-
-def _contribution(
-    template: str, messages: Sequence[Message], index: int, variables: dict[str, Any], text: str
-) -> Span:
-    (sentinel,) = _absent_characters(text, 1)
-    message = messages[index]
-
-    def with_message(changed: Message) -> str | None:
-        try:
-            return _render(
-                template, [*messages[:index], changed, *messages[index + 1 :]], variables
-            )
-        except ValueError:
-            return None
-
-    for name in [name for name in message if name not in ("role", "content")]:
-        without = {key: value for key, value in message.items() if key != name}
-        # tool calls count even where the template ignores them: they would be lost
-        if message[name] and (name == "tool_calls" or with_message(without) != text):
-            raise ValueError(
-                f"assistant message {index} must hold nothing but its content where the chat "
-                f"template has no {{% generation %}} marks: got {name!r}, whose text cannot be "
-                f"located; {_WAY_OUT}"
-            )
-    changed = with_message({**message, "content": sentinel})
-    if changed is None or changed.count(sentinel) != 1:
-        found = "refuses" if changed is None else f"writes {changed.count(sentinel)} times"
-        raise ValueError(
-            f"the chat template must write the content of assistant message {index} once, "
-            f"whatever it is: got one that {found} a single character there; {_WAY_OUT}"
-        )
-    head, tail = changed.split(sentinel)
-    start, end = len(head), len(text) - len(tail)
-    if start > end or not (text.startswith(head) and text.endswith(tail)):
-        raise ValueError(
-            "the chat template must write the same text around an assistant message whatever its "
-            f"content: got one whose text around message {index} depends on it; {_WAY_OUT}"
-        )
-    return start, end
-
-
-def _absent_characters(text: str, count: int) -> list[str]:
-    # private use: no template means anything by them, and none is whitespace to be trimmed
-    private_use = map(chr, itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
-    return list(itertools.islice((c for c in private_use if c not in text), count))
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} body {% endgeneration %}: the body, between marker characters if given."""
-
-    tags = {"generation"}  # noqa: RUF012, the attribute is Jinja's
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    @jinja2.pass_context
-    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
-        opening, closing = context.get(_MARKS) or ("", "")
-        return f"{opening}{caller()}{closing}"
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -320,22 +231,56 @@ def _to_json(
     )
 
 
-@functools.lru_cache(maxsize=8)
+class _TemplateDict:
+    """What templates call as dict(): no class, whose attributes lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _TemplateNamespace(jinja2.utils.Namespace):
+    """What templates call as namespace(): no name in it may begin with an underscore."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_public(name)
+        super().__init__(values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace's names must not begin with an underscore: got {name!r}"
+        )
+
+
+@functools.lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    try:
-        return _environment().from_string(template)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise ValueError(
-            f"the chat template must be valid Jinja: got {line}{error}; correct it or choose "
-            "another with --chat-template"
-        ) from error
+    return _environment().from_string(template)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
+def _compile_traced(template: str) -> jinja2.Template:
+    return compile_traced(_environment(), template)
+
+
+@functools.lru_cache(maxsize=16)
 def _has_marks(template: str) -> bool:
-    calls = _environment().parse(template).find_all(jinja2.nodes.ExtensionAttribute)
-    return any(call.identifier == _GenerationTag.identifier for call in calls)
+    return has_generation_marks(_environment(), template)
+
+
+@functools.lru_cache(maxsize=16)
+def _names_read(template: str) -> frozenset[str]:
+    names = _environment().parse(template).find_all(jinja2.nodes.Name)
+    return frozenset(name.name for name in names if name.ctx == "load")
 
 
 @functools.lru_cache(maxsize=1)
@@ -343,8 +288,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+        extensions=[TraceExtension, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["dict"] = _TemplateDict()
+    environment.globals["namespace"] = _TemplateNamespace
     return environment

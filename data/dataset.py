@@ -1,8 +1,8 @@
 """A data file as samples of token ids and labels, counted.
 
 The faults that make the peers train on nothing without a word are errors here, before a model is
-loaded: no EOS token, no target tokens, ids beyond the model's vocabulary. What is cut or dropped is
-counted and described.
+loaded: no EOS token, no target tokens, a tokenizer or ids beyond the model's vocabulary. What is
+cut or dropped is counted and described.
 
 All samples are held in memory; streaming and caches of tokenized data are left out.
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from data.formats import (
     DEFAULT_TEXT_FIELD,
     FORMATS,
-    Conversation,
     Example,
     Text,
     TokenIds,
@@ -100,6 +99,7 @@ def load_dataset(
             location), a tokenizer without what the data needs, or nothing to learn.
     """
     _check_arguments(data_format, max_length, train_on)
+    _check_vocabulary(tokenizer, vocab_size)
     name = None if data_format == "auto" else data_format
     now = now or datetime.now()
     samples: list[Sample] = []
@@ -111,14 +111,15 @@ def load_dataset(
             record,
             name,
             text_field=text_field,
-            has_chat_template=tokenizer.chat_template is not None,
+            has_chat_template=tokenizer.has_chat_template,
         )
         _check_example(example, tokenizer, train_on)
         try:
             sample = to_sample(example, tokenizer, train_on=train_on, now=now)
         except ValueError as error:
             raise ValueError(f"{record.location}: {error}") from error
-        _check_ids(sample, vocab_size, record.location, isinstance(example, TokenIds))
+        if isinstance(example, TokenIds):
+            _check_ids(sample, vocab_size, record.location)
         if isinstance(example, Text) and example.is_document:
             samples += cut_document(sample, max_length)
             continue
@@ -184,24 +185,18 @@ def _check_example(example: Example, tokenizer: Tokenizer, train_on: str) -> Non
             "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
             "name it in tokenizer_config.json"
         )
-    if isinstance(example, Conversation) and tokenizer.chat_template is None:
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    # a model may well have rows to spare: vocabularies are padded to round numbers
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            "conversations need a chat template: got a tokenizer without one; "
-            "give one with --chat-template, for instance --chat-template chatml"
+            f"the tokenizer's ids must be below the model's vocabulary of {vocab_size:,}: got ids "
+            f"up to {tokenizer.vocab_size - 1:,}; take the tokenizer files of the model itself"
         )
 
 
-def _check_ids(sample: Sample, vocab_size: int, location: str, is_given: bool) -> None:
-    if not sample.input_ids:
-        return
-    if max(sample.input_ids) >= vocab_size and not is_given:
-        raise ValueError(
-            f"{location}: token ids must be below the model's vocabulary of {vocab_size:,}: got "
-            f"{max(sample.input_ids):,}; the tokenizer is larger than the model, take the "
-            "model's own"
-        )
-    if not is_given:
-        return
+def _check_ids(sample: Sample, vocab_size: int, location: str) -> None:
     for name, values in (("input_ids", sample.input_ids), ("labels", sample.labels)):
         for index, value in enumerate(values):
             if not (0 <= value < vocab_size or (name == "labels" and value == NO_LOSS)):

@@ -10,6 +10,10 @@ record:
     text               {"text": "..."}
     tokenized          {"input_ids": [...], "labels": [...]}
 
+A record of conversations may have, as TRL's do, "tools" (JSON schemas, or their JSON text),
+"documents" and "chat_template_kwargs", which the chat template then sees; a message keeps all its
+fields.
+
 These are the layouts of OpenAI's and TRL's, FastChat's and Stanford Alpaca's files. The peers cast
 what does not fit (a number as content, a null) or drop it; here it is an error with its location.
 Fields that a format does not know are ignored: data sets carry ids and sources along.
@@ -17,9 +21,11 @@ Fields that a format does not know are ignored: data sets carry ids and sources 
 Left out: preference pairs, per-character masks, images and audio.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from data.chat_template import GIVEN_VARIABLES
 from data.sources import Record
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized")
@@ -55,11 +61,18 @@ ALPACA_PROMPT = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template reads them, and the indices of those to be learned."""
+    """Messages as a chat template reads them, and the indices of those to be learned.
+
+    Attributes:
+        tools: JSON schemas of the functions that the assistant may call; an empty list and None are
+            different to templates.
+        variables: what else the record gives the template by name.
+    """
 
     messages: list[dict[str, Any]]
     targets: list[int]
-    tools: list[object] | None = None
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,8 +173,7 @@ class _Fields:
         value = self.values[name]
         if not isinstance(value, kind):
             raise ValueError(
-                f"{self.location}: {name!r} must be a {_KINDS[kind]}: got {_kind(value)}; "
-                "correct it"
+                f"{self.location}: {name!r} must be {_KINDS[kind]}: got {_kind(value)}; correct it"
             )
         return value
 
@@ -185,8 +197,47 @@ def _conversation(messages: list[dict[str, Any]], first: int, fields: _Fields) -
             f"roles {', '.join(m['role'] for m in messages[first:]) or 'of no message'}; delete "
             "the record"
         )
-    tools = None if fields.values.get("tools") is None else fields.get("tools", list)
-    return Conversation(messages, targets, tools)
+    return Conversation(messages, targets, _tools(fields), _variables(fields))
+
+
+def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
+    tools = fields.values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{fields.location}: 'tools' must be a list, or the JSON text of one: got {error}; "
+                "correct it"
+            ) from error
+    return None if tools is None else _objects(tools, "tools", fields.location)
+
+
+def _variables(fields: _Fields) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    if fields.values.get("documents") is not None:
+        documents = _objects(fields.values["documents"], "documents", fields.location)
+        variables["documents"] = documents
+    if fields.values.get("chat_template_kwargs") is not None:
+        variables |= fields.get("chat_template_kwargs", dict)
+    reserved = [name for name in GIVEN_VARIABLES if name in variables]
+    if reserved:
+        raise ValueError(
+            f"{fields.location}: 'chat_template_kwargs' must not set {', '.join(GIVEN_VARIABLES)}: "
+            f"got {', '.join(reserved)}; delete it"
+        )
+    return variables
+
+
+def _objects(values: object, name: str, location: str) -> list[dict[str, Any]]:
+    if not isinstance(values, list):
+        raise ValueError(f"{location}: {name!r} must be a list: got {_kind(values)}; correct it")
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{location}: {name}[{index}] must be an object: got {_kind(value)}; correct it"
+            )
+    return values
 
 
 def _messages(values: list[object], location: str, field: str) -> list[dict[str, Any]]:
@@ -210,14 +261,15 @@ def _messages(values: list[object], location: str, field: str) -> list[dict[str,
                 f"{_excerpt(value['weight'])}"
             )
         is_call = role == "assistant" and bool(value.get("tool_calls"))
-        content = _content(value.get("content"), where, is_optional=is_call)
-        messages.append({**value, "content": content})
+        message = {key: each for key, each in value.items() if each is not None}
+        # a call needs no words; templates see that there are none
+        if "content" in message or not is_call:
+            message["content"] = _content(value.get("content"), where)
+        messages.append(message)
     return messages
 
 
-def _content(content: object, where: str, is_optional: bool) -> str:
-    if content is None and is_optional:
-        return ""
+def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -255,7 +307,7 @@ def _sharegpt_messages(fields: _Fields) -> list[dict[str, Any]]:
                 f"{where} must come from one of {', '.join(SHAREGPT_ROLES)}: got {_excerpt(role)}; "
                 "correct it"
             )
-        content = _content(turn.get("value", turn.get("content")), where, is_optional=False)
+        content = _content(turn.get("value", turn.get("content")), where)
         messages.append({"role": SHAREGPT_ROLES[role], "content": content})
     return messages
 
@@ -300,7 +352,7 @@ def _token_ids(fields: _Fields) -> TokenIds:
     return TokenIds(input_ids, labels)
 
 
-_KINDS: dict[type, str] = {str: "string", list: "list"}
+_KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
 def _kind(value: object) -> str:

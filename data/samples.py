@@ -3,10 +3,11 @@
 What differs from the peers, where models that never stop and doubled BOS are common complaints:
 
 - EOS is learned. A text or completion ends in exactly one labelled EOS. In a conversation the
-  special token that the template writes after an assistant message is labelled, with the
-  whitespace before it if there is any; if nothing closes the last one, a labelled EOS is put right
-  after it.
-- BOS comes once, at the start, if the checkpoint's tokenizer adds one or its template writes one.
+  special token that ends the assistant's turn is labelled, and so it is where the template writes
+  it after the turn, with the whitespace before it if there is any; if nothing closes the last one,
+  a labelled EOS is put right after it.
+- BOS is never doubled. A text has the one that the checkpoint's tokenizer adds; a conversation the
+  one that its template writes, if it writes one, as with transformers' apply_chat_template.
 - A conversation, or a prompt with its completion, is tokenized as one text, as it will be at
   inference. A token across the start of what is learned is learned. One across its end is not: it
   would teach the model to go on (".<" where a template closes with "<|im_end|>", which this
@@ -17,7 +18,7 @@ What differs from the peers, where models that never stop and doubled BOS are co
 from dataclasses import dataclass
 from datetime import datetime
 
-from data.chat_template import Span, render, render_with_spans
+from data.assistant_spans import Span, render_with_spans
 from data.formats import Conversation, Example, PromptCompletion, TokenIds
 from data.tokenizer import Tokenizer
 
@@ -99,58 +100,52 @@ def _text_sample(text: str, start: int, tokenizer: Tokenizer) -> Sample:
 def _conversation_sample(
     example: Conversation, tokenizer: Tokenizer, train_on: str, now: datetime | None
 ) -> Sample:
-    # load_dataset has refused conversations without a template
-    assert tokenizer.chat_template is not None
-    bos_token, eos_token = tokenizer.bos_token, tokenizer.eos_token
+    template = tokenizer.chat_template(has_tools=example.tools is not None)
+    template.check_variables([*(["tools"] if example.tools else []), *example.variables])
     if train_on == "all":
-        text = render(
-            tokenizer.chat_template,
-            example.messages,
-            add_generation_prompt=False,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            tools=example.tools,
-            now=now,
+        text = template.render(
+            example.messages, tools=example.tools, variables=example.variables, now=now
         )
         tokens = _Tokens(text, tokenizer, add_special_tokens=False)
         tokens.learn_all()
-        if _closing_end(text, (0, len(text)), tokenizer) is None:
+        if not _is_closed(text, tokenizer):
             tokens.append_eos()
         return tokens.to_sample()
     text, spans = render_with_spans(
-        tokenizer.chat_template,
+        template,
         example.messages,
-        bos_token=bos_token,
-        eos_token=eos_token,
         targets=example.targets,
         tools=example.tools,
+        variables=example.variables,
         now=now,
     )
-    spans.sort()
-    ends = [_closing_end(text, span, tokenizer) for span in spans]
-    spans = [(start, closing or end) for (start, end), closing in zip(spans, ends, strict=True)]
+    if template.has_marks():
+        # they often enclose no more than the content
+        spans = [_with_closing_token(text, span, tokenizer) for span in spans]
+    start, end = spans[-1]
+    is_closed = _is_closed(text[start:end], tokenizer)
     # the text is cut where EOS goes, so that no token lies across it
-    cut = len(text) if ends[-1] is not None else spans[-1][1]
+    cut = len(text) if is_closed else end
     tokens = _Tokens(text[:cut], tokenizer, add_special_tokens=False)
     tokens.learn_spans(spans)
-    if ends[-1] is None:
+    if not is_closed:
         tokens.append_eos()
         tokens.append_unlearned(text[cut:])
     return tokens.to_sample()
 
 
-def _closing_end(text: str, span: Span, tokenizer: Tokenizer) -> int | None:
-    """End of the special token that closes a span, None if none does.
+def _is_closed(text: str, tokenizer: Tokenizer) -> bool:
+    return text.rstrip().endswith(tokenizer.closing_tokens)
 
-    It lies in the span already if the template marks it so; else it follows, after whitespace at
-    most.
-    """
+
+def _with_closing_token(text: str, span: Span, tokenizer: Tokenizer) -> Span:
+    """The span with the special token that follows it, after whitespace at most, if it has none."""
     start, end = span
-    if text[start:end].rstrip().endswith(tokenizer.closing_tokens):
-        return end
     rest = text[end:].lstrip()
     token = next((t for t in tokenizer.closing_tokens if rest.startswith(t)), None)
-    return None if token is None else len(text) - len(rest) + len(token)
+    if token is None or _is_closed(text[start:end], tokenizer):
+        return span
+    return start, len(text) - len(rest) + len(token)
 
 
 class _Tokens:
@@ -160,9 +155,6 @@ class _Tokens:
         self._tokenizer = tokenizer
         self.ids, self._offsets = tokenizer.encode_with_offsets(text, add_special_tokens)
         bos = tokenizer.bos_token_id
-        if tokenizer.adds_bos and bos is not None and self.ids[:1] != [bos]:
-            self.ids.insert(0, bos)
-            self._offsets.insert(0, (0, 0))
         while bos is not None and self.ids[:2] == [bos, bos]:
             del self.ids[0], self._offsets[0]
         self.num_bos = int(bos is not None and self.ids[:1] == [bos])

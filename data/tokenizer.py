@@ -1,11 +1,13 @@
 """A checkpoint's tokenizer, read from its folder.
 
-A thin layer over tokenizers.Tokenizer, which does the work. What transformers' AutoTokenizer would
-add to it is read here from the JSON files beside tokenizer.json: the names of BOS and EOS and the
-chat template. Three things differ on purpose:
+A thin layer over tokenizers.Tokenizer, which does the work: token ids are its own. What
+transformers' AutoTokenizer would add to it is read here from the JSON files beside tokenizer.json:
+the special tokens by name and the chat templates. Four things differ on purpose:
 
-- tokenizer.json is the truth. Whether BOS is added is probed, not read from add_bos_token, and no
-  normalizer or post-processor is rebuilt from the class name in tokenizer_config.json.
+- tokenizer.json is the truth. Whether BOS is added is probed, not read from add_bos_token (nor does
+  transformers 5 beside a tokenizer.json), and no normalizer or post-processor is rebuilt from the
+  class name in tokenizer_config.json.
+- Added tokens that only tokenizer_config.json knows are an error, where transformers adds them.
 - A truncation or padding section in tokenizer.json is switched off: lengths belong to the data set.
 - Offsets are whole. Byte-level post-processors trim leading spaces from them by default, which
   would leave whitespace tokens without characters, so that no mask could claim them.
@@ -16,21 +18,33 @@ tokens.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import tokenizers
 
+from data.chat_template import ChatTemplate
+from data.template_files import (
+    DEFAULT,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    NamedText,
+    choose_templates,
+)
+
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"
-_FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
+_FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
+# sentencepiece's, Mistral's and tiktoken's
+_OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model")
 
 
 class Tokenizer:
-    """Text to token ids and back, with the checkpoint's special tokens and chat template.
+    """Text to token ids and back, with the checkpoint's special tokens and chat templates.
 
     Attributes:
+        special_tokens: the tokens that the checkpoint names, "bos_token" and the like, as text.
         adds_bos: whether encode(..., add_special_tokens=True) starts with BOS, found by encoding a
             letter.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
@@ -44,9 +58,8 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
-        bos_token: str | None,
-        eos_token: str | None,
-        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+        templates: Mapping[str, NamedText],
         folder: Path,
         is_template_override: bool = False,
     ) -> None:
@@ -56,11 +69,15 @@ class Tokenizer:
         self._backend = backend
         self._folder = folder
         self._is_template_override = is_template_override
-        self.chat_template = chat_template
-        self.bos_token = bos_token
-        self.eos_token = eos_token
-        self.bos_token_id = self._named_id("bos_token", bos_token)
-        self.eos_token_id = self._named_id("eos_token", eos_token)
+        self._templates = {
+            name: ChatTemplate(text, origin, special_tokens)
+            for name, (text, origin) in templates.items()
+        }
+        self.special_tokens = special_tokens
+        self.bos_token = special_tokens.get("bos_token")
+        self.eos_token = special_tokens.get("eos_token")
+        self.bos_token_id = self._named_id("bos_token", self.bos_token)
+        self.eos_token_id = self._named_id("eos_token", self.eos_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
@@ -72,16 +89,17 @@ class Tokenizer:
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
 
     @classmethod
-    def from_folder(cls, folder: Path, chat_template: str | None = None) -> "Tokenizer":
-        """Read tokenizer.json and the JSON files beside it.
+    def from_folder(cls, folder: Path, chat_template: str = "") -> "Tokenizer":
+        """Read tokenizer.json and the files beside it.
 
         Args:
-            chat_template: the text of a template that takes the place of the checkpoint's own.
+            chat_template: what takes the place of the checkpoint's templates: a bundled one, the
+                path of a file, or the name of one of the checkpoint's.
 
         Raises:
             FileNotFoundError: the folder has no tokenizer.json.
-            ValueError: a file cannot be read as what it should be, or BOS or EOS is not in the
-            vocabulary.
+            ValueError: a file cannot be read as what it should be, there is no such template, or
+                the files disagree about BOS, EOS or an added token.
         """
         folder = Path(folder)
         path = folder / TOKENIZER_FILE
@@ -99,16 +117,40 @@ class Tokenizer:
                 f"reads: got {error}; download it again or upgrade tokenizers"
             ) from error
         config = _read_object(folder / CONFIG_FILE)
-        special = _read_object(folder / SPECIAL_TOKENS_FILE)
-        return cls(
+        _check_added_tokens(backend, config, folder)
+        tokenizer = cls(
             backend,
-            bos_token=_token_text("bos_token", config, special),
-            eos_token=_token_text("eos_token", config, special),
-            chat_template=_folder_template(folder, config)
-            if chat_template is None
-            else chat_template,
+            special_tokens=_special_tokens(config, _read_object(folder / SPECIAL_TOKENS_FILE)),
+            templates=choose_templates(chat_template, folder, config, folder / CONFIG_FILE),
             folder=folder,
-            is_template_override=chat_template is not None,
+            is_template_override=bool(chat_template),
+        )
+        if chat_template:
+            tokenizer.chat_template().check_syntax()
+        return tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def chat_template(self, has_tools: bool = False) -> ChatTemplate:
+        """The template for a conversation with or without tools, chosen as transformers does.
+
+        Raises:
+            ValueError: there is none, or several of which none is the default.
+        """
+        if has_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if DEFAULT in self._templates:
+            return self._templates[DEFAULT]
+        if self._templates:
+            raise ValueError(
+                f"one of the chat templates in {self._folder} must be named {DEFAULT}: got "
+                f"{', '.join(self._templates)}; choose one by its name with --chat-template"
+            )
+        raise ValueError(
+            f"conversations need a chat template: got none in {self._folder}; give one with "
+            "--chat-template, for instance --chat-template chatml"
         )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -138,15 +180,18 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            source = self._folder / name
-            is_replaced = name == TEMPLATE_FILE and self._is_template_override
-            is_present = source.is_file() or name == TOKENIZER_FILE
-            if is_replaced or not is_present or source.resolve() == (folder / name).resolve():
-                continue
-            shutil.copyfile(source, folder / name)
-        if self._is_template_override and self.chat_template is not None:
-            (folder / TEMPLATE_FILE).write_bytes(self.chat_template.encode())
+        files = [self._folder / name for name in _FILES]
+        if not self._is_template_override:
+            files.append(self._folder / TEMPLATE_FILE)
+            files += sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
+        for source in files:
+            target = folder / source.relative_to(self._folder)
+            is_present = source.is_file() or source.name == TOKENIZER_FILE
+            if is_present and source.resolve() != target.resolve():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
+        if self._is_template_override:
+            (folder / TEMPLATE_FILE).write_bytes(self._templates[DEFAULT].text.encode())
 
     def _named_id(self, name: str, token: str | None) -> int | None:
         if token is None:
@@ -181,12 +226,14 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _how_to_get_one(folder: Path) -> str:
-    if (folder / "tokenizer.model").is_file():
-        return (
-            "a tokenizer.model alone is not enough: convert it to tokenizer.json, for instance "
-            "with transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    return "download the checkpoint's tokenizer files"
+    old = [n for n in (*_OLD_FILES, "vocab.json", "merges.txt") if (folder / n).is_file()]
+    if not old:
+        return "download the checkpoint's tokenizer files"
+    return (
+        f"{' and '.join(old)} alone {'is' if len(old) == 1 else 'are'} not enough: convert to "
+        "tokenizer.json, for instance with "
+        "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+    )
 
 
 def _read_object(path: Path) -> dict[str, object]:
@@ -201,36 +248,41 @@ def _read_object(path: Path) -> dict[str, object]:
     return content
 
 
-def _token_text(name: str, *files: dict[str, object]) -> str | None:
-    for content in files:
-        token = content.get(name)
-        # older checkpoints write {"content": "</s>", "lstrip": false, ...}
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            return token
-    return None
+def _special_tokens(config: dict[str, object], older: dict[str, object]) -> dict[str, str]:
+    """The special tokens by name; special_tokens_map.json counts first where the configuration
+    does not list the added tokens, as in transformers."""
+    ascending = (older, config) if "added_tokens_decoder" in config else (config, older)
+    return {
+        name: text
+        for content in ascending
+        for name, token in content.items()
+        if name.endswith("_token") and (text := _token_text(token)) is not None
+    }
 
 
-def _folder_template(folder: Path, config: dict[str, object]) -> str | None:
-    path = folder / TEMPLATE_FILE
-    if path.is_file():
-        try:
-            return path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be UTF-8: got {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        if "default" not in named:
-            raise ValueError(
-                f"chat_template in {folder / CONFIG_FILE} must have one named default: got "
-                f"{', '.join(map(str, named)) or 'none'}; choose one with --chat-template PATH"
-            )
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
+def _token_text(token: object) -> str | None:
+    # older checkpoints write {"content": "</s>", "lstrip": false, ...}
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _check_added_tokens(
+    backend: tokenizers.Tokenizer, config: dict[str, object], folder: Path
+) -> None:
+    listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict):
         raise ValueError(
-            f"chat_template in {folder / CONFIG_FILE} must be text: got {type(template).__name__}; "
-            "give one with --chat-template"
+            f"added_tokens_decoder in {folder / CONFIG_FILE} must be an object of token ids: got "
+            f"{type(listed).__name__}"
         )
-    return template
+    for key, token in listed.items():
+        text = _token_text(token)
+        if text is None or not key.isdecimal() or backend.id_to_token(int(key)) != text:
+            known = backend.id_to_token(int(key)) if key.isdecimal() else None
+            raise ValueError(
+                f"the added tokens of {folder / CONFIG_FILE} must be those of {TOKENIZER_FILE}: "
+                f"got {text!r} for id {key}, which there is {known!r}; save the tokenizer again, "
+                "for instance with "
+                "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )

@@ -46,6 +46,7 @@ _HUB_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     INDEX_NAME,
     "model*.safetensors",
 ]

@@ -64,7 +64,9 @@ class TrainConfig:
         0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
     )
     train_on: str = _flag("completions", "data", "which tokens have a loss", ("completions", "all"))
-    chat_template: str = _flag("", "data", "a bundled template (chatml) or a .jinja file")
+    chat_template: str = _flag(
+        "", "data", "bundled (chatml), a .jinja file, or one of the checkpoint's by name"
+    )
     shuffle: bool = _flag(True, "data", "a new order of samples each epoch")
 
     quant: str = _flag(

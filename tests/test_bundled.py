@@ -111,7 +111,9 @@ def test_answers_fit_the_context_and_end_in_eos(name: str, tokenizer: Tokenizer)
     for sample in dataset.samples:
         learned = [label for label in sample.labels if label >= 0]
         assert learned.count(tokenizer.eos_token_id or 0) == 1
-        assert learned[-1] == tokenizer.eos_token_id
+        # the template ends a turn with EOS and a newline
+        assert learned[-2] == tokenizer.eos_token_id
+        assert tokenizer.decode(learned[-1:]) == "\n"
 
 
 def test_what_is_pretrained_is_what_the_model_computes(

@@ -5,10 +5,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from test_data_chat_template import INST, say
+from chat_cases import CHATML, INST, say
 from test_data_tokenizer import save_byte_level
 
-from data.chat_template import load_template
 from data.dataset import Dataset, load_dataset
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
@@ -17,7 +16,7 @@ from data.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_folder(
-        save_byte_level(tmp_path_factory.mktemp("tokenizer")), chat_template=load_template("chatml")
+        save_byte_level(tmp_path_factory.mktemp("tokenizer")), chat_template="chatml"
     )
 
 
@@ -144,15 +143,21 @@ def test_a_tokenizer_without_eos_is_refused_but_for_token_ids(tmp_path: Path) ->
 
 
 def test_a_template_error_has_its_place(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path), chat_template=INST)
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, template=INST))
     good, bad = say("a", "b"), [{"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match=r"x\.jsonl:2: .*at message 0 \(role 'assistant'\)"):
         load(tmp_path, tokenizer, {"messages": good}, {"messages": bad})
 
 
-def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: token ids must be below .* of 4: got"):
-        load(tmp_path, tokenizer, {"text": "a"}, vocab_size=4)
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused_before_the_file_is_read(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    size = tokenizer.vocab_size
+    message = rf"below the model's vocabulary of {size - 1}: got ids up to {size - 1};"
+    with pytest.raises(ValueError, match=message):
+        load_dataset(tmp_path / "none.jsonl", tokenizer, vocab_size=size - 1)
+    # padded to a round number
+    load(tmp_path, tokenizer, {"text": "a"}, vocab_size=size + 7)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +202,8 @@ def test_train_on_all_does_not_apply_to_token_ids(tmp_path: Path, tokenizer: Tok
 
 
 def test_the_same_clock_gives_the_same_samples(tmp_path: Path) -> None:
-    template = "{{ strftime_now('%d') }}" + load_template("chatml")
-    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path), chat_template=template)
+    template = "{{ strftime_now('%d') }}" + CHATML
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, template=template))
     record = {"messages": say("a", "b")}
     first, again, later = (
         load(tmp_path, tokenizer, record, now=datetime(2024, 7, day)).samples

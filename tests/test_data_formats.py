@@ -72,10 +72,30 @@ def test_weight_zero_is_not_learned() -> None:
     assert example.targets == [3]
 
 
-def test_tools_and_tool_calls_are_kept() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
-    example = convert({"messages": [USER, call], "tools": [{"name": "f"}]}, "messages")
-    assert example == Conversation([USER, {**call, "content": ""}], [1], [{"name": "f"}])
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'], ids=["list", "json"])
+def test_tools_and_all_fields_of_a_message_are_kept(tools: object) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}], "name": "n"}
+    absent = {"content": None, "reasoning_content": None}
+    example = convert({"messages": [USER, {**call, **absent}], "tools": tools}, "messages")
+    assert example == Conversation([USER, call], [1], [{"name": "f"}])
+
+
+def test_no_tools_and_an_empty_list_are_different() -> None:
+    for tools in (None, []):
+        example = convert({"messages": [ASSISTANT], "tools": tools}, "messages")
+        assert example == Conversation([ASSISTANT], [0], tools)
+
+
+def test_documents_and_template_variables_are_kept() -> None:
+    fields: dict[str, object] = {
+        "prompt": [USER],
+        "completion": [ASSISTANT],
+        "documents": [{"title": "t"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    variables = {"documents": [{"title": "t"}], "enable_thinking": False}
+    expected = Conversation([USER, ASSISTANT], [1], variables=variables)
+    assert convert(fields, "prompt-completion") == expected
 
 
 def test_sharegpt_names_become_roles() -> None:
@@ -189,7 +209,24 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
         said(role="assistant", content="a", weight=0),
         "an assistant message to learn",
     ),
-    "tools-text": ("messages", {"messages": [ASSISTANT], "tools": "[]"}, "'tools' must be a list"),
+    "tools-text": ("messages", {"messages": [ASSISTANT], "tools": "f"}, "the JSON text of one"),
+    "tools-object": ("messages", {"messages": [ASSISTANT], "tools": "{}"}, "'tools' must be a lis"),
+    "tool-name": (
+        "messages",
+        {"messages": [ASSISTANT], "tools": ["f"]},
+        r"tools\[0\] must be an o",
+    ),
+    "documents": ("messages", {"messages": [ASSISTANT], "documents": "d"}, "'documents' must be"),
+    "variables-list": (
+        "messages",
+        {"messages": [ASSISTANT], "chat_template_kwargs": []},
+        "'chat_template_kwargs' must be an object: got a list",
+    ),
+    "variables-given": (
+        "messages",
+        {"messages": [ASSISTANT], "chat_template_kwargs": {"tools": []}},
+        "must not set messages, .*got tools",
+    ),
     "turns-object": ("sharegpt", {"conversations": {}}, "must be a list: got an object"),
     "turn-text": ("sharegpt", {"conversations": ["a"]}, r"conversations\[0\] must be an object"),
     "from-unknown": ("sharegpt", told(**{"from": "alice", "value": "a"}), "got 'alice'"),

@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pytest
-from test_data_chat_template import INST, LLAMA3, MARKED, say
+from chat_cases import CHATML, INST, LLAMA3, MARKED, say
 from test_data_tokenizer import save_byte_level, save_metaspace
 
-from data.chat_template import load_template
 from data.formats import Conversation, PromptCompletion, Text, TokenIds
 from data.samples import NO_LOSS, Sample, cut_document, to_sample
 from data.tokenizer import Tokenizer
 
-CHATML = load_template("chatml")
 IM_END = {"bos_token": None, "eos_token": "<|im_end|>"}
 
 
@@ -42,7 +40,7 @@ def chat(
     folder: Path, template: str, *contents: str, train_on: str = "completions", **options
 ) -> tuple[list[str], str]:
     """What is learned of a conversation, and the whole sample, both as text."""
-    tokenizer = Tokenizer.from_folder(save_byte_level(folder, **options), chat_template=template)
+    tokenizer = Tokenizer.from_folder(save_byte_level(folder, template=template, **options))
     messages = say(*contents)
     replies = list(range(1, len(messages), 2))
     sample = to_sample(Conversation(messages, replies), tokenizer, train_on=train_on)
@@ -105,39 +103,58 @@ def test_bytes_of_one_character_are_learned_together(metaspace: Tokenizer) -> No
     assert sample.num_target_tokens == 4 + 1
 
 
-def test_closing_tokens_of_every_turn_are_learned_and_what_follows_is_not(tmp_path: Path) -> None:
+def test_every_turn_is_learned_to_its_end(tmp_path: Path) -> None:
     runs, whole = chat(tmp_path, CHATML, "hello", " yo\n", "yo", "yo", config=IM_END)
-    assert runs == [" yo\n<|im_end|>", "yo<|im_end|>"]
+    assert runs == [" yo\n<|im_end|>\n", "yo<|im_end|>\n"]
     assert whole.endswith("<|im_end|>\n")
     assert whole.count("<|im_end|>") == 4
 
 
-def test_bos_of_template_and_tokenizer_is_one(tmp_path: Path) -> None:
+def test_bos_is_the_templates_and_never_two(tmp_path: Path) -> None:
     _, whole = chat(tmp_path / "a", LLAMA3, "a", "b")
     assert whole.startswith("<|begin|><|header|>")
     assert whole.count("<|begin|>") == 1
     _, whole = chat(tmp_path / "b", CHATML, "a", "b")
-    assert whole.startswith("<|begin|><|im_start|>")
+    # as with transformers: a template without BOS has none
+    assert whole.startswith("<|im_start|>")
     _, whole = chat(tmp_path / "c", "{{ bos_token }}{{ bos_token }}" + CHATML, "a", "b")
     assert whole.count("<|begin|>") == 1
 
 
 def test_eos_follows_a_last_turn_that_nothing_closes(tmp_path: Path) -> None:
     runs, whole = chat(tmp_path, LLAMA3, "hello", "you?", "a", "b")
-    assert runs == ["you?", "b<|end_of_text|>"]
+    # this tokenizer has no <|eot|>
+    assert runs == ["you?<|eot|>", "b<|eot|><|end_of_text|>"]
+    after = "{% for m in messages %}#{{ m.content }}{% endfor %}|"
+    runs, whole = chat(tmp_path, after, "hello", "yo")
     # what the template writes after it is kept
-    assert whole.endswith("b<|end_of_text|><|eot|>")
+    assert runs == ["yo<|end_of_text|>"]
+    assert whole == "#hello#yo<|end_of_text|>|"
 
 
 def test_whitespace_before_the_closing_token_is_learned(tmp_path: Path) -> None:
-    runs, whole = chat(tmp_path, INST, "hello", "a", "b", "c")
-    assert runs == ["a <|end_of_text|>", "c <|end_of_text|>"]
+    runs, whole = chat(tmp_path / "a", INST, "hello", "a", "b", "c")
+    assert runs == [" a <|end_of_text|>", " c <|end_of_text|>"]
     assert whole.count("<|end_of_text|>") == 2
 
 
+def test_a_closing_token_that_another_turn_writes_is_learned(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and not loop.first %} {{ eos_token }}"
+        "{% endif %}#{{ m.content }}{% endfor %}"
+    )
+    runs, whole = chat(tmp_path, template, "hello", "a", "b", "c")
+    assert runs == ["#a <|end_of_text|>", "#c<|end_of_text|>"]
+    assert whole == "#hello#a <|end_of_text|>#b#c<|end_of_text|>"
+
+
 def test_a_token_across_the_end_of_a_turn_is_not_learned(tmp_path: Path) -> None:
-    # this tokenizer has no <|im_end|> and a token for ".<"
-    tokenizer = Tokenizer.from_folder(save_metaspace(tmp_path), chat_template=CHATML)
+    # this tokenizer has a token for ".<"
+    (tmp_path / "x.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}<|{{ m.content }}|>{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_folder(save_metaspace(tmp_path), str(tmp_path / "x.jinja"))
     example = Conversation(say("hi", "yo.", "hi", "yo."), [1, 3])
     sample = to_sample(example, tokenizer, train_on="completions")
     assert learned(sample, tokenizer) == ["yo", "yo.</s>"]
@@ -146,6 +163,14 @@ def test_a_token_across_the_end_of_a_turn_is_not_learned(tmp_path: Path) -> None
 def test_marked_turns_are_learned_as_marked(tmp_path: Path) -> None:
     runs, _ = chat(tmp_path, MARKED, "hello", "a", "b", "c", config=IM_END)
     assert runs == ["a<|im_end|>", "c<|im_end|>"]
+
+
+def test_marks_around_the_content_alone_are_learned_with_the_closing_token(tmp_path: Path) -> None:
+    template = MARKED.replace("message.content + '<|im_end|>' }}", "message.content }}").replace(
+        "{{- '\n' }}", "{{- ' <|im_end|>\n' }}"
+    )
+    runs, _ = chat(tmp_path, template, "hello", "a", "b", "c")
+    assert runs == ["a <|im_end|>", "c <|im_end|>"]
 
 
 def test_a_closing_token_inside_the_marks_is_not_doubled(tmp_path: Path) -> None:
@@ -158,8 +183,9 @@ def test_a_closing_token_inside_the_marks_is_not_doubled(tmp_path: Path) -> None
 
 def test_an_empty_reply_is_its_closing_token(tmp_path: Path) -> None:
     runs, _ = chat(tmp_path / "a", CHATML, "hello", "", config=IM_END)
-    assert runs == ["<|im_end|>"]
-    template = "{% for m in messages %}<|header|>{{ m.content }}{% endfor %}"
+    assert runs == ["<|im_end|>\n"]
+    prompt = "{% if add_generation_prompt %}<|header|>{% endif %}"
+    template = "{% for m in messages %}<|header|>{{ m.content }}{% endfor %}" + prompt
     runs, whole = chat(tmp_path / "b", template, "hello", "")
     assert runs == ["<|end_of_text|>"]
     assert whole.endswith("<|header|><|end_of_text|>")
@@ -175,11 +201,11 @@ def test_all_learns_everything_but_bos_and_ends_in_eos(tmp_path: Path) -> None:
 
 
 def test_all_needs_no_locatable_replies(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content | upper }}{{ m.content }}{% endfor %}"
+    template = "{{ messages | map(attribute='content') | join }}"
     with pytest.raises(ValueError, match="--train-on all"):
         chat(tmp_path, template, "a", "b")
     runs, _ = chat(tmp_path, template, "a", "b", train_on="all")
-    assert runs == ["AaBb<|end_of_text|>"]
+    assert runs == ["ab<|end_of_text|>"]
 
 
 def test_a_prompt_token_that_swallows_whitespace_is_not_learned(tmp_path: Path) -> None:
@@ -216,8 +242,30 @@ def test_pieces_of_a_document_predict_every_token_once(length: int) -> None:
     assert starts == [piece.input_ids[-1] for piece in pieces[:-1]]
 
 
+def test_tools_and_variables_reach_the_template_and_choose_it(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path, template="none{{ x }}" + CHATML)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "{{ tools | length }}{{ documents | length }}" + CHATML
+    )
+    tokenizer = Tokenizer.from_folder(folder)
+    for example, beginning in (
+        (Conversation(say("a", "b"), [1], variables={"x": 5}), "none5<|im_start|>"),
+        (Conversation(say("a", "b"), [1], [{}, {}], {"documents": [{}]}), "21<|im_start|>"),
+        # there, as in transformers, even where there are none
+        (Conversation(say("a", "b"), [1], [], {"documents": []}), "00<|im_start|>"),
+    ):
+        for train_on in ("completions", "all"):
+            sample = to_sample(example, tokenizer, train_on=train_on)
+            whole = tokenizer.decode(sample.input_ids, skip_special_tokens=False)
+            assert whole.startswith(beginning)
+    unread = Conversation(say("a", "b"), [1], variables={"documents": []})
+    with pytest.raises(ValueError, match=r"chat_template\.jinja must read .* no use of documents"):
+        to_sample(unread, tokenizer, train_on="all")
+
+
 def test_messages_that_the_template_refuses_are_value_errors(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path), chat_template=INST)
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, template=INST))
     messages = [{"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="roles must alternate"):
         to_sample(Conversation(messages, [0]), tokenizer, train_on="completions")

@@ -19,6 +19,7 @@ def save_byte_level(
     adds_bos: bool = True,
     adds_eos: bool = False,
     config: dict[str, object] | None = None,
+    template: str | None = None,
 ) -> Path:
     """A byte-level BPE tokenizer in the way of Llama 3 and Qwen; its post-processor trims
     offsets."""
@@ -43,6 +44,8 @@ def save_byte_level(
     default = {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>"}
     content = json.dumps(default if config is None else config)
     (folder / "tokenizer_config.json").write_text(content)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
 
 
@@ -138,42 +141,79 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path: Path) -> 
     assert len(tokenizer.encode("a", False)) == 1
 
 
+def test_a_conversation_with_tools_has_the_template_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config={"chat_template": named}))
+    assert tokenizer.chat_template().text == "d"
+    assert tokenizer.chat_template(has_tools=True).text == "t"
+    assert tokenizer.chat_template(has_tools=True).name.endswith("config.json named 'tool_use'")
+
+
+def test_no_template_for_a_conversation_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path / "a"))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ValueError, match=r"got none in .*; give one with --chat-template"):
+        tokenizer.chat_template()
+    config: dict[str, object] = {"chat_template": [{"name": "rag", "template": "r"}]}
+    folder = save_byte_level(tmp_path / "b", config=config)
+    with pytest.raises(ValueError, match=r"must be named default: got rag; choose one by its name"):
+        Tokenizer.from_folder(folder).chat_template()
+    assert Tokenizer.from_folder(folder, "rag").chat_template().text == "r"
+
+
+def test_a_template_that_was_asked_for_must_be_jinja(tmp_path: Path) -> None:
+    folder = save_byte_level(tmp_path, template="{% if %}")
+    Tokenizer.from_folder(folder)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja must be valid Jinja"):
+        Tokenizer.from_folder(folder, "default")
+
+
+def test_special_tokens_follow_the_configuration_or_the_older_map(tmp_path: Path) -> None:
+    config: dict[str, object] = {"eos_token": "<|im_end|>", "pad_token": None}
+    folder = save_byte_level(tmp_path, config=config)
+    older = {"eos_token": "<|end_of_text|>", "unk_token": {"content": "<|header|>"}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    unk = {"unk_token": "<|header|>"}
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.special_tokens == {"eos_token": "<|end_of_text|>", **unk}
+    listed = config | {"added_tokens_decoder": {"3": {"content": "<|im_end|>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(listed))
+    assert Tokenizer.from_folder(folder).special_tokens == {"eos_token": "<|im_end|>", **unk}
+
+
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("listed", "match"),
     [
-        ("plain", "plain"),
-        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
-        (None, None),
+        ({"300": {"content": "<|new|>"}}, r"got '<\|new\|>' for id 300, which there is None"),
+        ({"2": {"content": "<|im_end|>"}}, r"for id 2, which there is '<\|im_start\|>'"),
+        ({"x": {"content": "<|im_end|>"}}, "for id x, which there is None"),
+        ({"2": 3}, "got None for id 2"),
+        ([1], "must be an object of token ids: got list"),
     ],
-    ids=["text", "list-takes-default", "none"],
 )
-def test_chat_template_of_the_config(tmp_path: Path, template, expected) -> None:
-    folder = save_byte_level(tmp_path, config={"chat_template": template})
-    assert Tokenizer.from_folder(folder).chat_template == expected
-
-
-def test_template_file_beats_config_and_argument_beats_both(tmp_path: Path) -> None:
-    folder = save_byte_level(tmp_path, config={"chat_template": "config"})
-    (folder / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_folder(folder).chat_template == "file"
-    assert Tokenizer.from_folder(folder, chat_template="argument").chat_template == "argument"
-
-
-def test_list_of_templates_without_default_is_refused_unless_one_is_given(tmp_path: Path) -> None:
-    templates = [{"name": "rag", "template": "r"}]
-    folder = save_byte_level(tmp_path, config={"chat_template": templates})
-    with pytest.raises(ValueError, match="one named default: got rag"):
+def test_added_tokens_that_the_files_disagree_about_are_refused(
+    tmp_path: Path, listed: object, match: str
+) -> None:
+    folder = save_byte_level(tmp_path, config={"added_tokens_decoder": listed})
+    with pytest.raises(ValueError, match=match):
         Tokenizer.from_folder(folder)
-    assert Tokenizer.from_folder(folder, chat_template="mine").chat_template == "mine"
 
 
 def test_save_copies_bytes(tmp_path: Path) -> None:
     folder = save_byte_level(tmp_path / "in")
     (folder / "chat_template.jinja").write_bytes(b"a\r\nb")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_bytes(b"r\r")
     (folder / "unrelated.txt").write_text("x")
     Tokenizer.from_folder(folder).save(tmp_path / "out")
-    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    names = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+    }
+    saved = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {p.relative_to(tmp_path / "out").as_posix() for p in saved} == names
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
@@ -181,8 +221,12 @@ def test_save_copies_bytes(tmp_path: Path) -> None:
 def test_save_writes_the_template_override_and_reads_back(tmp_path: Path) -> None:
     folder = save_byte_level(tmp_path / "in")
     (folder / "chat_template.jinja").write_text("old")
-    Tokenizer.from_folder(folder, chat_template="new\n").save(tmp_path / "out")
-    assert Tokenizer.from_folder(tmp_path / "out").chat_template == "new\n"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("old too")
+    (tmp_path / "x.jinja").write_text("new\n")
+    Tokenizer.from_folder(folder, str(tmp_path / "x.jinja")).save(tmp_path / "out")
+    saved = Tokenizer.from_folder(tmp_path / "out")
+    assert saved.chat_template().text == saved.chat_template(has_tools=True).text == "new\n"
     assert (folder / "chat_template.jinja").read_text() == "old"
 
 
@@ -197,7 +241,12 @@ def test_missing_tokenizer_file_names_folder_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere must hold a tokenizer\.json"):
         Tokenizer.from_folder(tmp_path / "nowhere")
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"a tokenizer\.model alone is not enough"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model alone is not enough: convert"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "vocab.json").write_bytes(b"")
+    (tmp_path / "merges.txt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json and merges\.txt alone are not enoug"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -215,7 +264,7 @@ def test_unreadable_tokenizer_file_is_a_value_error(tmp_path: Path, content: str
         ("tokenizer_config.json", b"[1]", "must hold a JSON object: got list"),
         ("special_tokens_map.json", b"\xff", "must be JSON"),
         ("chat_template.jinja", b"\xff", "must be UTF-8"),
-        ("tokenizer_config.json", b'{"chat_template": 3}', "must be text: got int"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "must be text or a list .* got int"),
         ("tokenizer_config.json", b'{"eos_token": "<nope>"}', "got '<nope>'"),
     ],
 )

@@ -1,0 +1,311 @@
+"""Which characters of a rendered conversation the assistant says, found without searching for them.
+
+Where a template has {% generation %} marks, what they enclose. Else the assistant's turns are what
+the template writes while its loop over the messages is at an assistant message, of which the
+rendering keeps a trace (data/template_trace.py). A turn is learned
+
+- from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
+  before it: what the model is given at inference, and what it has to go on with;
+- to the end of the iteration, so that the token that ends the turn is learned, and with it an EOS
+  that the template writes right after, before the next turn or at the end of the conversation.
+
+A turn need not begin with that prompt: reasoning models are given an opening "<think>" that their
+templates leave out of earlier turns. It is then learned from where the template writes the content
+of a plain message, found by rendering it with a character in the content's place that occurs
+nowhere else. Earlier turns of the same conversation may be written differently while they are the
+last (reasoning is dropped, the tools move): renderings are compared up to a traced position only.
+
+What cannot be found in one of these ways is an error that says what to do, never a guess.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
+from data.template_trace import Event, absent_character
+
+Span: TypeAlias = tuple[int, int]  # half-open range of characters
+
+_WAY_OUT = (
+    "give a template with {% generation %} marks (--chat-template), or learn every token with "
+    "--train-on all"
+)
+_CORRECTION = "correct the template, or learn every token with --train-on all"
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a loop over the messages writes while it is at one of them."""
+
+    loop: int
+    message: Mapping[str, Any]
+    start: int
+    end: int
+
+
+def render_with_spans(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    targets: Sequence[int] | None = None,
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
+    now: datetime | None = None,
+) -> tuple[str, list[Span]]:
+    """Render a conversation and locate what its assistant messages contribute to the text.
+
+    Args:
+        targets: indices of the assistant messages to locate, ascending; all of them if None.
+        tools, variables, now: as ChatTemplate.render().
+
+    Returns:
+        The text, and its spans in order and apart. Without marks there is one for each target;
+        marks are joined where they touch.
+
+    Raises:
+        ValueError: as ChatTemplate.render(), or the text of a message cannot be located.
+    """
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    chosen = replies if targets is None else list(targets)
+    # every rendering of this conversation sees the same clock
+    seen = template.variables(tools=tools, variables=variables, now=now or datetime.now())
+    text = template.write(messages, seen)
+    _check_tool_calls(template, messages, chosen, seen, text)
+    is_marked = template.has_marks()
+    # marks that are all learned need no owner, so that loops may be as they like
+    with_loops = not is_marked or chosen != replies
+    rendering = template.trace(messages, seen, with_loops=with_loops)
+    if rendering is None:
+        raise ValueError(
+            f"{template.name} must write unchanged what its "
+            f"{'loops over the messages' if with_loops else '{% generation %} marks'} enclose: got "
+            f"a filter or test applied to it; {_CORRECTION if is_marked else _WAY_OUT}"
+        )
+    if is_marked:
+        return text, _marked_spans(template, rendering, chosen, replies)
+    turns = _reply_turns(template, rendering, replies)
+    return text, [
+        (
+            _start_of_reply(template, messages, i, seen, rendering, turns[i]),
+            _end_of_reply(template, text, turns[i]),
+        )
+        for i in chosen
+    ]
+
+
+def _check_tool_calls(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    chosen: Sequence[int],
+    variables: Mapping[str, Any],
+    text: str,
+) -> None:
+    """Refuse calls that the template does not write: the model would learn to say nothing."""
+    for i in chosen:
+        if not messages[i].get("tool_calls"):
+            continue
+        without = {key: value for key, value in messages[i].items() if key != "tool_calls"}
+        if _attempt(template, [*messages[:i], without, *messages[i + 1 :]], variables) == text:
+            raise ValueError(
+                f"{template.name} must write the tool_calls of assistant message {i}: got a "
+                "template that ignores them; choose one for tools with --chat-template"
+            )
+
+
+def _turns(events: Sequence[tuple[int, Event]]) -> list[_Turn]:
+    """The iterations of the loops over messages, in the order in which they start."""
+    turns = []
+    for index, (start, event) in enumerate(events):
+        if event.kind != "turn":
+            continue
+        assert event.message is not None
+        # the next iteration of the same loop, or its end
+        end = next(p for p, other in events[index + 1 :] if other.loop == event.loop)
+        turns.append(_Turn(event.loop, event.message, start, end))
+    return turns
+
+
+def _reply_turns(
+    template: ChatTemplate, rendering: Rendering, replies: Sequence[int]
+) -> dict[int, _Turn]:
+    """The turn of each assistant message, by the message's index."""
+    # a loop that prepares the messages writes nothing, or blanks
+    written = [
+        turn
+        for turn in _turns(rendering.events)
+        if turn.message["role"] == "assistant" and rendering.text[turn.start : turn.end].strip()
+    ]
+    is_apart = all(a.end <= b.start for a, b in pairwise(written))
+    if len(written) != len(replies) or not is_apart:
+        raise ValueError(
+            f"{template.name} must write every assistant message once, in a loop over the "
+            f"messages: got {len(written)} turns of the assistant for {len(replies)} messages; "
+            f"{_WAY_OUT}"
+        )
+    for turn, i in zip(written, replies, strict=True):
+        # a template that merges or reorders messages makes objects of its own
+        message = rendering.messages[i]
+        is_same = all(
+            (turn.message.get(key) or "") == (message.get(key) or "")
+            for key in ("content", "tool_calls")
+        )
+        if turn.message is not message and not is_same:
+            raise ValueError(
+                f"{template.name} must write the assistant messages in their order: got another "
+                f"turn in the place of message {i}; {_WAY_OUT}"
+            )
+    return dict(zip(replies, written, strict=True))
+
+
+def _start_of_reply(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    index: int,
+    variables: Mapping[str, Any],
+    rendering: Rendering,
+    turn: _Turn,
+) -> int:
+    """Where the turn goes on after what the model is given."""
+    written = rendering.text[turn.start : turn.end]
+    for opening in (
+        _generation_prompt(template, messages[:index], variables, rendering.text[: turn.start]),
+        _opening_of_content(template, messages, index, variables, rendering.text, turn.loop),
+    ):
+        if opening is not None and written.startswith(opening):
+            return turn.start + len(opening)
+    raise ValueError(
+        f"{template.name} must begin the turn of assistant message {index} with its generation "
+        f"prompt, or as that of a message with nothing but content: got {written[:60]!r}; "
+        f"{_WAY_OUT}"
+    )
+
+
+def _generation_prompt(
+    template: ChatTemplate,
+    before: Sequence[Message],
+    variables: Mapping[str, Any],
+    text_before: str,
+) -> str | None:
+    """What add_generation_prompt adds to the messages before a turn, None where that is not to be
+    told."""
+    # templates look at their first message without asking whether there is one
+    if not before:
+        return None
+    prompt = _attempt(template, before, {**variables, "add_generation_prompt": True})
+    if prompt is None:
+        return None
+    if prompt.startswith(text_before):
+        return prompt[len(text_before) :]
+    # these messages read otherwise while they are the last
+    try:
+        unprompted = template.trace(before, variables)
+    except TEMPLATE_ERRORS:
+        return None
+    ends = [turn.end for turn in _turns(unprompted.events)] if unprompted else []
+    if unprompted is None or not ends or not prompt.startswith(unprompted.text[: max(ends)]):
+        return None
+    return prompt[max(ends) :]
+
+
+def _opening_of_content(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    index: int,
+    variables: Mapping[str, Any],
+    text: str,
+    loop: int,
+) -> str | None:
+    """What the turn of a message in this place, with nothing but content, begins with."""
+    sentinel = absent_character(text)
+    plain = {"role": "assistant", "content": sentinel}
+    try:
+        rendering = template.trace([*messages[:index], plain, *messages[index + 1 :]], variables)
+    except TEMPLATE_ERRORS:
+        return None
+    if rendering is None or rendering.text.count(sentinel) != 1:
+        return None
+    position = rendering.text.index(sentinel)
+    for turn in _turns(rendering.events):
+        if turn.loop == loop and turn.start <= position < turn.end:
+            return rendering.text[turn.start : position]
+    return None
+
+
+def _end_of_reply(template: ChatTemplate, text: str, turn: _Turn) -> int:
+    """Where the turn ends: behind an EOS that the template writes right after it, if it does."""
+    eos = template.special_tokens.get("eos_token")
+    rest = text[turn.end :].lstrip()
+    if not eos or not rest.startswith(eos) or text[: turn.end].rstrip().endswith(eos):
+        return turn.end
+    return len(text) - len(rest) + len(eos)
+
+
+def _attempt(
+    template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
+) -> str | None:
+    try:
+        return template.attempt(messages, variables)
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def _marked_spans(
+    template: ChatTemplate, rendering: Rendering, chosen: list[int], replies: list[int]
+) -> list[Span]:
+    """What the marks enclose, of the chosen messages."""
+    spans: list[Span] = []
+    opened = None
+    for position, event in rendering.events:
+        if event.kind == "open" and opened is None:
+            opened = position
+        elif event.kind == "close" and opened is not None:
+            spans.append((opened, position))
+            opened = None
+        elif event.kind in ("open", "close"):
+            raise ValueError(
+                f"{template.name} must not nest {{% generation %}} marks: got such marks; "
+                f"{_CORRECTION}"
+            )
+    if chosen != replies:
+        turns = _reply_turns(template, rendering, replies)
+        owners = [_owner(template, span, turns, rendering) for span in spans]
+        spans = [s for s, owner in zip(spans, owners, strict=True) if owner in chosen]
+    if not spans:
+        raise ValueError(
+            f"{template.name} must reach its {{% generation %}} marks at some assistant message "
+            f"to be learned: got none in a conversation of roles "
+            f"{', '.join(m['role'] for m in rendering.messages)}; {_CORRECTION}"
+        )
+    return _joined(spans)
+
+
+def _owner(
+    template: ChatTemplate, span: Span, turns: Mapping[int, _Turn], rendering: Rendering
+) -> int:
+    """The index of the message that a mark belongs to."""
+    start, end = span
+    for i, turn in turns.items():
+        if turn.start <= start and end <= turn.end:
+            return i
+    last = len(rendering.messages) - 1
+    # an EOS at the end of the conversation
+    if last in turns and turns[last].end <= start:
+        return last
+    raise ValueError(
+        f"{template.name} must set its {{% generation %}} marks in the turns of the assistant "
+        "where only some of them are learned: got a mark elsewhere; "
+        f"{_CORRECTION}"
+    )
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    joined = spans[:1]
+    for start, end in spans[1:]:
+        if start == joined[-1][1]:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined

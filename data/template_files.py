@@ -1,0 +1,103 @@
+"""Where a chat template comes from: a checkpoint's files, a bundled one, or a file of the user's.
+
+A checkpoint has one or several, by name, as transformers reads them: chat_template.jinja is the
+"default" and additional_chat_templates/NAME.jinja the others; only where there is neither, the
+chat_template of tokenizer_config.json, one text or a list of {"name": ..., "template": ...}.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+DEFAULT = "default"
+BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
+
+
+class NamedText(NamedTuple):
+    """A template's text, and what errors call it."""
+
+    text: str
+    name: str
+
+
+def checkpoint_templates(
+    folder: Path, config: Mapping[str, object], config_path: Path
+) -> dict[str, NamedText]:
+    """The templates of a checkpoint by name, none if it has none.
+
+    Args:
+        config: the content of tokenizer_config.json.
+
+    Raises:
+        ValueError: a template is not text, or the list of them not as it should be.
+    """
+    files = {}
+    if (folder / TEMPLATE_FILE).is_file():
+        files[DEFAULT] = folder / TEMPLATE_FILE
+    for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        files[path.stem] = path
+    if files:
+        return {
+            name: NamedText(_read(path), f"the chat template {path}")
+            for name, path in files.items()
+        }
+    given = config.get("chat_template")
+    if given is None:
+        return {}
+    where = f"chat_template of {config_path}"
+    if isinstance(given, str):
+        return {DEFAULT: NamedText(given, f"the {where}")}
+    if not isinstance(given, list):
+        raise ValueError(
+            f"the {where} must be text or a list of named texts: got {type(given).__name__}; "
+            "correct it"
+        )
+    named = {}
+    for index, entry in enumerate(given):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        text = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(
+                f'the {where} must be a list of {{"name": "...", "template": "..."}}: got '
+                f"{repr(entry)[:60]} at index {index}; correct it"
+            )
+        named[name] = NamedText(text, f"the {where} named {name!r}")
+    return named
+
+
+def choose_templates(
+    choice: str, folder: Path, config: Mapping[str, object], config_path: Path
+) -> dict[str, NamedText]:
+    """The checkpoint's templates, or as the only one what --chat-template names.
+
+    Args:
+        choice: a bundled template, the path of a file, one of the checkpoint's by name, or "" for
+            the checkpoint's.
+
+    Raises:
+        ValueError: there is no such template, or it is not UTF-8; as checkpoint_templates().
+    """
+    if not choice:
+        return checkpoint_templates(folder, config, config_path)
+    bundled = {path.stem: path for path in sorted(BUNDLED_TEMPLATES.glob("*.jinja"))}
+    if choice in bundled:
+        return {DEFAULT: NamedText(_read(bundled[choice]), f"the bundled chat template {choice}")}
+    if Path(choice).is_file():
+        return {DEFAULT: NamedText(_read(Path(choice)), f"the chat template {choice}")}
+    own = checkpoint_templates(folder, config, config_path)
+    if choice not in own:
+        raise ValueError(
+            f"--chat-template must be a bundled template ({', '.join(bundled)}), the path of a "
+            f".jinja file, or a template of the checkpoint ({', '.join(own) or 'it has none'}): "
+            f"got {choice!r}"
+        )
+    return {DEFAULT: own[choice]}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the chat template {path} must be UTF-8: got {error}") from error

@@ -1,0 +1,151 @@
+"""Where in the text of a rendering its loops and {% generation %} marks wrote.
+
+A copy of the template, rewritten as a syntax tree, also writes a marker where an iteration of a
+loop over messages begins, where such a loop ends, and around what {% generation %} encloses. A
+marker is a number between two characters that occur nowhere in the text, so it lands where the
+text of its iteration does, however that text reaches the output: through macros, {% set %} blocks
+or calls. What loops over messages is decided while rendering, by the values, never by names:
+whatever runs over objects with a role.
+
+The reader (ChatTemplate.trace) takes the markers out again and compares with the plain rendering:
+a template in which they change anything, by filtering or testing text that holds them, is refused.
+
+Left out: recursive loops, which are not marked.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.visitor
+
+# the variable under which a trace travels to the marked places of the template
+TRACE = "trace_of_this_rendering"
+
+
+def absent_character(text: str) -> str:
+    # private use: no template means anything by them, and none is whitespace to be trimmed
+    private_use = map(chr, itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
+    return next(character for character in private_use if character not in text)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark."""
+
+    kind: str
+    loop: int = -1
+    message: Mapping[str, Any] | None = None
+
+
+class Trace:
+    """The events of one rendering, and the markers that hold their places in its text."""
+
+    def __init__(self, character: str, with_loops: bool) -> None:
+        self._character = character
+        self._with_loops = with_loops
+        self._events: list[Event] = []
+        self._running: set[int] = set()
+
+    def _turn(self, loop: int, values: tuple[object, ...]) -> str:
+        message = next((v for v in values if isinstance(v, Mapping) and "role" in v), None)
+        if message is None or not self._with_loops:
+            return ""
+        self._running.add(loop)
+        return self._marker(Event("turn", loop, message))
+
+    def _end(self, loop: int) -> str:
+        if loop not in self._running:
+            return ""
+        self._running.remove(loop)
+        return self._marker(Event("end", loop))
+
+    def _marker(self, event: Event) -> str:
+        self._events.append(event)
+        return f"{self._character}{len(self._events) - 1}{self._character}"
+
+    def read(self, marked: str) -> tuple[str, list[tuple[int, Event]]]:
+        """The text without its markers, and the position of each in it, in their order."""
+        # every second piece is a marker's number
+        pieces = re.split(f"{self._character}([0-9]+){self._character}", marked)
+        places, position = [], 0
+        for text, number in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            position += len(text)
+            if number is not None:
+                places.append((position, self._events[int(number)]))
+        return "".join(pieces[::2]), places
+
+
+class TraceExtension(jinja2.ext.Extension):
+    """Parses {% generation %} body {% endgeneration %}, and writes the markers if there is a
+    trace."""
+
+    tags = {"generation"}  # noqa: RUF012, the attribute is Jinja's
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def output(self, method: str, line: int, *values: jinja2.nodes.Expr) -> jinja2.nodes.Node:
+        call = self.call_method(method, list(values))
+        return jinja2.nodes.Output([call]).set_lineno(line)
+
+    @jinja2.pass_context
+    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        trace, body = context.get(TRACE), caller()
+        if trace is None:
+            return body
+        return f"{trace._marker(Event('open'))}{body}{trace._marker(Event('close'))}"
+
+    @jinja2.pass_context
+    def _turn(self, context: jinja2.runtime.Context, loop: int, *values: object) -> str:
+        return context[TRACE]._turn(loop, values)
+
+    @jinja2.pass_context
+    def _end(self, context: jinja2.runtime.Context, loop: int) -> str:
+        return context[TRACE]._end(loop)
+
+
+def compile_traced(environment: jinja2.Environment, template: str) -> jinja2.Template:
+    """Compile a template so that its rendering needs a Trace as TRACE and writes its markers."""
+    tree = environment.parse(template)
+    extension = environment.extensions[TraceExtension.identifier]
+    assert isinstance(extension, TraceExtension)
+    _LoopMarker(extension).visit(tree)
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def has_generation_marks(environment: jinja2.Environment, template: str) -> bool:
+    calls = environment.parse(template).find_all(jinja2.nodes.ExtensionAttribute)
+    return any(call.identifier == TraceExtension.identifier for call in calls)
+
+
+class _LoopMarker(jinja2.visitor.NodeTransformer):
+    """Puts a marker at the head of every loop's body and behind every loop.
+
+    Not at the end of the body: {% continue %} and {% break %} would leave it out.
+    """
+
+    def __init__(self, extension: TraceExtension) -> None:
+        self._extension = extension
+        self._num_loops = 0
+
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        self.generic_visit(node)
+        if node.recursive:
+            return node
+        loop = jinja2.nodes.Const(self._num_loops)
+        self._num_loops += 1
+        targets = [node.target, *node.target.find_all(jinja2.nodes.Name)]
+        names = [jinja2.nodes.Name(t.name, "load") for t in targets if hasattr(t, "name")]
+        node.body.insert(0, self._extension.output("_turn", node.lineno, loop, *names))
+        return [node, self._extension.output("_end", node.lineno, loop)]
