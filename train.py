@@ -133,6 +133,7 @@ def main(arguments: Sequence[str]) -> None:
         if config.eval_data
         else None
     )
+    prompt = encode_prompt(config.sample_prompt, tokenizer)
 
     work = workload(config, lora, llama_config, checkpoint_folder, train_data)
     plan = plan_run(config, work)
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str]) -> None:
         state,
         num_steps,
     )
-    before = answer(run, tokenizer)
+    before = answer(run, tokenizer, prompt)
     last_row = train(run)
     if optimizer.describe() != described:
         print(f"optimizer: {optimizer.describe()}")
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str]) -> None:
         print(memory_line(plan))
     if num_steps:
         save_results(run, tokenizer, last_row)
-    after = answer(run, tokenizer)
+    after = answer(run, tokenizer, prompt)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
 
@@ -566,19 +567,24 @@ def evaluate(run: Run, dataset: Dataset) -> float:
     return total / dataset.num_target_tokens
 
 
-def answer(run: Run, tokenizer: Tokenizer) -> str | None:
-    """Answer --sample-prompt with the most probable tokens, None where there is no prompt."""
-    prompt = run.config.sample_prompt
+def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int] | None:
+    """Token ids of --sample-prompt, as a user's message where there is a chat template, None where
+    there is no prompt."""
     if not prompt:
         return None
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt, add_special_tokens=True)
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def answer(run: Run, tokenizer: Tokenizer, prompt: list[int] | None) -> str | None:
+    """Answer the prompt with the most probable tokens, None where there is no prompt."""
+    if prompt is None:
+        return None
     stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
-    new_ids = generate_greedy(run.model, ids, SAMPLE_TOKENS, stop_ids)
+    new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
     return tokenizer.decode(new_ids).strip()
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, make
+from chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, make, say
 from conftest import ASSETS
 from peer_process import run_peer
 from test_data_tokenizer import save_byte_level
 
 from data.assistant_spans import render_with_spans
 from data.chat_template import ChatTemplate
-from data.formats import Conversation
+from data.formats import Conversation, Text
 from data.samples import NO_LOSS, to_sample
 from data.tokenizer import Tokenizer
 
@@ -207,6 +207,25 @@ def test_real_tokenizers_give_the_ids_of_tokenizers_and_transformers_text(
             num_texts += 1
             assert ids == theirs["ids"], key
     assert num_texts > 10
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_samples_of_real_tokenizers_have_one_bos_if_any(name: str) -> None:
+    folder = ASSETS / "tokenizers" / name
+    tokenizer = Tokenizer.from_folder(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    messages = say("hi", "yo", "and", "no")
+    for train_on in ("completions", "all"):
+        sample = to_sample(Conversation(messages, [1, 3]), tokenizer, train_on=train_on)
+        text = tokenizer.chat_template().render(messages)
+        assert sample.input_ids == backend.encode(text, add_special_tokens=False).ids
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token_id
+    for text in ("hello", f"{bos}hello"):
+        ids = backend.encode(text, add_special_tokens=True).ids
+        is_doubled = ids[:2] == [tokenizer.bos_token_id] * 2
+        assert is_doubled == (tokenizer.adds_bos and text != "hello")
+        sample = to_sample(Text(text), tokenizer, train_on="all")
+        assert sample.input_ids == [*ids[is_doubled:], eos]
 
 
 @pytest.mark.parametrize("name", [name for name in MASKED if name in REAL])

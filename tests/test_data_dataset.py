@@ -145,8 +145,30 @@ def test_a_tokenizer_without_eos_is_refused_but_for_token_ids(tmp_path: Path) ->
 def test_a_template_error_has_its_place(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, template=INST))
     good, bad = say("a", "b"), [{"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match=r"x\.jsonl:2: .*at message 0 \(role 'assistant'\)"):
+    place = (
+        r"x\.jsonl:2: .*chat_template\.jinja: at message 0 \(role 'assistant'\) .*must alternate"
+    )
+    with pytest.raises(ValueError, match=place):
         load(tmp_path, tokenizer, {"messages": good}, {"messages": bad})
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{% if %}", "must be valid Jinja: got line 1"),
+        ("{{ ''.__class__.__mro__ }}", "raised .*is unsafe"),
+        ("{{ messages.append(1) }}", "raised .*unsafe"),
+        ("{% for m in messages %}{{ m.content | nope }}{% endfor %}", "valid Jinja: .*'nope'"),
+    ],
+)
+def test_a_bad_template_has_its_place_and_its_file(
+    tmp_path: Path, template: str, match: str
+) -> None:
+    config: dict[str, object] = {"eos_token": "<|end_of_text|>", "chat_template": template}
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config=config))
+    place = r"x\.jsonl:1: .*the chat_template of .*tokenizer_config\.json"
+    with pytest.raises(ValueError, match=rf"{place}.*{match}"):
+        load(tmp_path, tokenizer, {"messages": say("a", "b")})
 
 
 def test_a_tokenizer_beyond_the_models_vocabulary_is_refused_before_the_file_is_read(
