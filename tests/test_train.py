@@ -326,6 +326,16 @@ def test_bad_flags_are_refused_and_leave_no_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_that_the_template_refuses_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ raise_exception('no prompts') }}{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"x\.jinja: at message 0 .* raised 'no prompts'"):
+        run(tmp_path, f"--chat-template {tmp_path / 'x.jinja'} --sample-prompt hi")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> None:
     run(tmp_path, "", "first")
     with pytest.raises(ValueError, match="--init-adapter must have the shape"):
