@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
 from data.dataset import Dataset, load_dataset
+from data.sources import find_data
 from data.tokenizer import Tokenizer
+from hub.push import check_push, push_folder
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model
 from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
@@ -115,6 +117,8 @@ def main(arguments: Sequence[str]) -> None:
     lora = lora_config(config, projections(llama_config))
     config = resolve(config, llama_config)
     check_output(config)
+    if config.push_to_hub and not config.plan:
+        check_push(config.push_to_hub)
     device = torch.device(config.device)
     prepare(device, config.deterministic)
 
@@ -127,9 +131,9 @@ def main(arguments: Sequence[str]) -> None:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data = load_data(config.data, config, tokenizer, llama_config, state)
+    train_data = load_data("--data", config.data, config, tokenizer, llama_config, state)
     eval_data = (
-        load_data(config.eval_data, config, tokenizer, llama_config, state)
+        load_data("--eval-data", config.eval_data, config, tokenizer, llama_config, state)
         if config.eval_data
         else None
     )
@@ -271,10 +275,15 @@ def prepare(device: torch.device, is_deterministic: bool) -> None:
 
 
 def load_data(
-    path: str, config: TrainConfig, tokenizer: Tokenizer, llama: LlamaConfig, state: RunState
+    flag: str,
+    place: str,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    llama: LlamaConfig,
+    state: RunState,
 ) -> Dataset:
     dataset = load_dataset(
-        Path(path),
+        find_data(place, flag),
         tokenizer,
         data_format=config.data_format,
         text_field=config.text_field,
@@ -283,7 +292,7 @@ def load_data(
         vocab_size=llama.vocab_size,
         now=datetime.fromisoformat(state.started),
     )
-    print(f"{path}: {dataset.describe()}")
+    print(f"{place}: {dataset.describe()}")
     return dataset
 
 
@@ -605,7 +614,12 @@ def save_results(run: Run, tokenizer: Tokenizer, row: Row | None) -> None:
         write_adapter(folder, run)
         tokenizer.save(folder)
         (folder / CARD_FILE).write_text(model_card(run.config, figures))
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        names = [path.relative_to(folder).as_posix() for path in paths]
     print(f"saved the adapter in {output}")
+    if run.config.push_to_hub:
+        message = f"LoRA of {run.config.model} after {run.state.step:,} steps"
+        print(f"pushed it: {push_folder(output, names, run.config.push_to_hub, message)}")
 
 
 if __name__ == "__main__":

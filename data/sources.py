@@ -12,9 +12,11 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hub.fetch import find_folder, parse_hub_id
 
 # the escapes of U+D800 to U+DFFF: text only in pairs, but JSON lets one stand alone
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -32,6 +34,42 @@ class Record:
     location: str
     fields: dict[str, object]
     is_document: bool = False
+
+
+def find_data(place: str, what: str) -> Path:
+    """Find a data file: a local one, or that of a hub data set, `owner/name` or `owner/name@rev`.
+
+    Of several the one with "train" in its name is taken.
+
+    Args:
+        what: such as "--data", for messages.
+
+    Raises:
+        FileNotFoundError: the id is no data set, nor is it the path of a file.
+        PermissionError, ConnectionError: as `hub.fetch.find_folder`.
+        ValueError: the data set has no file that can be read, or several.
+    """
+    path = Path(place)
+    if path.exists() or path.suffix.lower() in _READERS or parse_hub_id(place) is None:
+        return path
+    chosen: list[str] = []
+
+    def choose(names: Collection[str], get: Callable[[str], Path]) -> list[str]:
+        readable = sorted(name for name in names if Path(name).suffix.lower() in _READERS)
+        # a card says what is in the others, and is a text itself
+        readable = [name for name in readable if Path(name).name.lower() != "readme.md"]
+        chosen[:] = [name for name in readable if "train" in name.lower()] or readable
+        if len(chosen) != 1:
+            raise ValueError(
+                f"{what} must be a data set with one {', '.join(_READERS)} file, or with one that "
+                f"has train in its name: {place} has {len(chosen)} "
+                f"({', '.join(chosen[:5]) or 'others: ' + ', '.join(sorted(names)[:5])}); "
+                "download the file that you want and give its path"
+            )
+        return chosen
+
+    folder = find_folder(place, what, "dataset", choose)
+    return folder / chosen[0]
 
 
 def read_records(path: Path) -> Iterator[Record]:

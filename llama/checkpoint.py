@@ -20,17 +20,17 @@ at the end. Pickled weights are never read.
 
 import difflib
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hub.fetch import find_folder
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
 from llama.shard_reader import StoredTensor, make_ring, read_header, stream
@@ -39,7 +39,8 @@ from nf4.weight import non_finite_weights, weight_bytes
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_HUB_FILES = [
+# beside the weights, as patterns
+_COMPANIONS = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     "tokenizer.json",
@@ -47,9 +48,7 @@ _HUB_FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-    INDEX_NAME,
-    "model*.safetensors",
-]
+)
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -78,23 +77,30 @@ def find_checkpoint(model: str) -> Path:
     needed.
 
     Raises:
-        FileNotFoundError: neither a folder nor a repository of that name can be had.
+        FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch.find_folder`.
+        ValueError: the repository has no weights in safetensors.
     """
-    folder = Path(os.path.expanduser(model))
-    if model and folder.is_dir():
-        return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(
-            f"--model must be a checkpoint folder or a hub id like owner/name: got {model!r}"
-        )
-    try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise FileNotFoundError(
-            f"--model must be a checkpoint folder or a hub id: {model!r} is no folder here, "
-            f"and the hub says: {reason}"
-        ) from None
+    return find_folder(model, "--model", "model", partial(_needed_files, model))
+
+
+def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]) -> set[str]:
+    """Choose from a repository's files those that a checkpoint is read from."""
+    needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)}
+    if INDEX_NAME in names:
+        return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
+    if SINGLE_NAME in names:
+        return needed | {SINGLE_NAME}
+    raise ValueError(
+        f"--model must have {SINGLE_NAME} or {INDEX_NAME}: {model} has "
+        f"{_some(names)}{_about_pickled(names)}"
+    )
+
+
+def _about_pickled(names: Iterable[str]) -> str:
+    pickled = sorted(name for name in names if name.endswith(_PICKLED_SUFFIXES))
+    if not pickled:
+        return ""
+    return f"; {pickled[0]} is pickled, which is never read: save the model as safetensors"
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -124,13 +130,7 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     if not index.is_file():
         if (folder / SINGLE_NAME).is_file():
             return {folder / SINGLE_NAME: None}
-        pickled = [name for name in present if name.endswith(_PICKLED_SUFFIXES)]
-        advice = "; "
-        advice += (
-            f"{pickled[0]} is pickled, which is never read: save the model as safetensors"
-            if pickled
-            else "download the checkpoint again or restore the name"
-        )
+        advice = _about_pickled(present) or "; download the checkpoint again or restore the name"
         raise FileNotFoundError(
             f"a checkpoint folder must hold {SINGLE_NAME} or {INDEX_NAME}: "
             f"{folder} has {', '.join(present[:20])}{advice}"

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hub.fetch import parse_hub_id
 from lora.config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -54,7 +55,8 @@ def save_adapter(
 
     Args:
         tensors: by the model's names ("model.layers.0.self_attn.q_proj.lora_A.weight").
-        base_model: what PEFT shall load the base model from, a path or a hub id.
+        base_model: what PEFT shall load the base model from, a path or a hub id, with @revision if
+            there is one.
 
     Note:
         The files are written one after the other; a caller that may be killed writes into a
@@ -67,10 +69,12 @@ def save_adapter(
         metadata={"format": "pt"},
     )
     alpha = config.lora_alpha
+    hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": hub_id.repository if hub_id else base_model,
+        "revision": hub_id.revision if hub_id else None,
         "r": config.r,
         # PEFT and vLLM declare an integer
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,

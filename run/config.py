@@ -29,6 +29,7 @@ _FREE_ON_RESUME = frozenset(
         "activations",
         "max_memory",
         "plan",
+        "push_to_hub",
     }
 )
 
@@ -49,10 +50,10 @@ class TrainConfig:
         ValueError: a value out of range.
     """
 
-    model: str = _flag("", "data", "checkpoint folder or hub id")
-    data: str = _flag("", "data", "file to learn from: .jsonl, .json, .csv, .txt")
+    model: str = _flag("", "data", "checkpoint folder or hub id, @revision if wanted")
+    data: str = _flag("", "data", "file to learn from: .jsonl, .json, .csv, .txt; or hub id")
     output: str = _flag("", "data", "folder for the results; by default the next free out/run-N")
-    eval_data: str = _flag("", "data", "file to evaluate on")
+    eval_data: str = _flag("", "data", "file to evaluate on, or hub id")
     data_format: str = _flag(
         "auto",
         "data",
@@ -117,6 +118,7 @@ class TrainConfig:
     logging_steps: int = _flag(1, "run", "a row of metrics every so many steps")
     resume: bool = _flag(False, "run", "go on from the last checkpoint in --output")
     seed: int = _flag(42, "run", "decides the adapter's start, the order and the dropout")
+    push_to_hub: str = _flag("", "run", "hub id to send the adapter to, private if it is new")
     sample_prompt: str = _flag("", "run", "a prompt to answer before and after training")
 
     device: str = _flag("auto", "machine", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))

@@ -11,23 +11,24 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "nf4": set(),
     "kernels": {"nf4"},
-    "lora": {"kernels", "nf4"},
+    "lora": {"hub", "kernels", "nf4"},
     "optim": {"kernels"},
     "run": set(),
-    "data": set(),
-    "llama": {"lora", "kernels", "nf4"},
+    "hub": set(),
+    "data": {"hub"},
+    "llama": {"lora", "hub", "kernels", "nf4"},
     "bundled": {"llama", "lora", "data"},
-    "train": {"llama", "lora", "optim", "run", "data"},
+    "train": {"llama", "lora", "optim", "run", "data", "hub"},
 }
 
 # what is not ours, and the rooms or files that may know it
 THEIRS = {
-    "torch": set(FLOORS),
+    "torch": set(FLOORS) - {"hub"},
     "triton": {"kernels"},
     "safetensors": {"llama", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
-    "huggingface_hub": {"llama"},
+    "huggingface_hub": {"hub"},
     "tqdm": {"run", "train", "bundled"},
     "cuda": {"optim/unified_memory.py"},
 }

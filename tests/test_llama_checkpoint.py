@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from equality import assert_equal
+from hub_server import Repository, files_of, serving
 from llama_peers import CPU, Peer, tiny_peer
 from safetensors.torch import load_file, save_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
@@ -482,34 +483,35 @@ def test_a_local_folder_is_its_own_checkpoint(
     "model", ["", "no-such-folder", "./a/b", "/no/such", "~/no/such", "a/b/c", "~nobody/x"]
 )
 def test_what_is_no_folder_and_no_hub_id_is_refused(model: str) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape(f"owner/name: got {model!r}")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"owner/name@revision: got {model!r}")):
         find_checkpoint(model)
 
 
-def test_a_hub_id_fetches_only_the_files_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, list[str]]] = []
-
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(llama.checkpoint, "snapshot_download", download)
-    assert find_checkpoint("owner/name") == tmp_path
-    [(repository, patterns)] = asked
-    assert repository == "owner/name"
-    assert {"config.json", "tokenizer.json", INDEX_NAME, "model*.safetensors"} <= set(patterns)
-    assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
-
-
-def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise llama.checkpoint.LocalEntryNotFoundError("no network\nand a long story")
-
-    monkeypatch.setattr(llama.checkpoint, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"'owner/name' is no folder here, .*: no network$"):
-        find_checkpoint("owner/name")
+def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
+    code = "import sys; from llama.checkpoint import find_checkpoint as f; print(f(sys.argv[1]))"
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    small = ("config.json", "tokenizer.json", "additional_chat_templates/tools.jinja")
+    needed = {
+        name: name.encode() for name in (*small, "model-1.safetensors", "model-2.safetensors")
+    }
+    needed[INDEX_NAME] = index.encode()
+    others = {"model-old.safetensors", "pytorch_model.bin", "original/params.json", SINGLE_NAME}
+    with serving(
+        models__owner__name=Repository(needed | dict.fromkeys(others, b"")),
+        models__owner__pickled=Repository({"config.json": b"", "pytorch_model.bin": b""}),
+        models__owner__outside=Repository(
+            {INDEX_NAME: b'{"weight_map": {"a": "../../x.safetensors"}}'}
+        ),
+    ) as hub:
+        done = hub.run(["-c", code, "owner/name"], tmp_path)
+        assert files_of(Path(done.stdout.strip())).keys() == needed.keys(), done.stderr
+        assert sorted(hub.downloads()) == sorted(needed)
+        done = hub.run(["-c", code, "owner/pickled"], tmp_path)
+        assert "owner/pickled has config.json, pytorch_model.bin; pytorch_model.bin is pickled" in (
+            done.stderr
+        )
+        done = hub.run(["-c", code, "owner/outside"], tmp_path)
+        assert "must name files of its own folder only: got '../../x.safetensors'" in done.stderr
 
 
 class LateStream:

@@ -1,0 +1,166 @@
+"""From a path or a hub id to a folder on this machine that has the files asked for.
+
+    meta-llama/Llama-3.2-1B              the newest commit of the default branch
+    meta-llama/Llama-3.2-1B@v1.0         a branch, a tag or a commit
+
+The listing of one commit decides which files are needed, and only these are fetched, into the hub's
+cache. A download whose connection breaks goes on where it stopped; of one that was killed, the
+files that were whole stay. Without a connection, or with HF_HUB_OFFLINE=1, the cache must have them
+all. The token is the one that `hf auth login` or HF_TOKEN left, and no message holds it.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+Kind = Literal["model", "dataset"]
+# from the names in a repository, and a function that fetches one of them, to those that are needed
+Choose = Callable[[Collection[str], Callable[[str], Path]], Iterable[str]]
+
+_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+
+
+class HubId(NamedTuple):
+    """A repository and the branch, tag or commit of it; None is the default branch."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """Read `owner/name` or `owner/name@revision`; None if it is neither."""
+    found = _ID.fullmatch(text)
+    return None if found is None or ".." in text else HubId(*found.groups())
+
+
+def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
+    """Find a local folder, or fetch the needed files of a repository.
+
+    Args:
+        place: a path or a hub id.
+        what: such as "--model", for messages.
+        choose: raises a ValueError if a repository cannot do.
+
+    Raises:
+        FileNotFoundError: there is no such folder and no such repository or revision.
+        PermissionError: the repository's terms are not accepted.
+        ConnectionError: the hub cannot be reached, and the cache lacks something.
+        ValueError: what `choose` says.
+    """
+    folder = Path(os.path.expanduser(place))
+    if place and folder.is_dir():
+        return folder
+    hub_id = None if folder.exists() or place.startswith((".", "/", "~")) else parse_hub_id(place)
+    if hub_id is None:
+        raise FileNotFoundError(
+            f"{what} must be a folder or a hub id like owner/name or owner/name@revision: "
+            f"got {place!r}"
+        )
+    try:
+        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        info = ask(hub_id.repository, revision=hub_id.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        _refuse(what, kind, hub_id, error)
+    # what a connection that fails raises depends on the client's HTTP library
+    except Exception as error:
+        return _from_cache(what, kind, hub_id, choose, error)
+
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(hub_id.repository, name, repo_type=kind, revision=info.sha))
+
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    try:
+        needed = sorted(choose(names, get))
+        return Path(
+            snapshot_download(
+                hub_id.repository,
+                repo_type=kind,
+                # by its name, under which the cache finds it again without a connection
+                revision=hub_id.revision,
+                allow_patterns=[glob.escape(name) for name in needed],
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(what, hub_id, error) from None
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        _refuse(what, kind, hub_id, error)
+
+
+def _from_cache(what: str, kind: Kind, hub_id: HubId, choose: Choose, reason: Exception) -> Path:
+    """Find an earlier download, which must be whole."""
+    try:
+        folder = Path(
+            snapshot_download(
+                hub_id.repository,
+                repo_type=kind,
+                revision=hub_id.revision,
+                allow_patterns=[],
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        raise _unreachable(what, hub_id, reason) from None
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    missing = sorted(set(choose(names, folder.joinpath)) - names)
+    if missing:
+        raise _unreachable(what, hub_id, reason, f"{', '.join(missing[:3])} of it")
+    return folder
+
+
+def _unreachable(
+    what: str, hub_id: HubId, reason: Exception, missing: str = "it"
+) -> ConnectionError:
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if isinstance(reason, OfflineModeIsEnabled)
+        else f"{constants.ENDPOINT} cannot be reached ({first_line(reason)})"
+    )
+    return ConnectionError(
+        f"{what} must be fetched or in the hub's cache: {why}, and the cache has not {missing}: "
+        f"{hub_id}; run again with a connection, what was whole is kept"
+    )
+
+
+def _refuse(what: str, kind: Kind, hub_id: HubId, error: Exception) -> NoReturn:
+    """Say what the hub's answer means."""
+    page = "/".join(
+        [constants.ENDPOINT, *(["datasets"] if kind == "dataset" else []), hub_id.repository]
+    )
+    if isinstance(error, GatedRepoError):
+        raise PermissionError(
+            f"{what}: {hub_id} is gated: accept its terms at {page}, and log in with "
+            "`hf auth login`"
+        ) from None
+    if isinstance(error, RevisionNotFoundError):
+        raise FileNotFoundError(
+            f"{what}: {hub_id.repository} must have the revision {hub_id.revision!r}: the hub has "
+            f"none of that name; see {page}/commits/main"
+        ) from None
+    if isinstance(error, RepositoryNotFoundError):
+        raise FileNotFoundError(
+            f"{what} must be a folder or a hub id: {hub_id} is no folder here, and the hub has no "
+            f"{kind} of that name that you may see; if it is private, log in with `hf auth login`"
+        ) from None
+    raise ConnectionError(f"{what}: {hub_id} could not be fetched: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the request and its headers that may follow."""
+    return next(iter(str(error).strip().splitlines()), repr(error))
