@@ -26,7 +26,7 @@ from data.dataset import Dataset, load_dataset
 from data.sources import find_data
 from data.tokenizer import Tokenizer
 from hub.push import check_push, push_folder
-from llama.checkpoint import find_checkpoint, frozen_bytes, load_model
+from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
 from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
 from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
     lora = lora_config(config, projections(llama_config))
-    config = resolve(config, llama_config)
+    config = resolve(follow_checkpoint(config, checkpoint_folder), llama_config)
     check_output(config)
     if config.push_to_hub and not config.plan:
         check_push(config.push_to_hub)
@@ -189,6 +189,20 @@ def main(arguments: Sequence[str]) -> None:
     after = answer(run, tokenizer, prompt)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
+
+
+def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Take the quantization of a checkpoint that is in NF4 already.
+
+    Raises:
+        ValueError: the flags ask for another one.
+    """
+    default = (TrainConfig.block_size, TrainConfig.double_quant)
+    settled = settle_quantization(folder, quantization_of(config), default)
+    if settled is None:
+        return config
+    block_size, double_quant = settled
+    return replace(config, block_size=block_size, double_quant=double_quant)
 
 
 def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
@@ -301,7 +315,7 @@ def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
 
 
 def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
-    """Load the checkpoint onto the device, quantizing each tensor as it arrives."""
+    """Load the checkpoint onto the device, quantizing each tensor as it arrives, if it is not."""
     quantization = quantization_of(config)
     with tqdm(desc="loading", unit="tensor", disable=None, leave=False) as bar:
 

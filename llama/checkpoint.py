@@ -7,8 +7,10 @@
 
     on the CPU: shard's memory map -> quantized or copied -> its group's buffer
 
+    what is NF4 in the file already is kept as it is: its codes and scales go home
+
 So the peak is the packed model plus one tensor on the CPU and two on a GPU, where a tensor is the
-largest that is quantized, in the checkpoint's dtype; and the quantizer's bounded temporaries.
+largest that is quantized here, in the checkpoint's dtype; and the quantizer's bounded temporaries.
 Embeddings, norms and what else is kept as it is go to their home directly. A GPU's load also holds
 128 MiB of pinned host memory.
 
@@ -20,7 +22,7 @@ at the end. Pickled weights are never read.
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,15 +35,22 @@ from torch import Tensor, nn
 from hub.fetch import find_folder
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
-from llama.shard_reader import StoredTensor, make_ring, read_header, stream
+from llama.shard_reader import FLOATS, StoredTensor, make_ring, read_header, stream
+from llama.stored_nf4 import (
+    StoredNF4,
+    as_bytes,
+    check_stored_nf4,
+    describe_quantization,
+    read_stored_nf4,
+)
 from lora.linear_group import LinearGroup
-from nf4.weight import non_finite_weights, weight_bytes
+from nf4.serialized import WeightState, restore_state, stored_buffers
+from nf4.weight import empty_weight, non_finite_weights, weight_bytes
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# beside the weights, as patterns
-_COMPANIONS = (
-    CONFIG_NAME,
+# beside config.json and the weights, as patterns
+COMPANIONS = (
     GENERATION_CONFIG_NAME,
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,7 +59,8 @@ _COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+META = torch.device("meta")
+EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 Report = Callable[[int, int], None]
@@ -61,12 +71,14 @@ class _Slot:
     """Where a checkpoint tensor goes, and the shape it must have.
 
     Attributes:
+        dtypes: it may be stored as.
         load: takes the tensor, once it is known to be finite.
         home: finds, or makes, what holds the tensor's own bytes; None where it is quantized.
         quantize: takes a tensor without home, and returns scales that tell whether it is finite.
     """
 
     shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     load: Callable[[Tensor], None]
     home: Callable[[torch.dtype, torch.device], Tensor | None]
     quantize: Callable[[Tensor], Tensor]
@@ -85,7 +97,8 @@ def find_checkpoint(model: str) -> Path:
 
 def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]) -> set[str]:
     """Choose from a repository's files those that a checkpoint is read from."""
-    needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)}
+    patterns = (CONFIG_NAME, *COMPANIONS)
+    needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if INDEX_NAME in names:
         return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     if SINGLE_NAME in names:
@@ -176,13 +189,29 @@ def _non_finite_values(name: str) -> ValueError:
     return ValueError(f"{name} must hold finite values only: got NaN or infinity")
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that is kept as it is and holds a NaN or an infinity.
+
+    Raises:
+        ValueError: it does.
+    """
+    # two numbers, where isfinite() would make a temporary as large as the embeddings
+    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise _non_finite_values(name)
+
+
 def _never(tensor: Tensor) -> Tensor:
-    raise AssertionError("embeddings and norms are not quantized")
+    raise AssertionError("embeddings, norms and what is quantized already are not quantized")
 
 
-def _slots(model: Llama) -> dict[str, _Slot]:
-    """Every tensor the model needs, by the checkpoint's name for it."""
+def _slots(model: Llama, states: Mapping[str, WeightState]) -> dict[str, _Slot]:
+    """Every tensor the model needs, by the checkpoint's name for it.
+
+    Args:
+        states: of the weights that are in NF4 already.
+    """
     slots: dict[str, _Slot] = {}
+    floats = tuple(FLOATS.values())
 
     def add_parameter(name: str, shape: tuple[int, ...]) -> None:
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -193,27 +222,43 @@ def _slots(model: Llama) -> dict[str, _Slot]:
             return weight
 
         def load(tensor: Tensor) -> None:
-            if not bool(tensor.isfinite().all()):
-                raise _non_finite_values(name)
+            check_finite(name, tensor)
             # the tensor is a view of the whole file, which may change on the disk
             home(tensor.dtype, tensor.device).copy_(tensor)
 
-        slots[name] = _Slot(shape, load, home, _never)
+        slots[name] = _Slot(shape, floats, load, home, _never)
 
     def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
         slots[name] = _Slot(
             shape,
+            floats,
             lambda tensor: group.load(member, tensor, name),
             lambda dtype, device: group.home(member),
             lambda tensor: group.quantize(member, tensor, name),
         )
 
+    def add_stored(name: str, suffix: str, like: Tensor, group: LinearGroup, member: str) -> None:
+        def home(dtype: torch.dtype, device: torch.device) -> Tensor:
+            return stored_buffers(group.member(member))[suffix]
+
+        def load(tensor: Tensor) -> None:
+            check_finite(name + suffix, tensor)
+            home(tensor.dtype, tensor.device).copy_(tensor)
+
+        slots[name + suffix] = _Slot(tuple(like.shape), (like.dtype,), load, home, _never)
+
     for name, parameter in model.named_parameters():
         add_parameter(name, tuple(parameter.shape))
     for prefix, group in model.groups():
         for name, rows in zip(group.names, group.rows, strict=True):
-            add_member(prefix, group, f"{name}.weight", (rows, group.in_features))
+            shape = (rows, group.in_features)
+            if (state := states.get(f"{prefix}{name}.weight")) is None:
+                add_member(prefix, group, f"{name}.weight", shape)
+            else:
+                alone = empty_weight((rows,), group.in_features, *state.quantization, META)
+                for suffix, like in stored_buffers(alone).items():
+                    add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
             if group.has_bias:
                 add_member(prefix, group, f"{name}.bias", (rows,))
     return slots
@@ -226,14 +271,22 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _check(
-    folder: Path, stored: dict[str, StoredTensor], slots: dict[str, _Slot], is_tied: bool
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    slots: Mapping[str, _Slot],
+    read: frozenset[str],
+    is_tied: bool,
 ) -> None:
-    """Hold what the files contain against what config.json implies."""
+    """Hold what the files contain against what config.json implies.
+
+    Args:
+        read: tensors that have been.
+    """
     # old exports hold the rotary frequencies, which follow from the config; tied ones may repeat
     # the embeddings as head
     extra = {
         name
-        for name in stored.keys() - slots.keys()
+        for name in stored.keys() - slots.keys() - read
         if not name.endswith(".rotary_emb.inv_freq") and not (is_tied and name == _HEAD)
     }
     missing = slots.keys() - stored.keys()
@@ -244,12 +297,18 @@ def _check(
         )
     shapes = {name: slot.shape for name, slot in slots.items()}
     if is_tied and _HEAD in stored:
-        shapes[_HEAD] = shapes[_EMBEDDINGS]
+        shapes[_HEAD] = shapes[EMBEDDINGS]
     for name, shape in shapes.items():
         if stored[name].shape != shape:
             raise ValueError(
                 f"{stored[name].file}: {name} must have shape {shape} by config.json: "
                 f"got {stored[name].shape}"
+            )
+    for name, slot in slots.items():
+        if stored[name].dtype not in slot.dtypes:
+            raise ValueError(
+                f"{stored[name].file}: {name} must be stored as "
+                f"{' or '.join(map(str, slot.dtypes))}: got {stored[name].dtype}"
             )
 
 
@@ -267,16 +326,6 @@ def _shared_dtype(
     return dtypes.pop()
 
 
-def _check_tied_head(folder: Path, head: StoredTensor, embeddings: Tensor) -> None:
-    with safe_open(head.file, framework="pt") as file:
-        is_equal = torch.equal(file.get_tensor(_HEAD).to(embeddings), embeddings)
-    if not is_equal:
-        raise ValueError(
-            f"{folder}: config.json ties the head to the embeddings, so {_HEAD} must equal "
-            f"{_EMBEDDINGS}: they differ; set tie_word_embeddings to false"
-        )
-
-
 def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, _Slot], report: Report) -> None:
     """Load tensors from the shards' memory maps."""
     done = 0
@@ -284,7 +333,11 @@ def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, _Slot], report: Re
         with safe_open(path, framework="pt") as file:
             for tensor in wanted:
                 if tensor.file == path:
-                    slots[tensor.name].load(file.get_tensor(tensor.name))
+                    values = file.get_tensor(tensor.name)
+                    if values.dtype != tensor.dtype:
+                        # packed codes, stored as floats
+                        values = values.view(-1).view(tensor.dtype).view(tensor.shape)
+                    slots[tensor.name].load(values)
                     done += 1
                     report(done, len(wanted))
 
@@ -385,17 +438,112 @@ def _load_on_gpu(
             raise non_finite_weights(file.get_tensor(tensor.name), tensor.name)
 
 
-def _described(
-    folder: Path, compute_dtype: torch.dtype
-) -> tuple[Llama, dict[str, _Slot], dict[str, StoredTensor]]:
-    """A model without tensors, where its tensors go, and what the files hold, checked."""
+@dataclass(frozen=True)
+class Description:
+    """What is known of a checkpoint from its headers, checked.
+
+    Attributes:
+        model: without tensors.
+        slots: where its tensors go.
+        stored: what the files hold.
+        nf4: what of it is in NF4.
+    """
+
+    folder: Path
+    model: Llama
+    slots: dict[str, _Slot]
+    stored: dict[str, StoredTensor]
+    nf4: StoredNF4
+
+    def quantization(
+        self, prefix: str, group: LinearGroup, wanted: tuple[int, bool] | None
+    ) -> tuple[int, bool] | None:
+        """Of a group's weight once it is loaded: as stored where anything is in NF4 already."""
+        if not self.nf4.states:
+            return wanted
+        state = self.nf4.states.get(f"{prefix}{group.names[0]}.weight")
+        return state.quantization if state else None
+
+    def needed(self) -> list[StoredTensor]:
+        """List the tensors that a model is loaded from, in the files' order: each is read front to
+        back."""
+        return [tensor for name, tensor in self.stored.items() if name in self.slots]
+
+    def check_tied_head(self, embeddings: Tensor) -> None:
+        """Refuse a head that config.json ties to these embeddings, and that differs.
+
+        Raises:
+            ValueError: it does.
+        """
+        head = self.stored.get(_HEAD)
+        if head is None or not self.model.config.tie_word_embeddings:
+            return
+        with safe_open(head.file, framework="pt") as file:
+            is_equal = torch.equal(file.get_tensor(_HEAD).to(embeddings), embeddings)
+        if not is_equal:
+            raise ValueError(
+                f"{self.folder}: config.json ties the head to the embeddings, so {_HEAD} must "
+                f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"
+            )
+
+
+def describe(folder: Path, compute_dtype: torch.dtype) -> Description:
+    """Find out what a checkpoint is, without reading a weight.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json, or are in another format.
+    """
     config = read_config(folder)
-    with torch.device("meta"):
+    with META:
         model = Llama(config, compute_dtype)
-    slots = _slots(model)
     stored = _stored_tensors(folder)
-    _check(folder, stored, slots, config.tie_word_embeddings)
-    return model, slots, stored
+    nf4 = read_stored_nf4(folder, stored)
+    check_stored_nf4(folder, model, nf4)
+    stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
+    slots = _slots(model, nf4.states)
+    _check(folder, stored, slots, nf4.read, config.tie_word_embeddings)
+    return Description(folder, model, slots, stored, nf4)
+
+
+def stored_quantization(folder: Path) -> tuple[int, bool] | None:
+    """Find (block_size, double_quant) of a checkpoint whose weights are in NF4 already; None of
+    another.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json, or are in another format.
+    """
+    return describe(folder, torch.float32).nf4.quantization
+
+
+def settle_quantization(
+    folder: Path, asked: tuple[int, bool] | None, default: tuple[int, bool]
+) -> tuple[int, bool] | None:
+    """Settle (block_size, double_quant) to load a checkpoint with: as stored where it is in NF4
+    already, and what is asked for elsewhere.
+
+    Args:
+        default: what counts as not asked for.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: something else is asked for than what is stored, or the files contradict each
+            other or config.json, or are in another format.
+    """
+    stored = stored_quantization(folder)
+    if stored is None:
+        return asked
+    if asked is None or any(
+        value not in choices for value, *choices in zip(asked, stored, default, strict=True)
+    ):
+        raise ValueError(
+            "--quant, --block-size and --double-quant must be those of a checkpoint that is in NF4 "
+            f"already: {folder} has {describe_quantization(stored)}, the flags say "
+            f"{describe_quantization(asked)}; leave them out, or give the checkpoint that it was "
+            "made from"
+        )
+    return stored
 
 
 def frozen_bytes(folder: Path, quantization: tuple[int, bool] | None) -> int:
@@ -403,14 +551,19 @@ def frozen_bytes(folder: Path, quantization: tuple[int, bool] | None) -> int:
 
     Raises:
         FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json.
+        ValueError: the files contradict each other or config.json, or are in another format.
     """
-    model, slots, stored = _described(folder, torch.float32)
-    total = sum(stored[name].num_bytes for name in slots)
-    if quantization is not None:
-        for prefix, group in model.groups():
-            total -= sum(stored[f"{prefix}{name}.weight"].num_bytes for name in group.names)
-            total += weight_bytes(group.rows, group.in_features, *quantization)
+    found = describe(folder, torch.float32)
+    total = sum(found.stored[name].num_bytes for name in found.slots)
+    for prefix, group in found.model.groups():
+        form = found.quantization(prefix, group, quantization)
+        if form is None:
+            continue
+        weights = [f"{prefix}{name}.weight" for name in group.names]
+        total -= sum(
+            found.stored[name].num_bytes for name in found.slots if name.startswith(tuple(weights))
+        )
+        total += weight_bytes(group.rows, group.in_features, *form)
     return total
 
 
@@ -424,29 +577,41 @@ def load_model(
     """Load a checkpoint: frozen, its linear groups in NF4 (block_size, double_quant) or, with None,
     as stored.
 
+    One that is in NF4 already is loaded as it is, with its groups that are not; it must be asked
+    for what `settle_quantization` says.
+
     Args:
         report: called as `report(done, total)` after each tensor.
 
     Raises:
         FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json, or a tensor holds a NaN or an
-            infinity.
+        ValueError: the files contradict each other or config.json, are in another format or another
+            quantization than asked for, or a tensor holds a NaN or an infinity.
     """
-    model, slots, stored = _described(folder, compute_dtype)
+    found = describe(folder, compute_dtype)
+    model, slots, stored = found.model, found.slots, found.stored
+    if found.nf4.quantization not in (None, quantization):
+        raise ValueError(
+            f"{folder} must be loaded as it is stored: it is in NF4 with "
+            f"{describe_quantization(found.nf4.quantization)}, asked for is "
+            f"{describe_quantization(quantization)}"
+        )
     for prefix, group in model.groups():
+        form = found.quantization(prefix, group, quantization)
         weights = [f"{prefix}{name}.weight" for name in group.names]
         biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
         # quantized members keep no dtype, so theirs may differ
-        weight_dtype = None if quantization else _shared_dtype(folder, stored, weights)
+        weight_dtype = None if form else _shared_dtype(folder, stored, weights)
         bias_dtype = _shared_dtype(folder, stored, biases) if biases else None
-        group.allocate(device, weight_dtype, bias_dtype, quantization)
+        group.allocate(device, weight_dtype, bias_dtype, form)
+        for name, weight in zip(group.names, weights, strict=True):
+            if weight in found.nf4.states:
+                restore_state(group.member(name), found.nf4.states[weight])
     model.frequencies = model.frequencies.to(device)
-    # in the files' order: each is read front to back
-    wanted = [tensor for name, tensor in stored.items() if name in slots]
+    wanted = found.needed()
     if device.type == "cpu":
         _load_on_cpu(wanted, slots, report)
     else:
         _load_on_gpu(wanted, slots, device, report)
-    if model.config.tie_word_embeddings and _HEAD in stored:
-        _check_tied_head(folder, stored[_HEAD], model.head)
+    found.check_tied_head(model.model.embed_tokens.weight)
     return model.eval()

@@ -19,6 +19,8 @@ from llama.families import COMPUTED, FAMILIES, WITHOUT_EFFECT, Family
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_ROPE_THETA = 10000.0
+# what packed codes are stored as; the bytes are the same
+NF4_STORAGES = ("uint8", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -270,16 +272,46 @@ def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | No
     return tuple(size if sees else None for sees in sees_window)
 
 
+def _number_format(described: Any) -> Any:
+    """Name what a quantization_config asks for; "nf4" is bitsandbytes'."""
+    if not isinstance(described, dict):
+        return described
+    method = described.get("quant_method")
+    # early configs have no method
+    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method != "bitsandbytes":
+        return method
+    if not described.get("load_in_4bit"):
+        return "bitsandbytes int8"
+    # where none is given, transformers takes this one
+    kind = described.get("bnb_4bit_quant_type") or "fp4"
+    return kind if kind == "nf4" else f"bitsandbytes {kind}"
+
+
+def _is_nf4(fields: _Fields) -> bool:
+    """Read whether weights are quantized, and refuse what is not NF4 as bitsandbytes stores it."""
+    path, described = fields.path, fields.values.get("quantization_config")
+    if described is None:
+        return False
+    if (found := _number_format(described)) != "nf4":
+        raise ValueError(
+            f"{path} must describe 16- or 32-bit weights, or bitsandbytes' nf4: got a checkpoint "
+            f"quantized with {found!r}; use the original one, it is quantized to NF4 while it loads"
+        )
+    storage = described.get("bnb_4bit_quant_storage") or "uint8"
+    if storage not in NF4_STORAGES:
+        raise ValueError(
+            f"{path}: bnb_4bit_quant_storage must be one of {', '.join(NF4_STORAGES)}: "
+            f"got {storage!r}; use the original checkpoint"
+        )
+    return True
+
+
 def _check_function(fields: _Fields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
-    quantized = values.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"{path} must describe 16- or 32-bit weights: got a checkpoint quantized with "
-            f"{method!r}; use the original one, it is quantized to NF4 while it loads"
-        )
+    _is_nf4(fields)
     if (activation := values.get("hidden_act") or "silu") != "silu":
         raise ValueError(f"{path}: hidden_act must be 'silu': got {activation!r}")
     if (dropout := values.get("attention_dropout")) not in (None, 0):
@@ -287,6 +319,14 @@ def _check_function(fields: _Fields) -> None:
             f"{path}: attention_dropout must be 0: got {dropout!r}; "
             "set it to 0 to fine-tune without, the weights do not depend on it"
         )
+
+
+def stores_nf4(folder: Path) -> bool:
+    """Whether config.json, which `read_config` accepts, says that weights are stored in NF4.
+
+    Which ones the files say.
+    """
+    return _is_nf4(_read_fields(folder / CONFIG_NAME))
 
 
 def read_config(folder: Path) -> LlamaConfig:

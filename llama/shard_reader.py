@@ -43,7 +43,9 @@ NUM_BUFFERS = 16
 # a thread reads 5 to 10 GB/s from the page cache; more threads than cores slow each other down
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# and of what is quantized
+DTYPES = FLOATS | {"U8": torch.uint8}
 # safetensors' own bound
 _MOST_HEADER_BYTES = 100_000_000
 # what a header raises that is no JSON, or has other JSON in it than it should

@@ -32,7 +32,7 @@ from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
 from lora.config import LoRAConfig
-from nf4.weight import NF4Weight, empty_weight
+from nf4.weight import NF4Weight, empty_weight, member
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
@@ -118,6 +118,11 @@ class LinearGroup(nn.Module):
         assert isinstance(buffer, Tensor)
         return buffer[self._row_slices()[self.names.index(member_name)]]
 
+    def member(self, name: str) -> NF4Weight:
+        """View a quantized member ("q_proj") as a weight of its own."""
+        assert isinstance(self.weight, NF4Weight)
+        return member(self.weight, self.names.index(name))
+
     def quantize(self, name: str, tensor: Tensor, checkpoint_name: str) -> Tensor:
         """Quantize a member's weight into the buffers, without waiting for the device.
 
@@ -140,7 +145,8 @@ class LinearGroup(nn.Module):
             assert isinstance(self.weight, NF4Weight)
             nf4_quantize_member(self.weight, index, tensor, checkpoint_name)
             return
-        if not bool(tensor.isfinite().all()):
+        # two numbers, where isfinite() would make a temporary
+        if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
             raise ValueError(f"{checkpoint_name} must hold finite values only: got NaN or infinity")
         # copy_ would broadcast and round
         assert (home.shape, home.dtype) == (tensor.shape, tensor.dtype)

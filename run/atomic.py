@@ -34,8 +34,8 @@ def _partial_folder(path: Path) -> Iterator[Path]:
 
 
 def _flush_files(folder: Path) -> None:
-    for file in folder.iterdir():
-        _flush(file)
+    for path in folder.rglob("*"):
+        _flush(path)
     _flush(folder)
 
 

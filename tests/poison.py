@@ -11,6 +11,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
+
+# `with torch.device("meta")` remembers at its first use which functions allocate: asked now, it
+# knows them as they are, and those that are poisoned call them
+_device_constructors()
 
 ROOMS = {"nf4", "kernels", "lora", "optim", "llama", "data", "run"}
 DOORS = {"train", "generate", "merge", "quantize"}

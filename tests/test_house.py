@@ -19,6 +19,7 @@ FLOORS = {
     "llama": {"lora", "hub", "kernels", "nf4"},
     "bundled": {"llama", "lora", "data"},
     "train": {"llama", "lora", "optim", "run", "data", "hub"},
+    "quantize": {"llama", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -29,7 +30,7 @@ THEIRS = {
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "train", "bundled"},
+    "tqdm": {"run", "train", "quantize", "bundled"},
     "cuda": {"optim/unified_memory.py"},
 }
 

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,15 @@ import pytest
 import torch
 from equality import assert_equal
 from hub_server import Repository, files_of, serving
+from live_bytes import LiveBytes
 from llama_peers import CPU, Peer, tiny_peer
 from safetensors.torch import load_file, save_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama.checkpoint
 import llama.shard_reader
+from kernels.nf4_dequantize import nf4_dequantize
 from llama.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -37,9 +37,15 @@ from llama.model import Llama
 from llama.shard_reader import make_ring, stream
 from lora.linear_group import LinearGroup
 from nf4.double_quant import QuantizedAbsmax
-from nf4.weight import NF4Weight, member, quantize
+from nf4.serialized import serialize
+from nf4.weight import NF4Weight, dequantize, member, quantize
 
 NF4 = (64, True)
+QUANTIZATION_CONFIG = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+}
 
 
 def load(folder: Path, quantization: tuple[int, bool] | None = None, **options: Any) -> Llama:
@@ -123,30 +129,6 @@ def test_what_transformers_saves_in_shards_is_loaded(
     model, original = load(resaved), load(peer.checkpoint)
     assert model.config == original.config
     assert_holds(model, loaded_tensors(original))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive after each operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, weakref.ref[Tensor]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self.alive[id(tensor)] = weakref.ref(tensor)
-        sizes = {}
-        for key, reference in list(self.alive.items()):
-            if (tensor := reference()) is None:
-                del self.alive[key]
-            else:
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
-        self.peak = max(self.peak, sum(sizes.values()))
-        return result
 
 
 def test_loading_peaks_at_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
@@ -403,7 +385,7 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
     "integers": (
         change_tensors(lambda t: t.update({k: v.int() for k, v in t.items()})),
         ValueError,
-        "must be stored as F32, F16, BF16: got I32",
+        "must be stored as F32, F16, BF16, U8: got I32",
     ),
     "pickled": (
         pickle_only,
@@ -626,6 +608,61 @@ def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
         assert_equal(ours.detach(), theirs.detach(), name)
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", [(32, False), NF4], ids=["nf4", "nf4-dq"])
+def test_a_stand_in_gpu_keeps_stored_nf4_byte_for_byte(
+    tmp_path: Path,
+    quantization: tuple[int, bool],
+    storage: torch.dtype,
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = write_nf4(tmp_path, quantization, storage)
+    expected = load(folder, quantization)
+    request.getfixturevalue("_stand_in_gpu")
+    actual = load(folder, quantization)
+    num_kept = 0
+    for (_, ours), (prefix, theirs) in zip(actual.groups(), expected.groups(), strict=True):
+        if isinstance(ours.weight, Tensor):
+            assert isinstance(theirs.weight, Tensor)
+            assert_equal(ours.weight, theirs.weight, prefix)
+            num_kept += 1
+            continue
+        assert isinstance(theirs.weight, NF4Weight)
+        for name, tensor in buffers(theirs.weight).items():
+            assert_equal(buffers(ours.weight)[name], tensor, f"{prefix}{name}")
+    assert num_kept == 1
+
+
+def write_nf4(folder: Path, quantization: tuple[int, bool], storage: torch.dtype) -> Path:
+    """Write a checkpoint in NF4, one group of it in 16 bits, as another library might."""
+    fields = FIELDS | {"hidden_size": 128, "quantization_config": QUANTIZATION_CONFIG}
+    stored = {}
+    for name, tensor in random_tensors(fields, torch.bfloat16).items():
+        if "_proj.weight" in name and name != "model.layers.1.self_attn.o_proj.weight":
+            for suffix, part in serialize(quantize(tensor, *quantization), tensor.dtype).items():
+                stored[name + suffix] = part if suffix else part.view(-1).view(storage).view(-1, 1)
+        else:
+            stored[name] = tensor
+    # tensors of one file may not share memory
+    stored = {name: tensor.clone() for name, tensor in stored.items()}
+    return write_checkpoint(folder, fields, stored, num_shards=3)
+
+
+@pytest.mark.usefixtures("_stand_in_gpu")
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax"])
+def test_a_stand_in_gpu_names_stored_scales_that_are_not_finite(tmp_path: Path, part: str) -> None:
+    quantization = (64, part == "nested_absmax")
+    write_nf4(tmp_path, quantization, torch.uint8)
+    name = f"model.layers.0.mlp.up_proj.weight.{part}"
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][0] = torch.nan
+            save_file(tensors, path)
+    with pytest.raises(ValueError, match=re.escape(name) + " must hold finite values only"):
+        load(tmp_path, quantization)
+
+
 def write_non_finite(folder: Path, endings: tuple[str, ...], bad: float) -> list[str]:
     """Write a checkpoint in which a value of some tensors is not finite, and name those."""
     fields = FIELDS | VARIANTS["biases"]
@@ -704,6 +741,46 @@ def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dty
         shift = 2 * difference.max() / expected["group_absmax"].min()
         num_differing = int((actual["codes"] != expected["codes"]).sum())
         assert num_differing <= math.ceil(4 * 255 * float(shift) * num_blocks), prefix
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", [(32, False), NF4], ids=["nf4", "nf4-dq"])
+def test_cuda_keeps_stored_nf4_byte_for_byte(
+    tmp_path: Path, quantization: tuple[int, bool], storage: torch.dtype
+) -> None:
+    folder = write_nf4(tmp_path, quantization, storage)
+    expected = load(folder, quantization)
+    actual = load_model(folder, torch.device("cuda"), torch.float32, quantization)
+    for (_, ours), (prefix, theirs) in zip(actual.groups(), expected.groups(), strict=True):
+        if isinstance(ours.weight, Tensor):
+            assert isinstance(theirs.weight, Tensor)
+            assert_equal(ours.weight.cpu(), theirs.weight, prefix)
+            continue
+        assert isinstance(theirs.weight, NF4Weight)
+        for name, tensor in buffers(theirs.weight).items():
+            assert_equal(buffers(ours.weight)[name].cpu(), tensor, f"{prefix}{name}")
+        for dtype in (torch.float32, torch.bfloat16):
+            expanded = nf4_dequantize(ours.weight, dtype).cpu()
+            assert_equal(expanded, dequantize(theirs.weight, dtype), prefix)
+
+
+@pytest.mark.gpu
+def test_cuda_peaks_at_the_model_where_it_is_stored_in_nf4(tmp_path: Path) -> None:
+    folder = write_nf4(tmp_path, NF4, torch.uint8)
+    # makes what later loads share
+    load_model(folder, torch.device("cuda"), torch.bfloat16, NF4)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load_model(folder, torch.device("cuda"), torch.bfloat16, NF4)
+    held = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    # of each tensor its least and its largest value, and both in float32; each takes 512 bytes
+    num_tensors = len(list(model.parameters())) + 3 * 13 + 1
+    # what a reduction leaves between its parts
+    assert held <= peak <= held + 4 * 512 * num_tensors + (1 << 18)
 
 
 # matrices of several pieces, and of no whole number of them

@@ -15,9 +15,11 @@ from llama.config import (
     LlamaConfig,
     LongRopeScaling,
     read_config,
+    stores_nf4,
 )
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 MISTRAL, QWEN2, PHI3 = VARIANTS["mistral"], VARIANTS["qwen2"], VARIANTS["phi3"]
 
 
@@ -117,6 +119,23 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
         ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "checkpoint quantized with 'fp8'"),
+        ({"quantization_config": {}}, "checkpoint quantized with None"),
+        (
+            {"quantization_config": NF4 | {"load_in_4bit": False, "load_in_8bit": True}},
+            "quantized with 'bitsandbytes int8'; use the original one",
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, "with 'bitsandbytes int8'"),
+        (
+            {"quantization_config": NF4 | {"bnb_4bit_quant_type": "fp4"}},
+            "quantized with 'bitsandbytes fp4'; use the original one",
+        ),
+        # transformers' default
+        ({"quantization_config": {"load_in_4bit": True}}, "with 'bitsandbytes fp4'"),
+        (
+            {"quantization_config": NF4 | {"bnb_4bit_quant_storage": "int8"}},
+            "bnb_4bit_quant_storage must be one of uint8, bfloat16, float16, float32: got 'int8'",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
         (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 4 positive numbers"),
         (
@@ -158,6 +177,16 @@ def test_what_the_model_does_not_compute_is_refused(
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         read(tmp_path, **changes)
     assert str(tmp_path / "config.json") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bnb_4bit_quant_storage": "bfloat16"}, {"quant_method": None}], ids=str
+)
+def test_bitsandbytes_nf4_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain = read(tmp_path)
+    assert not stores_nf4(tmp_path)
+    assert read(tmp_path, quantization_config=NF4 | changes) == plain
+    assert stores_nf4(tmp_path)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

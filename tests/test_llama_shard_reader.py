@@ -219,7 +219,10 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a-list": ([], "must have a header of tensors"),
     "a-number-for-a-tensor": ({"a": 3}, "must have a header of tensors"),
     "no-dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, "KeyError('dtype')"),
-    "an-unknown-dtype": ({"a": entry(dtype="I64")}, "a must be stored as F32, F16, BF16: got I64"),
+    "an-unknown-dtype": (
+        {"a": entry(dtype="I64")},
+        "a must be stored as F32, F16, BF16, U8: got I64",
+    ),
     "a-dtype-of-lists": ({"a": entry(dtype=[])}, "must have a header of tensors"),
     "a-negative-shape": ({"a": entry(shape=[-2, -3])}, "shape (-2, -3)"),
     "a-shape-of-fractions": ({"a": entry(shape=[2.0, 3])}, "shape (2.0, 3)"),

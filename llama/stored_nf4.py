@@ -1,0 +1,151 @@
+"""What a checkpoint holds in NF4 already: found from the headers, the small tables and the JSON.
+
+Tables and JSON are a kilobyte or two a weight and read here; codes and scales are left to
+`llama/checkpoint.py`, which reads them into the buffers that they stay in.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llama.config import CONFIG_NAME, stores_nf4
+from llama.model import Llama
+from llama.shard_reader import StoredTensor
+from nf4.serialized import FP4_STATE, STATE, WeightState, parse_state, stored_tables
+
+_WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it loads"
+
+
+@dataclass(frozen=True)
+class StoredNF4:
+    """The weights of a checkpoint that are in NF4, by their names.
+
+    Attributes:
+        read: the names of the tensors that say so, which nothing else needs.
+    """
+
+    states: dict[str, WeightState]
+    read: frozenset[str]
+
+    @property
+    def quantization(self) -> tuple[int, bool] | None:
+        """(block_size, double_quant) of all of them; None if there are none."""
+        return next((state.quantization for state in self.states.values()), None)
+
+
+def describe_quantization(quantization: tuple[int, bool] | None) -> str:
+    """Say (block_size, double_quant), or None, in flags."""
+    if quantization is None:
+        return "--quant none"
+    block_size, double_quant = quantization
+    return f"--block-size {block_size} --{'' if double_quant else 'no-'}double-quant"
+
+
+def read_stored_nf4(folder: Path, stored: dict[str, StoredTensor]) -> StoredNF4:
+    """Read which of a checkpoint's weights are in NF4, and hold them against the format here.
+
+    Raises:
+        ValueError: a weight is in FP4, has no table or another one, or JSON that describes
+            something else; or two weights differ in block size or double quantization.
+    """
+    if fp4 := [name for name in stored if name.endswith(FP4_STATE)]:
+        raise ValueError(
+            f"{folder}: {fp4[0].removesuffix(FP4_STATE)} must be in NF4 or in 16 or 32 bits: "
+            f"got bitsandbytes fp4; {_WAY_OUT}"
+        )
+    names = [name.removesuffix(STATE) for name in stored if name.endswith(STATE)]
+    if not names:
+        return StoredNF4({}, frozenset())
+    states: dict[str, WeightState] = {}
+    read: set[str] = set()
+    with ExitStack() as stack:
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in dict.fromkeys(tensor.file for tensor in stored.values())
+        }
+
+        def get(name: str) -> Tensor:
+            if name not in stored:
+                raise ValueError(
+                    f"{folder} must hold {name} for a weight in NF4: no file does; "
+                    "download the checkpoint again"
+                )
+            read.add(name)
+            return files[stored[name].file].get_tensor(name)
+
+        for name in names:
+            states[name] = _read_state(folder, name, get)
+    for name, state in states.items():
+        if state.quantization != states[names[0]].quantization:
+            raise ValueError(
+                f"{folder}: all weights in NF4 must have one block size and one kind of scales: "
+                f"{names[0]} has {describe_quantization(states[names[0]].quantization)}, "
+                f"{name} {describe_quantization(state.quantization)}; {_WAY_OUT}"
+            )
+    return StoredNF4(states, frozenset(read))
+
+
+def _read_state(folder: Path, name: str, get: Callable[[str], Tensor]) -> WeightState:
+    text = get(name + STATE).view(-1).view(torch.uint8).numpy().tobytes()
+    state = parse_state(text, f"{folder}: {name}{STATE}")
+    for suffix, expected in stored_tables(state.quantization[1]).items():
+        table = get(name + suffix)
+        if table.dtype != expected.dtype or not torch.equal(table, expected):
+            raise ValueError(
+                f"{folder}: {name}{suffix} must be bitsandbytes' table, value for value: it "
+                f"differs; {_WAY_OUT}"
+            )
+    return state
+
+
+def check_stored_nf4(folder: Path, model: Llama, nf4: StoredNF4) -> None:
+    """Hold what is in NF4 against config.json and what the model can hold.
+
+    Raises:
+        ValueError: quantization_config is there without a weight in NF4 or the reverse; one is no
+            projection's, or has another shape; or projections of one group differ.
+    """
+    path = folder / CONFIG_NAME
+    if bool(nf4.states) != stores_nf4(folder):
+        raise ValueError(
+            f"{path} must have a quantization_config where weights are in NF4, and only there: "
+            + (
+                "there is none, and some are; download it again"
+                if nf4.states
+                else "there is one, and none are; remove it, they are quantized while they load"
+            )
+        )
+    projections = {
+        f"{prefix}{name}.weight": (rows, group.in_features)
+        for prefix, group in model.groups()
+        for name, rows in zip(group.names, group.rows, strict=True)
+    }
+    for name, state in nf4.states.items():
+        if name not in projections:
+            raise ValueError(
+                f"{folder}: of all weights projections alone may be in NF4: {name} is; keep it out "
+                "with llm_int8_skip_modules when the checkpoint is quantized"
+            )
+        if state.shape != projections[name]:
+            raise ValueError(
+                f"{folder}: {name} must have shape {projections[name]} by config.json: "
+                f"its quant_state says {state.shape}"
+            )
+    for prefix, group in model.groups():
+        inside = [name for name in group.names if f"{prefix}{name}.weight" in nf4.states]
+        outside = [name for name in group.names if name not in inside]
+        if inside and outside:
+            raise ValueError(
+                f"{folder}: {', '.join(group.names)} of {prefix[:-1]} share a buffer and must all "
+                f"be in NF4 or none: {', '.join(outside)} is not; {_WAY_OUT}"
+            )
+
+
+def as_bytes(stored: StoredTensor) -> StoredTensor:
+    """Describe packed codes by their bytes; FSDP has them stored as another dtype."""
+    return replace(stored, shape=(stored.num_bytes, 1), dtype=torch.uint8)

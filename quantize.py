@@ -1,0 +1,146 @@
+"""Write a checkpoint in NF4, as transformers and bitsandbytes do: read this file top to bottom.
+
+    python quantize.py --model DIR --output DIR
+
+What it writes is loaded by train.py and by transformers without being quantized again.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llama.checkpoint import find_checkpoint
+from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from run.atomic import new_folder
+
+MB = 10**6
+# config.json, the tokenizer and what else goes along
+COMPANION_BYTES = 64 << 20
+
+
+def main(arguments: Sequence[str]) -> None:
+    flags = build_parser().parse_args(arguments)
+    output = check_output(flags.output)
+    device = choose_device(flags.device)
+    folder = find_checkpoint(flags.model)
+    dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
+    check_space(output, copy)
+    start = time.perf_counter()
+    with (
+        tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
+        new_folder(output) as partial,
+    ):
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        write_quantized_copy(copy, partial, device, report)
+    print(describe(copy, output, time.perf_counter() - start))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantize.py",
+        description="Write a checkpoint in NF4, as transformers and bitsandbytes do.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--output", required=True, help="a new folder for the quantized one")
+    parser.add_argument(
+        "--block-size", type=int, default=64, help="weights that share a scale: 32 to 4096"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="quantize the scales to 8 bits",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of what is not quantized; auto: as it is",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="that quantizes; auto: a GPU if there is one",
+    )
+    return parser
+
+
+def check_output(given: str) -> Path:
+    """Find the folder to write, and refuse one that holds anything.
+
+    Raises:
+        ValueError: it is a file, or is not empty.
+    """
+    output = Path(given).expanduser().absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"--output must be a new or empty folder: {output} is there already; choose another one"
+        )
+    return output
+
+
+def choose_device(given: str) -> torch.device:
+    """Find the device.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    has_gpu = torch.cuda.is_available()
+    if given == "cuda" and not has_gpu:
+        raise ValueError(
+            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
+            "choose --device cpu"
+        )
+    return torch.device("cuda" if has_gpu and given != "cpu" else "cpu")
+
+
+def check_space(output: Path, copy: QuantizedCopy) -> None:
+    """Refuse a disk that has not the room.
+
+    Raises:
+        ValueError: it has not.
+    """
+    there = next(parent for parent in output.parents if parent.exists())
+    free, needed = shutil.disk_usage(there).free, copy.num_bytes + COMPANION_BYTES
+    if free < needed:
+        raise ValueError(
+            f"--output must have room for {needed / MB:,.0f} MB: {there} has {free / MB:,.0f}; "
+            "choose another disk, or make room"
+        )
+
+
+def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
+    """Say what was written."""
+    block_size, double_quant = copy.quantization
+    before = sum(tensor.num_bytes for tensor in copy.source.needed())
+    bits = 8 * copy.num_weight_bytes / copy.num_weights
+    scales = "double-quantized scales" if double_quant else "float32 scales"
+    return (
+        f"quantized {copy.num_weights:,} weights of {len(copy.weights)} matrices to NF4 in blocks "
+        f"of {block_size} with {scales}: {bits:.3f} bits each\n"
+        f"wrote {output}: {copy.num_bytes / MB:,.1f} MB in {len(copy.shards)} "
+        f"{'file' if len(copy.shards) == 1 else 'files'} from {before / MB:,.1f} MB, "
+        f"in {seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        # what the user gave, or what the disk refused: the message is enough
+        sys.exit(f"error: {error}")
