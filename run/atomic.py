@@ -66,15 +66,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder; when the block ends, each file in it moves into `folder`.
+    """Yield an empty folder; when the block ends, each file in it, or in folders of it, moves into
+    `folder`.
 
     A file of the same name is replaced at once. If the block raises, nothing changes.
     """
     with _partial_folder(folder / "files") as partial:
         yield partial
         _flush_files(partial)
-        for file in sorted(partial.iterdir()):
-            file.replace(folder / file.name)
+        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+            _flush(place.parent)
         _flush(folder)
 
 

@@ -62,6 +62,17 @@ def test_new_files_replace_old_ones_only_when_all_are_written(tmp_path: Path) ->
     assert (tmp_path / "old").read_text() == "new"
 
 
+def test_new_files_go_into_folders_that_are_there_already(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with new_files(tmp_path) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / text).write_text(text)
+            (folder / "inner" / "both").write_text(text)
+    assert names(tmp_path) == ["inner"]
+    assert names(tmp_path / "inner") == ["both", "new", "old"]
+    assert (tmp_path / "inner" / "both").read_text() == "new"
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "other.partial").write_text("half")
