@@ -1,9 +1,11 @@
 """Normalize rows by their root mean square, with the residual addition before it, on the GPU.
 
     r    = x + residual                              or x, where there is nothing to add
-    y    = weight * r * rstd                         rstd = 1 / sqrt(mean(r^2) + eps)
+    y    = w * r * rstd                              rstd = 1 / sqrt(mean(r^2) + eps)
 
-    grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r          g = weight * grad_y
+    grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r          g = w * grad_y
+
+    w    = weight + offset                           where weights are stored less 1, offset is 1
 
     row of D | chunk 0   | chunk 1   | ...       16 bytes a thread and chunk: 8 values in 16 bit
                  sum of squares                  over the chunks in registers, then once across
@@ -53,17 +55,18 @@ def rms_norm_reference(
     weight: Tensor,  # (D,)
     eps: float,
     residual: Tensor | None = None,  # (M, D)
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add the residual, if any, and normalize in float32.
 
     r    = x + residual
     rstd = 1 / sqrt(mean(r^2) + eps)
-    y    = weight * r * rstd
+    y    = (weight + offset) * r * rstd
     """
     r = x if residual is None else x + residual
     wide = r.float()
     rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
-    return (wide * rstd[:, None] * weight.float()).to(x.dtype), r, rstd
+    return (wide * rstd[:, None] * (weight.float() + offset)).to(x.dtype), r, rstd
 
 
 def rms_norm_backward_reference(
@@ -72,14 +75,15 @@ def rms_norm_backward_reference(
     r: Tensor,  # (M, D)
     rstd: Tensor,  # (M,) float32
     weight: Tensor,  # (D,)
+    offset: float = 0.0,
 ) -> Tensor:  # (M, D), r's dtype
     """Compute the gradient of r in float32, rounded once.
 
-    g    = weight * grad_y
+    g    = (weight + offset) * grad_y
     grad = rstd * (g - n * mean(g n)) + grad_r          n = r * rstd
     """
     normalized = r.float() * rstd[:, None]
-    g = grad_y.float() * weight.float()
+    g = grad_y.float() * (weight.float() + offset)
     slope = (g * normalized).mean(dim=1, keepdim=True)
     grad = rstd[:, None] * (g - normalized * slope)
     return (grad if grad_r is None else grad + grad_r.float()).to(r.dtype)
@@ -95,6 +99,14 @@ def _load_row(row_ptr, D, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _factor(weight, OFFSET: tl.constexpr):
+    w = weight.to(tl.float32)
+    if OFFSET != 0:
+        w += OFFSET
+    return w
+
+
+@triton.jit
 def _rms_norm_kernel(
     y_ptr,  # (M, D)
     r_ptr,  # (M, D), contiguous, written where there is a residual
@@ -107,6 +119,7 @@ def _rms_norm_kernel(
     stride_ym,
     stride_xm,
     stride_residual_m,
+    OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,  # 0: the row does not fit the registers
@@ -148,7 +161,7 @@ def _rms_norm_kernel(
     if CHUNKS > 0:
         for chunk in tl.static_range(CHUNKS):
             offs = chunk * CHUNK + tl.arange(0, CHUNK)
-            y = rows[chunk].to(tl.float32) * rstd * weights[chunk].to(tl.float32)
+            y = rows[chunk].to(tl.float32) * rstd * _factor(weights[chunk], OFFSET)
             tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
     else:
         if HAS_RESIDUAL:
@@ -160,8 +173,8 @@ def _rms_norm_kernel(
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
             r = tl.load(again_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            y = r * rstd * weight
+            w = _factor(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
+            y = r * rstd * w
             tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
 
 
@@ -180,6 +193,7 @@ def _rms_norm_backward_kernel(
     stride_grad_ym,
     stride_grad_rm,
     stride_rm,
+    OFFSET: tl.constexpr,
     HAS_GRAD_R: tl.constexpr,
     WRITES_Y: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -204,26 +218,26 @@ def _rms_norm_backward_kernel(
             grads_r = _load_row(grad_r_ptr, D, CHUNK, CHUNKS)
         weights = _load_row(weight_ptr, D, CHUNK, CHUNKS)
         for chunk in tl.static_range(CHUNKS):
-            g = grads_y[chunk].to(tl.float32) * weights[chunk].to(tl.float32)
+            g = grads_y[chunk].to(tl.float32) * _factor(weights[chunk], OFFSET)
             products += g * rows[chunk].to(tl.float32)
             if WRITES_Y:
                 # after the sum more would be held at once, and sm_80 spills
                 offs = chunk * CHUNK + tl.arange(0, CHUNK)
-                y = rows[chunk].to(tl.float32) * rstd * weights[chunk].to(tl.float32)
+                y = rows[chunk].to(tl.float32) * rstd * _factor(weights[chunk], OFFSET)
                 tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
     else:
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
             grad_y = tl.load(grad_y_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+            w = _factor(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
             r = tl.load(r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            products += grad_y * weight * r
+            products += grad_y * w * r
     # the mean of g r rstd; r rstd is of order one where rstd^3 may overflow
     slope = tl.div_rn(tl.sum(products, 0) * rstd, D * 1.0)
     if CHUNKS > 0:
         for chunk in tl.static_range(CHUNKS):
             offs = chunk * CHUNK + tl.arange(0, CHUNK)
-            g = grads_y[chunk].to(tl.float32) * weights[chunk].to(tl.float32)
+            g = grads_y[chunk].to(tl.float32) * _factor(weights[chunk], OFFSET)
             grad = rstd * (g - rows[chunk].to(tl.float32) * rstd * slope)
             if HAS_GRAD_R:
                 grad += grads_r[chunk].to(tl.float32)
@@ -232,14 +246,14 @@ def _rms_norm_backward_kernel(
         for start in range(0, D, CHUNK):
             offs = start + tl.arange(0, CHUNK)
             grad_y = tl.load(grad_y_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+            w = _factor(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
             r = tl.load(r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-            grad = rstd * (grad_y * weight - r * rstd * slope)
+            grad = rstd * (grad_y * w - r * rstd * slope)
             if HAS_GRAD_R:
                 grad += tl.load(grad_r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
             tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)
             if WRITES_Y:
-                y = r * rstd * weight
+                y = r * rstd * w
                 tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
 
 
@@ -265,6 +279,7 @@ def _launch_rms_norm(
     eps: float,
     residual: Tensor | None = None,  # (M, D)
     out: Tensor | None = None,  # (M, D)
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D); rstd (M,) float32
     M, D = x.shape
     y = torch.empty((M, D), dtype=x.dtype, device=x.device) if out is None else out
@@ -287,6 +302,7 @@ def _launch_rms_norm(
                 y.stride(0),
                 x.stride(0),
                 addend.stride(0),
+                OFFSET=offset,
                 HAS_RESIDUAL=has_residual,
                 # multiply-adds round less
                 enable_fp_fusion=True,
@@ -303,6 +319,7 @@ def _launch_rms_norm_backward(
     weight: Tensor,  # (D,)
     out: Tensor | None = None,  # (M, D), may be grad_y or grad_r
     y: Tensor | None = None,  # (M, D), written; may be grad_y
+    offset: float = 0.0,
 ) -> Tensor:  # (M, D)
     M, D = r.shape
     grad = torch.empty((M, D), dtype=r.dtype, device=r.device) if out is None else out
@@ -324,6 +341,7 @@ def _launch_rms_norm_backward(
                 grad_y.stride(0),
                 addend.stride(0),
                 r.stride(0),
+                OFFSET=offset,
                 HAS_GRAD_R=has_grad_r,
                 WRITES_Y=y is not None,
                 enable_fp_fusion=True,
@@ -378,16 +396,18 @@ def rms_norm(
     eps: float,
     residual: Tensor | None = None,  # (M, D)
     out: Tensor | None = None,  # (M, D)
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add a residual and normalize the sum by its root mean square.
 
         r    = x + residual
         rstd = 1 / sqrt(mean(r^2) + eps)
-        y    = weight * r * rstd
+        y    = (weight + offset) * r * rstd
 
     Args:
         out: what to write y into, for instance the first D columns of a wider matrix, whose other
             columns stay as they are; shares no memory with x or residual. A new tensor if None.
+        offset: what the weights are stored less, added in float32.
 
     Returns:
         y: out, if that is given.
@@ -400,9 +420,9 @@ def rms_norm(
     """
     _check(weight, x=x, residual=residual, out=out)
     if x.device.type == "cpu":
-        y, r, rstd = rms_norm_reference(x, weight, eps, residual)
+        y, r, rstd = rms_norm_reference(x, weight, eps, residual, offset)
         return y if out is None else out.copy_(y), r, rstd
-    return _launch_rms_norm(x, weight, eps, residual, out)
+    return _launch_rms_norm(x, weight, eps, residual, out, offset)
 
 
 def rms_norm_backward(
@@ -413,10 +433,11 @@ def rms_norm_backward(
     weight: Tensor,  # (D,), frozen
     out: Tensor | None = None,  # (M, D)
     y: Tensor | None = None,  # (M, D)
+    offset: float = 0.0,
 ) -> Tensor:  # (M, D), r's dtype
     """Compute the gradient of `rms_norm`'s r, which is that of x and of the residual.
 
-        g    = weight * grad_y
+        g    = (weight + offset) * grad_y
         grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r
 
     Args:
@@ -425,6 +446,7 @@ def rms_norm_backward(
             shares no other memory with what is read. A new tensor if None.
         y: what to write the norm's result into again, bit for bit, for whoever did not keep it: the
             gradient of a low-rank update needs it. May be grad_y, if out is not.
+        offset: that of the forward pass.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
@@ -439,8 +461,8 @@ def rms_norm_backward(
     if rstd.device != r.device:
         raise ValueError(f"rstd and r must be on one device: got {rstd.device} and {r.device}")
     if r.device.type == "cpu":
-        grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight)
+        grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight, offset)
         if y is not None:
-            y.copy_(r.float() * rstd[:, None] * weight.float())
+            y.copy_(r.float() * rstd[:, None] * (weight.float() + offset))
         return grad if out is None else out.copy_(grad)
-    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out, y)
+    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out, y, offset)

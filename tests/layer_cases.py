@@ -68,11 +68,14 @@ class NormCase:
     in_place: str = ""
     # where y is written again: over grad_y, or elsewhere; nowhere if empty
     y_place: str = ""
+    # what the weights are stored less
+    offset: float = 0.0
 
     def __str__(self) -> str:
         words = ["residual"] * self.has_residual + ["grad_r"] * self.has_grad_r
         words += ["strided"] * self.is_strided + [f"over {self.in_place}"] * bool(self.in_place)
         words += [f"y {self.y_place}"] * bool(self.y_place)
+        words += [f"offset {self.offset:g}"] * bool(self.offset)
         return "-".join((f"M{self.num_rows}-D{self.width}-{str(self.dtype)[6:]}", *words))
 
 
@@ -88,6 +91,10 @@ def norm_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -
         (True, False, True, "", "over grad_y"),
         # as a layer does
         (True, True, False, "grad_r", "over grad_y"),
+        (True, True, False, "grad_r", "", 1.0),
+        (True, True, False, "grad_r", "over grad_y", 1.0),
+        # as one behind a sublayer
+        (False, False, False, "", "", 1.0),
     ]
     return [NormCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
 
@@ -99,9 +106,9 @@ TINY_NORMS = norm_cases([(0, 64), (1, 1), (5, 97), (3, 512), (2, 16400)], INTERP
 def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]:
     """Draw rows of very different scale, one of them zero, weights, and gradients.
 
-    The same whether y is written again or not.
+    The same whether y is written again or not, and whatever the weights are stored less.
     """
-    generator = generator_of(replace(case, y_place=""))
+    generator = generator_of(replace(case, y_place="", offset=0.0))
     shape = (case.num_rows, case.width)
     scale = 2.0 ** torch.arange(case.num_rows).remainder(9).sub(4)
     inputs = {
@@ -117,15 +124,15 @@ def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]
         inputs = {
             name: part_of_wider_rows(tensor, case.dtype, device) for name, tensor in inputs.items()
         }
-    weight = 1 + torch.randn(case.width, generator=generator) / 4
+    weight = 1 - case.offset + torch.randn(case.width, generator=generator) / 4
     inputs |= {"weight": weight}
     return {name: tensor.to(device, case.dtype) for name, tensor in inputs.items()}
 
 
 def norm_results(
     case: NormCase,
-    norm: Callable[..., Any],  # (x, weight, eps, residual, out) -> y, r, rstd
-    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out, y) -> grad
+    norm: Callable[..., Any],  # (x, weight, eps, residual, out, offset) -> y, r, rstd
+    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out, y, offset) -> grad
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a normalization forward and back, and see that only what may be is written to."""
@@ -139,7 +146,7 @@ def norm_results(
         return nan_in_wider_rows(shape, case.dtype, device) if case.is_strided else None
 
     out = place()
-    y, r, rstd = norm(x, weight, EPS, residual, out)
+    y, r, rstd = norm(x, weight, EPS, residual, out, case.offset)
     assert (r is x) == (residual is None)
     results = contiguous({"y": y, "r": r, "rstd": rstd})
     grad_out = inputs[case.in_place] if case.in_place else place()
@@ -148,7 +155,7 @@ def norm_results(
         "elsewhere": nan_in_wider_rows((case.num_rows, case.width), case.dtype, device),
         "over grad_y": grad_y,
     }[case.y_place]
-    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out, y_again)
+    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out, y_again, case.offset)
     for given, result in ((out, y), (grad_out, grad)):
         assert given is None or result is given
         if case.is_strided:
@@ -163,12 +170,13 @@ def norm_results(
 
 def norm_results_of_autograd(
     case: NormCase,
-    norm: Callable[..., Any],  # (x, weight, eps, residual) -> y, r, rstd
+    norm: Callable[..., Any],  # (x, weight, eps, residual, offset) -> y, r, rstd
 ) -> dict[str, Tensor]:
     """Run a normalization forward, and autograd through it back."""
     inputs = norm_inputs(case)
     x = inputs["x"].requires_grad_()
-    y, r, rstd = norm(x, inputs["weight"], EPS, inputs["residual"] if case.has_residual else None)
+    residual = inputs["residual"] if case.has_residual else None
+    y, r, rstd = norm(x, inputs["weight"], EPS, residual, case.offset)
     outputs, grads = [y], [inputs["grad_y"]]
     if case.has_grad_r:
         outputs.append(r)

@@ -51,7 +51,7 @@ def truth_of(case: NormCase) -> dict[str, Tensor]:
     inputs = norm_inputs(case)
     rounded = inputs["x"] + inputs["residual"] if case.has_residual else inputs["x"]
     r = rounded.double().requires_grad_()
-    weight = inputs["weight"].double()
+    weight = inputs["weight"].double() + case.offset
     rstd = 1 / (r.square().mean(dim=1) + EPS).sqrt()
     y = weight * r * rstd[:, None]
     (grad,) = torch.autograd.grad(y, r, inputs["grad_y"].double())
@@ -114,13 +114,14 @@ def test_a_cpu_tensor_is_normalized_in_float32_and_rounded_once(dtype: torch.dty
     for case in norm_cases([(7, 97)], (dtype,)):
         inputs = norm_inputs(case)
         residual = inputs["residual"] if case.has_residual else None
-        y, r, rstd = rms_norm(inputs["x"], inputs["weight"], EPS, residual)
+        weight = inputs["weight"]
+        y, r, rstd = rms_norm(inputs["x"], weight, EPS, residual, offset=case.offset)
         added = inputs["x"] if residual is None else inputs["x"] + residual
         wide = added.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
         assert_equal(r, added)
         assert_equal(rstd, scale.squeeze(1))
-        assert_equal(y, (wide * scale * inputs["weight"].float()).to(dtype))
+        assert_equal(y, (wide * scale * (weight.float() + case.offset)).to(dtype))
 
 
 def test_a_cpu_gradient_over_another_is_that_in_a_new_tensor() -> None:
@@ -234,14 +235,19 @@ def test_a_frozen_pass_takes_what_requires_a_gradient_elsewhere() -> None:
 
 
 def compile_forward(
-    dtype: torch.dtype, width: int, has_residual: bool, capability: int, num_extra: int = 0
+    dtype: torch.dtype,
+    width: int,
+    has_residual: bool,
+    capability: int,
+    num_extra: int = 0,
+    offset: float = 0.0,
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight = torch.empty(width, dtype=dtype)
     return compile_launch(
         module,
         "_rms_norm_kernel",
-        lambda: module._launch_rms_norm(x, weight, EPS, x if has_residual else None, x),
+        lambda: module._launch_rms_norm(x, weight, EPS, x if has_residual else None, x, offset),
         capability,
     )
 
@@ -253,6 +259,7 @@ def compile_backward(
     capability: int,
     num_extra: int = 0,
     writes_y: bool = False,
+    offset: float = 0.0,
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight, rstd = torch.empty(width, dtype=dtype), torch.empty(2)
@@ -260,7 +267,7 @@ def compile_backward(
     return compile_launch(
         module,
         "_rms_norm_backward_kernel",
-        lambda: module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y),
+        lambda: module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y, offset),
         capability,
     )
 
@@ -282,6 +289,7 @@ COMPILED = [
     [compile_forward, compile_backward, compile_backward_with_y],
     ids=["forward", "backward", "backward with y"],
 )
+@pytest.mark.parametrize("offset", [0.0, 1.0], ids="offset{:g}".format)
 @pytest.mark.parametrize(
     ("dtype", "width", "capability"),
     COMPILED,
@@ -292,10 +300,11 @@ def test_kernels_compile_without_spilling(
     dtype: torch.dtype,
     width: int,
     capability: int,
+    offset: float,
     record_property: Callable[[str, object], None],
 ) -> None:
     # with all that can be read, which needs most registers
-    compiled = compile_kernel(dtype, width, True, capability)
+    compiled = compile_kernel(dtype, width, True, capability, offset=offset)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     assert "sqrt.rn.f32" in compiled.ptx or compile_kernel is not compile_forward
