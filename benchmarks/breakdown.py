@@ -42,12 +42,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import train
 from benchmarks import rms_norm, rope
 from benchmarks.cross_entropy import cross_entropy_bytes
+from benchmarks.glu import glu_bytes
 from benchmarks.layers import nf4_bytes
 from benchmarks.measure import copy_gbps, matmul_tflops
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import parse_shape, random_ids
-from benchmarks.swiglu import swiglu_bytes
 from benchmarks.tables import Row, aligned, breakdown_table
 from llama import decoder_layer, micro_step
 from llama.config import LlamaConfig
@@ -80,7 +80,7 @@ KERNELS = {
     "_dropout_kernel": "low-rank updates",
     "_rms_norm_": "norms",
     "_rope_": "rotation",
-    "_swiglu_": "gate",
+    "_glu_": "gate",
     "_cross_entropy_kernel": "loss, cross-entropy",
 }
 # marked while the profiler runs: where a function is looked up, its name there, its region's name
@@ -315,9 +315,7 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
     norm_back = Cost(rms_norm.backward_bytes(M, D, BF16))
     rotation = Cost(rope.forward_bytes(M, heads, BF16))
     rotation_back = Cost(rope.backward_bytes(M, heads, BF16))
-    gating, gating_back = (
-        Cost(swiglu_bytes(mode, M, F, BF16)) for mode in ("forward", "backward-h")
-    )
+    gating, gating_back = (Cost(glu_bytes(mode, M, F, BF16)) for mode in ("forward", "backward-h"))
     costs: dict[str, list[Cost]] = defaultdict(list)
     for layer, policy in zip(model.layers, policies, strict=True):
         groups = [layer.self_attn.qkv, layer.self_attn.o, layer.mlp.gate_up, layer.mlp.down]

@@ -28,6 +28,7 @@ LLAMA_3_8B = LlamaConfig(
     o_bias=False,
     mlp_bias=False,
     is_fused=False,
+    activation="silu",
     qk_norm=False,
     windows=(None,) * 32,
     eos_token_ids=(128001,),

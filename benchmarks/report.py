@@ -166,9 +166,9 @@ KERNEL_SECTIONS = {
         f"backward gathers all three gradients there. {_OPERATION}",
         operation_table,
     ),
-    "swiglu": Section(
+    "glu": Section(
         "Gate",
-        "silu(gate) up over M rows of 2 x 14,336 values (`python -m benchmarks.swiglu`); back, "
+        "silu(gate) up over M rows of 2 x 14,336 values (`python -m benchmarks.glu`); back, "
         "their gradients take their place, and with `-h` the result that of its gradient. "
         f"{_OPERATION}",
         operation_table,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.glu import Activation
 from llama.families import COMPUTED, FAMILIES, WITHOUT_EFFECT, Family
 
 CONFIG_NAME = "config.json"
@@ -75,6 +76,7 @@ class LlamaConfig:
     o_bias: bool
     mlp_bias: bool
     is_fused: bool  # qkv_proj and gate_up_proj are tensors of their own
+    activation: Activation  # of the gates
     qk_norm: bool  # queries and keys are normalized head by head before they are rotated
     # of each layer: how many tokens each sees, itself included; None: all before it
     windows: tuple[int | None, ...]
@@ -376,6 +378,7 @@ def read_config(folder: Path) -> LlamaConfig:
         o_bias=bias if family.o_bias is None else family.o_bias,
         mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
         is_fused=family.is_fused,
+        activation="silu",
         qk_norm=family.qk_norm,
         windows=_windows(fields, family, num_layers),
         eos_token_ids=eos_token_ids or (),

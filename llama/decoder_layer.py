@@ -4,7 +4,7 @@
     q | k | v = qkv(norm(r1)), rotated
     r2 = r1 + o(attention(q, k, v))
     gate | up = gate_up(norm(r2))
-    x, delta = r2, down(silu(gate) up)
+    x, delta = r2, down(activation(gate) up)
 
 Autograd would save each operation's inputs and add up gradients in tensors of their own. Written
 out, the backward pass keeps r1, r2, their rstd, q | k | v, what attention mixed, gate | up and the
@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.glu import Activation, glu, glu_backward
 from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
-from kernels.swiglu import swiglu, swiglu_backward
 from llama.attention import Mixed, attention, attention_backward
 from llama.config import LlamaConfig
 from lora.linear_group import LinearGroup
@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The projections of SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """The projections of a gated linear unit (Shazeer 2020): down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -172,6 +172,7 @@ class DecoderLayer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.window = config.windows[index]
+        self.activation: Activation = config.activation
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -199,7 +200,7 @@ class DecoderLayer(nn.Module):
         del attended
         inner_ext = down.empty_input(r1.shape[0], r1)
         gates_and_ups = gated.gate_up_ext[:, : self.mlp.gate_up.num_rows]
-        swiglu(gates_and_ups, out=inner_ext[:, : down.in_features])
+        glu(gates_and_ups, self.activation, out=inner_ext[:, : down.in_features])
         del gated, gates_and_ups
         delta_out = down.forward(inner_ext, shared.dropout_seed)
         h_down = _own(inner_ext[:, down.in_features :])
@@ -290,7 +291,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         """Turn the gradient of the layer's result into that of its input, in place.
 
-            grad_r2  = grad + norm'(gate_up'(silu'(down'(grad))))
+            grad_r2  = grad + norm'(gate_up'(activation'(down'(grad))))
             grad_r1  = grad_r2 + norm'(qkv'(rotation'(attention'(o'(grad_r2)))))
 
         Adds the gradients of the low-rank updates to those of the parameters.
@@ -311,7 +312,7 @@ class DecoderLayer(nn.Module):
         grad_inner = down.backward(grad_out, kept.h_down, seed)
         assert grad_inner is not None
         # gates and ups give way to their gradients, and their gradient to what they gave
-        _, inner = swiglu_backward(grad_inner, gate_up_ext[:, : gate_up.num_rows])
+        _, inner = glu_backward(grad_inner, gate_up_ext[:, : gate_up.num_rows], self.activation)
         down.accumulate_grad_A(grad_out, inner, seed)
         del grad_inner, inner
         grad_y = gate_up.backward(gate_up_ext, h_gate_up, seed)

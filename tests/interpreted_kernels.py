@@ -54,6 +54,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
+from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
@@ -68,7 +69,6 @@ from kernels.nf4_quantize import (  # noqa: E402
 )
 from kernels.rms_norm import _launch_rms_norm, _launch_rms_norm_backward  # noqa: E402
 from kernels.rope import _launch_rope, _launch_rope_backward  # noqa: E402
-from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
@@ -125,9 +125,11 @@ def expanded_into_a_part(results: dict[str, Tensor]) -> None:
             results[f"{case}-{dtype}-strided"] = scratch
 
 
-def gated_in_place(grad_h: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def gated_in_place(
+    grad_h: Tensor, gate_up: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
     """Call a launcher as the public function does."""
-    _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
+    _launch_glu_backward(grad_h, gate_up, activation, gate_up, grad_h)
     return gate_up, grad_h
 
 
@@ -140,9 +142,9 @@ def layer_operations(results: dict[str, Tensor]) -> None:
         found = rope_results(case, _launch_rope, _launch_rope_backward)
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
     for case in TINY_GATES:
-        found = gate_results(case, _launch_swiglu, gated_in_place)
+        found = gate_results(case, _launch_glu, gated_in_place)
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
-        apart = gate_gradient_apart(case, _launch_swiglu_backward)
+        apart = gate_gradient_apart(case, _launch_glu_backward)
         results |= {f"{case}/apart/{name}": tensor for name, tensor in apart.items()}
 
 

@@ -9,6 +9,8 @@ import torch
 from nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
+from kernels.glu import ACTIVATIONS, Activation
+
 CPU = torch.device("cpu")
 EPS = 1e-5
 # columns that lie behind a matrix's own in its rows
@@ -295,19 +297,21 @@ class GateCase:
     num_rows: int
     width: int
     dtype: torch.dtype
+    activation: Activation = "silu"
     # all that is read and written is part of wider rows
     is_strided: bool = False
 
     def __str__(self) -> str:
-        shape = f"M{self.num_rows}-F{self.width}-{str(self.dtype)[6:]}"
+        shape = f"{self.activation}-M{self.num_rows}-F{self.width}-{str(self.dtype)[6:]}"
         return shape + "-strided" * self.is_strided
 
 
 def gate_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> list[GateCase]:
     return [
-        GateCase(*shape, dtype, is_strided)
+        GateCase(*shape, dtype, activation, is_strided)
         for dtype in dtypes
         for shape in shapes
+        for activation in ACTIVATIONS
         for is_strided in (False, True)
     ]
 
@@ -336,8 +340,8 @@ def gate_inputs(case: GateCase, device: torch.device = CPU) -> dict[str, Tensor]
 
 def gate_results(
     case: GateCase,
-    swiglu: Callable[..., Any],  # (gate_up, out) -> h
-    swiglu_backward: Callable[..., Any],  # (grad_h, gate_up) -> grad_gate_up, h
+    glu: Callable[..., Any],  # (gate_up, activation, out) -> h
+    glu_backward: Callable[..., Any],  # (grad_h, gate_up, activation) -> grad_gate_up, h
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a gating forward and, in place, back, and see that only what may be is written to."""
@@ -346,10 +350,10 @@ def gate_results(
     out = None
     if case.is_strided:
         out = nan_in_wider_rows((case.num_rows, case.width), case.dtype, device)
-    h = swiglu(gate_up, out)
+    h = glu(gate_up, case.activation, out)
     assert out is None or h is out
     assert_kept(inputs, before)
-    grad_gate_up, h_again = swiglu_backward(grad_h, gate_up)
+    grad_gate_up, h_again = glu_backward(grad_h, gate_up, case.activation)
     assert grad_gate_up is gate_up
     assert h_again is grad_h
     if case.is_strided:
@@ -360,19 +364,19 @@ def gate_results(
 
 def gate_results_of_autograd(
     case: GateCase,
-    swiglu: Callable[..., Any],  # gate_up -> h
+    glu: Callable[..., Any],  # (gate_up, activation) -> h
 ) -> dict[str, Tensor]:
     """Run a gating forward, and autograd through it back."""
     inputs = gate_inputs(case)
     gate_up = inputs["gate_up"].requires_grad_()
-    h = swiglu(gate_up)
+    h = glu(gate_up, case.activation)
     (grad,) = torch.autograd.grad(h, gate_up, inputs["grad_h"])
     return contiguous({"h": h, "grad_gate_up": grad, "h_again": h})
 
 
 def gate_gradient_apart(
     case: GateCase,
-    launch_backward: Callable[..., Any],  # (grad_h, gate_up, grad_gate_up, h)
+    launch_backward: Callable[..., Any],  # (grad_h, gate_up, activation, grad_gate_up, h)
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a gating back into new matrices."""
@@ -380,7 +384,7 @@ def gate_gradient_apart(
     grad_h, gate_up = inputs["grad_h"], inputs["gate_up"]
     h = nan_in_wider_rows((case.num_rows, case.width), case.dtype, device)
     grad_gate_up = nan_in_wider_rows((case.num_rows, 2 * case.width), case.dtype, device)
-    launch_backward(grad_h, gate_up, grad_gate_up, h)
+    launch_backward(grad_h, gate_up, case.activation, grad_gate_up, h)
     assert_kept(inputs, before)
     for part in (h, grad_gate_up):
         assert_nan_behind(part)

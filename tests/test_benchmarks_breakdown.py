@@ -56,7 +56,7 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
         (kernel("_extend_with_lora_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
-        (kernel("_swiglu_backward_kernel"), "gate"),
+        (kernel("_glu_backward_kernel"), "gate"),
         (kernel("_cross_entropy_kernel", region="quatrain: loss"), "loss, cross-entropy"),
         (kernel(operation="aten::mm", sizes=SQUARE, region=FORWARD), "base products, forward"),
         (kernel(operation="aten::mm", sizes=SQUARE, region=BACKWARD), "base products, backward"),
@@ -227,8 +227,8 @@ def test_costs_are_those_of_the_shapes(tmp_path: Path) -> None:
 
 def test_rows_add_up() -> None:
     kernels = [
-        kernel("_swiglu_kernel"),
-        kernel("_swiglu_kernel"),
+        kernel("_glu_kernel"),
+        kernel("_glu_kernel"),
         kernel("_rope_kernel"),
         kernel("Memcpy HtoD", is_copy=True),
     ]

@@ -1,4 +1,4 @@
-"""benchmarks/rms_norm.py, rope.py and swiglu.py: their byte models, and runs over tiny layers."""
+"""benchmarks/rms_norm.py, rope.py and glu.py: their byte models, and runs over tiny layers."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -9,7 +9,7 @@ import torch
 from stand_in_gpu import install
 from torch import Tensor
 
-from benchmarks import layer_operations, rms_norm, rope, swiglu
+from benchmarks import glu, layer_operations, rms_norm, rope
 from benchmarks.command import Machine
 from benchmarks.tables import Row, operation_table
 from kernels.rms_norm import rms_norm_reference
@@ -38,8 +38,8 @@ def test_bytes_of_a_rotation_are_those_of_its_tensors() -> None:
 
 def test_bytes_of_a_gating_are_those_of_its_tensors() -> None:
     gate_up, h = torch.empty(7, 64).half(), torch.empty(7, 32).half()
-    assert swiglu.swiglu_bytes("forward", 7, 32, 2) == bytes_of(gate_up, h)
-    assert swiglu.swiglu_bytes("backward-h", 7, 32, 2) == bytes_of(gate_up, gate_up, h, h)
+    assert glu.glu_bytes("forward", 7, 32, 2) == bytes_of(gate_up, h)
+    assert glu.glu_bytes("backward-h", 7, 32, 2) == bytes_of(gate_up, gate_up, h, h)
 
 
 def test_backward_calls_give_the_gradients_again_and_again(
@@ -65,8 +65,8 @@ def stand_in_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rms_norm, "_launch_rms_norm_backward", no_gradient)
     monkeypatch.setattr(rope, "_launch_rope", no_gradient)
     monkeypatch.setattr(rope, "_launch_rope_backward", no_gradient)
-    monkeypatch.setattr(swiglu, "_launch_swiglu", swiglu.swiglu_reference)
-    monkeypatch.setattr(swiglu, "_launch_swiglu_backward", no_gradient)
+    monkeypatch.setattr(glu, "_launch_glu", glu.glu_reference)
+    monkeypatch.setattr(glu, "_launch_glu_backward", no_gradient)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
 
@@ -88,12 +88,12 @@ def stand_in_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             ["forward", "backward"],
         ),
         (
-            swiglu,
-            lambda: swiglu.measure_swiglu(3, torch.float16, MACHINE, 32),
+            glu,
+            lambda: glu.measure_glu(3, torch.float16, MACHINE, 32),
             ["forward", "backward-h"],
         ),
     ],
-    ids=["rms_norm", "rope", "swiglu"],
+    ids=["rms_norm", "rope", "glu"],
 )
 def test_a_run_measures_every_provider(
     monkeypatch: pytest.MonkeyPatch,

@@ -103,7 +103,7 @@ def records() -> dict[str, dict[str, Any]]:
         "adamw": HEAD | {"rows": adamw},
         "breakdown": HEAD | {"bitsandbytes": None} | about | {"rows": families},
         "load": plain | {"pinned_copy_gbps": 55.3, "rows": loads},
-        "swiglu": HEAD | {"rows": gate},
+        "glu": HEAD | {"rows": gate},
         "train_step": plain | {"versions": {"unsloth": "2026.10"}, "rows": steps},
         "nf4_dequantize": HEAD | {"rows": bandwidth},
         "nf4_quantize": HEAD | {"bitsandbytes": None, "rows": quantize},

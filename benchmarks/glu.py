@@ -1,6 +1,6 @@
 """Measure the gating of inner activations: ours, torch, torch.compile, a copy's bandwidth.
 
-    python -m benchmarks.swiglu --json benchmarks/results/swiglu.h100.json
+    python -m benchmarks.glu --json benchmarks/results/glu.h100.json
 
 Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
 Backward, ours computes h again in the same pass (`backward-h`), for which the others run forward
@@ -26,8 +26,10 @@ from benchmarks.layer_operations import (
 )
 from benchmarks.measure import num_input_sets
 from benchmarks.tables import Row, aligned, operation_table
-from kernels.swiglu import _launch_swiglu, _launch_swiglu_backward, swiglu_reference
+from kernels.glu import _launch_glu, _launch_glu_backward, glu_reference
 
+# the other one's is as fast: the bytes are the same
+ACTIVATION = "silu"
 LAYER = "llama-3-8b.gate_up_proj"
 # tensors of M F values that a pass reads and writes
 TENSORS = {"forward": 3, "backward-h": 6}
@@ -38,7 +40,7 @@ def shapes() -> list[tuple[int, torch.dtype]]:
     return [(m, torch.bfloat16) for m in NUM_ROWS]
 
 
-def swiglu_bytes(mode: str, m: int, width: int, itemsize: int) -> float:
+def glu_bytes(mode: str, m: int, width: int, itemsize: int) -> float:
     """Count the bytes of a pass: 3 M F S forward, 6 M F S back, h included."""
     return TENSORS[mode] * m * width * itemsize
 
@@ -46,17 +48,17 @@ def swiglu_bytes(mode: str, m: int, width: int, itemsize: int) -> float:
 def gradient(grad_h: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Run the backward kernel into new buffers."""
     grad_gate_up, h = torch.empty_like(gate_up), torch.empty_like(grad_h)
-    _launch_swiglu_backward(grad_h, gate_up, grad_gate_up, h)
+    _launch_glu_backward(grad_h, gate_up, ACTIVATION, grad_gate_up, h)
     return grad_gate_up, h
 
 
-def measure_swiglu(
+def measure_glu(
     m: int, dtype: torch.dtype, machine: Machine, width: int = INTERMEDIATE_SIZE
 ) -> list[Row]:
     """Measure one gating, forward and back."""
 
     def work(mode: str) -> Work:
-        num_bytes = swiglu_bytes(mode, m, width, dtype.itemsize)
+        num_bytes = glu_bytes(mode, m, width, dtype.itemsize)
         return Work(mode, LAYER, m, width, 2 * width, dtype, num_bytes, 0)
 
     num_bytes = work("forward").num_bytes
@@ -67,10 +69,11 @@ def measure_swiglu(
 
     sets = [(draw(m, 2 * width),) for _ in range(num_sets)]
     grads = [(draw(m, width),) for _ in range(num_sets)]
-    compiled = torch.compile(swiglu_reference, dynamic=False)
+    reference = partial(glu_reference, activation=ACTIVATION)
+    compiled = torch.compile(reference, dynamic=False)
     forward = Provided(
-        forward_calls(_launch_swiglu, sets),
-        forward_calls(swiglu_reference, sets),
+        forward_calls(partial(_launch_glu, activation=ACTIVATION), sets),
+        forward_calls(reference, sets),
         forward_calls(compiled, sets),
     )
     rows = rows_of(work("forward"), forward, machine)
@@ -82,8 +85,8 @@ def measure_swiglu(
     backward = Provided(
         [partial(gradient, *pair) for pair in pairs],
         both_calls(
-            backward_calls(swiglu_reference, sets, grads),
-            forward_calls(swiglu_reference, detached),
+            backward_calls(reference, sets, grads),
+            forward_calls(reference, detached),
         ),
         both_calls(backward_calls(compiled, sets, grads), forward_calls(compiled, detached)),
     )
@@ -93,10 +96,10 @@ def measure_swiglu(
 def run(machine: Machine) -> Result:
     rows: list[Row] = []
     for m, dtype in shapes():
-        rows += measure_swiglu(m, dtype, machine)
+        rows += measure_glu(m, dtype, machine)
         print(f"measured {m} rows", flush=True)
     return Result(rows, {}, aligned(*operation_table(rows)))
 
 
 if __name__ == "__main__":
-    sys.exit(main("swiglu", run))
+    sys.exit(main("glu", run))

@@ -1,9 +1,11 @@
-"""Gate a layer's inner activations, h = silu(gate) * up, forward and in-place backward on the GPU.
+"""Gate a layer's inner activations, forward and in-place backward on the GPU.
 
-    s         = 1 / (1 + exp(-gate))
-    h         = gate s up
-    grad_gate = grad_h up s (1 + gate (1 - s))
+    h         = gate s up                          s = 1 / (1 + exp(-z)), a gated linear unit
+    grad_gate = grad_h up s (1 + gate (1 - s) z')
     grad_up   = grad_h gate s
+
+    silu        z = gate                                            z' = 1
+    gelu_tanh   z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3)         z' = dz / dgate
 
     gate_up        | gate 0 .. F-1      | up 0 .. F-1      |     a row, as the linear group
     grad_gate_up   | grad_gate 0 .. F-1 | grad_up 0 .. F-1 |     writes it and wants it back
@@ -18,24 +20,36 @@ which the gradient of what follows needs again, that of grad_h. With M rows and 
 
 and about 10 operations a value forward, 20 backward, two of them on the special function unit:
 memory bandwidth is the limit. The arithmetic is float32, each result rounded once, where torch
-rounds silu(gate) before it is multiplied.
+rounds gate s before it is multiplied.
+
+gelu_tanh is gate (1 + tanh(z / 2)) / 2, an approximation of GELU (Hendrycks and Gimpel 2016) that
+Gemma was trained with; that tanh and the logistic function are one curve spares a branch.
 
 Two functions and no autograd between them: who calls them has a backward pass of its own. A matrix
 may be the first columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is
 a multiple of 16 values.
 
-SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+SwiGLU and GEGLU: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
 """
 
 # triton's annotations know neither launch options nor static_range, nor tuples of tensors
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
+import math
+from typing import Literal, get_args
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+# of gelu_tanh's z, the factors of gate and of gate^3
+LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
+CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 
 NUM_WARPS = 4
 # the widest access of a thread
@@ -44,24 +58,33 @@ VECTOR_BYTES = 16
 CHUNKS = 2
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:  # (M, 2 F) -> (M, F)
-    """Gate in the tensor's dtype, rounding silu and product."""
+def glu_reference(gate_up: Tensor, activation: Activation) -> Tensor:  # (M, 2 F) -> (M, F)
+    """Gate in the tensor's dtype, rounding the activation and the product."""
     gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def swiglu_backward_reference(
+def glu_backward_reference(
     grad_h: Tensor,  # (M, F)
     gate_up: Tensor,  # (M, 2 F)
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:  # grad_gate_up (M, 2 F), h (M, F)
     """Compute the gradient and the forward result in float32, each rounded once."""
     gate, up = gate_up.float().chunk(2, dim=1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    grad_gate = grad_h.float() * up * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_up = grad_h.float() * silu
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gate)
+        slope = 1 + gate * (1 - sigmoid)
+    else:
+        cubic = CUBIC.value * gate * gate
+        z = gate * (LINEAR.value + cubic)
+        sigmoid = torch.sigmoid(z)
+        # z' is steep enough to magnify what 1 - sigmoid cancels
+        slope = 1 + gate * (LINEAR.value + 3 * cubic) * torch.sigmoid(-z)
+    activated = gate * sigmoid
+    grad_gate = grad_h.float() * up * sigmoid * slope
+    grad_up = grad_h.float() * activated
     grad_gate_up = torch.cat((grad_gate, grad_up), dim=1)
-    return grad_gate_up.to(gate_up.dtype), (silu * up).to(gate_up.dtype)
+    return grad_gate_up.to(gate_up.dtype), (activated * up).to(gate_up.dtype)
 
 
 @triton.jit
@@ -80,13 +103,22 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _swiglu_kernel(
+def _curve(gate, ACTIVATION: tl.constexpr):
+    z = gate
+    if ACTIVATION == "gelu_tanh":
+        z *= LINEAR + CUBIC * gate * gate
+    return z
+
+
+@triton.jit
+def _glu_kernel(
     h_ptr,  # (M, width)
     gate_up_ptr,  # (M, 2 width)
     width,
     programs_per_row,
     stride_hm,
     stride_m,
+    ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -99,13 +131,13 @@ def _swiglu_kernel(
     ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         gate = gates[chunk].to(tl.float32)
-        h = gate * _sigmoid(gate) * ups[chunk].to(tl.float32)
+        h = gate * _sigmoid(_curve(gate, ACTIVATION)) * ups[chunk].to(tl.float32)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
         tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=offs < width)
 
 
 @triton.jit
-def _swiglu_backward_kernel(
+def _glu_backward_kernel(
     grad_gate_up_ptr,  # (M, 2 width), may be gate_up
     h_ptr,  # (M, width), may be grad_h
     grad_h_ptr,  # (M, width)
@@ -116,6 +148,7 @@ def _swiglu_backward_kernel(
     stride_hm,
     stride_grad_hm,
     stride_m,
+    ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -131,16 +164,22 @@ def _swiglu_backward_kernel(
     for chunk in tl.static_range(CHUNKS):
         grad_h, up = grads_h[chunk].to(tl.float32), ups[chunk].to(tl.float32)
         gate = gates[chunk].to(tl.float32)
-        sigmoid = _sigmoid(gate)
-        silu = gate * sigmoid
-        grad_gate = grad_h * up * (sigmoid + silu * (1.0 - sigmoid))
-        grad_up = grad_h * silu
+        z = _curve(gate, ACTIVATION)
+        sigmoid = _sigmoid(z)
+        activated = gate * sigmoid
+        if ACTIVATION == "gelu_tanh":
+            # z' is steep enough to magnify what 1 - sigmoid cancels
+            rest = activated * (LINEAR + 3.0 * CUBIC * gate * gate) * _sigmoid(-z)
+        else:
+            rest = activated * (1.0 - sigmoid)
+        grad_gate = grad_h * up * (sigmoid + rest)
+        grad_up = grad_h * activated
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
         mask = offs < width
         dtype = grad_gate_up_ptr.dtype.element_ty
         tl.store(grad_gate_ptr + offs, grad_gate.to(dtype), mask=mask)
         tl.store(grad_gate_ptr + width + offs, grad_up.to(dtype), mask=mask)
-        tl.store(h_ptr + offs, (silu * up).to(dtype), mask=mask)
+        tl.store(h_ptr + offs, (activated * up).to(dtype), mask=mask)
 
 
 def _shape(width: int, itemsize: int) -> dict[str, int]:
@@ -154,8 +193,9 @@ def _shape(width: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def _launch_swiglu(
+def _launch_glu(
     gate_up: Tensor,  # (M, 2 F)
+    activation: Activation,
     out: Tensor | None = None,  # (M, F)
 ) -> Tensor:  # (M, F)
     M, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -165,13 +205,14 @@ def _launch_swiglu(
     if M > 0:
         # triton launches on the current device, which need not be the buffer's
         with torch.cuda.device_of(gate_up):
-            _swiglu_kernel[(M * programs_per_row,)](
+            _glu_kernel[(M * programs_per_row,)](
                 h,
                 gate_up,
                 width,
                 programs_per_row,
                 h.stride(0),
                 gate_up.stride(0),
+                ACTIVATION=activation,
                 # multiply-adds round less
                 enable_fp_fusion=True,
                 **shape,
@@ -179,9 +220,10 @@ def _launch_swiglu(
     return h
 
 
-def _launch_swiglu_backward(
+def _launch_glu_backward(
     grad_h: Tensor,  # (M, F)
     gate_up: Tensor,  # (M, 2 F)
+    activation: Activation,
     grad_gate_up: Tensor,  # (M, 2 F), written; may be gate_up
     h: Tensor,  # (M, F), written; may be grad_h
 ) -> None:
@@ -190,7 +232,7 @@ def _launch_swiglu_backward(
     programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         with torch.cuda.device_of(gate_up):
-            _swiglu_backward_kernel[(M * programs_per_row,)](
+            _glu_backward_kernel[(M * programs_per_row,)](
                 grad_gate_up,
                 h,
                 grad_h,
@@ -201,12 +243,17 @@ def _launch_swiglu_backward(
                 h.stride(0),
                 grad_h.stride(0),
                 gate_up.stride(0),
+                ACTIVATION=activation,
                 enable_fp_fusion=True,
                 **shape,
             )
 
 
-def _check(gate_up: Tensor) -> None:
+def _check(gate_up: Tensor, activation: Activation) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the activation must be one of {', '.join(ACTIVATIONS)}: got {activation!r}"
+        )
     if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"gate_up must be bfloat16, float16 or float32: got {gate_up.dtype}")
     if gate_up.dim() != 2 or gate_up.shape[1] == 0 or gate_up.shape[1] % 2 != 0:
@@ -247,17 +294,18 @@ def _check_is_not_recorded(matrix: Tensor) -> None:
     if matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "nothing is recorded for autograd: got a matrix that requires a gradient; "
-            "call under torch.no_grad(), and swiglu_backward for the gradient"
+            "call under torch.no_grad(), and glu_backward for the gradient"
         )
 
 
-def swiglu(
+def glu(
     gate_up: Tensor,  # (M, 2 F): the gates, then what they gate
+    activation: Activation,
     out: Tensor | None = None,  # (M, F)
 ) -> Tensor:  # (M, F)
     """Gate one half of each row by the other.
 
-        h = silu(gate) * up
+        h = activation(gate) * up
 
     Args:
         out: what to write into and return, for instance the first F columns of a wider matrix,
@@ -265,28 +313,28 @@ def swiglu(
             None.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
-            requires a gradient.
+        ValueError: the activation is unknown, shapes, dtypes or devices do not fit, a row is not
+            contiguous, or something requires a gradient.
     """
-    _check(gate_up)
+    _check(gate_up, activation)
     if out is not None:
         _check_half("out", out, gate_up)
     if gate_up.device.type == "cpu":
-        h = swiglu_reference(gate_up)
+        h = glu_reference(gate_up, activation)
         return h if out is None else out.copy_(h)
-    return _launch_swiglu(gate_up, out)
+    return _launch_glu(gate_up, activation, out)
 
 
-def swiglu_backward(
+def glu_backward(
     grad_h: Tensor,  # (M, F), overwritten
     gate_up: Tensor,  # (M, 2 F), overwritten
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:  # grad_gate_up (M, 2 F), h (M, F)
-    """Compute the gradient of `swiglu` and its result again, in place.
+    """Compute the gradient of `glu` and its result again, in place.
 
-        s         = 1 / (1 + exp(-gate))
-        grad_gate = grad_h up s (1 + gate (1 - s))
-        grad_up   = grad_h gate s
-        h         = gate s up
+        grad_gate = grad_h up activation'(gate)
+        grad_up   = grad_h activation(gate)
+        h         = activation(gate) up
 
     The gradient of a low-rank update on h needs h, so the forward pass need not keep it.
 
@@ -299,14 +347,14 @@ def swiglu_backward(
         h: grad_h itself.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
-            requires a gradient.
+        ValueError: the activation is unknown, shapes, dtypes or devices do not fit, a row is not
+            contiguous, or something requires a gradient.
     """
-    _check(gate_up)
+    _check(gate_up, activation)
     _check_half("grad_h", grad_h, gate_up)
     _check_rows_are_apart("gate_up", gate_up)
     if gate_up.device.type == "cpu":
-        grad_gate_up, h = swiglu_backward_reference(grad_h, gate_up)
+        grad_gate_up, h = glu_backward_reference(grad_h, gate_up, activation)
         return gate_up.copy_(grad_gate_up), grad_h.copy_(h)
-    _launch_swiglu_backward(grad_h, gate_up, gate_up, grad_h)
+    _launch_glu_backward(grad_h, gate_up, activation, gate_up, grad_h)
     return gate_up, grad_h
