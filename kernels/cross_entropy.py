@@ -3,6 +3,9 @@
     loss = logsumexp(z) - z[target]         z a row of logits
     z    = softmax(z) - onehot(target)      in place, where the gradient is wanted
 
+    Where a model caps its logits (kernels/softcap.py), softcap(z) takes z's place in both, and the
+    gradient is multiplied by softcap'(z).
+
     row of V | group 0                      | group 1 | ... | rest |
              | chunk 0 | chunk 1 | ...                                 16 bytes a thread and chunk
     1 ->       a maximum and a sum of exponentials for each place in a chunk, online; then one
@@ -18,7 +21,8 @@ multiprocessors fit that cache. With V values in S bytes each, a row moves
     with the gradient  3 V S + 12     two read, one written; all but 2 V S from L2 at best
 
 and a value costs 12 instructions for the loss and 25 with the gradient, two of them exponentials,
-where in 16 bit an H100 issues 18 and 36 in the time that memory takes: bandwidth is the limit. The
+where in 16 bit an H100 issues 18 and 36 in the time that memory takes: bandwidth is the limit,
+except where logits are capped, which adds half as many. The
 arithmetic is float32, the gradient rounded once. The order of the sum depends on V, the dtype and
 where rows start, so a row's loss is always the same bits. Rows of any V are read in vectors if they
 start on 16 values: only the rest of a row is masked.
@@ -32,10 +36,14 @@ Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
 VECTOR_BYTES = 16
@@ -50,23 +58,38 @@ MIN_WARPS, MAX_WARPS = 4, 32
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+def cross_entropy_reference(
+    logits: Tensor,  # (M, V)
+    targets: Tensor,  # (M,)
+    cap: float | None = None,
+) -> Tensor:  # (M,)
     """Compute the losses in float32; that of a target outside the row is NaN."""
     is_valid = (targets >= 0) & (targets < logits.shape[1])
-    z, picked = logits.float(), targets.where(is_valid, 0)[:, None]
+    z, picked = _capped(logits.float(), cap), targets.where(is_valid, 0)[:, None]
     losses = z.logsumexp(dim=1) - z.gather(1, picked).squeeze(1)
     return losses.masked_fill_(~is_valid, float("nan"))
 
 
-def cross_entropy_reference_(logits: Tensor, targets: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+def cross_entropy_reference_(
+    logits: Tensor,  # (M, V)
+    targets: Tensor,  # (M,)
+    cap: float | None = None,
+) -> Tensor:  # (M,)
     """Compute the losses, and in float32 the gradient in the logits' place."""
-    losses = cross_entropy_reference(logits, targets)
+    losses = cross_entropy_reference(logits, targets, cap)
     is_valid = (targets >= 0) & (targets < logits.shape[1])
-    gradient = logits.float().softmax(dim=1)
+    z = _capped(logits.float(), cap)
+    gradient = z.softmax(dim=1)
     picked = targets.where(is_valid, 0)[:, None]
     gradient.scatter_add_(1, picked, torch.full_like(losses[:, None], -1.0))
+    if cap is not None:
+        gradient *= 1 - (z / cap).square()
     logits.copy_(gradient.masked_fill_(~is_valid[:, None], float("nan")))
     return losses
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else softcap_reference(logits, cap)
 
 
 @triton.jit
@@ -74,6 +97,8 @@ def _load_group(
     row_ptr,
     first,
     V,
+    cap,
+    HAS_CAP: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     IS_LAST_USE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -91,6 +116,16 @@ def _load_group(
                 row_ptr + offs, mask=offs < V, other=float("-inf"), eviction_policy=policy
             )
         tiles = tiles + (tile,)  # noqa: RUF005, triton knows no star
+    if HAS_CAP:
+        # all loads are under way before the first is worked on
+        capped = ()
+        for chunk in tl.static_range(CHUNKS):
+            tile = softcap(tiles[chunk].to(tl.float32), cap)
+            if not IS_WHOLE:
+                offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
+                tile = tl.where(offs < V, tile, float("-inf"))
+            capped = capped + (tile,)  # noqa: RUF005
+        tiles = capped
     return tiles
 
 
@@ -114,14 +149,19 @@ def _store_group(
     largest,
     factor,
     target,
+    cap,
+    HAS_CAP: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     for chunk in tl.static_range(CHUNKS):
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
-        gradient = tl.exp(tiles[chunk].to(tl.float32) - largest) * factor
+        z = tiles[chunk].to(tl.float32)
+        gradient = tl.exp(z - largest) * factor
         gradient = tl.where(offs == target, gradient - 1.0, gradient)
+        if HAS_CAP:
+            gradient *= softcap_slope(z, cap)
         gradient = gradient.to(row_ptr.dtype.element_ty)
         if IS_WHOLE:
             tl.store(row_ptr + offs, gradient, eviction_policy="evict_first")
@@ -135,7 +175,9 @@ def _cross_entropy_kernel(
     logits_ptr,  # (M, V), written if WRITES
     targets_ptr,  # (M,)
     V,
+    cap,
     stride_m,
+    HAS_CAP: tl.constexpr,
     WRITES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -148,16 +190,28 @@ def _cross_entropy_kernel(
     target = tl.where(is_valid, wanted, 0).to(tl.int32)
     # before the row is written to: the reductions below have barriers
     target_logit = tl.load(row_ptr + target).to(tl.float32)
+    if HAS_CAP:
+        target_logit = softcap(target_logit, cap)
 
     num_groups = V // (CHUNK * CHUNKS)
     rest = num_groups * (CHUNK * CHUNKS)
     maxima = tl.full((CHUNK,), LOWEST, tl.float32)
     totals = tl.zeros((CHUNK,), tl.float32)
     for group in range(num_groups):
-        tiles = _load_group(row_ptr, group * (CHUNK * CHUNKS), V, True, not WRITES, CHUNK, CHUNKS)
+        tiles = _load_group(
+            row_ptr,
+            group * (CHUNK * CHUNKS),
+            V,
+            cap,
+            HAS_CAP,
+            True,
+            not WRITES,
+            CHUNK,
+            CHUNKS,
+        )
         maxima, totals = _add_group(maxima, totals, tiles, CHUNKS)
     if rest < V:
-        tiles = _load_group(row_ptr, rest, V, False, not WRITES, CHUNK, CHUNKS)
+        tiles = _load_group(row_ptr, rest, V, cap, HAS_CAP, False, not WRITES, CHUNK, CHUNKS)
         maxima, totals = _add_group(maxima, totals, tiles, CHUNKS)
     largest = tl.max(maxima, 0)
     total = tl.sum(totals * tl.exp(maxima - largest), 0)
@@ -167,12 +221,16 @@ def _cross_entropy_kernel(
     if WRITES:
         factor = tl.where(is_valid, tl.div_rn(1.0, total), float("nan"))
         if rest < V:
-            tiles = _load_group(row_ptr, rest, V, False, True, CHUNK, CHUNKS)
-            _store_group(row_ptr, rest, V, tiles, largest, factor, target, False, CHUNK, CHUNKS)
+            tiles = _load_group(row_ptr, rest, V, cap, HAS_CAP, False, True, CHUNK, CHUNKS)
+            _store_group(
+                row_ptr, rest, V, tiles, largest, factor, target, cap, HAS_CAP, False, CHUNK, CHUNKS
+            )
         for group in range(num_groups):
             first = (num_groups - 1 - group) * (CHUNK * CHUNKS)
-            tiles = _load_group(row_ptr, first, V, True, True, CHUNK, CHUNKS)
-            _store_group(row_ptr, first, V, tiles, largest, factor, target, True, CHUNK, CHUNKS)
+            tiles = _load_group(row_ptr, first, V, cap, HAS_CAP, True, True, CHUNK, CHUNKS)
+            _store_group(
+                row_ptr, first, V, tiles, largest, factor, target, cap, HAS_CAP, True, CHUNK, CHUNKS
+            )
 
 
 def _shape(V: int, itemsize: int) -> dict[str, int]:
@@ -190,6 +248,7 @@ def _launch_cross_entropy(
     logits: Tensor,  # (M, V)
     targets: Tensor,  # (M,)
     writes: bool,
+    cap: float | None = None,
 ) -> Tensor:  # (M,) float32
     M, V = logits.shape
     assert logits.stride(1) == 1 or V == 1
@@ -202,7 +261,9 @@ def _launch_cross_entropy(
                 logits,
                 targets.contiguous(),
                 V,
+                1.0 if cap is None else cap,
                 logits.stride(0),
+                HAS_CAP=cap is not None,
                 WRITES=writes,
                 # multiply-adds round less
                 enable_fp_fusion=True,
@@ -211,7 +272,9 @@ def _launch_cross_entropy(
     return losses
 
 
-def _check(logits: Tensor, targets: Tensor) -> None:
+def _check(logits: Tensor, targets: Tensor, cap: float | None) -> None:
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"the cap must be a positive number: got {cap}")
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"logits must be bfloat16, float16 or float32: got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -232,6 +295,7 @@ def _check(logits: Tensor, targets: Tensor) -> None:
 def cross_entropy(
     logits: Tensor,  # (M, V), rows of any stride
     targets: Tensor,  # (M,) int64
+    cap: float | None = None,
 ) -> Tensor:  # (M,) float32
     """Compute the loss of each row, in one pass and without a gradient.
 
@@ -239,18 +303,22 @@ def cross_entropy(
 
     A target outside the row makes its loss NaN.
 
+    Args:
+        cap: softcap(z) takes z's place; None: nothing is capped.
+
     Raises:
-        ValueError: shapes, dtypes, strides or devices do not fit.
+        ValueError: the cap is not positive, shapes, dtypes, strides or devices do not fit.
     """
-    _check(logits, targets)
+    _check(logits, targets, cap)
     if logits.device.type == "cpu":
-        return cross_entropy_reference(logits, targets)
-    return _launch_cross_entropy(logits, targets, writes=False)
+        return cross_entropy_reference(logits, targets, cap)
+    return _launch_cross_entropy(logits, targets, writes=False, cap=cap)
 
 
 def cross_entropy_(
     logits: Tensor,  # (M, V), rows of any stride; overwritten
     targets: Tensor,  # (M,) int64
+    cap: float | None = None,
 ) -> Tensor:  # (M,) float32
     """Compute the loss of each row, and overwrite the row with the loss's gradient.
 
@@ -259,13 +327,17 @@ def cross_entropy_(
 
     A target outside the row makes its loss and its gradient NaN.
 
+    Args:
+        cap: softcap(z) takes z's place, and the gradient is that of z; None: nothing is capped.
+
     Raises:
-        ValueError: shapes, dtypes, strides or devices do not fit, or rows overlap.
+        ValueError: the cap is not positive, shapes, dtypes, strides or devices do not fit, or rows
+            overlap.
     """
-    _check(logits, targets)
+    _check(logits, targets, cap)
     M, V = logits.shape
     if M > 1 and logits.stride(0) < V:
         raise ValueError(f"logits that are overwritten must not overlap: got {logits.stride()}")
     if logits.device.type == "cpu":
-        return cross_entropy_reference_(logits, targets)
-    return _launch_cross_entropy(logits, targets, writes=True)
+        return cross_entropy_reference_(logits, targets, cap)
+    return _launch_cross_entropy(logits, targets, writes=True, cap=cap)

@@ -85,6 +85,7 @@ def linear_cross_entropy(
     hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
     head: Tensor,  # (V, D)
     targets: Tensor,  # (M,) int64
+    cap: float | None = None,
 ) -> Tensor:  # () float32, summed over the rows
     """Sum the cross-entropy of softmax(hidden head^T) at the targets, without a gradient.
 
@@ -94,13 +95,16 @@ def linear_cross_entropy(
     The product is in hidden's dtype, to which the head is converted, everything after it in
     float32.
 
+    Args:
+        cap: of the logits, softcap(z) taking z's place; None: they are not capped.
+
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
     _check(hidden, head, targets)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for _, logits, some_targets in _chunks(hidden, head.to(hidden.dtype), targets):
-        loss += cross_entropy(logits, some_targets).sum()
+        loss += cross_entropy(logits, some_targets, cap).sum()
     return loss
 
 
@@ -110,6 +114,7 @@ def linear_cross_entropy_with_gradient(
     head: Tensor,  # (V, D), frozen
     targets: Tensor,  # (M,) int64
     factor: Tensor,  # () float32
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # () float32, summed over the rows; (M, D), hidden's dtype
     """Sum the cross-entropy as `linear_cross_entropy` does, and compute its gradient.
 
@@ -123,6 +128,7 @@ def linear_cross_entropy_with_gradient(
     Args:
         hidden: consumed; the gradient is written over it, and returned.
         factor: of the gradient, on hidden's device; not of the loss.
+        cap: of the logits, softcap(z) taking z's place; None: they are not capped.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit.
@@ -136,6 +142,6 @@ def linear_cross_entropy_with_gradient(
     head = head.to(hidden.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows, logits, some_targets in _chunks(hidden, head, targets):
-        loss += cross_entropy_(logits, some_targets).sum()
+        loss += cross_entropy_(logits, some_targets, cap).sum()
         torch.mul(_product_in_float32(logits, head), factor, out=rows)
     return loss, hidden

@@ -1,7 +1,7 @@
 """The logits on which cross-entropy is tried: in the interpreter, on a CPU and on a GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from layer_cases import CPU, generator_of
@@ -20,16 +20,21 @@ class LogitsCase:
     vocab_size: int
     row_width: int
     dtype: torch.dtype
+    # far below the largest logits; None: they are not capped
+    cap: float | None = None
 
     def __str__(self) -> str:
         shape = f"M{self.num_rows}-V{self.vocab_size}"
-        return f"{shape}-of{self.row_width}-{str(self.dtype)[6:]}"
+        cap = f"-cap{self.cap:g}" if self.cap else ""
+        return f"{shape}-of{self.row_width}-{str(self.dtype)[6:]}{cap}"
 
 
 def logits_cases(
-    shapes: list[tuple[int, int, int]], dtypes: tuple[torch.dtype, ...]
+    shapes: list[tuple[int, int, int]],
+    dtypes: tuple[torch.dtype, ...],
+    caps: tuple[float | None, ...] = (None, 7.0),
 ) -> list[LogitsCase]:
-    return [LogitsCase(*shape, dtype) for dtype in dtypes for shape in shapes]
+    return [LogitsCase(*shape, dtype, cap) for dtype in dtypes for shape in shapes for cap in caps]
 
 
 # no row; one value; a prime, in rows that start anywhere and on 16 values; whole groups; groups and
@@ -56,7 +61,7 @@ def draw_logits(case: LogitsCase, device: torch.device = CPU) -> tuple[Tensor, T
     Returns:
         rows of the width that ends in NaN, the logits in them, targets.
     """
-    generator = generator_of(case)
+    generator = generator_of(replace(case, cap=None))
     M, V = case.num_rows, case.vocab_size
     scale = 2.0 ** torch.arange(M).remainder(9).sub(4)
     drawn = torch.randn(M, V, generator=generator) * scale[:, None]
@@ -76,15 +81,15 @@ def draw_logits(case: LogitsCase, device: torch.device = CPU) -> tuple[Tensor, T
 
 def loss_results(
     case: LogitsCase,
-    losses_of: Callable[[Tensor, Tensor], Tensor],
-    losses_and_gradient_of: Callable[[Tensor, Tensor], Tensor],  # in the logits' place
+    losses_of: Callable[..., Tensor],  # (logits, targets, cap=)
+    losses_and_gradient_of: Callable[..., Tensor],  # the same; the gradient in the logits' place
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Compute losses alone, then losses and gradient; also keep the logits as the first left them,
     and what lies behind each row."""
     rows, logits, targets = draw_logits(case, device)
-    results = {"losses alone": losses_of(logits, targets), "logits": logits.clone()}
-    results["losses"] = losses_and_gradient_of(logits, targets)
+    results = {"losses alone": losses_of(logits, targets, cap=case.cap), "logits": logits.clone()}
+    results["losses"] = losses_and_gradient_of(logits, targets, cap=case.cap)
     results["gradient"] = logits
     results["behind"] = rows[:, case.vocab_size :]
     return {

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import cross_entropy as module
 from kernels.cross_entropy import cross_entropy, cross_entropy_
+from kernels.softcap import ERROR
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITIES = [80, 89, 90, 100]
@@ -52,11 +53,13 @@ def with_torch(case: LogitsCase, dtype: torch.dtype) -> dict[str, Tensor]:
     not float64."""
     _, logits, targets = draw_logits(case)
     leaf = logits.to(dtype).requires_grad_()
-    losses = F.cross_entropy(leaf, targets, reduction="none")
+    z = leaf if case.cap is None else case.cap * torch.tanh(leaf / case.cap)
+    losses = F.cross_entropy(z, targets, reduction="none")
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
     if dtype != torch.float64:
         gradient = gradient.to(case.dtype)
-    return {"losses": losses.detach(), "gradient": gradient}
+    largest = z.detach().softmax(dim=1).amax(dim=1)
+    return {"losses": losses.detach(), "gradient": gradient, "largest probability": largest}
 
 
 def assert_as_good_as_torch(case: LogitsCase, actual: dict[str, Tensor]) -> None:
@@ -71,13 +74,25 @@ def assert_as_good_as_torch(case: LogitsCase, actual: dict[str, Tensor]) -> None
         floor = baseline[name.removesuffix(" alone")]
         assert actual[name].shape == expected.shape, name
         for row in range(case.num_rows):
+            allowance = 0.0
+            if case.cap is not None:
+                # of the two logits that a loss or a probability compares, and of the slope
+                largest = float(truth["largest probability"][row])
+                share = (2 * case.cap + 2) * largest if name == "gradient" else 2 * case.cap
+                allowance = ERROR * share
             if name == "gradient" and case.dtype == torch.float32:
-                assert_gradient_in_float32(actual[name][row], expected[row], int(targets[row]))
+                assert_gradient_in_float32(
+                    actual[name][row], expected[row], int(targets[row]), allowance
+                )
             else:
-                assert_no_worse_than(actual[name][row], floor[row], expected[row], what=name)
+                assert_no_worse_than(
+                    actual[name][row], floor[row], expected[row], what=name, allowance=allowance
+                )
 
 
-def assert_gradient_in_float32(actual: Tensor, expected: Tensor, target: int) -> None:
+def assert_gradient_in_float32(
+    actual: Tensor, expected: Tensor, target: int, allowance: float
+) -> None:
     """A probability of almost 1 leaves a gradient of almost 0, which errs as the probability does.
 
     That has two exponentials of two units each and a quotient, and shares the error of the row's
@@ -95,7 +110,7 @@ def assert_gradient_in_float32(actual: Tensor, expected: Tensor, target: int) ->
     # the target's rounds once more, next to 1
     error = (actual.double() - expected).abs().max()
     eps = torch.finfo(torch.float32).eps
-    assert error <= bound * probabilities.max() + eps * expected.abs().max()
+    assert error <= bound * probabilities.max() + eps * expected.abs().max() + allowance
 
 
 def assert_equal_with_infinities(actual: Tensor, expected: Tensor) -> None:
@@ -178,6 +193,12 @@ def test_arguments_that_do_not_fit_are_refused(
         function(logits, targets)
 
 
+@pytest.mark.parametrize("cap", [0.0, -30.0, math.inf, math.nan])
+def test_a_cap_that_is_none_is_refused(cap: float) -> None:
+    with pytest.raises(ValueError, match=r"^the cap must be a positive number: got"):
+        cross_entropy(torch.ones(3, 4), TARGETS, cap)
+
+
 def test_rows_that_overlap_are_not_overwritten() -> None:
     logits = torch.ones(1, 4).expand(3, 4)
     assert cross_entropy(logits, TARGETS).shape == (3,)
@@ -186,14 +207,19 @@ def test_rows_that_overlap_are_not_overwritten() -> None:
 
 
 def compile_kernel(
-    dtype: torch.dtype, vocab_size: int, capability: int, writes: bool, row_width: int = 0
+    dtype: torch.dtype,
+    vocab_size: int,
+    capability: int,
+    writes: bool,
+    row_width: int = 0,
+    cap: float | None = None,
 ) -> CompiledLaunch:
     logits = torch.empty(2, max(row_width, vocab_size), dtype=dtype)[:, :vocab_size]
     targets = torch.zeros(2, dtype=torch.int64)
     return compile_launch(
         module,
         "_cross_entropy_kernel",
-        lambda: module._launch_cross_entropy(logits, targets, writes),
+        lambda: module._launch_cross_entropy(logits, targets, writes, cap),
         capability,
     )
 
@@ -207,6 +233,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("writes", [True, False], ids=["gradient", "loss"])
+@pytest.mark.parametrize("cap", [None, 30.0], ids="cap-{}".format)
 @pytest.mark.parametrize(
     ("dtype", "vocab_size", "capability"),
     COMPILED,
@@ -217,9 +244,10 @@ def test_kernel_compiles_without_spilling(
     dtype: torch.dtype,
     vocab_size: int,
     capability: int,
+    cap: float | None,
     record_property: Callable[[str, object], None],
 ) -> None:
-    compiled = compile_kernel(dtype, vocab_size, capability, writes)
+    compiled = compile_kernel(dtype, vocab_size, capability, writes, cap=cap)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     # one float a warp, for the reductions

@@ -38,12 +38,16 @@ def set_chunk(monkeypatch: pytest.MonkeyPatch, num_rows: int, itemsize: int = 4)
 
 
 def loss_and_gradient(
-    hidden: Tensor, head: Tensor, targets: Tensor, factor: float = FACTOR
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    factor: float = FACTOR,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call the product on a copy of hidden that it may consume, as part of wider rows."""
     consumed = part_of_wider_rows(hidden, hidden.dtype, hidden.device)
     loss, gradient = linear_cross_entropy_with_gradient(
-        consumed, head, targets, torch.tensor(factor, device=hidden.device)
+        consumed, head, targets, torch.tensor(factor, device=hidden.device), cap
     )
     assert gradient.data_ptr() == consumed.data_ptr()
     assert gradient.stride() == consumed.stride()
@@ -51,12 +55,18 @@ def loss_and_gradient(
 
 
 def loss_and_gradient_of_torch(
-    hidden: Tensor, head: Tensor, targets: Tensor, factor: float = FACTOR
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    factor: float = FACTOR,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As transformers does: logits in the model's dtype, the loss in float32 at least."""
     hidden = hidden.clone().requires_grad_()
     logits = hidden @ head.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     loss = F.cross_entropy(logits, targets, reduction="sum")
     (gradient,) = torch.autograd.grad(factor * loss, hidden)
     return loss.detach(), gradient
@@ -69,15 +79,20 @@ def in_dtype(
     return hidden.to(dtype), head.to(dtype), targets
 
 
+@pytest.mark.parametrize("cap", [None, 5.0], ids="cap-{}".format)
 @pytest.mark.parametrize("chunk", [1, 5, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1])
 def test_loss_and_gradient_equal_float64_for_every_chunk(
-    monkeypatch: pytest.MonkeyPatch, case: tuple[Tensor, Tensor, Tensor], chunk: int
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[Tensor, Tensor, Tensor],
+    chunk: int,
+    cap: float | None,
 ) -> None:
     set_chunk(monkeypatch, chunk)
     hidden, head, targets = case
-    loss, gradient = loss_and_gradient(hidden, head, targets)
-    alone = linear_cross_entropy(hidden, head, targets)
-    expected, expected_gradient = loss_and_gradient_of_torch(*in_dtype(case, torch.float64))
+    loss, gradient = loss_and_gradient(hidden, head, targets, cap=cap)
+    alone = linear_cross_entropy(hidden, head, targets, cap)
+    truth = in_dtype(case, torch.float64)
+    expected, expected_gradient = loss_and_gradient_of_torch(*truth, cap=cap)
 
     # a logit is a sum of HIDDEN products, and logsumexp moves by no more than its largest logit
     magnitudes = hidden.double().abs() @ head.double().abs().T
@@ -93,10 +108,15 @@ def test_loss_and_gradient_equal_float64_for_every_chunk(
     assert gradient.shape == hidden.shape
     assert gradient.dtype == torch.float32
     assert gradient.isfinite().all()
-    # a probability inherits twice the logits' error, and its row of the head sums VOCAB products
+    # a probability inherits twice the logits' error, and its row of the head sums VOCAB products;
+    # a cap bends logits towards zero, and its slope has less than their error again
+    share = 2
+    if cap is not None:
+        logits, share = cap * torch.tanh(logits / cap), 3
     slope = logits.softmax(1)
     slope[torch.arange(NUM_ROWS), targets] += 1
-    bound = FACTOR * (2 * logit_error + (VOCAB + 5) * EPS)[:, None] * (slope @ head.double().abs())
+    relative = share * logit_error + (VOCAB + 5) * EPS
+    bound = FACTOR * relative[:, None] * (slope @ head.double().abs())
     assert ((gradient.double() - expected_gradient).abs() <= bound).all()
 
 
