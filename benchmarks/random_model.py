@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
+from llama.families import LLAMA_NORMS
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight
@@ -31,6 +32,12 @@ LLAMA_3_8B = LlamaConfig(
     activation="silu",
     qk_norm=False,
     windows=(None,) * 32,
+    query_pre_attn_scalar=128,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    norms=LLAMA_NORMS,
+    norm_offset=0.0,
+    embedding_scale=1.0,
     eos_token_ids=(128001,),
 )
 CONFIGS = {

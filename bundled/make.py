@@ -77,13 +77,13 @@ def _hidden_states(model: Llama, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, 
     x = model.model.embed_tokens(input_ids)
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = attention.qkv(_normalize(x, layer.input_layernorm))
+        qkv = attention.qkv(_normalize(x, layer.norm(layer.norms.before_attention)))
         heads = qkv.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
         query, key, value = heads.split(num_heads, dim=1)
         query, key = _rotate(query, *tables), _rotate(key, *tables)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x + attention.o(mixed.transpose(1, 2).flatten(2))
-        gate, up = mlp.gate_up(_normalize(x, layer.post_attention_layernorm)).chunk(2, dim=-1)
+        gate, up = mlp.gate_up(_normalize(x, layer.norm(layer.norms.before_mlp))).chunk(2, dim=-1)
         x = x + mlp.down(F.silu(gate) * up)
     return _normalize(x, model.model.norm)
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from kernels.glu import Activation
-from llama.families import COMPUTED, FAMILIES, WITHOUT_EFFECT, Family
+from kernels.softcap_attention import MAX_HEAD
+from llama.families import (
+    ACTIVATION_NAMES,
+    COMPUTED,
+    FAMILIES,
+    WITHOUT_EFFECT,
+    Family,
+    LayerNorms,
+)
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -80,6 +88,12 @@ class LlamaConfig:
     qk_norm: bool  # queries and keys are normalized head by head before they are rotated
     # of each layer: how many tokens each sees, itself included; None: all before it
     windows: tuple[int | None, ...]
+    query_pre_attn_scalar: float  # scores are divided by its root
+    attn_logit_softcapping: float | None  # what no score exceeds
+    final_logit_softcapping: float | None  # what no logit exceeds
+    norms: LayerNorms
+    norm_offset: float  # what the weights of all norms are stored less
+    embedding_scale: float
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
 
 
@@ -112,6 +126,9 @@ class _Fields:
             and 0 < value <= sys.float_info.max
         )
         return float(self._take(key, default, "a positive number", is_valid))
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.values.get(key) is None else self.number(key)
 
     def boolean(self, key: str, default: bool) -> bool:
         is_valid = isinstance(self.values.get(key), bool)
@@ -245,10 +262,12 @@ def _family(fields: _Fields) -> Family:
 def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Read which layers see how many tokens."""
     path, values = fields.path, fields.values
-    size = values.get("sliding_window", family.default_window)
+    size = values.get("sliding_window")
     if size is not None:
-        size = fields.integer("sliding_window", family.default_window)
-    if family.windows == "none" or size is None:
+        size = fields.integer("sliding_window")
+    if family.windows == "alternating":
+        sees_window = [layer % 2 == 0 for layer in range(num_layers)]
+    elif family.windows == "none" or size is None:
         sees_window = [False] * num_layers
     elif family.windows == "all":
         sees_window = [True] * num_layers
@@ -265,12 +284,12 @@ def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | No
                 f"{num_layers} layers: got {kinds!r}"
             )
         given = [named[kind] for kind in kinds]
-        if any(given) and size is None:
-            raise ValueError(f"{path}: sliding_window must be given with sliding layers: got none")
-        if family.windows == "later":
+        if family.windows in ("alternating", "later"):
             sees_window = given
         elif given != sees_window:
             raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
+    if any(sees_window) and size is None:
+        raise ValueError(f"{path}: sliding_window must be given with sliding layers: got none")
     return tuple(size if sees else None for sees in sees_window)
 
 
@@ -314,8 +333,6 @@ def _check_function(fields: _Fields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
     _is_nf4(fields)
-    if (activation := values.get("hidden_act") or "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act must be 'silu': got {activation!r}")
     if (dropout := values.get("attention_dropout")) not in (None, 0):
         raise ValueError(
             f"{path}: attention_dropout must be 0: got {dropout!r}; "
@@ -329,6 +346,18 @@ def stores_nf4(folder: Path) -> bool:
     Which ones the files say.
     """
     return _is_nf4(_read_fields(folder / CONFIG_NAME))
+
+
+def _activation(fields: _Fields, family: Family) -> Activation:
+    name = fields.values.get(family.activation_field)
+    if name is None:
+        name = family.defaults.get(family.activation_field, "silu")
+    if name not in ACTIVATION_NAMES:
+        raise ValueError(
+            f"{fields.path}: {family.activation_field} must be one of "
+            f"{', '.join(ACTIVATION_NAMES)}: got {name!r}"
+        )
+    return ACTIVATION_NAMES[name]
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -345,6 +374,7 @@ def read_config(folder: Path) -> LlamaConfig:
     fields = _read_fields(path)
     family = _family(fields)
     _check_function(fields)
+    fields = _Fields(path, {**family.defaults, **fields.values})
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
     if not has_head_dim and hidden_size % num_heads:
@@ -361,6 +391,7 @@ def read_config(folder: Path) -> LlamaConfig:
     rope_theta, rope_scaling = _rope(fields)
     num_layers = fields.integer("num_hidden_layers")
     bias = "attention_bias" in family.fields and fields.boolean("attention_bias", False)
+    head_dim = fields.integer("head_dim", family.head_dim or hidden_size // num_heads)
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -368,7 +399,7 @@ def read_config(folder: Path) -> LlamaConfig:
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+        head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -378,9 +409,15 @@ def read_config(folder: Path) -> LlamaConfig:
         o_bias=bias if family.o_bias is None else family.o_bias,
         mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
         is_fused=family.is_fused,
-        activation="silu",
+        activation=_activation(fields, family),
         qk_norm=family.qk_norm,
         windows=_windows(fields, family, num_layers),
+        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", float(head_dim)),
+        attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),
+        final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
+        norms=family.norms,
+        norm_offset=family.norm_offset,
+        embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else 1.0,
         eos_token_ids=eos_token_ids or (),
     )
     if config.num_attention_heads % config.num_key_value_heads:
@@ -391,5 +428,10 @@ def read_config(folder: Path) -> LlamaConfig:
     if config.head_dim % 2:
         raise ValueError(
             f"{path}: head_dim must be even, rotary positions turn pairs: got {config.head_dim}"
+        )
+    if config.attn_logit_softcapping is not None and config.head_dim > MAX_HEAD:
+        raise ValueError(
+            f"{path}: head_dim must be at most {MAX_HEAD} with attn_logit_softcapping: "
+            f"got {config.head_dim}"
         )
     return config

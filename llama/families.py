@@ -5,8 +5,26 @@ what a layer has and never whose it is. What is in no family's list of fields is
 set, because nobody knows whether it changes the function.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from kernels.glu import Activation
+
+
+class LayerNorms(NamedTuple):
+    """Where a layer normalizes, by what the checkpoint calls each norm; None: nowhere there.
+
+    A norm behind a half of the layer comes before its result is added to the residual stream.
+    """
+
+    before_attention: str = "input_layernorm"
+    behind_attention: str | None = None
+    before_mlp: str = "post_attention_layernorm"
+    behind_mlp: str | None = None
+
+
+LLAMA_NORMS = LayerNorms()
 
 
 @dataclass(frozen=True)
@@ -18,9 +36,14 @@ class Family:
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
-        windows: which layers see only the last `sliding_window` tokens: none, all, or, where
-            `use_sliding_window` is set, those from `max_window_layers` on.
-        default_window: where the file has no `sliding_window`; null in the file means no window.
+        windows: which layers see only the last `sliding_window` tokens: none, all, every other one
+            from the first on, or, where `use_sliding_window` is set, those from `max_window_layers`
+            on.
+        activation_field: what names the activation of the gates.
+        norm_offset: what the weights of all norms are stored less.
+        scales_embeddings: by the root of hidden_size.
+        defaults: of fields that the file does not have, where they are not Llama's; null in the
+            file is none.
         fields: of config.json that this family has and Llama has not.
     """
 
@@ -30,8 +53,12 @@ class Family:
     qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "later"] = "none"
-    default_window: int | None = None
+    windows: Literal["none", "all", "alternating", "later"] = "none"
+    activation_field: str = "hidden_act"
+    norms: LayerNorms = LLAMA_NORMS
+    norm_offset: float = 0.0
+    scales_embeddings: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
 
 
@@ -44,7 +71,7 @@ FAMILIES = {
         qkv_bias=False,
         o_bias=False,
         windows="all",
-        default_window=4096,
+        defaults={"sliding_window": 4096},
         fields=frozenset({"sliding_window"}),
     ),
     "Qwen2ForCausalLM": Family(
@@ -66,7 +93,42 @@ FAMILIES = {
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
     ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        head_dim=256,
+        windows="alternating",
+        activation_field="hidden_activation",
+        norms=LayerNorms(
+            behind_attention="post_attention_layernorm",
+            before_mlp="pre_feedforward_layernorm",
+            behind_mlp="post_feedforward_layernorm",
+        ),
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+        fields=frozenset(
+            {
+                "attention_bias",
+                "sliding_window",
+                "hidden_activation",
+                "query_pre_attn_scalar",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+            }
+        ),
+    ),
 }
+
+# what the activations of the gates are called in config.json
+ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # fields of every family that decide what the model computes
 COMPUTED = frozenset(

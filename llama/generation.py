@@ -24,6 +24,7 @@ def generate_greedy(
     ids = torch.tensor([prompt_ids], device=model.device)
     while len(new_ids) < max_new_tokens:
         hidden = model.hidden_states(ids, cache)[:, -1]
+        # a cap on logits leaves their order as it is
         next_id = int((hidden @ model.head.to(hidden.dtype).T).argmax())
         if next_id in stop_ids:
             break

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.rms_norm import rms_norm, rms_norm_backward
 from llama.decoder_layer import Activations, DecoderLayer, LayerInput, Shared
 from llama.host_stash import HostStash
 from llama.loss import linear_cross_entropy_with_gradient
@@ -228,14 +227,14 @@ class MicroStep:
             layers.append(kept)
         if stash is not None:
             stash.settle()
-        norm = model.model.norm
-        _, r, rstd = rms_norm(x, norm.weight, norm.eps, delta, out=hidden)
+        _, r, rstd = model.model.norm(x, delta, out=hidden)
         return _Kept(shared, layers, r, rstd)
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Compute the loss, and turn the hidden states into their gradient."""
+        cap = self.model.config.final_logit_softcapping
         loss, grad = linear_cross_entropy_with_gradient(
-            hidden[rows], self.model.head, targets, factor
+            hidden[rows], self.model.head, targets, factor, cap
         )
         # a token without a label has none
         hidden.zero_().index_copy_(0, rows, grad)
@@ -247,7 +246,7 @@ class MicroStep:
         tail = max(layer.grad_tail for layer in layers)
         grad_ext = grad_hidden.new_empty(M, D + tail)
         norm = self.model.model.norm
-        rms_norm_backward(grad_hidden, None, kept.r, kept.rstd, norm.weight, out=grad_ext[:, :D])
+        norm.backward(grad_hidden, None, kept.r, kept.rstd, out=grad_ext[:, :D])
         if stash is not None:
             stash.fetch_next(grad_hidden)
         for layer in reversed(layers):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
+from kernels.softcap import softcap_reference
 from llama.config import LlamaConfig, LongRopeScaling
 from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
 
 class Llama(nn.Module):
@@ -63,6 +63,10 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head.requires_grad_(False)
+        # rounded as transformers rounds it
+        self.embedding_scale = float(
+            torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
+        )
         frequencies = torch.stack([rope_frequencies(config, is_long) for is_long in (False, True)])
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -133,7 +137,8 @@ class Llama(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) on the device -> (B T, D)
         """Look up the tokens' embeddings."""
-        return self.model.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)
+        embedded = self.model.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)
+        return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     def shared(
         self,
@@ -180,14 +185,15 @@ class Llama(nn.Module):
         x, delta = self.embed(input_ids), None
         for layer in self.layers:
             x, delta, _ = layer(x, delta, shared, cache)
-        norm = self.model.norm
-        y, _, _ = rms_norm(x, norm.weight, norm.eps, delta)
+        y, _, _ = self.model.norm(x, delta)
         return y.unflatten(0, tuple(input_ids.shape))
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Compute next-token logits, (B, T, V) float32; for generation and small batches only."""
-        return (self.hidden_states(input_ids, cache) @ self.head.to(self.compute_dtype).T).float()
+        logits = (self.hidden_states(input_ids, cache) @ self.head.to(self.compute_dtype).T).float()
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else softcap_reference(logits, cap)
 
     @torch.no_grad()
     def loss(
@@ -204,7 +210,9 @@ class Llama(nn.Module):
         rows, targets = target_rows(labels)
         hidden = self.hidden_states(input_ids.to(self.device, non_blocking=True)).flatten(0, 1)
         picked = hidden[rows.to(self.device, non_blocking=True)]
-        return linear_cross_entropy(picked, self.head, targets.to(self.device, non_blocking=True))
+        targets = targets.to(self.device, non_blocking=True)
+        cap = self.config.final_logit_softcapping
+        return linear_cross_entropy(picked, self.head, targets, cap)
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) on the CPU

@@ -24,9 +24,10 @@ def load_tiny(
     quantization: tuple[int, bool] | None = NF4,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
+    variant: str = "grouped-query",
 ) -> Llama:
     """A tiny model whose updates are not zero."""
-    folder = write_variant(folder, "grouped-query", dtype)
+    folder = write_variant(folder, variant, dtype)
     model = load_model(folder, device, dtype, quantization)
     if lora is not None:
         model.attach_lora(lora, seed=0)

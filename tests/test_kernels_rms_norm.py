@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,9 @@ def test_a_cpu_gradient_over_another_is_that_in_a_new_tensor() -> None:
     expected = rms_norm_backward(grad_y, grad_r, r, rstd, weight)
     for name in ("grad_y", "grad_r"):
         grads = {"grad_y": grad_y.clone(), "grad_r": grad_r.clone()}
-        found = rms_norm_backward(**grads, r=r, rstd=rstd, weight=weight, out=grads[name])
+        found = rms_norm_backward(
+            grads["grad_y"], grads["grad_r"], r, rstd, weight, out=grads[name]
+        )
         assert found is grads[name]
         assert_equal(found, expected)
 
@@ -191,11 +194,11 @@ X, WEIGHT = torch.ones(3, 4), torch.ones(4)
 def test_arguments_that_do_not_fit_are_refused(
     arguments: tuple[Tensor | None, ...], message: str
 ) -> None:
-    x, weight, *others = arguments
+    x, weight, residual, out = (*arguments, None, None)[:4]
     assert x is not None
     assert weight is not None
     with pytest.raises(ValueError, match=message):
-        rms_norm(x, weight, EPS, *others)
+        rms_norm(x, weight, EPS, residual, out)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +222,16 @@ def test_arguments_that_do_not_fit_are_refused(
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(name: str, value: Tensor, message: str) -> None:
-    arguments = {"grad_y": X, "grad_r": None, "r": X, "rstd": torch.ones(3), "weight": WEIGHT}
+    arguments: dict[str, Any] = {
+        "grad_y": X,
+        "grad_r": None,
+        "r": X,
+        "rstd": torch.ones(3),
+        "weight": WEIGHT,
+    }
+    arguments[name] = value
     with pytest.raises(ValueError, match=message):
-        rms_norm_backward(**(arguments | {name: value}))
+        rms_norm_backward(**arguments)
 
 
 def test_a_frozen_pass_takes_what_requires_a_gradient_elsewhere() -> None:

@@ -20,6 +20,7 @@ from llama.config import (
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+GEMMA2 = VARIANTS["gemma2"]
 MISTRAL, QWEN2, PHI3 = VARIANTS["mistral"], VARIANTS["qwen2"], VARIANTS["phi3"]
 
 
@@ -115,7 +116,17 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
             "sliding_window must be given with sliding layers",
         ),
         ({"architectures": None}, "got None"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu': got 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh: got 'gelu'"),
+        (GEMMA2 | {"hidden_activation": "relu"}, "hidden_activation must be one of silu"),
+        (GEMMA2 | {"sliding_window": None}, "sliding_window must be given with sliding layers"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "got use_bidirectional_attention = True"),
+        (
+            GEMMA2 | {"attn_logit_softcapping": 0},
+            "attn_logit_softcapping must be a positive number",
+        ),
+        (GEMMA2 | {"final_logit_softcapping": "30"}, "final_logit_softcapping must be a positive"),
+        (GEMMA2 | {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a positive number"),
+        (GEMMA2 | {"head_dim": 512}, "head_dim must be at most 256 with attn_logit_softcapping"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
         ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
         ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
@@ -218,6 +229,37 @@ def test_families_differ_in_their_fields(tmp_path: Path) -> None:
     assert read(tmp_path, **VARIANTS["qwen3"] | {"head_dim": None}).head_dim == 128
 
 
+def test_gemma_2_has_its_own_defaults(tmp_path: Path) -> None:
+    gemma2 = read(tmp_path, **GEMMA2)
+    assert (gemma2.windows, gemma2.activation) == ((8, None), "gelu_tanh")
+    assert (gemma2.norm_offset, gemma2.embedding_scale) == (1.0, math.sqrt(32))
+    assert (gemma2.query_pre_attn_scalar, gemma2.head_dim) == (6, 12)
+    assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (2.0, 3.0)
+    assert gemma2.norms.before_mlp == "pre_feedforward_layernorm"
+    assert read(tmp_path, **GEMMA2 | {"layer_types": ["full_attention"] * 2}).windows == (None,) * 2
+    # null is no cap, absent is transformers' default
+    uncapped = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 512}
+    assert read(tmp_path, **GEMMA2 | uncapped).attn_logit_softcapping is None
+    own = ("architectures", "model_type")
+    bare = {
+        key: FIELDS[key] for key in FIELDS if key not in GEMMA2 and key != "num_key_value_heads"
+    }
+    (tmp_path / "config.json").write_text(json.dumps(bare | {key: GEMMA2[key] for key in own}))
+    gemma2 = read_config(tmp_path)
+    assert (gemma2.num_key_value_heads, gemma2.head_dim, gemma2.query_pre_attn_scalar) == (
+        4,
+        256,
+        256,
+    )
+    assert (gemma2.attn_logit_softcapping, gemma2.final_logit_softcapping) == (50.0, 30.0)
+    assert (gemma2.windows, gemma2.tie_word_embeddings) == ((4096, None), True)
+    # other families score as ever, and add what their halves give
+    llama = read(tmp_path)
+    assert (llama.query_pre_attn_scalar, llama.attn_logit_softcapping) == (8, None)
+    assert (llama.norms.behind_attention, llama.norms.behind_mlp) == (None, None)
+    assert (llama.norm_offset, llama.embedding_scale, llama.activation) == (0, 1, "silu")
+
+
 def test_rope_scalings_are_read(tmp_path: Path) -> None:
     linear = read(tmp_path, rope_scaling={"type": "linear", "factor": 4})
     assert linear.rope_scaling == LinearRopeScaling(4.0)
@@ -231,20 +273,16 @@ def test_rope_scalings_are_read(tmp_path: Path) -> None:
     assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
 
 
-def test_real_configs_are_read_or_refused_by_their_architecture(assets: Path) -> None:
-    refused = {"Gemma2ForCausalLM"}
+def test_real_configs_are_read(assets: Path) -> None:
     num_read = 0
     for path in sorted(assets.glob("configs/*/config.json")):
         fields = json.loads(path.read_text())
-        if fields["architectures"][0] in refused:
-            with pytest.raises(ValueError, match="must describe one of the architectures"):
-                read_config(path.parent)
-            continue
         config = read_config(path.parent)
         num_read += 1
         assert config.hidden_size == fields["hidden_size"]
         assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
         # the others' windows are as long as their positions, or not used
         windows = {"Mistral-7B-v0.1": {4096}, "Phi-3.5-mini-instruct": {262144}}
+        windows |= {name: {4096, None} for name in ("gemma-2-2b", "gemma-2-9b")}
         assert set(config.windows) == windows.get(path.parent.name, {None})
     assert num_read > 20

@@ -284,7 +284,7 @@ def test_nothing_is_recorded_for_autograd(case: tuple[Tensor, Tensor, Tensor]) -
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    given = {"hidden": torch.ones(3, 8), "head": torch.ones(5, 8)}
+    given: dict[str, Any] = {"hidden": torch.ones(3, 8), "head": torch.ones(5, 8)}
     given |= {"targets": torch.zeros(3).long(), "factor": torch.tensor(1.0)}
     given |= changes
     with pytest.raises(ValueError, match=message):

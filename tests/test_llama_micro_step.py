@@ -97,7 +97,7 @@ def test_every_policy_gives_the_same_bits(
 
 
 @DEVICES
-@pytest.mark.parametrize("variant", ["biases", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("variant", ["biases", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
 def test_every_family_is_recomputed_bit_for_bit(
     tmp_path: Path, variant: str, device: torch.device
 ) -> None:
@@ -164,14 +164,16 @@ def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path
 @pytest.mark.parametrize("policies", GPU_POLICIES)
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
 def test_gpu_captured_steps_give_the_same_bits(
     tmp_path: Path,
     dtype: torch.dtype,
     quantization: tuple[int, bool] | None,
     policies: str,
     dropout: float,
+    variant: str,
 ) -> None:
-    model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype)
+    model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype, variant)
     launched = MicroStep(model, KEEP)
     captured = MicroStep(model, GPU_POLICIES[policies], captures=True)
     # two shapes, each three times: launched, captured, replayed; other tokens and seeds each time

@@ -30,6 +30,7 @@ from lora.config import LoRAConfig, resolve_target_modules
 EPS = torch.finfo(torch.float32).eps
 # what the issue promises of float32 logits of order one
 PROMISED = 1e-4
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture(params=VARIANTS)
@@ -41,8 +42,9 @@ def load(
     folder: Path,
     dtype: torch.dtype = torch.float32,
     quantization: tuple[int, bool] | None = None,
+    device: torch.device = CPU,
 ) -> Llama:
-    return load_model(folder, CPU, dtype, quantization)
+    return load_model(folder, device, dtype, quantization)
 
 
 def float32_error(truth: Tensor, num_operations: int) -> Tensor:
@@ -77,14 +79,18 @@ def test_logits_equal_transformers_in_float32(peer: Peer) -> None:
     assert (actual - expected).abs().max() <= PROMISED
 
 
+@pytest.mark.parametrize(
+    "device", [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_errs_no_more_than_twice_as_much_as_transformers(
-    peer: Peer, dtype: torch.dtype
+    peer: Peer, dtype: torch.dtype, device: torch.device
 ) -> None:
     name = str(dtype).removeprefix("torch.")
-    model = load(peer.checkpoint, dtype)
-    assert model.hidden_states(peer.inputs["input_ids"]).dtype == dtype
-    actual = model.logits(peer.inputs["input_ids"])
+    model = load(peer.checkpoint, dtype, device=device)
+    input_ids = peer.inputs["input_ids"].to(device)
+    assert model.hidden_states(input_ids).dtype == dtype
+    actual = model.logits(input_ids).cpu()
     baseline = peer.outputs[f"logits.{name}"].float()
     assert_no_worse_than(actual, baseline, peer.outputs["logits.float64"])
 
@@ -257,11 +263,12 @@ def test_group_members_bear_the_checkpoints_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 def test_bf16_logits_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_the_cpu(
-    tmp_path: Path, quantization: tuple[int, bool] | None
+    tmp_path: Path, quantization: tuple[int, bool] | None, variant: str
 ) -> None:
-    folder = write_variant(tmp_path, "grouped-query", torch.bfloat16)
+    folder = write_variant(tmp_path, variant, torch.bfloat16)
     input_ids, labels = tokens(2, 33), tokens(2, 33)
 
     def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -73,6 +73,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 3.0, 4.0],
         },
     },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "pad_token_id": 0,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 12,
+        "sliding_window": 8,
+        # scores and logits are of order one: caps near it bend most of them
+        "query_pre_attn_scalar": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -102,6 +116,9 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         found[f"{prefix}input_layernorm.weight"] = (hidden,)
         found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if fields["model_type"] == "gemma2":
+            found[f"{prefix}pre_feedforward_layernorm.weight"] = (hidden,)
+            found[f"{prefix}post_feedforward_layernorm.weight"] = (hidden,)
         if fields["model_type"] == "qwen3":
             found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
@@ -128,7 +145,8 @@ def random_tensors(
     for name, shape in shapes(fields).items():
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
-            tensor = 1 + 0.1 * noise
+            # Gemma adds the one itself
+            tensor = (fields["model_type"] != "gemma2") + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         else:

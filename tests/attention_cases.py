@@ -1,0 +1,151 @@
+"""The heads on which capped attention is tried: in the interpreter, on a CPU and on a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from layer_cases import CPU, contiguous, generator_of
+from nf4_cases import INTERPRETED_DTYPES
+from torch import Tensor
+
+from kernels.softcap import ERROR
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Heads of queries, keys and values; the queries are the last of all tokens."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    window: int | None
+    dtype: torch.dtype
+    scale: float = 0.5
+    # scores of standard deviation 1 to 8 reach well into the bend
+    cap: float = 5.0
+
+    def __str__(self) -> str:
+        heads = f"B{self.batch}-H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
+        tokens = f"T{self.num_queries}of{self.num_keys}-W{self.window}"
+        return f"{heads}-{tokens}-{str(self.dtype)[6:]}"
+
+    @property
+    def has_backward(self) -> bool:
+        return self.num_queries == self.num_keys
+
+
+def attention_cases(
+    shapes: list[tuple[int, int, int, int, int, int, int | None]],
+    dtypes: tuple[torch.dtype, ...],
+) -> list[AttentionCase]:
+    return [AttentionCase(*shape, dtype) for dtype in dtypes for shape in shapes]
+
+
+# one token; shared heads that fill no vector; tiles and a rest, in a window within a tile and
+# across tiles, and of one token; a token after others
+TINY_ATTENTIONS = attention_cases(
+    [
+        (1, 1, 1, 1, 1, 2, None),
+        (2, 4, 2, 5, 5, 12, None),
+        (1, 2, 1, 70, 70, 16, None),
+        (1, 3, 1, 70, 70, 16, 9),
+        (1, 2, 2, 130, 130, 16, 67),
+        (1, 1, 1, 5, 5, 16, 1),
+        (2, 4, 2, 1, 70, 12, None),
+        (2, 4, 2, 1, 70, 12, 9),
+    ],
+    INTERPRETED_DTYPES,
+)
+
+
+def attention_inputs(case: AttentionCase, device: torch.device = CPU) -> dict[str, Tensor]:
+    """Draw heads as they lie in a buffer of q, k and v, and a gradient as a layer has it."""
+    generator = generator_of(case)
+    counts = {"query": case.num_heads, "key": case.num_kv_heads, "value": case.num_kv_heads}
+    buffer = torch.randn(
+        case.batch, case.num_keys, sum(counts.values()), case.head_dim, generator=generator
+    )
+    buffer[:, :, : case.num_heads] *= 8 / case.head_dim**0.5
+    # tokens differ in how large their scores are
+    buffer *= 2.0 ** -torch.arange(case.num_keys).remainder(4)[:, None, None]
+    heads = buffer.to(device, case.dtype).transpose(1, 2).split(list(counts.values()), dim=1)
+    inputs = dict(zip(counts, heads, strict=True))
+    inputs["query"] = inputs["query"][:, :, -case.num_queries :]
+    grad = torch.randn(
+        case.batch, case.num_queries, case.num_heads, case.head_dim, generator=generator
+    )
+    return inputs | {"grad": grad.to(device, case.dtype).transpose(1, 2)}
+
+
+def attention_results(
+    case: AttentionCase,
+    attend: Callable[..., Any],  # (query, key, value, scale, cap, window) -> out, lse
+    # (grad, query, key, value, out, lse, scale, cap, window) -> grad_q, grad_k, grad_v
+    attend_backward: Callable[..., Any],
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run an attention forward, and back where every token is a query."""
+    inputs = attention_inputs(case, device)
+    grad = inputs.pop("grad")
+    numbers = (case.scale, case.cap, case.window)
+    out, lse = attend(*inputs.values(), *numbers)
+    results = {"out": out, "lse": lse}
+    if case.has_backward:
+        grads = attend_backward(grad, *inputs.values(), out, lse, *numbers)
+        results |= dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
+    return contiguous(results)
+
+
+def _scores_of_torch(case: AttentionCase, query: Tensor, key: Tensor) -> Tensor:
+    """Cap the scores of each query head, and leave out what it does not see."""
+    scores = torch.tanh(query @ key.mT * case.scale / case.cap) * case.cap
+    positions = torch.arange(case.num_keys)
+    distance = positions[-case.num_queries :, None] - positions
+    is_seen = (distance >= 0) & (distance < (case.window or case.num_keys))
+    return scores.masked_fill(~is_seen, float("-inf"))
+
+
+def attention_of_torch(case: AttentionCase, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Attend as transformers does, in a dtype with the softmax in float32 at least; autograd
+    back."""
+    inputs = {name: tensor.to(dtype) for name, tensor in attention_inputs(case).items()}
+    grad = inputs.pop("grad")
+    leaves = [tensor.requires_grad_(case.has_backward) for tensor in inputs.values()]
+    num_shared = case.num_heads // case.num_kv_heads
+    key, value = (x.repeat_interleave(num_shared, dim=1) for x in leaves[1:])
+    scores = _scores_of_torch(case, leaves[0], key)
+    wide = scores if dtype == torch.float64 else scores.float()
+    out = wide.softmax(dim=-1).to(dtype) @ value
+    results = {"out": out, "lse": wide.logsumexp(dim=-1)}
+    if case.has_backward:
+        grads = torch.autograd.grad(out, leaves, grad)
+        results |= dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
+    return contiguous(results)
+
+
+def allowances(case: AttentionCase) -> dict[str, float]:
+    """Bound what the error of a capped score, ERROR of the cap, does to each result.
+
+    A probability compares two scores, so both change it by a share of itself, and the slope and
+    delta err by such a share again; magnitudes that are summed without a sign bound the rest.
+    """
+    inputs = {name: tensor.double() for name, tensor in attention_inputs(case).items()}
+    num_shared = case.num_heads // case.num_kv_heads
+    query, grad = inputs["query"], inputs["grad"].abs()
+    key, value = (inputs[name].repeat_interleave(num_shared, dim=1) for name in ("key", "value"))
+    p = _scores_of_torch(case, query, key).softmax(dim=-1)
+    grad_p = grad @ value.abs().mT
+    grad_s = case.scale * p * (grad_p + (grad_p * p).sum(dim=-1, keepdim=True))
+    magnitudes = {
+        "out": p @ value.abs(),
+        "grad_q": grad_s @ key.abs(),
+        "grad_k": (grad_s.mT @ query.abs()).unflatten(1, (-1, num_shared)).sum(dim=2),
+        "grad_v": (p.mT @ grad).unflatten(1, (-1, num_shared)).sum(dim=2),
+    }
+    share = (4 * case.cap + 2) * ERROR
+    found = {name: share * float(tensor.max()) for name, tensor in magnitudes.items()}
+    return found | {"lse": ERROR * case.cap}

@@ -1,0 +1,39 @@
+"""Runs the kernels of capped attention on tiny heads in Triton's interpreter; a process of its own.
+
+Writes what the launchers compute, by case, to the safetensors file that is its argument.
+"""
+
+import os
+import sys
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+import torch  # noqa: E402, the assertion comes first
+import triton  # noqa: E402
+from attention_cases import TINY_ATTENTIONS, attention_results  # noqa: E402
+from interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
+from poison import poisoned_memory  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from kernels.softcap_attention import (  # noqa: E402
+    _launch_softcap_attention,
+    _launch_softcap_attention_backward,
+)
+
+
+def main() -> None:
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+        let_loops_run_under_numpy_2_4()
+    results = {}
+    with poisoned_memory():
+        for case in TINY_ATTENTIONS:
+            found = attention_results(
+                case, _launch_softcap_attention, _launch_softcap_attention_backward
+            )
+            results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+    save_file(results, sys.argv[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

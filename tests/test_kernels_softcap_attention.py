@@ -1,0 +1,233 @@
+"""kernels/softcap_attention.py: no worse than torch, interpreted and on a GPU; compiles for 4
+GPUs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import CompiledLaunch, compile_launch
+from attention_cases import (
+    TINY_ATTENTIONS,
+    AttentionCase,
+    allowances,
+    attention_cases,
+    attention_inputs,
+    attention_of_torch,
+    attention_results,
+)
+from equality import assert_equal, assert_no_worse_than
+from interpreter import interpreted_results
+from torch import Tensor
+
+from kernels import softcap_attention as module
+from kernels.softcap_attention import softcap_attention, softcap_attention_backward
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAPABILITIES = [80, 89, 90, 100]
+CUDA = torch.device("cuda")
+SCRIPT = "interpreted_attention.py"
+CPU_CASES = attention_cases([(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9)], DTYPES)
+# heads of real models, in windows shorter and longer than a tile, and a prime of tokens
+GPU_CASES = attention_cases(
+    [
+        (1, 1, 1, 1, 1, 2, None),
+        (2, 4, 2, 70, 70, 12, 9),
+        (1, 4, 4, 257, 257, 64, 100),
+        (2, 4, 1, 331, 331, 128, None),
+        (1, 8, 4, 512, 512, 256, None),
+        (2, 4, 2, 331, 331, 256, 120),
+        (1, 4, 2, 331, 331, 256, 7),
+        (2, 8, 4, 1, 331, 256, None),
+        (2, 8, 4, 1, 331, 256, 120),
+    ],
+    DTYPES,
+)
+
+
+def assert_as_good_as_torch(case: AttentionCase, actual: dict[str, Tensor]) -> None:
+    truth, baseline = attention_of_torch(case, torch.float64), attention_of_torch(case, case.dtype)
+    assert actual.keys() == truth.keys()
+    allowed = allowances(case)
+    for name, expected in truth.items():
+        assert actual[name].shape == expected.shape, name
+        assert_no_worse_than(
+            actual[name], baseline[name], expected, what=name, allowance=allowed[name]
+        )
+
+
+@pytest.mark.parametrize("case", TINY_ATTENTIONS, ids=str)
+def test_interpreted_kernels_are_as_good_as_torch(case: AttentionCase) -> None:
+    prefix = f"{case}/"
+    actual = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in interpreted_results(SCRIPT).items()
+        if name.startswith(prefix)
+    }
+    assert_as_good_as_torch(case, actual)
+
+
+@pytest.mark.parametrize("case", [*TINY_ATTENTIONS, *CPU_CASES], ids=str)
+def test_on_a_cpu_results_and_gradients_are_as_good_as_autograds(case: AttentionCase) -> None:
+    results = attention_results(case, softcap_attention, softcap_attention_backward)
+    assert_as_good_as_torch(case, results)
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_some_queries_at_a_time_give_what_all_do(
+    monkeypatch: pytest.MonkeyPatch, case: AttentionCase
+) -> None:
+    # seven rows
+    num_scores = 7 * case.batch * case.num_heads * case.num_keys
+    monkeypatch.setattr(module, "NUM_SCORES", num_scores)
+    results = attention_results(case, softcap_attention, softcap_attention_backward)
+    assert_as_good_as_torch(case, results)
+
+
+HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": HEADS.int()}, "^query must be bfloat16, float16 or float32: got torch.int32"),
+        ({"query": HEADS[0]}, r"^query and key must be heads of some tokens.* \(4, 3, 8\)"),
+        ({"key": torch.ones(2, 3, 3, 8)}, "^heads must be .* shared evenly"),
+        ({"query": torch.ones(2, 4, 3, 512)}, "^heads must be at most 256 wide"),
+        ({"query": torch.ones(2, 4, 5, 8)}, "there must be a key for each query"),
+        (
+            {"value": torch.ones(2, 2, 4, 8)},
+            r"^value must be torch.float32 of shape \(2, 2, 3, 8\)",
+        ),
+        ({"value": KEYS.half()}, "^value must be torch.float32 .* got torch.float16"),
+        ({"key": torch.ones(2, 2, 8, 3).mT}, "^key must have contiguous heads"),
+        ({"value": torch.ones(2, 2, 3, 8, device="meta")}, "on one device: got cpu and value on"),
+        ({"key": KEYS.clone().requires_grad_()}, "^nothing is recorded for autograd: got key"),
+        ({"cap": 0.0}, "^the cap must be a positive number: got 0"),
+        ({"scale": math.nan}, "^the scale must be a positive number: got nan"),
+        ({"window": -1}, "^the window must be a positive number: got -1"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "query": HEADS,
+        "key": KEYS,
+        "value": KEYS,
+        "scale": 1.0,
+        "cap": 5.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        softcap_attention(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad": HEADS.half()}, "^grad must be torch.float32 .* got torch.float16"),
+        ({"out": HEADS[:, :2]}, "^out must be torch.float32 of shape"),
+        ({"key": torch.ones(2, 2, 4, 8)}, r"^key must be torch.float32 of shape \(2, 2, 3, 8\)"),
+        ({"lse": torch.ones(2, 4, 3).half()}, "^lse must be contiguous float32"),
+        ({"lse": torch.ones(2, 4, 1).expand(2, 4, 3)}, "^lse must be contiguous float32"),
+    ],
+    ids=str,
+)
+def test_gradients_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "grad": HEADS,
+        "query": HEADS,
+        "key": KEYS,
+        "value": KEYS,
+        "out": HEADS,
+    }
+    arguments |= {"lse": torch.ones(2, 4, 3), "scale": 1.0, "cap": 5.0}
+    with pytest.raises(ValueError, match=message):
+        softcap_attention_backward(**(arguments | changes))
+
+
+KERNELS = ["", "_grad_q", "_grad_kv"]
+
+
+def compile_kernel(
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: int
+) -> CompiledLaunch:
+    """Compile for heads in a buffer of q, k and v, of more tokens than a window has."""
+    buffer = torch.empty(1, 4097, 4 * head_dim, dtype=dtype, device="meta")
+    heads = buffer.unflatten(-1, (4, head_dim)).transpose(1, 2)
+    query, key, value = heads.split((2, 1, 1), dim=1)
+    out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    lse = torch.empty(1, 2, 4097, device="meta")
+
+    def launch() -> None:
+        module._launch_softcap_attention(query, key, value, 0.0625, 50.0, None)
+        module._launch_softcap_attention_backward(
+            out, query, key, value, out, lse, 0.0625, 50.0, None
+        )
+
+    return compile_launch(module, f"_softcap_attention{kernel}_kernel", launch, capability)
+
+
+# what real models have for every GPU, the others for one that has little shared memory; float16
+# compiles as bfloat16 does
+COMPILED = [(256, torch.bfloat16, capability) for capability in CAPABILITIES]
+COMPILED += [(width, torch.bfloat16, 89) for width in (64, 128)]
+COMPILED += [(width, torch.float32, 89) for width in (64, 128)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids="attention{}".format)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "capability"),
+    COMPILED,
+    ids=[f"E{width}-{str(dtype)[6:]}-sm{capability}" for width, dtype, capability in COMPILED],
+)
+def test_kernels_compile_without_spilling(
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    compiled = compile_kernel(kernel, head_dim, dtype, capability)
+    record_property("resources", str(compiled))
+    compiled.assert_fits(capability)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids="attention{}".format)
+def test_nothing_is_added_atomically(kernel: str) -> None:
+    compiled = compile_kernel(kernel, 256, torch.bfloat16, 90)
+    assert "atom." not in compiled.ptx
+    assert "red.global" not in compiled.ptx
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_gpu_kernels_are_as_good_as_torch_and_repeat_their_bits(case: AttentionCase) -> None:
+    actual = attention_results(case, softcap_attention, softcap_attention_backward, CUDA)
+    assert_as_good_as_torch(case, {name: tensor.cpu() for name, tensor in actual.items()})
+    again = attention_results(case, softcap_attention, softcap_attention_backward, CUDA)
+    for name, tensor in again.items():
+        assert_equal(tensor, actual[name], name)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_kernels_reach_beyond_int32() -> None:
+    case = AttentionCase(1, 2, 1, 4096, 4096, 256, 64, torch.bfloat16)
+    # tokens so far apart that the last ones lie beyond 2^31 values
+    inputs = attention_inputs(case, CUDA)
+    apart = {}
+    for name, tensor in inputs.items():
+        wide = torch.empty(4096, 2**19 + 2**10, dtype=tensor.dtype, device=CUDA)
+        place = wide.as_strided(tensor.shape, (0, 256, wide.stride(0), 1))
+        apart[name] = place.copy_(tensor)
+    assert 4096 * apart["query"].stride(2) > 2**31
+
+    def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        q, k, v, grad = (given[name] for name in ("query", "key", "value", "grad"))
+        out, lse = softcap_attention(q, k, v, case.scale, case.cap, case.window)
+        numbers = (case.scale, case.cap, case.window)
+        return out, *softcap_attention_backward(grad, q, k, v, out, lse, *numbers)
+
+    for actual, expected in zip(run(apart), run(inputs), strict=True):
+        assert_equal(actual, expected)
