@@ -61,6 +61,7 @@ class _Step:
         num_normed = config.num_attention_heads + config.num_key_value_heads
         num_normed *= work.M * config.qk_norm
         self.normed_heads = (num_normed * config.head_dim * e, 4 * num_normed)
+        self.caps = config.attn_logit_softcapping is not None
 
     def columns(self, count: int) -> int:
         return self.work.M * count * self.work.dtype.itemsize
@@ -70,6 +71,9 @@ class _Step:
 
     def input_of(self, group: Group) -> int:
         return self.columns(group.K + group.tail)
+
+    def output_of(self, group: Group) -> int:
+        return self.columns(group.N + group.tail)
 
     def attend(self, adds: bool) -> tuple[int, int, int]:
         """Return what the first half holds: r1, what only the backward pass needs, delta."""
@@ -88,21 +92,36 @@ class _Step:
         delta = memory.take(self.row)
         memory.give(W)
         h = memory.take(self.columns(self.o.tail), self.columns(self.qkv.tail))
+        held = 0
+        if self.work.config.norms.behind_attention:
+            # what o gave stays, and what is added is another
+            held, delta = delta + memory.take(4 * work.M), memory.take(self.row)
         memory.give(mixed_ext)
         memory.give(y)
-        return r1, rstd + qkv + mixed + h, delta
+        return r1, rstd + qkv + mixed + h + held, delta
 
     def gate(self) -> int:
         """Return what the second half holds up to the gates."""
         memory = self.memory
         y = memory.take(self.input_of(self.gate_up))
         held = memory.take(self.row, 4 * self.work.M)
-        held += memory.take(self.columns(self.gate_up.N + self.gate_up.tail))
+        held += memory.take(self.output_of(self.gate_up))
         W = memory.take(self.expanded(self.gate_up))
         memory.give(W)
         held += memory.take(self.columns(self.gate_up.tail))
         memory.give(y)
         return held
+
+    def project(self) -> tuple[int, int]:
+        """Return what the end of the second half holds for the backward pass, and delta."""
+        memory = self.memory
+        W = memory.take(self.expanded(self.down))
+        delta = memory.take(self.row)
+        memory.give(W)
+        held = memory.take(self.columns(self.down.tail))
+        if self.work.config.norms.behind_mlp:
+            held, delta = held + delta + memory.take(4 * self.work.M), memory.take(self.row)
+        return held, delta
 
     def forward(self, policy: Policy, is_first: bool) -> int:
         """Return what a layer's forward pass keeps; the stream's two tensors change hands."""
@@ -110,22 +129,22 @@ class _Step:
         r1, first, delta = self.attend(adds=not is_first)
         second = self.gate()
         keeps = policy == "keep"
+        memory.give(delta)
         if not keeps:
             memory.give(first)
-            memory.give(delta)
         inner = memory.take(self.input_of(self.down))
         r2 = -(-self.row // ALLOCATION) * ALLOCATION
         if not keeps:
             memory.give(second - r2)
-        W = memory.take(self.expanded(self.down))
-        memory.take(self.row)
-        memory.give(W)
-        h = memory.take(self.columns(self.down.tail))
+        h, _ = self.project()
         memory.give(inner)
+        if not keeps:
+            # of a recomputed layer what down gave is computed again too
+            memory.give(h)
+            h = memory.take(self.columns(self.down.tail))
         # the x and delta that came in; the first layer has no delta, and its x is r1
         memory.give(0 if is_first else 2 * r2)
         if keeps:
-            memory.give(delta)
             # r2 is the next layer's x, which is counted there
             memory.take(r2)
             return r1 + first + second + h
@@ -143,29 +162,43 @@ class _Step:
             _, first, delta = self.attend(adds=False)
             second = self.gate()
             memory.give(delta)
+            if self.work.config.norms.behind_mlp:
+                inner = memory.take(self.input_of(self.down))
+                held, delta = self.project()
+                memory.give(inner + delta)
+                second += held
+        # gradients of what the halves gave, where that is another than the stream's
+        behind = memory.take(self.output_of(self.down)) if self.work.config.norms.behind_mlp else 0
         W = memory.take(self.expanded(self.down))
         grad = memory.take(self.columns(self.down.K))
-        memory.give(W + grad)
+        memory.give(W + grad + behind)
         W = memory.take(self.expanded(self.gate_up))
         grad = memory.take(self.row)
         memory.give(W + grad)
-        gates = self.columns(self.gate_up.N + self.gate_up.tail)
+        released = self.output_of(self.gate_up)
+        released += self.row if self.work.config.norms.behind_mlp else 0
         memory.give(second)
         if policy == "keep":
-            memory.give(gates)
+            memory.give(released)
+        behind = 0
+        if self.work.config.norms.behind_attention:
+            behind = memory.take(self.output_of(self.o))
         W = memory.take(self.expanded(self.o))
         grad = memory.take(self.heads * e)
-        memory.give(W)
-        # gradients of q, k and v; before that, of q in float32 and of k and v for every query head
-        spread = memory.take(4 * self.heads, 2 * self.heads * e, self.lse)
+        memory.give(W + behind)
+        # gradients of q, k and v; before that, of q in float32 and of k and v for every query head,
+        # but by our own kernels
+        spread = memory.take(self.lse)
+        if not self.caps:
+            spread += memory.take(4 * self.heads, 2 * self.heads * e)
         grads = memory.take(self.columns(self.qkv.N))
         memory.give(spread + grad)
-        grad_qkv = memory.take(self.columns(self.qkv.N + self.qkv.tail))
+        grad_qkv = memory.take(self.output_of(self.qkv))
         memory.give(grads)
         W = memory.take(self.expanded(self.qkv))
         grad = memory.take(self.row)
         memory.give(W + grad + grad_qkv + first + fetched)
-        memory.give(kept - (gates if policy == "keep" else 0))
+        memory.give(kept - (released if policy == "keep" else 0))
 
     def peak(self, policies: Sequence[Policy]) -> int:
         """Walk through all layers and back."""

@@ -49,25 +49,31 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     """Estimate a micro-step's time from its products and the bytes it moves.
 
     products: every weight forward and back, and again but for down_proj where a layer is computed
-    again; the head twice. Bytes, in rows of D and of F numbers: 12 and 4 forward, 22 and 10 back.
+    again and its output is not normalized; the head twice. Bytes, in rows of D and of F numbers: 12
+    and 4 forward, 22 and 10 back, 2 and 3 of D more for each norm behind a half.
     """
     config, M, e = work.config, work.M, work.dtype.itemsize
     D, F = config.hidden_size, config.intermediate_size
     groups = work.groups()
     weights = sum(group.N * group.K for group in groups)
-    again = weights - groups[3].N * groups[3].K
+    again = weights - (0 if config.norms.behind_mlp else groups[3].N * groups[3].K)
+    num_behind = sum(
+        name is not None for name in (config.norms.behind_attention, config.norms.behind_mlp)
+    )
     width = config.num_attention_heads * config.head_dim
-    # q k^T and its product with v, the lower triangle of each
+    # q k^T and its product with v, the lower triangle of each; five such products back, seven by
+    # our own kernels
+    passes = 3.5 if config.attn_logit_softcapping is None else 4.5
     attention = 2 * M * work.tokens * width
     flops, attended, num_bytes = 0.0, 0.0, 0.0
     for policy in policies:
         is_again = policy != "keep"
         flops += 2 * M * (2 * weights + is_again * again)
-        attended += attention * (3.5 + is_again)
+        attended += attention * (passes + is_again)
         expanded = 2 * weights + is_again * again
         num_bytes += (e + 0.516) * expanded
-        num_bytes += M * e * ((12 + 22) * D + (4 + 10) * F)
-        num_bytes += is_again * M * e * (12 * D + 2 * F)
+        num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind) * D + (4 + 10) * F)
+        num_bytes += is_again * M * e * ((12 + 2 * num_behind) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D
     num_bytes += 3 * M * e * config.vocab_size
     return (

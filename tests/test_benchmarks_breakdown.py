@@ -56,6 +56,8 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
         (kernel("_extend_with_lora_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
+        (kernel("_softcap_attention_kernel"), "attention, forward"),
+        (kernel("_softcap_attention_grad_kv_kernel"), "attention, backward"),
         (kernel("_glu_backward_kernel"), "gate"),
         (kernel("_cross_entropy_kernel", region="quatrain: loss"), "loss, cross-entropy"),
         (kernel(operation="aten::mm", sizes=SQUARE, region=FORWARD), "base products, forward"),
