@@ -49,6 +49,8 @@ from kernels.softcap import softcap, softcap_reference, softcap_slope
 VECTOR_BYTES = 16
 # of a group, whose loads are all under way before the first is worked on
 CHUNKS = 4
+# where logits are capped: that takes registers, and longer than one chunk's way from memory
+CAPPED_CHUNKS = 1
 # of a row, to every warp: 32 warps fill a multiprocessor, whose rows then have 256 KB together, and
 # those of an H100's 132 have 34 MB of its 50 MB of L2
 WARP_BYTES = 8 << 10
@@ -233,13 +235,13 @@ def _cross_entropy_kernel(
             )
 
 
-def _shape(V: int, itemsize: int) -> dict[str, int]:
+def _shape(V: int, itemsize: int, is_capped: bool) -> dict[str, int]:
     """Choose warps by the length of a row, and chunks with a vector for every thread."""
     wanted = min(max(V * itemsize // WARP_BYTES, MIN_WARPS), MAX_WARPS)
     num_warps = triton.next_power_of_2(wanted)
     return {
         "CHUNK": 32 * num_warps * VECTOR_BYTES // itemsize,
-        "CHUNKS": CHUNKS,
+        "CHUNKS": CAPPED_CHUNKS if is_capped else CHUNKS,
         "num_warps": num_warps,
     }
 
@@ -267,7 +269,7 @@ def _launch_cross_entropy(
                 WRITES=writes,
                 # multiply-adds round less
                 enable_fp_fusion=True,
-                **_shape(V, logits.element_size()),
+                **_shape(V, logits.element_size(), cap is not None),
             )
     return losses
 
