@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from llama.config import LlamaConfig, read_config
 from llama.generation import generate_greedy
 from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
 from llama.micro_step import POLICIES, MicroStep, padded_tokens
-from llama.model import Llama, projections
+from llama.model import Llama, projection_shapes, projections, update_sizes
 from llama.step_time import measure_rates, step_seconds
 from llama.workload import Workload
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
@@ -45,6 +45,7 @@ from run.atomic import new_files
 from run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from run.config import TrainConfig, parse_config
 from run.folder import check_output, choose_output, open_output, resume_point
+from run.machine import choose_device, choose_dtype
 from run.metrics import MetricsFile, Progress, Row, describe, peak_memory_bytes
 from run.model_card import CARD_FILE, model_card
 
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str]) -> None:
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
     lora = lora_config(config, projections(llama_config))
+    if config.init_adapter:
+        lora = lora_of_init_adapter(config, lora, projection_shapes(llama_config))
     config = resolve(follow_checkpoint(config, checkpoint_folder), llama_config)
     check_output(config)
     if config.push_to_hub and not config.plan:
@@ -212,14 +215,7 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         ValueError: a device that is not there, a residency without one, or a length beyond the
             model's positions.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
-            "choose --device cpu"
-        )
+    device = choose_device(config.device)
     if device == "cpu" and config.optimizer_residency != "auto":
         raise ValueError(
             "--optimizer-residency must be auto on a CPU, where moments do not move: "
@@ -229,10 +225,7 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         raise ValueError(
             "--activations offload and --max-memory must be given for a GPU: the device is the CPU"
         )
-    dtype = config.dtype
-    if dtype == "auto":
-        is_modern = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "float32" if device == "cpu" else "bfloat16" if is_modern else "float16"
+    dtype = choose_dtype(config.dtype, device)
     positions = llama_config.max_position_embeddings
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, positions)
     if max_length > positions:
@@ -245,36 +238,46 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
 
 
 def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
-    """The adapter's shape: from the flags, which must agree with the adapter to start from.
+    """The adapter's shape, from the flags.
 
     Args:
         names: of the model's projections.
 
     Raises:
-        ValueError: an unknown target module, or flags that --init-adapter contradicts.
+        ValueError: an unknown target module, or a number out of range.
     """
     requested = [name.strip() for name in config.target_modules.split(",") if name.strip()]
-    lora = LoRAConfig(
+    return LoRAConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=resolve_target_modules(requested, names),
         use_rslora=config.use_rslora,
     )
-    if config.init_adapter:
-        given = read_adapter_config(Path(config.init_adapter))
-        given = replace(
-            given,
-            lora_dropout=lora.lora_dropout,
-            target_modules=resolve_target_modules(given.target_modules, names),
+
+
+def lora_of_init_adapter(config: TrainConfig, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
+    """The shape of the adapter to start from, which may have patterns that no flag can say.
+
+    Args:
+        lora: what the flags ask for.
+        paths: of the model's projections.
+
+    Raises:
+        FileNotFoundError: there is no such adapter.
+        ValueError: it is no plain LoRA of this model, or the flags contradict it.
+    """
+    given = read_adapter_config(Path(config.init_adapter))
+    names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}
+    has = (given.r, given.lora_alpha, given.use_rslora, names)
+    asked = (lora.r, lora.lora_alpha, lora.use_rslora, set(lora.target_modules))
+    if has != asked:
+        raise ValueError(
+            f"--init-adapter must have the shape that the flags ask for: it has {given}, the "
+            f"flags {lora}; give the adapter's --lora-r, --lora-alpha, --target-modules and "
+            "--use-rslora"
         )
-        if given != lora:
-            raise ValueError(
-                f"--init-adapter must have the shape that the flags ask for: it has {given}, the "
-                f"flags {lora}; give the adapter's --lora-r, --lora-alpha, --target-modules and "
-                "--use-rslora"
-            )
-    return lora
+    return replace(given, lora_dropout=lora.lora_dropout)
 
 
 def prepare(device: torch.device, is_deterministic: bool) -> None:

@@ -38,7 +38,7 @@ def updates_of(rows: tuple[int, ...], rank: int) -> tuple[Update, ...]:
     """Give every member of a group an update."""
     starts = [sum(rows[:index]) for index in range(len(rows))]
     return tuple(
-        Update(y, slice(index * rank, (index + 1) * rank), y)
+        Update(y, slice(index * rank, (index + 1) * rank), y, SCALING)
         for index, y in enumerate(
             slice(start, start + count) for start, count in zip(starts, rows, strict=True)
         )
@@ -64,7 +64,7 @@ def measure_lora_gradient(
             sB[update.y, update.A] = draw(update.y.stop - update.y.start, RANK, WEIGHT_STD)
         grad_B = torch.zeros(n, RANK, device=machine.device)
         given = (grad_ext[:, :n], draw(m, TAIL), sB, grad_ext[:, n:], grad_B)
-        sets.append((*given, updates, SCALING))
+        sets.append((*given, updates))
     candidates = [
         Candidate(work, "ours", Operation(forward_calls(lora_gradient, sets))),
         Candidate(work, "torch", Operation(forward_calls(lora_gradient_reference, sets))),

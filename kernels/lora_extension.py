@@ -7,7 +7,8 @@ GPU.
                   K columns  T columns                 T = R num_updates, rounded up
 
 The updates of a weight's members lie side by side: A is stacked, B is block-diagonal, a block for
-each member that has an update, and what no update fills is zero. The corner is never read. One
+each member that has an update, and what no update fills is zero. The corner is never read. All have
+R ranks of room; one of a lower rank has zeros there. Each has its own scaling s. One
 launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a value of
 the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB beside the
 235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the result
@@ -37,11 +38,13 @@ TABLE_COLUMNS = tl.constexpr(3)
 
 
 class Update(NamedTuple):
-    """Where one member's update lies: its rows of y, of the stacked A, of the stacked B."""
+    """Where one member's update lies: its rows of y, of the stacked A, of the stacked B; its
+    factor."""
 
     y: slice
     A: slice
     B: slice
+    scaling: float
 
 
 def extend_with_lora_reference(
@@ -49,7 +52,6 @@ def extend_with_lora_reference(
     lora_A: Tensor,  # (num_updates * R, K) float32
     lora_B: Tensor,  # (sum of the updates' rows, R) float32
     updates: tuple[Update, ...],
-    scaling: float,
 ) -> None:
     """Write both tails with torch."""
     K = lora_A.shape[1]
@@ -57,7 +59,7 @@ def extend_with_lora_reference(
     W_ext[:N, K:] = 0
     for update in updates:
         columns = slice(K + update.A.start, K + update.A.stop)
-        W_ext[update.y, columns] = lora_B[update.B] * scaling
+        W_ext[update.y, columns] = lora_B[update.B] * update.scaling
     W_ext[N : N + lora_A.shape[0], :K] = lora_A
     W_ext[N + lora_A.shape[0] :, :K] = 0
 
@@ -68,11 +70,11 @@ def _extend_with_lora_kernel(
     A_ptr,  # (NUM_UPDATES * R, K)
     B_ptr,  # (rows of all updates, R)
     table_ptr,  # (NUM_UPDATES, TABLE_COLUMNS)
+    scaling_ptr,  # (NUM_UPDATES,)
     N,
     K,
     R,
     T,
-    scaling,
     stride_wn,
     num_B_programs,
     pieces_per_row,
@@ -92,10 +94,12 @@ def _extend_with_lora_kernel(
             y_start, y_stop, B_start = tl.load(row), tl.load(row + 1), tl.load(row + 2)
             column = offs_t - update * R
             is_inside = (offs_n >= y_start) & (offs_n < y_stop) & (column >= 0) & (column < R)
-            B += tl.load(B_ptr + (B_start + offs_n - y_start) * R + column, is_inside, 0.0)
+            values = tl.load(B_ptr + (B_start + offs_n - y_start) * R + column, is_inside, 0.0)
+            # outside of the update's block the product is zero, which changes nothing
+            B += values * tl.load(scaling_ptr + update)
         tl.store(
             W_ptr + offs_n.to(tl.int64) * stride_wn + K + offs_t,
-            (B * scaling).to(W_ptr.dtype.element_ty),
+            B.to(W_ptr.dtype.element_ty),
             mask=(offs_n < N) & (offs_t < T),
         )
     else:
@@ -115,8 +119,18 @@ def _update_table(updates: tuple[tuple[int, int, int], ...], device: torch.devic
     return torch.tensor(updates, dtype=torch.int64).to(device)
 
 
+@cache
+def _scaling_table(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(factors, dtype=torch.float32).to(device)
+
+
+def scalings(updates: tuple[Update, ...], device: torch.device) -> Tensor:  # (updates,) float32
+    """The updates' factors on a device, copied there once."""
+    return _scaling_table(tuple(update.scaling for update in updates), device)
+
+
 def _launch_extend_with_lora(
-    W_ext: Tensor, lora_A: Tensor, lora_B: Tensor, updates: tuple[Update, ...], scaling: float
+    W_ext: Tensor, lora_A: Tensor, lora_B: Tensor, updates: tuple[Update, ...]
 ) -> None:
     K, R = lora_A.shape[1], lora_B.shape[1]
     T = W_ext.shape[1] - K
@@ -133,11 +147,11 @@ def _launch_extend_with_lora(
             lora_A,
             lora_B,
             _update_table(places, W_ext.device),
+            scalings(updates, W_ext.device),
             N,
             K,
             R,
             T,
-            scaling,
             W_ext.stride(0),
             num_B_programs,
             pieces_per_row,
@@ -156,7 +170,6 @@ def extend_with_lora(
     lora_A: Tensor,  # (num_updates * R, K) float32
     lora_B: Tensor,  # (sum of the updates' rows, R) float32
     updates: tuple[Update, ...],
-    scaling: float,
 ) -> None:
     """Write s B behind the columns of an expanded weight and A below its rows.
 
@@ -189,6 +202,6 @@ def extend_with_lora(
             f"{W_ext.stride()}, {lora_A.stride()} and {lora_B.stride()}"
         )
     if W_ext.device.type == "cpu":
-        extend_with_lora_reference(W_ext, lora_A, lora_B, updates, scaling)
+        extend_with_lora_reference(W_ext, lora_A, lora_B, updates)
     else:
-        _launch_extend_with_lora(W_ext, lora_A, lora_B, updates, scaling)
+        _launch_extend_with_lora(W_ext, lora_A, lora_B, updates)

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lora_extension import Update
+from kernels.lora_extension import Update, scalings
 
 # compute capability of the GPUs that do it in one pass
 CAPABILITY = (9, 0)
@@ -73,12 +73,11 @@ def lora_gradient_reference(
     grad_h: Tensor,  # (M, T), written
     grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
     updates: tuple[Update, ...],
-    scaling: float,
 ) -> None:
     """Compute both with a product for grad_h and one an update for grad_B."""
     torch.mm(grad_y, sB, out=grad_h)
     for update in updates:
-        add_product(grad_B[update.B], grad_y[:, update.y].T, h[:, update.A], scaling)
+        add_product(grad_B[update.B], grad_y[:, update.y].T, h[:, update.A], update.scaling)
 
 
 @triton.jit
@@ -159,13 +158,13 @@ def _lora_gradient_sum_kernel(
     grad_h_parts_ptr,  # (stripes, M, R) float32
     grad_B_parts_ptr,  # (groups, rows of B, R) float32
     table_ptr,  # (NUM_UPDATES, TABLE_COLUMNS)
+    scaling_ptr,  # (NUM_UPDATES,)
     M,
     R,
     T,
     num_rows_B,
     num_stripes,
     num_groups,
-    scaling,
     stride_grad_hm,
     programs_per_update,
     num_B_programs,
@@ -181,6 +180,10 @@ def _lora_gradient_sum_kernel(
         offs = pid * BLOCK + values
         length = num_rows_B * R
         total = _sum_of_parts(grad_B_parts_ptr, 0, num_groups, length, offs)
+        scaling = tl.zeros((BLOCK,), tl.float32)
+        for update in tl.static_range(NUM_UPDATES):
+            begins = tl.load(table_ptr + update * TABLE_COLUMNS + 3)
+            scaling = tl.where(offs // R >= begins, tl.load(scaling_ptr + update), scaling)
         before = tl.load(grad_B_ptr + offs, offs < length)
         tl.store(grad_B_ptr + offs, before + total * scaling, offs < length)
     elif pid < num_B_programs + num_h_programs:
@@ -236,7 +239,6 @@ def _launch_lora_gradient(
     grad_h: Tensor,  # (M, T)
     grad_B: Tensor,  # (sum of the updates' rows, R) float32
     updates: tuple[Update, ...],
-    scaling: float,
     num_multiprocessors: int,
 ) -> None:
     M, T = h.shape
@@ -285,13 +287,13 @@ def _launch_lora_gradient(
             grad_h_parts,
             grad_B_parts,
             table,
+            scalings(updates, h.device),
             M,
             R,
             T,
             num_rows_B,
             num_stripes,
             num_groups,
-            scaling,
             grad_h.stride(0),
             programs_per_update,
             num_B_programs,
@@ -357,7 +359,6 @@ def lora_gradient(
     grad_h: Tensor,  # (M, T), written
     grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
     updates: tuple[Update, ...],
-    scaling: float,
 ) -> None:
     """Compute h's gradient, and add B's to what there is.
 
@@ -375,6 +376,6 @@ def lora_gradient(
         return
     if _takes_one_pass(grad_y, grad_B.shape[1]):
         num_multiprocessors = _num_multiprocessors(grad_y.device)
-        _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, scaling, num_multiprocessors)
+        _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, num_multiprocessors)
     else:
-        lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates, scaling)
+        lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates)

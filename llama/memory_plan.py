@@ -52,7 +52,7 @@ class _Step:
         self.work = work
         self.memory = _Memory()
         config, e = work.config, work.dtype.itemsize
-        self.qkv, self.o, self.gate_up, self.down = work.groups()
+        self.qkv, self.o, self.gate_up, self.down = work.groups
         self.row = work.M * config.hidden_size * e
         self.heads = work.M * config.num_attention_heads * config.head_dim
         # the softmax's denominators

@@ -11,7 +11,7 @@ Nothing here has a graph of autograd: `llama.micro_step` runs the layers forward
     B batch, T tokens, D hidden_size, V vocab_size
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from llama.config import LlamaConfig, LongRopeScaling
 from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
-from lora.config import LoRAConfig, resolve_target_modules
+from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,6 +32,39 @@ FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 def projections(config: LlamaConfig) -> tuple[str, ...]:
     """The names of a layer's linear projections in the checkpoint and in adapters."""
     return FUSED_PROJECTIONS if config.is_fused else PROJECTIONS
+
+
+def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every projection of a model, by its path in the model's order."""
+    with torch.device("meta"):
+        model = Llama(config, torch.float32)
+    return {
+        prefix + name: (rows, group.in_features)
+        for prefix, group in model.groups()
+        for name, rows in zip(group.names, group.rows, strict=True)
+    }
+
+
+def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
+    """Find which of a model's projections get an update, and its size.
+
+    Raises:
+        ValueError: none does, or the head or the embeddings would.
+    """
+    for path in ("lm_head", "model.embed_tokens"):
+        if lora.has_target(path):
+            raise ValueError(
+                "target_modules must be projections of the layers, head and embeddings stay as "
+                f"they are: {lora.target_modules!r} includes {path}"
+            )
+    paths = list(paths)
+    sizes = {path: size for path in paths if (size := lora.update_size(path)) is not None}
+    if not sizes:
+        raise ValueError(
+            f"target_modules must fit at least one projection of the model, such as {paths[0]}: "
+            f"got {lora.target_modules!r}"
+        )
+    return sizes
 
 
 class Decoder(nn.Module):
@@ -99,12 +132,14 @@ class Llama(nn.Module):
         """Give every target projection a low-rank update, drawn from `seed`.
 
         Raises:
-            ValueError: a target is not one of the model's projections.
+            ValueError: no projection is a target, or the head or the embeddings are.
         """
-        resolve_target_modules(config.target_modules, projections(self.config))
+        groups = list(self.groups())
+        sizes = update_sizes(config, [prefix + name for prefix, g in groups for name in g.names])
         generator = torch.Generator().manual_seed(seed)
-        for site, (_, group) in enumerate(self.groups()):
-            group.attach(config, self.device, generator, site)
+        for site, (prefix, group) in enumerate(groups):
+            own = {name: sizes[prefix + name] for name in group.names if prefix + name in sizes}
+            group.attach(own, config.lora_dropout, self.device, generator, site)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All low-rank updates as views of the parameters, by their projection's name.
@@ -123,7 +158,8 @@ class Llama(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """Count the trainable and all parameters, a shared head once and a 4-bit weight as one."""
-        trainable = sum(parameter.numel() for parameter in self.trainable_parameters())
+        # the parameters may have room for more
+        trainable = sum(tensor.numel() for tensor in self.adapter_tensors().values())
         frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
         return trainable, trainable + frozen + sum(group.num_frozen for _, group in self.groups())
 

@@ -54,7 +54,7 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     """
     config, M, e = work.config, work.M, work.dtype.itemsize
     D, F = config.hidden_size, config.intermediate_size
-    groups = work.groups()
+    groups = work.groups
     weights = sum(group.N * group.K for group in groups)
     again = weights - (0 if config.norms.behind_mlp else groups[3].N * groups[3].K)
     num_behind = sum(

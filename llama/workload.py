@@ -4,6 +4,7 @@ M = B T rows, D hidden_size, F intermediate_size
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -14,7 +15,8 @@ from lora.linear_group import tail_columns
 
 @dataclass(frozen=True)
 class Group:
-    """A linear group's sizes: (N, K) with a tail of T columns, and the numbers of its adapter."""
+    """A linear group's sizes: (N, K) with the longest tail that it has in a layer, and the numbers
+    of its adapter in all layers."""
 
     N: int
     K: int
@@ -44,13 +46,19 @@ class Workload:
     def M(self) -> int:
         return self.batch * self.tokens
 
-    def _group(self, K: int, **rows: int) -> Group:
+    def _group(self, K: int, module: str, **rows: int) -> Group:
         """Size a group from its members' rows by name."""
-        targets = [name for name in rows if name in self.lora.target_modules]
-        ranks = self.lora.r * len(targets)
-        num_adapted = ranks * K + self.lora.r * sum(rows[name] for name in targets)
-        return Group(sum(rows.values()), K, tail_columns(ranks), num_adapted)
+        tail = num_adapted = 0
+        for layer in range(self.config.num_hidden_layers):
+            sizes = {n: self.lora.update_size(f"model.layers.{layer}.{module}.{n}") for n in rows}
+            ranks = {name: size.rank for name, size in sizes.items() if size is not None}
+            # every update has room for the largest
+            room = max(ranks.values(), default=0)
+            tail = max(tail, tail_columns(room * len(ranks)))
+            num_adapted += room * sum(K + rows[name] for name in ranks)
+        return Group(sum(rows.values()), K, tail, num_adapted)
 
+    @cached_property
     def groups(self) -> tuple[Group, Group, Group, Group]:
         """qkv, o, gate_up and down of a layer."""
         config = self.config
@@ -62,14 +70,13 @@ class Workload:
         else:
             qkv, gate_up = {"q_proj": q, "k_proj": kv, "v_proj": kv}, {"gate_proj": F, "up_proj": F}
         return (
-            self._group(D, **qkv),
-            self._group(q, o_proj=D),
-            self._group(D, **gate_up),
-            self._group(F, down_proj=D),
+            self._group(D, "self_attn", **qkv),
+            self._group(q, "self_attn", o_proj=D),
+            self._group(D, "mlp", **gate_up),
+            self._group(F, "mlp", down_proj=D),
         )
 
     @property
     def num_adapted(self) -> int:
         """Numbers of the adapter."""
-        per_layer = sum(group.num_adapted for group in self.groups())
-        return self.config.num_hidden_layers * per_layer
+        return sum(group.num_adapted for group in self.groups)

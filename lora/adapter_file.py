@@ -8,7 +8,7 @@ here both are errors, because either means another function than the one that wa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,32 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
+_PICKLED_NAME = "adapter_model.bin"
+
 # fields of PEFT 0.21's LoraConfig that this program reads, or that do not change the update of a
 # saved adapter; any other one that is set asks for something else than a plain LoRA
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",  # how A and B began, as eva_config and lora_ga_config
+    "corda_config",  # only with its init_lora_weights, as the next ones
     "eva_config",
-    "exclude_modules",  # the tensors' names tell
     "fan_in_fan_out",  # for weights stored transposed: PEFT ignores it for a linear layer
     "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",  # only with layers_to_transform
     "loftq_config",
     "lora_ga_config",
     "megatron_core",  # only with megatron_config
@@ -46,6 +59,9 @@ _WITHOUT_EFFECT = {
     "runtime_config",
     "task_type",
 }
+# how A and B may have begun; every other way takes their product from the base weights, which PEFT
+# does again whenever it loads the adapter
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(
@@ -68,18 +84,25 @@ def save_adapter(
         folder / WEIGHTS_NAME,
         metadata={"format": "pt"},
     )
-    alpha = config.lora_alpha
     hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
+    targets, excluded = config.target_modules, config.exclude_modules
+    layers = config.layers_to_transform
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": hub_id.repository if hub_id else base_model,
         "revision": hub_id.revision if hub_id else None,
         "r": config.r,
-        # PEFT and vLLM declare an integer
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _integer_if_whole(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "target_modules": list(config.target_modules),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "exclude_modules": (excluded if isinstance(excluded, str) else list(excluded)) or None,
+        "layers_to_transform": None if layers is None else list(layers),
+        "layers_pattern": list(config.layers_pattern) or None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {
+            pattern: _integer_if_whole(alpha) for pattern, alpha in config.alpha_pattern.items()
+        },
         "use_rslora": config.use_rslora,
         "use_dora": False,
         "bias": "none",
@@ -90,22 +113,81 @@ def save_adapter(
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _number(fields: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key} must be a number: got {value!r}")
-    return value
+def _integer_if_whole(alpha: float) -> float:
+    # PEFT and vLLM declare an integer
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+class _Fields:
+    """The fields of adapter_config.json, whose kinds are checked as they are taken."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def _take(self, key: str, default: Any, what: str, is_valid: Callable[[Any], bool]) -> Any:
+        value = self._values.get(key)
+        value = default if value is None else value
+        if not is_valid(value):
+            raise ValueError(f"{key} must be {what}: got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return self._take(key, default, "a number", _is_number)
+
+    def integer(self, key: str) -> int:
+        return self._take(key, None, "an integer", _is_integer)
+
+    def boolean(self, key: str) -> bool:
+        return self._take(key, False, "true or false", lambda value: isinstance(value, bool))
+
+    def modules(self, key: str, default: Any) -> tuple[str, ...] | str:
+        """Take a list of names, or a text that is a pattern."""
+        what = "a list of names or a regular expression"
+        value = self._take(key, default, what, _is_text_or_list)
+        # a set's order differs from run to run, and PEFT's list comes from one
+        return value if isinstance(value, str) else tuple(sorted(set(value)))
+
+    def layers(self) -> tuple[int, ...] | None:
+        what = "a layer's index or a list of them"
+        value = self._take("layers_to_transform", [], what, _is_integer_or_list)
+        return (value,) if _is_integer(value) else tuple(value) or None
+
+    def layers_pattern(self) -> tuple[str, ...]:
+        value = self._take("layers_pattern", [], "a pattern or a list of them", _is_text_or_list)
+        return tuple(filter(None, [value] if isinstance(value, str) else value))
+
+    def patterns(self, key: str, what: str, is_valid: Callable[[Any], bool]) -> dict[str, Any]:
+        return self._take(
+            key,
+            {},
+            f"an object of patterns and {what}",
+            lambda v: isinstance(v, dict) and all(map(is_valid, v.values())),
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text_or_list(value: Any) -> bool:
+    is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) or is_list
+
+
+def _is_integer_or_list(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
 
 
 def read_adapter_config(folder: Path) -> LoRAConfig:
     """Read the part of adapter_config.json that decides the update.
 
-    PEFT may list target modules by their full paths; the projections' names are returned, each
-    once. `load_adapter` then sees whether every layer has them.
-
     Raises:
         FileNotFoundError: the folder holds no adapter.
-        ValueError: the file is not a plain LoRA's, or its target modules are not a list of names.
+        ValueError: the file is not a plain LoRA's, or a field is not what PEFT writes.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -113,36 +195,38 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
             f"an adapter folder must hold {CONFIG_NAME} and {WEIGHTS_NAME}: none in {folder}"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        found = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{path} must describe a LORA adapter: got peft_type {found!r}")
-    for key, value in fields.items():
+    for key, value in values.items():
         if value and key not in _READ | _WITHOUT_EFFECT:
             raise ValueError(
                 f"{path} must describe a plain LoRA: {key} is {value!r}, which is not supported"
             )
-    if fields.get("bias", "none") != "none":
-        raise ValueError(f"{path} must have bias none: got {fields['bias']!r}")
-    targets = fields.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"{path} must list target_modules by name: got {targets!r}")
-    rank, use_rslora = fields.get("r"), fields.get("use_rslora", False)
-    if type(rank) is not int or not isinstance(use_rslora, bool):
+    if values.get("bias", "none") != "none":
+        raise ValueError(f"{path} must have bias none: got {values['bias']!r}")
+    if (beginning := values.get("init_lora_weights")) not in _INITIALIZATIONS:
         raise ValueError(
-            f"{path} must give r as an integer and use_rslora as true or false: "
-            f"got {rank!r} and {use_rslora!r}"
+            f"{path} must describe an update of the base weights as they are: init_lora_weights "
+            f"{beginning!r} changes them; save the adapter again with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
+    fields = _Fields(values)
     try:
         return LoRAConfig(
-            r=rank,
-            lora_alpha=_number(fields, "lora_alpha"),
-            lora_dropout=_number(fields, "lora_dropout", 0.0),
-            # a set's order differs from run to run, and PEFT's list comes from one
-            target_modules=tuple(sorted({name.rpartition(".")[2] for name in targets})),
-            use_rslora=use_rslora,
+            r=fields.integer("r"),
+            lora_alpha=fields.number("lora_alpha"),
+            lora_dropout=fields.number("lora_dropout", 0.0),
+            target_modules=fields.modules("target_modules", None),
+            use_rslora=fields.boolean("use_rslora"),
+            exclude_modules=fields.modules("exclude_modules", []),
+            layers_to_transform=fields.layers(),
+            layers_pattern=fields.layers_pattern(),
+            rank_pattern=fields.patterns("rank_pattern", "integers", _is_integer),
+            alpha_pattern=fields.patterns("alpha_pattern", "numbers", _is_number),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -158,7 +242,15 @@ def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"an adapter folder must hold {WEIGHTS_NAME}: none in {folder}")
+        raise FileNotFoundError(
+            f"an adapter folder must hold {WEIGHTS_NAME}: none in {folder}"
+            + (
+                f"; {_PICKLED_NAME} is pickled, which is never read: load the adapter with PEFT "
+                "and save it again with save_pretrained, which writes safetensors"
+                if (folder / _PICKLED_NAME).is_file()
+                else ""
+            )
+        )
     try:
         saved = load_file(path)
     except SafetensorError as error:

@@ -1,11 +1,36 @@
-"""Which projections get a low-rank update, and how large it is. Field names are PEFT's."""
+"""Which projections get a low-rank update, and how large it is. Field names are PEFT's.
+
+A projection is known by its path, "model.layers.0.self_attn.q_proj". Command lines name projections
+only; adapters that PEFT made may pick paths by patterns and give each another size.
+"""
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
+
+
+class UpdateSize(NamedTuple):
+    """Rank and factor of one projection's update."""
+
+    rank: int
+    scaling: float
+
+
+def _ends_with(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _look_up(pattern_values: Mapping[str, float], path: str, default: float) -> float:
+    """Find the value of the first pattern that fits a path or its end."""
+    for pattern, value in pattern_values.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 @dataclass(frozen=True)
@@ -13,27 +38,93 @@ class LoRAConfig:
     """The low-rank update of every target projection: W + scaling * B A.
 
     Raises:
-        ValueError: r, lora_alpha or lora_dropout is out of range.
+        ValueError: a rank, an alpha or lora_dropout is out of range, or a pattern is no regular
+            expression.
+
+    Attributes:
+        target_modules: projections by name, path or the end of one; or as one text: a regular
+            expression of whole paths, or "all-linear".
+        exclude_modules: the same of those that get none.
+        layers_to_transform: the layers whose projections get one, where targets are names.
+        layers_pattern: what the list of layers is called, as regular expressions; none: anything.
+        rank_pattern: r by a regular expression of a path's end, the first that fits.
+        alpha_pattern: lora_alpha, the same way.
     """
 
     r: int
     lora_alpha: float
     lora_dropout: float
-    target_modules: tuple[str, ...]  # projection names, resolved: never "all-linear"
+    target_modules: tuple[str, ...] | str
     use_rslora: bool = False
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"--lora-r must be at least 1: got {self.r}")
-        if not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
-            raise ValueError(f"--lora-alpha must be positive: got {self.lora_alpha}")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ValueError(f"--lora-r must be at least 1: got {rank}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not math.isfinite(alpha) or alpha <= 0:
+                raise ValueError(f"--lora-alpha must be positive: got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1): got {self.lora_dropout}")
+        has_layers = self.layers_to_transform is not None or bool(self.layers_pattern)
+        if has_layers and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform and layers_pattern must come with a list of target_modules: "
+                f"got {self.target_modules!r}"
+            )
+        one_text = [
+            modules
+            for modules in (self.target_modules, self.exclude_modules)
+            if isinstance(modules, str)
+        ]
+        for pattern in (*one_text, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"a pattern of modules must be a regular expression: got {pattern!r}: {error}"
+                ) from None
 
-    @property
-    def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski 2023)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def has_target(self, path: str) -> bool:
+        """Whether a module gets an update, by the rules of PEFT's check_target_module_exists.
+
+        Of "all-linear" a path must tell that it is one of the layers' projections.
+        """
+        excluded, targets = self.exclude_modules, self.target_modules
+        if isinstance(excluded, str):
+            if excluded and re.fullmatch(excluded, path):
+                return False
+        elif _ends_with(path, excluded):
+            return False
+        if isinstance(targets, str):
+            is_all = targets.lower() == ALL_LINEAR
+            return ".layers." in path if is_all else bool(re.fullmatch(targets, path))
+        # a whole path is meant, whatever its layer
+        return path in targets or (_ends_with(path, targets) and self._is_in_layers(path))
+
+    def _is_in_layers(self, path: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        patterns = [rf"(?:^|.*?\.){name}" for name in self.layers_pattern] or [r".*?\.[^.]*"]
+        matches = (re.match(rf"{pattern}\.(?P<index>\d+)\.", path) for pattern in patterns)
+        found = next(filter(None, matches), None)
+        return found is not None and int(found["index"]) in self.layers_to_transform
+
+    def update_size(self, path: str) -> UpdateSize | None:
+        """Find the size of a projection's update; None where it has none.
+
+        scaling = alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski 2023)
+        """
+        if not self.has_target(path):
+            return None
+        rank = int(_look_up(self.rank_pattern, path, self.r))
+        alpha = _look_up(self.alpha_pattern, path, self.lora_alpha)
+        return UpdateSize(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
 
 def resolve_target_modules(requested: Iterable[str], projections: Sequence[str]) -> tuple[str, ...]:

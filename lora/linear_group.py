@@ -17,9 +17,13 @@ that room, and there is no autograd: the layers write their backward pass out. P
 each projection, dequantizes each by itself, adds each update in a pass of its own and computes it
 from its own copy of the input's gradient. Here the members share the input's dropout mask too,
 which is one draw where PEFT makes one per projection.
+
+Members may have updates of different ranks. Then each has room for the largest, R: rows of A and
+columns of B beyond a member's own rank are zero, and so are their gradients, since each is a
+product with the other. They stay zero in training, and no file sees them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
 import torch
@@ -31,7 +35,7 @@ from kernels.lora_gradient import add_product, lora_gradient
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
-from lora.config import LoRAConfig
+from lora.config import UpdateSize
 from nf4.weight import NF4Weight, empty_weight, member
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
@@ -55,14 +59,14 @@ class LinearGroup(nn.Module):
     Attributes:
         updates: where each target's update lies in the stacked lora_A and lora_B, in the members'
             order.
-        targets: the members with an update.
+        sizes: rank and scaling of the members with an update, in the members' order.
     """
 
     weight: NF4Weight | Tensor  # (sum of rows, in_features)
     bias: Tensor | None  # (sum of rows,)
     # float32, the targets' matrices one below the other
-    lora_A: nn.Parameter | None  # (num_updates * r, in_features)
-    lora_B: nn.Parameter | None  # (sum of the targets' rows, r)
+    lora_A: nn.Parameter | None  # (num_updates * R, in_features)
+    lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
 
     def __init__(
         self, names: tuple[str, ...], rows: tuple[int, ...], in_features: int, has_bias: bool
@@ -73,8 +77,7 @@ class LinearGroup(nn.Module):
         self.in_features = in_features
         self.has_bias = has_bias
         self.updates: tuple[Update, ...] = ()
-        self.targets: tuple[str, ...] = ()
-        self.scaling = 0.0
+        self.sizes: dict[str, UpdateSize] = {}
         self.dropout = 0.0
         self.site = 0
         self.register_parameter("lora_A", None)
@@ -153,9 +156,14 @@ class LinearGroup(nn.Module):
         home.copy_(tensor)
 
     def attach(
-        self, config: LoRAConfig, device: torch.device, generator: torch.Generator, site: int
+        self,
+        sizes: Mapping[str, UpdateSize],
+        dropout: float,
+        device: torch.device,
+        generator: torch.Generator,
+        site: int,
     ) -> None:
-        """Give every member among the targets an update that starts at zero.
+        """Give every member that has a size an update that starts at zero.
 
         A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)), B = 0, as PEFT draws them. Drawn on the
         CPU, so a seed gives the same adapter on every device.
@@ -164,34 +172,35 @@ class LinearGroup(nn.Module):
             site: tells this group's dropout masks from those of others.
         """
         assert not self.updates, "a group takes one adapter"
-        self.targets = tuple(name for name in self.names if name in config.target_modules)
-        if not self.targets:
+        self.sizes = {name: sizes[name] for name in self.names if name in sizes}
+        if not self.sizes:
             return
         bound = self.in_features**-0.5
-        self.scaling, self.dropout, self.site = config.scaling, config.lora_dropout, site
+        self.dropout, self.site = dropout, site
+        room = max(size.rank for size in self.sizes.values())
         parts_A, updates = [], []
         num_rows = 0
         for name, y in zip(self.names, self._row_slices(), strict=True):
-            if name in self.targets:
-                first = len(parts_A) * config.r
+            if name in self.sizes:
+                rank, scaling = self.sizes[name]
+                A = slice(len(parts_A) * room, (len(parts_A) + 1) * room)
                 rows = y.stop - y.start
-                updates.append(
-                    Update(y, slice(first, first + config.r), slice(num_rows, num_rows + rows))
-                )
-                part = torch.empty(config.r, self.in_features)
-                parts_A.append(part.uniform_(-bound, bound, generator=generator))
+                updates.append(Update(y, A, slice(num_rows, num_rows + rows), scaling))
+                part = torch.zeros(room, self.in_features)
+                part[:rank].uniform_(-bound, bound, generator=generator)
+                parts_A.append(part)
                 num_rows += rows
         self.updates = tuple(updates)
         self.lora_A = nn.Parameter(torch.cat(parts_A).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(num_rows, config.r, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(num_rows, room, device=device))
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The updates by PEFT's names ("q_proj.lora_A.weight"), as views of the parameters."""
         if self.lora_A is None or self.lora_B is None:
             return
-        for name, update in zip(self.targets, self.updates, strict=True):
-            yield f"{name}.lora_A.weight", self.lora_A.detach()[update.A]
-            yield f"{name}.lora_B.weight", self.lora_B.detach()[update.B]
+        for (name, size), update in zip(self.sizes.items(), self.updates, strict=True):
+            yield f"{name}.lora_A.weight", self.lora_A.detach()[update.A][: size.rank]
+            yield f"{name}.lora_B.weight", self.lora_B.detach()[update.B][:, : size.rank]
 
     @property
     def num_frozen(self) -> int:
@@ -238,7 +247,7 @@ class LinearGroup(nn.Module):
             nf4_dequantize(self.weight, dtype, out=W_ext[:N, :K])
         else:
             W_ext[:N, :K] = self.weight
-        extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates, self.scaling)
+        extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates)
         return W_ext
 
     def forward(
@@ -280,7 +289,7 @@ class LinearGroup(nn.Module):
             torch.mm(x, self.lora_A.to(x.dtype).T, out=h[:, :num_ranks])
             B = self.lora_B.to(x.dtype)
             for update in self.updates:
-                y[:, update.y].addmm_(h[:, update.A], B[update.B].T, alpha=self.scaling)
+                y[:, update.y].addmm_(h[:, update.A], B[update.B].T, alpha=update.scaling)
         if self.bias is not None:
             y += self.bias.to(y.dtype)
         return y if out is None else out.copy_(y)
@@ -309,7 +318,7 @@ class LinearGroup(nn.Module):
             assert self.lora_B is not None
             assert self.lora_B.grad is not None
             sB, grad_B = W_ext[:N, K:], self.lora_B.grad
-            lora_gradient(grad_y, h, sB, grad_h, grad_B, self.updates, self.scaling)
+            lora_gradient(grad_y, h, sB, grad_h, grad_B, self.updates)
         if not needs_grad_x:
             return None
         if not self._drops(seed):

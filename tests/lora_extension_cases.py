@@ -10,10 +10,13 @@ from torch import Tensor
 
 from kernels.lora_extension import Update
 
-# no power of two, so a scaling that is rounded twice shows
-SCALING = 10 / 3
 # of the weight and the corner, which stay as they are
 UNTOUCHED = 7.0
+
+
+def scaling_of(index: int) -> float:
+    """Of the update at a place: no power of two, so one that is rounded twice shows."""
+    return (10 + index) / 3
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ class ExtensionCase:
                     slice(y, y + count),
                     slice(index * self.rank, (index + 1) * self.rank),
                     slice(num_rows, num_rows + count),
+                    scaling_of(index),
                 )
             )
             num_rows += count
         return tuple(found)
 
 
-Extend = Callable[[Tensor, Tensor, Tensor, tuple[Update, ...], float], object]
+Extend = Callable[[Tensor, Tensor, Tensor, tuple[Update, ...]], object]
 Shape = tuple[tuple[int, ...], tuple[int, ...], int, int, int]  # all but the dtype
 
 
@@ -106,7 +110,7 @@ def extension_inputs(
 def extended(case: ExtensionCase, extend: Extend, device: torch.device = CPU) -> Tensor:
     """Write a case's updates, and see that nothing is written to what lies behind."""
     W_ext, lora_A, lora_B = extension_inputs(case, device)
-    extend(W_ext, lora_A, lora_B, case.updates, SCALING)
+    extend(W_ext, lora_A, lora_B, case.updates)
     if case.is_strided:
         shape, offset = (W_ext.shape[0], NUM_EXTRA), W_ext.shape[1]
         assert W_ext.as_strided(shape, W_ext.stride(), offset).isnan().all()
@@ -117,13 +121,13 @@ def extended_by_hand(case: ExtensionCase) -> Tensor:
     """Build the same value by value, in float64."""
     W_ext, lora_A, lora_B = extension_inputs(case)
     N, K = case.num_rows, case.in_features
-    scaling = torch.tensor(SCALING, dtype=torch.float32).double()
     expected = torch.zeros(W_ext.shape, dtype=torch.float64)
     expected[:N, :K] = UNTOUCHED
     expected[N:, K:] = UNTOUCHED
     B_row = 0
     for index, member in enumerate(case.targets):
         y_row = sum(case.rows[:member])
+        scaling = torch.tensor(scaling_of(index), dtype=torch.float32).double()
         for row in range(case.rows[member]):
             for r in range(case.rank):
                 column = K + index * case.rank + r

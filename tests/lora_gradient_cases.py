@@ -8,10 +8,10 @@ from layer_cases import CPU, NUM_EXTRA, generator_of
 from lora_extension_cases import ExtensionCase
 from torch import Tensor
 
+from kernels.lora_extension import Update
+
 # of an H100
 NUM_MULTIPROCESSORS = 132
-# a power of two, so that nothing rounds before the result does
-SCALING = 0.25
 # of B's gradient, added to
 START = 3.0
 
@@ -46,6 +46,12 @@ TINY_GRADIENTS = gradient_cases(
 )
 
 
+def updates_of(case: ExtensionCase) -> tuple[Update, ...]:
+    """A case's updates with powers of two as factors, so that nothing rounds before the result
+    does."""
+    return tuple(u._replace(scaling=2.0 ** -(i + 1)) for i, u in enumerate(case.updates))
+
+
 def gradient_inputs(num_tokens: int, case: ExtensionCase, device: torch.device = CPU) -> Matrices:
     """Draw whole numbers; s B has blocks of its own for each update and zeros elsewhere."""
     generator = generator_of(case)
@@ -74,7 +80,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Compute a case's gradients."""
     matrices = gradient_inputs(num_tokens, case, device)
-    compute(*matrices, case.updates, SCALING)
+    compute(*matrices, updates_of(case))
     return {"grad_h": matrices[3].contiguous(), "grad_B": matrices[4]}
 
 
@@ -83,8 +89,8 @@ def gradients_by_hand(num_tokens: int, case: ExtensionCase) -> dict[str, Tensor]
     grad_y, h, sB, grad_h, grad_B = gradient_inputs(num_tokens, case)
     expected_h = torch.zeros(grad_h.shape, dtype=torch.float64)
     expected_B = grad_B.double()
-    for update in case.updates:
+    for update in updates_of(case):
         g = grad_y[:, update.y].double()
         expected_h[:, update.A] = g @ sB[update.y, update.A].double()
-        expected_B[update.B] += SCALING * g.T @ h[:, update.A].double()
+        expected_B[update.B] += update.scaling * g.T @ h[:, update.A].double()
     return {"grad_h": expected_h.to(case.dtype), "grad_B": expected_B.float()}

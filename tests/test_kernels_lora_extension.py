@@ -11,13 +11,13 @@ from ahead_of_time import CompiledLaunch, compile_launch
 from equality import assert_equal
 from interpreter import interpreted_results
 from lora_extension_cases import (
-    SCALING,
     TINY_EXTENSIONS,
     ExtensionCase,
     extended,
     extended_by_hand,
     extension_cases,
     extension_inputs,
+    scaling_of,
 )
 
 from kernels import lora_extension as module
@@ -61,7 +61,7 @@ def test_a_member_without_an_update_has_rows_of_zeros() -> None:
     # q_proj and v_proj learn, k_proj does not
     case = ExtensionCase((7, 5, 3), (0, 2), 48, 4, 64, torch.float32)
     W_ext, lora_A, lora_B = extension_inputs(case)
-    extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING)
+    extend_with_lora(W_ext, lora_A, lora_B, case.updates)
     q, k, v = W_ext[:15, 48:].split((7, 5, 3))
     assert not k.any()
     assert q[:, :4].all()
@@ -73,8 +73,8 @@ def test_a_member_without_an_update_has_rows_of_zeros() -> None:
 
 W, A, B = torch.zeros(7 + 64, 48 + 64), torch.zeros(6, 48), torch.zeros(7, 3)
 UPDATES = (
-    Update(slice(0, 5), slice(0, 3), slice(0, 5)),
-    Update(slice(5, 7), slice(3, 6), slice(5, 7)),
+    Update(slice(0, 5), slice(0, 3), slice(0, 5), 2.0),
+    Update(slice(5, 7), slice(3, 6), slice(5, 7), 2.0),
 )
 
 
@@ -116,7 +116,7 @@ UPDATES = (
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"W_ext": W, "lora_A": A, "lora_B": B, "updates": UPDATES}
     with pytest.raises(ValueError, match=message):
-        extend_with_lora(**(given | changes), scaling=SCALING)
+        extend_with_lora(**(given | changes))
 
 
 def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
@@ -129,7 +129,7 @@ def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
     return compile_launch(
         module,
         "_extend_with_lora_kernel",
-        lambda: module._launch_extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING),
+        lambda: module._launch_extend_with_lora(W_ext, lora_A, lora_B, case.updates),
         capability,
     )
 
@@ -157,7 +157,7 @@ def test_kernel_compiles_without_spilling(
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     assert compiled.shared_bytes == 0
-    # but for the table, three numbers an update, all is moved in vectors of 16 bytes: a tile of s B
+    # but for the tables, four numbers an update, all is moved in vectors of 16 bytes: a tile of s B
     # from each update's rows, or a piece of a row of A
     num_updates = len(case.updates)
     num_values = module.TILE_VALUES * num_updates + module.BLOCK_K
@@ -165,6 +165,7 @@ def test_kernel_compiles_without_spilling(
     values_per_store = 16 // case.dtype.itemsize * compiled.num_threads
     assert accesses == {
         "ld.global.b64": 3 * num_updates,
+        "ld.global.b32": num_updates,
         "ld.global.v4.b32": num_values // (4 * compiled.num_threads),
         "st.global.v4.b32": (module.TILE_VALUES + module.BLOCK_K) // values_per_store,
     }
@@ -194,11 +195,11 @@ def test_gpu_kernel_reaches_beyond_int32() -> None:
     case = ExtensionCase((524_290, 3), (0, 1), 4096, 16, 64, torch.bfloat16)
     assert (case.num_rows - 3) * (case.in_features + case.tail) > 2**31
     W_ext, lora_A, lora_B = extension_inputs(case, CUDA)
-    extend_with_lora(W_ext, lora_A, lora_B, case.updates, SCALING)
+    extend_with_lora(W_ext, lora_A, lora_B, case.updates)
     N, K = case.num_rows, case.in_features
     tails = torch.zeros(6, 64, device=CUDA)
-    tails[:3, :16] = lora_B[-6:-3] * SCALING
-    tails[3:, 16:32] = lora_B[-3:] * SCALING
+    tails[:3, :16] = lora_B[-6:-3] * scaling_of(0)
+    tails[3:, 16:32] = lora_B[-3:] * scaling_of(1)
     assert_equal(W_ext[N - 6 : N, K:], tails.bfloat16())
     assert_equal(W_ext[N : N + 32, :K], lora_A.bfloat16())
     assert not W_ext[N + 32 :, :K].any()

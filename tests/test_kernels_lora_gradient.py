@@ -12,12 +12,12 @@ from interpreter import interpreted_results
 from lora_extension_cases import ExtensionCase
 from lora_gradient_cases import (
     NUM_MULTIPROCESSORS,
-    SCALING,
     TINY_GRADIENTS,
     gradient_cases,
     gradient_inputs,
     gradients,
     gradients_by_hand,
+    updates_of,
 )
 from torch import Tensor
 
@@ -81,8 +81,8 @@ def test_programs_take_all_tiles_and_end_together(num_tiles: int, num_stripes: i
 
 
 UPDATES = (
-    Update(slice(0, 5), slice(0, 3), slice(0, 5)),
-    Update(slice(5, 7), slice(3, 6), slice(5, 7)),
+    Update(slice(0, 5), slice(0, 3), slice(0, 5), 2.0),
+    Update(slice(5, 7), slice(3, 6), slice(5, 7), 2.0),
 )
 GIVEN = {
     "grad_y": torch.zeros(4, 7),
@@ -127,7 +127,7 @@ GIVEN = {
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lora_gradient(**(GIVEN | changes), scaling=SCALING)
+        lora_gradient(**(GIVEN | changes))
 
 
 def compile_kernel(kernel: str, case: ExtensionCase) -> CompiledLaunch:
@@ -139,7 +139,7 @@ def compile_kernel(kernel: str, case: ExtensionCase) -> CompiledLaunch:
 
     grad_B = empty(N, case.rank, case.rank, torch.float32)
     matrices = (empty(M, N, N + T), empty(M, T, T), empty(N, T, 4096 + T), empty(M, T, N + T))
-    arguments = (*matrices, grad_B, case.updates, SCALING, NUM_MULTIPROCESSORS)
+    arguments = (*matrices, grad_B, updates_of(case), NUM_MULTIPROCESSORS)
     return compile_launch(module, kernel, lambda: module._launch_lora_gradient(*arguments), 90)
 
 
@@ -208,15 +208,15 @@ def test_gpu_kernel_errs_no_more_than_torch_and_repeats_its_bits(
         for matrix in matrices[:3]:
             matrix.mul_(torch.rand(matrix.shape, generator=generator, device=CUDA))
         given = [matrix.double() if wide else matrix for matrix in matrices]
-        compute(*given, case.updates, SCALING)
+        compute(*given, updates_of(case))
         return given[3], given[4]
 
     def in_float64(
         grad_y: Tensor, h: Tensor, sB: Tensor, grad_h: Tensor, grad_B: Tensor, *_: Any
     ) -> None:
         torch.mm(grad_y, sB, out=grad_h)
-        for update in case.updates:
-            grad_B[update.B] += SCALING * grad_y[:, update.y].T @ h[:, update.A]
+        for update in updates_of(case):
+            grad_B[update.B] += update.scaling * grad_y[:, update.y].T @ h[:, update.A]
 
     actual, again = found(lora_gradient), found(lora_gradient)
     baseline, truth = found(lora_gradient_reference), found(in_float64, wide=True)
@@ -235,6 +235,6 @@ def test_gpu_kernel_reaches_beyond_int32() -> None:
     # a sum of whole numbers that float32 holds, and both round it once
     found = gradients(8200, case, lora_gradient, CUDA)
     matrices = gradient_inputs(8200, case, CUDA)
-    lora_gradient_reference(*matrices, case.updates, SCALING)
+    lora_gradient_reference(*matrices, updates_of(case))
     assert_equal(found["grad_B"], matrices[4])
     assert_equal(found["grad_h"], matrices[3].contiguous())

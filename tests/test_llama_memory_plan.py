@@ -57,7 +57,7 @@ def test_the_adapter_and_the_groups_are_those_of_the_model(
     assert work.num_adapted == sum(p.numel() for p in model.trainable_parameters())
     layer = model.layers[0]
     groups = (layer.self_attn.qkv, layer.self_attn.o, layer.mlp.gate_up, layer.mlp.down)
-    for planned, group in zip(work.groups(), groups, strict=True):
+    for planned, group in zip(work.groups, groups, strict=True):
         assert (planned.N, planned.K, planned.tail) == (
             group.num_rows,
             group.in_features,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.checkpoint import load_model
 from llama.config import read_config
-from llama.model import Llama, projections
+from llama.model import Llama, projection_shapes, projections, update_sizes
 from lora.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -86,7 +86,8 @@ def test_peft_warns_of_nothing_in_ours(peer: Peer) -> None:
 def test_we_load_pefts_and_give_the_same_logits(peer: Peer) -> None:
     folder = peer.folder / "peft_adapter"
     config = read_adapter_config(folder)
-    assert set(config.target_modules) == set(projections(read_config(peer.checkpoint)))
+    paths = projection_shapes(read_config(peer.checkpoint))
+    assert update_sizes(config, paths).keys() == paths.keys()
     assert (config.r, config.lora_alpha) == (PEFT_LORA["r"], PEFT_LORA["lora_alpha"])
     actual = with_adapter(peer.checkpoint, folder).logits(peer.inputs["input_ids"]).detach()
     assert_logits_close(actual, peer.outputs["peft_adapter_logits"])
@@ -161,15 +162,37 @@ def test_16_bit_adapters_are_loaded_into_float32(adapter: Path, model: Llama) ->
     [
         ({"peft_type": "IA3"}, "must describe a LORA adapter: got peft_type 'IA3'"),
         ({"use_dora": True}, "must describe a plain LoRA: use_dora is True"),
-        ({"rank_pattern": {"q_proj": 2}}, "plain LoRA: rank_pattern is {'q_proj': 2}"),
         ({"modules_to_save": ["lm_head"]}, "plain LoRA: modules_to_save is ['lm_head']"),
         ({"layer_replication": [[0, 1]]}, "plain LoRA: layer_replication is"),
         ({"use_something_new": True}, "plain LoRA: use_something_new is True"),
         ({"bias": "lora_only"}, "must have bias none: got 'lora_only'"),
-        ({"target_modules": ".*_proj"}, "must list target_modules by name: got '.*_proj'"),
-        ({"target_modules": None}, "must list target_modules by name: got None"),
-        ({"r": "16"}, "must give r as an integer"),
-        ({"use_rslora": "yes"}, "use_rslora as true or false: got 4 and 'yes'"),
+        ({"lora_bias": True}, "plain LoRA: lora_bias is True"),
+        ({"use_qalora": True}, "plain LoRA: use_qalora is True"),
+        ({"alora_invocation_tokens": [1]}, "plain LoRA: alora_invocation_tokens is [1]"),
+        ({"trainable_token_indices": [1]}, "plain LoRA: trainable_token_indices is [1]"),
+        ({"target_parameters": ["w"]}, "plain LoRA: target_parameters is ['w']"),
+        ({"arrow_config": {"top_k": 3}}, "plain LoRA: arrow_config is {'top_k': 3}"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes them; save the"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16' changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changes them"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda' changes them"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes them"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' changes them"),
+        ({"target_modules": None}, "target_modules must be a list of names or a regular expr"),
+        ({"target_modules": [1]}, "target_modules must be a list of names or a regular expression"),
+        ({"target_modules": "(q_proj"}, "must be a regular expression: got '(q_proj'"),
+        ({"exclude_modules": {"a": 1}}, "exclude_modules must be a list of names or a regular"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform must be a layer's index or a list"),
+        ({"layers_to_transform": True}, "layers_to_transform must be a layer's index or a list"),
+        ({"layers_pattern": 3}, "layers_pattern must be a pattern or a list of them: got 3"),
+        ({"layers_to_transform": 1, "target_modules": "x"}, "must come with a list of target_mod"),
+        ({"rank_pattern": {"q": 2.5}}, "rank_pattern must be an object of patterns and integers"),
+        ({"rank_pattern": {"q": 0}}, "--lora-r must be at least 1: got 0"),
+        ({"rank_pattern": {"q(": 1}}, "must be a regular expression: got 'q('"),
+        ({"alpha_pattern": {"q": "2"}}, "alpha_pattern must be an object of patterns and numbers"),
+        ({"alpha_pattern": {"q": -1}}, "--lora-alpha must be positive: got -1"),
+        ({"r": "16"}, "r must be an integer: got '16'"),
+        ({"use_rslora": "yes"}, "use_rslora must be true or false: got 'yes'"),
         ({"lora_alpha": None}, "lora_alpha must be a number: got None"),
         ({"lora_dropout": "0"}, "lora_dropout must be a number: got '0'"),
         ({"r": 0}, "--lora-r must be at least 1: got 0"),
@@ -189,6 +212,9 @@ def test_a_broken_or_missing_adapter_is_named(tmp_path: Path, adapter: Path, mod
     with pytest.raises(FileNotFoundError, match=f"must hold {CONFIG_NAME} and"):
         read_adapter_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"must hold {WEIGHTS_NAME}: none in"):
+        load_adapter(tmp_path, model.adapter_tensors())
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is pickled, which is never"):
         load_adapter(tmp_path, model.adapter_tensors())
     for content in ("{", "[]"):
         (adapter / CONFIG_NAME).write_text(content)

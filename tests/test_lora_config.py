@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora.config import ALL_LINEAR, LoRAConfig, resolve_target_modules
+from lora.config import ALL_LINEAR, LoRAConfig, UpdateSize, resolve_target_modules
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VALID: dict[str, Any] = {
@@ -21,11 +21,15 @@ def make(**changes: Any) -> LoRAConfig:
     return LoRAConfig(**{**VALID, **changes})
 
 
+def size_of(**changes: Any) -> UpdateSize | None:
+    return make(**changes).update_size("model.layers.0.self_attn.q_proj")
+
+
 def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
-    assert make().scaling == 2
-    assert make(r=8, lora_alpha=10).scaling == 1.25
+    assert size_of() == (16, 2)
+    assert size_of(r=8, lora_alpha=10) == (8, 1.25)
     # PEFT gives 5.65685 for these
-    assert make(r=8, lora_alpha=16, use_rslora=True).scaling == 16 / math.sqrt(8)
+    assert size_of(r=8, lora_alpha=16, use_rslora=True) == (8, 16 / math.sqrt(8))
 
 
 @pytest.mark.parametrize(

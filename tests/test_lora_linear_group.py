@@ -1,6 +1,6 @@
 """lora/linear_group.py: every arrangement of targets, forward and back, against float64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.dropout import dropout
 from lora import linear_group
-from lora.config import LoRAConfig
+from lora.config import UpdateSize
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
 from nf4.weight import NF4Weight, dequantize, quantize
 
@@ -23,7 +23,7 @@ NAMES = ("q_proj", "k_proj", "v_proj")
 ROWS = (32, 13, 1)
 NUM_TOKENS, IN_FEATURES, RANK = 11, 48, 3
 # alpha / r is no power of two, so a scaling applied twice or rounded twice shows
-ALPHA = 10.0
+SCALING = 10 / 3
 
 SEED, SITE = 17, 5
 
@@ -43,6 +43,10 @@ class Case(NamedTuple):
     group: LinearGroup
     weight: Tensor  # (N, K)
     bias: Tensor  # (N,)
+
+
+def sizes_of(targets: Sequence[str], rank: int = RANK) -> dict[str, UpdateSize]:
+    return dict.fromkeys(targets, UpdateSize(rank, SCALING))
 
 
 def make(
@@ -70,7 +74,7 @@ def make(
             matrix = dequantize(quantize(matrix, *quantization), torch.float32)
         weights.append(matrix.double())
         biases.append(bias.double())
-    group.attach(LoRAConfig(RANK, ALPHA, dropout, targets), device, torch.Generator(), site)
+    group.attach(sizes_of(targets), dropout, device, torch.Generator(), site)
     if group.lora_B is not None:
         group.lora_B.data.normal_()
     return Case(group, torch.cat(weights), torch.cat(biases))
@@ -152,12 +156,12 @@ def run_torch(
     updates = iter(group.updates)
     for name, weight, bias in zip(group.names, weights, biases, strict=True):
         y = F.linear(x, weight, bias if group.has_bias else None)
-        if name in group.targets:
+        if name in group.sizes:
             update = next(updates)
             A = leaves["lora_A"][update.A].to(dtype)
             B = leaves["lora_B"][update.B].to(dtype)
             z = x if mask is None else x * mask.to(dtype)
-            y = y + F.linear(F.linear(z, A), B) * group.scaling
+            y = y + F.linear(F.linear(z, A), B) * update.scaling
         pieces.append(y)
     y = torch.cat(pieces, dim=-1)
     y.backward(grad_y.to(dtype))
@@ -171,8 +175,7 @@ def run_torch(
 def absolute(case: Case) -> Case:
     """The case with every number replaced by its absolute value."""
     twin = LinearGroup(case.group.names, case.group.rows, case.group.in_features, True)
-    twin.updates, twin.targets = case.group.updates, case.group.targets
-    twin.scaling = case.group.scaling
+    twin.updates, twin.sizes = case.group.updates, case.group.sizes
     if case.group.lora_A is not None and case.group.lora_B is not None:
         twin.lora_A = torch.nn.Parameter(case.group.lora_A.detach().abs())
         twin.lora_B = torch.nn.Parameter(case.group.lora_B.detach().abs())
@@ -347,7 +350,7 @@ def test_tails_hold_h_and_its_gradient(targets: str, dropout: float) -> None:
     z = x.double() if mask is None else x.double() * mask
     num_ranks = RANK * len(TARGETS[targets])
     sides = [grad_y.double()[:, update.y] for update in group.updates]
-    matrices = [group.scaling * B[update.B] for update in group.updates]
+    matrices = [update.scaling * B[update.B] for update in group.updates]
     grad_h = torch.cat([g @ m for g, m in zip(sides, matrices, strict=True)], dim=1)
     scale = torch.cat([g.abs() @ m.abs() for g, m in zip(sides, matrices, strict=True)], dim=1)
     for actual, expected, magnitudes in (
@@ -394,8 +397,7 @@ def test_without_updates_there_is_no_tail(quantization: str) -> None:
 )
 def test_a_tail_is_a_whole_number_of_vectors(rank: int, num_targets: int, tail: int) -> None:
     group = LinearGroup(NAMES, ROWS, IN_FEATURES, has_bias=False)
-    config = LoRAConfig(rank, ALPHA, 0.0, NAMES[:num_targets])
-    group.attach(config, CPU, torch.Generator(), SITE)
+    group.attach(sizes_of(NAMES[:num_targets], rank), 0.0, CPU, torch.Generator(), SITE)
     assert group.tail == tail
     x = torch.randn(3, IN_FEATURES).half()
     x_ext = group.extended(x)
