@@ -22,7 +22,7 @@ from run.atomic import new_folder
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -59,7 +59,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     numbered = {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
     }
     return numbered[max(numbered)] if numbered else None
 

@@ -1,5 +1,6 @@
 """The output folder of a run: a new one, or one to go on with; never one over another."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,29 @@ def check_output(config: TrainConfig) -> None:
         raise ValueError(
             f"--resume must keep the flags that decide the result: {'; '.join(changed)}; "
             "give the same flags, or start a new run in another --output"
+        )
+
+
+def check_new_folder(folder: Path, num_bytes: int) -> None:
+    """Refuse a folder that is there and not empty, or on a disk that has no room for its files.
+
+    Raises:
+        ValueError: the folder is a file or not empty, or the disk has fewer bytes free.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output must be a folder: got the file {folder}")
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if present:
+        raise ValueError(
+            f"--output must be a new or empty folder: {folder} holds {', '.join(present[:5])}; "
+            "choose another one"
+        )
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise ValueError(
+            f"--output must lie on a disk with {num_bytes / 1e9:.2f} GB free: {there} has "
+            f"{free / 1e9:.2f} GB; free some or choose another disk"
         )
 
 

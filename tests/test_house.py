@@ -20,6 +20,7 @@ FLOORS = {
     "bundled": {"llama", "lora", "data"},
     "train": {"llama", "lora", "optim", "run", "data", "hub"},
     "quantize": {"llama", "run"},
+    "merge": {"llama", "lora", "run", "data"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -30,7 +31,7 @@ THEIRS = {
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "train", "quantize", "bundled"},
+    "tqdm": {"run", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},
 }
 

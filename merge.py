@@ -1,0 +1,310 @@
+"""Merge an adapter into its base model's weights: read this file top to bottom.
+
+    python merge.py --model M --adapter OUT --output DIR              into the 16-bit weights
+    python merge.py --model M --adapter OUT --output DIR --base nf4   into what NF4 makes of them
+    ... --text FILE                               and see what base, adapter and result make of it
+
+An adapter of QLoRA was trained beside NF4 weights, and is served beside the original ones, to which
+NF4's errors are not added; or beside those that it knew, with `--base nf4`. Both round to the
+checkpoint's dtype, which takes a part of the update away. `main` tells the story; its steps follow.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer, tokenizer_files
+from llama.checkpoint import INDEX_NAME, find_checkpoint, load_model, stored_tensors
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig, read_config
+from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
+from llama.model import Llama, projection_shapes
+from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
+from lora.adapter_file import load_adapter, read_adapter_config
+from run.atomic import new_folder
+from run.checkpoint import CHECKPOINT_NAME
+from run.config import CONFIG_FILE, TrainConfig, read_fields
+from run.folder import check_new_folder
+from run.machine import choose_device, choose_dtype
+
+# beside the weights, for programs that read older tokenizers
+OTHER_TOKENIZER_FILES = (*OLD_FILES, "vocab.json", "merges.txt", "added_tokens.json")
+# of a text: what an 8B model on a GPU reads in seconds, in windows that a machine of any size holds
+MOST_TOKENS = 32_768
+WINDOW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The command line, resolved.
+
+    Attributes:
+        quantization: (block_size, double_quant) that the adapter was trained with; None: none.
+        where: what says so.
+    """
+
+    model: Path
+    adapter: Path
+    output: Path
+    base: str
+    text: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    quantization: tuple[int, bool] | None
+    where: str
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Whose tokenizer and template the model has: those it was trained with, where given."""
+        folder = run_folder(self.adapter)
+        return folder if (folder / TOKENIZER_FILE).is_file() else self.model
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """What the three models make of a text; changes are from base + adapter, as it was trained."""
+
+    base: Reading
+    trained: Reading
+    merged: Reading
+    base_change: LogitChange
+    merged_change: LogitChange
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse(arguments)
+    llama_config = read_config(config.model)
+    shapes = projection_shapes(llama_config)
+    stored = stored_tensors(config.model)
+    updates = read_updates(config.adapter, shapes)
+    files = files_beside_the_weights(config)
+    shards = {tensor.file for tensor in stored}
+    check_new_folder(config.output, sum(path.stat().st_size for path in (*shards, *files.values())))
+    windows = load_text(config, llama_config) if config.text else []
+
+    # only now, when nothing that was given can be wrong any more, is anything written
+    with (
+        new_folder(config.output) as folder,
+        tqdm(desc="merging", unit="tensor", disable=None, leave=False) as bar,
+    ):
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        quantization = config.quantization if config.base == "nf4" else None
+        figures = write_merged_shards(
+            stored, shapes, updates, quantization, config.device, folder, report
+        )
+        if figures.num_changed == 0:
+            raise ValueError(
+                "the merge must change something: every update is lost when its weight is rounded "
+                f"to {stored[0].dtype}; train longer, or give the base in float32"
+            )
+        for place, path in files.items():
+            (folder / place).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / place)
+    print(describe(config, figures))
+    print(f"saved the merged model in {config.output}")
+    if windows:
+        print(describe_text(config, windows, compare(config, windows)))
+
+
+def parse(arguments: Sequence[str]) -> MergeConfig:
+    """Read the command line, and what the run that made the adapter says.
+
+    Raises:
+        FileNotFoundError: model, adapter or text are not there.
+        ValueError: a flag that this machine or the adapter's run contradicts.
+    """
+    given = build_parser().parse_args(arguments)
+    adapter = Path(given.adapter)
+    if given.text and not Path(given.text).is_file():
+        raise FileNotFoundError(f"--text must be a file: there is none at {given.text}")
+    quantization, where = quantization_of(adapter, given.block_size, given.double_quant)
+    if given.base == "nf4" and quantization is None:
+        raise ValueError(
+            "--base nf4 must be for an adapter that was trained beside NF4 weights: "
+            f"{where} says that this one was not; use --base original"
+        )
+    device = choose_device(given.device)
+    return MergeConfig(
+        model=find_checkpoint(given.model),
+        adapter=adapter,
+        output=Path(given.output),
+        base=given.base,
+        text=Path(given.text) if given.text else None,
+        device=torch.device(device),
+        dtype=getattr(torch, choose_dtype(given.dtype, device)),
+        quantization=quantization,
+        where=where,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="merge.py",
+        description="Merge an adapter into its base model's weights.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="the base: checkpoint folder or hub id")
+    parser.add_argument("--adapter", required=True, help="adapter folder, ours or PEFT's")
+    parser.add_argument("--output", required=True, help="new folder for the merged model")
+    parser.add_argument(
+        "--base",
+        choices=("original", "nf4"),
+        default="original",
+        help="weights to merge into: as the checkpoint has them, or quantized to NF4 and back "
+        "(default: original)",
+    )
+    parser.add_argument("--text", help="file to measure perplexity and logits on")
+    parser.add_argument(
+        "--block-size", type=int, help="of NF4; by default what the adapter's run had, or 64"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="scales in 8 bits; by default what the adapter's run had, or yes",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="of the computation with --text; the weights keep theirs (default: auto)",
+    )
+    return parser
+
+
+def run_folder(adapter: Path) -> Path:
+    """The folder of the run that made an adapter, which may be one of its checkpoints."""
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(adapter.name) is not None
+    return adapter.parent if is_checkpoint else adapter
+
+
+def quantization_of(
+    adapter: Path, block_size: int | None, double_quant: bool | None
+) -> tuple[tuple[int, bool] | None, str]:
+    """Find the number format that the adapter was trained beside, and what says so: the flags,
+    over config.json of its run, over the usual."""
+    path = run_folder(adapter) / CONFIG_FILE
+    run, where = TrainConfig(), "default"
+    # another program's config.json may lie there
+    if path.is_file() and "lora_r" in path.read_text(encoding="utf-8"):
+        run, where = TrainConfig(**read_fields(path)), str(path)
+    if block_size is None and double_quant is None:
+        is_nf4 = run.quant == "nf4"
+        return ((run.block_size, run.double_quant) if is_nf4 else None), where
+    return (
+        run.block_size if block_size is None else block_size,
+        run.double_quant if double_quant is None else double_quant,
+    ), "the command line"
+
+
+def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
+    """Find what is copied byte for byte, by its place in the folder: configs, index, tokenizer and
+    chat templates."""
+    names = (CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES)
+    found = {Path(name): config.model / name for name in names if (config.model / name).is_file()}
+    folder = config.tokenizer_folder
+    return found | {path.relative_to(folder): path for path in tokenizer_files(folder)}
+
+
+def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
+    """Read the first MOST_TOKENS of --text as windows of token ids.
+
+    Raises:
+        ValueError: the text has fewer than two tokens, or one that the model does not know.
+    """
+    assert config.text is not None
+    try:
+        text = config.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text must be UTF-8: {config.text}: {error}") from None
+    ids = Tokenizer.from_folder(config.tokenizer_folder).encode(text, add_special_tokens=True)
+    ids = ids[:MOST_TOKENS]
+    if len(ids) < 2:
+        raise ValueError(f"--text must have at least two tokens: {config.text} has {len(ids)}")
+    if max(ids) >= llama_config.vocab_size:
+        raise ValueError(
+            f"--text must have tokens of the model's {llama_config.vocab_size:,}: the tokenizer of "
+            f"{config.tokenizer_folder} gives {max(ids)}"
+        )
+    return windows_of(ids, min(WINDOW_TOKENS, llama_config.max_position_embeddings))
+
+
+def compare(config: MergeConfig, windows: Sequence[Tensor]) -> TextFigures:
+    """Let the three models read the text, one after the other: each is gone before the next."""
+    base = read_text(load_model(config.model, config.device, config.dtype, None), windows)
+    trained = read_text(load_trained(config), windows)
+    model = load_model(config.output, config.device, config.dtype, None)
+    merged = read_text(model, windows)
+    return TextFigures(
+        base,
+        trained,
+        merged,
+        logit_change(model, base, trained),
+        logit_change(model, merged, trained),
+    )
+
+
+def load_trained(config: MergeConfig) -> Llama:
+    """Load the base as it was while the adapter trained, with the adapter beside it."""
+    model = load_model(config.model, config.device, config.dtype, config.quantization)
+    model.attach_lora(read_adapter_config(config.adapter), seed=0)
+    load_adapter(config.adapter, model.adapter_tensors())
+    return model
+
+
+def describe_format(config: MergeConfig) -> str:
+    if config.quantization is None:
+        return "as stored"
+    block_size, double_quant = config.quantization
+    scales = ", double quantization" if double_quant else ""
+    return f"NF4, blocks of {block_size}{scales}"
+
+
+def describe(config: MergeConfig, figures: MergeFigures) -> str:
+    """Say what was merged, and what rounding made of it."""
+    base = "the original weights"
+    if config.base == "nf4":
+        base = f"dequantized weights ({describe_format(config)}, by {config.where})"
+    share = figures.num_changed / figures.num_weights
+    return (
+        f"merged {figures.num_tensors:,} updates into {base}: {figures.num_changed:,} of "
+        f"{figures.num_weights:,} weights changed ({share:.1%})\n"
+        f"rounding lost {figures.lost:.2%} of the update (norm of its error over the update's)"
+    )
+
+
+def describe_text(config: MergeConfig, windows: Sequence[Tensor], figures: TextFigures) -> str:
+    """Tabulate what the three models made of the text."""
+    num_tokens = sum(ids.shape[1] for ids in windows)
+    lines = [
+        f"{config.text}, the first {num_tokens:,} tokens in windows of {windows[0].shape[1]:,}; "
+        f"logits against base + adapter ({describe_format(config)}, by {config.where})",
+        f"{'':16}{'perplexity':>12}{'max change':>12}{'mean change':>13}",
+    ]
+    for name, reading, change in (
+        ("base", figures.base, figures.base_change),
+        ("base + adapter", figures.trained, None),
+        ("merged", figures.merged, figures.merged_change),
+    ):
+        line = f"{name:16}{reading.perplexity:12.4f}"
+        line += f"{change.largest:12.4f}{change.mean:13.5f}" if change else f"{'-':>12}{'-':>13}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        # what the user gave, or what the disk refused: the message is enough
+        sys.exit(f"error: {error}")
