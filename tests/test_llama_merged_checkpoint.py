@@ -334,11 +334,7 @@ def tensors_of(path: str, rows: int = 32, columns: int = 32, B: float = 1.0) -> 
         ({}, tensors_of(PATH.replace("0", "9")), r"unknown \(first: .*layers\.9\.self_attn"),
         ({"target_modules": ["c_attn"]}, {}, "must fit at least one projection of the model"),
         ({"target_modules": ["q_proj", "lm_head"]}, {}, "head and embeddings stay .* lm_head"),
-        (
-            {"target_modules": ["embed_tokens"], "layers_to_transform": None},
-            {},
-            "includes model.embed_tokens",
-        ),
+        ({"target_modules": ["model.embed_tokens"]}, {}, "includes model.embed_tokens"),
         ({"target_modules": ".*"}, {}, "head and embeddings stay as they are: '.*' includes"),
     ],
     ids=[

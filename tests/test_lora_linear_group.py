@@ -16,6 +16,7 @@ from lora import linear_group
 from lora.config import UpdateSize
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
 from nf4.weight import NF4Weight, dequantize, quantize
+from optim.adamw import AdamW
 
 CPU = torch.device("cpu")
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -34,6 +35,8 @@ TARGETS = {
     "outer": ("q_proj", "v_proj"),
     "all": NAMES,
 }
+# one member without an update between two of other ranks and factors
+MIXED = {"v_proj": UpdateSize(5, 0.25), "q_proj": UpdateSize(2, 10 / 3)}
 QUANTIZATIONS = {"unquantized": None, "nf4": (64, False), "nf4-dq": (64, True)}
 
 
@@ -50,7 +53,7 @@ def sizes_of(targets: Sequence[str], rank: int = RANK) -> dict[str, UpdateSize]:
 
 
 def make(
-    targets: tuple[str, ...] = NAMES,
+    targets: tuple[str, ...] | dict[str, UpdateSize] = NAMES,
     quantization: tuple[int, bool] | None = None,
     has_bias: bool = True,
     dropout: float = 0.0,
@@ -74,9 +77,11 @@ def make(
             matrix = dequantize(quantize(matrix, *quantization), torch.float32)
         weights.append(matrix.double())
         biases.append(bias.double())
-    group.attach(sizes_of(targets), dropout, device, torch.Generator(), site)
-    if group.lora_B is not None:
-        group.lora_B.data.normal_()
+    sizes = targets if isinstance(targets, dict) else sizes_of(targets)
+    group.attach(sizes, dropout, device, torch.Generator(), site)
+    for name, tensor in group.adapter_tensors():
+        if "lora_B" in name:
+            tensor.normal_()
     return Case(group, torch.cat(weights), torch.cat(biases))
 
 
@@ -187,7 +192,8 @@ def rounded_apart(case: Case, num_tokens: int) -> float:
 
     No path has more roundings than there are terms and factors.
     """
-    num_roundings = num_tokens + case.group.in_features + case.group.num_rows + RANK + 8
+    rank = 0 if case.group.lora_B is None else case.group.lora_B.shape[1]
+    num_roundings = num_tokens + case.group.in_features + case.group.num_rows + rank + 8
     return num_roundings * torch.finfo(torch.float32).eps
 
 
@@ -233,6 +239,51 @@ def test_outputs_and_gradients_equal_float64(
     assert len(case.group.updates) == num_targets
     assert isinstance(case.group.weight, NF4Weight) == (quantization != "unquantized")
     assert_equal_to_float64(case, *draw())
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_members_of_other_ranks_and_factors_equal_float64(
+    quantization: str, dropout: float
+) -> None:
+    case = make(MIXED, QUANTIZATIONS[quantization], dropout=dropout)
+    x, grad_y = draw()
+    assert_equal_to_float64(case, x, grad_y, seed_on(CPU))
+    # the order is the members'
+    shapes = {name: tuple(tensor.shape) for name, tensor in case.group.adapter_tensors()}
+    assert shapes == {
+        "q_proj.lora_A.weight": (2, IN_FEATURES),
+        "q_proj.lora_B.weight": (ROWS[0], 2),
+        "v_proj.lora_A.weight": (5, IN_FEATURES),
+        "v_proj.lora_B.weight": (ROWS[2], 5),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("is_8bit", [False, True], ids=["32bit", "8bit"])
+def test_the_room_beyond_a_members_rank_is_never_trained(is_8bit: bool, dtype: torch.dtype) -> None:
+    group = make(MIXED, (64, True), dropout=0.4, dtype=dtype).group
+    assert group.lora_A is not None
+    assert group.lora_B is not None
+    room_A, room_B = group.lora_A[2:5], group.lora_B[: ROWS[0], 2:]
+    before = [tensor.clone() for _, tensor in group.adapter_tensors()]
+    optimizer = AdamW(dict(group.named_parameters()), weight_decay=0.1, is_8bit=is_8bit)
+    for seed in range(5):
+        x, grad_y = (tensor.to(dtype) for tensor in draw())
+        optimizer.zero_grad()
+        x_ext = group.extended(x)
+        with torch.no_grad():
+            group(x_ext, seed_on(CPU) + seed)
+            h = x_ext[:, IN_FEATURES:].clone()
+            grad_ext = group.empty_output(len(x), grad_y)
+            grad_ext[:, : sum(ROWS)] = grad_y
+            group.backward(grad_ext, h, seed_on(CPU) + seed)
+            group.accumulate_grad_A(grad_ext, x, seed_on(CPU) + seed)
+        optimizer.step(0.1, 1.0)
+        assert not room_A.any()
+        assert not room_B.any()
+    for tensor, (name, now) in zip(before, group.adapter_tensors(), strict=True):
+        assert not torch.equal(tensor, now), name
 
 
 @pytest.mark.parametrize(
