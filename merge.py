@@ -34,7 +34,7 @@ from run.folder import check_new_folder
 from run.machine import choose_device, choose_dtype
 
 # beside the weights, for programs that read older tokenizers
-OTHER_TOKENIZER_FILES = (*OLD_FILES, "vocab.json", "merges.txt", "added_tokens.json")
+OTHER_TOKENIZER_FILES = (*OLD_FILES, "added_tokens.json")
 # of a text: what an 8B model on a GPU reads in seconds, in windows that a machine of any size holds
 MOST_TOKENS = 32_768
 WINDOW_TOKENS = 1024

@@ -46,7 +46,7 @@ from run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from run.config import TrainConfig, parse_config
 from run.folder import check_output, choose_output, open_output, resume_point
 from run.machine import choose_device, choose_dtype
-from run.metrics import MetricsFile, Progress, Row, describe, peak_memory_bytes
+from run.metrics import MetricsFile, Progress, Row, peak_memory_bytes, read_rows
 from run.model_card import CARD_FILE, model_card
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -182,13 +182,13 @@ def main(arguments: Sequence[str]) -> None:
         num_steps,
     )
     before = answer(run, tokenizer, prompt)
-    last_row = train(run)
+    train(run)
     if optimizer.describe() != described:
         print(f"optimizer: {optimizer.describe()}")
     if device.type == "cuda":
         print(memory_line(plan))
     if num_steps:
-        save_results(run, tokenizer, last_row)
+        save_results(run, tokenizer)
     after = answer(run, tokenizer, prompt)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
@@ -436,8 +436,8 @@ def steps_of_epoch(config: TrainConfig, dataset: Dataset) -> int:
     return epoch_steps(len(dataset.samples), config.batch_size, config.gradient_accumulation_steps)
 
 
-def train(run: Run) -> Row | None:
-    """Take the run's steps, evaluating, logging and saving on the way; return the last row."""
+def train(run: Run) -> None:
+    """Take the run's steps, evaluating, logging and saving on the way."""
     config, state = run.config, run.state
     output = Path(config.output)
     metrics = MetricsFile(output, state.step)
@@ -507,7 +507,6 @@ def train(run: Run) -> Row | None:
                 lambda folder: write_adapter(folder, run),
             )
     progress.close()
-    return metrics.last_row
 
 
 def is_due(every: int, state: RunState) -> bool:
@@ -618,19 +617,13 @@ def write_adapter(folder: Path, run: Run) -> None:
     save_adapter(folder, run.model.adapter_tensors(), run.lora, run.config.model)
 
 
-def save_results(run: Run, tokenizer: Tokenizer, row: Row | None) -> None:
+def save_results(run: Run, tokenizer: Tokenizer) -> None:
     """Write the adapter, the tokenizer and the model card into the output folder."""
     output = Path(run.config.output)
-    figures = {
-        "steps": f"{run.state.step:,}",
-        "tokens": f"{run.state.tokens:,}, of them learned {run.state.target_tokens:,}",
-    }
-    if row:
-        figures["last step"] = describe(row)
     with new_files(output) as folder:
         write_adapter(folder, run)
         tokenizer.save(folder)
-        (folder / CARD_FILE).write_text(model_card(run.config, figures))
+        (folder / CARD_FILE).write_text(model_card(run.config, read_rows(output)))
         paths = [path for path in folder.rglob("*") if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in paths]
     print(f"saved the adapter in {output}")

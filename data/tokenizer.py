@@ -37,7 +37,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 # sentencepiece's, Mistral's and tiktoken's
-OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model")
+OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
 
 
 def _template_files(folder: Path) -> list[Path]:
@@ -235,7 +235,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _how_to_get_one(folder: Path) -> str:
-    old = [n for n in (*_OLD_FILES, "vocab.json", "merges.txt") if (folder / n).is_file()]
+    old = [n for n in OLD_FILES if (folder / n).is_file()]
     if not old:
         return "download the checkpoint's tokenizer files"
     return (

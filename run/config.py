@@ -18,7 +18,7 @@ from typing import Any
 CONFIG_FILE = "config.json"
 
 # flags that a resumed run may change: they decide what is written and where, not what is computed
-_FREE_ON_RESUME = frozenset(
+FREE_ON_RESUME = frozenset(
     {
         "output",
         "resume",
@@ -293,5 +293,5 @@ def differences(config: TrainConfig, path: Path) -> list[str]:
     return [
         f"{_flag_name(name)} was {earlier.get(name)!r}, now {value!r}"
         for name, value in asdict(config).items()
-        if name not in _FREE_ON_RESUME and earlier.get(name) != value
+        if name not in FREE_ON_RESUME and earlier.get(name) != value
     ]

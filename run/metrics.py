@@ -42,6 +42,11 @@ class MetricsFile:
         self.last_row = row
 
 
+def read_rows(folder: Path) -> list[Row]:
+    """Read the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
 class Progress:
     """A bar with the last numbers on a terminal, a line per logged step elsewhere."""
 

@@ -1,38 +1,122 @@
-"""README.md of an adapter folder, with the front matter that the hub reads."""
+"""README.md of an adapter folder: the front matter that the hub reads, as PEFT writes it, and how
+the adapter came to be."""
 
-from run.config import TrainConfig
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+from run.config import FREE_ON_RESUME, TrainConfig
+from run.metrics import GIB, Row
 
 CARD_FILE = "README.md"
+# flags that did not make the adapter what it is
+_LEFT_OUT = FREE_ON_RESUME | {"model", "sample_prompt", "device"}
+_PATHS = ("data", "eval_data", "init_adapter")
+_LIBRARIES = ("torch", "triton", "safetensors", "tokenizers")
 
 
-def model_card(config: TrainConfig, figures: dict[str, str]) -> str:
-    """Compose the card: what the adapter belongs to, how it was trained, what came out."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    base = "NF4" if config.quant == "nf4" else "its own number format"
-    return f"""---
-base_model: {config.model}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- qlora
----
+def _front_matter(config: TrainConfig, base: str | None) -> str:
+    """What the hub indexes; it knows no base model by the path that it had on a disk."""
+    tags = ["lora", "transformers"]
+    if config.quant == "nf4":
+        tags.append("qlora")
+    if base is not None:
+        tags.append(f"base_model:adapter:{base}")
+    lines = [] if base is None else [f"base_model: {base}"]
+    lines += ["library_name: peft", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in sorted(tags)), "---"])
 
-# LoRA adapter for {config.model}
 
-Rank {config.lora_r}, alpha {config.lora_alpha:g}, on {config.target_modules}; trained on
-`{config.data}` with the base model frozen in {base}. `config.json` has every setting,
+def _table(names: tuple[str, str], rows: dict[str, object]) -> str:
+    lines = [f"| {names[0]} | {names[1]} |", "|---|---|"]
+    # a bar would end the cell
+    cells = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in cells.items())])
+
+
+def _known(rows: Sequence[Row], name: str) -> list[float]:
+    """A column's values; where a step was skipped there is none."""
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, object]:
+    """What came out, of the rows of metrics.jsonl."""
+    last = rows[-1]
+    found: dict[str, object] = {
+        "steps": f"{last['step']:,}",
+        "epochs": f"{last['epoch']:.2f}",
+        "tokens": f"{last['tokens']:,}, of them learned {last['target_tokens']:,}",
+    }
+    for name, what in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        if losses := _known(rows, name):
+            found[what] = f"{losses[-1]:.4f} (at first {losses[0]:.4f}, at best {min(losses):.4f})"
+    if losses := _known(rows, "eval_loss"):
+        found["perplexity of the evaluation data"] = f"{math.exp(losses[-1]):.3f}"
+    if speeds := sorted(_known(rows, "tokens_per_second")):
+        found["tokens per second, the median"] = f"{speeds[len(speeds) // 2]:,.0f}"
+    found["memory"] = f"{max(_known(rows, 'peak_memory_bytes')) / GIB:.2f} GiB"
+    return found
+
+
+def _recipe(config: TrainConfig) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in _LEFT_OUT and value != "":
+            # the folders of a disk are nobody's business
+            value = Path(value).name if f.name in _PATHS else value
+            found[f"`--{f.name.replace('_', '-')}`"] = value
+    return found
+
+
+def model_card(config: TrainConfig, rows: Sequence[Row]) -> str:
+    """Compose the card: what the adapter belongs to, how it was trained, what came out.
+
+    Args:
+        rows: of metrics.jsonl, at least one.
+    """
+    # what is no folder here was found on the hub
+    is_local = Path(config.model).expanduser().is_dir()
+    base = None if is_local else config.model
+    name = base or Path(config.model).expanduser().resolve().name
+    frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
+    versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
+    return f"""{_front_matter(config, base)}
+
+# LoRA adapter for {name}
+
+Trained by Quatrain with the base model frozen {frozen}. `config.json` has every setting,
 `metrics.jsonl` every step.
 
-| | |
-|---|---|
-{rows}
+## Results
 
-Load it with PEFT:
+{_table(("figure", "value"), _figures(rows))}
+
+## Training procedure
+
+{_table(("flag", "value"), _recipe(config))}
+
+## Use
+
+With PEFT:
 
 ```python
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+
+Merged into the base model's weights, by Quatrain:
+
+```bash
+python merge.py --model {base or "path/to/the/base"} --adapter path/to/this/folder --output merged
+```
+
+### Framework versions
+
+{chr(10).join(versions)}
+- Python {platform.python_version()}
 """

@@ -1,0 +1,104 @@
+"""run/model_card.py: the hub reads its front matter, which is PEFT's; its figures are the run's."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from llama_peers import tiny_peer
+
+from run.config import TrainConfig
+from run.metrics import GIB, Row
+from run.model_card import model_card
+
+
+def row(step: int, tokens: int, target_tokens: int, gib: float, **known: Any) -> Row:
+    return {
+        "step": step,
+        "epoch": step / 2,
+        "tokens": tokens,
+        "target_tokens": target_tokens,
+        "peak_memory_bytes": int(gib * GIB),
+        **known,
+    }
+
+
+ROWS = [
+    row(0, 0, 0, 0.5, eval_loss=3.0),
+    row(1, 1000, 400, 3, loss=2.5, tokens_per_second=100.0),
+    row(2, 2000, 900, 1, loss=1.0, tokens_per_second=500.0),
+    row(3, 3500, 1200, 1, loss=1.25, eval_loss=2.0, tokens_per_second=300.0),
+]
+HUB: dict[str, Any] = {"model": "owner/base-1B", "data": "/somewhere/private/chats.jsonl"}
+
+
+def card_of(rows: list[Row] = ROWS, **changes: Any) -> tuple[dict[str, Any], str]:
+    """The front matter as the hub parses it, and the text after it."""
+    card = ModelCard(model_card(TrainConfig(**(HUB | changes)), rows))
+    return card.data.to_dict(), card.text
+
+
+def test_the_front_matter_is_pefts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    peer = tiny_peer(tmp_path_factory, "grouped-query")
+    theirs = ModelCard.load(peer.folder / "peft_adapter" / "README.md").data.to_dict()
+    ours, _ = card_of(quant="none")
+    base = theirs["base_model"]
+    assert base == str(peer.checkpoint)
+    expected = theirs | {"base_model": "owner/base-1B"}
+    expected["tags"] = [tag.replace(base, "owner/base-1B") for tag in theirs["tags"]]
+    assert ours == expected
+
+
+def test_qlora_has_a_tag_of_its_own() -> None:
+    ours, _ = card_of()
+    assert ours["tags"] == ["base_model:adapter:owner/base-1B", "lora", "qlora", "transformers"]
+
+
+def test_a_base_model_from_the_disk_is_not_given_to_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "private" / "my base"
+    folder.mkdir(parents=True)
+    ours, text = card_of(model=str(folder))
+    assert "base_model" not in ours
+    assert ours["tags"] == ["lora", "qlora", "transformers"]
+    assert "# LoRA adapter for my base\n" in text
+    assert "private" not in text
+
+
+def test_the_figures_are_those_of_the_run() -> None:
+    _, text = card_of()
+    for line in (
+        "| steps | 3 |",
+        "| epochs | 1.50 |",
+        "| tokens | 3,500, of them learned 1,200 |",
+        "| training loss | 1.2500 (at first 2.5000, at best 1.0000) |",
+        "| evaluation loss | 2.0000 (at first 3.0000, at best 2.0000) |",
+        # e squared
+        "| perplexity of the evaluation data | 7.389 |",
+        "| tokens per second, the median | 300 |",
+        "| memory | 3.00 GiB |",
+    ):
+        assert f"\n{line}\n" in text
+    assert f"\n- torch {version('torch')}\n" in text
+
+
+def test_a_step_without_a_loss_has_no_part_in_it() -> None:
+    skipped: Any = ROWS[1] | {"loss": None, "grad_norm": None}
+    _, text = card_of([skipped, *ROWS[2:3]])
+    assert "| training loss | 1.0000 (at first 1.0000, at best 1.0000) |" in text
+    assert "evaluation" not in text
+
+
+def test_the_recipe_is_every_flag_that_made_the_adapter() -> None:
+    _, text = card_of(lora_r=7, use_rslora=True, chat_template="a|b.jinja", output="/somewhere/out")
+    for line in (
+        "| `--lora-r` | 7 |",
+        "| `--use-rslora` | True |",
+        "| `--data` | chats.jsonl |",
+        "| `--learning-rate` | 0.0002 |",
+        "| `--chat-template` | a\\|b.jinja |",
+        "| `--dtype` | auto |",
+    ):
+        assert f"\n{line}\n" in text
+    for left_out in ("somewhere", "--output`", "--plan", "--device`", "--eval-data", "--resume"):
+        assert left_out not in text
