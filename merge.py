@@ -27,6 +27,7 @@ from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_sha
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
 from lora.adapter_file import load_adapter, read_adapter_config
+from nf4.blockwise import check_block_size
 from run.atomic import new_folder
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
@@ -192,7 +193,11 @@ def quantization_of(
     adapter: Path, block_size: int | None, double_quant: bool | None
 ) -> tuple[tuple[int, bool] | None, str]:
     """Find the number format that the adapter was trained beside, and what says so: the flags,
-    over config.json of its run, over the usual."""
+    over config.json of its run, over the usual.
+
+    Raises:
+        ValueError: a block size that NF4 does not have, or a config.json that is damaged.
+    """
     path = run_folder(adapter) / CONFIG_FILE
     run, where = TrainConfig(), "default"
     # another program's config.json may lie there
@@ -201,10 +206,10 @@ def quantization_of(
     if block_size is None and double_quant is None:
         is_nf4 = run.quant == "nf4"
         return ((run.block_size, run.double_quant) if is_nf4 else None), where
-    return (
-        run.block_size if block_size is None else block_size,
-        run.double_quant if double_quant is None else double_quant,
-    ), "the command line"
+    block_size = run.block_size if block_size is None else block_size
+    check_block_size(block_size)
+    double_quant = run.double_quant if double_quant is None else double_quant
+    return (block_size, double_quant), "the command line"
 
 
 def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:

@@ -3,6 +3,7 @@ written without the product's code."""
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class MergeCase:
     dtype: torch.dtype
     num_shards: int
     config: dict[str, Any]
-    sizes: dict[str, tuple[int, float]] = field(hash=False)
+    sizes: Mapping[str, tuple[int, float]] = field(hash=False)
 
     @property
     def scalings(self) -> dict[str, tuple[int, float]]:

@@ -51,9 +51,10 @@ def run(job: dict[str, Any], input_ids: Tensor) -> tuple[dict[str, Tensor], dict
         for name, tensor in merged.state_dict().items()
         if name.removesuffix(".weight") in paths
     }
-    ours, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         job["merged"], dtype=torch.float32, output_loading_info=True
     )
+    ours, info = loaded
     facts["loading"] = {key: len(found) for key, found in info.items()}
     facts["dtype"] = str(load(job["merged"], "auto").dtype)
     output["our_logits"] = ours.eval()(input_ids=input_ids).logits

@@ -20,7 +20,7 @@ FLOORS = {
     "bundled": {"llama", "lora", "data"},
     "train": {"llama", "lora", "optim", "run", "data", "hub"},
     "quantize": {"llama", "run"},
-    "merge": {"llama", "lora", "run", "data"},
+    "merge": {"llama", "lora", "nf4", "run", "data"},
 }
 
 # what is not ours, and the rooms or files that may know it

@@ -85,7 +85,9 @@ def _all_merged(base: Path) -> dict[str, Merged]:
     return {
         name: Merged(
             CASES[name],
-            *(Path(job[key]) for key in ("checkpoint", "adapter", "merged")),
+            Path(job["checkpoint"]),
+            Path(job["adapter"]),
+            Path(job["merged"]),
             figures[name],
             input_ids,
             {k.partition("/")[2]: v for k, v in outputs.items() if k.startswith(f"{name}/")},
