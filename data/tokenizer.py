@@ -36,7 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
-# sentencepiece's, Mistral's and tiktoken's
+# sentencepiece's, Mistral's, tiktoken's and GPT-2's
 OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
 
 

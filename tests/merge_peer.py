@@ -23,10 +23,12 @@ def load(folder: str, dtype: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def with_adapter(job: dict[str, Any], dtype: Any) -> tuple[Any, list[str]]:
+def with_adapter(
+    job: dict[str, Any], dtype: Any, adapter: str = "adapter"
+) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(load(job["checkpoint"], dtype), job["adapter"])
+        model = PeftModel.from_pretrained(load(job["checkpoint"], dtype), job[adapter])
     return model, [str(each.message) for each in caught]
 
 
@@ -43,6 +45,9 @@ def run(job: dict[str, Any], input_ids: Tensor) -> tuple[dict[str, Tensor], dict
     model, said = with_adapter(job, torch.float32)
     output = {"adapter_logits": model(input_ids=input_ids).logits}
     facts: dict[str, Any] = {"warnings": said, "sizes": sizes_of(model)}
+    model, said = with_adapter(job, torch.float32, "again")
+    output["again_logits"] = model(input_ids=input_ids).logits
+    facts["again"] = {"warnings": said, "sizes": sizes_of(model)}
     model, _ = with_adapter(job, "auto")
     paths = sizes_of(model)
     merged = model.merge_and_unload()

@@ -65,6 +65,20 @@ def test_the_adapter_and_the_groups_are_those_of_the_model(
         )
 
 
+def test_members_of_other_ranks_are_planned_with_room_for_the_largest(tmp_path: Path) -> None:
+    patterns = {"q_proj": 40, "0.self_attn.o_proj": 80}
+    lora = replace(LORA, rank_pattern=patterns, exclude_modules=("layers.1.mlp.up_proj",))
+    model = load_tiny(tmp_path, lora)
+    work = replace(WORK, config=model.config, lora=lora)
+    assert work.num_adapted == sum(p.numel() for p in model.trainable_parameters())
+    # the longest of the layers' tails
+    qkv, o, gate_up, down = work.groups
+    assert (qkv.tail, o.tail, gate_up.tail, down.tail) == (128, 128, 64, 64)
+    trainable, _ = model.num_parameters()
+    assert trainable == sum(t.numel() for t in model.adapter_tensors().values())
+    assert trainable < work.num_adapted
+
+
 def test_each_policy_needs_less_than_the_one_before() -> None:
     keep, recompute, offload = (
         plan_memory(WORK, (policy,) * NUM_LAYERS) for policy in POLICIES.values()

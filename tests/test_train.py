@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from equality import assert_equal
+from merge_cases import write_adapter
 from safetensors.torch import load_file
 
 import train
@@ -342,6 +343,43 @@ def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> N
         run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
     first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
     assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
+
+
+def test_an_adapter_with_patterns_goes_on_with_them(tmp_path: Path) -> None:
+    shapes = {"self_attn.q_proj": (128, 128), "self_attn.v_proj": (64, 128)}
+    config = {
+        "r": 4,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [1, 3],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"layers.3.self_attn.v_proj": 8},
+    }
+    tensors = {}
+    for layer in (1, 3):
+        for name, (rows, columns) in shapes.items():
+            rank = 2 if "q_proj" in name else 4
+            path = f"model.layers.{layer}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, columns)
+            tensors[f"{path}.lora_B.weight"] = torch.zeros(rows, rank)
+    write_adapter(tmp_path / "first", config, tensors)
+    flags = f"--init-adapter {tmp_path / 'first'} --save-steps 2"
+    with pytest.raises(ValueError, match="--init-adapter must have the shape"):
+        run(tmp_path, flags, "second")
+    rows = run(tmp_path, f"{flags} --target-modules q_proj,v_proj --learning-rate 1e-2", "third")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = load_file(tmp_path / "third" / "adapter_model.safetensors")
+    before = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in before.items()}
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in saved.items())
+    fields = json.loads((tmp_path / "third" / "adapter_config.json").read_text())
+    assert config.items() <= fields.items()
+    # and so does a run that was cut off
+    (tmp_path / "third" / "adapter_model.safetensors").unlink()
+    run(tmp_path, f"{flags} --target-modules q_proj,v_proj --learning-rate 1e-2 --resume", "third")
+    again = load_file(tmp_path / "third" / "adapter_model.safetensors")
+    for name, tensor in saved.items():
+        assert_equal(again[name], tensor, name)
 
 
 def test_a_plan_says_what_the_run_takes_and_writes_nothing(
