@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer, tokenizer_files
-from llama.checkpoint import INDEX_NAME, find_checkpoint, load_model, stored_tensors
-from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig, read_config
+from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
+from llama.checkpoint import COMPANIONS, INDEX_NAME, describe, find_checkpoint, load_model
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
@@ -80,9 +80,14 @@ class TextFigures:
 
 def main(arguments: Sequence[str]) -> None:
     config = parse(arguments)
-    llama_config = read_config(config.model)
+    base = describe(config.model, torch.float32)
+    if base.nf4.states:
+        raise ValueError(
+            f"--model must be a checkpoint in 16 or 32 bits: {config.model} is in NF4 already; "
+            "give the one it was made from, with --base nf4 to merge into what NF4 makes of it"
+        )
+    llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
-    stored = stored_tensors(config.model)
     updates = read_updates(config.adapter, shapes)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
@@ -111,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
         for place, path in files.items():
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
-    print(describe(config, figures))
+    print(describe_merge(config, figures))
     print(f"saved the merged model in {config.output}")
     if windows:
         print(describe_text(config, windows, compare(config, windows)))
@@ -215,10 +220,14 @@ def quantization_of(
 def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
     """Find what is copied byte for byte, by its place in the folder: configs, index, tokenizer and
     chat templates."""
-    names = (CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES)
-    found = {Path(name): config.model / name for name in names if (config.model / name).is_file()}
-    folder = config.tokenizer_folder
-    return found | {path.relative_to(folder): path for path in tokenizer_files(folder)}
+    patterns = dict.fromkeys((CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES), config.model)
+    patterns |= dict.fromkeys(COMPANIONS, config.tokenizer_folder)
+    patterns[GENERATION_CONFIG_NAME] = config.model
+    return {
+        path.relative_to(folder): path
+        for pattern, folder in patterns.items()
+        for path in folder.glob(pattern)
+    }
 
 
 def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
@@ -275,7 +284,7 @@ def describe_format(config: MergeConfig) -> str:
     return f"NF4, blocks of {block_size}{scales}"
 
 
-def describe(config: MergeConfig, figures: MergeFigures) -> str:
+def describe_merge(config: MergeConfig, figures: MergeFigures) -> str:
     """Say what was merged, and what rounding made of it."""
     base = "the original weights"
     if config.base == "nf4":

@@ -6,7 +6,6 @@ What it writes is loaded by train.py and by transformers without being quantized
 """
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,20 +17,21 @@ from tqdm import tqdm
 from llama.checkpoint import find_checkpoint
 from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from run.atomic import new_folder
+from run.folder import MB, check_new_folder
+from run.machine import choose_device
 
-MB = 10**6
 # config.json, the tokenizer and what else goes along
 COMPANION_BYTES = 64 << 20
 
 
 def main(arguments: Sequence[str]) -> None:
     flags = build_parser().parse_args(arguments)
-    output = check_output(flags.output)
-    device = choose_device(flags.device)
+    output = Path(flags.output).expanduser().absolute()
+    device = torch.device(choose_device(flags.device))
     folder = find_checkpoint(flags.model)
     dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
     copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
-    check_space(output, copy)
+    check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
@@ -77,50 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="that quantizes; auto: a GPU if there is one",
     )
     return parser
-
-
-def check_output(given: str) -> Path:
-    """Find the folder to write, and refuse one that holds anything.
-
-    Raises:
-        ValueError: it is a file, or is not empty.
-    """
-    output = Path(given).expanduser().absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"--output must be a new or empty folder: {output} is there already; choose another one"
-        )
-    return output
-
-
-def choose_device(given: str) -> torch.device:
-    """Find the device.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    has_gpu = torch.cuda.is_available()
-    if given == "cuda" and not has_gpu:
-        raise ValueError(
-            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
-            "choose --device cpu"
-        )
-    return torch.device("cuda" if has_gpu and given != "cpu" else "cpu")
-
-
-def check_space(output: Path, copy: QuantizedCopy) -> None:
-    """Refuse a disk that has not the room.
-
-    Raises:
-        ValueError: it has not.
-    """
-    there = next(parent for parent in output.parents if parent.exists())
-    free, needed = shutil.disk_usage(there).free, copy.num_bytes + COMPANION_BYTES
-    if free < needed:
-        raise ValueError(
-            f"--output must have room for {needed / MB:,.0f} MB: {there} has {free / MB:,.0f}; "
-            "choose another disk, or make room"
-        )
 
 
 def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:

@@ -40,16 +40,6 @@ _FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
 
 
-def _template_files(folder: Path) -> list[Path]:
-    return [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """List what a folder has of a tokenizer that this program reads, and of its templates."""
-    paths = [*(folder / name for name in _FILES), *_template_files(folder)]
-    return [path for path in paths if path.is_file()]
-
-
 class Tokenizer:
     """Text to token ids and back, with the checkpoint's special tokens and chat templates.
 
@@ -192,7 +182,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         files = [self._folder / name for name in _FILES]
         if not self._is_template_override:
-            files += _template_files(self._folder)
+            files.append(self._folder / TEMPLATE_FILE)
+            files += sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
         for source in files:
             target = folder / source.relative_to(self._folder)
             is_present = source.is_file() or source.name == TOKENIZER_FILE

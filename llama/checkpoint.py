@@ -546,17 +546,6 @@ def settle_quantization(
     return stored
 
 
-def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """List the tensors of a checkpoint in the files' order, from the files' headers.
-
-    Raises:
-        FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json.
-    """
-    _, _, stored = _described(folder, torch.float32)
-    return list(stored.values())
-
-
 def frozen_bytes(folder: Path, quantization: tuple[int, bool] | None) -> int:
     """Count what `load_model` will hold of a checkpoint on the device, from the files' headers.
 

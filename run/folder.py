@@ -9,6 +9,7 @@ from run.checkpoint import latest_checkpoint
 from run.config import CONFIG_FILE, TrainConfig, differences, to_json
 
 DEFAULT_PARENT = Path("out")
+MB = 10**6
 
 
 def choose_output(config: TrainConfig) -> TrainConfig:
@@ -69,8 +70,8 @@ def check_new_folder(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise ValueError(
-            f"--output must lie on a disk with {num_bytes / 1e9:.2f} GB free: {there} has "
-            f"{free / 1e9:.2f} GB; free some or choose another disk"
+            f"--output must have room for {num_bytes / MB:,.1f} MB: {there} has {free / MB:,.1f}; "
+            "choose another disk, or make room"
         )
 
 

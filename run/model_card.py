@@ -78,9 +78,10 @@ def model_card(config: TrainConfig, rows: Sequence[Row]) -> str:
     Args:
         rows: of metrics.jsonl, at least one.
     """
-    # what is no folder here was found on the hub
+    # what is no folder here was found on the hub, by an id that may have a revision
     is_local = Path(config.model).expanduser().is_dir()
-    base = None if is_local else config.model
+    base = None if is_local else config.model.partition("@")[0]
+    place = "path/to/the/base" if is_local else config.model
     name = base or Path(config.model).expanduser().resolve().name
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
@@ -112,7 +113,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 Merged into the base model's weights, by Quatrain:
 
 ```bash
-python merge.py --model {base or "path/to/the/base"} --adapter path/to/this/folder --output merged
+python merge.py --model {place} --adapter path/to/this/folder --output merged
 ```
 
 ### Framework versions

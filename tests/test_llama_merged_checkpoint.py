@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import merged_checkpoint
-from llama.checkpoint import load_model, stored_tensors
+from llama.checkpoint import describe, load_model
 from llama.config import read_config
 from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import projection_shapes, update_sizes
@@ -58,7 +58,7 @@ def merge(
     for path in checkpoint.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
     updates = read_updates(adapter, shapes)
-    stored = stored_tensors(checkpoint)
+    stored = describe(checkpoint, torch.float32).stored.values()
     return write_merged_shards(stored, shapes, updates, quantization, CPU, folder)
 
 
@@ -295,7 +295,7 @@ def test_only_some_rows_are_in_float32_and_the_bits_do_not_depend_on_it(
     monkeypatch.setattr(merged_checkpoint, "BLOCK_ELEMENTS", 3 * 72)
     shapes = projection_shapes(read_config(merged.checkpoint))
     updates = read_updates(merged.adapter, shapes)
-    stored = stored_tensors(merged.checkpoint)
+    stored = describe(merged.checkpoint, torch.float32).stored.values()
     (tmp_path / "merged").mkdir()
     with LargestFloat32() as seen:
         write_merged_shards(stored, shapes, updates, None, CPU, tmp_path / "merged")

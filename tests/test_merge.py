@@ -17,6 +17,7 @@ from merge_cases import weights_of, write_adapter
 from torch import Tensor
 
 import merge
+import quantize
 from data.tokenizer import Tokenizer
 from llama.checkpoint import load_model
 from llama.model import Llama
@@ -203,22 +204,14 @@ def test_an_adapter_of_unquantized_weights_is_compared_with_those(
         run(adapter, "--base", "nf4")
 
 
-def quantized_model(folder: Path) -> Path:
-    shutil.copytree(MODEL, folder)
-    fields = json.loads((folder / "config.json").read_text())
-    fields["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(fields))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--text", "nowhere.txt"), "--text must be a file: there is none at nowhere.txt"),
         (("--text", "{empty}"), "--text must have at least two tokens"),
         (("--text", "{binary}"), "--text must be UTF-8"),
-        (("--model", "./nowhere"), "--model must be a checkpoint folder"),
-        (("--model", "{quantized}"), "quantized"),
+        (("--model", "./nowhere"), "--model must be a folder or a hub id"),
+        (("--model", "{quantized}"), "quantized is in NF4 already; give the one it was made from"),
         (("--adapter", "{model}"), "an adapter folder must hold adapter_config.json"),
         (("--output", "{model}"), "--output must be a new or empty folder: .* holds config.json"),
         (("--output", "{empty}"), "--output must be a folder: got the file"),
@@ -234,7 +227,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(
     folder = adapter.parent
     (folder / "empty").write_text("")
     (folder / "binary").write_bytes(b"\xff\xfe\xff")
-    quantized_model(folder / "quantized")
+    quantize.main(f"--model {MODEL} --output {folder / 'quantized'} --device cpu".split())
     places = {name: folder / name for name in ("empty", "binary", "quantized")}
     before = sorted(folder.iterdir())
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -252,7 +245,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         monkeypatch.setattr("run.folder.shutil.disk_usage", lambda path: usage)
 
     leave(num_bytes - 1)
-    with pytest.raises(ValueError, match=r"--output must lie on a disk with 0\.00 GB free: .* has"):
+    with pytest.raises(
+        ValueError, match=r"--output must have room for 1\.6 MB: .* has 1\.6; choose"
+    ):
         run(adapter)
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
     leave(num_bytes)

@@ -55,6 +55,13 @@ def test_qlora_has_a_tag_of_its_own() -> None:
     assert ours["tags"] == ["base_model:adapter:owner/base-1B", "lora", "qlora", "transformers"]
 
 
+def test_a_revision_is_no_part_of_the_hubs_id() -> None:
+    ours, text = card_of(model="owner/base-1B@v2")
+    assert ours["base_model"] == "owner/base-1B"
+    assert "base_model:adapter:owner/base-1B" in ours["tags"]
+    assert "python merge.py --model owner/base-1B@v2 --adapter" in text
+
+
 def test_a_base_model_from_the_disk_is_not_given_to_the_hub(tmp_path: Path) -> None:
     folder = tmp_path / "private" / "my base"
     folder.mkdir(parents=True)
