@@ -80,8 +80,8 @@ KERNELS = {
     "_dropout_kernel": "low-rank updates",
     "_rms_norm_": "norms",
     "_rope_": "rotation",
-    "_softcap_attention_kernel": "attention, forward",
-    "_softcap_attention_grad_": "attention, backward",
+    "_masked_attention_kernel": "attention, forward",
+    "_masked_attention_grad_": "attention, backward",
     "_glu_": "gate",
     "_cross_entropy_kernel": "loss, cross-entropy",
 }

@@ -22,12 +22,14 @@ class Batch:
     Attributes:
         num_tokens: tokens without the padding.
         num_target_tokens: labels that a loss sees, those at positions >= 1.
+        positions: of every token in its sample, where rows hold several; None: one sample a row.
     """
 
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64, -100 where there is no loss
     num_tokens: int
     num_target_tokens: int
+    positions: Tensor | None = None  # (B, T) int64
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

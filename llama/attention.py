@@ -2,12 +2,13 @@
 
     mixed = softmax(scale q k^T + mask) v
 
-    mask    token i sees j <= i, and with a window of W tokens j > i - W
+    mask    token i sees j <= i, with a window of W tokens j > i - W, and only its own sample
 
 torch chooses between cuDNN's, FlashAttention's and its own products by device; each keeps one
 number a row and head for the backward pass, not the scores. Its graph holds that number, so here
-alone a graph of autograd lives inside a layer's pass that is otherwise written out. torch knows no
-scores that are capped: `kernels.softcap_attention` has those.
+alone a graph of autograd lives inside a layer's pass that is otherwise written out. What torch does
+not know, or only by a mask of T^2 numbers, `kernels.masked_attention` does: capped scores, windows
+shorter than the rows, rows of several samples.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.softcap_attention import softcap_attention, softcap_attention_backward
+from kernels.masked_attention import (
+    Samples,
+    masked_attention,
+    masked_attention_backward,
+)
 
 
 class Scores(NamedTuple):
@@ -34,7 +39,8 @@ class Mixed(NamedTuple):
     # (B, H, T, head_dim), with the graph to the inputs if torch made it and it has a backward pass
     output: Tensor
     scores: Scores
-    lse: Tensor | None  # (B, H, T) float32, where scores are capped
+    lse: Tensor | None  # (B, H, T) float32; None where torch made it
+    samples: Samples | None
 
 
 def attention(
@@ -43,6 +49,7 @@ def attention(
     value: Tensor,
     scores: Scores,
     has_backward: bool,
+    samples: Samples | None = None,
 ) -> Mixed:
     """Let every token mix the values of itself and of those before it.
 
@@ -50,44 +57,32 @@ def attention(
 
     Args:
         has_backward: keep what `attention_backward` needs.
+        samples: where each token lies, if a row holds several.
     """
     num_queries, (scale, cap, window) = query.shape[2], scores
     if num_queries == 1 and window is not None:
         key, value = key[:, :, -window:], value[:, :, -window:]
-    if cap is not None:
-        output, lse = softcap_attention(query, key, value, scale, cap, window)
-        return Mixed((query, key, value), output, scores, lse)
+    is_windowed = window is not None and num_queries > window
+    if cap is not None or is_windowed or samples is not None:
+        output, lse = masked_attention(query, key, value, scale, cap, window, samples)
+        return Mixed((query, key, value), output, scores, lse, samples)
     with torch.set_grad_enabled(has_backward):
         inputs = (query.detach(), key.detach(), value.detach())
         for tensor in inputs:
             tensor.requires_grad_(has_backward)
-        if window is None or num_queries <= window:
-            is_causal = num_queries > 1
-            output = F.scaled_dot_product_attention(
-                *inputs, is_causal=is_causal, scale=scale, enable_gqa=True
-            )
-        else:
-            output = _in_a_window(*inputs, scale, window)
-    return Mixed(inputs, output, scores, None)
-
-
-def _in_a_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
-    """Attend by a mask, which torch's products take without grouped queries only."""
-    rows = torch.arange(query.shape[2], device=query.device)
-    distance = rows[:, None] - rows[None, :]
-    num_shared = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(num_shared, dim=1) for x in (key, value))
-    mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        is_causal = num_queries > 1
+        output = F.scaled_dot_product_attention(
+            *inputs, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
+    return Mixed(inputs, output, scores, None, None)
 
 
 def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value from that of the output."""
-    scale, cap, window = mixed.scores
-    if cap is not None:
-        assert mixed.lse is not None
-        return softcap_attention_backward(
-            grad, *mixed.inputs, mixed.output, mixed.lse, scale, cap, window
+    if mixed.lse is not None:
+        scale, cap, window = mixed.scores
+        return masked_attention_backward(
+            grad, *mixed.inputs, mixed.output, mixed.lse, scale, cap, window, mixed.samples
         )
     query, key, value = torch.autograd.grad(mixed.output, mixed.inputs, grad)
     return query, key, value

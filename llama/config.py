@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.glu import Activation
-from kernels.softcap_attention import MAX_HEAD
+from kernels.masked_attention import MAX_HEAD
 from llama.families import (
     ACTIVATION_NAMES,
     COMPUTED,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.glu import Activation, glu, glu_backward
+from kernels.masked_attention import Samples
 from kernels.rms_norm import rms_norm, rms_norm_backward
 from kernels.rope import rope, rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
@@ -40,6 +41,7 @@ class Shared(NamedTuple):
     cos: Tensor  # (T_max, head_dim / 2) float32
     sin: Tensor
     dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
+    samples: Samples | None = None  # where rows hold several
 
 
 class Normed(NamedTuple):
@@ -278,7 +280,7 @@ class DecoderLayer(nn.Module):
         query, key, value = rope(buffer, *tables, self.num_heads, self.num_kv_heads)
         if cache is not None:
             key, value = cache.extend(self.index, key, value)
-        mixed = attention(query, key, value, self.scores, has_backward)
+        mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
         mixed_ext = o.extended(_rows_of(mixed.output))
         output = o.forward(mixed_ext, shared.dropout_seed)
         h_o = _own(mixed_ext[:, o.in_features :])

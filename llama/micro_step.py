@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.masked_attention import Samples
 from llama.decoder_layer import Activations, DecoderLayer, LayerInput, Shared
 from llama.host_stash import HostStash
 from llama.loss import linear_cross_entropy_with_gradient
-from llama.model import Llama, target_rows
+from llama.model import Llama, samples_of, target_rows
 
 Policy = Literal["keep", "recompute", "offload"]
 POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}
@@ -64,7 +65,7 @@ class _Kept:
 class _Captured:
     """A shape's two graphs, and the memory through which one talks to them."""
 
-    input_ids: Tensor  # (B, T)
+    given: tuple[Tensor, ...]  # (B, T) each: tokens, and where rows hold several samples, places
     hidden: Tensor  # (M, D), of the step's buffer
     host: list[Tensor]
     forward: torch.cuda.CUDAGraph
@@ -107,11 +108,16 @@ class MicroStep:
         labels: Tensor,  # (B, T) int64, on the CPU, -100 where nothing is to be predicted
         factor: Tensor,  # () float32, on the model's device
         dropout_seed: int = 0,
+        positions: Tensor | None = None,  # (B, T) int64, on the CPU
     ) -> Tensor:  # () float32
         """Compute the micro-batch's summed loss, and add its gradients to the adapter's.
 
             loss  = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
             .grad += factor d loss / d adapter
+
+        Args:
+            positions: of the tokens in their samples, if a row holds several; each begins with a
+                token at position 0, which has no label.
 
         Note:
             Does not wait for the device.
@@ -119,18 +125,21 @@ class MicroStep:
         self._seed.fill_(dropout_seed)
         device = self.model.device
         num_padding = padded_tokens(input_ids.shape[1], device) - input_ids.shape[1]
-        input_ids = F.pad(input_ids, (0, num_padding))
+        given = [F.pad(input_ids, (0, num_padding))]
+        if positions is not None:
+            given += samples_of(F.pad(positions, (0, num_padding)))
         rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
         if device.type == "cpu":
-            return self._launch(input_ids, rows, targets, factor)
+            return self._launch(given, rows, targets, factor)
         # a copy from memory that is not pinned waits for the device
-        sent = [t.pin_memory().to(device, non_blocking=True) for t in (input_ids, rows, targets)]
-        input_ids, rows, targets = sent
+        sent = [t.pin_memory().to(device, non_blocking=True) for t in (*given, rows, targets)]
+        *given, rows, targets = sent
         with self._on_stream():
-            captured = self._captured_for(input_ids)
+            captured = self._captured_for(given)
             if captured is None:
-                return self._launch(input_ids, rows, targets, factor)
-            captured.input_ids.copy_(input_ids)
+                return self._launch(given, rows, targets, factor)
+            for place, tensor in zip(captured.given, given, strict=True):
+                place.copy_(tensor)
             captured.forward.replay()
             loss = self._loss(captured.hidden, rows, targets, factor)
             captured.backward.replay()
@@ -152,11 +161,13 @@ class MicroStep:
             yield
         main.wait_stream(self._stream)
 
-    def _launch(self, input_ids: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
+    def _launch(
+        self, given: Sequence[Tensor], rows: Tensor, targets: Tensor, factor: Tensor
+    ) -> Tensor:
         """Run both passes kernel by kernel."""
-        hidden = self._hidden_states(input_ids)
+        hidden = self._hidden_states(given[0])
         with self._pooled():
-            kept = self._forward(input_ids, hidden)
+            kept = self._forward(given, hidden)
         loss = self._loss(hidden, rows, targets, factor)
         with self._pooled():
             self._backward(hidden, kept)
@@ -183,36 +194,38 @@ class MicroStep:
             return nullcontext()
         return torch.cuda.use_mem_pool(self._pool)
 
-    def _captured_for(self, input_ids: Tensor) -> _Captured | None:
+    def _captured_for(self, given: Sequence[Tensor]) -> _Captured | None:
         """Find a shape's graphs, recording them when it comes for the second time.
 
         By then its kernels are compiled and all constants are on the device.
         """
-        shape = tuple(input_ids.shape)
+        shape = (len(given), *given[0].shape)
         is_known = shape in self._seen
         if self._captures:
             self._seen.add(shape)
         if is_known and shape not in self._captured and len(self._captured) < MAX_GRAPHS:
-            self._captured[shape] = self._capture(torch.zeros_like(input_ids))
+            self._captured[shape] = self._capture([torch.zeros_like(x) for x in given])
         return self._captured.get(shape)
 
-    def _capture(self, input_ids: Tensor) -> _Captured:
+    def _capture(self, given: Sequence[Tensor]) -> _Captured:
         """Record both passes; nothing is computed."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # the stubs of torch 2.13 want a type that its own pools do not have
         pool: Any = self._pool.id
-        hidden = self._hidden_states(input_ids)
+        hidden = self._hidden_states(given[0])
         with torch.cuda.graph(forward, pool=pool, stream=self._stream):
-            kept = self._forward(input_ids, hidden)
+            kept = self._forward(given, hidden)
         with torch.cuda.graph(backward, pool=pool, stream=self._stream):
             self._backward(hidden, kept)
         host = self._stash.held() if self._stash else []
-        return _Captured(input_ids, hidden, host, forward, backward)
+        return _Captured(tuple(given), hidden, host, forward, backward)
 
-    def _forward(self, input_ids: Tensor, hidden: Tensor) -> _Kept:
+    def _forward(self, given: Sequence[Tensor], hidden: Tensor) -> _Kept:
         """Write the hidden states, and return what the backward pass needs."""
         model, stash = self.model, self._stash
-        shared = model.shared(input_ids, dropout_seed=self._seed)
+        input_ids, *places = given
+        samples = Samples(*places) if places else None
+        shared = model.shared(input_ids, dropout_seed=self._seed, samples=samples)
         x, delta = model.embed(input_ids), None
         if stash is not None:
             stash.reserve(x)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
 from llama.config import LlamaConfig, LongRopeScaling
 from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
@@ -181,14 +182,28 @@ class Llama(nn.Module):
         input_ids: Tensor,  # (B, T) on the device
         num_past: int = 0,  # tokens before them
         dropout_seed: Tensor | None = None,
+        samples: Samples | None = None,  # where rows hold several
     ) -> Shared:
-        """Compute what all layers of one pass over these tokens share."""
+        """Compute what all layers of one pass over these tokens share.
+
+        Raises:
+            ValueError: the rows hold several samples and are so long that the model's frequencies
+                depend on how long each of them is.
+        """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         scaling = self.config.rope_scaling
         factor = scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
         is_long = self.starts_anew(0, num_past + input_ids.shape[1])
+        if is_long and samples is not None:
+            assert isinstance(scaling, LongRopeScaling)
+            raise ValueError(
+                "rows of several samples must not be longer than this model's frequencies are for, "
+                f"{scaling.original_max_position_embeddings:,} tokens: got {input_ids.shape[1]:,}; "
+                "lower --max-length or use --no-packing"
+            )
         cos, sin = rope_tables(self.frequencies[int(is_long)], rows + num_past, factor)
-        return Shared(rows.expand_as(input_ids), cos, sin, dropout_seed)
+        positions = rows.expand_as(input_ids) if samples is None else samples.positions.long()
+        return Shared(positions, cos, sin, dropout_seed, samples)
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Whether a sequence that grows from one length to another has other frequencies then."""
@@ -249,6 +264,19 @@ class Llama(nn.Module):
         targets = targets.to(self.device, non_blocking=True)
         cap = self.config.final_logit_softcapping
         return linear_cross_entropy(picked, self.head, targets, cap)
+
+
+def samples_of(positions: Tensor) -> Samples:  # (B, T) int64
+    """Tell from every token's position in its sample how many of it remain.
+
+    A sample begins where positions start again.
+    """
+    T = positions.shape[1]
+    starts = torch.where(positions == 0, torch.arange(T, device=positions.device), T)
+    # the first start behind each token
+    behind = F.pad(starts, (0, 1), value=T)[:, 1:].flip(1).cummin(dim=1).values.flip(1)
+    remaining = behind - 1 - torch.arange(T, device=positions.device)
+    return Samples(positions.int(), remaining.int())
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) on the CPU

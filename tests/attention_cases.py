@@ -1,7 +1,7 @@
-"""The heads on which capped attention is tried: in the interpreter, on a CPU and on a GPU."""
+"""The heads on which attention under a mask is tried: in the interpreter, on a CPU and on a GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from layer_cases import CPU, contiguous, generator_of
 from nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
+from kernels.masked_attention import Samples
 from kernels.softcap import ERROR
 
 
@@ -26,12 +27,24 @@ class AttentionCase:
     dtype: torch.dtype
     scale: float = 0.5
     # scores of standard deviation 1 to 8 reach well into the bend
-    cap: float = 5.0
+    cap: float | None = 5.0
+    # lengths of a row's samples; empty: it is one
+    lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         heads = f"B{self.batch}-H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
         tokens = f"T{self.num_queries}of{self.num_keys}-W{self.window}"
-        return f"{heads}-{tokens}-{str(self.dtype)[6:]}"
+        packed = f"-{'+'.join(map(str, self.lengths))}" if self.lengths else ""
+        return f"{heads}-{tokens}{packed}-{'' if self.cap else 'uncapped-'}{str(self.dtype)[6:]}"
+
+    def samples(self, device: torch.device = CPU) -> Samples | None:
+        """Lay the samples in each row, in another order in every second one."""
+        if not self.lengths:
+            return None
+        orders = [self.lengths[:: 1 if row % 2 == 0 else -1] for row in range(self.batch)]
+        positions = [torch.cat([torch.arange(n) for n in order]) for order in orders]
+        remaining = [torch.cat([torch.arange(n).flip(0) for n in order]) for order in orders]
+        return Samples(*(torch.stack(x).int().to(device) for x in (positions, remaining)))
 
     @property
     def has_backward(self) -> bool:
@@ -62,6 +75,16 @@ TINY_ATTENTIONS = attention_cases(
 )
 
 
+# the same without a cap, and samples of one token, of a tile and more, and in windows
+TINY_ATTENTIONS += [replace(case, cap=None) for case in TINY_ATTENTIONS if case.num_queries > 5]
+TINY_ATTENTIONS += [
+    replace(case, cap=cap, window=window, batch=2, lengths=(1, 3, 66))
+    for case in TINY_ATTENTIONS
+    if case.num_queries == 70 and case.window is None and case.cap is not None
+    for cap, window in ((None, None), (None, 9), (5.0, None))
+]
+
+
 def attention_inputs(case: AttentionCase, device: torch.device = CPU) -> dict[str, Tensor]:
     """Draw heads as they lie in a buffer of q, k and v, and a gradient as a layer has it."""
     generator = generator_of(case)
@@ -83,15 +106,16 @@ def attention_inputs(case: AttentionCase, device: torch.device = CPU) -> dict[st
 
 def attention_results(
     case: AttentionCase,
-    attend: Callable[..., Any],  # (query, key, value, scale, cap, window) -> out, lse
-    # (grad, query, key, value, out, lse, scale, cap, window) -> grad_q, grad_k, grad_v
+    # (query, key, value, scale, cap, window, samples) -> out, lse
+    attend: Callable[..., Any],
+    # (grad, query, key, value, out, lse, and those four) -> grad_q, grad_k, grad_v
     attend_backward: Callable[..., Any],
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run an attention forward, and back where every token is a query."""
     inputs = attention_inputs(case, device)
     grad = inputs.pop("grad")
-    numbers = (case.scale, case.cap, case.window)
+    numbers = (case.scale, case.cap, case.window, case.samples(device))
     out, lse = attend(*inputs.values(), *numbers)
     results = {"out": out, "lse": lse}
     if case.has_backward:
@@ -102,10 +126,17 @@ def attention_results(
 
 def _scores_of_torch(case: AttentionCase, query: Tensor, key: Tensor) -> Tensor:
     """Cap the scores of each query head, and leave out what it does not see."""
-    scores = torch.tanh(query @ key.mT * case.scale / case.cap) * case.cap
+    scores = query @ key.mT * case.scale
+    if case.cap is not None:
+        scores = torch.tanh(scores / case.cap) * case.cap
     positions = torch.arange(case.num_keys)
     distance = positions[-case.num_queries :, None] - positions
     is_seen = (distance >= 0) & (distance < (case.window or case.num_keys))
+    samples = case.samples()
+    if samples is not None:
+        # a new sample begins wherever positions start again
+        number = (samples.positions == 0).cumsum(dim=1)
+        is_seen = is_seen & (number[:, None, :, None] == number[:, None, None, :])
     return scores.masked_fill(~is_seen, float("-inf"))
 
 
@@ -128,16 +159,19 @@ def attention_of_torch(case: AttentionCase, dtype: torch.dtype) -> dict[str, Ten
 
 
 def allowances(case: AttentionCase) -> dict[str, float]:
-    """Bound what the error of a capped score, ERROR of the cap, does to each result.
+    """Bound what the error of a score does to each result: ERROR of the cap, where it is capped.
 
     A probability compares two scores, so both change it by a share of itself, and the slope and
-    delta err by such a share again; magnitudes that are summed without a sign bound the rest.
+    delta err by such a share again; magnitudes that are summed without a sign bound the rest. That
+    of a score without a cap is the rounding of its lse, as large a number as the score, which torch
+    does without: a plain softmax subtracts the largest score first.
     """
     inputs = {name: tensor.double() for name, tensor in attention_inputs(case).items()}
     num_shared = case.num_heads // case.num_kv_heads
     query, grad = inputs["query"], inputs["grad"].abs()
     key, value = (inputs[name].repeat_interleave(num_shared, dim=1) for name in ("key", "value"))
-    p = _scores_of_torch(case, query, key).softmax(dim=-1)
+    scores = _scores_of_torch(case, query, key)
+    p = scores.softmax(dim=-1)
     grad_p = grad @ value.abs().mT
     grad_s = case.scale * p * (grad_p + (grad_p * p).sum(dim=-1, keepdim=True))
     magnitudes = {
@@ -146,6 +180,10 @@ def allowances(case: AttentionCase) -> dict[str, float]:
         "grad_k": (grad_s.mT @ query.abs()).unflatten(1, (-1, num_shared)).sum(dim=2),
         "grad_v": (p.mT @ grad).unflatten(1, (-1, num_shared)).sum(dim=2),
     }
-    share = (4 * case.cap + 2) * ERROR
-    found = {name: share * float(tensor.max()) for name, tensor in magnitudes.items()}
-    return found | {"lse": ERROR * case.cap}
+    error, slope = (4 * case.cap * ERROR, 2 * ERROR) if case.cap else (0.0, 0.0)
+    if case.cap is None:
+        largest = float(scores[scores.isfinite()].abs().max())
+        # of the score, of lse and of their difference, half a unit each, in p and in delta
+        error = 3 * largest * torch.finfo(torch.float32).eps
+    found = {name: (error + slope) * float(x.max()) for name, x in magnitudes.items()}
+    return found | {"lse": error / 4 if case.cap else error}

@@ -15,9 +15,9 @@ from interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
 from poison import poisoned_memory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from kernels.softcap_attention import (  # noqa: E402
-    _launch_softcap_attention,
-    _launch_softcap_attention_backward,
+from kernels.masked_attention import (  # noqa: E402
+    _launch_masked_attention,
+    _launch_masked_attention_backward,
 )
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     with poisoned_memory():
         for case in TINY_ATTENTIONS:
             found = attention_results(
-                case, _launch_softcap_attention, _launch_softcap_attention_backward
+                case, _launch_masked_attention, _launch_masked_attention_backward
             )
             results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
     save_file(results, sys.argv[1])

@@ -1,6 +1,7 @@
-"""Causal grouped-query attention over capped scores, forward and back, without holding the scores.
+"""Causal grouped-query attention with what torch's products leave out, forward and back: capped
+scores, windows, several samples in a row. The scores are not held.
 
-    s     = softcap(scale q k^T)                    softcap(x) = cap tanh(x / cap)
+    s     = softcap(scale q k^T)                    softcap(x) = cap tanh(x / cap), or x
     p     = exp(s - lse)                            lse = log sum exp(s), over the tokens seen
     out   = p v
 
@@ -9,32 +10,38 @@
     grad_q = scale grad_s k
     grad_k = scale grad_s^T q
 
-    queries |     keys -->              token i sees j <= i, and in a window of W tokens j > i - W;
-     BLOCK_M|  . x x . . .              a program passes over the tiles that hold any such pair:
-       |    |  . . x x . .              out and grad_q of one tile of queries along the row,
-       v    |  . . . x x .              grad_k and grad_v of one tile of keys down the column, for
-            |    BLOCK_N                all query heads that share them
+    queries |     keys -->              token i sees j <= i; in a window of W tokens j > i - W; and
+     BLOCK_M|  . x x . . .              only tokens of its sample. A program passes over the tiles
+       |    |  . . x x . .              that hold any such pair: out and grad_q of one tile of
+       v    |  . . . x x .              queries along the row, grad_k and grad_v of one tile of keys
+            |    BLOCK_N                down the column, for all query heads that share them
 
-torch's products know no cap. Gemma 2 caps at 50 with heads of 256 (Gemma Team 2024, section 2).
+Where samples lie side by side, a token's position in its sample says how many tokens before it it
+sees, and the number that remain behind it how many see it. Both are read from the device, so one
+launch, or one captured graph, serves every way to fill a row.
+
+torch's products know no cap, and a mask they take as a tensor of T^2 scores. Gemma 2 caps at 50
+with heads of 256 (Gemma Team 2024, section 2).
 
 Scores and their gradients live in registers, tile by tile, in float32; what is multiplied again is
 rounded to the inputs' dtype. The backward pass computes them again from lse, one number a row and
 head. No atomic addition: each result is summed by one program, in one order, so equal inputs give
-equal bits. With P pairs seen by each head (T^2 / 2 without a window) and heads of E values, FLOPs
-are
+equal bits. With P pairs seen by each head (T^2 / 2 without a window, T L / 2 in samples of L) and
+heads of E values, FLOPs are
 
     forward      4 B H P E
     backward    14 B H P E       three products for grad_q, four for grad_k and grad_v: q k^T and
                                  grad v^T are computed by both
 
-and a score costs about 25 instructions beside them each time, three of them on the special function
-unit.
+and a capped score costs about 25 instructions beside them each time, three of them on the special
+function unit.
 
 FlashAttention-2: Dao 2023, algorithms 1 and 2; here without a running maximum below -cap.
 """
 
 # triton's annotations know no launch options
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false
 
 import math
 from typing import NamedTuple
@@ -45,6 +52,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.softcap import softcap, softcap_reference, softcap_slope
+
+
+class Samples(NamedTuple):
+    """Where each token of a row lies, if the row holds several samples."""
+
+    positions: Tensor  # (B, T) int32: tokens of its sample before it
+    remaining: Tensor  # (B, T) int32: tokens of its sample after it
 
 
 class Tile(NamedTuple):
@@ -68,9 +82,9 @@ class Tiles(NamedTuple):
 # memory of sm_89, and spills on no GPU where not said
 CONFIGS = {
     (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
+    (128, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
-    (64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     # spills: its products are unrolled over the head
     (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
@@ -78,22 +92,25 @@ CONFIGS = {
 MIN_HEAD, MAX_HEAD = 64, 256
 # of float32, which is there for trials: no tensor cores
 PRECISION = tl.constexpr("ieee")
+# below every score that is no infinity, and finite: a row whose tile it sees nothing of stays at 0
+LOWEST = tl.constexpr(-1e30)
 # numbers that the reference holds of the scores at once
 NUM_SCORES = 1 << 24
 
 
-def softcap_attention_reference(
+def masked_attention_reference(
     query: Tensor,  # (B, H, T, E)
     key: Tensor,  # (B, H_kv, T_all, E)
     value: Tensor,  # (B, H_kv, T_all, E)
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, E), lse (B, H, T) float32
     """Attend in float32, some queries at a time, rounding once."""
     outs, lses = [], []
     for rows in _row_chunks(query, key):
-        scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window)
+        scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window, samples)
         lse = scores.logsumexp(dim=-1)
         out = (scores - lse[..., None]).exp() @ value[:, :, None].float()
         outs.append(out.flatten(1, 2).to(query.dtype))
@@ -101,7 +118,7 @@ def softcap_attention_reference(
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def softcap_attention_backward_reference(
+def masked_attention_backward_reference(
     grad: Tensor,  # (B, H, T, E)
     query: Tensor,  # (B, H, T, E)
     key: Tensor,  # (B, H_kv, T, E)
@@ -109,8 +126,9 @@ def softcap_attention_backward_reference(
     out: Tensor,  # (B, H, T, E)
     lse: Tensor,  # (B, H, T) float32
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients in float32, some queries at a time, rounding once."""
     grad_q = torch.empty_like(query)
@@ -119,11 +137,12 @@ def softcap_attention_backward_reference(
         some_q, some_grad, some_out = (
             _grouped(x[:, :, rows], key).float() for x in (query, grad, out)
         )
-        scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window)
+        scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window, samples)
         p = (scores - _grouped(lse[:, :, rows], key)[..., None]).exp()
         delta = (some_grad * some_out).sum(dim=-1, keepdim=True)
-        slope = 1 - (scores.clamp(min=-cap) / cap).square()
-        grad_s = scale * p * (some_grad @ value[:, :, None].float().mT - delta) * slope
+        grad_s = scale * p * (some_grad @ value[:, :, None].float().mT - delta)
+        if cap is not None:
+            grad_s *= 1 - (scores.clamp(min=-cap) / cap).square()
         grad_q[:, :, rows] = (grad_s @ key[:, :, None].float()).flatten(1, 2).to(query.dtype)
         grad_k += (grad_s.mT @ some_q).sum(dim=2)
         grad_v += (p.mT @ some_grad).sum(dim=2)
@@ -148,16 +167,21 @@ def _scores(
     query: Tensor,
     key: Tensor,
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> Tensor:  # (B, H_kv, H / H_kv, some rows, T_all) float32
     """Compute the capped scores of some queries, minus infinity where they do not see."""
     num_keys = key.shape[2]
     products = scale * (_grouped(some, key).float() @ key[:, :, None].float().mT)
-    positions = torch.arange(num_keys - query.shape[2], num_keys, device=key.device)[rows]
-    distance = positions[:, None] - torch.arange(num_keys, device=key.device)
+    places = torch.arange(num_keys - query.shape[2], num_keys, device=key.device)[rows]
+    distance = places[:, None] - torch.arange(num_keys, device=key.device)
     is_seen = (distance >= 0) & (distance < (window or num_keys))
-    return softcap_reference(products, cap).masked_fill(~is_seen, -math.inf)
+    if samples is not None:
+        # over the heads
+        is_seen = (is_seen & (distance <= samples.positions[:, rows, None]))[:, None, None]
+    scores = products if cap is None else softcap_reference(products, cap)
+    return scores.masked_fill(~is_seen, -math.inf)
 
 
 @triton.jit
@@ -176,12 +200,22 @@ def _store_tile(ptr, tile, offs, num_rows, stride, HEAD_DIM: tl.constexpr, HEAD:
 
 
 @triton.jit
-def _softcap_attention_kernel(
+def _reach(in_sample_ptr, offs, num_tokens, window, PACKED: tl.constexpr):
+    # how many tokens before these they see, or after these see them
+    reach = tl.zeros(offs.shape, tl.int32) + (window - 1)
+    if PACKED:
+        reach = tl.minimum(reach, tl.load(in_sample_ptr + offs, mask=offs < num_tokens, other=0))
+    return reach
+
+
+@triton.jit
+def _masked_attention_kernel(
     out_ptr,  # (B, T, H, E), contiguous
     lse_ptr,  # (B, H, T)
     q_ptr,  # (B, H, T, E)
     k_ptr,  # (B, H_kv, T_all, E)
     v_ptr,
+    positions_ptr,  # (B, T), read where rows hold several samples
     scale,
     cap,
     window,
@@ -198,6 +232,8 @@ def _softcap_attention_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    CAPPED: tl.constexpr,
+    PACKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD: tl.constexpr,  # HEAD_DIM, to a power of two
     BLOCK_M: tl.constexpr,
@@ -216,20 +252,23 @@ def _softcap_attention_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     # the queries are the last of all tokens
     num_past = num_keys - num_queries
-    positions = num_past + rows
+    places = num_past + rows
+    reach = _reach(positions_ptr + b * num_queries, rows, num_queries, window, PACKED)
     q = _load_tile(q_ptr, rows, num_queries, stride_qt, HEAD_DIM, HEAD)
     acc = tl.zeros((BLOCK_M, HEAD), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # no score is below
-    largest = tl.zeros((BLOCK_M,), tl.float32) - cap
-    first = tl.maximum(num_past + first_row - window + 1, 0) // BLOCK_N * BLOCK_N
+    largest = tl.zeros((BLOCK_M,), tl.float32) + (-cap if CAPPED else LOWEST)
+    first = tl.maximum(tl.min(places - reach), 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(num_past + first_row + BLOCK_M, num_keys)
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, columns, num_keys, stride_kt, HEAD_DIM, HEAD)
-        s = softcap(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, cap)
-        distance = positions[:, None] - columns[None, :]
-        s = tl.where((distance >= 0) & (distance < window), s, float("-inf"))
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if CAPPED:
+            s = softcap(s, cap)
+        distance = places[:, None] - columns[None, :]
+        s = tl.where((distance >= 0) & (distance <= reach[:, None]), s, float("-inf"))
         raised = tl.maximum(largest, tl.max(s, 1))
         p = tl.exp(s - raised[:, None])
         factor = tl.exp(largest - raised)
@@ -244,7 +283,7 @@ def _softcap_attention_kernel(
 
 
 @triton.jit
-def _softcap_attention_grad_q_kernel(
+def _masked_attention_grad_q_kernel(
     grad_q_ptr,  # (B, T, H, E), contiguous
     delta_ptr,  # (B, H, T), written
     grad_ptr,  # (B, H, T, E)
@@ -253,6 +292,7 @@ def _softcap_attention_grad_q_kernel(
     q_ptr,  # (B, H, T, E)
     k_ptr,  # (B, H_kv, T, E)
     v_ptr,
+    positions_ptr,  # (B, T), read where rows hold several samples
     scale,
     cap,
     window,
@@ -271,6 +311,8 @@ def _softcap_attention_grad_q_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    CAPPED: tl.constexpr,
+    PACKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -295,18 +337,23 @@ def _softcap_attention_grad_q_kernel(
     lse = tl.load(lse_ptr + rows, mask=rows < num_tokens, other=float("inf"))
     q = _load_tile(q_ptr, rows, num_tokens, stride_qt, HEAD_DIM, HEAD)
     acc = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    first = tl.maximum(first_row - window + 1, 0) // BLOCK_N * BLOCK_N
+    reach = _reach(positions_ptr + b * num_tokens, rows, num_tokens, window, PACKED)
+    first = tl.maximum(tl.min(rows - reach), 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(first_row + BLOCK_M, num_tokens)
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, columns, num_tokens, stride_kt, HEAD_DIM, HEAD)
         v = _load_tile(v_ptr, columns, num_tokens, stride_vt, HEAD_DIM, HEAD)
-        s = softcap(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, cap)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if CAPPED:
+            s = softcap(s, cap)
         distance = rows[:, None] - columns[None, :]
-        is_seen = (distance >= 0) & (distance < window)
+        is_seen = (distance >= 0) & (distance <= reach[:, None])
         p = tl.where(is_seen, tl.exp(s - lse[:, None]), 0.0)
         grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        grad_s = p * (grad_p - delta[:, None]) * softcap_slope(s, cap)
+        grad_s = p * (grad_p - delta[:, None])
+        if CAPPED:
+            grad_s *= softcap_slope(s, cap)
         acc = tl.dot(grad_s.to(k.dtype), k, acc, input_precision=PRECISION)
     _store_tile(
         grad_q_ptr + place, acc * scale, rows, num_tokens, num_heads * HEAD_DIM, HEAD_DIM, HEAD
@@ -314,7 +361,7 @@ def _softcap_attention_grad_q_kernel(
 
 
 @triton.jit
-def _softcap_attention_grad_kv_kernel(
+def _masked_attention_grad_kv_kernel(
     grad_k_ptr,  # (B, T, H_kv, E), contiguous
     grad_v_ptr,
     delta_ptr,  # (B, H, T)
@@ -323,6 +370,7 @@ def _softcap_attention_grad_kv_kernel(
     q_ptr,  # (B, H, T, E)
     k_ptr,  # (B, H_kv, T, E)
     v_ptr,
+    remaining_ptr,  # (B, T), read where rows hold several samples
     scale,
     cap,
     window,
@@ -341,6 +389,8 @@ def _softcap_attention_grad_kv_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
+    CAPPED: tl.constexpr,
+    PACKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -359,7 +409,8 @@ def _softcap_attention_grad_kv_kernel(
     acc_k = tl.zeros((BLOCK_N, HEAD), tl.float32)
     acc_v = tl.zeros((BLOCK_N, HEAD), tl.float32)
     first = first_column // BLOCK_M * BLOCK_M
-    last = tl.minimum(first_column + BLOCK_N - 1 + window, num_tokens)
+    followers = _reach(remaining_ptr + b * num_tokens, columns, num_tokens, window, PACKED)
+    last = tl.minimum(tl.max(columns + followers) + 1, num_tokens)
     num_blocks = tl.cdiv(last - first, BLOCK_M)
     for turn in range(num_shared * num_blocks):
         h = h_kv * num_shared + turn // num_blocks
@@ -378,13 +429,18 @@ def _softcap_attention_grad_kv_kernel(
         offs = (b * num_kv_heads * num_shared + h) * num_tokens + rows
         lse = tl.load(lse_ptr + offs, mask=rows < num_tokens, other=float("inf"))
         delta = tl.load(delta_ptr + offs, mask=rows < num_tokens, other=0.0)
-        s = softcap(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale, cap)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        if CAPPED:
+            s = softcap(s, cap)
         distance = rows[None, :] - columns[:, None]
-        is_seen = (distance >= 0) & (distance < window)
+        # in a sample whoever sees a token is one of its followers
+        is_seen = (distance >= 0) & (distance <= followers[:, None])
         p = tl.where(is_seen, tl.exp(s - lse[None, :]), 0.0)
         acc_v = tl.dot(p.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
         grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        grad_s = p * (grad_p - delta[None, :]) * softcap_slope(s, cap)
+        grad_s = p * (grad_p - delta[None, :])
+        if CAPPED:
+            grad_s *= softcap_slope(s, cap)
         acc_k = tl.dot(grad_s.to(q.dtype), q, acc_k, input_precision=PRECISION)
     place = (b * num_tokens * num_kv_heads + h_kv) * HEAD_DIM
     stride = num_kv_heads * HEAD_DIM
@@ -405,13 +461,14 @@ def _empty_heads(like: Tensor) -> Tensor:
     )
 
 
-def _launch_softcap_attention(
+def _launch_masked_attention(
     query: Tensor,  # (B, H, T, E)
     key: Tensor,  # (B, H_kv, T_all, E)
     value: Tensor,
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, E), lse (B, H, T)
     B, H, T, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
@@ -421,14 +478,15 @@ def _launch_softcap_attention(
     tile = tiles.out
     # triton launches on the current device, which need not be the query's
     with torch.cuda.device_of(query):
-        _softcap_attention_kernel[(triton.cdiv(T, tile.BLOCK_M), B * H)](
+        _masked_attention_kernel[(triton.cdiv(T, tile.BLOCK_M), B * H)](
             out,
             lse,
             query,
             key,
             value,
+            samples.positions if samples else lse,
             scale,
-            cap,
+            cap or 0.0,
             window or num_keys,
             T,
             num_keys,
@@ -437,6 +495,8 @@ def _launch_softcap_attention(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
+            CAPPED=cap is not None,
+            PACKED=samples is not None,
             HEAD_DIM=head_dim,
             HEAD=head,
             # multiply-adds round less
@@ -446,7 +506,7 @@ def _launch_softcap_attention(
     return out, lse
 
 
-def _launch_softcap_attention_backward(
+def _launch_masked_attention_backward(
     grad: Tensor,  # (B, H, T, E)
     query: Tensor,
     key: Tensor,  # (B, H_kv, T, E)
@@ -454,8 +514,9 @@ def _launch_softcap_attention_backward(
     out: Tensor,  # (B, H, T, E), as the forward pass made it
     lse: Tensor,  # (B, H, T)
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -463,10 +524,10 @@ def _launch_softcap_attention_backward(
     grad_q, grad_k, grad_v = _empty_heads(query), _empty_heads(key), _empty_heads(value)
     delta = torch.empty_like(lse)
     head, tiles = _tiles(head_dim, query.element_size())
-    sizes = (scale, cap, window or T, T)
+    sizes = (scale, cap or 0.0, window or T, T)
     strides = [s for x in (grad, query, key, value) for s in x.stride()[:3]]
     with torch.cuda.device_of(query):
-        _softcap_attention_grad_q_kernel[(triton.cdiv(T, tiles.grad_q.BLOCK_M), B * H)](
+        _masked_attention_grad_q_kernel[(triton.cdiv(T, tiles.grad_q.BLOCK_M), B * H)](
             grad_q,
             delta,
             grad,
@@ -475,10 +536,13 @@ def _launch_softcap_attention_backward(
             query,
             key,
             value,
+            samples.positions if samples else lse,
             *sizes,
             H,
             H // num_kv_heads,
             *strides,
+            CAPPED=cap is not None,
+            PACKED=samples is not None,
             HEAD_DIM=head_dim,
             HEAD=head,
             # multiply-adds round less
@@ -486,7 +550,7 @@ def _launch_softcap_attention_backward(
             **tiles.grad_q._asdict(),
         )
         grid = (triton.cdiv(T, tiles.grad_kv.BLOCK_N), B * num_kv_heads)
-        _softcap_attention_grad_kv_kernel[grid](
+        _masked_attention_grad_kv_kernel[grid](
             grad_k,
             grad_v,
             delta,
@@ -495,10 +559,13 @@ def _launch_softcap_attention_backward(
             query,
             key,
             value,
+            samples.remaining if samples else lse,
             *sizes,
             num_kv_heads,
             H // num_kv_heads,
             *strides,
+            CAPPED=cap is not None,
+            PACKED=samples is not None,
             HEAD_DIM=head_dim,
             HEAD=head,
             # multiply-adds round less
@@ -512,8 +579,9 @@ def _check(
     tensors: dict[str, Tensor],  # of the first the others have dtype, device and E
     num_keys: int,
     scale: float,
-    cap: float,
+    cap: float | None,
     window: int | None,
+    samples: Samples | None = None,
 ) -> None:
     query, key = tensors["query"], tensors["key"]
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -546,46 +614,60 @@ def _check(
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"nothing is recorded for autograd: got {name} that requires a gradient; call "
-                "under torch.no_grad(), and softcap_attention_backward for the gradients"
+                "under torch.no_grad(), and masked_attention_backward for the gradients"
             )
-    for name, number in (("scale", scale), ("cap", cap), ("window", window or 1)):
+    if samples is not None:
+        for name, places in samples._asdict().items():
+            found = (tuple(places.shape), places.dtype, places.device)
+            if found != ((B, T), torch.int32, query.device) or not places.is_contiguous():
+                raise ValueError(
+                    f"the samples' {name} must be contiguous int32 of shape {(B, T)} on "
+                    f"{query.device}: got {places.dtype} {tuple(places.shape)} on {places.device}"
+                )
+        if num_keys != T:
+            raise ValueError(f"rows of several samples have no past: got {num_keys - T} tokens")
+    numbers = (("scale", scale), ("cap", 1 if cap is None else cap), ("window", window or 1))
+    for name, number in numbers:
         if not 0 < number < math.inf:
             raise ValueError(f"the {name} must be a positive number: got {number}")
 
 
-def softcap_attention(
+def masked_attention(
     query: Tensor,  # (B, H, T, head_dim), any layout whose heads are contiguous; so the next two
     key: Tensor,  # (B, H_kv, T_all, head_dim)
     value: Tensor,
     scale: float,
-    cap: float,
+    cap: float | None = None,
     window: int | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, head_dim), lse (B, H, T) float32
-    """Let every token mix the values of itself and of those before it, by capped scores.
+    """Let every token mix the values of itself and of those before it.
 
         out = softmax(softcap(scale q k^T)) v
 
     The queries are the last of all tokens.
 
     Args:
+        cap: of the scores; None: they are not capped.
         window: tokens that each sees, itself included; None: all.
+        samples: a token sees those of its own alone; None: a row is one sample.
 
     Returns:
         out: a token's heads side by side, so its rows may be viewed as a matrix.
-        lse: what `softcap_attention_backward` needs beside out.
+        lse: what `masked_attention_backward` needs beside out.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a head is not contiguous or wider than
             MAX_HEAD, a number is not positive, or something requires a gradient.
     """
     tensors = {"query": query, "key": key, "value": value}
-    _check(tensors, key.shape[2] if key.dim() == 4 else 0, scale, cap, window)
+    _check(tensors, key.shape[2] if key.dim() == 4 else 0, scale, cap, window, samples)
     if query.device.type == "cpu":
-        return softcap_attention_reference(query, key, value, scale, cap, window)
-    return _launch_softcap_attention(query, key, value, scale, cap, window)
+        return masked_attention_reference(query, key, value, scale, cap, window, samples)
+    return _launch_masked_attention(query, key, value, scale, cap, window, samples)
 
 
-def softcap_attention_backward(
+def masked_attention_backward(
     grad: Tensor,  # (B, H, T, head_dim), any layout whose heads are contiguous; so the next three
     query: Tensor,  # (B, H, T, head_dim)
     key: Tensor,  # (B, H_kv, T, head_dim)
@@ -593,13 +675,14 @@ def softcap_attention_backward(
     out: Tensor,  # (B, H, T, head_dim)
     lse: Tensor,  # (B, H, T) float32
     scale: float,
-    cap: float,
+    cap: float | None = None,
     window: int | None = None,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # grad_q (B, H, T, head_dim), grad_k and grad_v as key
-    """Compute the gradients of `softcap_attention`'s query, key and value from that of out.
+    """Compute the gradients of `masked_attention`'s query, key and value from that of out.
 
     Args:
-        out, lse: as `softcap_attention` returned them.
+        out, lse: as `masked_attention` returned them.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, there are more keys than queries, a head
@@ -607,13 +690,13 @@ def softcap_attention_backward(
             requires a gradient.
     """
     tensors = {"query": query, "key": key, "value": value, "grad": grad, "out": out}
-    _check(tensors, query.shape[2] if query.dim() == 4 else 0, scale, cap, window)
+    _check(tensors, query.shape[2] if query.dim() == 4 else 0, scale, cap, window, samples)
     if (lse.shape, lse.dtype) != (query.shape[:3], torch.float32) or not lse.is_contiguous():
         raise ValueError(
             f"lse must be contiguous float32 of shape {tuple(query.shape[:3])}: "
             f"got {lse.dtype} {tuple(lse.shape)}"
         )
-    arguments = (grad, query, key, value, out, lse, scale, cap, window)
+    arguments = (grad, query, key, value, out, lse, scale, cap, window, samples)
     if query.device.type == "cpu":
-        return softcap_attention_backward_reference(*arguments)
-    return _launch_softcap_attention_backward(*arguments)
+        return masked_attention_backward_reference(*arguments)
+    return _launch_masked_attention_backward(*arguments)

@@ -1,9 +1,10 @@
-"""kernels/softcap_attention.py: no worse than torch, interpreted and on a GPU; compiles for 4
+"""kernels/masked_attention.py: no worse than torch, interpreted and on a GPU; compiles for 4
 GPUs."""
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,14 +23,15 @@ from equality import assert_equal, assert_no_worse_than
 from interpreter import interpreted_results
 from torch import Tensor
 
-from kernels import softcap_attention as module
-from kernels.softcap_attention import softcap_attention, softcap_attention_backward
+from kernels import masked_attention as module
+from kernels.masked_attention import Samples, masked_attention, masked_attention_backward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 SCRIPT = "interpreted_attention.py"
 CPU_CASES = attention_cases([(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9)], DTYPES)
+CPU_CASES += [replace(case, cap=None, lengths=(30, 39, 1)) for case in CPU_CASES]
 # heads of real models, in windows shorter and longer than a tile, and a prime of tokens
 GPU_CASES = attention_cases(
     [
@@ -45,6 +47,23 @@ GPU_CASES = attention_cases(
     ],
     DTYPES,
 )
+# windows and rows of several samples, where nothing is capped, of heads that torch serves else
+GPU_CASES += [
+    replace(case, cap=None, lengths=lengths)
+    for case, lengths in zip(
+        attention_cases(
+            [
+                (2, 4, 2, 331, 331, 128, None),
+                (2, 4, 1, 331, 331, 64, 100),
+                (3, 4, 2, 517, 517, 128, None),
+            ],
+            DTYPES,
+        ),
+        [(), (), (1, 200, 3, 64, 249)] * len(DTYPES),
+        strict=True,
+    )
+]
+GPU_CASES += [replace(case, lengths=(100, 231)) for case in GPU_CASES if case.num_queries == 331]
 
 
 def assert_as_good_as_torch(case: AttentionCase, actual: dict[str, Tensor]) -> None:
@@ -71,7 +90,7 @@ def test_interpreted_kernels_are_as_good_as_torch(case: AttentionCase) -> None:
 
 @pytest.mark.parametrize("case", [*TINY_ATTENTIONS, *CPU_CASES], ids=str)
 def test_on_a_cpu_results_and_gradients_are_as_good_as_autograds(case: AttentionCase) -> None:
-    results = attention_results(case, softcap_attention, softcap_attention_backward)
+    results = attention_results(case, masked_attention, masked_attention_backward)
     assert_as_good_as_torch(case, results)
 
 
@@ -82,10 +101,11 @@ def test_some_queries_at_a_time_give_what_all_do(
     # seven rows
     num_scores = 7 * case.batch * case.num_heads * case.num_keys
     monkeypatch.setattr(module, "NUM_SCORES", num_scores)
-    results = attention_results(case, softcap_attention, softcap_attention_backward)
+    results = attention_results(case, masked_attention, masked_attention_backward)
     assert_as_good_as_torch(case, results)
 
 
+ZEROS = torch.zeros(2, 3, dtype=torch.int32)
 HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
 
 
@@ -108,6 +128,16 @@ HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
         ({"cap": 0.0}, "^the cap must be a positive number: got 0"),
         ({"scale": math.nan}, "^the scale must be a positive number: got nan"),
         ({"window": -1}, "^the window must be a positive number: got -1"),
+        ({"samples": Samples(ZEROS, ZEROS.long())}, "^the samples' remaining must be .* int32"),
+        ({"samples": Samples(ZEROS[:1], ZEROS)}, r"^the samples' positions must be .* \(2, 3\)"),
+        (
+            {
+                "samples": Samples(ZEROS, ZEROS),
+                "key": torch.ones(2, 2, 4, 8),
+                "value": torch.ones(2, 2, 4, 8),
+            },
+            "^rows of several samples have no past: got 1 tokens",
+        ),
     ],
     ids=str,
 )
@@ -120,7 +150,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
         "cap": 5.0,
     }
     with pytest.raises(ValueError, match=message):
-        softcap_attention(**(arguments | changes))
+        masked_attention(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -144,29 +174,31 @@ def test_gradients_that_do_not_fit_are_refused(changes: dict[str, Any], message:
     }
     arguments |= {"lse": torch.ones(2, 4, 3), "scale": 1.0, "cap": 5.0}
     with pytest.raises(ValueError, match=message):
-        softcap_attention_backward(**(arguments | changes))
+        masked_attention_backward(**(arguments | changes))
 
 
 KERNELS = ["", "_grad_q", "_grad_kv"]
 
 
 def compile_kernel(
-    kernel: str, head_dim: int, dtype: torch.dtype, capability: int
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: int, cap: float | None = 50.0
 ) -> CompiledLaunch:
-    """Compile for heads in a buffer of q, k and v, of more tokens than a window has."""
+    """Compile for heads in a buffer of q, k and v, of more tokens than a window has: capped, or of
+    several samples."""
     buffer = torch.empty(1, 4097, 4 * head_dim, dtype=dtype, device="meta")
     heads = buffer.unflatten(-1, (4, head_dim)).transpose(1, 2)
     query, key, value = heads.split((2, 1, 1), dim=1)
     out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     lse = torch.empty(1, 2, 4097, device="meta")
+    places = torch.empty(1, 4097, device="meta", dtype=torch.int32)
+    samples = Samples(places, places) if cap is None else None
 
     def launch() -> None:
-        module._launch_softcap_attention(query, key, value, 0.0625, 50.0, None)
-        module._launch_softcap_attention_backward(
-            out, query, key, value, out, lse, 0.0625, 50.0, None
-        )
+        numbers = (0.0625, cap, None, samples)
+        module._launch_masked_attention(query, key, value, *numbers)
+        module._launch_masked_attention_backward(out, query, key, value, out, lse, *numbers)
 
-    return compile_launch(module, f"_softcap_attention{kernel}_kernel", launch, capability)
+    return compile_launch(module, f"_masked_attention{kernel}_kernel", launch, capability)
 
 
 # what real models have for every GPU, the others for one that has little shared memory; float16
@@ -177,6 +209,7 @@ COMPILED += [(width, torch.float32, 89) for width in (64, 128)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids="attention{}".format)
+@pytest.mark.parametrize("cap", [50.0, None], ids=["capped", "packed"])
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "capability"),
     COMPILED,
@@ -187,9 +220,10 @@ def test_kernels_compile_without_spilling(
     head_dim: int,
     dtype: torch.dtype,
     capability: int,
+    cap: float | None,
     record_property: Callable[[str, object], None],
 ) -> None:
-    compiled = compile_kernel(kernel, head_dim, dtype, capability)
+    compiled = compile_kernel(kernel, head_dim, dtype, capability, cap)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
 
@@ -203,9 +237,9 @@ def test_nothing_is_added_atomically(kernel: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_kernels_are_as_good_as_torch_and_repeat_their_bits(case: AttentionCase) -> None:
-    actual = attention_results(case, softcap_attention, softcap_attention_backward, CUDA)
+    actual = attention_results(case, masked_attention, masked_attention_backward, CUDA)
     assert_as_good_as_torch(case, {name: tensor.cpu() for name, tensor in actual.items()})
-    again = attention_results(case, softcap_attention, softcap_attention_backward, CUDA)
+    again = attention_results(case, masked_attention, masked_attention_backward, CUDA)
     for name, tensor in again.items():
         assert_equal(tensor, actual[name], name)
 
@@ -225,9 +259,9 @@ def test_gpu_kernels_reach_beyond_int32() -> None:
 
     def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         q, k, v, grad = (given[name] for name in ("query", "key", "value", "grad"))
-        out, lse = softcap_attention(q, k, v, case.scale, case.cap, case.window)
+        out, lse = masked_attention(q, k, v, case.scale, case.cap, case.window)
         numbers = (case.scale, case.cap, case.window)
-        return out, *softcap_attention_backward(grad, q, k, v, out, lse, *numbers)
+        return out, *masked_attention_backward(grad, q, k, v, out, lse, *numbers)
 
     for actual, expected in zip(run(apart), run(inputs), strict=True):
         assert_equal(actual, expected)

@@ -1,0 +1,95 @@
+"""Several samples in a row of tokens, so that next to nothing is padding.
+
+    row 0   | sample 7                | sample 2        | sample 9  |
+    row 1   | sample 4          | sample 0      | sample 5     |....|
+
+Which samples share a row is a pure function of their lengths, the epoch and the seed, as the order
+is: a resumed run needs nothing more. The longest come first, and each goes into the fullest row
+that has room for it (best fit decreasing). Like first fit decreasing it needs at most 11/9 of the
+fewest rows there can be and one more (Johnson 1974); the number of rows depends on the lengths
+alone, so all epochs have as many steps. Samples of one length change their neighbours from epoch to
+epoch.
+
+A sample in a row knows nothing of the others: its positions start at 0, attention does not cross
+its ends (llama/attention.py), and its first token is nobody's target.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from data.batches import Batch, epoch_order
+from data.samples import NO_LOSS, Sample
+
+
+def pack(
+    lengths: Sequence[int], row_length: int, epoch: int, seed: int, shuffle: bool
+) -> list[list[int]]:
+    """Distribute samples over rows: the indices of each row's, in the order of an epoch.
+
+    Raises:
+        ValueError: a sample is longer than a row.
+    """
+    order = epoch_order(len(lengths), epoch, seed, shuffle)
+    # stable, so what is equally long stays in the epoch's order
+    order.sort(key=lambda index: -lengths[index])
+    if order and lengths[order[0]] > row_length:
+        raise ValueError(
+            f"every sample must fit a row of {row_length:,} tokens: sample {order[0]} has "
+            f"{lengths[order[0]]:,}; raise --max-length"
+        )
+    rows: list[list[int]] = []
+    # by the room that is left, the rows that have it; and the set of the rooms there are, as bits
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms = 0
+    for index in order:
+        length = lengths[index]
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    # a row's samples came longest first, and its fellows are as full
+    return [rows[row] for row in epoch_order(len(rows), epoch, seed, shuffle)]
+
+
+def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
+    """Lay samples side by side in rows of a fixed length, padded on the right.
+
+    Padding has id 0, label -100 and position 0: every such token is a sample of its own.
+
+    Raises:
+        ValueError: no rows, or samples that exceed one.
+    """
+    if not rows:
+        raise ValueError("a batch must have at least one row: got none")
+    input_ids = torch.zeros(len(rows), row_length, dtype=torch.int64)
+    labels = torch.full((len(rows), row_length), NO_LOSS, dtype=torch.int64)
+    positions = torch.zeros(len(rows), row_length, dtype=torch.int64)
+    for row, samples in enumerate(rows):
+        start = 0
+        for sample in samples:
+            stop = start + len(sample.input_ids)
+            if stop > row_length:
+                raise ValueError(f"the samples of a row must have at most {row_length:,} tokens")
+            input_ids[row, start:stop] = torch.tensor(sample.input_ids)
+            labels[row, start:stop] = torch.tensor(sample.labels)
+            # the token before it belongs to another sample
+            labels[row, start] = NO_LOSS
+            positions[row, start:stop] = torch.arange(stop - start)
+            start = stop
+    samples = [sample for row in rows for sample in row]
+    return Batch(
+        input_ids,
+        labels,
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        num_target_tokens=sum(sample.num_target_tokens for sample in samples),
+        positions=positions,
+    )
