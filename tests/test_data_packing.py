@@ -83,7 +83,7 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
 def test_rows_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         collate_packed([], 8)
-    with pytest.raises(ValueError, match="at most 8 tokens"):
+    with pytest.raises(ValueError, match=r"at most 8 tokens"):
         collate_packed([[sample_of(5, 1), sample_of(4, 1)]], 8)
 
 
