@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
 from data.dataset import Dataset, load_dataset
+from data.packing import Packing, collate_packed
 from data.sources import find_data
 from data.tokenizer import Tokenizer
 from hub.push import check_push, push_folder
@@ -81,9 +82,15 @@ class Run:
     optimizer: AdamW
     loss_scale: LossScale
     train_data: Dataset
+    packing: Packing | None
     eval_data: Dataset | None
     state: RunState
     num_steps: int
+
+    @property
+    def num_rows(self) -> int:
+        """Of an epoch: samples, or rows of several."""
+        return self.packing.num_rows if self.packing else len(self.train_data.samples)
 
 
 @dataclass(frozen=True)
@@ -142,10 +149,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     prompt = encode_prompt(config.sample_prompt, tokenizer)
 
-    work = workload(config, lora, llama_config, checkpoint_folder, train_data)
+    packing = pack(config, train_data) if config.packing else None
+    num_rows = packing.num_rows if packing else len(train_data.samples)
+    work = workload(config, lora, llama_config, checkpoint_folder, train_data, num_rows)
     plan = plan_run(config, work)
     if config.plan:
-        print(describe_plan(config, work, plan, train_data))
+        print(describe_plan(config, work, plan, train_data, num_rows))
         return
 
     model = load(checkpoint_folder, config, device)
@@ -161,10 +170,10 @@ def main(arguments: Sequence[str]) -> None:
         optimizer.load_state(saved[1], state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
 
-    num_steps = count_steps(config, train_data)
+    num_steps = count_steps(config, num_rows)
     micro_step = MicroStep(model, plan.policies, captures=device.type == "cuda")
     if device.type == "cuda" and num_steps:
-        preflight(config, train_data, micro_step, loss_scale)
+        preflight(longest_batch(config, train_data, packing), micro_step, loss_scale)
         print(memory_line(plan))
 
     # only now, when nothing that was given can be wrong any more, is anything written
@@ -177,6 +186,7 @@ def main(arguments: Sequence[str]) -> None:
         optimizer,
         loss_scale,
         train_data,
+        packing,
         eval_data,
         state,
         num_steps,
@@ -330,17 +340,23 @@ def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
 
 
 def workload(
-    config: TrainConfig, lora: LoRAConfig, llama: LlamaConfig, folder: Path, data: Dataset
+    config: TrainConfig,
+    lora: LoRAConfig,
+    llama: LlamaConfig,
+    folder: Path,
+    data: Dataset,
+    num_rows: int,
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     longest = max(len(sample.input_ids) for sample in data.samples)
+    longest = config.max_length if config.packing else longest
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
     return Workload(
         config=llama,
         lora=lora,
         frozen_bytes=frozen_bytes(folder, quantization_of(config)),
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
-        batch=min(config.batch_size, len(data.samples)),
+        batch=min(config.batch_size, num_rows),
         tokens=padded_tokens(longest, torch.device(config.device)),
         dtype=getattr(torch, config.dtype),
     )
@@ -361,11 +377,13 @@ def plan_run(config: TrainConfig, work: Workload) -> MemoryPlan:
     return plan_within(work, POLICIES.get(config.activations), budget)
 
 
-def describe_plan(config: TrainConfig, work: Workload, plan: MemoryPlan, data: Dataset) -> str:
+def describe_plan(
+    config: TrainConfig, work: Workload, plan: MemoryPlan, data: Dataset, num_rows: int
+) -> str:
     """Say what the run will take: memory, tokens and, where there is a GPU, time."""
     text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
     num_tokens = sum(len(sample.input_ids) for sample in data.samples)
-    num_steps, epoch_length = count_steps(config, data), steps_of_epoch(config, data)
+    num_steps, epoch_length = count_steps(config, num_rows), steps_of_epoch(config, num_rows)
     total = num_tokens * num_steps / epoch_length
     text += f"\n{num_steps:,} steps over about {total:,.0f} tokens"
     if config.device == "cuda":
@@ -376,20 +394,36 @@ def describe_plan(config: TrainConfig, work: Workload, plan: MemoryPlan, data: D
     return text
 
 
-def preflight(
-    config: TrainConfig, data: Dataset, micro_step: MicroStep, loss_scale: LossScale
-) -> None:
+def pack(config: TrainConfig, data: Dataset) -> Packing:
+    """Distribute the samples over rows of --max-length tokens, and say how full they are."""
+    lengths = [len(sample.input_ids) for sample in data.samples]
+    packing = Packing(lengths, config.max_length, config.seed, config.shuffle)
+    share = sum(lengths) / (packing.num_rows * packing.row_length)
+    print(
+        f"packed into {packing.num_rows:,} rows of {packing.row_length:,} tokens, {share:.1%} full"
+    )
+    return packing
+
+
+def longest_batch(config: TrainConfig, data: Dataset, packing: Packing | None) -> Batch:
+    """Make the largest micro-batch that may come, of the longest sample."""
+    longest = max(data.samples, key=lambda sample: len(sample.input_ids))
+    if packing:
+        num_rows = min(config.batch_size, packing.num_rows)
+        return collate_packed([[longest]] * num_rows, packing.row_length)
+    return collate([longest] * min(config.batch_size, len(data.samples)))
+
+
+def preflight(batch: Batch, micro_step: MicroStep, loss_scale: LossScale) -> None:
     """Run the longest micro-batch once on a GPU, so that what does not fit fails before step 1.
 
     Raises:
         ValueError: the GPU has not the memory.
     """
-    longest = max(data.samples, key=lambda sample: len(sample.input_ids))
-    batch = collate([longest] * min(config.batch_size, len(data.samples)))
     shape = f"{len(batch.input_ids)} x {batch.input_ids.shape[1]:,} tokens"
     start = time.perf_counter()
     try:
-        micro_step(batch.input_ids, batch.labels, loss_scale.scale * 0)
+        micro_step(batch.input_ids, batch.labels, loss_scale.scale * 0, positions=batch.positions)
         torch.cuda.synchronize()
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -426,14 +460,14 @@ def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
     )
 
 
-def count_steps(config: TrainConfig, dataset: Dataset) -> int:
+def count_steps(config: TrainConfig, num_rows: int) -> int:
     if config.max_steps >= 0:
         return config.max_steps
-    return math.ceil(config.epochs * steps_of_epoch(config, dataset))
+    return math.ceil(config.epochs * steps_of_epoch(config, num_rows))
 
 
-def steps_of_epoch(config: TrainConfig, dataset: Dataset) -> int:
-    return epoch_steps(len(dataset.samples), config.batch_size, config.gradient_accumulation_steps)
+def steps_of_epoch(config: TrainConfig, num_rows: int) -> int:
+    return epoch_steps(num_rows, config.batch_size, config.gradient_accumulation_steps)
 
 
 def train(run: Run) -> None:
@@ -485,7 +519,7 @@ def train(run: Run) -> None:
             seconds = time.perf_counter() - since
             row = {
                 "step": state.step,
-                "epoch": state.step / steps_of_epoch(config, run.train_data),
+                "epoch": state.step / steps_of_epoch(config, run.num_rows),
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "learning_rate": result.learning_rate,
@@ -553,7 +587,8 @@ def train_step(run: Run) -> PendingResult:
             # what is paged out comes back beside the last micro-batch
             optimizer.prefetch()
         seed = dropout_seed(config.seed, state.step, index)
-        total_loss += run.micro_step(batch.input_ids, batch.labels, scale.scale / num_targets, seed)
+        factor = scale.scale / num_targets
+        total_loss += run.micro_step(batch.input_ids, batch.labels, factor, seed, batch.positions)
     total_loss /= num_targets
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
     scale.update(grad_norm)
@@ -575,11 +610,16 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 def step_batches(run: Run) -> list[Batch]:
     """The micro-batches of the next step, a pure function of the seed and the step's number."""
     config, samples = run.config, run.train_data.samples
-    epoch, step_in_epoch = divmod(run.state.step, steps_of_epoch(config, run.train_data))
+    epoch, step_in_epoch = divmod(run.state.step, steps_of_epoch(config, run.num_rows))
+    sizes = (step_in_epoch, config.batch_size, config.gradient_accumulation_steps)
+    if run.packing is not None:
+        rows, row_length = run.packing.rows(epoch), run.packing.row_length
+        return [
+            collate_packed([[samples[i] for i in row] for row in some_rows], row_length)
+            for some_rows in step_micro_batches(rows, *sizes)
+        ]
     order = order_of_epoch(len(samples), epoch, config.seed, config.shuffle)
-    micro_batches = step_micro_batches(
-        order, step_in_epoch, config.batch_size, config.gradient_accumulation_steps
-    )
+    micro_batches = step_micro_batches(order, *sizes)
     return [collate([samples[i] for i in indices]) for indices in micro_batches]
 
 

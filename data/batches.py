@@ -8,11 +8,14 @@ epoch and step.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from data.samples import NO_LOSS, Sample
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,15 @@ def epoch_steps(num_samples: int, batch_size: int, gradient_accumulation_steps: 
 
 
 def step_micro_batches(
-    order: Sequence[int],
+    order: Sequence[T],
     step_in_epoch: int,
     batch_size: int,
     gradient_accumulation_steps: int,
-) -> list[list[int]]:
-    """Sample indices of each micro-batch of an optimizer step, counted from 0 in the epoch.
+) -> list[list[T]]:
+    """What each micro-batch of an optimizer step has of an epoch's order, counted from 0 in it.
+
+    Args:
+        order: indices of samples, or rows of several.
 
     Raises:
         ValueError: a size is not positive, or the epoch has no such step.
@@ -94,8 +100,8 @@ def step_micro_batches(
     num_steps = epoch_steps(len(order), batch_size, gradient_accumulation_steps)
     if not 0 <= step_in_epoch < num_steps:
         raise ValueError(f"step_in_epoch must be in [0, {num_steps}): got {step_in_epoch}")
-    indices = list(order[step_in_epoch * window : (step_in_epoch + 1) * window])
-    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    some = list(order[step_in_epoch * window : (step_in_epoch + 1) * window])
+    return [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
 
 
 def _window(batch_size: int, gradient_accumulation_steps: int) -> int:

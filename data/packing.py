@@ -60,6 +60,32 @@ def pack(
     return [rows[row] for row in epoch_order(len(rows), epoch, seed, shuffle)]
 
 
+class Packing:
+    """The rows of every epoch of a data set."""
+
+    def __init__(self, lengths: Sequence[int], row_length: int, seed: int, shuffle: bool) -> None:
+        """Args:
+        lengths: of all samples.
+        """
+        self.row_length = row_length
+        self._arguments = (seed, shuffle)
+        self._lengths = lengths
+        self._epoch = 0
+        self._rows = pack(lengths, row_length, 0, seed, shuffle)
+
+    @property
+    def num_rows(self) -> int:
+        """Of an epoch, whichever it is."""
+        return len(self._rows)
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """Indices of the samples of each row, in the epoch's order."""
+        if epoch != self._epoch:
+            self._rows = pack(self._lengths, self.row_length, epoch, *self._arguments)
+            self._epoch = epoch
+        return self._rows
+
+
 def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
     """Lay samples side by side in rows of a fixed length, padded on the right.
 

@@ -64,6 +64,9 @@ class TrainConfig:
     max_length: int = _flag(
         0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
     )
+    packing: bool = _flag(
+        False, "data", "several samples in each row of --max-length tokens; none sees another"
+    )
     train_on: str = _flag("completions", "data", "which tokens have a loss", ("completions", "all"))
     chat_template: str = _flag(
         "", "data", "bundled (chatml), a .jinja file, or one of the checkpoint's by name"

@@ -153,6 +153,7 @@ def test_micro_steps_add_up_to_the_gradient_of_the_whole_window() -> None:
         "",
         "--lora-dropout 0.3 --activations recompute",
         "--optim paged_adamw_8bit --lora-r 16 --loraplus-lr-ratio 4",
+        "--packing --max-length 100 --batch-size 1",
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, flags: str) -> None:
@@ -186,6 +187,18 @@ def test_a_seed_decides_the_run(tmp_path: Path) -> None:
     other = run(tmp_path, "--seed 2", "c")
     assert timeless(first) == timeless(again)
     assert timeless(first) != timeless(other)
+
+
+def test_a_step_over_all_samples_is_the_same_packed(tmp_path: Path) -> None:
+    flags = "--dtype float32 --batch-size 12 --gradient-accumulation-steps 1 --max-steps 2"
+    alone = run(tmp_path, flags, "alone")
+    packed = run(tmp_path, f"{flags} --packing --max-length 100", "packed")
+    for one, other in zip(alone, packed, strict=True):
+        for name in ("tokens", "target_tokens", "epoch"):
+            assert one[name] == other[name]
+        for name in ("loss", "grad_norm"):
+            # sums over some hundred tokens in another order
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
