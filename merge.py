@@ -26,7 +26,7 @@ from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
-from lora.adapter_file import load_adapter, read_adapter_config
+from lora.adapter_file import find_adapter, load_adapter, read_adapter_config
 from nf4.blockwise import check_block_size
 from run.atomic import new_folder
 from run.checkpoint import CHECKPOINT_NAME
@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
         ValueError: a flag that this machine or the adapter's run contradicts.
     """
     given = build_parser().parse_args(arguments)
-    adapter = Path(given.adapter)
+    adapter = find_adapter(given.adapter, "--adapter")
     if given.text and not Path(given.text).is_file():
         raise FileNotFoundError(f"--text must be a file: there is none at {given.text}")
     quantization, where = quantization_of(adapter, given.block_size, given.double_quant)
@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="the base: checkpoint folder or hub id")
-    parser.add_argument("--adapter", required=True, help="adapter folder, ours or PEFT's")
+    parser.add_argument("--adapter", required=True, help="adapter folder or hub id, ours or PEFT's")
     parser.add_argument("--output", required=True, help="new folder for the merged model")
     parser.add_argument(
         "--base",

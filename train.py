@@ -35,7 +35,7 @@ from llama.micro_step import POLICIES, MicroStep, padded_tokens
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from llama.step_time import measure_rates, step_seconds
 from llama.workload import Workload
-from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
+from lora.adapter_file import find_adapter, load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, resolve_target_modules
 from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
@@ -123,8 +123,11 @@ def main(arguments: Sequence[str]) -> None:
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
     lora = lora_config(config, projections(llama_config))
-    if config.init_adapter:
-        lora = lora_of_init_adapter(config, lora, projection_shapes(llama_config))
+    init_adapter = (
+        find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
+    )
+    if init_adapter:
+        lora = lora_of_init_adapter(init_adapter, config, lora, projection_shapes(llama_config))
     config = resolve(follow_checkpoint(config, checkpoint_folder), llama_config)
     check_output(config)
     if config.push_to_hub and not config.plan:
@@ -160,8 +163,8 @@ def main(arguments: Sequence[str]) -> None:
     model = load(checkpoint_folder, config, device)
     model.attach_lora(lora, config.seed)
     print(model.describe_trainable_parameters())
-    if resumed or config.init_adapter:
-        load_adapter(resumed or Path(config.init_adapter), model.adapter_tensors())
+    if start := resumed or init_adapter:
+        load_adapter(start, model.adapter_tensors())
     optimizer = make_optimizer(model, config)
     described = optimizer.describe()
     print(f"optimizer: {described}")
@@ -266,7 +269,9 @@ def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
     )
 
 
-def lora_of_init_adapter(config: TrainConfig, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
+def lora_of_init_adapter(
+    folder: Path, config: TrainConfig, lora: LoRAConfig, paths: Iterable[str]
+) -> LoRAConfig:
     """The shape of the adapter to start from, which may have patterns that no flag can say.
 
     Args:
@@ -277,7 +282,7 @@ def lora_of_init_adapter(config: TrainConfig, lora: LoRAConfig, paths: Iterable[
         FileNotFoundError: there is no such adapter.
         ValueError: it is no plain LoRA of this model, or the flags contradict it.
     """
-    given = read_adapter_config(Path(config.init_adapter))
+    given = read_adapter_config(folder)
     names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}
     has = (given.r, given.lora_alpha, given.use_rslora, names)
     asked = (lora.r, lora.lora_alpha, lora.use_rslora, set(lora.target_modules))

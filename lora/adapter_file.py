@@ -8,7 +8,7 @@ here both are errors, because either means another function than the one that wa
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hub.fetch import parse_hub_id
+from hub.fetch import find_folder, parse_hub_id
 from lora.config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -180,6 +180,30 @@ def _is_text_or_list(value: Any) -> bool:
 
 def _is_integer_or_list(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
+
+
+def find_adapter(adapter: str, flag: str) -> Path:
+    """Find the folder of an adapter: a local path, or a hub id whose two files are fetched.
+
+    Args:
+        flag: such as "--adapter", for messages.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch.find_folder`.
+        ValueError: the repository has no adapter in safetensors.
+    """
+
+    def choose(names: Collection[str], get: Callable[[str], Path]) -> list[str]:
+        if not {CONFIG_NAME, WEIGHTS_NAME} <= set(names):
+            pickled = f"; {_PICKLED_NAME} is pickled, which is never read: save it as safetensors"
+            raise ValueError(
+                f"{flag} must hold {CONFIG_NAME} and {WEIGHTS_NAME}: {adapter} has "
+                f"{', '.join(sorted(names)[:5]) or 'no file'}"
+                f"{pickled if _PICKLED_NAME in names else ''}"
+            )
+        return [CONFIG_NAME, WEIGHTS_NAME]
+
+    return find_folder(adapter, flag, "model", choose)
 
 
 def read_adapter_config(folder: Path) -> LoRAConfig:

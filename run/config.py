@@ -86,7 +86,7 @@ class TrainConfig:
         "all-linear", "adapter", "projections to adapt: all-linear or names with commas"
     )
     use_rslora: bool = _flag(False, "adapter", "scale by alpha / sqrt(r)")
-    init_adapter: str = _flag("", "adapter", "adapter folder to start from")
+    init_adapter: str = _flag("", "adapter", "adapter folder or hub id to start from")
 
     optim: str = _flag(
         "paged_adamw_32bit",

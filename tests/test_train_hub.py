@@ -36,9 +36,22 @@ def test_model_and_data_come_from_the_hub_and_the_adapter_goes_there(tmp_path: P
     assert not {"metrics.jsonl", "config.json"} & pushed.files.keys()
     for name, content in pushed.files.items():
         assert (output / name).read_bytes() == content, name
+    # and back
+    with serving(
+        models__owner__base=Repository(model, branches=("main", "v1")),
+        models__owner__adapter=Repository(pushed.files | {"checkpoint.bin": b""}),
+        models__owner__old=Repository({"adapter_config.json": b"", "adapter_model.bin": b""}),
+    ) as hub:
+        code = "import sys; from lora.adapter_file import find_adapter as f; f(sys.argv[1], '')"
+        done = hub.run(["-c", code, "owner/adapter"], tmp_path / "other")
+        assert done.returncode == 0, done.stderr
+        assert sorted(hub.downloads()) == ["adapter_config.json", "adapter_model.safetensors"]
+        done = hub.run(["-c", code, "owner/old"], tmp_path / "other")
+        assert "adapter_model.bin is pickled, which is never read" in done.stderr
     described = json.loads(pushed.files["adapter_config.json"])
     assert described["base_model_name_or_path"] == "owner/base"
     assert described["revision"] == "v1"
+    assert b"\nbase_model: owner/base\n" in pushed.files["README.md"]
     for path in output.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
