@@ -82,7 +82,7 @@ class Tiles(NamedTuple):
 # memory of sm_89, and spills on no GPU where not said
 CONFIGS = {
     (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 2): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
+    (128, 2): Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
     (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
     (64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),

@@ -92,6 +92,7 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
         write_our_adapter(checkpoint, folder / "our_adapter")
         jobs[variant] = {
             "checkpoint": str(checkpoint),
+            "is_capped": "attn_logit_softcapping" in VARIANTS[variant],
             "dtypes": ["float64", "bfloat16", "float16"],
             "lora": PEFT_LORA,
             **{name: str(folder / name) for name in ("our_adapter", "peft_adapter", "resaved")},

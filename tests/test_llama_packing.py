@@ -122,8 +122,9 @@ def load_on_gpu(folder: Path, variant: str, dtype: torch.dtype) -> Llama:
     return load_tiny(folder, lora_for(variant), NF4, CUDA, dtype, variant)
 
 
+# a GPU pads rows to 64 tokens, more than phi3's first frequencies are for here
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "phi3"])
 def test_gpu_packed_samples_err_no_more_than_twice_as_much_as_alone(
     tmp_path: Path, variant: str
 ) -> None:

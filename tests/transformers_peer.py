@@ -22,7 +22,10 @@ from transformers import AutoModelForCausalLM
 
 
 def load(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype).eval()
+    # before 5.24 the default drops Gemma-2's cap on scores, without a word
+    implementation = {"attn_implementation": "eager"} if job.get("is_capped") else {}
+    model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype, **implementation)
+    return model.eval()
 
 
 def summed_loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
