@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
 from data.dataset import Dataset, load_dataset
-from data.packing import Packing, collate_packed
+from data.packing import Packing, collate_packed, mean_sample_tokens
 from data.sources import find_data
 from data.tokenizer import Tokenizer
 from hub.push import check_push, push_folder
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
-from llama.config import LlamaConfig, read_config
+from llama.config import LlamaConfig, LongRopeScaling, read_config
 from llama.generation import generate_greedy
 from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
 from llama.micro_step import POLICIES, MicroStep, padded_tokens
@@ -247,7 +247,24 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         )
     if config.max_steps == 0 and not config.eval_data:
         raise ValueError("--max-steps 0 evaluates only and must be given --eval-data: got none")
-    return choose_output(replace(config, device=device, dtype=dtype, max_length=max_length))
+    scaling = llama_config.rope_scaling
+    # in longer rows the frequencies depend on how long each sample is
+    longest_row = (
+        scaling.original_max_position_embeddings
+        if isinstance(scaling, LongRopeScaling)
+        else max_length
+    )
+    if config.packing and max_length > longest_row:
+        raise ValueError(
+            f"--packing must be given with a --max-length of at most {longest_row:,}, which this "
+            f"model's first frequencies are for: got {max_length:,}"
+        )
+    packing = config.packing
+    if packing is None:
+        packing = device == "cuda" and max_length <= longest_row
+    return choose_output(
+        replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)
+    )
 
 
 def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
@@ -354,7 +371,10 @@ def workload(
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     longest = max(len(sample.input_ids) for sample in data.samples)
-    longest = config.max_length if config.packing else longest
+    sample_tokens = None
+    if config.packing:
+        longest = config.max_length
+        sample_tokens = mean_sample_tokens([len(sample.input_ids) for sample in data.samples])
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
     return Workload(
         config=llama,
@@ -364,6 +384,7 @@ def workload(
         batch=min(config.batch_size, num_rows),
         tokens=padded_tokens(longest, torch.device(config.device)),
         dtype=getattr(torch, config.dtype),
+        sample_tokens=sample_tokens,
     )
 
 

@@ -86,6 +86,11 @@ class Packing:
         return self._rows
 
 
+def mean_sample_tokens(lengths: Sequence[int]) -> float:
+    """The length of the sample that a token is in, on average over the tokens."""
+    return sum(length * length for length in lengths) / sum(lengths)
+
+
 def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
     """Lay samples side by side in rows of a fixed length, padded on the right.
 

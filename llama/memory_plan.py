@@ -61,7 +61,8 @@ class _Step:
         num_normed = config.num_attention_heads + config.num_key_value_heads
         num_normed *= work.M * config.qk_norm
         self.normed_heads = (num_normed * config.head_dim * e, 4 * num_normed)
-        self.caps = config.attn_logit_softcapping is not None
+        # by our own kernel, not torch's
+        self.is_masked = work.is_masked
 
     def columns(self, count: int) -> int:
         return self.work.M * count * self.work.dtype.itemsize
@@ -189,7 +190,7 @@ class _Step:
         # gradients of q, k and v; before that, of q in float32 and of k and v for every query head,
         # but by our own kernels
         spread = memory.take(self.lse)
-        if not self.caps:
+        if not self.is_masked:
             spread += memory.take(4 * self.heads, 2 * self.heads * e)
         grads = memory.take(self.columns(self.qkv.N))
         memory.give(spread + grad)

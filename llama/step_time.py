@@ -63,8 +63,8 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     width = config.num_attention_heads * config.head_dim
     # q k^T and its product with v, the lower triangle of each; five such products back, seven by
     # our own kernels
-    passes = 3.5 if config.attn_logit_softcapping is None else 4.5
-    attention = 2 * M * work.tokens * width
+    passes = 4.5 if work.is_masked else 3.5
+    attention = 2 * M * (work.sample_tokens or work.tokens) * width
     flops, attended, num_bytes = 0.0, 0.0, 0.0
     for policy in policies:
         is_again = policy != "keep"

@@ -31,7 +31,8 @@ class Workload:
     Attributes:
         frozen_bytes: of the frozen weights as they lie on the device.
         moment_bytes: what both moments of a number of the adapter take of the device.
-        tokens: of each sample of the batch.
+        tokens: of each row of the batch.
+        sample_tokens: where rows hold several samples, of that which a token is in, on average.
     """
 
     config: LlamaConfig
@@ -41,6 +42,12 @@ class Workload:
     batch: int
     tokens: int
     dtype: torch.dtype
+    sample_tokens: float | None = None
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention is `kernels.masked_attention`'s, at least in some layers."""
+        return self.config.attn_logit_softcapping is not None or self.sample_tokens is not None
 
     @property
     def M(self) -> int:

@@ -64,8 +64,11 @@ class TrainConfig:
     max_length: int = _flag(
         0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
     )
-    packing: bool = _flag(
-        False, "data", "several samples in each row of --max-length tokens; none sees another"
+    packing: bool | None = _flag(
+        None,
+        "data",
+        "several samples in each row of --max-length tokens, of which none sees another; by "
+        "default on a GPU",
     )
     train_on: str = _flag("completions", "data", "which tokens have a loss", ("completions", "all"))
     chat_template: str = _flag(
@@ -215,10 +218,10 @@ def build_parser() -> argparse.ArgumentParser:
         name, default = f.metadata["group"], _default(f)
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        help = f.metadata["help"] + ("" if default == "" else f" (default: {default})")
+        help = f.metadata["help"] + ("" if default in ("", None) else f" (default: {default})")
         # absent means: not given on the command line
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
-        if isinstance(default, bool):
+        if isinstance(default, bool) or default is None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": type(default), "choices": f.metadata["choices"]}
@@ -271,7 +274,12 @@ def read_fields(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: got {error}") from None
-    kinds = {f.name: type(_default(f)) for f in fields(TrainConfig)}
+    defaults = {f.name: _default(f) for f in fields(TrainConfig)}
+    # a switch that is decided later may be on, off or not given
+    kinds = {
+        name: (bool, type(None)) if default is None else (type(default),)
+        for name, default in defaults.items()
+    }
     unknown = sorted(set(values) - set(kinds)) if isinstance(values, dict) else ["no JSON object"]
     if unknown:
         raise ValueError(
@@ -279,10 +287,10 @@ def read_fields(path: Path) -> dict[str, Any]:
             "give the config.json of an output folder"
         )
     for name, value in values.items():
-        if kinds[name] is float and type(value) is int:
+        if kinds[name] == (float,) and type(value) is int:
             values[name] = float(value)
-        elif type(value) is not kinds[name]:
-            raise ValueError(f"{path}: {name} must be {kinds[name].__name__}: got {value!r}")
+        elif type(value) not in kinds[name]:
+            raise ValueError(f"{path}: {name} must be {kinds[name][0].__name__}: got {value!r}")
     return values
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import collate_packed, pack
+from data.packing import Packing, collate_packed, mean_sample_tokens, pack
 from data.samples import NO_LOSS, Sample
 
 ROW = 64
@@ -78,6 +78,15 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
         assert (batch.labels[index, start:] == NO_LOSS).all()
     assert batch.num_tokens == sum(sum(row) for row in lengths)
     assert batch.num_target_tokens == int((batch.labels != NO_LOSS).sum())
+
+
+def test_an_epoch_has_its_rows_whenever_it_is_asked_for() -> None:
+    lengths = [ROW // 2] * 9
+    packing = Packing(lengths, ROW, seed=3, shuffle=True)
+    assert packing.num_rows == 5
+    for epoch in (0, 2, 1, 2):
+        assert packing.rows(epoch) == pack(lengths, ROW, epoch, 3, True)
+    assert mean_sample_tokens([1, 3]) == 2.5
 
 
 def test_rows_that_cannot_be_are_refused() -> None:

@@ -16,10 +16,11 @@ def flag_table() -> str:
     lines = ["| flag | default | what it is |", "|---|---|---|"]
     for f in fields(TrainConfig):
         name, choices = f.name.replace("_", "-"), f.metadata["choices"]
-        is_switch = isinstance(f.default, bool)
+        is_switch = f.default is None or isinstance(f.default, bool)
         flag = f"`--{name}`, `--no-{name}`" if is_switch else f"`--{name}`"
         what = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        default = ("yes" if f.default else "no") if is_switch else f.default
+        switches = {True: "yes", False: "no", None: ""}
+        default = switches[f.default] if is_switch else f.default
         lines.append(f"| {flag} | {default} | {what} |")
     return "\n".join(lines)
 

@@ -26,7 +26,10 @@ from optim.adamw import AdamW
 from run.config import TrainConfig
 
 BUNDLED = Path(train.BUNDLED)
-FEW = "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4"
+FEW = (
+    "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4 "
+    "--no-packing"
+)
 METRICS_KEYS = {
     "step",
     "epoch",
@@ -454,6 +457,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
         f"paged_adamw_32bit {HOST}",
         f"paged_adamw_8bit --lora-r 16 {HOST}",
         "adamw",
+        "adamw --packing --max-length 100",
     ],
 )
 def test_gpu_training_follows_the_cpus_and_resumes_bit_for_bit(
