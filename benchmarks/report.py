@@ -25,6 +25,7 @@ from benchmarks.tables import (
     breakdown_table,
     load_table,
     markdown,
+    masked_attention_table,
     matmul_table,
     operation_table,
     train_step_table,
@@ -172,6 +173,13 @@ KERNEL_SECTIONS = {
         "their gradients take their place, and with `-h` the result that of its gradient. "
         f"{_OPERATION}",
         operation_table,
+    ),
+    "masked_attention": Section(
+        "Attention under a mask",
+        "Forward and back over rows of several samples, in a window, or with capped scores "
+        "(`python -m benchmarks.masked_attention`). `flex` is FlexAttention, `varlen` torch's "
+        "attention over samples of different lengths, `causal` what torch takes without a mask.",
+        masked_attention_table,
     ),
     "lora_gradient": Section(
         "LoRA gradient",

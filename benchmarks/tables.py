@@ -86,6 +86,21 @@ def operation_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def masked_attention_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of attention under a mask, both passes."""
+    columns = ["limit", "ours", "flex", "varlen", "causal"]
+    lines = [
+        [
+            short_name(case.layer),
+            case.mode,
+            str(case.m),
+            *(microseconds(providers.get(provider)) for provider in columns),
+        ]
+        for case, providers in by_case(rows).items()
+    ]
+    return ["layer", "mode", "M", *columns], lines
+
+
 def matmul_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of a product over the rows of x."""
     header = ["layer", "mode", "M", "limit", "ours", "path", "fused", "warpgroup", "expand"]
