@@ -142,10 +142,10 @@ def varlen(case: Case, positions: Tensor, device: torch.device) -> Callable[...,
     bounds, num_shared = bounds.to(device), case.heads[0] // case.heads[1]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        rows[1:] = [x.repeat_interleave(num_shared, dim=1) for x in rows[1:]]
-        # a window that has no left side and no right one
-        out = varlen_attn(*rows, bounds, bounds, longest, longest, window_size=(-1, 0))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(num_shared, dim=1) for x in (k, v))
+        # a window as wide as may be to the left, of nothing to the right
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out.unflatten(0, (case.batch, case.tokens)).transpose(1, 2)
 
