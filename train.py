@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data import audit
 from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
 from data.dataset import Dataset, load_dataset
 from data.packing import Packing, collate_packed, mean_sample_tokens
-from data.sources import find_data
+from data.sources import Use, find_data
 from data.tokenizer import Tokenizer
 from hub.push import check_push, push_folder
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
@@ -42,7 +43,7 @@ from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
-from run.atomic import new_files
+from run.atomic import new_files, write_text
 from run.checkpoint import RunState, load_checkpoint, save_checkpoint
 from run.config import TrainConfig, parse_config
 from run.folder import check_output, choose_output, open_output, resume_point
@@ -144,12 +145,13 @@ def main(arguments: Sequence[str]) -> None:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data = load_data("--data", config.data, config, tokenizer, llama_config, state)
-    eval_data = (
-        load_data("--eval-data", config.eval_data, config, tokenizer, llama_config, state)
-        if config.eval_data
-        else None
-    )
+    train_data, eval_data = load_data(config, tokenizer, llama_config, state)
+    if config.inspect:
+        return
+    sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
+    audits = {name: audit.audit(dataset) for name, dataset in sets.items()}
+    if resumed:
+        audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt = encode_prompt(config.sample_prompt, tokenizer)
 
     packing = pack(config, train_data) if config.packing else None
@@ -181,6 +183,7 @@ def main(arguments: Sequence[str]) -> None:
 
     # only now, when nothing that was given can be wrong any more, is anything written
     open_output(config)
+    write_text(Path(config.output) / audit.AUDIT_FILE, audit.to_json(audits))
     run = Run(
         config,
         lora,
@@ -245,8 +248,11 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         raise ValueError(
             f"--max-length must be at most the model's {positions:,} positions: got {max_length:,}"
         )
-    if config.max_steps == 0 and not config.eval_data:
-        raise ValueError("--max-steps 0 evaluates only and must be given --eval-data: got none")
+    if config.max_steps == 0 and not (config.eval_data or config.eval_fraction):
+        raise ValueError(
+            "--max-steps 0 evaluates only and must be given --eval-data or --eval-fraction: got "
+            "none"
+        )
     scaling = llama_config.rope_scaling
     # in longer rows the frequencies depend on how long each sample is
     longest_row = (
@@ -324,25 +330,57 @@ def prepare(device: torch.device, is_deterministic: bool) -> None:
 
 
 def load_data(
-    flag: str,
-    place: str,
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    llama: LlamaConfig,
-    state: RunState,
-) -> Dataset:
-    dataset = load_dataset(
-        find_data(place, flag),
-        tokenizer,
-        data_format=config.data_format,
-        text_field=config.text_field,
-        max_length=config.max_length,
-        train_on=config.train_on,
-        vocab_size=llama.vocab_size,
-        now=datetime.fromisoformat(state.started),
-    )
-    print(f"{place}: {dataset.describe()}")
-    return dataset
+    config: TrainConfig, tokenizer: Tokenizer, llama: LlamaConfig, state: RunState
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenize what is learned from and what is evaluated on, and say what it is.
+
+    Raises:
+        ValueError: data that cannot be read, or would teach the wrong thing.
+    """
+
+    def load(flag: str, place: str, use: Use) -> Dataset:
+        files = find_data(place, flag, use)
+        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
+
+            def report(num_records: int) -> None:
+                bar.update(num_records - bar.n)
+
+            dataset = load_dataset(
+                files,
+                tokenizer,
+                data_format=config.data_format,
+                text_field=config.text_field,
+                max_length=config.max_length,
+                train_on=config.train_on,
+                vocab_size=llama.vocab_size,
+                now=datetime.fromisoformat(state.started),
+                skip_bad_lines=config.skip_bad_lines,
+                num_processes=config.dataset_num_proc,
+                report=report,
+            )
+        audit.say(f"{place}: {audit.describe(dataset)}")
+        for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
+            audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
+        audit.check(dataset, flag, allow_truncation=config.allow_truncation)
+        return dataset
+
+    train_data = load("--data", config.data, "train")
+    if config.eval_fraction:
+        train_data, eval_data = train_data.split(config.eval_fraction)
+        print(
+            f"--eval-fraction {config.eval_fraction:g}: {len(train_data.samples):,} samples to "
+            f"learn from, {len(eval_data.samples):,} to evaluate on"
+        )
+        return train_data, eval_data
+    if not config.eval_data:
+        return train_data, None
+    eval_data = load("--eval-data", config.eval_data, "eval")
+    if shared := audit.num_shared(train_data, eval_data):
+        print(
+            f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
+            "to learn from"
+        )
+    return train_data, eval_data
 
 
 def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
@@ -370,11 +408,11 @@ def workload(
     num_rows: int,
 ) -> Workload:
     """Size the largest micro-batch of the run."""
-    longest = max(len(sample.input_ids) for sample in data.samples)
+    longest = len(data.longest.input_ids)
     sample_tokens = None
     if config.packing:
         longest = config.max_length
-        sample_tokens = mean_sample_tokens([len(sample.input_ids) for sample in data.samples])
+        sample_tokens = mean_sample_tokens(data.samples.lengths.tolist())
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
     return Workload(
         config=llama,
@@ -408,9 +446,8 @@ def describe_plan(
 ) -> str:
     """Say what the run will take: memory, tokens and, where there is a GPU, time."""
     text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
-    num_tokens = sum(len(sample.input_ids) for sample in data.samples)
     num_steps, epoch_length = count_steps(config, num_rows), steps_of_epoch(config, num_rows)
-    total = num_tokens * num_steps / epoch_length
+    total = data.num_tokens * num_steps / epoch_length
     text += f"\n{num_steps:,} steps over about {total:,.0f} tokens"
     if config.device == "cuda":
         rates = measure_rates(torch.device("cuda"), work.dtype)
@@ -422,7 +459,7 @@ def describe_plan(
 
 def pack(config: TrainConfig, data: Dataset) -> Packing:
     """Distribute the samples over rows of --max-length tokens, and say how full they are."""
-    lengths = [len(sample.input_ids) for sample in data.samples]
+    lengths = data.samples.lengths.tolist()
     packing = Packing(lengths, config.max_length, config.seed, config.shuffle)
     share = sum(lengths) / (packing.num_rows * packing.row_length)
     print(
@@ -433,7 +470,7 @@ def pack(config: TrainConfig, data: Dataset) -> Packing:
 
 def longest_batch(config: TrainConfig, data: Dataset, packing: Packing | None) -> Batch:
     """Make the largest micro-batch that may come, of the longest sample."""
-    longest = max(data.samples, key=lambda sample: len(sample.input_ids))
+    longest = data.longest
     if packing:
         num_rows = min(config.batch_size, packing.num_rows)
         return collate_packed([[longest]] * num_rows, packing.row_length)

@@ -173,6 +173,12 @@ class ChatTemplate:
         """Whether the template has {% generation %} marks."""
         return _has_marks(self.text)
 
+    def clock(self, now: datetime) -> list[str]:
+        """What the template can read of the time: the texts that it formats it as, or all of it
+        where they cannot be told from the template."""
+        formats = _clock_formats(self.text)
+        return [now.isoformat()] if formats is None else [now.strftime(f) for f in formats]
+
     def check_variables(self, names: Sequence[str]) -> None:
         """Raise ValueError if the template has no use for a variable: it would be ignored."""
         self.check_syntax()
@@ -281,6 +287,29 @@ def _has_marks(template: str) -> bool:
 def _names_read(template: str) -> frozenset[str]:
     names = _environment().parse(template).find_all(jinja2.nodes.Name)
     return frozenset(name.name for name in names if name.ctx == "load")
+
+
+@functools.lru_cache(maxsize=16)
+def _clock_formats(template: str) -> list[str] | None:
+    """The constants that strftime_now is called with, None if it is used in another way."""
+    try:
+        tree = _environment().parse(template)
+    except jinja2.TemplateSyntaxError:
+        return None
+    uses = {id(n) for n in tree.find_all(jinja2.nodes.Name) if n.name == "strftime_now"}
+    formats = []
+    for node in tree.find_all((jinja2.nodes.Call, jinja2.nodes.Test)):
+        if id(node.node) not in uses:
+            continue
+        uses.remove(id(node.node))
+        if isinstance(node, jinja2.nodes.Call):
+            constants = [a.value for a in node.args if isinstance(a, jinja2.nodes.Const)]
+            if len(node.args) != 1 or len(constants) != 1:
+                return None
+            formats.append(str(constants[0]))
+        elif node.name not in ("defined", "undefined"):
+            return None
+    return None if uses else formats
 
 
 @functools.lru_cache(maxsize=1)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from data.chat_template import GIVEN_VARIABLES
-from data.sources import Record
+from data.records import Record
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized")
 DEFAULT_TEXT_FIELD = "text"

@@ -1,260 +1,117 @@
-"""Records of a data file, each with the place it came from.
+"""Which files --data and --eval-data mean: one file, those of a folder, or those of a hub data set.
 
-Where datasets.load_dataset infers a schema over all rows and reports a bad one by its Arrow type,
-these readers hand on what the file says, record by record, so that every later complaint can name
-file and line. Every fault of the file is a ValueError that names them too.
-
-Left out: parquet, compressed files, and anything that is not UTF-8.
+A folder and a data set are read as load_dataset reads them without a configuration: a file or a
+folder in it that is called train, validation (or valid, val, dev, eval) or test is that split, by
+the words of its name; the files of a split are read in the order of their names. Training takes
+train; evaluation takes validation, or else test. Files without such names are all of one split.
+Where that leaves a choice (two formats, two folders, a split that is not there) it is an error,
+because reading one set twice, or two sets as one, would go unnoticed.
 """
 
-import csv
-import difflib
-import io
-import json
+import os
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
+from data.records import data_suffix, is_structured
 from hub.fetch import find_folder, parse_hub_id
 
-# the escapes of U+D800 to U+DFFF: text only in pairs, but JSON lets one stand alone
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+Use = Literal["train", "eval"]
+
+_SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_SPLITS_OF_USE = {"train": ("train",), "eval": ("validation", "test")}
+# about a data set, not of it; a text otherwise
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|dataset_infos?|dataset_dict|state)\..*", re.I
+)
 
 
-@dataclass(frozen=True)
-class Record:
-    """One example as the file has it.
-
-    Attributes:
-        location: file:line, or file[index] for an element of a JSON list.
-        is_document: the record is a whole text file, to be cut into pieces rather than truncated.
-    """
-
-    location: str
-    fields: dict[str, object]
-    is_document: bool = False
-
-
-def find_data(place: str, what: str) -> Path:
-    """Find a data file: a local one, or that of a hub data set, `owner/name` or `owner/name@rev`.
-
-    Of several the one with "train" in its name is taken.
+def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
+    """Find the files of a place: a path, or a hub data set, `owner/name` or `owner/name@revision`.
 
     Args:
         what: such as "--data", for messages.
+        use: decides the split that is taken.
 
     Raises:
-        FileNotFoundError: the id is no data set, nor is it the path of a file.
+        FileNotFoundError: the id is no data set, nor is it a path.
         PermissionError, ConnectionError: as `hub.fetch.find_folder`.
-        ValueError: the data set has no file that can be read, or several.
+        ValueError: a folder or data set that has no files to read, or leaves a choice.
     """
-    path = Path(place)
-    if path.exists() or path.suffix.lower() in _READERS or parse_hub_id(place) is None:
-        return path
+    path = Path(os.path.expanduser(place))
+    if path.is_dir():
+        paths = [each for each in path.rglob("*") if each.is_file()]
+        names = [each.relative_to(path).as_posix() for each in paths]
+        return [path / name for name in choose_files(names, place, what, use)]
+    if path.exists() or data_suffix(place) or parse_hub_id(place) is None:
+        return [path]
     chosen: list[str] = []
 
     def choose(names: Collection[str], get: Callable[[str], Path]) -> list[str]:
-        readable = sorted(name for name in names if Path(name).suffix.lower() in _READERS)
-        # a card says what is in the others, and is a text itself
-        readable = [name for name in readable if Path(name).name.lower() != "readme.md"]
-        chosen[:] = [name for name in readable if "train" in name.lower()] or readable
-        if len(chosen) != 1:
-            raise ValueError(
-                f"{what} must be a data set with one {', '.join(_READERS)} file, or with one that "
-                f"has train in its name: {place} has {len(chosen)} "
-                f"({', '.join(chosen[:5]) or 'others: ' + ', '.join(sorted(names)[:5])}); "
-                "download the file that you want and give its path"
-            )
+        chosen[:] = choose_files(names, place, what, use)
         return chosen
 
     folder = find_folder(place, what, "dataset", choose)
-    return folder / chosen[0]
+    return [folder / name for name in chosen]
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a .jsonl, .json, .csv, .txt, .text or .md file, in its order.
-
-    A text file is one record {"text": all of it}. A .json file that holds JSON lines is read as
-    such.
+def choose_files(names: Collection[str], place: str, what: str, use: Use) -> list[str]:
+    """Choose among the names of a folder's files those of the split.
 
     Raises:
-        FileNotFoundError: no such file; the message lists the nearest names.
-        ValueError: unknown extension, no records, or content that is not what the extension says.
+        ValueError: there are none, or what is to be read is not one set of one format.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _READERS)
+    visible = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
+    data = [n for n in visible if data_suffix(n) and not _ABOUT.fullmatch(PurePosixPath(n).name)]
+    # a text beside records is about them
+    data = [name for name in data if is_structured(name)] or data
+    if not data:
         raise ValueError(
-            f"the data must be one file: got the folder {path}; name one of its files: "
-            f"{', '.join(names) or 'it has none that can be read'}"
+            f"{what} must have files that can be read: {place} has {_some(sorted(names))}; "
+            "convert them to JSON lines"
         )
-    if not path.exists():
-        raise FileNotFoundError(f"the data file must exist: got {path}; {_nearest(path)}")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    of_split: dict[str, list[str]] = {}
+    for name in sorted(data):
+        of_split.setdefault(split_of(name), []).append(name)
+    wanted = next((s for s in (*_SPLITS_OF_USE[use], "") if s in of_split), None)
+    # what has no split's name beside files that have one is not the split asked for
+    if wanted is None or (wanted == "" and len(of_split) > 1):
         raise ValueError(
-            f"the data file must end in {', '.join(_READERS)}: got {path}; convert or rename it"
+            f"{what} must have files of the split {' or '.join(_SPLITS_OF_USE[use])}: {place} has "
+            f"{_some(sorted(data))}; give the path of the file"
+            + (", or take a part of --data with --eval-fraction" if use == "eval" else "")
         )
-    is_empty = True
-    for record in reader(path):
-        is_empty = False
-        yield record
-    if is_empty:
-        raise ValueError(
-            f"{path} must hold at least one record: got none; check how it was written"
-        )
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _READERS]
-    nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4) or sorted(names)[:3]
-    return (
-        f"did you mean {' or '.join(nearest)}?" if nearest else f"{path.parent} has no data files"
-    )
-
-
-def _read_json_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        # bytes, because text lines would also end at separators that are legal inside JSON strings
-        for number, line in enumerate(file, start=1):
-            location = f"{path}:{number}"
-            text = _decode(line, path, first_line=number).strip()
-            if not text:
-                continue
-            try:
-                fields = json.loads(text)
-            # RecursionError: nested too deep; ValueError without a position: an integer too long
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{location}: each line must be one JSON object: got {_excerpt(text)}, "
-                    f"{error}; correct or delete the line"
-                ) from error
-            is_suspect = _SURROGATE_ESCAPE.search(text) is not None
-            yield _json_record(fields, location, "each line", is_suspect)
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    text = _decode(path.read_bytes(), path)
-    if not text.strip():
-        return
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # a complete value and then another one: JSON lines under another name
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            yield from _read_json_lines(path)
-            return
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise ValueError(
-            f"{path}:{line}: the file must be a JSON list of objects: got {error}; "
-            "correct it, or write it again if it was cut off"
-        ) from error
-    if not isinstance(records, list):
-        keys = f" with the keys {', '.join(list(records)[:8])}" if isinstance(records, dict) else ""
-        raise ValueError(
-            f"{path}:1: the file must be a JSON list of objects: got one {_kind(records)}{keys}; "
-            "put the list of records at the top, or use JSON lines"
-        )
-    is_suspect = _SURROGATE_ESCAPE.search(text) is not None
-    for index, fields in enumerate(records):
-        yield _json_record(fields, f"{path}[{index}]", "each element", is_suspect)
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    text = _decode(path.read_bytes(), path)
-    # the default, 131072 characters, is less than a long document; 2^31 - 1 fits any C long
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    names: list[str] | None = None
-    while True:
-        location = f"{path}:{rows.line_num + 1}"
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
+    chosen = of_split[wanted]
+    for kind, key in (("format", data_suffix), ("folder", lambda n: str(PurePosixPath(n).parent))):
+        kinds = sorted({key(name) for name in chosen})
+        if len(kinds) > 1:
             raise ValueError(
-                f"{location}: each row must be comma-separated values: got {error}; "
-                "quote values that hold commas, quotes or line breaks, and double the quotes in "
-                'them ("")'
-            ) from error
-        if row is None:
-            return
-        if not row:
-            continue
-        if names is None:
-            names = _header(row, location)
-        elif len(row) != len(names):
-            raise ValueError(
-                f"{location}: each row must have {len(names)} values, as the header: got "
-                f"{len(row)}; quote values that hold commas, quotes or line breaks"
+                f"{what} must have files of one {kind}, or sets would be mixed: {place} has "
+                f"{_some(kinds)}; download what you want and give its path"
             )
-        else:
-            yield Record(location, dict(zip(names, row, strict=True)))
+    return chosen
 
 
-def _header(row: list[str], location: str) -> list[str]:
-    names = [name.strip() for name in row]
-    if "" in names or len(set(names)) != len(names):
-        raise ValueError(
-            f"{location}: the first row must name each column once: got "
-            f"{', '.join(map(repr, names))}; write a header with different names"
-        )
-    return names
+def split_of(name: str) -> str:
+    """The split that a file's name says, or else the nearest folder's; "" if none does."""
+    for part in reversed(PurePosixPath(name).parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_OF_WORD:
+                return _SPLIT_OF_WORD[word]
+    return ""
 
 
-def _read_text(path: Path) -> Iterator[Record]:
-    text = _decode(path.read_bytes(), path)
-    if text.strip():
-        yield Record(f"{path}:1", {"text": text}, is_document=True)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".txt": _read_text,
-    ".text": _read_text,
-    ".md": _read_text,
-}
-
-
-def _decode(content: bytes, path: Path, first_line: int = 1) -> str:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}:{line}: the file must be UTF-8: got the byte 0x{content[error.start]:02x} "
-            f"({error.reason}); save it as UTF-8"
-        ) from error
-    # a byte order mark, as Windows editors write it
-    return text.removeprefix("\ufeff") if first_line == 1 else text
-
-
-def _json_record(value: object, location: str, what: str, is_suspect: bool) -> Record:
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{location}: {what} must be a JSON object: got {_kind(value)} "
-            f"{_excerpt(repr(value))}; "
-            'write {"field": value, ...}'
-        )
-    if is_suspect:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{location}: text must be valid Unicode: got half of a surrogate pair, "
-                f"U+{ord(error.object[error.start]):04X}; correct or delete the record"
-            ) from error
-    return Record(location, value)
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return kinds.get(type(value), "number")
-
-
-def _excerpt(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"

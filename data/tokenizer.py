@@ -16,9 +16,11 @@ Left out: tokenizers without a tokenizer.json (sentencepiece's tokenizer.model, 
 tokens.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 import tokenizers
@@ -49,7 +51,7 @@ class Tokenizer:
             letter.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
-        closing_tokens: the texts of the special tokens, BOS left out, that can end a turn.
+        closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
     """
@@ -84,7 +86,10 @@ class Tokenizer:
         self.special_ids = frozenset(special | named)
         # BOS opens a text: it cannot close a turn, unless it is EOS as well
         closing = self.special_ids - ({self.bos_token_id} - {self.eos_token_id})
+        self.closing_ids = closing
         self.closing_tokens = tuple(t for i in closing if (t := backend.id_to_token(i)) is not None)
+        self._is_blank: dict[int, bool] = {}
+        self._letter = self.encode("a", add_special_tokens=False)
         probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
 
@@ -167,6 +172,31 @@ class Tokenizer:
         """
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether a token is nothing but whitespace."""
+        if token_id not in self._is_blank:
+            # beside a letter, because decoders strip the whitespace that a text begins with
+            text = self.decode([*self._letter, token_id], skip_special_tokens=False)
+            self._is_blank[token_id] = not text.removeprefix("a").strip()
+        return self._is_blank[token_id]
+
+    def fingerprint(self, now: datetime) -> str:
+        """What decides the tokens of a text or a conversation, as a SHA-256 in hexadecimal.
+
+        Args:
+            now: counts as far as the templates can read it.
+        """
+        parts = {
+            "library": tokenizers.__version__,
+            "backend": self._backend.to_str(),
+            "special_tokens": dict(self.special_tokens),
+            "templates": {
+                name: [template.text, template.clock(now)]
+                for name, template in self._templates.items()
+            },
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

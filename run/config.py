@@ -30,6 +30,9 @@ FREE_ON_RESUME = frozenset(
         "max_memory",
         "plan",
         "push_to_hub",
+        "allow_truncation",
+        "inspect",
+        "dataset_num_proc",
     }
 )
 
@@ -51,9 +54,17 @@ class TrainConfig:
     """
 
     model: str = _flag("", "data", "checkpoint folder or hub id, @revision if wanted")
-    data: str = _flag("", "data", "file to learn from: .jsonl, .json, .csv, .txt; or hub id")
+    data: str = _flag(
+        "",
+        "data",
+        "what to learn from: a .jsonl, .json, .csv, .txt (each also .gz) or .parquet file, a "
+        "folder of them, or a hub id",
+    )
     output: str = _flag("", "data", "folder for the results; by default the next free out/run-N")
-    eval_data: str = _flag("", "data", "file to evaluate on, or hub id")
+    eval_data: str = _flag("", "data", "what to evaluate on, as --data")
+    eval_fraction: float = _flag(
+        0.0, "data", "share of --data to evaluate on instead, chosen by the samples' content"
+    )
     data_format: str = _flag(
         "auto",
         "data",
@@ -75,6 +86,16 @@ class TrainConfig:
         "", "data", "bundled (chatml), a .jinja file, or one of the checkpoint's by name"
     )
     shuffle: bool = _flag(True, "data", "a new order of samples each epoch")
+    skip_bad_lines: bool = _flag(
+        False, "data", "leave out records that are not what they must be, and count them"
+    )
+    allow_truncation: bool = _flag(
+        False, "data", "go on where more than half of the records are cut to --max-length"
+    )
+    inspect: int = _flag(0, "data", "show so many samples with what is learned of them, and stop")
+    dataset_num_proc: int = _flag(
+        0, "data", "processes that tokenize; 0: as many as the data is worth"
+    )
 
     quant: str = _flag(
         "nf4", "quantization", "number format of the frozen weights", ("nf4", "none")
@@ -156,11 +177,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+        at_least_0 = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm")
+        for name in (*at_least_0, "inspect", "dataset_num_proc"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "loraplus_lr_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
         self._require("epochs", self.epochs > 0, "positive")
+        self._require("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
+        self._require(
+            "eval_fraction",
+            not (self.eval_fraction and self.eval_data),
+            "0 where --eval-data is given",
+        )
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
         self._require(

@@ -104,10 +104,10 @@ def test_special_tokens_open_and_close_texts_and_turns(tokenizer: Tokenizer) -> 
 def test_answers_fit_the_context_and_end_in_eos(name: str, tokenizer: Tokenizer) -> None:
     max_length = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
     dataset = load_dataset(
-        FOLDER / name, tokenizer, max_length=max_length, vocab_size=tokenizer.vocab_size
+        [FOLDER / name], tokenizer, max_length=max_length, vocab_size=tokenizer.vocab_size
     )
     assert dataset.format == "messages"
-    assert dataset.num_truncated == 0
+    assert dataset.counts.num_truncated == 0
     for sample in dataset.samples:
         learned = [label for label in sample.labels if label >= 0]
         assert learned.count(tokenizer.eos_token_id or 0) == 1

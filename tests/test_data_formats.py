@@ -13,7 +13,7 @@ from data.formats import (
     detect_format,
     to_example,
 )
-from data.sources import Record
+from data.records import Record
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yo"}

@@ -1,174 +1,86 @@
-"""data/sources.py: every record with its place, and every fault of a file named with its place."""
+"""data/sources.py: which files a place means, and where that is no choice of ours."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from data.sources import Record, read_records
+from data.sources import Use, choose_files, find_data, split_of
+
+SHARDS = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
 
 
-def read(folder: Path, name: str, content: bytes) -> list[Record]:
-    path = folder / name
-    path.write_bytes(content)
-    return list(read_records(path))
+@pytest.mark.parametrize("place", ["data.jsonl", "no/such.csv", "no-such-data", "a/b/c"])
+def test_a_path_is_no_hub_id(place: str) -> None:
+
+    assert find_data(place, "--data") == [Path(place)]
 
 
-def test_json_lines_keep_their_line_numbers_over_blank_lines(tmp_path: Path) -> None:
-    content = b'\xef\xbb\xbf{"a": 1}\r\n\n   \n{"a": "x\xe2\x80\xa8y"}'
-    path = tmp_path / "x.jsonl"
-    assert read(tmp_path, "x.jsonl", content) == [
-        Record(f"{path}:1", {"a": 1}),
-        Record(f"{path}:4", {"a": "x\u2028y"}),
-    ]
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("gsm8k_train.jsonl", "train"),
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("train/0.json", "train"),
+        ("train/validation.json", "validation"),
+        ("dev.csv", "validation"),
+        ("x_val.csv", "validation"),
+        ("Test.csv", "test"),
+        ("latest.jsonl", ""),
+        ("trains.jsonl", ""),
+        ("quotes.jsonl", ""),
+    ],
+)
+def test_a_split_is_a_word_of_the_name(name: str, split: str) -> None:
+    assert split_of(name) == split
 
 
-def test_json_list_counts_elements(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    records = read(tmp_path, "x.json", b'\xef\xbb\xbf[{"a": 1},\n {"a": 2}]')
-    assert records == [Record(f"{path}[0]", {"a": 1}), Record(f"{path}[1]", {"a": 2})]
-
-
-def test_json_lines_under_the_name_of_json_are_read_as_lines(tmp_path: Path) -> None:
-    records = read(tmp_path, "x.JSON", b'{"a": 1}\n{"a": 2}\n')
-    assert [r.location for r in records] == [f"{tmp_path / 'x.JSON'}:{i}" for i in (1, 2)]
-
-
-def test_csv_gives_text_and_the_line_where_a_row_starts(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
-    content = b'\xef\xbb\xbfprompt, completion\n"a,\n""b""",c\n\n1,\n'
-    assert read(tmp_path, "x.csv", content) == [
-        Record(f"{path}:2", {"prompt": 'a,\n"b"', "completion": "c"}),
-        Record(f"{path}:5", {"prompt": "1", "completion": ""}),
-    ]
-
-
-def test_csv_fields_may_be_long(tmp_path: Path) -> None:
-    (record,) = read(tmp_path, "x.csv", b"text\n" + b"a" * 200_000)
-    assert record.fields == {"text": "a" * 200_000}
-
-
-@pytest.mark.parametrize("name", ["x.txt", "x.text", "x.md", "x.TXT"])
-def test_a_text_file_is_one_document_unchanged(tmp_path: Path, name: str) -> None:
-    (record,) = read(tmp_path, name, " a\r\n\ncaf\u00e9\n".encode())
-    text: dict[str, object] = {"text": " a\r\n\ncaf\u00e9\n"}
-    assert record == Record(f"{tmp_path / name}:1", text, is_document=True)
-
-
-def test_escaped_surrogate_pairs_are_text(tmp_path: Path) -> None:
-    (record,) = read(tmp_path, "x.jsonl", b'{"a": "\\ud83e\\uddff"}')
-    assert record.fields == {"a": "\U0001f9ff"}
-
-
-GOOD = b'{"a": 1}\n'
-MALFORMED = {
-    "line-truncated": ("x.jsonl", GOOD + b'{"a": ', ":2: each line"),
-    "line-single-quotes": ("x.jsonl", GOOD + b"{'a': 1}", ":2: each line"),
-    "line-trailing-comma": ("x.jsonl", GOOD + b'{"a": 1,}', ":2: each line"),
-    "line-two-objects": ("x.jsonl", b'{"a": 1} {"a": 2}', ":1: each line"),
-    "line-comma-at-end": ("x.jsonl", b'{"a": 1},\n', ":1: each line"),
-    "line-list": ("x.jsonl", GOOD + b"[1]", ":2: each line must be a JSON object: got list"),
-    "line-string": ("x.jsonl", b'"a"', ":1: each line must be a JSON object: got string"),
-    "line-number": ("x.jsonl", b"3", ":1: each line must be a JSON object: got number"),
-    "line-null": ("x.jsonl", b"null", ":1: each line must be a JSON object: got null"),
-    "line-bool": ("x.jsonl", b"true", ":1: each line must be a JSON object: got boolean"),
-    "line-text": ("x.jsonl", b"hello", ":1: each line"),
-    "line-pretty-printed": ("x.jsonl", b'{\n"a": 1\n}', ":1: each line"),
-    "line-control-character": ("x.jsonl", b'{"a": "\x01"}', ":1: each line"),
-    "line-nul": ("x.jsonl", GOOD + b"\x00\x00", ":2: each line"),
-    "line-bad-escape": ("x.jsonl", b'{"a": "\\x"}', ":1: each line"),
-    "line-half-surrogate": ("x.jsonl", GOOD + b'{"a": "\\ud83e"}', ":2: text must be valid"),
-    "line-half-surrogate-key": ("x.jsonl", b'{"\\uDFFF": 1}', ":1: text must be valid"),
-    "line-half-surrogate-deep": ("x.jsonl", b'{"a": [{"b": "\\udc00"}]}', ":1: text must be"),
-    "line-deep": ("x.jsonl", b'{"a": ' + b"[" * 200_000, ":1: each line"),
-    "line-huge-integer": ("x.jsonl", b'{"a": ' + b"9" * 5000 + b"}", ":1: each line"),
-    "line-latin-1": ("x.jsonl", GOOD + b'{"a": "caf\xe9"}', ":2: the file must be UTF-8"),
-    "line-utf-16": ("x.jsonl", '{"a": 1}'.encode("utf-16"), ":1: the file must be UTF-8"),
-    "line-cut-character": ("x.jsonl", GOOD + b'{"a": "\xe4\xbd', ":2: the file must be UTF-8"),
-    "lines-gzip": ("x.jsonl", b"\x1f\x8b\x08\x00", ":1: the file must be UTF-8"),
-    "lines-empty": ("x.jsonl", b"", " must hold at least one record"),
-    "lines-blank": ("x.jsonl", b"\n \n\t\n", " must hold at least one record"),
-    "lines-mark-only": ("x.jsonl", b"\xef\xbb\xbf", " must hold at least one record"),
-    "json-truncated": ("x.json", b'[{"a": 1},\n{"a": ', ":2: the file must be a JSON list"),
-    "json-truncated-text": ("x.json", b'[{"a": 1},\n{"a": "b', ":2: the file must be a JSON"),
-    "json-unclosed": ("x.json", b'[{"a": 1}', ":1: the file must be a JSON list"),
-    "json-trailing-comma": ("x.json", b'[{"a": 1},]', ":1: the file must be a JSON list"),
-    "json-object": ("x.json", b'{"data": [1]}', ":1: .*got one object with the keys data"),
-    "json-string": ("x.json", b'"a"', ":1: .*got one string"),
-    "json-number": ("x.json", b"1", ":1: .*got one number"),
-    "json-null": ("x.json", b"null", ":1: .*got one null"),
-    "json-text": ("x.json", b"hello", ":1: the file must be a JSON list"),
-    "json-list-of-lists": ("x.json", b'[{"a": 1}, [1]]', r"\[1\]: each element must be"),
-    "json-list-of-text": ("x.json", b'["a"]', r"\[0\]: each element must be"),
-    "json-null-element": ("x.json", b'[{"a": 1}, null]', r"\[1\]: each element must be"),
-    "json-half-surrogate": ("x.json", b'[{}, {"a": "\\uD800"}]', r"\[1\]: text must be valid"),
-    "json-second-line-bad": ("x.json", GOOD + b'{"a": ', ":2: each line"),
-    "json-list-twice": ("x.json", b"[1]\n[2]", ":1: each line must be a JSON object: got list"),
-    "json-latin-1": ("x.json", b'[\n{"a": "\xe9"}]', ":2: the file must be UTF-8"),
-    "json-deep": ("x.json", b"[" * 200_000, ":1: the file must be a JSON list"),
-    "json-huge-integer": ("x.json", b"[" + b"9" * 5000 + b"]", ":1: the file must be a JSON"),
-    "json-empty": ("x.json", b"", " must hold at least one record"),
-    "json-blank": ("x.json", b" \n", " must hold at least one record"),
-    "json-empty-list": ("x.json", b"[]", " must hold at least one record"),
-    "csv-short-row": ("x.csv", b"a,b\n1,2\n3\n", ":3: each row must have 2 values.*got 1"),
-    "csv-long-row": ("x.csv", b"a,b\n1,2,3\n", ":2: each row must have 2 values.*got 3"),
-    "csv-ragged-after-break": ("x.csv", b'a,b\n"1\n1",2\n3\n', ":4: each row must have 2"),
-    "csv-unclosed-quote": ("x.csv", b'a,b\n1,2\n"3,4\n', ":3: each row must be comma"),
-    "csv-text-after-quote": ("x.csv", b'a\n"b"c\n', ":2: each row must be comma"),
-    "csv-twice-a-column": ("x.csv", b"a,a\n1,2\n", ":1: the first row must name"),
-    "csv-nameless-column": ("x.csv", b"a,\n1,2\n", ":1: the first row must name"),
-    "csv-latin-1": ("x.csv", b"a\nb\n\xe9\n", ":3: the file must be UTF-8"),
-    "csv-header-only": ("x.csv", b"a,b\n", " must hold at least one record"),
-    "csv-empty": ("x.csv", b"", " must hold at least one record"),
-    "text-empty": ("x.txt", b"", " must hold at least one record"),
-    "text-blank": ("x.txt", b" \n", " must hold at least one record"),
-    "text-latin-1": ("x.txt", b"a\nb\xe9", ":2: the file must be UTF-8"),
-    "text-binary": ("x.md", bytes(range(256)), ":2: the file must be UTF-8"),
-    "parquet": ("x.parquet", b"PAR1", r"must end in \.jsonl, .*got .*x\.parquet"),
-    "no-extension": ("x", GOOD, r"must end in \.jsonl"),
-    "compressed": ("x.jsonl.gz", b"", r"must end in \.jsonl"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "match"), MALFORMED.values(), ids=MALFORMED)
-def test_malformed_files_are_value_errors_with_their_place(
-    tmp_path: Path, name: str, content: bytes, match: str
+@pytest.mark.parametrize(
+    ("names", "use", "chosen"),
+    [
+        (["quotes.jsonl", "README.md", ".gitattributes"], "train", ["quotes.jsonl"]),
+        (["b.json", "a.json"], "train", ["a.json", "b.json"]),
+        (["b.json", "a.json"], "eval", ["a.json", "b.json"]),
+        ([*SHARDS[::-1], "data/test-0.parquet"], "train", SHARDS),
+        ([*SHARDS, "data/test-0.parquet"], "eval", ["data/test-0.parquet"]),
+        (["train.csv", "test.csv", "valid.csv"], "eval", ["valid.csv"]),
+        (["train.jsonl.gz", "LICENSE.txt", "notes.txt"], "train", ["train.jsonl.gz"]),
+        (["a.txt", "b.txt", "LICENSE.txt"], "train", ["a.txt", "b.txt"]),
+        (["train.json", "dataset_infos.json", ".cache/train.json"], "train", ["train.json"]),
+        (
+            ["train/1.json", "train/0.json", "test/0.json"],
+            "train",
+            ["train/0.json", "train/1.json"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_files_of_a_split_are_chosen_in_order(
+    names: list[str], use: Use, chosen: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        read(tmp_path, name, content)
-    assert str(tmp_path / name) in str(caught.value)
+    assert choose_files(names, "owner/name", "--data", use) == chosen
 
 
-def complaint(path: Path) -> str:
-    try:
-        list(read_records(path))
-    except ValueError as error:
-        return str(error)
-    return str(path)
+@pytest.mark.parametrize(
+    ("names", "use", "match"),
+    [
+        (["a.bin"], "train", "must have files that can be read: owner/name has a.bin; convert"),
+        ([], "train", "owner/name has none"),
+        (["train.csv"], "eval", "split validation or test: .*train.csv; .*--eval-fraction"),
+        (["test.csv"], "train", "split train: owner/name has test.csv; give the path"),
+        (["a.csv", "test.csv"], "train", "split train: owner/name has a.csv, test.csv"),
+        (["a.csv", "a.json"], "train", r"one format, .*has \.csv, \.json; download"),
+        (["main/train.json", "socratic/train.json"], "train", "one folder, .*main, socratic"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_what_leaves_a_choice_is_refused(names: list[str], use: Use, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        choose_files(names, "owner/name", "--data", use)
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.csv", "x.txt"])
-def test_a_file_cut_anywhere_is_read_or_refused_with_its_place(tmp_path: Path, name: str) -> None:
-    content = json.dumps([{"a": "caf\u00e9", "b": [1, {"c": None}]}], ensure_ascii=False).encode()
-    path = tmp_path / name
-    for end in range(len(content)):
-        path.write_bytes(content[:end])
-        assert str(path) in complaint(path)
-
-
-def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(GOOD)
-    (tmp_path / "notes.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"trian\.jsonl; did you mean train\.jsonl\?"):
-        list(read_records(tmp_path / "trian.jsonl"))
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        list(read_records(tmp_path / "nowhere" / "x.jsonl"))
-    (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="has no data files"):
-        list(read_records(tmp_path / "x.jsonl"))
-
-
-def test_a_folder_is_refused_with_its_files(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_bytes(GOOD)
-    with pytest.raises(ValueError, match=r"must be one file: got the folder .*: train\.jsonl"):
-        list(read_records(tmp_path))
+def test_a_folder_means_its_files(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-0.jsonl", "test.jsonl", "README.md"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert find_data(str(tmp_path), "--data") == [tmp_path / f"train-{i}.jsonl" for i in range(2)]
+    assert find_data(str(tmp_path), "--eval-data", "eval") == [tmp_path / "test.jsonl"]

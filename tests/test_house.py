@@ -30,6 +30,8 @@ THEIRS = {
     "safetensors": {"llama", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
+    "numpy": {"data"},
+    "pyarrow": {"data/records.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},

@@ -7,8 +7,6 @@ import pytest
 from conftest import ROOT
 from hub_server import TOKEN, Repository, files_of, serving
 
-from data.sources import find_data
-
 BUNDLED = ROOT / "bundled"
 FEW = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --max-steps 2 --lora-r 4"
 
@@ -66,19 +64,44 @@ def test_nothing_is_fetched_for_a_push_that_cannot_be(tmp_path: Path) -> None:
         assert not output.exists()
 
 
-@pytest.mark.parametrize("place", ["data.jsonl", "no/such.csv", "no-such-data", "a/b/c"])
-def test_a_path_is_no_hub_id(place: str) -> None:
-    assert find_data(place, "--data") == Path(place)
+QUOTES = "".join(
+    json.dumps({"quote": f"Say {i} before {i + 1}.", "author": "Ember", "tags": ["numbers"]}) + "\n"
+    for i in range(30)
+)
 
 
-def test_a_data_set_of_many_files_is_refused(tmp_path: Path) -> None:
-    code = "import sys; from data.sources import find_data; find_data(sys.argv[1], '--data')"
-    with serving(
-        datasets__owner__many=Repository({"a.json": b"", "b.json": b"", "README.md": b""}),
-        datasets__owner__parquet=Repository({"train.parquet": b""}),
-    ) as hub:
-        done = hub.run(["-c", code, "owner/many"], tmp_path)
-        assert "owner/many has 2 (a.json, b.json); download the file that you want" in done.stderr
-        done = hub.run(["-c", code, "owner/parquet"], tmp_path)
-        assert "owner/parquet has 0 (others: train.parquet)" in done.stderr
-        assert not hub.downloads()
+def test_the_recipe_of_quotes_trains_from_a_hub_id_and_a_field(tmp_path: Path) -> None:
+    quotes = {"quotes.jsonl": QUOTES.encode(), "README.md": b"# quotes", ".gitattributes": b""}
+    output = tmp_path / "out"
+    with serving(datasets__Abirate__english_quotes=Repository(quotes)) as hub:
+        flags = f"--data Abirate/english_quotes --text-field quote --model {BUNDLED / 'model'}"
+        flags += f" --eval-fraction 0.3 --output {output} {FEW}"
+        done = hub.run(["train.py", *flags.split()], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert hub.downloads() == ["quotes.jsonl"]
+    assert "[[Say 0 before 1." in done.stdout
+    facts = json.loads((output / "data.json").read_bytes())
+    assert facts["train"]["samples"] + facts["eval"]["samples"] == 30
+    assert facts["train"]["format"] == "text"
+
+
+def test_a_data_set_of_parquet_files_is_read_split_by_split(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = {"README.md": b"# a card"}
+    for name, texts in {
+        "train-00000-of-00002": ["one", "two"],
+        "train-00001-of-00002": ["three"],
+        "test-00000-of-00001": ["four"],
+    }.items():
+        buffer = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.table({"text": texts}), buffer)
+        files[f"data/{name}.parquet"] = buffer.getvalue().to_pybytes()
+    with serving(datasets__owner__name=Repository(files)) as hub:
+        flags = "--data owner/name --eval-data owner/name --inspect 9 --device cpu"
+        done = hub.run(["train.py", "--model", str(BUNDLED / "model"), *flags.split()], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sorted(hub.downloads()) == sorted(set(files) - {"README.md"})
+    shown = [line.partition("[[")[2] for line in done.stdout.splitlines() if "[[" in line]
+    texts = [text.partition("<")[0] for text in shown if not text.startswith("what is learned")]
+    assert texts == ["one", "two", "three", "four"]

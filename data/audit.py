@@ -1,0 +1,254 @@
+"""What a data set is, said before it is learned from, and what of it would teach the wrong thing.
+
+Nothing in a run fails where every label is masked, where no answer ends in EOS or most of them are
+cut before they end: the loss falls, and the model is useless. The audit counts these, shows a
+sample with what is learned of it made visible, and refuses what cannot be meant. Two more of the
+kind are refused where a sample is made: two BOS (data/tokenization.py), no target at all
+(data/dataset.py).
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.dataset import Dataset, count
+from data.samples import NO_LOSS, Sample
+from data.tokenizer import Tokenizer
+
+AUDIT_FILE = "data.json"
+MAX_SHARE_TRUNCATED = 0.5
+
+_BAR_WIDTH = 30
+# around what is learned; on a terminal that is green, and the rest dim
+_MARKS = ("[[", "]]")
+_COLOURS = ("\x1b[32m", "\x1b[0m")
+_DIM = "\x1b[2m"
+# characters of a run of tokens that are shown at its start and at its end, where it is shortened
+_SHOWN = 240
+
+
+def audit(dataset: Dataset) -> dict[str, Any]:
+    """Count what data.json says of a data set.
+
+    Keys are those of Dataset and Counts; "lengths" has the number of samples of at most so many
+    tokens, and of more than the key before.
+    """
+    rows, counts = dataset.samples.rows, dataset.counts
+    return {
+        "format": dataset.format,
+        "templates": list(dataset.templates),
+        "sha256": dataset.sha256,
+        "records": counts.num_records,
+        "samples": len(rows),
+        "tokens": dataset.num_tokens,
+        "target_tokens": dataset.num_target_tokens,
+        "closed": int(np.count_nonzero(rows["is_closed"])),
+        "truncated": int(np.count_nonzero(rows["is_truncated"])),
+        "dropped": {
+            "no target": counts.num_without_target,
+            "cut before the first target": counts.num_cut_before_target,
+            "bad": counts.num_bad,
+        },
+        "max_length": dataset.max_length,
+        "longest": int(rows["length"].max()),
+        "median": int(np.median(rows["length"])),
+        "shortest": int(rows["length"].min()),
+        "lengths": length_histogram(rows["length"]),
+    }
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, int]:
+    """Count the lengths up to each power of two, from the first that has any to the last."""
+    exponents = np.ceil(np.log2(lengths)).astype(int)
+    counts = np.bincount(exponents)
+    return {str(2**e): int(counts[e]) for e in range(exponents.min(), len(counts))}
+
+
+def describe(dataset: Dataset) -> str:
+    """The audit in lines: what it is, what was lost, how long it is."""
+    facts, counts = audit(dataset), dataset.counts
+    how = "detected" if dataset.is_detected else "as given"
+    source = f"{dataset.format} ({how})"
+    if dataset.templates:
+        source += f", written by {' and '.join(dataset.templates)}"
+    if dataset.is_cached:
+        source += ", tokenized before"
+    share = facts["target_tokens"] / facts["tokens"]
+    lines = [
+        source,
+        f"{count(facts['samples'], 'sample')}, {count(facts['tokens'], 'token')}, "
+        f"{facts['target_tokens']:,} of them learned ({share:.0%}); "
+        f"{facts['closed']:,} {'ends' if facts['closed'] == 1 else 'end'} in EOS or a token that "
+        "closes a turn",
+    ]
+    lost = []
+    if facts["truncated"]:
+        lost.append(
+            f"{count(facts['truncated'], 'sample')} cut to {dataset.max_length:,} tokens "
+            "(--max-length)"
+        )
+    if counts.num_cut_before_target:
+        lost.append(
+            f"{count(counts.num_cut_before_target, 'record')} dropped: what is to be learned is "
+            f"beyond {dataset.max_length:,} tokens (--max-length)"
+        )
+    if counts.num_without_target:
+        lost.append(
+            f"{count(counts.num_without_target, 'record')} dropped: nothing to learn in "
+            f"{'it' if counts.num_without_target == 1 else 'them'}"
+        )
+    if counts.num_bad:
+        lost.append(f"{count(counts.num_bad, 'bad record')} skipped (--skip-bad-lines):")
+        lost += [f"  {error}" for error in counts.bad]
+    return "\n".join([*lines, *lost, *_bars(facts)])
+
+
+def _bars(facts: dict[str, Any]) -> Iterator[str]:
+    lengths: dict[str, int] = facts["lengths"]
+    yield (
+        f"lengths {facts['shortest']:,} to {facts['longest']:,}, half of them up to "
+        f"{facts['median']:,}"
+    )
+    if len(lengths) == 1:
+        return
+    highest = max(lengths.values())
+    for upper, number in lengths.items():
+        # what there is shows, however little
+        bar = "#" * max(round(_BAR_WIDTH * number / highest), number > 0)
+        yield f"  {f'<= {int(upper):,}':>10} {bar:<{_BAR_WIDTH}} {number:,}"
+
+
+def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
+    """Refuse a data set that would teach the wrong thing without a word.
+
+    Args:
+        what: such as "--data", for messages.
+        allow_truncation: let more than half of the records be cut.
+
+    Raises:
+        ValueError: most are cut, or none ends where the model is to stop.
+    """
+    rows, counts = dataset.samples.rows, dataset.counts
+    share = counts.num_truncated / max(counts.num_records, 1)
+    if share > MAX_SHARE_TRUNCATED and not allow_truncation:
+        raise ValueError(
+            f"{what} must fit --max-length, or the model learns answers without their ends: "
+            f"{counts.num_truncated:,} of {count(counts.num_records, 'record')} ({share:.0%}) are "
+            f"cut to {dataset.max_length:,} tokens; raise it, or give --allow-truncation"
+        )
+    # the labels of token ids are their maker's; all other samples end so, unless they are cut
+    is_whole = ~rows["is_truncated"]
+    if dataset.format != "tokenized" and is_whole.any() and not rows["is_closed"].any():
+        raise ValueError(
+            f"{what} must have samples whose last target is EOS or a token that closes a turn, or "
+            f"the model never learns to stop: got none among {count(len(rows), 'sample')}; look at "
+            "them with --inspect, and at eos_token in the checkpoint's tokenizer_config.json"
+        )
+
+
+def num_shared(dataset: Dataset, other: Dataset) -> int:
+    """Count the samples of `other` whose tokens some sample of `dataset` has as well."""
+    ours, theirs = (each.samples.rows["content_hash"] for each in (dataset, other))
+    return int(np.count_nonzero(np.isin(theirs, ours)))
+
+
+def to_json(audits: dict[str, dict[str, Any]]) -> str:
+    return json.dumps(audits, indent=2) + "\n"
+
+
+def check_same(path: Path, audits: dict[str, dict[str, Any]]) -> None:
+    """Refuse to go on with other samples than those that a data.json tells of.
+
+    Raises:
+        ValueError: they are others, or the file is not what it must be.
+    """
+    try:
+        earlier = {name: facts["sha256"] for name, facts in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--resume must find what the run learned from in {path}: got {error!r}; start a new "
+            "run in another --output"
+        ) from error
+    changed = [name for name, facts in audits.items() if earlier.get(name) != facts["sha256"]]
+    if changed:
+        raise ValueError(
+            f"--resume must be given the same samples: those of {' and '.join(changed)} are not "
+            f"the ones of {path}, so the data files, the tokenizer or a template have changed; "
+            "bring them back, or start a new run in another --output"
+        )
+
+
+def show(
+    sample: Sample, tokenizer: Tokenizer, *, in_colour: bool, is_shortened: bool = False
+) -> str:
+    """Write a sample as text, with what is learned of it made visible.
+
+    Args:
+        in_colour: green for what is learned, dim for the rest; else [[ and ]] around it.
+        is_shortened: leave out the middle of long parts.
+    """
+    parts = []
+    for is_learned, text in masked_text(sample, tokenizer):
+        text = _printable(text)
+        if is_shortened and len(text) > 3 * _SHOWN:
+            left_out = f" ...{len(text) - 2 * _SHOWN:,} characters... "
+            text = text[:_SHOWN] + left_out + text[-_SHOWN:]
+        if in_colour:
+            start, end = _COLOURS if is_learned else (_DIM, _COLOURS[1])
+        else:
+            start, end = _MARKS if is_learned else ("", "")
+        parts.append(start + text + end)
+    return "".join(parts)
+
+
+def say(text: str) -> None:
+    """Print what may hold text of the data, whatever the terminal can write."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def say_sample(dataset: Dataset, index: int, tokenizer: Tokenizer, *, is_shortened: bool) -> None:
+    """Print a sample under a line that says which it is."""
+    in_colour = sys.stdout.isatty()
+    legend = "what is learned is green" if in_colour else "[[what is learned]]"
+    text = show(dataset.samples[index], tokenizer, in_colour=in_colour, is_shortened=is_shortened)
+    say(f"sample {index + 1:,} of {len(dataset.samples):,}, {legend}:\n{text}\n")
+
+
+def masked_text(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
+    """The text of each run of tokens that are learned, or not.
+
+    The texts add up to that of all tokens. A character whose tokens are partly learned goes to the
+    run that it ends in.
+    """
+    labels = sample.labels
+    # nothing comes before the first token to predict it from
+    learned = [i > 0 and label != NO_LOSS for i, label in enumerate(labels)]
+    shown, end = "", 0
+    for is_learned, run in groupby(learned):
+        end += len(list(run))
+        text = tokenizer.decode(sample.input_ids[:end], skip_special_tokens=False)
+        if end < len(learned):
+            # the bytes of a character that the next run completes
+            text = text.rstrip("\ufffd")
+        if not text.startswith(shown):
+            shown = _common(shown, text)
+        yield is_learned, text[len(shown) :]
+        shown = text
+
+
+def _common(a: str, b: str) -> str:
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return a[:length] if length is not None else min(a, b, key=len)
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )

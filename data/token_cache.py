@@ -1,0 +1,238 @@
+"""Tokenized samples on disk, made once for the same files, tokenizer and settings.
+
+    ~/.cache/quatrain/tokens/KEY/     or under XDG_CACHE_HOME
+        input_ids.bin  labels.bin     int32, little-endian: all samples end to end
+        rows.bin                      a row for each sample: its length, what is learned, a hash
+        index.json                    format, counts, the SHA-256 of the files above
+
+KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
+its templates, the settings, and the source code of this room, so that no version number can be
+forgotten. Samples are read through a memory map; in memory are their rows, 18 bytes each. A folder
+appears when it is whole. One that does not agree with its index is made again. While one process
+makes it the others wait, so that of the ranks of a run only one does the work.
+
+Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
+folder is the whole of the housekeeping; nothing else remembers it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from data.records import data_suffix
+from data.samples import Sample
+from data.tokenization import ROW, TOKEN, Counts, Piece, Recipe, tokenize_files
+from data.tokenizer import Tokenizer
+
+_INDEX_FILE = "index.json"
+_IDS_FILE, _LABELS_FILE, _ROWS_FILE = "input_ids.bin", "labels.bin", "rows.bin"
+_FILES = (_IDS_FILE, _LABELS_FILE, _ROWS_FILE)
+_READ_BYTES = 1 << 20
+
+
+class Samples(Sequence[Sample]):
+    """Samples, each made from the arrays when it is asked for.
+
+    Attributes:
+        rows: (num_samples,) ROW.
+    """
+
+    def __init__(
+        self,
+        input_ids: np.ndarray,  # (num_tokens,) int32, of all samples
+        labels: np.ndarray,  # (num_tokens,) int32
+        rows: np.ndarray,  # (num_samples,) ROW
+        starts: np.ndarray | None = None,  # (num_samples,) int64, by default end to end
+    ) -> None:
+        self._input_ids, self._labels, self.rows = input_ids, labels, rows
+        lengths = rows["length"].astype(np.int64)
+        self._starts = np.cumsum(lengths) - lengths if starts is None else starts
+
+    @property
+    def lengths(self) -> np.ndarray:  # (num_samples,) int32
+        return self.rows["length"]
+
+    def select(self, is_chosen: np.ndarray) -> "Samples":  # (num_samples,) bool
+        """The samples that are chosen, in their order."""
+        return Samples(self._input_ids, self._labels, self.rows[is_chosen], self._starts[is_chosen])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self._starts[index])
+        end = start + int(self.rows["length"][index])
+        return Sample(self._input_ids[start:end].tolist(), self._labels[start:end].tolist())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a folder of the cache holds.
+
+    Attributes:
+        sha256: of the samples, wherever and whenever they were made.
+        is_cached: they were there already.
+    """
+
+    samples: Samples
+    format: str
+    counts: Counts
+    sha256: str
+    is_cached: bool
+
+
+def cache_folder() -> Path:
+    """The folder of tokenized data, by the XDG Base Directory Specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "quatrain" / "tokens"
+
+
+def cached_tokens(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    num_processes: int,
+    report: Callable[[int], None],
+) -> Tokens:
+    """Open the tokens of data files, making them first if they are not there or not whole.
+
+    Args:
+        num_processes: as tokenize_files.
+        report: is given the number of records done so far.
+
+    Raises:
+        FileNotFoundError, ValueError: as tokenize_files.
+        OSError: the cache cannot be written.
+    """
+    key = _key(files, tokenizer, recipe)
+    cache = cache_folder()
+    folder = cache / key
+    with _exclusive(cache / f"{key}.lock"):
+        found = _open(folder, is_cached=True)
+        if found is not None:
+            return found
+        # what a killed process left, or what does not agree with its index
+        partial = folder.with_name(f"{key}.partial")
+        for leftover in (partial, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        name, pieces = tokenize_files(files, tokenizer, recipe, num_processes)
+        try:
+            _write(partial, name, pieces, report)
+            with _writing_to(cache):
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        made = _open(folder, is_cached=False)
+        if made is None:
+            raise OSError(f"the tokenized data must be in {folder}: what was written is not there")
+        return made
+
+
+def _key(files: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe) -> str:
+    settings = {k: v for k, v in asdict(recipe).items() if k != "now"}
+    parts: list[Any] = [settings, tokenizer.fingerprint(recipe.now), np.version.version]
+    for path in (*files, *sorted(Path(__file__).parent.glob("*.py"))):
+        if path.is_file():
+            with path.open("rb") as file:
+                parts.append([data_suffix(path.name), path.suffix.lower(), _sha256(file)])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _sha256(file: BinaryIO) -> str:
+    # not through a map, whose pages would count as this process's memory
+    digest = hashlib.sha256()
+    while content := file.read(_READ_BYTES):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"tokenized data must be written to {cache}: got {error}; make room, or name another "
+            "folder with the variable XDG_CACHE_HOME"
+        ) from error
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock, which ends with the process at the latest."""
+    with _writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: Path, name: str, pieces: Iterator[Piece], report: Callable[[int], None]) -> None:
+    counts, cache = Counts(), folder.parent
+    with contextlib.ExitStack() as stack:
+        with _writing_to(cache):
+            folder.mkdir()
+            files = [stack.enter_context((folder / f).open("w+b")) for f in _FILES]
+        for piece in pieces:
+            arrays = (piece.input_ids, piece.labels, piece.rows)
+            with _writing_to(cache):
+                for file, array in zip(files, arrays, strict=True):
+                    file.write(array.tobytes())
+            counts.add(piece.counts)
+            report(counts.num_records)
+        hashes = {}
+        with _writing_to(cache):
+            for file, file_name in zip(files, _FILES, strict=True):
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                hashes[file_name] = _sha256(file)
+    index = {"format": name, "counts": asdict(counts), "sha256": hashes}
+    with _writing_to(cache):
+        (folder / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _open(folder: Path, is_cached: bool) -> Tokens | None:
+    """Open a folder of the cache, None if it is not there or not what its index says."""
+    try:
+        index = json.loads((folder / _INDEX_FILE).read_bytes())
+        hashes = {}
+        for name in _FILES:
+            with (folder / name).open("rb") as file:
+                hashes[name] = _sha256(file)
+        if hashes != index["sha256"]:
+            return None
+        counts = Counts(**index["counts"])
+        data_format = str(index["format"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    rows = np.fromfile(folder / _ROWS_FILE, ROW)
+    digest = hashlib.sha256("".join(hashes[name] for name in _FILES).encode()).hexdigest()
+    return Tokens(
+        Samples(_map(folder / _IDS_FILE), _map(folder / _LABELS_FILE), rows),
+        data_format,
+        counts,
+        digest,
+        is_cached,
+    )
+
+
+def _map(path: Path) -> np.ndarray:
+    # an empty file cannot be mapped
+    return np.memmap(path, TOKEN, "r") if path.stat().st_size else np.zeros(0, TOKEN)

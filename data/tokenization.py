@@ -1,0 +1,394 @@
+"""Records to arrays of token ids, on as many processes as wanted: the arrays do not depend on it.
+
+One process reads the file, the others tokenize chunks of records; what comes back is taken in the
+records' order, so that the first fault of the file is the one that is reported. At no time are more
+than a few chunks in memory. Where datasets.map sends examples to processes that write files of
+their own, there is one stream here and one writer (data/token_cache.py).
+"""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+
+from data.formats import (
+    FORMATS,
+    Conversation,
+    Example,
+    Text,
+    TokenIds,
+    detect_format,
+    to_example,
+)
+from data.records import Record, Refuse, raise_it, read_records
+from data.samples import NO_LOSS, Sample, cut_document, to_sample
+from data.tokenizer import Tokenizer
+
+TRAIN_ON = ("completions", "all")
+TOKEN = np.dtype("<i4")
+# what is known of a sample without its tokens; packed, so that it is the same in a file
+ROW = np.dtype(
+    [
+        ("length", "<i4"),
+        ("num_targets", "<i4"),
+        ("content_hash", "<u8"),
+        ("is_truncated", "?"),
+        ("is_closed", "?"),
+    ]
+)
+_CHUNK_RECORDS = 64
+# a process takes about a tenth of a second to be there
+_BYTES_WORTH_A_PROCESS = 1 << 19
+# how many faults are quoted
+_NUM_QUOTED = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a record becomes, besides the tokenizer.
+
+    Attributes:
+        data_format: one of FORMATS, or "auto" to recognize it in the first record.
+        max_length: longest sample, in tokens; a longer one is cut at its end, a text file into
+            pieces.
+        train_on: "completions", or "all" for every token but BOS.
+        vocab_size: rows of the model's embedding.
+        now: the time that templates which write the date see. A resumed run gives the time of its
+            first start and gets the same samples.
+        skip_bad_lines: leave out a record that is not what it must be, and count it.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    data_format: str
+    text_field: str
+    max_length: int
+    train_on: str
+    vocab_size: int
+    now: datetime
+    skip_bad_lines: bool
+
+    def __post_init__(self) -> None:
+        if self.data_format not in ("auto", *FORMATS):
+            raise ValueError(
+                f"--data-format must be auto or one of {', '.join(FORMATS)}: got "
+                f"{self.data_format!r}"
+            )
+        if self.train_on not in TRAIN_ON:
+            raise ValueError(f"--train-on must be {' or '.join(TRAIN_ON)}: got {self.train_on!r}")
+        # the first token of a sample is never predicted
+        if self.max_length < 2:
+            raise ValueError(f"--max-length must be at least 2 tokens: got {self.max_length}")
+
+
+@dataclass
+class Counts:
+    """What became of the records.
+
+    Attributes:
+        num_records: all that the files have.
+        num_bad: left out by --skip-bad-lines; `bad` quotes the first of them.
+        num_without_target: left out because nothing in them is to be learned.
+        num_cut_before_target: left out because it is beyond their first max_length tokens.
+        num_truncated: cut to max_length, those left out by that included.
+        num_rendered, num_rendered_with_tools: written by the chat template, and those with tools.
+    """
+
+    num_records: int = 0
+    num_bad: int = 0
+    num_without_target: int = 0
+    num_cut_before_target: int = 0
+    num_truncated: int = 0
+    num_rendered: int = 0
+    num_rendered_with_tools: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    @property
+    def num_dropped(self) -> int:
+        return self.num_without_target + self.num_cut_before_target
+
+    def add(self, other: "Counts") -> None:
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        del self.bad[_NUM_QUOTED:]
+
+    def refuse(self, error: ValueError) -> None:
+        """Count a record that is left out."""
+        self.num_records += 1
+        self.num_bad += 1
+        self.bad = [*self.bad, str(error)][:_NUM_QUOTED]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples end to end, a row for each, and what was counted on the way."""
+
+    input_ids: np.ndarray  # (num_tokens,) int32
+    labels: np.ndarray  # (num_tokens,) int32, -100 where there is no loss
+    rows: np.ndarray  # (num_samples,) ROW
+    counts: Counts
+
+
+def tokenize_files(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    num_processes: int,
+) -> tuple[str, Iterator[Piece]]:
+    """Tokenize the records of files, one after the other.
+
+    Args:
+        num_processes: 0 for as many as the files are worth and the machine has.
+
+    Returns:
+        The format, and the pieces in order, made as they are asked for; a last one, without
+        samples, counts what could not be read.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a record is not what it must be (with its location), or the tokenizer has not
+            what the data needs; also while the pieces are taken.
+    """
+    unread = Counts()
+    refuse: Refuse = unread.refuse if recipe.skip_bad_lines else raise_it
+    records = chain.from_iterable(read_records(path, refuse) for path in files)
+    first = next(records, None)
+    if first is None:
+        raise ValueError(
+            f"{files[0]} must hold a record that can be read: got {unread.num_bad:,} that cannot, "
+            f"the first of them {unread.bad[0]}"
+        )
+    name = _detect(first, recipe.text_field) if recipe.data_format == "auto" else recipe.data_format
+
+    def tokenize(chunk: list[Record]) -> Piece:
+        return tokenize_records(chunk, name, tokenizer, recipe)
+
+    chunks = _chunks(chain([first], records))
+    pieces = _in_turn(tokenize, chunks, num_processes or _worthwhile_processes(files))
+    return name, chain(pieces, (_piece([], [], counts) for counts in (unread,)))
+
+
+def tokenize_records(
+    records: Iterable[Record], data_format: str, tokenizer: Tokenizer, recipe: Recipe
+) -> Piece:
+    """Tokenize records, label what is learned, cut what is too long, and drop what has no target.
+
+    Raises:
+        ValueError: as tokenize_files.
+    """
+    counts = Counts()
+    refuse: Refuse = counts.refuse if recipe.skip_bad_lines else raise_it
+    samples: list[Sample] = []
+    truncated: list[bool] = []
+    for record in records:
+        try:
+            example = to_example(
+                record,
+                data_format,
+                text_field=recipe.text_field,
+                has_chat_template=tokenizer.has_chat_template,
+            )
+        except ValueError as error:
+            refuse(error)
+            continue
+        _check_tokenizer(example, tokenizer, recipe.train_on)
+        try:
+            sample = _to_sample(example, record.location, tokenizer, recipe)
+        except ValueError as error:
+            refuse(error)
+            continue
+        counts.num_records += 1
+        if isinstance(example, Conversation):
+            counts.num_rendered += 1
+            counts.num_rendered_with_tools += example.tools is not None
+        if not sample.num_target_tokens:
+            counts.num_without_target += 1
+        elif isinstance(example, Text) and example.is_document:
+            parts = cut_document(sample, recipe.max_length)
+            samples += parts
+            truncated += [False] * len(parts)
+        else:
+            is_truncated = len(sample.input_ids) > recipe.max_length
+            counts.num_truncated += is_truncated
+            if is_truncated:
+                end = recipe.max_length
+                sample = Sample(sample.input_ids[:end], sample.labels[:end])
+            if sample.num_target_tokens:
+                samples.append(sample)
+                truncated.append(is_truncated)
+            else:
+                counts.num_cut_before_target += 1
+    rows = [
+        _row(sample, is_truncated, tokenizer)
+        for sample, is_truncated in zip(samples, truncated, strict=True)
+    ]
+    return _piece(samples, rows, counts)
+
+
+def _to_sample(example: Example, location: str, tokenizer: Tokenizer, recipe: Recipe) -> Sample:
+    try:
+        sample = to_sample(example, tokenizer, train_on=recipe.train_on, now=recipe.now)
+    except ValueError as error:
+        raise ValueError(f"{location}: {error}") from error
+    if isinstance(example, TokenIds):
+        _check_ids(sample, recipe.vocab_size, location)
+    bos = tokenizer.bos_token_id
+    if bos is not None and sample.input_ids[:2] == [bos, bos]:
+        raise ValueError(
+            f"{location}: a sample must begin with one BOS at most: got two (id {bos}); tokenize "
+            "what a chat template wrote without adding special tokens"
+        )
+    return sample
+
+
+def _detect(record: Record, text_field: str) -> str:
+    if record.is_document:
+        return "text"
+    try:
+        return detect_format(record.fields, text_field)
+    except ValueError as error:
+        raise ValueError(f"{record.location}: {error}") from error
+
+
+def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> None:
+    """Refuse what is wrong with every record alike."""
+    if isinstance(example, TokenIds):
+        if train_on == "all":
+            raise ValueError(
+                "--train-on must be completions for tokenized data: got all; "
+                "its labels already say what is learned"
+            )
+        return
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
+            "name it in tokenizer_config.json"
+        )
+
+
+def _check_ids(sample: Sample, vocab_size: int, location: str) -> None:
+    for name, values in (("input_ids", sample.input_ids), ("labels", sample.labels)):
+        for index, value in enumerate(values):
+            if not (0 <= value < vocab_size or (name == "labels" and value == NO_LOSS)):
+                raise ValueError(
+                    f"{location}: {name}[{index}] must be in [0, {vocab_size:,})"
+                    f"{' or -100' if name == 'labels' else ''}: got {value:,}; "
+                    "tokenize with the model's own tokenizer"
+                )
+
+
+def _piece(samples: Sequence[Sample], rows: Sequence[tuple], counts: Counts) -> Piece:
+    return Piece(
+        np.array([i for sample in samples for i in sample.input_ids], TOKEN),
+        np.array([i for sample in samples for i in sample.labels], TOKEN),
+        np.array(rows, ROW),
+        counts,
+    )
+
+
+def _row(sample: Sample, is_truncated: bool, tokenizer: Tokenizer) -> tuple:
+    # not of the labels: the same text with another mask must not be on both sides of a split
+    content = np.array(sample.input_ids, TOKEN).tobytes()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return (
+        len(sample.input_ids),
+        sample.num_target_tokens,
+        int.from_bytes(digest, "little"),
+        is_truncated,
+        is_closed(sample, tokenizer),
+    )
+
+
+def is_closed(sample: Sample, tokenizer: Tokenizer) -> bool:
+    """Whether the last thing learned, whitespace apart, is EOS or a token that ends a turn."""
+    for label in reversed(sample.labels[1:]):
+        if label in tokenizer.closing_ids:
+            return True
+        if label != NO_LOSS and not tokenizer.is_blank(label):
+            return False
+    return False
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Group records; what was read before a fault is handed on before the fault."""
+    chunk: list[Record] = []
+    try:
+        for record in records:
+            chunk.append(record)
+            if len(chunk) == _CHUNK_RECORDS:
+                yield chunk
+                chunk = []
+    except ValueError:
+        yield chunk
+        raise
+    yield chunk
+
+
+def _worthwhile_processes(files: Sequence[Path]) -> int:
+    size = sum(path.stat().st_size for path in files)
+    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_WORTH_A_PROCESS))
+
+
+def _in_turn(
+    tokenize: Callable[[list[Record]], Piece], chunks: Iterator[list[Record]], num_processes: int
+) -> Iterator[Piece]:
+    """Tokenize chunks, this process alone or others for it, and yield the results in order."""
+    if num_processes == 1:
+        yield from map(tokenize, chunks)
+        return
+    # a forked process has the tokenizer already, and imports nothing
+    pool = ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(tokenize,),
+    )
+    pending: deque[Future[Piece]] = deque()
+    try:
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_work, chunk))
+                if len(pending) > 2 * num_processes:
+                    yield pending.popleft().result()
+        except ValueError:
+            # a fault of the file, unless there is one in what was read before
+            for future in islice(pending, len(pending)):
+                yield future.result()
+            raise
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# the work of a forked process
+_tokenize: Callable[[list[Record]], Piece]
+
+
+def _start_worker(tokenize: Callable[[list[Record]], Piece]) -> None:
+    global _tokenize
+    _tokenize = tokenize
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a process killed by SIGKILL says nothing to those that wait for its work
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(chunk: list[Record]) -> Piece:
+    return _tokenize(chunk)
