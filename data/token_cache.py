@@ -7,7 +7,8 @@
 
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
 its templates, the settings, and the source code of this room, so that no version number can be
-forgotten. Samples are read through a memory map; in memory are their rows, 18 bytes each. A folder
+forgotten. Samples are read through a memory map; in memory are their rows and where
+they start, 26 bytes each. A folder
 appears when it is whole. One that does not agree with its index is made again. While one process
 makes it the others wait, so that of the ranks of a run only one does the work.
 

@@ -1,11 +1,13 @@
-"""data/sources.py: every record with its place, and every fault of a file named with its place."""
+"""data/records.py: every record with its place, and every fault of a file named with its place."""
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from data import records
 from data.records import Record, read_records
 
 
@@ -177,3 +179,83 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="has no data files"):
         list(read_records(tmp_path / "x.jsonl"))
+
+
+def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    contents = {"x.jsonl": GOOD * 2, "x.json": b'[{"a": 1}]', "x.csv": b"a\n1\n", "x.txt": b"a"}
+    for name, content in contents.items():
+        plain = read(tmp_path, name, content)
+        compressed = read(tmp_path, f"{name}.gz", gzip.compress(content))
+        assert [record.fields for record in compressed] == [record.fields for record in plain]
+        assert compressed[-1].location == plain[-1].location.replace(name, f"{name}.gz")
+
+
+def test_a_list_is_read_piece_by_piece_wherever_the_pieces_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [{"a": "caf\u00e9 \U0001f9ff" * 3, "b": [1.5, {"c": None}]}, {}, {"d": "\n]"}]
+    path = tmp_path / "x.json"
+    path.write_text("\ufeff \n" + json.dumps(expected, indent=1, ensure_ascii=False) + "\n\n")
+    for size in range(1, 12):
+        monkeypatch.setattr(records, "_READ_BYTES", size)
+        assert [record.fields for record in read_records(path)] == expected
+        path_of_bad = tmp_path / "bad.json"
+        path_of_bad.write_text('[{"a": 1},\n {"a": 2},\n {"a" 3}]')
+        with pytest.raises(ValueError, match=r"bad\.json:3: the file must be a JSON list"):
+            list(read_records(path_of_bad))
+        path_of_bad.write_bytes(b'[{"a": 1},\n\n {"a": "\xe9"}]')
+        with pytest.raises(ValueError, match=r"bad\.json:3: the file must be UTF-8"):
+            list(read_records(path_of_bad))
+
+
+def test_parquet_gives_rows_with_their_numbers(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}], "n": i} for i in range(3000)]
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=700)
+    read_rows = list(read_records(path))
+    assert [record.fields for record in read_rows] == rows
+    assert read_rows[2999].location == f"{path}[2999]"
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:0]), path)
+    with pytest.raises(ValueError, match="must hold at least one record"):
+        list(read_records(path))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[parquet\]'"):
+        list(read_records(tmp_path / "x.parquet"))
+
+
+def test_what_is_refused_may_be_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
+    contents = {
+        "x.jsonl": (GOOD + b'{"a"\n[]\n{"a": "\xff"}\n{"a": "\\ud800"}\n' + GOOD, [2, 3, 4, 5]),
+        "x.csv": (b"a,b\n1,2\n3\n4,5,6\n7,8\n", [3, 4]),
+        "x.json": (b'[{"a": 1}, 7, {"a": 1, "a": 2}, {"a": 2}]', ["[1]", "[2]"]),
+    }
+    for name, (content, places) in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        refused: list[ValueError] = []
+        assert len(list(read_records(path, refused.append))) == 2
+        said = [str(error).partition(": ")[0] for error in refused]
+        assert said == [f"{path}:{p}" if isinstance(p, int) else f"{path}{p}" for p in places]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.csv", b'a,b\n1,2\n"3,4\n5,6\n'), ("x.json", b'[{"a": 1}, {"a"]'), ("x.txt", b"\xff")],
+)
+def test_what_leaves_the_rest_in_doubt_is_refused_all_the_same(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused: list[ValueError] = []
+    with pytest.raises(ValueError, match=name):
+        list(read_records(path, refused.append))
+    assert refused == []

@@ -1,0 +1,260 @@
+"""data/tokenization.py: the same samples, counts and faults from any number of processes, in
+bounded memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_cases import say
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data_tokenizer import save_byte_level
+
+from data.formats import TokenIds
+from data.records import Record
+from data.samples import NO_LOSS, to_sample
+from data.tokenization import Counts, Piece, Recipe, is_closed, tokenize_files, tokenize_records
+from data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_folder(
+        save_byte_level(tmp_path_factory.mktemp("tokenizer")), chat_template="chatml"
+    )
+
+
+def recipe(**changes: object) -> Recipe:
+    given = {
+        "data_format": "auto",
+        "text_field": "text",
+        "max_length": 64,
+        "train_on": "completions",
+        "vocab_size": 1000,
+        "now": datetime(2024, 7, 26),
+        "skip_bad_lines": False,
+    }
+    return Recipe(**{**given, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def tokens_of(path: Path, tokenizer: Tokenizer, processes: int, **changes: object):
+    name, pieces = tokenize_files([path], tokenizer, recipe(**changes), processes)
+    counts = Counts()
+    taken: list[Piece] = []
+    for piece in pieces:
+        counts.add(piece.counts)
+        taken.append(piece)
+    arrays = [
+        np.concatenate([getattr(piece, part) for piece in taken])
+        for part in ("input_ids", "labels", "rows")
+    ]
+    return name, counts, [array.tobytes() for array in arrays]
+
+
+def write(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def many(count: int) -> list[object]:
+    return [{"prompt": f"say {i}", "completion": "hello " * (i % 30)} for i in range(count)]
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    records = many(700)
+    records[100] = {"prompt": "no answer"}
+    records[500] = {"text": 5}
+    path = write(tmp_path / "x.jsonl", records)
+    path.write_text(path.read_text() + "{\n" * 3 + json.dumps(records[1]) + "\n")
+    one, two, three = (tokens_of(path, tokenizer, n, skip_bad_lines=True) for n in (1, 2, 3))
+    assert one == two == three
+    counts = one[1]
+    assert (counts.num_records, counts.num_bad) == (704, 5)
+    assert [error.partition(": ")[0] for error in counts.bad] == [
+        f"{path}:{line}" for line in (101, 501, 701)
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_first_fault_of_the_file_is_reported(
+    tmp_path: Path, tokenizer: Tokenizer, processes: int
+) -> None:
+    records = many(400)
+    records[300] = {"prompt": "no answer"}
+    path = write(tmp_path / "x.jsonl", records)
+    # the reader meets this one long before the other is tokenized
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:301: a prompt-completion record must have"):
+        tokens_of(path, tokenizer, processes)
+    records[300] = records[0]
+    path = write(path, records)
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:401: each line must be one JSON object"):
+        tokens_of(path, tokenizer, processes)
+
+
+def test_what_is_wrong_with_every_record_is_no_bad_line(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config={}))
+    path = write(tmp_path / "x.jsonl", many(3))
+    with pytest.raises(ValueError, match="must have an eos_token"):
+        tokens_of(path, tokenizer, 1, skip_bad_lines=True)
+
+
+def test_nothing_but_bad_lines_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("{\n[]\n")
+    with pytest.raises(ValueError, match=r"a record that can be read: got 2 that cannot, .*:1: "):
+        tokens_of(path, tokenizer, 1, skip_bad_lines=True)
+
+
+def test_two_bos_are_refused_with_their_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good, bad = [0, 5, 6], [0, 0, 6]
+    path = write(tmp_path / "x.jsonl", [{"input_ids": i, "labels": i} for i in (good, bad)])
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: a sample must begin with one BOS at most"):
+        tokens_of(path, tokenizer, 1)
+
+
+def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "tokenizer")
+    path = write(tmp_path / "x.jsonl", many(64 * 20))
+    code = """
+import sys, time
+from datetime import datetime
+from pathlib import Path
+from data.tokenizer import Tokenizer
+from data.tokenization import Recipe, tokenize_files
+tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
+recipe = Recipe("auto", "text", 64, "completions", 1000, datetime.now(), False)
+_, pieces = tokenize_files([Path(sys.argv[2])], tokenizer, recipe, 2)
+next(pieces)
+print("started", flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), str(path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"started\n"
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+    for _ in range(200):
+        try:
+            os.killpg(parent.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGKILL)
+    pytest.fail("the tokenizing processes outlived their parent by 10 s")
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "tokenizer")
+    path = tmp_path / "x.jsonl"
+    note = "x" * 1500
+    with path.open("w") as file:
+        for i in range(60_000):
+            file.write(json.dumps({"prompt": str(i), "completion": "yo", "note": note}) + "\n")
+    code = """
+import resource, sys
+from pathlib import Path
+from data.tokenizer import Tokenizer
+from data.dataset import load_dataset
+tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+dataset = load_dataset([Path(sys.argv[2])], tokenizer, vocab_size=1000, num_processes=1)
+print(len(dataset.samples), peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "tokenizer"), str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    num_samples, growth = map(int, done.stdout.split())
+    assert num_samples == 60_000
+    # rows, starts and their temporaries are 42 bytes a sample; a chunk has 64 records
+    assert growth < 42 * num_samples + 2 * 64 * 2000 + (16 << 20) < path.stat().st_size / 4
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=24)
+TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(turns=TURNS, drop_last=st.booleans())
+def test_exactly_what_the_assistant_says_is_learned_and_ends_closed(
+    tokenizer: Tokenizer, turns: list[tuple[str, str]], drop_last: bool
+) -> None:
+    # the template's own marks must not be in the text: they would be tokens
+    clean = [tuple(text.replace("<|", "").strip() for text in turn) for turn in turns]
+    messages = say(*(text for turn in clean for text in turn))
+    messages += [{"role": "user", "content": "bye"}] if drop_last else []
+    record = Record("x:1", {"messages": messages})
+    piece = tokenize_records([record], "messages", tokenizer, recipe(max_length=10**6))
+    labels = piece.labels.tolist()
+    learned = tokenizer.decode([i for i in labels if i != NO_LOSS], skip_special_tokens=False)
+    assert learned == "".join(f"{answer}<|im_end|>\n" for _, answer in clean)
+    where = piece.labels != NO_LOSS
+    assert (piece.labels[where] == piece.input_ids[where]).all()
+    assert piece.rows["is_closed"].all()
+
+
+RECORDS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    pairs=RECORDS, max_length=st.integers(2, 40), train_on=st.sampled_from(["completions", "all"])
+)
+def test_every_record_is_kept_cut_or_dropped_once(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], max_length: int, train_on: str
+) -> None:
+    records = [Record("x:1", {"prompt": p, "completion": c}) for p, c in pairs]
+    given = recipe(max_length=max_length, train_on=train_on)
+    piece = tokenize_records(records, "prompt-completion", tokenizer, given)
+    whole = tokenize_records(
+        records, "prompt-completion", tokenizer, recipe(max_length=10**6, train_on=train_on)
+    )
+    counts, lengths = piece.counts, whole.rows["length"]
+    assert counts.num_records == len(records) == len(piece.rows) + counts.num_dropped
+    assert counts.num_without_target == len(records) - len(lengths)
+    assert counts.num_truncated == int((lengths > max_length).sum())
+    assert (piece.rows["length"] <= max_length).all()
+    assert (piece.rows["num_targets"] > 0).all()
+    assert piece.rows["length"].sum() == len(piece.input_ids) == len(piece.labels)
+    # what is kept is the beginning of what it was
+    starts = np.cumsum(lengths) - lengths
+    kept = []
+    for start, length in zip(starts, lengths, strict=True):
+        end = start + min(length, max_length)
+        if (whole.labels[start + 1 : end] != NO_LOSS).any():
+            kept.append(whole.input_ids[start:end])
+    assert np.array_equal(piece.input_ids, np.concatenate([*kept, piece.input_ids[:0]]))
+    is_whole = ~piece.rows["is_truncated"]
+    assert piece.rows["is_closed"][is_whole].all()
+
+
+def test_closed_is_what_ends_in_eos_whitespace_apart(tokenizer: Tokenizer) -> None:
+    space, letter = (tokenizer.encode(text, add_special_tokens=False) for text in (" ", "#"))
+    for labels, expected in (
+        ([NO_LOSS, *letter, 1], True),
+        ([NO_LOSS, *letter, 3, *space], True),
+        ([NO_LOSS, *letter, 1, NO_LOSS], True),
+        ([NO_LOSS, *letter], False),
+        ([1, *letter], False),
+        ([1], False),
+        ([NO_LOSS, 0], False),
+    ):
+        sample = to_sample(TokenIds([5] * len(labels), labels), tokenizer, train_on="completions")
+        assert is_closed(sample, tokenizer) == expected, labels

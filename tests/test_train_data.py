@@ -1,0 +1,124 @@
+"""train.py and its data: the audit before step 1, parts set aside, the same samples on resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_train import BUNDLED, FEW, rows_of, small_data
+
+import train
+from data.dataset import load_dataset
+from data.tokenizer import Tokenizer
+
+
+def run(data: Path, output: Path, flags: str = "") -> None:
+    model = BUNDLED / "model"
+    train.main(f"--model {model} --data {data} --output {output} {FEW} {flags}".split())
+
+
+def test_a_fraction_is_set_aside_by_content_and_evaluated_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path, 40)
+    run(data, tmp_path / "out", "--eval-fraction 0.25")
+    facts = json.loads((tmp_path / "out" / "data.json").read_bytes())
+    num_train, num_eval = (facts[name]["samples"] for name in ("train", "eval"))
+    assert num_train + num_eval == 40
+    assert 0 < num_eval < 20
+    assert all("eval_loss" in rows_of(tmp_path / "out")[at] for at in (0, -1))
+    said = capsys.readouterr().out
+    assert f"{num_train} samples to learn from, {num_eval} to evaluate on" in said
+
+
+def test_the_parts_do_not_overlap_and_do_not_move(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(BUNDLED / "model")
+    lines = (BUNDLED / "data.jsonl").read_text().splitlines()[:100]
+
+    def parts(lines: list[str]) -> tuple[list, list]:
+        path = tmp_path / "x.jsonl"
+        path.write_text("\n".join(lines))
+        dataset = load_dataset([path], tokenizer, vocab_size=tokenizer.vocab_size)
+        train_part, eval_part = dataset.split(0.3)
+        assert dataset.num_tokens == train_part.num_tokens + eval_part.num_tokens
+        return list(train_part.samples), list(eval_part.samples)
+
+    # every sample twice: both copies are on one side
+    learned, evaluated = parts(lines[:50] * 2)
+    assert len(learned) + len(evaluated) == 100
+    assert not any(sample in learned for sample in evaluated)
+    # more data, in another order, moves nothing
+    more_learned, more_evaluated = parts(lines[::-1])
+    assert all(sample in more_learned for sample in learned)
+    assert all(sample in more_evaluated for sample in evaluated)
+    with pytest.raises(ValueError, match="must leave samples on both sides"):
+        parts(lines[:1])
+
+
+def test_a_run_goes_on_only_with_the_samples_it_began_with(tmp_path: Path) -> None:
+    data, output = small_data(tmp_path), tmp_path / "out"
+    flags = "--save-steps 2 --eval-fraction 0.3"
+    run(data, output, flags)
+    content = data.read_text()
+    data.write_text(content.replace("mouse", "moose").replace("heron", "herons"))
+    before = sorted((p, p.read_bytes()) for p in output.rglob("*") if p.is_file())
+    with pytest.raises(ValueError, match="--resume must be given the same samples: those of train"):
+        run(data, output, f"{flags} --resume")
+    assert before == sorted((p, p.read_bytes()) for p in output.rglob("*") if p.is_file())
+    data.write_text(content)
+    with pytest.raises(ValueError, match=r"--eval-fraction was 0\.3, now 0\.4"):
+        run(data, output, "--save-steps 2 --eval-fraction 0.4 --resume")
+    with pytest.raises(ValueError, match="--skip-bad-lines was False, now True"):
+        run(data, output, f"{flags} --skip-bad-lines --resume")
+    run(data, output, f"{flags} --resume --allow-truncation --dataset-num-proc 2")
+
+
+def test_inspecting_shows_samples_and_writes_and_loads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_model", None)
+    run(small_data(tmp_path), tmp_path / "out", "--inspect 3")
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert [f"sample {i} of 12, [[what is learned]]:" in said for i in range(1, 5)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert said.count("<|im_end|>\n]]") == 3
+
+
+def test_what_would_teach_the_wrong_thing_is_refused_after_it_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"--data must fit --max-length.*\(100%\).*--allow-trunc"):
+        run(small_data(tmp_path), output, "--max-length 20 --train-on all")
+    assert "12 samples cut to 20 tokens (--max-length)" in capsys.readouterr().out
+    assert not output.exists()
+    run(small_data(tmp_path), output, "--max-length 20 --train-on all --allow-truncation")
+
+
+def test_samples_to_evaluate_on_that_are_learned_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path)
+    run(data, tmp_path / "out", f"--eval-data {data} --inspect 1")
+    said = capsys.readouterr().out
+    assert "12 of the 12 samples to evaluate on are among those to learn from" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--eval-fraction 1", r"--eval-fraction must be in \[0, 1\): got 1"),
+        ("--eval-fraction -0.1", r"--eval-fraction must be in \[0, 1\)"),
+        ("--eval-fraction nan", "--eval-fraction must be"),
+        ("--eval-fraction 0.1 --eval-data x.jsonl", "must be 0 where --eval-data is given"),
+        ("--inspect -1", "--inspect must be at least 0"),
+        ("--dataset-num-proc -1", "--dataset-num-proc must be at least 0"),
+    ],
+)
+def test_flags_out_of_range_are_refused(tmp_path: Path, flags: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path / "x.jsonl", tmp_path / "out", flags)
