@@ -37,6 +37,9 @@ _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|dataset_infos?|dataset_dict|state)\..*", re.I
 )
 
+# train-00000-of-00002.parquet, as datasets.push_to_hub names them
+_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\b")
+
 
 def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
     """Find the files of a place: a path, or a hub data set, `owner/name` or `owner/name@revision`.
@@ -101,7 +104,19 @@ def choose_files(names: Collection[str], place: str, what: str, use: Use) -> lis
                 f"{what} must have files of one {kind}, or sets would be mixed: {place} has "
                 f"{_some(kinds)}; download what you want and give its path"
             )
+    _check_shards(chosen, place, what)
     return chosen
+
+
+def _check_shards(names: Sequence[str], place: str, what: str) -> None:
+    """Refuse a set of which only some files are there, as a broken download leaves them."""
+    found = [m for name in names if (m := _SHARD.search(name))]
+    totals = {int(m[2]) for m in found}
+    if found and {int(m[1]) for m in found} != set(range(max(totals))):
+        raise ValueError(
+            f"{what} must have all {max(totals):,} files of its set: {place} has "
+            f"{len(found):,}, {_some(names)}; download the others"
+        )
 
 
 def split_of(name: str) -> str:

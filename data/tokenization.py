@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import chain, islice
@@ -159,6 +160,7 @@ def tokenize_files(
         FileNotFoundError: a file is not there.
         ValueError: a record is not what it must be (with its location), or the tokenizer has not
             what the data needs; also while the pieces are taken.
+        ChildProcessError: a process was killed.
     """
     unread = Counts()
     refuse: Refuse = unread.refuse if recipe.skip_bad_lines else raise_it
@@ -368,6 +370,11 @@ def _in_turn(
             raise
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "the processes that tokenize must live to the end: one was killed, perhaps for lack of "
+            "memory; run again with fewer of them (--dataset-num-proc 1)"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

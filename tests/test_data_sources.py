@@ -70,6 +70,11 @@ def test_the_files_of_a_split_are_chosen_in_order(
         (["test.csv"], "train", "split train: owner/name has test.csv; give the path"),
         (["a.csv", "test.csv"], "train", "split train: owner/name has a.csv, test.csv"),
         (["a.csv", "a.json"], "train", r"one format, .*has \.csv, \.json; download"),
+        (
+            SHARDS[1:],
+            "train",
+            "must have all 2 files of its set: owner/name has 1, data/train-00001",
+        ),
         (["main/train.json", "socratic/train.json"], "train", "one folder, .*main, socratic"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

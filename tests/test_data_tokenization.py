@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_tokenizer import save_byte_level
 
+from data import tokenization
 from data.formats import TokenIds
 from data.records import Record
 from data.samples import NO_LOSS, to_sample
@@ -120,6 +121,17 @@ def test_two_bos_are_refused_with_their_place(tmp_path: Path, tokenizer: Tokeniz
     path = write(tmp_path / "x.jsonl", [{"input_ids": i, "labels": i} for i in (good, bad)])
     with pytest.raises(ValueError, match=r"x\.jsonl:2: a sample must begin with one BOS at most"):
         tokens_of(path, tokenizer, 1)
+
+
+def test_a_killed_process_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(records: object, *rest: object) -> None:
+        os._exit(9)
+
+    monkeypatch.setattr(tokenization, "tokenize_records", die)
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path / "tokenizer"))
+    path = write(tmp_path / "x.jsonl", many(300))
+    with pytest.raises(ChildProcessError, match=r"one was killed.*--dataset-num-proc 1"):
+        tokens_of(path, tokenizer, 2)
 
 
 def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:

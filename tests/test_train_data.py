@@ -1,9 +1,12 @@
 """train.py and its data: the audit before step 1, parts set aside, the same samples on resume."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from test_train import BUNDLED, FEW, rows_of, small_data
 
 import train
@@ -106,6 +109,37 @@ def test_samples_to_evaluate_on_that_are_learned_are_counted(
     run(data, tmp_path / "out", f"--eval-data {data} --inspect 1")
     said = capsys.readouterr().out
     assert "12 of the 12 samples to evaluate on are among those to learn from" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text": 3}\n',
+            "error: {path}:2: 'text' must be a string: got 3",
+        ),
+        ("x.json.gz", b"[", "error: {path}:1: the file must be whole and compressed with gzip"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 10 else "",
+)
+def test_a_bad_file_is_one_line_on_the_terminal(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    flags = f"--model {BUNDLED / 'model'} --data {path} --output {tmp_path / 'out'} --device cpu"
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(said.format(path=path))
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
