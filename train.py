@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.inspect:
         return
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
-    audits = {name: audit.audit(dataset) for name, dataset in sets.items()}
+    audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt = encode_prompt(config.sample_prompt, tokenizer)

@@ -32,12 +32,18 @@ _DIM = "\x1b[2m"
 _SHOWN = 240
 
 
-def audit(dataset: Dataset) -> dict[str, Any]:
-    """Count what data.json says of a data set.
+def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Say what data.json says of a data set: its counts, and its first sample as `show` writes it.
 
-    Keys are those of Dataset and Counts; "lengths" has the number of samples of at most so many
-    tokens, and of more than the key before.
+    "records" and "dropped" are those of the files, before a part was set aside.
     """
+    sample = show(dataset.samples[0], tokenizer, in_colour=False, is_shortened=True)
+    return {**_count(dataset), "bad": dataset.counts.bad, "sample": sample}
+
+
+def _count(dataset: Dataset) -> dict[str, Any]:
+    """Count; "lengths" has the number of samples of at most so many tokens, and of more than the
+    key before."""
     rows, counts = dataset.samples.rows, dataset.counts
     return {
         "format": dataset.format,
@@ -71,7 +77,7 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
 
 def describe(dataset: Dataset) -> str:
     """The audit in lines: what it is, what was lost, how long it is."""
-    facts, counts = audit(dataset), dataset.counts
+    facts, counts = _count(dataset), dataset.counts
     how = "detected" if dataset.is_detected else "as given"
     source = f"{dataset.format} ({how})"
     if dataset.templates:

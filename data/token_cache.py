@@ -7,10 +7,9 @@
 
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
 its templates, the settings, and the source code of this room, so that no version number can be
-forgotten. Samples are read through a memory map; in memory are their rows and where
-they start, 26 bytes each. A folder
-appears when it is whole. One that does not agree with its index is made again. While one process
-makes it the others wait, so that of the ranks of a run only one does the work.
+forgotten. Samples are read through a memory map; in memory are their rows and where they start, 26
+bytes each. A folder appears when it is whole. One that does not agree with its index is made again.
+While one process makes it the others wait, so that of the ranks of a run only one does the work.
 
 Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
 folder is the whole of the housekeeping; nothing else remembers it.
@@ -176,11 +175,11 @@ def _writing_to(cache: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     """Hold a lock, which ends with the process at the latest."""
-    with _writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with _writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -9,6 +9,7 @@ their own, there is one stream here and one writer (data/token_cache.py).
 import hashlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -386,6 +387,8 @@ _tokenize: Callable[[list[Record]], Piece]
 def _start_worker(tokenize: Callable[[list[Record]], Piece]) -> None:
     global _tokenize
     _tokenize = tokenize
+    # Ctrl-C reaches them all; the parent ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -31,13 +31,15 @@ PAIRS = [{"prompt": "#", "completion": "!" * n} for n in (1, 2, 3, 4)]
 def test_the_audit_counts_what_became_of_the_records(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = [*PAIRS, {"prompt": "#######", "completion": "!"}, {"prompt": "", "completion": ""}]
     dataset = load(tmp_path, tokenizer, *records, {"prompt": 5}, max_length=5, skip_bad_lines=True)
-    facts = audit.audit(dataset)
+    facts = audit.facts_of(dataset, tokenizer)
     assert facts["dropped"] == {"no target": 1, "cut before the first target": 1, "bad": 1}
     assert (facts["records"], facts["samples"], facts["truncated"], facts["closed"]) == (7, 4, 2, 2)
     assert (facts["tokens"], facts["target_tokens"]) == (4 + 5 + 5 + 5, 2 + 3 + 3 + 3)
     assert (facts["shortest"], facts["median"], facts["longest"]) == (4, 5, 5)
     assert facts["lengths"] == {"4": 1, "8": 3}
     assert (facts["format"], facts["templates"]) == ("prompt-completion", [])
+    assert facts["sample"] == "<|begin|>#[[!<|end_of_text|>]]"
+    assert facts["bad"] == dataset.counts.bad
     assert json.loads(audit.to_json({"train": facts})) == {"train": facts}
     said = audit.describe(dataset)
     assert said.splitlines() == [
@@ -119,8 +121,8 @@ def test_shared_samples_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 def test_only_the_same_samples_go_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "data.json"
-    facts = audit.audit(load(tmp_path, tokenizer, *PAIRS))
-    others = audit.audit(load(tmp_path, tokenizer, *PAIRS[:-1]))
+    facts = audit.facts_of(load(tmp_path, tokenizer, *PAIRS), tokenizer)
+    others = audit.facts_of(load(tmp_path, tokenizer, *PAIRS[:-1]), tokenizer)
     path.write_text(audit.to_json({"train": facts}))
     audit.check_same(path, {"train": facts})
     with pytest.raises(ValueError, match="must be given the same samples: those of train are not"):

@@ -199,11 +199,12 @@ print(len(dataset.samples), peak() - before)
     assert growth < 42 * num_samples + 2 * 64 * 2000 + (16 << 20) < path.stat().st_size / 4
 
 
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=24)
 TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=60)
+@PROPERTY
 @given(turns=TURNS, drop_last=st.booleans())
 def test_exactly_what_the_assistant_says_is_learned_and_ends_closed(
     tokenizer: Tokenizer, turns: list[tuple[str, str]], drop_last: bool
@@ -225,7 +226,7 @@ def test_exactly_what_the_assistant_says_is_learned_and_ends_closed(
 RECORDS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=60)
+@PROPERTY
 @given(
     pairs=RECORDS, max_length=st.integers(2, 40), train_on=st.sampled_from(["completions", "all"])
 )
