@@ -111,23 +111,9 @@ def test_samples_to_evaluate_on_that_are_learned_are_counted(
     assert "12 of the 12 samples to evaluate on are among those to learn from" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        (
-            "x.jsonl",
-            b'{"text": "a"}\n{"text": 3}\n',
-            "error: {path}:2: 'text' must be a string: got 3",
-        ),
-        ("x.json.gz", b"[", "error: {path}:1: the file must be whole and compressed with gzip"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and len(value) < 10 else "",
-)
-def test_a_bad_file_is_one_line_on_the_terminal(
-    tmp_path: Path, name: str, content: bytes, said: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
+def test_a_bad_file_is_one_line_on_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\n')
     flags = f"--model {BUNDLED / 'model'} --data {path} --output {tmp_path / 'out'} --device cpu"
     done = subprocess.run(
         [sys.executable, "train.py", *flags.split()],
@@ -137,8 +123,7 @@ def test_a_bad_file_is_one_line_on_the_terminal(
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(said.format(path=path))
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == f"error: {path}:2: 'text' must be a string: got 3; correct it\n"
     assert not (tmp_path / "out").exists()
 
 
