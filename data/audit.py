@@ -30,6 +30,8 @@ _COLOURS = ("\x1b[32m", "\x1b[0m")
 _DIM = "\x1b[2m"
 # characters of a run of tokens that are shown at its start and at its end, where it is shortened
 _SHOWN = 240
+# samples whose labels are held against their ids
+_NUM_COMPARED = 64
 
 
 def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
         allow_truncation: let more than half of the records be cut.
 
     Raises:
-        ValueError: most are cut, or none ends where the model is to stop.
+        ValueError: most are cut, none ends where the model is to stop, or labels are shifted.
     """
     rows, counts = dataset.samples.rows, dataset.counts
     share = counts.num_truncated / max(counts.num_records, 1)
@@ -155,6 +157,25 @@ def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
             f"the model never learns to stop: got none among {count(len(rows), 'sample')}; look at "
             "them with --inspect, and at eos_token in the checkpoint's tokenizer_config.json"
         )
+
+    if dataset.format == "tokenized" and _is_shifted(dataset):
+        raise ValueError(
+            f"{what} must have labels that are not shifted yet, each at the position of its own "
+            "token: got labels that are the ids of the next position; move them by one, the loss "
+            "is what shifts them"
+        )
+
+
+def _is_shifted(dataset: Dataset) -> bool:
+    """Whether most labels of the first samples are the next token's, and most not their own's."""
+    num_own = num_next = num_targets = 0
+    for sample in dataset.samples[:_NUM_COMPARED]:
+        ids, labels = np.array(sample.input_ids), np.array(sample.labels)
+        is_target = labels != NO_LOSS
+        num_targets += np.count_nonzero(is_target)
+        num_own += np.count_nonzero(is_target & (labels == ids))
+        num_next += np.count_nonzero(is_target[:-1] & (labels[:-1] == ids[1:]))
+    return num_own < num_targets / 2 < num_next
 
 
 def num_shared(dataset: Dataset, other: Dataset) -> int:

@@ -179,7 +179,7 @@ def tokenize_files(
 
     chunks = _chunks(chain([first], records))
     pieces = _in_turn(tokenize, chunks, num_processes or _worthwhile_processes(files))
-    return name, chain(pieces, (_piece([], [], counts) for counts in (unread,)))
+    return name, chain(pieces, [_piece([], [], unread)])
 
 
 def tokenize_records(

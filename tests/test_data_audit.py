@@ -112,6 +112,26 @@ def test_no_answer_that_ends_is_refused_where_the_format_promises_one(
     audit.check(replace(dataset, format="tokenized"), "--data", allow_truncation=False)
 
 
+def test_labels_that_are_shifted_already_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ids = [0, 5, 6, 7, 1]
+    for labels, is_right in (
+        ([-100, -100, 6, 7, 1], True),
+        ([5, 6, 7, 1, -100], False),
+        ([-100, 6, 7, 1, -100], False),
+        # somebody else's targets are nobody's mistake
+        ([-100, 9, 8, 9, 8], True),
+    ):
+        dataset = load(tmp_path, tokenizer, *[{"input_ids": ids, "labels": labels}] * 3)
+        if is_right:
+            audit.check(dataset, "--data", allow_truncation=False)
+        else:
+            with pytest.raises(ValueError, match="must have labels that are not shifted yet"):
+                audit.check(dataset, "--data", allow_truncation=False)
+    same = [5] * 4
+    dataset = load(tmp_path, tokenizer, {"input_ids": same, "labels": same})
+    audit.check(dataset, "--data", allow_truncation=False)
+
+
 def test_shared_samples_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     train = load(tmp_path, tokenizer, *PAIRS)
     other = load(tmp_path, tokenizer, PAIRS[1], PAIRS[1], {"prompt": "a", "completion": "b"})
