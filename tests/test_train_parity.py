@@ -44,7 +44,8 @@ class Parity:
 def make_samples(checkpoint: Path, text: str, count: int) -> list[dict[str, list[int]]]:
     """A text cut to different lengths, the first tokens of each piece not learned."""
     tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    ids = tokenizer.encode(text[:60000]).ids
+    # each piece gets the one BOS that it may have
+    ids = tokenizer.encode(text[:60000], add_special_tokens=False).ids
     # what is past the end would be an empty sample
     assert len(ids) >= 100 * count
     samples = []
