@@ -212,7 +212,7 @@ def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path: Path) -> None:
     before = (output / "model.safetensors").stat().st_mtime_ns
     for taken in (output, output / "config.json", BUNDLED):
         with pytest.raises(
-            ValueError, match=r"--output must be a (new or empty folder|folder: got"
+            ValueError, match=r"--output must be a (new or empty folder|folder: got)"
         ):
             run(BUNDLED, taken)
     assert (output / "model.safetensors").stat().st_mtime_ns == before
