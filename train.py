@@ -11,9 +11,8 @@ import hashlib
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,19 +21,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import audit
-from data.batches import Batch, collate, epoch_order, epoch_steps, step_micro_batches
+from data.batches import Batch, collate, epoch_steps, step_micro_batches
 from data.dataset import Dataset, load_dataset
-from data.packing import Packing, collate_packed, mean_sample_tokens
+from data.epochs import Epochs
+from data.prompt import encode_prompt
 from data.sources import Use, find_data
 from data.tokenizer import Tokenizer
 from hub.push import check_push, push_folder
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
 from llama.config import LlamaConfig, LongRopeScaling, read_config
 from llama.generation import generate_greedy
-from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, plan_within
-from llama.micro_step import POLICIES, MicroStep, padded_tokens
+from llama.micro_step import MicroStep, padded_tokens
 from llama.model import Llama, projection_shapes, projections, update_sizes
-from llama.step_time import measure_rates, step_seconds
+from llama.preflight import describe_plan, memory_line, next_setting, plan_run, preflight
 from llama.workload import Workload
 from lora.adapter_file import find_adapter, load_adapter, read_adapter_config, save_adapter
 from lora.config import LoRAConfig, resolve_target_modules
@@ -44,12 +43,15 @@ from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
 from run.atomic import new_files, write_text
-from run.checkpoint import RunState, load_checkpoint, save_checkpoint
+from run.bad_batch import write_bad_batch
+from run.checkpoint import RunState, checkpoint_name, remove_old_checkpoints, save_checkpoint
 from run.config import TrainConfig, parse_config
 from run.folder import check_output, choose_output, open_output, resume_point
+from run.log import RunLog
 from run.machine import choose_device, choose_dtype
-from run.metrics import MetricsFile, Progress, Row, peak_memory_bytes, read_rows
+from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
+from run.signals import StopRequest
 
 BUNDLED = Path(__file__).parent / "bundled"
 # the fields of a run that names neither a model nor data
@@ -65,11 +67,20 @@ BUNDLED_RUN = {
 }
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_TOKENS = 100
-# float16's loss scale finds its level within fewer
-MAX_SKIPPED_IN_A_ROW = 30
 
-# asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
-order_of_epoch = functools.lru_cache(maxsize=1)(epoch_order)
+
+class CannotGoOn(RuntimeError):
+    """A run stops in its middle; the message says why, and how to go on."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step, counted from 1, whose figures the device may still be computing."""
+
+    step: int
+    loss: Tensor  # () float32, in nats per target token
+    grad_norm: Tensor  # () float32, before clipping
+    learning_rate: float
 
 
 @dataclass
@@ -79,42 +90,20 @@ class Run:
     config: TrainConfig
     lora: LoRAConfig
     model: Llama
+    tokenizer: Tokenizer
     micro_step: MicroStep
     optimizer: AdamW
     loss_scale: LossScale
-    train_data: Dataset
-    packing: Packing | None
+    epochs: Epochs
     eval_data: Dataset | None
+    prompt: list[int] | None
     state: RunState
     num_steps: int
+    pending: list[PendingStep] = field(default_factory=list)
 
     @property
-    def num_rows(self) -> int:
-        """Of an epoch: samples, or rows of several."""
-        return self.packing.num_rows if self.packing else len(self.train_data.samples)
-
-
-@dataclass(frozen=True)
-class PendingResult:
-    """A step whose figures the device may still be computing."""
-
-    step: int
-    loss: Tensor  # () float32
-    grad_norm: Tensor  # () float32
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class StepResult:
-    step: int
-    loss: float  # nats per target token
-    grad_norm: float  # before clipping
-    learning_rate: float
-
-    @property
-    def is_skipped(self) -> bool:
-        """The gradients were not finite."""
-        return not math.isfinite(self.grad_norm)
+    def output(self) -> Path:
+        return Path(self.config.output)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -136,11 +125,12 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device(config.device)
     prepare(device, config.deterministic)
 
-    resumed = resume_point(config)
-    saved = load_checkpoint(resumed) if resumed else None
-    state = saved[0] if saved else RunState(started=datetime.now().isoformat())
+    resumed, damaged = resume_point(config)
+    for complaint in damaged.values():
+        print(f"{complaint}; going back to the one before it")
+    state = resumed.state if resumed else RunState(started=datetime.now().isoformat())
     if resumed:
-        print(f"resumed from {resumed}: {state.step:,} steps done")
+        print(f"resumed from {resumed.path}: {state.step:,} steps done")
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
@@ -152,60 +142,84 @@ def main(arguments: Sequence[str]) -> None:
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt = encode_prompt(config.sample_prompt, tokenizer)
+    prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
 
-    packing = pack(config, train_data) if config.packing else None
-    num_rows = packing.num_rows if packing else len(train_data.samples)
-    work = workload(config, lora, llama_config, checkpoint_folder, train_data, num_rows)
-    plan = plan_run(config, work)
+    row_length = config.max_length if config.packing else 0
+    epochs = Epochs(train_data.samples, config.seed, config.shuffle, row_length)
+    if config.packing:
+        print(epochs.describe())
+    num_steps = count_steps(config, epochs)
+    work = workload(config, lora, llama_config, checkpoint_folder, epochs)
+    plan = plan_run(work, device, config.activations, config.max_memory_bytes)
     if config.plan:
-        print(describe_plan(config, work, plan, train_data, num_rows))
+        num_tokens = epochs.num_tokens * num_steps / steps_of_epoch(config, epochs)
+        print(describe_plan(work, plan, device, num_steps, num_tokens))
         return
 
     model = load(checkpoint_folder, config, device)
     model.attach_lora(lora, config.seed)
     print(model.describe_trainable_parameters())
-    if start := resumed or init_adapter:
+    if start := resumed.path if resumed else init_adapter:
         load_adapter(start, model.adapter_tensors())
     optimizer = make_optimizer(model, config)
     described = optimizer.describe()
     print(f"optimizer: {described}")
     loss_scale = LossScale.for_dtype(model.compute_dtype, device)
-    if saved:
-        optimizer.load_state(saved[1], state.num_updates)
+    if resumed:
+        optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
 
-    num_steps = count_steps(config, num_rows)
     micro_step = MicroStep(model, plan.policies, captures=device.type == "cuda")
     if device.type == "cuda" and num_steps:
-        preflight(longest_batch(config, train_data, packing), micro_step, loss_scale)
+        batch = epochs.largest_batch(config.batch_size)
+        preflight(micro_step, batch.input_ids, batch.labels, batch.positions, loss_scale.scale)
         print(memory_line(plan))
 
     # only now, when nothing that was given can be wrong any more, is anything written
-    open_output(config)
+    open_output(config, damaged)
     write_text(Path(config.output) / audit.AUDIT_FILE, audit.to_json(audits))
     run = Run(
         config,
         lora,
         model,
+        tokenizer,
         micro_step,
         optimizer,
         loss_scale,
-        train_data,
-        packing,
+        epochs,
         eval_data,
+        prompt,
         state,
         num_steps,
     )
-    before = answer(run, tokenizer, prompt)
-    train(run)
+    shortage = ""
+    with StopRequest() as stop, RunLog(config, state, num_steps) as log:
+        before = answer(run)
+        try:
+            train(run, log, stop)
+        except torch.OutOfMemoryError as error:
+            shortage = str(error).partition("\n")[0]
+        is_over = state.step == num_steps and not shortage
+        if not is_over:
+            path = save(run, log)
+    if shortage:
+        raise CannotGoOn(
+            f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
+            f"run as it stands; try {next_setting(work, plan, device)}"
+        )
+    if not is_over:
+        print(
+            f"stopped by {stop.signal} after step {state.step:,} of {num_steps:,}: {path} has the "
+            "run as it stands, --resume goes on from there"
+        )
+        return
     if optimizer.describe() != described:
         print(f"optimizer: {optimizer.describe()}")
     if device.type == "cuda":
         print(memory_line(plan))
     if num_steps:
-        save_results(run, tokenizer)
-    after = answer(run, tokenizer, prompt)
+        save_results(run, log.rows)
+    after = answer(run)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
 
@@ -404,104 +418,19 @@ def workload(
     lora: LoRAConfig,
     llama: LlamaConfig,
     folder: Path,
-    data: Dataset,
-    num_rows: int,
+    epochs: Epochs,
 ) -> Workload:
     """Size the largest micro-batch of the run."""
-    longest = len(data.longest.input_ids)
-    sample_tokens = None
-    if config.packing:
-        longest = config.max_length
-        sample_tokens = mean_sample_tokens(data.samples.lengths.tolist())
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
     return Workload(
         config=llama,
         lora=lora,
         frozen_bytes=frozen_bytes(folder, quantization_of(config)),
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
-        batch=min(config.batch_size, num_rows),
-        tokens=padded_tokens(longest, torch.device(config.device)),
+        batch=min(config.batch_size, epochs.num_rows),
+        tokens=padded_tokens(epochs.row_length, torch.device(config.device)),
         dtype=getattr(torch, config.dtype),
-        sample_tokens=sample_tokens,
-    )
-
-
-def plan_run(config: TrainConfig, work: Workload) -> MemoryPlan:
-    """Choose what every layer does with its activations, so that the run fits the GPU.
-
-    Raises:
-        ValueError: it does not; the message names the nearest settings that would.
-    """
-    if config.device == "cpu":
-        policy = POLICIES.get(config.activations, POLICIES["keep"])
-        return plan_memory(work, (policy,) * work.config.num_hidden_layers)
-    # the context is there already; a plan has been 2 % too low
-    available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
-    budget = min(config.max_memory_bytes or available, available)
-    return plan_within(work, POLICIES.get(config.activations), budget)
-
-
-def describe_plan(
-    config: TrainConfig, work: Workload, plan: MemoryPlan, data: Dataset, num_rows: int
-) -> str:
-    """Say what the run will take: memory, tokens and, where there is a GPU, time."""
-    text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
-    num_steps, epoch_length = count_steps(config, num_rows), steps_of_epoch(config, num_rows)
-    total = data.num_tokens * num_steps / epoch_length
-    text += f"\n{num_steps:,} steps over about {total:,.0f} tokens"
-    if config.device == "cuda":
-        rates = measure_rates(torch.device("cuda"), work.dtype)
-        seconds = step_seconds(work, plan.policies, rates)
-        speed = work.M / seconds
-        text += f", {speed:,.0f} tokens/s: about {total / speed / 60:,.0f} min without padding"
-    return text
-
-
-def pack(config: TrainConfig, data: Dataset) -> Packing:
-    """Distribute the samples over rows of --max-length tokens, and say how full they are."""
-    lengths = data.samples.lengths.tolist()
-    packing = Packing(lengths, config.max_length, config.seed, config.shuffle)
-    share = sum(lengths) / (packing.num_rows * packing.row_length)
-    print(
-        f"packed into {packing.num_rows:,} rows of {packing.row_length:,} tokens, {share:.1%} full"
-    )
-    return packing
-
-
-def longest_batch(config: TrainConfig, data: Dataset, packing: Packing | None) -> Batch:
-    """Make the largest micro-batch that may come, of the longest sample."""
-    longest = data.longest
-    if packing:
-        num_rows = min(config.batch_size, packing.num_rows)
-        return collate_packed([[longest]] * num_rows, packing.row_length)
-    return collate([longest] * min(config.batch_size, len(data.samples)))
-
-
-def preflight(batch: Batch, micro_step: MicroStep, loss_scale: LossScale) -> None:
-    """Run the longest micro-batch once on a GPU, so that what does not fit fails before step 1.
-
-    Raises:
-        ValueError: the GPU has not the memory.
-    """
-    shape = f"{len(batch.input_ids)} x {batch.input_ids.shape[1]:,} tokens"
-    start = time.perf_counter()
-    try:
-        micro_step(batch.input_ids, batch.labels, loss_scale.scale * 0, positions=batch.positions)
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the longest micro-batch, {shape}, must fit the GPU: {error}; lower --max-memory, "
-            "--batch-size or --max-length"
-        ) from None
-    seconds = time.perf_counter() - start
-    print(f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled")
-
-
-def memory_line(plan: MemoryPlan) -> str:
-    """Hold the plan against the allocator's peak."""
-    return (
-        f"layers: {plan.layers()}; memory {torch.cuda.max_memory_reserved() / GIB:.2f} GiB, "
-        f"planned {plan.reserved / GIB:.2f}"
+        sample_tokens=epochs.packed_sample_tokens,
     )
 
 
@@ -523,105 +452,105 @@ def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
     )
 
 
-def count_steps(config: TrainConfig, num_rows: int) -> int:
+def count_steps(config: TrainConfig, epochs: Epochs) -> int:
     if config.max_steps >= 0:
         return config.max_steps
-    return math.ceil(config.epochs * steps_of_epoch(config, num_rows))
+    return math.ceil(config.epochs * steps_of_epoch(config, epochs))
 
 
-def steps_of_epoch(config: TrainConfig, num_rows: int) -> int:
-    return epoch_steps(num_rows, config.batch_size, config.gradient_accumulation_steps)
+def steps_of_epoch(config: TrainConfig, epochs: Epochs) -> int:
+    return epoch_steps(epochs.num_rows, config.batch_size, config.gradient_accumulation_steps)
 
 
-def train(run: Run) -> None:
-    """Take the run's steps, evaluating, logging and saving on the way."""
+def train(run: Run, log: RunLog, stop: StopRequest) -> None:
+    """Take the run's steps until the last one or a signal, evaluating, logging and saving on the
+    way."""
     config, state = run.config, run.state
-    output = Path(config.output)
-    metrics = MetricsFile(output, state.step)
-    device = run.model.device
-    progress = Progress(run.num_steps, state.step)
-    if state.step == 0 and run.eval_data and not metrics.last_row:
-        row: Row = {"step": 0, "epoch": 0.0, "tokens": 0, "target_tokens": 0}
-        row["eval_loss"] = evaluate(run, run.eval_data)
-        row["peak_memory_bytes"] = peak_memory_bytes(device)
-        metrics.append(row)
-        progress.show(row)
-
-    num_skipped_in_a_row = 0
-    pending: list[PendingResult] = []
-    since, tokens_then = time.perf_counter(), state.tokens
-    while state.step < run.num_steps:
-        pending.append(train_step(run))
+    if state.step == 0 and run.eval_data and not log.rows:
+        log.add(log.row(state, 0.0) | {"eval_loss": evaluate(run, run.eval_data)})
+    while state.step < run.num_steps and not stop.signal:
+        run.pending.append(train_step(run))
+        log.advance()
         is_last = state.step == run.num_steps
-        progress.advance()
         is_eval_due = is_last or is_due(config.eval_steps, state)
         is_row_due = is_eval_due or is_due(config.logging_steps, state)
         is_save_due = is_due(config.save_steps, state) and not is_last
-        if not (is_row_due or is_save_due or len(pending) == MAX_SKIPPED_IN_A_ROW):
+        if not (is_row_due or is_save_due or len(run.pending) == config.max_bad_steps):
             continue
-        # the one place that waits for the device
-        results = read(pending, run)
-        pending.clear()
-        for result in results:
-            num_skipped_in_a_row = num_skipped_in_a_row + 1 if result.is_skipped else 0
-            state.num_skipped += result.is_skipped
-            state.num_updates += not result.is_skipped
-            if result.is_skipped:
-                progress.say(
-                    f"step {result.step}: the gradients are not finite, the adapter is left as it "
-                    f"was ({state.num_skipped} steps so far, loss scale {state.loss_scale:g})"
-                )
-            if num_skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                progress.close()
-                raise RuntimeError(
-                    f"gradients must be finite: {num_skipped_in_a_row} steps in a row were not, up "
-                    f"to step {result.step}; lower --learning-rate or use --dtype bfloat16"
-                )
+        figures = settle(run, log)
         if is_row_due:
-            result = results[-1]
-            seconds = time.perf_counter() - since
-            row = {
-                "step": state.step,
-                "epoch": state.step / steps_of_epoch(config, run.num_rows),
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
-                "tokens": state.tokens,
-                "target_tokens": state.target_tokens,
-                "tokens_per_second": (state.tokens - tokens_then) / seconds,
-                "peak_memory_bytes": peak_memory_bytes(device),
-            }
+            row = log.row(state, state.step / steps_of_epoch(config, run.epochs), figures)
             if is_eval_due and run.eval_data:
                 row["eval_loss"] = evaluate(run, run.eval_data)
-            metrics.append(row)
-            progress.show(row)
-            since, tokens_then = time.perf_counter(), state.tokens
+            log.add(row)
         if is_save_due:
-            save_checkpoint(
-                output,
-                state,
-                run.optimizer.state_tensors(),
-                lambda folder: write_adapter(folder, run),
-            )
-    progress.close()
+            try:
+                save(run, log)
+            except OSError as error:
+                log.say(f"step {state.step}: no checkpoint, the run goes on: {error}")
 
 
 def is_due(every: int, state: RunState) -> bool:
     return every > 0 and state.step % every == 0
 
 
-def read(pending: list[PendingResult], run: Run) -> list[StepResult]:
-    """Wait for the device and take the figures of steps, and into the state the loss scale."""
-    figures = torch.stack([torch.stack((result.loss, result.grad_norm)) for result in pending])
+def settle(run: Run, log: RunLog) -> Row:
+    """Wait for the device, count the steps whose figures it was computing, and return the last's.
+
+    The one place that waits in the loop.
+
+    Raises:
+        CannotGoOn: too many steps in a row could not be learned from.
+    """
+    state, pending = run.state, run.pending
+    rows = torch.stack([torch.stack((p.loss, p.grad_norm)) for p in pending]).tolist()
     if run.loss_scale.is_dynamic:
-        run.state.loss_scale, run.state.num_good_steps = run.loss_scale.state()
-    return [
-        StepResult(result.step, loss, grad_norm, result.learning_rate)
-        for result, (loss, grad_norm) in zip(pending, figures.tolist(), strict=True)
-    ]
+        state.loss_scale, state.num_good_steps = run.loss_scale.state()
+    figures: Row = {}
+    for p, (loss, grad_norm) in zip(pending, rows, strict=True):
+        figures = {"loss": loss, "grad_norm": grad_norm, "learning_rate": p.learning_rate}
+        is_skipped = not math.isfinite(grad_norm)
+        state.count(is_skipped)
+        if is_skipped:
+            log.say(
+                f"step {p.step}: the gradients are not finite, the adapter is left as it was "
+                f"({state.num_skipped} steps so far, loss scale {state.loss_scale:g})"
+            )
+        if state.num_skipped_in_a_row == run.config.max_bad_steps:
+            indices = [i for rows in step_rows(run, p.step - 1) for row in rows for i in row]
+            samples = {i: run.epochs.samples[i] for i in indices}
+            path = write_bad_batch(run.output, p.step, figures, samples, run.tokenizer)
+            raise CannotGoOn(
+                f"gradients must be finite: {state.num_skipped_in_a_row} steps in a row were not, "
+                f"up to step {p.step} with loss {loss}; its batch is in {path}; look at it, lower "
+                "--learning-rate or use --dtype bfloat16"
+            )
+    pending.clear()
+    return figures
 
 
-def train_step(run: Run) -> PendingResult:
+def save(run: Run, log: RunLog) -> Path:
+    """Write a checkpoint of the run as it stands, unless it is there already.
+
+    Raises:
+        OSError: the disk refused; the checkpoints before it are as they were.
+    """
+    if run.pending:
+        settle(run, log)
+    path = run.output / checkpoint_name(run.state)
+    if not path.exists():
+        save_checkpoint(
+            path,
+            run.state,
+            run.optimizer.state_tensors(),
+            lambda folder: write_adapter(folder, run),
+        )
+        if run.config.save_total_limit:
+            remove_old_checkpoints(run.output, run.config.save_total_limit)
+    return path
+
+
+def train_step(run: Run) -> PendingStep:
     """Take one optimizer step over its micro-batches and count it in the run's state.
 
         gradient = d/dadapter  sum over all micro-batches of the loss / the step's target tokens
@@ -631,7 +560,7 @@ def train_step(run: Run) -> PendingResult:
 
     Note:
         Does not wait for the device: the run's counters of updates and skipped steps, and its loss
-        scale, are what `read` last saw.
+        scale, are what `settle` last saw.
     """
     config, state, optimizer, scale = run.config, run.state, run.optimizer, run.loss_scale
     batches = step_batches(run)
@@ -659,7 +588,7 @@ def train_step(run: Run) -> PendingResult:
     state.step += 1
     state.tokens += sum(batch.num_tokens for batch in batches)
     state.target_tokens += num_targets
-    return PendingResult(state.step, total_loss, grad_norm, learning_rate)
+    return PendingStep(state.step, total_loss, grad_norm, learning_rate)
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -671,19 +600,17 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def step_batches(run: Run) -> list[Batch]:
-    """The micro-batches of the next step, a pure function of the seed and the step's number."""
-    config, samples = run.config, run.train_data.samples
-    epoch, step_in_epoch = divmod(run.state.step, steps_of_epoch(config, run.num_rows))
-    sizes = (step_in_epoch, config.batch_size, config.gradient_accumulation_steps)
-    if run.packing is not None:
-        rows, row_length = run.packing.rows(epoch), run.packing.row_length
-        return [
-            collate_packed([[samples[i] for i in row] for row in some_rows], row_length)
-            for some_rows in step_micro_batches(rows, *sizes)
-        ]
-    order = order_of_epoch(len(samples), epoch, config.seed, config.shuffle)
-    micro_batches = step_micro_batches(order, *sizes)
-    return [collate([samples[i] for i in indices]) for indices in micro_batches]
+    """The micro-batches of the next step."""
+    return [run.epochs.batch(rows) for rows in step_rows(run, run.state.step)]
+
+
+def step_rows(run: Run, step: int) -> list[list[list[int]]]:
+    """The samples of each row of a step's micro-batches: it follows from the step's number."""
+    config = run.config
+    epoch, step_in_epoch = divmod(step, steps_of_epoch(config, run.epochs))
+    return step_micro_batches(
+        run.epochs.rows(epoch), step_in_epoch, config.batch_size, config.gradient_accumulation_steps
+    )
 
 
 def evaluate(run: Run, dataset: Dataset) -> float:
@@ -695,38 +622,26 @@ def evaluate(run: Run, dataset: Dataset) -> float:
     return total / dataset.num_target_tokens
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int] | None:
-    """Token ids of --sample-prompt, as a user's message where there is a chat template, None where
-    there is no prompt."""
-    if not prompt:
+def answer(run: Run) -> str | None:
+    """Answer --sample-prompt with the most probable tokens, None where there is no prompt."""
+    if run.prompt is None:
         return None
-    if not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt, add_special_tokens=True)
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def answer(run: Run, tokenizer: Tokenizer, prompt: list[int] | None) -> str | None:
-    """Answer the prompt with the most probable tokens, None where there is no prompt."""
-    if prompt is None:
-        return None
-    stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
-    new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
-    return tokenizer.decode(new_ids).strip()
+    stop_ids = {*run.model.config.eos_token_ids, run.tokenizer.eos_token_id}
+    new_ids = generate_greedy(run.model, run.prompt, SAMPLE_TOKENS, stop_ids)
+    return run.tokenizer.decode(new_ids).strip()
 
 
 def write_adapter(folder: Path, run: Run) -> None:
     save_adapter(folder, run.model.adapter_tensors(), run.lora, run.config.model)
 
 
-def save_results(run: Run, tokenizer: Tokenizer) -> None:
+def save_results(run: Run, rows: Sequence[Row]) -> None:
     """Write the adapter, the tokenizer and the model card into the output folder."""
-    output = Path(run.config.output)
+    output = run.output
     with new_files(output) as folder:
         write_adapter(folder, run)
-        tokenizer.save(folder)
-        (folder / CARD_FILE).write_text(model_card(run.config, read_rows(output)))
+        run.tokenizer.save(folder)
+        (folder / CARD_FILE).write_text(model_card(run.config, rows))
         paths = [path for path in folder.rglob("*") if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in paths]
     print(f"saved the adapter in {output}")
@@ -738,6 +653,8 @@ def save_results(run: Run, tokenizer: Tokenizer) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        # what the user gave, or what the disk refused: the message is enough
+    except (ValueError, OSError, CannotGoOn) as error:
+        # what the user gave, or what the disk or the device refused: the message is enough
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is not in a checkpoint is lost")

@@ -24,6 +24,7 @@ from llama.config import read_config
 from llama.memory_plan import MemoryPlan, plan_memory
 from llama.micro_step import POLICIES, MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
+from llama.preflight import plan_run
 from llama.workload import Workload
 from nf4.weight import weight_bytes
 from optim.adamw import moment_bytes_per_element
@@ -67,7 +68,8 @@ def plan_of(policy: str, config: TrainConfig, work: Workload) -> MemoryPlan:
     """
     name, _, size = policy.partition(":")
     if name == "auto":
-        return train.plan_run(replace(config, activations="auto", max_memory=size), work)
+        budget = replace(config, max_memory=size).max_memory_bytes
+        return plan_run(work, torch.device(config.device), "auto", budget)
     if policy not in POLICIES:
         raise ValueError(f"a policy must be auto or one of {', '.join(POLICIES)}: got {policy!r}")
     return plan_memory(work, (POLICIES[policy],) * work.config.num_hidden_layers)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 # ends the name of what is not whole yet; `clean` removes what a killed process left
 _SUFFIX = ".partial"
 
@@ -29,6 +31,9 @@ def _partial_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+    except SafetensorError as error:
+        # the disk's refusal under another name
+        raise OSError(f"{path} must be written: got {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -80,6 +85,13 @@ def new_files(folder: Path) -> Iterator[Path]:
             file.replace(place)
             _flush(place.parent)
         _flush(folder)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is never seen with a part of its files."""
+    partial = path.with_name(path.name + _SUFFIX)
+    path.rename(partial)
+    shutil.rmtree(partial)
 
 
 def is_partial(path: Path) -> bool:

@@ -2,12 +2,16 @@
 
     checkpoint-N/   the adapter, as its own room writes it
                     optimizer.safetensors     the moments: float32, or codes and their scales
+                    best.safetensors          the adapter of the lowest evaluation loss, if kept
                     state.json                counters, loss scale, time of the first start
+                    sha256.json               the hash of every other file
 
 Nothing is pickled, unlike transformers' optimizer.pt and rng_state.pth. There is no random state to
-keep either: every step seeds itself from the run's seed and its own number.
+keep either: every step seeds itself from the run's seed and its own number. A rename makes a
+checkpoint whole whatever the process does; the hashes tell what the disk has done to it since.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -18,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from run.atomic import new_folder
+from run.atomic import new_folder, remove_folder
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
+MANIFEST_FILE = "sha256.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -33,48 +39,128 @@ class RunState:
     step: int = 0  # optimizer steps done, skipped ones included
     num_updates: int = 0  # steps that changed the parameters
     num_skipped: int = 0  # steps whose gradients were not finite
+    num_skipped_in_a_row: int = 0
     tokens: int = 0  # seen so far, padding left out
     target_tokens: int = 0  # learned so far
     loss_scale: float = 1.0
     num_good_steps: int = 0  # since the loss scale last changed
+    best_eval_loss: float | None = None
+    num_evaluations_since_best: int = 0
+
+    def count(self, is_skipped: bool) -> None:
+        """Count a step whose figures are known."""
+        self.num_updates += not is_skipped
+        self.num_skipped += is_skipped
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint as read; the adapter is for its own room to read."""
+
+    path: Path
+    state: RunState
+    moments: dict[str, Tensor]
+    best: dict[str, Tensor]  # the best adapter's tensors, none if it is not kept
+
+
+def checkpoint_name(state: RunState) -> str:
+    return f"checkpoint-{state.step}"
 
 
 def save_checkpoint(
-    folder: Path,
+    path: Path,
     state: RunState,
-    optimizer: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     write_adapter: Callable[[Path], None],
-) -> Path:
-    """Write `checkpoint-{step}` into a run's folder, whole or not at all, and return its path."""
-    path = folder / f"checkpoint-{state.step}"
+    best: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        OSError: the disk refused; nothing of it is left.
+    """
     with new_folder(path) as partial:
         write_adapter(partial)
-        save_file({name: t.cpu() for name, t in optimizer.items()}, partial / OPTIMIZER_FILE)
+        save_file({name: t.cpu() for name, t in moments.items()}, partial / OPTIMIZER_FILE)
+        if best:
+            save_file(dict(best), partial / BEST_FILE)
         (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    return path
+        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST_FILE).write_text(json.dumps(hashes, indent=2) + "\n")
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the checkpoint with the most steps, None if there is none."""
+def remove_old_checkpoints(folder: Path, num_kept: int) -> None:
+    """Remove all checkpoints but the last ones."""
+    for path in list_checkpoints(folder)[:-num_kept]:
+        remove_folder(path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Find a run's checkpoints, those with fewer steps first."""
     numbered = {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
         if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
     }
-    return numbered[max(numbered)] if numbered else None
+    return [numbered[step] for step in sorted(numbered)]
 
 
-def load_checkpoint(path: Path) -> tuple[RunState, dict[str, Tensor]]:
-    """Read a checkpoint's state and moments; the adapter is for its own room to read.
+def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Read the last whole checkpoint, None if there is no checkpoint at all.
+
+    Returns:
+        It, and what is wrong with each later one.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path), damaged
+        except ValueError as error:
+            damaged[path] = str(error)
+    if damaged:
+        raise ValueError(
+            f"one of the checkpoints in {folder} must be whole: {'; '.join(damaged.values())}; "
+            "delete them to start from the first step"
+        )
+    return None, damaged
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's state and moments.
 
     Raises:
         ValueError: a file is missing, damaged or of another version.
     """
     try:
+        _check_hashes(path)
         state = RunState(**json.loads((path / STATE_FILE).read_text()))
-        return state, load_file(path / OPTIMIZER_FILE)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        best = path / BEST_FILE
+        return Checkpoint(
+            path,
+            state,
+            moments=load_file(path / OPTIMIZER_FILE),
+            best=load_file(best) if best.is_file() else {},
+        )
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
-            f"{path} must be a whole checkpoint of this version: got {error}; "
-            "delete the folder to resume from the one before it"
+            f"{path} must be a whole checkpoint of this version: got {error}"
         ) from error
+
+
+def _check_hashes(path: Path) -> None:
+    hashes: dict[str, str] = json.loads((path / MANIFEST_FILE).read_text())
+    for name, expected in hashes.items():
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{name} with another hash than {MANIFEST_FILE} has")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

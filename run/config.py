@@ -24,7 +24,9 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "eval_steps",
         "save_steps",
+        "save_total_limit",
         "logging_steps",
+        "max_bad_steps",
         "optimizer_residency",
         "activations",
         "max_memory",
@@ -41,8 +43,20 @@ _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
-def _flag(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def _flag(
+    default: Any,
+    group: str,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    bare: str | None = None,
+) -> Any:
+    """Describe a field.
+
+    Args:
+        bare: what the flag means without a value; then there is a --no-flag, too.
+    """
+    metadata = {"group": group, "help": help, "choices": choices, "bare": bare}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -142,8 +156,23 @@ class TrainConfig:
     max_steps: int = _flag(-1, "run", "steps, instead of epochs; 0: evaluate only")
     eval_steps: int = _flag(0, "run", "evaluate every so many steps; 0: at the start and the end")
     save_steps: int = _flag(100, "run", "a checkpoint every so many steps; 0: none")
+    save_total_limit: int = _flag(
+        0, "run", "checkpoints to keep; the oldest goes when the new one is whole; 0: all"
+    )
     logging_steps: int = _flag(1, "run", "a row of metrics every so many steps")
-    resume: bool = _flag(False, "run", "go on from the last checkpoint in --output")
+    max_bad_steps: int = _flag(
+        30,
+        "run",
+        "steps in a row with a loss or gradients that are not finite, each skipped, before the run "
+        "stops; float16 has some at first, until its loss scale fits",
+    )
+    resume: str = _flag(
+        "",
+        "run",
+        "auto, or nothing after it: go on from the last whole checkpoint in --output, from the "
+        "first step if there is none",
+        bare="auto",
+    )
     seed: int = _flag(42, "run", "decides the adapter's start, the order and the dropout")
     push_to_hub: str = _flag("", "run", "hub id to send the adapter to, private if it is new")
     sample_prompt: str = _flag("", "run", "a prompt to answer before and after training")
@@ -175,9 +204,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "max_bad_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        at_least_0 = ("eval_steps", "save_steps", "weight_decay", "max_grad_norm")
+        at_least_0 = ("eval_steps", "save_steps", "save_total_limit", "weight_decay", "max_grad_norm")
         for name in (*at_least_0, "inspect", "dataset_num_proc"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "loraplus_lr_ratio"):
@@ -194,6 +223,7 @@ class TrainConfig:
         self._require(
             "max_length", self.max_length == 0 or self.max_length >= 2, "at least 2, or 0"
         )
+        self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
         for f in fields(self):
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
@@ -254,6 +284,12 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             options |= {"type": type(default), "choices": f.metadata["choices"]}
             options["metavar"] = None if f.metadata["choices"] else type(default).__name__.upper()
+        if f.metadata["bare"] is not None:
+            options |= {"nargs": "?", "const": f.metadata["bare"]}
+            without = {"dest": f.name, "action": "store_const", "const": default}
+            groups[name].add_argument(
+                _flag_name(f"no_{f.name}"), default=argparse.SUPPRESS, **without
+            )
         groups[name].add_argument(_flag_name(f.name), **options)
     return parser
 
@@ -302,6 +338,9 @@ def read_fields(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} must be JSON: got {error}") from None
+    if isinstance(values, dict) and isinstance(values.get("resume"), bool):
+        # a switch, in folders that version 0.1 began
+        values["resume"] = "auto" if values["resume"] else ""
     defaults = {f.name: _default(f) for f in fields(TrainConfig)}
     # a switch that is decided later may be on, off or not given
     kinds = {

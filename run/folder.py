@@ -1,11 +1,12 @@
 """The output folder of a run: a new one, or one to go on with; never one over another."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from run.atomic import clean, is_partial, write_text
-from run.checkpoint import latest_checkpoint
+from run.atomic import clean, is_partial, remove_folder, write_text
+from run.checkpoint import Checkpoint, load_newest_checkpoint
 from run.config import CONFIG_FILE, TrainConfig, differences, to_json
 
 DEFAULT_PARENT = Path("out")
@@ -75,14 +76,27 @@ def check_new_folder(folder: Path, num_bytes: int) -> None:
         )
 
 
-def resume_point(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, None at a fresh start."""
-    return latest_checkpoint(Path(config.output)) if config.resume else None
+def resume_point(config: TrainConfig) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Read the checkpoint to go on from, None at a fresh start.
+
+    Returns:
+        It, and what is wrong with each later one.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    return load_newest_checkpoint(Path(config.output)) if config.resume else (None, {})
 
 
-def open_output(config: TrainConfig) -> None:
-    """Make the folder ready: write config.json, remove what a killed process left half-written."""
+def open_output(config: TrainConfig, damaged: Iterable[Path] = ()) -> None:
+    """Make the folder ready: write config.json, remove what a killed process left half-written.
+
+    Args:
+        damaged: checkpoints to remove, because the run will write those steps' again.
+    """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in damaged:
+        remove_folder(path)
     clean(folder)
     write_text(folder / CONFIG_FILE, to_json(config))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -27,24 +28,33 @@ class MetricsFile:
     def __init__(self, folder: Path, step: int) -> None:
         """Open the file, dropping rows past `step`: a resumed run logs those steps again."""
         path = folder / METRICS_FILE
-        rows = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
         # the last line may be cut off, where the process was killed in the middle of it
-        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]
-        write_text(path, "".join(row + "\n" for row in kept))
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
         self._path = path
-        self.last_row: Row | None = json.loads(kept[-1]) if kept else None
+        self._unwritten = ""
+        self.rows: list[Row] = [json.loads(line) for line in kept]
 
     def append(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: the disk refused; the file is as it was, and the row is written with the next.
+        """
         # JSON has no NaN
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(clean) + "\n")
-        self.last_row = row
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+        self.rows.append(row)
+        self._unwritten += json.dumps(clean) + "\n"
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("a") as file:
+                file.write(self._unwritten)
+        except OSError:
+            # a part of it may be there
+            os.truncate(self._path, size)
+            raise
+        self._unwritten = ""
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """run/atomic.py, run/checkpoint.py, run/folder.py and run/metrics.py: what lies on the disk."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from equality import assert_equal
 
 from run.atomic import clean, new_files, new_folder, write_text
 from run.checkpoint import (
+    BEST_FILE,
+    MANIFEST_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
     RunState,
-    latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
+    load_newest_checkpoint,
+    remove_old_checkpoints,
     save_checkpoint,
 )
 from run.config import TrainConfig
@@ -78,41 +83,91 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     (tmp_path / "other.partial").write_text("half")
     (tmp_path / "checkpoint-5.partial").mkdir()
     (tmp_path / "checkpoint-5.partial" / "state.json").write_text("{")
-    assert latest_checkpoint(tmp_path) is None
+    assert load_newest_checkpoint(tmp_path) == (None, {})
     clean(tmp_path)
     assert names(tmp_path) == ["file"]
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, best: dict[str, torch.Tensor] | None = None) -> Path:
     state = RunState(started="2026-01-01T00:00:00", step=step, tokens=10 * step, loss_scale=0.1)
     moments = {"exp_avg.a": torch.full((3,), float(step)), "exp_avg_sq.a": torch.ones(2, 2)}
-    return save_checkpoint(folder, state, moments, lambda f: write_text(f / "adapter", "a"))
+    path = folder / f"checkpoint-{step}"
+    save_checkpoint(path, state, moments, lambda f: write_text(f / "adapter", "a"), best)
+    return path
 
 
-def test_the_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoint-old").mkdir()
     (tmp_path / "checkpoint-999").write_text("a file")
-    latest = latest_checkpoint(tmp_path)
-    assert latest is not None
-    assert latest.name == "checkpoint-100"
-    state, moments = load_checkpoint(latest)
-    assert (state.step, state.tokens, state.loss_scale) == (100, 1000, 0.1)
-    assert_equal(moments["exp_avg.a"], torch.full((3,), 100.0))
-    assert names(latest) == ["adapter", OPTIMIZER_FILE, STATE_FILE]
+    newest, damaged = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.path.name, damaged) == ("checkpoint-100", {})
+    assert (newest.state.step, newest.state.tokens, newest.state.loss_scale) == (100, 1000, 0.1)
+    assert_equal(newest.moments["exp_avg.a"], torch.full((3,), 100.0))
+    assert newest.best == {}
+    assert names(newest.path) == ["adapter", OPTIMIZER_FILE, MANIFEST_FILE, STATE_FILE]
 
 
-@pytest.mark.parametrize("name", [OPTIMIZER_FILE, STATE_FILE])
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path, name: str) -> None:
+def test_the_best_adapter_is_in_the_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 3, {"a": torch.tensor([1.0, -0.0])})
+    assert_equal(load_checkpoint(path).best["a"], torch.tensor([1.0, -0.0]))
+    flip_a_bit(path / BEST_FILE)
+    with pytest.raises(ValueError, match=f"got {BEST_FILE} with another hash"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, Path.unlink])
+@pytest.mark.parametrize("name", ["adapter", OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path, 2)
     path = save(tmp_path, 3)
-    content = (path / name).read_bytes()
-    (path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"checkpoint-3 must be a whole checkpoint.*delete"):
+    damage(path / name)
+    with pytest.raises(ValueError, match=r"checkpoint-3 must be a whole checkpoint"):
         load_checkpoint(path)
-    (path / name).unlink()
-    with pytest.raises(ValueError, match="checkpoint-3 must be a whole checkpoint"):
-        load_checkpoint(path)
+    newest, damaged = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.path.name == "checkpoint-2"
+    assert list(damaged) == [path]
+
+
+def test_with_nothing_but_damaged_checkpoints_no_run_begins_anew(tmp_path: Path) -> None:
+    for step in (2, 3):
+        flip_a_bit(save(tmp_path, step) / STATE_FILE)
+    with pytest.raises(ValueError, match=r"must be whole: .*-3 .*-2 must be .*; delete them"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_old_checkpoints_go_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (9, 100, 20, 30):
+        save(tmp_path, step)
+    remove_old_checkpoints(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-100"]
+
+    def killed(path: Path) -> None:
+        (path / STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("run.atomic.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old_checkpoints(tmp_path, 1)
+    monkeypatch.undo()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100"]
+    clean(tmp_path)
+    assert names(tmp_path) == ["checkpoint-100"]
 
 
 def test_an_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -133,10 +188,10 @@ def test_somebody_elses_half_written_file_is_not_taken_for_ours(tmp_path: Path) 
 
 
 def test_a_resumed_run_keeps_its_flags(tmp_path: Path) -> None:
-    config = replace(CONFIG, output=str(tmp_path / "out"), resume=True)
+    config = replace(CONFIG, output=str(tmp_path / "out"), resume="auto")
     # a folder that is not there yet: nothing to resume, which is no error
     check_output(config)
-    assert resume_point(config) is None
+    assert resume_point(config) == (None, {})
     open_output(config)
     check_output(config)
     with pytest.raises(ValueError, match=r"--lora-r was 16, now 8"):
@@ -164,7 +219,7 @@ def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) 
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "lo')
     resumed = MetricsFile(tmp_path, 2)
-    assert resumed.last_row == {"step": 2, "loss": 0.5}
+    assert resumed.rows[-1] == {"step": 2, "loss": 0.5}
     resumed.append({"step": 3, "loss": float("nan")})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == [

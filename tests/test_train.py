@@ -13,17 +13,12 @@ from merge_cases import write_adapter
 from safetensors.torch import load_file
 
 import train
-from benchmarks.random_model import LLAMA_3_8B
-from data.batches import Batch, collate
+from data.batches import Batch, collate, epoch_order
 from data.samples import Sample
 from llama.checkpoint import load_model
-from llama.memory_plan import GIB, MemoryPlan
 from llama.micro_step import MicroStep, Policy
-from llama.model import PROJECTIONS
-from llama.workload import Workload
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
-from run.config import TrainConfig
 
 BUNDLED = Path(train.BUNDLED)
 FEW = (
@@ -253,12 +248,24 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(
     assert (state["num_updates"], state["num_skipped"]) == (2, 1)
 
 
-def test_diverged_training_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overflow_in(monkeypatch, range(1000))
-    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 3)
-    for flags in ("", "--logging-steps 100"):
-        with pytest.raises(RuntimeError, match="3 steps in a row were not, up to step 3"):
-            run(tmp_path, flags, flags.replace(" ", "") + "out")
+@pytest.mark.parametrize("flags", ["", "--logging-steps 100"])
+def test_diverged_training_stops_and_leaves_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    overflow_in(monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(train.CannotGoOn, match=r"3 steps in a row were not, up to step 5 .*its"):
+        run(tmp_path, f"--max-bad-steps 3 --max-steps 9 {flags}")
+    record = json.loads((tmp_path / "out" / "bad-step-5.json").read_text())
+    assert record["step"] == 5
+    assert record["grad_norm"] == "inf"
+    # 12 samples in steps of 4: the second step of the second epoch
+    order = epoch_order(12, 1, 42, True)
+    assert [sample["index"] for sample in record["samples"]] == order[4:8]
+    lines = small_data(tmp_path).read_text().splitlines()
+    for sample in record["samples"]:
+        said = json.loads(lines[sample["index"]])["messages"][-1]["content"]
+        assert said in sample["text"]
+        assert len(sample["labels"]) == len(sample["input_ids"])
 
 
 def test_what_is_logged_seldom_is_counted_all_the_same(
@@ -411,42 +418,6 @@ def test_a_plan_says_what_the_run_takes_and_writes_nothing(
         assert f"  {part}" in said
     assert "4 steps over about" in said
     assert not (tmp_path / "out").exists()
-
-
-def planned(monkeypatch: pytest.MonkeyPatch, free: int, **flags: Any) -> MemoryPlan:
-    """What train.py plans for Llama-3-8B on a GPU with so much memory free."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * GIB))
-    config = TrainConfig(model="m", data="d", device="cuda", dtype="bfloat16", **flags)
-    work = Workload(
-        config=LLAMA_3_8B,
-        lora=LoRAConfig(16, 32.0, 0.0, PROJECTIONS),
-        frozen_bytes=5_700_000_000,
-        moment_bytes=8,
-        batch=4,
-        tokens=2048,
-        dtype=torch.bfloat16,
-    )
-    return train.plan_run(config, work)
-
-
-def test_what_is_free_decides_which_layers_keep_their_activations(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert planned(monkeypatch, 79 * GIB).policies == ("keep",) * 32
-    mixed = planned(monkeypatch, 23 * GIB)
-    assert set(mixed.policies) == {"keep", "recompute", "offload"}
-    assert mixed.reserved + mixed.moments < 23 * GIB
-    # no more than is asked for, nor than there is
-    assert planned(monkeypatch, 79 * GIB, max_memory="24GiB").device <= 24 * GIB
-    assert planned(monkeypatch, 23 * GIB, max_memory="80GiB") == mixed
-    assert planned(monkeypatch, 79 * GIB, activations="offload").policies == ("offload",) * 32
-
-
-def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"--activations auto with --batch-size 4 --max-length"):
-        planned(monkeypatch, 23 * GIB, activations="keep")
-    with pytest.raises(ValueError, match=r"need .* at the least; --activations auto with --batch"):
-        planned(monkeypatch, 79 * GIB, max_memory="8GiB")
 
 
 @pytest.mark.gpu

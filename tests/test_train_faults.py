@@ -1,41 +1,44 @@
-"""train.py killed with SIGKILL, while it trains and while it saves: nothing is lost."""
+"""train.py under SIGKILL, SIGTERM, SIGINT, a full disk and damaged checkpoints, each for real.
+
+What is lost is at most the steps since the last checkpoint, and what comes out is the same, bit for
+bit.
+"""
 
 import json
+import os
+import random
+import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from train_process import ROOT, TrainProcess
 
-ROOT = Path(__file__).resolve().parent.parent
-NUM_STEPS, SAVE_STEPS = 24, 2
+import train
+from llama.micro_step import MicroStep
+from optim.adamw import AdamW
+from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
+
+NUM_STEPS = 100
+NUM_KILLS = 20
 CLOCK = ("tokens_per_second", "peak_memory_bytes")
+ADAPTER = "adapter_model.safetensors"
 
 
-def start(output: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "--output", str(output), "--device", "cpu"]
-    command += ["--batch-size", "2", "--max-steps", str(NUM_STEPS)]
-    command += ["--save-steps", str(SAVE_STEPS), "--lora-dropout", "0.1", "--eval-data", ""]
-    command += ["--sample-prompt", "", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()
-    return said.decode()
-
-
-def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not is_time():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline, "the moment to kill never came"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def flags(folder: Path, *more: str) -> list[str]:
+    """A run with many short steps and a checkpoint after each."""
+    data = folder / "data.jsonl"
+    if not data.is_file():
+        lines = (ROOT / "bundled" / "data.jsonl").read_text().splitlines()
+        data.write_text("\n".join(lines[:70:10]) + "\n")
+    model = ROOT / "bundled" / "model"
+    given = f"--model {model} --data {data} --device cpu --max-steps {NUM_STEPS} --save-steps 1"
+    given += " --batch-size 1 --gradient-accumulation-steps 1 --lora-dropout 0.1 --lora-r 2"
+    return [*given.split(), "--target-modules", "q_proj,down_proj", *more]
 
 
 def rows(output: Path) -> list[dict[str, float]]:
@@ -43,44 +46,230 @@ def rows(output: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
-def num_lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+def last_step(output: Path) -> int:
+    """Of the newest checkpoint, 0 if there is none."""
+    found = list_checkpoints(output)
+    return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+
+
+def assert_equals(output: Path, whole: Path) -> None:
+    assert rows(output) == rows(whole)
+    assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("whole") / "out"
-    finish(start(output))
-    return output
+    folder = tmp_path_factory.mktemp("whole")
+    code, said = TrainProcess(folder / "out", *flags(folder)).finish()
+    assert code == 0, said
+    return folder / "out"
 
 
-def test_killed_while_training_and_while_saving_it_goes_on_bit_for_bit(
+def test_killed_at_random_moments_and_inside_a_save_it_ends_bit_for_bit_the_same(
     whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    kill_when(start(output), lambda: num_lines(output / "metrics.jsonl") >= 5)
-    for _ in range(5):
-        process = start(output, "--resume")
-        kill_when(process, lambda: any(output.glob("checkpoint-*.partial")))
-        # killed inside the save, if the half-written checkpoint is still there; a save that was
-        # quicker than the signal is tried again
-        partial = next(output.glob("checkpoint-*.partial"), None)
-        if partial is not None:
-            break
-    assert partial is not None
-    step = int(partial.stem.removeprefix("checkpoint-"))
-    assert not (output / f"checkpoint-{step}").exists()
-    said = finish(start(output, "--resume"))
-    assert f"checkpoint-{step - SAVE_STEPS}: {step - SAVE_STEPS} steps done" in said
-    assert not partial.exists()
-    assert rows(output) == rows(whole)
-    name = "adapter_model.safetensors"
-    assert (output / name).read_bytes() == (whole / name).read_bytes()
+    chance = random.Random(0)
+    times = [path.stat().st_mtime for path in list_checkpoints(whole)]
+    seconds_of_a_step = (times[-1] - times[0]) / (len(times) - 1)
+    num_kills, num_inside_a_save = 0, 0
+    while num_kills < NUM_KILLS or not num_inside_a_save:
+        before = last_step(output)
+        process = TrainProcess(output, *flags(tmp_path, "--resume", "--save-total-limit", "2"))
+        # some while it starts, most in one of the next steps, each of which has a save
+        has_begun = chance.random() < 0.8
+        if has_begun:
+            first = before + chance.randint(1, 3)
+            process.wait_until(lambda: last_step(output) >= first)  # noqa: B023
+        process.wait(chance.uniform(0, seconds_of_a_step if has_begun else 1.0))
+        process.kill()
+        num_kills += 1
+        num_inside_a_save += any(output.glob("checkpoint-*.partial"))
+        # nothing that was there is gone, and of the old ones no more is kept than is asked for
+        assert last_step(output) >= before
+        assert len(list_checkpoints(output)) <= 3
+        if before and has_begun:
+            assert f"checkpoint-{before}: {before} steps done" in process.said()
+    code, said = TrainProcess(output, *flags(tmp_path, "--resume")).finish()
+    assert code == 0, said
+    assert not list(output.glob("*.partial"))
+    assert_equals(output, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+    whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    never_saving = flags(tmp_path, "--save-steps", "0")
+    process = TrainProcess(output, *never_saving)
+    process.wait_until(lambda: "step 3/" in process.said())
+    os.kill(process.pid, number)
+    code, said = process.finish()
+    assert code == 0, said
+    assert f"{number.name}: stopping after this step, with a checkpoint" in said
+    step = last_step(output)
+    assert 3 <= step < NUM_STEPS
+    assert f"stopped by {number.name} after step {step} of {NUM_STEPS}: " in said
+    assert f"checkpoint-{step} has the run as it stands, --resume goes on from there" in said
+    code, said = TrainProcess(output, *never_saving, "--resume", "auto").finish()
+    assert code == 0, said
+    assert_equals(output, whole)
+
+
+def test_asked_twice_it_stops_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    # an evaluation takes longer than the test waits for
+    slow = flags(tmp_path, "--eval-data", str(ROOT / "bundled" / "data.jsonl"))
+    process = TrainProcess(output, *slow)
+    process.wait_until((output / "metrics.jsonl").is_file)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait_until(lambda: "again stops at once" in process.said())
+    os.kill(process.pid, signal.SIGINT)
+    code, said = process.finish()
+    assert code == 1
+    assert said.endswith("interrupted: what is not in a checkpoint is lost\n")
+    assert "Traceback" not in said
+    assert last_step(output) == 0
+
+
+def limit_files(process: TrainProcess, size: int) -> None:
+    """Let the disk refuse whatever makes a file larger."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = TrainProcess(output, *flags(tmp_path, "--save-total-limit", "1"))
+    process.wait_until(lambda: last_step(output) >= 3)
+    limit_files(process, 1000)
+    process.wait_until(lambda: "no checkpoint, the run goes on: " in process.said())
+    process.wait_until(lambda: "metrics.jsonl cannot be written: " in process.said())
+    kept = last_step(output)
+    assert kept >= 3
+    # whole, whatever was refused after it
+    assert list_checkpoints(output) == [output / f"checkpoint-{kept}"]
+    limit_files(process, resource.RLIM_INFINITY)
+    code, said = process.finish()
+    assert code == 0, said
+    assert f"checkpoint-{kept + 1} must be written: got " in said
+    assert_equals(output, whole)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_message_and_its_last_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    short = flags(tmp_path, "--max-steps", "30", "--lr-scheduler", "constant")
+    process = TrainProcess(output, *short)
+    process.wait_until(lambda: last_step(output) >= 3)
+    limit_files(process, 1000)
+    code, said = process.finish()
+    assert code == 1
+    assert "error: " in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert not (output / ADAPTER).exists()
+    step = last_step(output)
+    code, said = TrainProcess(output, *short, "--resume").finish()
+    assert code == 0, said
+    assert f"checkpoint-{step}: {step} steps done" in said
+    assert [row["step"] for row in rows(output)] == list(range(1, 31))
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = TrainProcess(output, *flags(tmp_path))
+    process.wait_until(lambda: last_step(output) >= 5)
+    process.kill()
+    newest = list_checkpoints(output)[-1]
+    step = last_step(output)
+    file = newest / OPTIMIZER_FILE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, said = TrainProcess(output, *flags(tmp_path, "--resume")).finish()
+    assert code == 0, said
+    assert f"got {OPTIMIZER_FILE} with another hash than sha256.json has; going back" in said
+    assert f"checkpoint-{step - 1}: {step - 1} steps done" in said
+    assert_equals(output, whole)
+
+
+@pytest.mark.parametrize("more", ["", "--packing --max-length 64"])
+def test_stopped_after_every_single_step_it_ends_bit_for_bit_the_same(
+    tmp_path: Path, more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 7 samples in steps of 2 micro-batches of 1: an epoch is 4 steps, the last one short
+    given = "--max-steps 7 --gradient-accumulation-steps 2 --save-steps 0 --eval-steps 3"
+    given += f" --optim paged_adamw_8bit --eval-data {tmp_path / 'data.jsonl'} {more}"
+    config = flags(tmp_path, *given.split())
+    train.main(["--output", str(tmp_path / "whole"), *config])
+    step = AdamW.step
+
+    def stopped(self: AdamW, *args: Any) -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(AdamW, "step", stopped)
+    output = tmp_path / "out"
+    for done in range(1, 7):
+        train.main(["--output", str(output), *config, "--resume"])
+        assert f"stopped by SIGTERM after step {done} of 7" in capsys.readouterr().out
+    train.main(["--output", str(output), *config, "--resume"])
+    assert "stopped by" not in capsys.readouterr().out
+    assert_equals(output, tmp_path / "whole")
+
+
+def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = flags(tmp_path, "--max-steps", "7", "--save-steps", "0", "--logging-steps", "3")
+    train.main(["--output", str(tmp_path / "whole"), *config])
+    output = tmp_path / "out"
+    num_left = iter(range(5, 0, -1))
+
+    def exhausted(self: MicroStep, *args: Any) -> torch.Tensor:
+        if next(num_left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return micro_step(self, *args)
+
+    micro_step = MicroStep.__call__
+    monkeypatch.setattr(MicroStep, "__call__", exhausted)
+    with pytest.raises(
+        train.CannotGoOn,
+        match=r"suffice for step 6: CUDA out of memory.*GiB; .*checkpoint-5 has the run as it "
+        r"stands; try --resume --activations recompute",
+    ):
+        train.main(["--output", str(output), *config])
+    monkeypatch.undo()
+    train.main(["--output", str(output), *config, "--resume", "--activations", "recompute"])
+    assert_equals(output, tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_a_number_changes_nothing_and_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    # one step at such a rate, and the next loss is NaN
+    diverging = ["--learning-rate", "1e22", "--warmup-ratio", "0", "--max-bad-steps", "3"]
+    diverging += ["--target-modules", "all-linear"]
+    with pytest.raises(train.CannotGoOn, match=r"3 steps in a row .* step 4 with loss nan; its"):
+        train.main(["--output", str(output), *flags(tmp_path, *diverging)])
+    said = capsys.readouterr().out
+    skipped = [f"step {n}: the gradients are not finite" in said for n in range(1, 5)]
+    assert skipped == [False, True, True, True]
+    # from step 1 on the adapter has stayed as it was
+    first, third = (output / f"checkpoint-{n}" / ADAPTER for n in (1, 3))
+    assert first.read_bytes() == third.read_bytes()
+    record = json.loads((output / "bad-step-4.json").read_text())
+    assert record["loss"] == "nan"
+    assert record["samples"][0]["text"]
 
 
 def test_an_error_of_the_user_is_one_line_and_no_traceback(tmp_path: Path) -> None:
-    process = start(tmp_path / "out", "--target-modules", "q_porj")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert said.decode().startswith("error: --target-modules must be all-linear or names among")
-    assert "Traceback" not in said.decode()
+    command = [sys.executable, "train.py", "--output", str(tmp_path / "out")]
+    command += ["--target-modules", "q_porj"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --target-modules must be all-linear or names among")
+    assert "Traceback" not in done.stderr

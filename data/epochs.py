@@ -1,0 +1,76 @@
+"""What the rows of every epoch are: one sample each, or several side by side.
+
+A pure function of the samples, the epoch and the seed, so a resumed run needs nothing more than the
+number of its step.
+"""
+
+from collections.abc import Sequence
+
+from data.batches import Batch, collate, epoch_order
+from data.packing import Packing, collate_packed, mean_sample_tokens
+from data.samples import Sample
+
+
+class Epochs:
+    """The order of a data set's samples in every epoch, and their batches."""
+
+    def __init__(
+        self, samples: Sequence[Sample], seed: int, shuffle: bool, row_length: int = 0
+    ) -> None:
+        """Decide on an order.
+
+        Args:
+            row_length: tokens of a row that several samples share; 0: each has its own.
+        """
+        self.samples = samples
+        self._seed, self._shuffle = seed, shuffle
+        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._packing = Packing(self._lengths, row_length, seed, shuffle) if row_length else None
+        # asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
+        self._epoch, self._rows = -1, list[list[int]]()
+
+    @property
+    def num_rows(self) -> int:
+        """Of an epoch, whichever it is."""
+        return self._packing.num_rows if self._packing else len(self.samples)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row there is."""
+        return self._packing.row_length if self._packing else max(self._lengths)
+
+    @property
+    def packed_sample_tokens(self) -> float | None:
+        """The length of the sample that a token is in, on average, where rows hold several."""
+        return mean_sample_tokens(self._lengths) if self._packing else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of an epoch, padding left out."""
+        return sum(self._lengths)
+
+    def describe(self) -> str:
+        """Say how the samples lie in rows."""
+        share = self.num_tokens / (self.num_rows * self.row_length)
+        return f"packed into {self.num_rows:,} rows of {self.row_length:,} tokens, {share:.1%} full"
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """Indices of the samples of each row, in the epoch's order."""
+        if self._packing:
+            return self._packing.rows(epoch)
+        if epoch != self._epoch:
+            order = epoch_order(len(self.samples), epoch, self._seed, self._shuffle)
+            self._epoch, self._rows = epoch, [[index] for index in order]
+        return self._rows
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Lay samples into the rows of a micro-batch."""
+        filled = [[self.samples[index] for index in row] for row in rows]
+        if self._packing:
+            return collate_packed(filled, self._packing.row_length)
+        return collate([sample for row in filled for sample in row])
+
+    def largest_batch(self, batch_size: int) -> Batch:
+        """Make the largest micro-batch that may come, of the longest sample."""
+        longest = self._lengths.index(max(self._lengths))
+        return self.batch([[longest]] * min(batch_size, self.num_rows))

@@ -1,0 +1,109 @@
+"""Whether and how a run fits its machine: chosen, said and tried before its first step.
+
+On a CPU nothing is planned for: each layer keeps its activations unless told otherwise.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from llama.memory_plan import (
+    CONTEXT_BYTES,
+    GIB,
+    MemoryPlan,
+    choose_policies,
+    nearest_that_fits,
+    plan_memory,
+    plan_within,
+)
+from llama.micro_step import POLICIES, MicroStep
+from llama.step_time import measure_rates, step_seconds
+from llama.workload import Workload
+
+# of what a plan took: the next one after it must make do with less
+LEANER_PERCENT = 90
+
+
+def plan_run(
+    work: Workload, device: torch.device, activations: str, max_memory: int | None
+) -> MemoryPlan:
+    """Choose what every layer does with its activations, so that the run fits the GPU.
+
+    Args:
+        activations: a policy for all layers, or auto.
+        max_memory: bytes of the GPU, None for what is free on it.
+
+    Raises:
+        ValueError: it does not fit; the message names the nearest settings that would.
+    """
+    if device.type == "cpu":
+        policy = POLICIES.get(activations, POLICIES["keep"])
+        return plan_memory(work, (policy,) * work.config.num_hidden_layers)
+    # the context is there already; a plan has been 2 % too low
+    available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
+    budget = min(max_memory or available, available)
+    return plan_within(work, POLICIES.get(activations), budget)
+
+
+def describe_plan(
+    work: Workload, plan: MemoryPlan, device: torch.device, num_steps: int, num_tokens: float
+) -> str:
+    """Say what the run will take: memory, tokens and, where there is a GPU, time."""
+    text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
+    text += f"\n{num_steps:,} steps over about {num_tokens:,.0f} tokens"
+    if device.type == "cuda":
+        seconds = step_seconds(work, plan.policies, measure_rates(device, work.dtype))
+        speed = work.M / seconds
+        text += f", {speed:,.0f} tokens/s: about {num_tokens / speed / 60:,.0f} min without padding"
+    return text
+
+
+def preflight(
+    micro_step: MicroStep,
+    input_ids: Tensor,  # (B, T), the longest micro-batch of the run
+    labels: Tensor,  # (B, T)
+    positions: Tensor | None,  # (B, T), where rows hold several samples
+    factor: Tensor,  # ()
+) -> None:
+    """Run a micro-batch once on a GPU, so that what does not fit fails before step 1.
+
+    Raises:
+        ValueError: the GPU has not the memory.
+    """
+    shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
+    start = time.perf_counter()
+    try:
+        micro_step(input_ids, labels, factor * 0, positions=positions)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the longest micro-batch, {shape}, must fit the GPU: {error}; lower --max-memory, "
+            "--batch-size or --max-length"
+        ) from None
+    seconds = time.perf_counter() - start
+    print(f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled")
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """Hold the plan against the allocator's peak."""
+    return (
+        f"layers: {plan.layers()}; memory {torch.cuda.max_memory_reserved() / GIB:.2f} GiB, "
+        f"planned {plan.reserved / GIB:.2f}"
+    )
+
+
+def next_setting(work: Workload, plan: MemoryPlan, device: torch.device) -> str:
+    """Name what to try when a plan turned out not to fit: the next leaner setting."""
+    if device.type == "cpu" and "keep" in plan.policies:
+        return "--resume --activations recompute"
+    budget = plan.device * LEANER_PERCENT // 100
+    if device.type == "cuda" and choose_policies(work, budget) is not None:
+        return f"--resume --activations auto --max-memory {budget / GIB:.2f}GiB"
+    nearest = nearest_that_fits(work, budget)
+    if nearest is None:
+        return "a larger GPU: nothing smaller fits beside the weights"
+    size = f"--batch-size {nearest.batch}"
+    if nearest.tokens < work.tokens:
+        size += f" --max-length {nearest.tokens}"
+    return f"a new run with {size}, from this checkpoint by --init-adapter"

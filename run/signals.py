@@ -1,0 +1,51 @@
+"""SIGTERM and SIGINT as a request that a loop looks at between two steps.
+
+A spot machine sends SIGTERM some seconds before it goes, a person presses Ctrl-C; either way the
+run has time for a checkpoint.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers the first signal that asks to stop; the second one stops at once, as without us.
+
+    Attributes:
+        signal: the name of the signal, empty as long as none came.
+
+    Note:
+        Python takes signals in its main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        self.signal = signal.Signals(number).name
+        text = f"{self.signal}: stopping after this step, with a checkpoint; again stops at once\n"
+        # what was interrupted may be a print
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

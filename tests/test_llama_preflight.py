@@ -1,0 +1,74 @@
+"""llama/preflight.py: what is free decides the plan, and what did not fit has a next setting."""
+
+import re
+
+import pytest
+import torch
+
+from benchmarks.random_model import LLAMA_3_8B
+from llama.memory_plan import GIB, MemoryPlan
+from llama.model import PROJECTIONS
+from llama.preflight import next_setting, plan_run
+from llama.workload import Workload
+from lora.config import LoRAConfig
+
+WORK = Workload(
+    config=LLAMA_3_8B,
+    lora=LoRAConfig(16, 32.0, 0.0, PROJECTIONS),
+    frozen_bytes=5_700_000_000,
+    moment_bytes=8,
+    batch=4,
+    tokens=2048,
+    dtype=torch.bfloat16,
+)
+
+
+def planned(
+    monkeypatch: pytest.MonkeyPatch,
+    free: float,
+    activations: str = "auto",
+    max_memory: int | None = None,
+    device: str = "cuda",
+) -> MemoryPlan:
+    """The plan for a device with so much memory free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), 80 * GIB))
+    return plan_run(WORK, torch.device(device), activations, max_memory)
+
+
+def test_what_is_free_decides_which_layers_keep_their_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert planned(monkeypatch, 79 * GIB).policies == ("keep",) * 32
+    mixed = planned(monkeypatch, 23 * GIB)
+    assert set(mixed.policies) == {"keep", "recompute", "offload"}
+    assert mixed.reserved + mixed.moments < 23 * GIB
+    # no more than is asked for, nor than there is
+    assert planned(monkeypatch, 79 * GIB, max_memory=24 * GIB).device <= 24 * GIB
+    assert planned(monkeypatch, 23 * GIB, max_memory=80 * GIB) == mixed
+    assert planned(monkeypatch, 79 * GIB, activations="offload").policies == ("offload",) * 32
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"--activations auto with --batch-size 4 --max-length"):
+        planned(monkeypatch, 23 * GIB, activations="keep")
+    with pytest.raises(ValueError, match=r"need .* at the least; --activations auto with --batch"):
+        planned(monkeypatch, 79 * GIB, max_memory=8 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("device", "activations", "advice"),
+    [
+        ("cpu", "auto", "--resume --activations recompute"),
+        ("cuda", "auto", r"--resume --activations auto --max-memory \d+\.\d\dGiB"),
+        (
+            "cuda",
+            "offload",
+            r"a new run with --batch-size [123], from this checkpoint by --init-adapter",
+        ),
+    ],
+)
+def test_the_next_setting_after_a_plan_is_leaner(
+    monkeypatch: pytest.MonkeyPatch, device: str, activations: str, advice: str
+) -> None:
+    plan = planned(monkeypatch, 79 * GIB, activations, device=device)
+    assert re.fullmatch(advice, next_setting(WORK, plan, torch.device(device)))
