@@ -52,6 +52,7 @@ from run.machine import choose_device, choose_dtype
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
 from run.signals import StopRequest
+from run.trackers import tracker_names
 
 BUNDLED = Path(__file__).parent / "bundled"
 # the fields of a run that names neither a model nor data
@@ -100,10 +101,18 @@ class Run:
     state: RunState
     num_steps: int
     pending: list[PendingStep] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)  # the adapter of the lowest eval_loss
 
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def is_over(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return self.state.step == self.num_steps or (
+            patience > 0 and self.state.num_evaluations_since_best >= patience
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -120,6 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         lora = lora_of_init_adapter(init_adapter, config, lora, projection_shapes(llama_config))
     config = resolve(follow_checkpoint(config, checkpoint_folder), llama_config)
     check_output(config)
+    tracker_names(config)
     if config.push_to_hub and not config.plan:
         check_push(config.push_to_hub)
     device = torch.device(config.device)
@@ -145,7 +155,13 @@ def main(arguments: Sequence[str]) -> None:
     prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
 
     row_length = config.max_length if config.packing else 0
-    epochs = Epochs(train_data.samples, config.seed, config.shuffle, row_length)
+    epochs = Epochs(
+        train_data.samples,
+        config.seed,
+        config.shuffle,
+        row_length=row_length,
+        group=config.batch_size if config.group_by_length else 0,
+    )
     if config.packing:
         print(epochs.describe())
     num_steps = count_steps(config, epochs)
@@ -191,23 +207,30 @@ def main(arguments: Sequence[str]) -> None:
         prompt,
         state,
         num_steps,
+        best=resumed.best if resumed else {},
     )
     shortage = ""
     with StopRequest() as stop, RunLog(config, state, num_steps) as log:
         before = answer(run)
+        if before is not None and state.step == 0:
+            log.add_sample(0, config.sample_prompt, before)
         try:
             train(run, log, stop)
         except torch.OutOfMemoryError as error:
             shortage = str(error).partition("\n")[0]
-        is_over = state.step == num_steps and not shortage
-        if not is_over:
+        if shortage or not run.is_over:
             path = save(run, log)
+        else:
+            restore_best(run, log)
+            after = answer(run)
+            if after is not None:
+                log.add_sample(state.step, config.sample_prompt, after)
     if shortage:
         raise CannotGoOn(
             f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
             f"run as it stands; try {next_setting(work, plan, device)}"
         )
-    if not is_over:
+    if not run.is_over:
         print(
             f"stopped by {stop.signal} after step {state.step:,} of {num_steps:,}: {path} has the "
             "run as it stands, --resume goes on from there"
@@ -219,7 +242,6 @@ def main(arguments: Sequence[str]) -> None:
         print(memory_line(plan))
     if num_steps:
         save_results(run, log.rows)
-    after = answer(run)
     if before is not None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
 
@@ -262,7 +284,13 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         raise ValueError(
             f"--max-length must be at most the model's {positions:,} positions: got {max_length:,}"
         )
-    if config.max_steps == 0 and not (config.eval_data or config.eval_fraction):
+    has_evaluation = bool(config.eval_data or config.eval_fraction)
+    if config.early_stopping_patience and not (has_evaluation and config.eval_steps):
+        raise ValueError(
+            "--early-stopping-patience must be given with --eval-steps, and --eval-data or "
+            f"--eval-fraction: got no {'--eval-steps' if has_evaluation else '--eval-data'}"
+        )
+    if config.max_steps == 0 and not has_evaluation:
         raise ValueError(
             "--max-steps 0 evaluates only and must be given --eval-data or --eval-fraction: got "
             "none"
@@ -281,7 +309,7 @@ def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
         )
     packing = config.packing
     if packing is None:
-        packing = device == "cuda" and max_length <= longest_row
+        packing = device == "cuda" and max_length <= longest_row and not config.group_by_length
     return choose_output(
         replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)
     )
@@ -463,19 +491,20 @@ def steps_of_epoch(config: TrainConfig, epochs: Epochs) -> int:
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> None:
-    """Take the run's steps until the last one or a signal, evaluating, logging and saving on the
-    way."""
+    """Take the run's steps until its end or a signal, evaluating, logging and saving on the way."""
     config, state = run.config, run.state
     if state.step == 0 and run.eval_data and not log.rows:
         log.add(log.row(state, 0.0) | {"eval_loss": evaluate(run, run.eval_data)})
-    while state.step < run.num_steps and not stop.signal:
+    while not (run.is_over or stop.signal):
         run.pending.append(train_step(run))
         log.advance()
         is_last = state.step == run.num_steps
         is_eval_due = is_last or is_due(config.eval_steps, state)
         is_row_due = is_eval_due or is_due(config.logging_steps, state)
         is_save_due = is_due(config.save_steps, state) and not is_last
-        if not (is_row_due or is_save_due or len(run.pending) == config.max_bad_steps):
+        is_sample_due = run.prompt and is_due(config.sample_steps, state) and not is_last
+        is_read_due = is_row_due or is_save_due or is_sample_due
+        if not is_read_due and len(run.pending) < config.max_bad_steps:
             continue
         figures = settle(run, log)
         if is_row_due:
@@ -483,7 +512,11 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
             if is_eval_due and run.eval_data:
                 row["eval_loss"] = evaluate(run, run.eval_data)
             log.add(row)
-        if is_save_due:
+        if is_sample_due:
+            said = answer(run) or ""
+            log.add_sample(state.step, config.sample_prompt, said)
+            log.say(f"step {state.step}: {config.sample_prompt} -> {said}")
+        if is_save_due and not run.is_over:
             try:
                 save(run, log)
             except OSError as error:
@@ -544,6 +577,7 @@ def save(run: Run, log: RunLog) -> Path:
             run.state,
             run.optimizer.state_tensors(),
             lambda folder: write_adapter(folder, run),
+            run.best,
         )
         if run.config.save_total_limit:
             remove_old_checkpoints(run.output, run.config.save_total_limit)
@@ -614,12 +648,34 @@ def step_rows(run: Run, step: int) -> list[list[list[int]]]:
 
 
 def evaluate(run: Run, dataset: Dataset) -> float:
-    """Compute the mean loss over a data set's target tokens, in nats, dropout off."""
+    """Compute the mean loss over a data set's target tokens, in nats, dropout off.
+
+    Where the run may end early, the adapter is kept if none has had a lower loss.
+    """
     total, size = 0.0, run.config.batch_size
     for start in range(0, len(dataset.samples), size):
         batch = collate(dataset.samples[start : start + size])
         total += float(run.micro_step.evaluate(batch.input_ids, batch.labels))
-    return total / dataset.num_target_tokens
+    eval_loss = total / dataset.num_target_tokens
+    if run.state.note_evaluation(eval_loss) and run.config.early_stopping_patience:
+        # two on the device would be one too many
+        run.best = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in run.model.adapter_tensors().items()
+        }
+    return eval_loss
+
+
+def restore_best(run: Run, log: RunLog) -> None:
+    """Go back to the adapter with the lowest eval_loss, where one was kept."""
+    for name, tensor in run.model.adapter_tensors().items():
+        if run.best:
+            tensor.detach().copy_(run.best[name])
+    if run.best:
+        log.say(
+            f"the adapter of step {run.state.best_step} is taken: its eval_loss "
+            f"{run.state.best_eval_loss:.4f} is the lowest"
+        )
 
 
 def answer(run: Run) -> str | None:

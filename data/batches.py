@@ -16,6 +16,8 @@ from torch import Tensor
 from data.samples import NO_LOSS, Sample
 
 T = TypeVar("T")
+# of a stretch within which samples are sorted by length
+GROUPED_MICRO_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ def epoch_order(num_samples: int, epoch: int, seed: int, shuffle: bool) -> list[
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(num_samples, generator=generator).tolist()
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, epoch: int, seed: int
+) -> list[int]:
+    """Reorder an epoch so that a micro-batch has samples of like lengths and little padding.
+
+    Stretches of the order are sorted by length and cut into micro-batches, whose order is then left
+    to chance: unlike transformers' LengthGroupedSampler, no stretch runs from long to short. The
+    last micro-batch stays the short one.
+    """
+    stretch = GROUPED_MICRO_BATCHES * batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(order), stretch):
+        # stable, so what is equally long stays in the epoch's order
+        some = sorted(order[start : start + stretch], key=lambda index: -lengths[index])
+        batches += [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
+    last = batches.pop() if batches and len(batches[-1]) < batch_size else []
+    places = epoch_order(len(batches), epoch, seed, shuffle=True)
+    return [index for place in places for index in batches[place]] + last
 
 
 def epoch_steps(num_samples: int, batch_size: int, gradient_accumulation_steps: int) -> int:

@@ -6,7 +6,7 @@ number of its step.
 
 from collections.abc import Sequence
 
-from data.batches import Batch, collate, epoch_order
+from data.batches import Batch, collate, epoch_order, group_by_length
 from data.packing import Packing, collate_packed, mean_sample_tokens
 from data.samples import Sample
 
@@ -15,15 +15,22 @@ class Epochs:
     """The order of a data set's samples in every epoch, and their batches."""
 
     def __init__(
-        self, samples: Sequence[Sample], seed: int, shuffle: bool, row_length: int = 0
+        self,
+        samples: Sequence[Sample],
+        seed: int,
+        shuffle: bool,
+        *,
+        row_length: int = 0,
+        group: int = 0,
     ) -> None:
         """Decide on an order.
 
         Args:
             row_length: tokens of a row that several samples share; 0: each has its own.
+            group: samples of a micro-batch, which shall be of like lengths; 0: by chance.
         """
         self.samples = samples
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._group = seed, shuffle, group
         self._lengths = [len(sample.input_ids) for sample in samples]
         self._packing = Packing(self._lengths, row_length, seed, shuffle) if row_length else None
         # asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
@@ -60,6 +67,8 @@ class Epochs:
             return self._packing.rows(epoch)
         if epoch != self._epoch:
             order = epoch_order(len(self.samples), epoch, self._seed, self._shuffle)
+            if self._group:
+                order = group_by_length(order, self._lengths, self._group, epoch, self._seed)
             self._epoch, self._rows = epoch, [[index] for index in order]
         return self._rows
 

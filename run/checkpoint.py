@@ -13,6 +13,7 @@ checkpoint whole whatever the process does; the hashes tell what the disk has do
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ class RunState:
     loss_scale: float = 1.0
     num_good_steps: int = 0  # since the loss scale last changed
     best_eval_loss: float | None = None
+    best_step: int = 0
     num_evaluations_since_best: int = 0
 
     def count(self, is_skipped: bool) -> None:
@@ -52,6 +54,14 @@ class RunState:
         self.num_updates += not is_skipped
         self.num_skipped += is_skipped
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
+
+    def note_evaluation(self, eval_loss: float) -> bool:
+        """Take in an evaluation; return whether it is the best up to now. A NaN never is."""
+        is_best = eval_loss < (math.inf if self.best_eval_loss is None else self.best_eval_loss)
+        if is_best:
+            self.best_eval_loss, self.best_step = eval_loss, self.step
+        self.num_evaluations_since_best = 0 if is_best else self.num_evaluations_since_best + 1
+        return is_best
 
 
 @dataclass(frozen=True)

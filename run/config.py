@@ -25,6 +25,9 @@ FREE_ON_RESUME = frozenset(
         "eval_steps",
         "save_steps",
         "save_total_limit",
+        "sample_steps",
+        "sample_prompt",
+        "report_to",
         "logging_steps",
         "max_bad_steps",
         "optimizer_residency",
@@ -88,6 +91,9 @@ class TrainConfig:
     text_field: str = _flag("text", "data", "field of a text record")
     max_length: int = _flag(
         0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
+    )
+    group_by_length: bool = _flag(
+        False, "data", "micro-batches of samples of like lengths, which need less padding"
     )
     packing: bool | None = _flag(
         None,
@@ -154,6 +160,12 @@ class TrainConfig:
     gradient_accumulation_steps: int = _flag(4, "run", "micro-batches of a step")
     epochs: float = _flag(1.0, "run", "passes over the data")
     max_steps: int = _flag(-1, "run", "steps, instead of epochs; 0: evaluate only")
+    early_stopping_patience: int = _flag(
+        0,
+        "run",
+        "end after so many evaluations in a row without a lower eval_loss; what is saved is the "
+        "adapter with the lowest; 0: train to the last step, save the last",
+    )
     eval_steps: int = _flag(0, "run", "evaluate every so many steps; 0: at the start and the end")
     save_steps: int = _flag(100, "run", "a checkpoint every so many steps; 0: none")
     save_total_limit: int = _flag(
@@ -175,6 +187,12 @@ class TrainConfig:
     )
     seed: int = _flag(42, "run", "decides the adapter's start, the order and the dropout")
     push_to_hub: str = _flag("", "run", "hub id to send the adapter to, private if it is new")
+    report_to: str = _flag(
+        "", "run", "trackers, with commas: tensorboard, wandb, trackio; each an optional extra"
+    )
+    sample_steps: int = _flag(
+        0, "run", "answer --sample-prompt every so many steps; 0: at the start and the end"
+    )
     sample_prompt: str = _flag("", "run", "a prompt to answer before and after training")
 
     device: str = _flag("auto", "machine", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
@@ -207,7 +225,8 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "max_bad_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         at_least_0 = ("eval_steps", "save_steps", "save_total_limit", "weight_decay", "max_grad_norm")
-        for name in (*at_least_0, "inspect", "dataset_num_proc"):
+        at_least_0 += ("inspect", "dataset_num_proc", "sample_steps", "early_stopping_patience")
+        for name in at_least_0:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "loraplus_lr_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
@@ -224,6 +243,11 @@ class TrainConfig:
             "max_length", self.max_length == 0 or self.max_length >= 2, "at least 2, or 0"
         )
         self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
+        self._require(
+            "group_by_length",
+            not self.group_by_length or (self.shuffle and not self.packing),
+            "given with --shuffle and without --packing, which leaves no padding",
+        )
         for f in fields(self):
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
@@ -368,8 +392,10 @@ def to_json(config: TrainConfig) -> str:
 def differences(config: TrainConfig, path: Path) -> list[str]:
     """What makes a config another run than that of a config.json, a line for each field."""
     earlier = read_fields(path)
+    # where the run may end
+    decides = {"eval_steps"} if config.early_stopping_patience else set()
     return [
         f"{_flag_name(name)} was {earlier.get(name)!r}, now {value!r}"
         for name, value in asdict(config).items()
-        if name not in FREE_ON_RESUME and earlier.get(name) != value
+        if name not in FREE_ON_RESUME - decides and earlier.get(name) != value
     ]

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl and the terminal."""
+"""Where a run's figures go: the terminal, metrics.jsonl, loss.png, trackers; and its answers."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,16 @@ import torch
 
 from run.checkpoint import RunState
 from run.config import TrainConfig
-from run.metrics import METRICS_FILE, MetricsFile, Progress, Row, peak_memory_bytes
+from run.loss_chart import CHART_FILE, can_draw, draw_losses
+from run.metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    Progress,
+    Row,
+    StepRows,
+    peak_memory_bytes,
+)
+from run.trackers import log_row, open_trackers
 
 
 class RunLog:
@@ -21,7 +30,10 @@ class RunLog:
     def __init__(self, config: TrainConfig, state: RunState, num_steps: int) -> None:
         """Begin after the steps done; what was written past them goes, because it comes again."""
         self._device = torch.device(config.device)
-        self._metrics = MetricsFile(Path(config.output), state.step)
+        self._output = Path(config.output)
+        self._metrics = StepRows(self._output / METRICS_FILE, state.step)
+        self._samples = StepRows(self._output / SAMPLES_FILE, state.step)
+        self._trackers = open_trackers(config, state)
         self._progress = Progress(num_steps, state.step)
         self._since, self._tokens_then = time.perf_counter(), state.tokens
         self.rows = self._metrics.rows
@@ -36,6 +48,22 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.close()
+        # a second Ctrl-C waits for nobody
+        if kind is None or issubclass(kind, Exception):
+            for tracker in self._trackers:
+                tracker.finish()
+            self._draw()
+
+    def _draw(self) -> None:
+        if len(self.rows) < 2:
+            return
+        if not can_draw():
+            self.say(f"no {CHART_FILE} without matplotlib: pip install -e '.[report]'")
+            return
+        try:
+            draw_losses(self.rows, self._output / CHART_FILE)
+        except OSError as error:
+            self.say(f"{CHART_FILE} cannot be written: {error}")
 
     def advance(self) -> None:
         """Count a step."""
@@ -62,8 +90,17 @@ class RunLog:
     def add(self, row: Row) -> None:
         """Log a row. A disk that refuses it does not stop the run."""
         self._progress.show(row)
-        try:
-            self._metrics.append(row)
-        except OSError as error:
-            self.say(f"{METRICS_FILE} cannot be written: {error}; its rows wait for the next one")
+        self._append(self._metrics, METRICS_FILE, row)
+        log_row(self._trackers, row)
         self._since, self._tokens_then = time.perf_counter(), int(row["tokens"])
+
+    def add_sample(self, step: int, prompt: str, answer: str) -> None:
+        """Write down what the model answers after a step."""
+        row = {"step": step, "prompt": prompt, "answer": answer}
+        self._append(self._samples, SAMPLES_FILE, row)
+
+    def _append(self, file: StepRows, name: str, row: Row) -> None:
+        try:
+            file.append(row)
+        except OSError as error:
+            self.say(f"{name} cannot be written: {error}; its rows wait for the next one")

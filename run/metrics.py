@@ -5,54 +5,62 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
 
 from run.atomic import write_text
 
+# `tokens` and `target_tokens` count from the run's first step, padding left out
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 GIB = 1 << 30
 
-Row: TypeAlias = dict[str, float | int]
+Row: TypeAlias = dict[str, Any]
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, for each logged step.
+class StepRows:
+    """A file of JSON lines, each of a step: metrics.jsonl and its like.
 
-    `tokens` and `target_tokens` count from the run's first step, padding left out.
+    Attributes:
+        rows: all of them, from the run's first step on, whichever process added them.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Open the file, dropping rows past `step`: a resumed run logs those steps again."""
-        path = folder / METRICS_FILE
+    def __init__(self, path: Path, step: int) -> None:
+        """Open the file, dropping rows past `step`: a resumed run writes those steps' again."""
         lines = path.read_text().splitlines() if path.is_file() else []
         # the last line may be cut off, where the process was killed in the middle of it
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        if lines != kept:
+            write_text(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._unwritten = ""
         self.rows: list[Row] = [json.loads(line) for line in kept]
 
-    def append(self, row: Row) -> None:
-        """Add a row.
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, which has a `step`.
 
         Raises:
             OSError: the disk refused; the file is as it was, and the row is written with the next.
         """
         # JSON has no NaN
-        clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.rows.append(row)
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self.rows.append(clean)
         self._unwritten += json.dumps(clean) + "\n"
-        size = self._path.stat().st_size
+        size = self._path.stat().st_size if self._path.is_file() else 0
         try:
             with self._path.open("a") as file:
                 file.write(self._unwritten)
         except OSError:
             # a part of it may be there
-            os.truncate(self._path, size)
+            if self._path.is_file():
+                os.truncate(self._path, size)
             raise
         self._unwritten = ""
 

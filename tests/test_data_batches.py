@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from data.batches import collate, epoch_order, epoch_steps, step_micro_batches
+from data.batches import (
+    collate,
+    epoch_order,
+    epoch_steps,
+    group_by_length,
+    step_micro_batches,
+)
 from data.samples import Sample
 
 
@@ -78,3 +84,24 @@ def test_a_step_outside_of_the_epoch_is_refused(step: int) -> None:
 def test_sizes_must_be_positive(batch_size: int, accumulation: int) -> None:
     with pytest.raises(ValueError, match=f"at least 1: got {batch_size} and {accumulation}"):
         epoch_steps(7, batch_size, accumulation)
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 7, 400, 1003])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_samples_of_like_lengths_share_a_micro_batch(num_samples: int, batch_size: int) -> None:
+    lengths = [1 + (17 * i * i) % 301 for i in range(num_samples)]
+    order = epoch_order(num_samples, 0, 1, True)
+    grouped = group_by_length(order, lengths, batch_size, 0, 1)
+    assert sorted(grouped) == list(range(num_samples))
+    assert grouped == group_by_length(order, lengths, batch_size, 0, 1)
+    other = group_by_length(epoch_order(num_samples, 1, 1, True), lengths, batch_size, 1, 1)
+    assert num_samples < 400 or grouped != other
+
+    def padded(order: list[int]) -> int:
+        batches = [order[i : i + batch_size] for i in range(0, num_samples, batch_size)]
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    assert padded(grouped) <= padded(order)
+    if num_samples >= 400 and batch_size > 1:
+        # a stretch has 50 micro-batches: what is left of the padding is about a fiftieth
+        assert padded(grouped) - sum(lengths) < (padded(order) - sum(lengths)) / 10

@@ -35,6 +35,8 @@ THEIRS = {
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},
+    # an optional extra, looked for before it is imported
+    "matplotlib": {"run/loss_chart.py"},
 }
 
 

@@ -24,7 +24,7 @@ from run.checkpoint import (
 )
 from run.config import TrainConfig
 from run.folder import check_output, choose_output, open_output, resume_point
-from run.metrics import MetricsFile, describe
+from run.metrics import METRICS_FILE, StepRows, describe
 
 CONFIG = TrainConfig(model="m", data="d")
 
@@ -213,12 +213,12 @@ def test_without_output_the_next_free_folder_is_taken(
 
 
 def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path, 0)
+    metrics = StepRows(tmp_path / METRICS_FILE, 0)
     for step in (1, 2, 3):
         metrics.append({"step": step, "loss": 1.0 / step})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "lo')
-    resumed = MetricsFile(tmp_path, 2)
+    resumed = StepRows(tmp_path / METRICS_FILE, 2)
     assert resumed.rows[-1] == {"step": 2, "loss": 0.5}
     resumed.append({"step": 3, "loss": float("nan")})
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -232,7 +232,7 @@ def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) 
 def test_metrics_survive_where_dropping_rows_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics = MetricsFile(tmp_path, 0)
+    metrics = StepRows(tmp_path / METRICS_FILE, 0)
     for step in (1, 2):
         metrics.append({"step": step, "loss": 1.0})
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -242,7 +242,7 @@ def test_metrics_survive_where_dropping_rows_fails(
 
     monkeypatch.setattr("run.atomic.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        MetricsFile(tmp_path, 1)
+        StepRows(tmp_path / METRICS_FILE, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 

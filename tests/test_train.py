@@ -95,7 +95,9 @@ def test_the_loss_falls_and_everything_is_written(
         "checkpoint-5",
         "config.json",
         "data.json",
+        "loss.png",
         "metrics.jsonl",
+        "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }

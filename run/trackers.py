@@ -1,0 +1,121 @@
+"""Trackers that follow a run's figures: TensorBoard, Weights & Biases, trackio.
+
+Each is an optional extra, and is imported where --report-to names it, nowhere else.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from run.checkpoint import RunState
+from run.config import TrainConfig
+from run.metrics import Row
+
+PROJECT = "quatrain"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Tracker(Protocol):
+    """Follows a run."""
+
+    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class _TensorBoard:
+    """Event files in the run's folder; what a killed run wrote past its checkpoint is purged."""
+
+    def __init__(self, config: TrainConfig, state: RunState) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        folder = Path(config.output) / TENSORBOARD_FOLDER
+        self._writer = SummaryWriter(str(folder), purge_step=state.step + 1 if state.step else None)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+def _run_name(config: TrainConfig, state: RunState) -> str:
+    """A name that a resumed run has, too, and no other run."""
+    return f"{Path(config.output).name}-{state.started[:19].replace(':', '')}"
+
+
+class _Wandb:
+    def __init__(self, config: TrainConfig, state: RunState) -> None:
+        name = _run_name(config, state)
+        self._run: Any = importlib.import_module("wandb").init(
+            project=PROJECT,
+            name=name,
+            id=name,
+            resume="allow",
+            dir=config.output,
+            config=asdict(config),
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, config: TrainConfig, state: RunState) -> None:
+        self._trackio: Any = importlib.import_module("trackio")
+        self._trackio.init(
+            project=PROJECT,
+            name=_run_name(config, state),
+            resume="allow",
+            config=asdict(config),
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._trackio.log(dict(figures), step=step)
+
+    def finish(self) -> None:
+        self._trackio.finish()
+
+
+_TRACKERS: dict[str, Callable[[TrainConfig, RunState], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}
+
+
+def tracker_names(config: TrainConfig) -> list[str]:
+    """The trackers of --report-to.
+
+    Raises:
+        ValueError: there is no such tracker, or its package is not installed.
+    """
+    names = [name.strip() for name in config.report_to.split(",") if name.strip()]
+    for name in names:
+        if name not in _TRACKERS:
+            raise ValueError(f"--report-to must name {', '.join(_TRACKERS)} only: got {name}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"--report-to {name} must find the package {name}: it is not installed; "
+                f"pip install -e '.[{name}]', or leave it out"
+            )
+    return names
+
+
+def open_trackers(config: TrainConfig, state: RunState) -> list[Tracker]:
+    """Start what --report-to names."""
+    return [_TRACKERS[name](config, state) for name in tracker_names(config)]
+
+
+def log_row(trackers: list[Tracker], row: Row) -> None:
+    """Send a row of metrics: every figure under the name that it has in metrics.jsonl."""
+    figures = {n: v for n, v in row.items() if n != "step" and math.isfinite(v)}
+    for tracker in trackers:
+        tracker.log(figures, int(row["step"]))
