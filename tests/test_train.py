@@ -1,7 +1,9 @@
 """train.py: accumulation, evaluation, resuming, what is written, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Container
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -289,6 +291,43 @@ def test_what_is_logged_seldom_is_counted_all_the_same(
     ]
     assert states[0] | {"started": ""} == states[1] | {"started": ""}
     assert (states[0]["num_skipped"], states[0]["loss_scale"]) == (2, 65536.0 / 4)
+
+
+def test_float16_finds_its_scale_and_a_resumed_run_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gradients of float16 overflow under such a scale, without any help
+    monkeypatch.setattr("optim.loss_scale.INITIAL_SCALE", 2.0**24)
+    monkeypatch.setattr("optim.loss_scale.GROWTH_INTERVAL", 3)
+    flags = "--dtype float16 --max-steps 16 --save-steps 1 --learning-rate 1e-3"
+    expected = run(tmp_path, flags, "whole")
+    states = [
+        json.loads((tmp_path / "whole" / f"checkpoint-{n}" / "state.json").read_text())
+        for n in range(1, 16)
+    ]
+    scale, num_good = 2.0**24, 0
+    for row, state in zip(expected, states, strict=False):
+        is_skipped = row["grad_norm"] is None
+        num_good = 0 if is_skipped else num_good + 1
+        scale *= 0.5 if is_skipped else 2.0 if num_good == 3 else 1.0
+        num_good %= 3
+        assert (state["loss_scale"], state["num_good_steps"]) == (scale, num_good)
+    skipped = [row["step"] for row in expected if row["grad_norm"] is None]
+    # overflows first, then steps that learn, after which it grew and was too large again
+    assert skipped[0] == 1
+    assert len(skipped) < 12
+    assert any(b["loss_scale"] > a["loss_scale"] for a, b in pairwise(states))
+    assert states[-1]["num_skipped"] == len([n for n in skipped if n < 16])
+    assert states[-1]["num_updates"] == 15 - states[-1]["num_skipped"]
+    # resumed between a skipped step and the next one
+    kept = skipped[-1]
+    run(tmp_path, flags, "broken")
+    broken = tmp_path / "broken"
+    for n in range(kept + 1, 16):
+        shutil.rmtree(broken / f"checkpoint-{n}")
+    (broken / "adapter_model.safetensors").unlink()
+    assert timeless(run(tmp_path, f"{flags} --resume", "broken")) == timeless(expected)
+    assert_same_adapter(broken, tmp_path / "whole")
 
 
 def test_8_bit_moments_train_as_well_as_32_bit_ones(tmp_path: Path) -> None:
