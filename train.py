@@ -185,10 +185,13 @@ def main(arguments: Sequence[str]) -> None:
         optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
 
-    micro_step = MicroStep(model, plan.policies, captures=device.type == "cuda")
+    micro_step = MicroStep(
+        model, plan.policies, config.neftune_noise_alpha, captures=device.type == "cuda"
+    )
     if device.type == "cuda" and num_steps:
         batch = epochs.largest_batch(config.batch_size)
-        preflight(micro_step, batch.input_ids, batch.labels, batch.positions, loss_scale.scale)
+        given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
+        preflight(micro_step, *given, loss_scale.scale)
         print(memory_line(plan))
 
     # only now, when nothing that was given can be wrong any more, is anything written
@@ -614,7 +617,9 @@ def train_step(run: Run) -> PendingStep:
             optimizer.prefetch()
         seed = dropout_seed(config.seed, state.step, index)
         factor = scale.scale / num_targets
-        total_loss += run.micro_step(batch.input_ids, batch.labels, factor, seed, batch.positions)
+        total_loss += run.micro_step(
+            batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
+        )
     total_loss /= num_targets
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
     scale.update(grad_norm)

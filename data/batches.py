@@ -27,6 +27,7 @@ class Batch:
     Attributes:
         num_tokens: tokens without the padding.
         num_target_tokens: labels that a loss sees, those at positions >= 1.
+        lengths: of the sample that a token is of, 0 for padding.
         positions: of every token in its sample, where rows hold several; None: one sample a row.
     """
 
@@ -34,6 +35,7 @@ class Batch:
     labels: Tensor  # (B, T) int64, -100 where there is no loss
     num_tokens: int
     num_target_tokens: int
+    lengths: Tensor  # (B, T) int64
     positions: Tensor | None = None  # (B, T) int64
 
 
@@ -52,14 +54,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     length = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros(len(samples), length, dtype=torch.int64)
     labels = torch.full((len(samples), length), NO_LOSS, dtype=torch.int64)
+    lengths = torch.zeros(len(samples), length, dtype=torch.int64)
     for row, sample in enumerate(samples):
         input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+        lengths[row, : len(sample.input_ids)] = len(sample.input_ids)
     return Batch(
         input_ids,
         labels,
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         num_target_tokens=sum(sample.num_target_tokens for sample in samples),
+        lengths=lengths,
     )
 
 

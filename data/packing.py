@@ -104,6 +104,7 @@ def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
     input_ids = torch.zeros(len(rows), row_length, dtype=torch.int64)
     labels = torch.full((len(rows), row_length), NO_LOSS, dtype=torch.int64)
     positions = torch.zeros(len(rows), row_length, dtype=torch.int64)
+    lengths = torch.zeros(len(rows), row_length, dtype=torch.int64)
     for row, samples in enumerate(rows):
         start = 0
         for sample in samples:
@@ -115,6 +116,7 @@ def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
             # the token before it belongs to another sample
             labels[row, start] = NO_LOSS
             positions[row, start:stop] = torch.arange(stop - start)
+            lengths[row, start:stop] = stop - start
             start = stop
     samples = [sample for row in rows for sample in row]
     return Batch(
@@ -122,5 +124,6 @@ def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
         labels,
         num_tokens=sum(len(sample.input_ids) for sample in samples),
         num_target_tokens=sum(sample.num_target_tokens for sample in samples),
+        lengths=lengths,
         positions=positions,
     )

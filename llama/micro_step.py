@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.masked_attention import Samples
+from kernels.neftune import neftune_, noise_scale
 from llama.decoder_layer import Activations, DecoderLayer, LayerInput, Shared
 from llama.host_stash import HostStash
 from llama.loss import linear_cross_entropy_with_gradient
@@ -65,7 +66,7 @@ class _Kept:
 class _Captured:
     """A shape's two graphs, and the memory through which one talks to them."""
 
-    given: tuple[Tensor, ...]  # (B, T) each: tokens, and where rows hold several samples, places
+    given: tuple[Tensor, ...]  # (B, T) each, as `_forward` takes them
     hidden: Tensor  # (M, D), of the step's buffer
     host: list[Tensor]
     forward: torch.cuda.CUDAGraph
@@ -79,15 +80,23 @@ class MicroStep:
         policies: what each layer does with its activations.
     """
 
-    def __init__(self, model: Llama, policies: Sequence[Policy], captures: bool = False) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        policies: Sequence[Policy],
+        noise_alpha: float = 0.0,
+        captures: bool = False,
+    ) -> None:
         """Prepare for micro-batches of any shape.
 
         Args:
+            noise_alpha: NEFTune's, of the noise on embeddings; 0: none.
             captures: on a GPU, replay a shape that comes again as CUDA graphs.
         """
         assert len(policies) == len(model.layers)
         self.model = model
         self.policies = tuple(policies)
+        self._noise_alpha = noise_alpha
         self._captures = captures
         self._seen: set[tuple[int, ...]] = set()
         self._captured: dict[tuple[int, ...], _Captured] = {}
@@ -109,6 +118,7 @@ class MicroStep:
         factor: Tensor,  # () float32, on the model's device
         dropout_seed: int = 0,
         positions: Tensor | None = None,  # (B, T) int64, on the CPU
+        lengths: Tensor | None = None,  # (B, T) int64, on the CPU
     ) -> Tensor:  # () float32
         """Compute the micro-batch's summed loss, and add its gradients to the adapter's.
 
@@ -118,6 +128,7 @@ class MicroStep:
         Args:
             positions: of the tokens in their samples, if a row holds several; each begins with a
                 token at position 0, which has no label.
+            lengths: of the sample that a token is of, 0 for padding; needed for noise only.
 
         Note:
             Does not wait for the device.
@@ -128,6 +139,10 @@ class MicroStep:
         given = [F.pad(input_ids, (0, num_padding))]
         if positions is not None:
             given += samples_of(F.pad(positions, (0, num_padding)))
+        if self._noise_alpha:
+            assert lengths is not None
+            scale = noise_scale(lengths, self._noise_alpha, self.model.config.hidden_size)
+            given.append(F.pad(scale, (0, num_padding)))
         rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
         if device.type == "cpu":
             return self._launch(given, rows, targets, factor)
@@ -221,12 +236,19 @@ class MicroStep:
         return _Captured(tuple(given), hidden, host, forward, backward)
 
     def _forward(self, given: Sequence[Tensor], hidden: Tensor) -> _Kept:
-        """Write the hidden states, and return what the backward pass needs."""
+        """Write the hidden states, and return what the backward pass needs.
+
+        Args:
+            given: tokens; where rows hold several samples, their two places; noise if there is any.
+        """
         model, stash = self.model, self._stash
         input_ids, *places = given
+        noise = places.pop() if self._noise_alpha else None
         samples = Samples(*places) if places else None
         shared = model.shared(input_ids, dropout_seed=self._seed, samples=samples)
         x, delta = model.embed(input_ids), None
+        if noise is not None:
+            neftune_(x, noise.flatten(), self._seed)
         if stash is not None:
             stash.reserve(x)
         layers: list[Activations | LayerInput | _Offloaded] = []

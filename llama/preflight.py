@@ -64,6 +64,7 @@ def preflight(
     input_ids: Tensor,  # (B, T), the longest micro-batch of the run
     labels: Tensor,  # (B, T)
     positions: Tensor | None,  # (B, T), where rows hold several samples
+    lengths: Tensor,  # (B, T), of every token's sample
     factor: Tensor,  # ()
 ) -> None:
     """Run a micro-batch once on a GPU, so that what does not fit fails before step 1.
@@ -74,7 +75,7 @@ def preflight(
     shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
     start = time.perf_counter()
     try:
-        micro_step(input_ids, labels, factor * 0, positions=positions)
+        micro_step(input_ids, labels, factor * 0, positions=positions, lengths=lengths)
         torch.cuda.synchronize()
     except torch.OutOfMemoryError as error:
         raise ValueError(

@@ -156,6 +156,9 @@ class TrainConfig:
     weight_decay: float = _flag(0.0, "optimizer", "decoupled decay of the adapter")
     max_grad_norm: float = _flag(1.0, "optimizer", "clip the gradients' norm; 0: do not")
 
+    neftune_noise_alpha: float = _flag(
+        0.0, "run", "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
+    )
     batch_size: int = _flag(4, "run", "samples of a micro-batch")
     gradient_accumulation_steps: int = _flag(4, "run", "micro-batches of a step")
     epochs: float = _flag(1.0, "run", "passes over the data")
@@ -226,6 +229,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         at_least_0 = ("eval_steps", "save_steps", "save_total_limit", "weight_decay", "max_grad_norm")
         at_least_0 += ("inspect", "dataset_num_proc", "sample_steps", "early_stopping_patience")
+        at_least_0 += ("neftune_noise_alpha",)
         for name in at_least_0:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "loraplus_lr_ratio"):

@@ -30,6 +30,7 @@ from layer_cases import (  # noqa: E402
 )
 from lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
 from lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
+from neftune_cases import TINY_NOISES, noisy  # noqa: E402
 from nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
@@ -57,6 +58,7 @@ from kernels.dropout import _launch_dropout  # noqa: E402
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
+from kernels.neftune import _launch_neftune  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import (  # noqa: E402
     _launch_nf4_matmul_forward,
@@ -213,6 +215,7 @@ def main() -> None:
         layer_operations(results)
         losses(results)
         dropouts(results)
+        results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
         extensions(results)
         update_gradients(results)
     save_file(results, sys.argv[1])

@@ -50,6 +50,7 @@ def gradients_of(
     factor: float = 1.0,
     dropout_seed: int = 0,
     positions: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The gradients of one micro-batch, and its loss, on the CPU."""
     parameters = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
@@ -59,7 +60,7 @@ def gradients_of(
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad.zero_()
     scale = torch.tensor(factor, device=step.model.device)
-    found = {"loss": step(input_ids, labels, scale, dropout_seed, positions).cpu()}
+    found = {"loss": step(input_ids, labels, scale, dropout_seed, positions, lengths).cpu()}
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         found[name] = parameter.grad.cpu().clone()

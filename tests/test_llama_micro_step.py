@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from equality import assert_equal
 from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, tokens
 from tiny_llama import write_variant
 from torch import Tensor
 
+from kernels.neftune import neftune_, noise_scale
 from llama.checkpoint import load_model
-from llama.micro_step import MicroStep, Policy
+from llama.micro_step import MicroStep, Policy, padded_tokens
 from llama.model import PROJECTIONS, projections
 from lora.config import LoRAConfig
 
@@ -142,6 +144,49 @@ def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> Non
     assert torch.equal(loss, first["loss"]) == (dropout == 0)
 
 
+def some_lengths(B: int, T: int) -> Tensor:
+    """Of samples that are shorter by a token from row to row."""
+    return torch.stack([(torch.arange(T) < T - row) * (T - row) for row in range(B)])
+
+
+@DEVICES
+@pytest.mark.parametrize("policies", POLICIES)
+def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
+    tmp_path: Path, policies: str, device: torch.device
+) -> None:
+    model = load_tiny(tmp_path, adapter(0.3), device=device)
+    # each token once, so that each has an embedding of its own
+    input_ids = torch.randperm(model.config.vocab_size)[:66].view(2, 33)
+    lengths = some_lengths(2, 33)
+    noisy = MicroStep(model, POLICIES[policies], noise_alpha=5.0)
+    actual = gradients_of(noisy, input_ids, input_ids, 0.25, 7, lengths=lengths)
+    plain = MicroStep(model, KEEP)
+    assert not torch.equal(
+        gradients_of(plain, input_ids, input_ids, 0.25, 7)["loss"], actual["loss"]
+    )
+    num_padding = padded_tokens(33, device) - 33
+    places = F.pad(input_ids, (0, num_padding)).flatten()
+    scale = noise_scale(F.pad(lengths, (0, num_padding)), 5.0, model.config.hidden_size)
+    weight = model.model.embed_tokens.weight
+    seed = torch.tensor([7], device=device)
+    embeddings = neftune_(weight[places.to(device)], scale.flatten().to(device), seed)
+    is_token = (scale > 0).flatten()
+    # the last token of the shorter row has no noise of its own, nor has the padding
+    weight[places[is_token].to(device)] = embeddings[is_token.to(device)]
+    assert_same(gradients_of(plain, input_ids, input_ids, 0.25, 7), actual)
+
+
+def test_a_seed_decides_the_noise_and_evaluation_has_none(tmp_path: Path) -> None:
+    step = MicroStep(load_tiny(tmp_path), KEEP, noise_alpha=5.0)
+    input_ids, lengths = tokens(2, 9), some_lengths(2, 9)
+    first, again, other = (
+        gradients_of(step, input_ids, input_ids, 1.0, seed, lengths=lengths) for seed in (1, 1, 2)
+    )
+    assert_same(again, first)
+    assert not torch.equal(other["loss"], first["loss"])
+    assert_equal(step.evaluate(input_ids, input_ids), step.model.loss(input_ids, input_ids))
+
+
 @DEVICES
 def test_evaluation_is_the_models_loss(tmp_path: Path, device: torch.device) -> None:
     step = MicroStep(load_tiny(tmp_path, adapter(0.3), device=device), KEEP)
@@ -183,6 +228,25 @@ def test_gpu_captured_steps_give_the_same_bits(
             labels = some_labels(input_ids)
             expected = gradients_of(launched, input_ids, labels, 0.5, turn)
             assert_same(gradients_of(captured, input_ids, labels, 0.5, turn), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policies", GPU_POLICIES)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gpu_captured_steps_have_the_same_noise(
+    tmp_path: Path, policies: str, is_packed: bool
+) -> None:
+    model = load_tiny(tmp_path, adapter(0.3), device=CUDA, dtype=torch.bfloat16)
+    launched = MicroStep(model, KEEP, noise_alpha=5.0)
+    captured = MicroStep(model, GPU_POLICIES[policies], noise_alpha=5.0, captures=True)
+    positions = torch.arange(64).expand(2, 64) % 32 if is_packed else None
+    for turn in range(3):
+        input_ids, lengths = tokens(2, 64, seed=turn), some_lengths(2, 64) - turn
+        labels = some_labels(input_ids)
+        if is_packed:
+            labels[:, ::32] = -100
+        given = (input_ids, labels, 0.5, turn, positions, lengths)
+        assert_same(gradients_of(captured, *given), gradients_of(launched, *given))
 
 
 @pytest.mark.gpu

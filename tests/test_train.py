@@ -156,6 +156,8 @@ def test_micro_steps_add_up_to_the_gradient_of_the_whole_window() -> None:
         "",
         "--lora-dropout 0.3 --activations recompute",
         "--optim paged_adamw_8bit --lora-r 16 --loraplus-lr-ratio 4",
+        "--neftune-noise-alpha 5",
+        "--neftune-noise-alpha 5 --packing --max-length 128",
         "--packing --max-length 100 --batch-size 1",
     ],
 )
@@ -183,6 +185,15 @@ def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
     kept = run(tmp_path, "--activations keep --lora-dropout 0.2", "keep")
     recomputed = run(tmp_path, "--activations recompute --lora-dropout 0.2", "recompute")
     assert timeless(kept) == timeless(recomputed)
+
+
+def test_noise_on_embeddings_is_the_steps_own(tmp_path: Path) -> None:
+    noisy = run(tmp_path, "--neftune-noise-alpha 5", "noisy")
+    plain = run(tmp_path, "", "plain")
+    assert all(a["loss"] != b["loss"] for a, b in zip(noisy, plain, strict=True))
+    # neither is the noise that of another micro-batch, nor does it depend on what a layer keeps
+    recomputed = run(tmp_path, "--neftune-noise-alpha 5 --activations recompute", "recomputed")
+    assert timeless(recomputed) == timeless(noisy)
 
 
 def test_a_seed_decides_the_run(tmp_path: Path) -> None:
