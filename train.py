@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import audit
-from data.batches import Batch, collate, epoch_steps, step_micro_batches
+from data.batches import Batch, collate, epoch_steps
 from data.dataset import Dataset, load_dataset
 from data.epochs import Epochs
 from data.prompt import encode_prompt
@@ -154,12 +154,12 @@ def main(arguments: Sequence[str]) -> None:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
 
-    row_length = config.max_length if config.packing else 0
     epochs = Epochs(
         train_data.samples,
+        train_data.samples.lengths.tolist(),
         config.seed,
         config.shuffle,
-        row_length=row_length,
+        row_length=config.max_length if config.packing else 0,
         group=config.batch_size if config.group_by_length else 0,
     )
     if config.packing:
@@ -647,8 +647,8 @@ def step_rows(run: Run, step: int) -> list[list[list[int]]]:
     """The samples of each row of a step's micro-batches: it follows from the step's number."""
     config = run.config
     epoch, step_in_epoch = divmod(step, steps_of_epoch(config, run.epochs))
-    return step_micro_batches(
-        run.epochs.rows(epoch), step_in_epoch, config.batch_size, config.gradient_accumulation_steps
+    return run.epochs.micro_batches(
+        epoch, step_in_epoch, config.batch_size, config.gradient_accumulation_steps
     )
 
 

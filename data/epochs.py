@@ -6,9 +6,10 @@ number of its step.
 
 from collections.abc import Sequence
 
-from data.batches import Batch, collate, epoch_order, group_by_length
+from data.batches import Batch, collate, epoch_order, group_by_length, step_micro_batches
 from data.packing import Packing, collate_packed, mean_sample_tokens
 from data.samples import Sample
+from data.token_cache import Samples
 
 
 class Epochs:
@@ -16,7 +17,8 @@ class Epochs:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Sample] | Samples,
+        lengths: Sequence[int],
         seed: int,
         shuffle: bool,
         *,
@@ -26,15 +28,16 @@ class Epochs:
         """Decide on an order.
 
         Args:
+            lengths: tokens of every sample.
             row_length: tokens of a row that several samples share; 0: each has its own.
             group: samples of a micro-batch, which shall be of like lengths; 0: by chance.
         """
         self.samples = samples
         self._seed, self._shuffle, self._group = seed, shuffle, group
-        self._lengths = [len(sample.input_ids) for sample in samples]
+        self._lengths = lengths
         self._packing = Packing(self._lengths, row_length, seed, shuffle) if row_length else None
         # asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
-        self._epoch, self._rows = -1, list[list[int]]()
+        self._epoch, self._order = -1, list[int]()
 
     @property
     def num_rows(self) -> int:
@@ -61,16 +64,26 @@ class Epochs:
         share = self.num_tokens / (self.num_rows * self.row_length)
         return f"packed into {self.num_rows:,} rows of {self.row_length:,} tokens, {share:.1%} full"
 
-    def rows(self, epoch: int) -> list[list[int]]:
-        """Indices of the samples of each row, in the epoch's order."""
+    def micro_batches(
+        self, epoch: int, step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int
+    ) -> list[list[list[int]]]:
+        """The samples of each row of each micro-batch of an optimizer step.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
+        sizes = (step_in_epoch, batch_size, gradient_accumulation_steps)
         if self._packing:
-            return self._packing.rows(epoch)
+            return step_micro_batches(self._packing.rows(epoch), *sizes)
+        return [[[i] for i in some] for some in step_micro_batches(self._order_of(epoch), *sizes)]
+
+    def _order_of(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
             order = epoch_order(len(self.samples), epoch, self._seed, self._shuffle)
             if self._group:
                 order = group_by_length(order, self._lengths, self._group, epoch, self._seed)
-            self._epoch, self._rows = epoch, [[index] for index in order]
-        return self._rows
+            self._epoch, self._order = epoch, order
+        return self._order
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Lay samples into the rows of a micro-batch."""

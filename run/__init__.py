@@ -1,1 +1,1 @@
-"""A run's output folder: resolved config, atomic checkpoints, metrics, model card."""
+"""A run's output folder: config, atomic checkpoints, metrics, model card; signals, trackers."""

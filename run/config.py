@@ -227,9 +227,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "max_bad_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        at_least_0 = ("eval_steps", "save_steps", "save_total_limit", "weight_decay", "max_grad_norm")
-        at_least_0 += ("inspect", "dataset_num_proc", "sample_steps", "early_stopping_patience")
-        at_least_0 += ("neftune_noise_alpha",)
+        at_least_0 = ("eval_steps", "save_steps", "save_total_limit", "sample_steps", "inspect")
+        at_least_0 += ("early_stopping_patience", "neftune_noise_alpha", "dataset_num_proc")
+        at_least_0 += ("weight_decay", "max_grad_norm")
         for name in at_least_0:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "loraplus_lr_ratio"):

@@ -266,6 +266,19 @@ def test_a_loss_that_is_not_a_number_changes_nothing_and_ends_the_run(
     assert record["samples"][0]["text"]
 
 
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
+    train.main(config)
+    data = tmp_path / "data.jsonl"
+    lines = data.read_text().splitlines()
+    # of as many samples and steps
+    data.write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ValueError, match="must be given the same samples: those of train are not"):
+        train.main([*config, "--resume"])
+    data.write_text("\n".join(lines) + "\n")
+    train.main([*config, "--resume"])
+
+
 def test_an_error_of_the_user_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "--output", str(tmp_path / "out")]
     command += ["--target-modules", "q_porj"]
