@@ -214,9 +214,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     shortage = ""
     with StopRequest() as stop, RunLog(config, state, num_steps) as log:
-        before = answer(run)
-        if before is not None and state.step == 0:
-            log.add_sample(0, config.sample_prompt, before)
+        if run.prompt and not log.answers():
+            log.add_answer(state.step, answer(run))
         try:
             train(run, log, stop)
         except torch.OutOfMemoryError as error:
@@ -225,9 +224,8 @@ def main(arguments: Sequence[str]) -> None:
             path = save(run, log)
         else:
             restore_best(run, log)
-            after = answer(run)
-            if after is not None:
-                log.add_sample(state.step, config.sample_prompt, after)
+            if run.prompt:
+                log.add_answer(state.step, answer(run))
     if shortage:
         raise CannotGoOn(
             f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
@@ -245,8 +243,8 @@ def main(arguments: Sequence[str]) -> None:
         print(memory_line(plan))
     if num_steps:
         save_results(run, log.rows)
-    if before is not None:
-        print(f"\nprompt  {config.sample_prompt}\nbefore  {before}\nafter   {after}")
+    if answers := log.answers():
+        print(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
 
 
 def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -516,9 +514,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> None:
                 row["eval_loss"] = evaluate(run, run.eval_data)
             log.add(row)
         if is_sample_due:
-            said = answer(run) or ""
-            log.add_sample(state.step, config.sample_prompt, said)
-            log.say(f"step {state.step}: {config.sample_prompt} -> {said}")
+            log.add_answer(state.step, answer(run))
+            log.say(f"step {state.step}: {config.sample_prompt} -> {log.answers()[-1]}")
         if is_save_due and not run.is_over:
             try:
                 save(run, log)
@@ -683,10 +680,9 @@ def restore_best(run: Run, log: RunLog) -> None:
         )
 
 
-def answer(run: Run) -> str | None:
-    """Answer --sample-prompt with the most probable tokens, None where there is no prompt."""
-    if run.prompt is None:
-        return None
+def answer(run: Run) -> str:
+    """Answer --sample-prompt with the most probable tokens."""
+    assert run.prompt is not None
     stop_ids = {*run.model.config.eos_token_ids, run.tokenizer.eos_token_id}
     new_ids = generate_greedy(run.model, run.prompt, SAMPLE_TOKENS, stop_ids)
     return run.tokenizer.decode(new_ids).strip()

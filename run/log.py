@@ -30,6 +30,7 @@ class RunLog:
     def __init__(self, config: TrainConfig, state: RunState, num_steps: int) -> None:
         """Begin after the steps done; what was written past them goes, because it comes again."""
         self._device = torch.device(config.device)
+        self._prompt = config.sample_prompt
         self._output = Path(config.output)
         self._metrics = StepRows(self._output / METRICS_FILE, state.step)
         self._samples = StepRows(self._output / SAMPLES_FILE, state.step)
@@ -94,9 +95,13 @@ class RunLog:
         log_row(self._trackers, row)
         self._since, self._tokens_then = time.perf_counter(), int(row["tokens"])
 
-    def add_sample(self, step: int, prompt: str, answer: str) -> None:
-        """Write down what the model answers after a step."""
-        row = {"step": step, "prompt": prompt, "answer": answer}
+    def answers(self) -> list[str]:
+        """What --sample-prompt has been answered up to now, in this process or one before it."""
+        return [row["answer"] for row in self._samples.rows if row["prompt"] == self._prompt]
+
+    def add_answer(self, step: int, answer: str) -> None:
+        """Write down what --sample-prompt is answered after a step."""
+        row = {"step": step, "prompt": self._prompt, "answer": answer}
         self._append(self._samples, SAMPLES_FILE, row)
 
     def _append(self, file: StepRows, name: str, row: Row) -> None:

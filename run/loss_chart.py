@@ -30,7 +30,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     if points:
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="loss")
-        window = max(1, int(len(losses) * SMOOTHED_SHARE))
+        window = max(2, int(len(losses) * SMOOTHED_SHARE))
         axes.plot(steps, _running_mean(losses, window), color="#1f4e79", label=f"mean of {window}")
     if evaluated := _points(rows, "eval_loss"):
         steps, losses = zip(*evaluated, strict=True)
@@ -39,7 +39,6 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("nats per target token")
     axes.grid(alpha=0.3)
     axes.legend()
-    # not under a name of its own first: nothing is lost with it
     figure.savefig(path, dpi=120)
 
 

@@ -111,3 +111,38 @@ def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) 
         "--epochs was 1.0, now 2.0",
         "--seed was 42, now 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "resume"),
+    [
+        ("", ""),
+        ("--resume --output a", "auto"),
+        ("--output a --resume", "auto"),
+        ("--output a --resume auto", "auto"),
+        ("--output a --resume --no-resume", ""),
+    ],
+)
+def test_resume_may_be_bare(line: str, resume: str) -> None:
+    assert parse(line).resume == resume
+
+
+def test_resume_has_no_other_value() -> None:
+    with pytest.raises(ValueError, match="--resume must be auto, or be left bare: got last"):
+        parse("--output a --resume last")
+
+
+@pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])
+def test_resume_may_be_the_switch_that_it_was_in_a_file(
+    tmp_path: Path, switch: bool, resume: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"resume": switch}))
+    assert read_fields(path)["resume"] == resume
+
+
+def test_where_a_run_may_end_early_its_evaluations_decide(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(to_json(parse("--early-stopping-patience 2 --eval-steps 5")))
+    changed = "--early-stopping-patience 2 --eval-steps 6 --max-bad-steps 3 --save-total-limit 1"
+    assert differences(parse(changed), path) == ["--eval-steps was 5, now 6"]

@@ -189,6 +189,10 @@ def test_the_prompt_is_answered_on_the_way(
     output = train_small(tmp_path, flags, "out", "Who is Ember?")
     train_small(tmp_path, f"{flags} --resume", "out", "Who is Ember?")
     assert rows_of(output, "samples.jsonl") == answers
+    # what is called before is what was answered before the first step, not before the resumed one
+    assert f"before  {answers[0]['answer']}\nafter   {answers[-1]['answer']}" in (
+        capsys.readouterr().out
+    )
     # nor does it change what is learned
     plain = train_small(tmp_path, "--learning-rate 3e-3", "plain")
     assert (plain / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
