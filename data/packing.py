@@ -56,7 +56,7 @@ def pack(
         rows[row].append(index)
         with_room[room - length].append(row)
         rooms |= 1 << (room - length)
-    # a row's samples came longest first, and its fellows are as full
+    # the rows that were opened first hold the longest samples
     return [rows[row] for row in epoch_order(len(rows), epoch, seed, shuffle)]
 
 

@@ -4,23 +4,10 @@ import re
 
 import pytest
 import torch
+from test_llama_memory_plan import WORK
 
-from benchmarks.random_model import LLAMA_3_8B
 from llama.memory_plan import GIB, MemoryPlan
-from llama.model import PROJECTIONS
 from llama.preflight import next_setting, plan_run
-from llama.workload import Workload
-from lora.config import LoRAConfig
-
-WORK = Workload(
-    config=LLAMA_3_8B,
-    lora=LoRAConfig(16, 32.0, 0.0, PROJECTIONS),
-    frozen_bytes=5_700_000_000,
-    moment_bytes=8,
-    batch=4,
-    tokens=2048,
-    dtype=torch.bfloat16,
-)
 
 
 def planned(
