@@ -243,7 +243,12 @@ class Llama(nn.Module):
     @torch.no_grad()
     def logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Compute next-token logits, (B, T, V) float32; for generation and small batches only."""
-        logits = (self.hidden_states(input_ids, cache) @ self.head.to(self.compute_dtype).T).float()
+        return self.project(self.hidden_states(input_ids, cache))
+
+    @torch.no_grad()
+    def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) float32
+        """Compute the logits of normalized hidden states."""
+        logits = (hidden @ self.head.to(self.compute_dtype).T).float()
         cap = self.config.final_logit_softcapping
         return logits if cap is None else softcap_reference(logits, cap)
 

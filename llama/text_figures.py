@@ -47,10 +47,11 @@ def read_text(model: Llama, windows: Sequence[Tensor]) -> Reading:
         perplexity = exp(mean of -log p(token | those before it in the window))
     """
     total, num_tokens, hidden = 0.0, 0, []
+    cap = model.config.final_logit_softcapping
     for ids in windows:
         ids = ids.to(model.device)
         states = model.hidden_states(ids)[0]
-        total += float(linear_cross_entropy(states[:-1], model.head, ids[0, 1:]))
+        total += float(linear_cross_entropy(states[:-1], model.head, ids[0, 1:], cap))
         num_tokens += ids.shape[1] - 1
         hidden.append(states.cpu())
     return Reading(math.exp(total / num_tokens), hidden)
@@ -59,13 +60,12 @@ def read_text(model: Llama, windows: Sequence[Tensor]) -> Reading:
 @torch.no_grad()
 def logit_change(model: Llama, reading: Reading, other: Reading) -> LogitChange:
     """Compare the logits that two models with the head of `model` have on the same windows."""
-    head = model.head.to(model.compute_dtype)
     largest, total, count = 0.0, 0.0, 0
     for states, other_states in zip(reading.hidden, other.hidden, strict=True):
-        num_rows = chunk_rows(head.shape[0], torch.float32, len(states))
+        num_rows = chunk_rows(model.config.vocab_size, torch.float32, len(states))
         pairs = zip(states.split(num_rows), other_states.split(num_rows), strict=True)
         for rows, other_rows in pairs:
-            logits, other_logits = ((h.to(head) @ head.T).float() for h in (rows, other_rows))
+            logits, other_logits = (model.project(h.to(model.device)) for h in (rows, other_rows))
             change = (logits - other_logits).abs()
             largest = max(largest, float(change.max()))
             total += float(change.sum(dtype=torch.float64))
