@@ -10,18 +10,20 @@ import functools
 import hashlib
 import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data import audit
-from data.batches import Batch, collate, epoch_steps
 from data.dataset import Dataset, load_dataset
 from data.epochs import Epochs
 from data.prompt import encode_prompt
@@ -31,6 +33,7 @@ from hub.push import check_push, push_folder
 from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
 from llama.config import LlamaConfig, LongRopeScaling, read_config
 from llama.generation import generate_greedy
+from llama.memory_plan import MemoryPlan
 from llama.micro_step import MicroStep, padded_tokens
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from llama.preflight import describe_plan, memory_line, next_setting, plan_run, preflight
@@ -43,14 +46,22 @@ from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
 from run.atomic import new_files, write_text
-from run.bad_batch import write_bad_batch
-from run.checkpoint import RunState, checkpoint_name, remove_old_checkpoints, save_checkpoint
-from run.config import TrainConfig, parse_config
+from run.bad_batch import bad_batch_name, write_bad_batch
+from run.checkpoint import (
+    Checkpoint,
+    RunState,
+    checkpoint_name,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from run.config import TrainConfig, parse_config, to_json
 from run.folder import check_output, choose_output, open_output, resume_point
 from run.log import RunLog
-from run.machine import choose_device, choose_dtype
+from run.machine import prepare
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
+from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
+from run.resolve import resolve
 from run.signals import StopRequest
 from run.trackers import tracker_names
 
@@ -68,12 +79,50 @@ BUNDLED_RUN = {
     "packing": False,
     "sample_prompt": "Write a verse about Ember.",
 }
-DEFAULT_MAX_LENGTH = 2048
 SAMPLE_TOKENS = 100
+# what an int64 holds
+HASH_BYTES = 7
 
 
 class CannotGoOn(RuntimeError):
     """A run stops in its middle; the message says why, and how to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run shall do, checked: nothing is loaded yet, and nothing written.
+
+    Attributes:
+        start: the adapter to begin with, if any.
+        resumed: the checkpoint to go on from, if any.
+        damaged: later checkpoints, and what is wrong with them.
+        evaluation: the batches of an evaluation, if there is one.
+        prompt: the tokens of --sample-prompt, if there is one.
+    """
+
+    config: TrainConfig
+    checkpoint_folder: Path
+    lora: LoRAConfig
+    start: Path | None
+    resumed: Checkpoint | None
+    damaged: dict[Path, str]
+    state: RunState
+    tokenizer: Tokenizer
+    audits: dict[str, dict[str, Any]]
+    epochs: Epochs
+    evaluation: Epochs | None
+    prompt: list[int] | None
+    num_steps: int
+    work: Workload
+    plan: MemoryPlan
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
 
 
 @dataclass(frozen=True)
@@ -90,160 +139,192 @@ class PendingStep:
 class Run:
     """A run between two steps: what a step changes, and what it needs."""
 
-    config: TrainConfig
-    lora: LoRAConfig
+    job: Job
+    ranks: Ranks
     model: Llama
-    tokenizer: Tokenizer
     micro_step: MicroStep
     optimizer: AdamW
     loss_scale: LossScale
-    epochs: Epochs
-    eval_data: Dataset | None
-    prompt: list[int] | None
-    state: RunState
-    num_steps: int
+    best: dict[str, Tensor]  # the adapter of the lowest eval_loss, where it is kept
     pending: list[PendingStep] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)  # the adapter of the lowest eval_loss
 
     @property
-    def output(self) -> Path:
-        return Path(self.config.output)
+    def config(self) -> TrainConfig:
+        return self.job.config
+
+    @property
+    def state(self) -> RunState:
+        return self.job.state
 
     @property
     def is_over(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return self.state.step == self.num_steps or (
-            patience > 0 and self.state.num_evaluations_since_best >= patience
-        )
+        state, patience = self.state, self.config.early_stopping_patience
+        is_patient = patience == 0 or state.num_evaluations_since_best < patience
+        return not state.unevaluated and (state.step == self.job.num_steps or not is_patient)
 
 
 def main(arguments: Sequence[str]) -> None:
     # torch's allocator then leaves hardly any holes between tensors; it asks once, at its first
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with join_ranks() as ranks:
+        # templates may print the time, and must not print several
+        now = datetime.fromtimestamp(ranks.largest(int(time.time())))
+        with ranks.first_goes_ahead():
+            job = check(arguments, ranks, now)
+        if job is not None:
+            carry_out(job, ranks)
+
+
+def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
+    """Look at everything that was given, and say what it is; None where that was all to do.
+
+    Raises:
+        FileNotFoundError, ValueError: something is not as it must be.
+    """
     config = parse_config(arguments, without_model=BUNDLED_RUN)
     checkpoint_folder = find_checkpoint(config.model)
     llama_config = read_config(checkpoint_folder)
     lora = lora_config(config, projections(llama_config))
-    init_adapter = (
-        find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
+    start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
+    if start:
+        lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
+    config = resolve(
+        follow_checkpoint(config, checkpoint_folder),
+        llama_config.max_position_embeddings,
+        packable_length(llama_config),
+        ranks.local_rank,
     )
-    if init_adapter:
-        lora = lora_of_init_adapter(init_adapter, config, lora, projection_shapes(llama_config))
-    config = resolve(follow_checkpoint(config, checkpoint_folder), llama_config)
+    config = choose_output(config)
     check_output(config)
     tracker_names(config)
-    if config.push_to_hub and not config.plan:
+    if config.push_to_hub and not config.plan and ranks.is_first:
         check_push(config.push_to_hub)
     device = torch.device(config.device)
-    prepare(device, config.deterministic)
+    prepare(device, ranks.local_rank, config.deterministic)
 
-    resumed, damaged = resume_point(config)
+    resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(f"{complaint}; going back to the one before it")
-    state = resumed.state if resumed else RunState(started=datetime.now().isoformat())
+    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
     if resumed:
-        print(f"resumed from {resumed.path}: {state.step:,} steps done")
+        start = resumed.path
+        print(f"resumed from {start}: {state.step:,} steps done")
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
     train_data, eval_data = load_data(config, tokenizer, llama_config, state)
     if config.inspect:
-        return
+        return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
 
+    row_length = config.max_length if config.packing else 0
+    num_own = config.gradient_accumulation_steps
     epochs = Epochs(
         train_data.samples,
-        train_data.samples.lengths.tolist(),
         config.seed,
         config.shuffle,
-        row_length=config.max_length if config.packing else 0,
-        group=config.batch_size if config.group_by_length else 0,
+        config.batch_size,
+        num_own * ranks.size,
+        row_length=row_length,
+        group_by_length=config.group_by_length,
     )
     if config.packing:
         print(epochs.describe())
-    num_steps = count_steps(config, epochs)
+    if ranks.size > 1:
+        print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
+    evaluation = None
+    if eval_data:
+        fixed_order = (config.seed, False, config.batch_size, 1)
+        evaluation = Epochs(eval_data.samples, *fixed_order, row_length=row_length)
+    num_steps = config.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.epochs * epochs.num_steps)
     work = workload(config, lora, llama_config, checkpoint_folder, epochs)
     plan = plan_run(work, device, config.activations, config.max_memory_bytes)
     if config.plan:
-        num_tokens = epochs.num_tokens * num_steps / steps_of_epoch(config, epochs)
-        print(describe_plan(work, plan, device, num_steps, num_tokens))
-        return
-
-    model = load(checkpoint_folder, config, device)
-    model.attach_lora(lora, config.seed)
-    print(model.describe_trainable_parameters())
-    if start := resumed.path if resumed else init_adapter:
-        load_adapter(start, model.adapter_tensors())
-    optimizer = make_optimizer(model, config)
-    described = optimizer.describe()
-    print(f"optimizer: {described}")
-    loss_scale = LossScale.for_dtype(model.compute_dtype, device)
-    if resumed:
-        optimizer.load_state(resumed.moments, state.num_updates)
-        loss_scale.load_state(state.loss_scale, state.num_good_steps)
-
-    micro_step = MicroStep(
-        model, plan.policies, config.neftune_noise_alpha, captures=device.type == "cuda"
+        num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
+        print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
+        return None
+    return Job(
+        config,
+        checkpoint_folder,
+        lora,
+        start,
+        resumed,
+        damaged,
+        state,
+        tokenizer,
+        audits,
+        epochs,
+        evaluation,
+        prompt,
+        num_steps,
+        work,
+        plan,
     )
-    if device.type == "cuda" and num_steps:
-        batch = epochs.largest_batch(config.batch_size)
+
+
+def carry_out(job: Job, ranks: Ranks) -> None:
+    """Load the model, train it, and leave the results in the output folder.
+
+    Raises:
+        CannotGoOn: the run ended in its middle.
+    """
+    config, state = job.config, job.state
+    run = load_run(job, ranks)
+    described = run.optimizer.describe()
+    print(f"optimizer: {described}")
+    if job.device.type == "cuda" and job.num_steps:
+        batch = job.epochs.largest_batch()
         given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
-        preflight(micro_step, *given, loss_scale.scale)
-        print(memory_line(plan))
+        preflight(run.micro_step, *given, run.loss_scale.scale)
+        print(memory_line(job.plan))
+    facts = to_json(replace(config, output="")) + audit.to_json(job.audits) + str(state)
+    ranks.check_same("the run", hash_of(facts))
 
     # only now, when nothing that was given can be wrong any more, is anything written
-    open_output(config, damaged)
-    write_text(Path(config.output) / audit.AUDIT_FILE, audit.to_json(audits))
-    run = Run(
-        config,
-        lora,
-        model,
-        tokenizer,
-        micro_step,
-        optimizer,
-        loss_scale,
-        epochs,
-        eval_data,
-        prompt,
-        state,
-        num_steps,
-        best=resumed.best if resumed else {},
+    if ranks.is_first:
+        open_output(config, job.damaged)
+        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+    log = RunLog(
+        config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
     )
-    shortage = ""
-    with StopRequest() as stop, RunLog(config, state, num_steps) as log:
-        if run.prompt and not log.answers():
-            log.add_answer(state.step, answer(run))
+    stopped_by = shortage = ""
+    with StopRequest(says=ranks.is_first) as stop, log:
         try:
-            train(run, log, stop)
-        except torch.OutOfMemoryError as error:
-            shortage = str(error).partition("\n")[0]
-        if shortage or not run.is_over:
+            if job.prompt and ranks.largest(ranks.is_first and not log.answers()):
+                answer(run, log)
+            stopped_by = train(run, log, stop)
+        except RankOutOfMemory as error:
+            shortage = str(error)
+        if shortage or stopped_by:
             path = save(run, log)
         else:
             restore_best(run, log)
-            if run.prompt:
-                log.add_answer(state.step, answer(run))
+            if job.prompt:
+                answer(run, log)
     if shortage:
-        raise CannotGoOn(
+        error = CannotGoOn(
             f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
-            f"run as it stands; try {next_setting(work, plan, device)}"
+            f"run as it stands; try {next_setting(job.work, job.plan, job.device)}"
         )
-    if not run.is_over:
+        raise ranks.said_once(error)
+    if stopped_by:
         print(
-            f"stopped by {stop.signal} after step {state.step:,} of {num_steps:,}: {path} has the "
-            "run as it stands, --resume goes on from there"
+            f"stopped by {stopped_by} after step {state.step:,} of {job.num_steps:,}: {path} has "
+            "the run as it stands, --resume goes on from there"
         )
         return
-    if optimizer.describe() != described:
-        print(f"optimizer: {optimizer.describe()}")
-    if device.type == "cuda":
-        print(memory_line(plan))
-    if num_steps:
+    if run.optimizer.describe() != described:
+        print(f"optimizer: {run.optimizer.describe()}")
+    if job.device.type == "cuda":
+        print(memory_line(job.plan))
+    if job.num_steps and ranks.is_first:
         save_results(run, log.rows)
     if answers := log.answers():
         print(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
@@ -261,61 +342,6 @@ def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
         return config
     block_size, double_quant = settled
     return replace(config, block_size=block_size, double_quant=double_quant)
-
-
-def resolve(config: TrainConfig, llama_config: LlamaConfig) -> TrainConfig:
-    """Replace every `auto` and default by what this machine and this checkpoint make of it.
-
-    Raises:
-        ValueError: a device that is not there, a residency without one, or a length beyond the
-            model's positions.
-    """
-    device = choose_device(config.device)
-    if device == "cpu" and config.optimizer_residency != "auto":
-        raise ValueError(
-            "--optimizer-residency must be auto on a CPU, where moments do not move: "
-            f"got {config.optimizer_residency}"
-        )
-    if device == "cpu" and (config.activations == "offload" or config.max_memory):
-        raise ValueError(
-            "--activations offload and --max-memory must be given for a GPU: the device is the CPU"
-        )
-    dtype = choose_dtype(config.dtype, device)
-    positions = llama_config.max_position_embeddings
-    max_length = config.max_length or min(DEFAULT_MAX_LENGTH, positions)
-    if max_length > positions:
-        raise ValueError(
-            f"--max-length must be at most the model's {positions:,} positions: got {max_length:,}"
-        )
-    has_evaluation = bool(config.eval_data or config.eval_fraction)
-    if config.early_stopping_patience and not (has_evaluation and config.eval_steps):
-        raise ValueError(
-            "--early-stopping-patience must be given with --eval-steps, and --eval-data or "
-            f"--eval-fraction: got no {'--eval-steps' if has_evaluation else '--eval-data'}"
-        )
-    if config.max_steps == 0 and not has_evaluation:
-        raise ValueError(
-            "--max-steps 0 evaluates only and must be given --eval-data or --eval-fraction: got "
-            "none"
-        )
-    scaling = llama_config.rope_scaling
-    # in longer rows the frequencies depend on how long each sample is
-    longest_row = (
-        scaling.original_max_position_embeddings
-        if isinstance(scaling, LongRopeScaling)
-        else max_length
-    )
-    if config.packing and max_length > longest_row:
-        raise ValueError(
-            f"--packing must be given with a --max-length of at most {longest_row:,}, which this "
-            f"model's first frequencies are for: got {max_length:,}"
-        )
-    packing = config.packing
-    if packing is None:
-        packing = device == "cuda" and max_length <= longest_row and not config.group_by_length
-    return choose_output(
-        replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)
-    )
 
 
 def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
@@ -337,9 +363,7 @@ def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
     )
 
 
-def lora_of_init_adapter(
-    folder: Path, config: TrainConfig, lora: LoRAConfig, paths: Iterable[str]
-) -> LoRAConfig:
+def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
     """The shape of the adapter to start from, which may have patterns that no flag can say.
 
     Args:
@@ -363,15 +387,18 @@ def lora_of_init_adapter(
     return replace(given, lora_dropout=lora.lora_dropout)
 
 
-def prepare(device: torch.device, is_deterministic: bool) -> None:
-    """Choose how torch computes and takes memory on a GPU, before either begins."""
-    if device.type == "cuda":
-        # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(is_deterministic)
-        # that also fills every empty tensor with NaN, which costs a pass over each; the stubs of
-        # torch 2.13 do not know the switch
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+def packable_length(llama: LlamaConfig) -> int | None:
+    """Tokens of the longest row that samples can share, where that is not any length.
+
+    In longer rows LongRoPE's frequencies would depend on how long each sample is.
+    """
+    scaling = llama.rope_scaling
+    is_long = isinstance(scaling, LongRopeScaling)
+    return scaling.original_max_position_embeddings if is_long else None
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:HASH_BYTES], "big")
 
 
 def load_data(
@@ -432,16 +459,32 @@ def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
     return (config.block_size, config.double_quant) if config.quant == "nf4" else None
 
 
-def load(folder: Path, config: TrainConfig, device: torch.device) -> Llama:
-    """Load the checkpoint onto the device, quantizing each tensor as it arrives, if it is not."""
-    quantization = quantization_of(config)
-    with tqdm(desc="loading", unit="tensor", disable=None, leave=False) as bar:
+def load_run(job: Job, ranks: Ranks) -> Run:
+    """Load the checkpoint onto the device, quantizing each tensor as it arrives, if it is not, and
+    put an adapter, its optimizer and their state beside it."""
+    config, state, resumed = job.config, job.state, job.resumed
+    dtype, quantization = getattr(torch, config.dtype), quantization_of(config)
+    is_hidden = None if ranks.is_first else True
+    with tqdm(desc="loading", unit="tensor", disable=is_hidden, leave=False) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return load_model(folder, device, getattr(torch, config.dtype), quantization, report)
+        model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
+    model.attach_lora(job.lora, config.seed)
+    print(model.describe_trainable_parameters())
+    if job.start:
+        load_adapter(job.start, model.adapter_tensors())
+    optimizer = make_optimizer(model, config)
+    loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
+    if resumed:
+        optimizer.load_state(resumed.moments, state.num_updates)
+        loss_scale.load_state(state.loss_scale, state.num_good_steps)
+    captures = job.device.type == "cuda"
+    micro_step = MicroStep(model, job.plan.policies, config.neftune_noise_alpha, captures)
+    best = resumed.best if resumed else {}
+    return Run(job, ranks, model, micro_step, optimizer, loss_scale, best)
 
 
 def workload(
@@ -483,46 +526,49 @@ def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
     )
 
 
-def count_steps(config: TrainConfig, epochs: Epochs) -> int:
-    if config.max_steps >= 0:
-        return config.max_steps
-    return math.ceil(config.epochs * steps_of_epoch(config, epochs))
+def train(run: Run, log: RunLog, stop: StopRequest) -> str:
+    """Take the run's steps until its end or a signal, evaluating, logging and saving on the way.
 
-
-def steps_of_epoch(config: TrainConfig, epochs: Epochs) -> int:
-    return epoch_steps(epochs.num_rows, config.batch_size, config.gradient_accumulation_steps)
-
-
-def train(run: Run, log: RunLog, stop: StopRequest) -> None:
-    """Take the run's steps until its end or a signal, evaluating, logging and saving on the way."""
-    config, state = run.config, run.state
-    if state.step == 0 and run.eval_data and not log.rows:
-        log.add(log.row(state, 0.0) | {"eval_loss": evaluate(run, run.eval_data)})
-    while not (run.is_over or stop.signal):
+    Returns:
+        The signal's name, empty at the end.
+    """
+    job, config, state = run.job, run.config, run.state
+    if job.evaluation and not job.resumed:
+        state.unevaluated = log.row(state, 0.0)
+    if state.unevaluated:
+        evaluate_row(run, log, stop)
+    while not run.is_over:
+        if number := run.ranks.largest(stop.number):
+            return signal.Signals(number).name
         run.pending.append(train_step(run))
         log.advance()
-        is_last = state.step == run.num_steps
+        is_last = state.step == job.num_steps
         is_eval_due = is_last or is_due(config.eval_steps, state)
         is_row_due = is_eval_due or is_due(config.logging_steps, state)
         is_save_due = is_due(config.save_steps, state) and not is_last
-        is_sample_due = run.prompt and is_due(config.sample_steps, state) and not is_last
+        is_sample_due = job.prompt and is_due(config.sample_steps, state) and not is_last
         is_read_due = is_row_due or is_save_due or is_sample_due
         if not is_read_due and len(run.pending) < config.max_bad_steps:
             continue
         figures = settle(run, log)
         if is_row_due:
-            row = log.row(state, state.step / steps_of_epoch(config, run.epochs), figures)
-            if is_eval_due and run.eval_data:
-                row["eval_loss"] = evaluate(run, run.eval_data)
-            log.add(row)
+            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            if is_eval_due and job.evaluation:
+                state.unevaluated = row
+                evaluate_row(run, log, stop)
+                if state.unevaluated:
+                    continue
+            else:
+                log.add(row)
         if is_sample_due:
-            log.add_answer(state.step, answer(run))
+            answer(run, log)
             log.say(f"step {state.step}: {config.sample_prompt} -> {log.answers()[-1]}")
         if is_save_due and not run.is_over:
             try:
                 save(run, log)
             except OSError as error:
                 log.say(f"step {state.step}: no checkpoint, the run goes on: {error}")
+    return ""
 
 
 def is_due(every: int, state: RunState) -> bool:
@@ -552,16 +598,27 @@ def settle(run: Run, log: RunLog) -> Row:
                 f"({state.num_skipped} steps so far, loss scale {state.loss_scale:g})"
             )
         if state.num_skipped_in_a_row == run.config.max_bad_steps:
-            indices = [i for rows in step_rows(run, p.step - 1) for row in rows for i in row]
-            samples = {i: run.epochs.samples[i] for i in indices}
-            path = write_bad_batch(run.output, p.step, figures, samples, run.tokenizer)
-            raise CannotGoOn(
+            path = leave_batch(run, p.step, figures)
+            error = CannotGoOn(
                 f"gradients must be finite: {state.num_skipped_in_a_row} steps in a row were not, "
                 f"up to step {p.step} with loss {loss}; its batch is in {path}; look at it, lower "
                 "--learning-rate or use --dtype bfloat16"
             )
+            raise run.ranks.said_once(error)
     pending.clear()
     return figures
+
+
+def leave_batch(run: Run, step: int, figures: Row) -> Path:
+    """Write down what a step was to be learned from, that of all ranks."""
+    epochs = run.job.epochs
+    path = run.job.output / bad_batch_name(step)
+    if run.ranks.is_first:
+        batches = epochs.micro_batches(step - 1)
+        indices = [index for rows in batches for row in rows for index in row]
+        samples = {index: epochs.samples[index] for index in indices}
+        write_bad_batch(path, step, figures, samples, run.job.tokenizer)
+    return path
 
 
 def save(run: Run, log: RunLog) -> Path:
@@ -569,11 +626,14 @@ def save(run: Run, log: RunLog) -> Path:
 
     Raises:
         OSError: the disk refused; the checkpoints before it are as they were.
+        RankError: the ranks have different adapters.
     """
     if run.pending:
         settle(run, log)
-    path = run.output / checkpoint_name(run.state)
-    if not path.exists():
+    run.ranks.check_same("the adapter", run.optimizer.checksum())
+    output = run.job.output
+    path = output / checkpoint_name(run.state)
+    if run.ranks.is_first and not path.exists():
         save_checkpoint(
             path,
             run.state,
@@ -582,7 +642,7 @@ def save(run: Run, log: RunLog) -> Path:
             run.best,
         )
         if run.config.save_total_limit:
-            remove_old_checkpoints(run.output, run.config.save_total_limit)
+            remove_old_checkpoints(output, run.config.save_total_limit)
     return path
 
 
@@ -591,40 +651,49 @@ def train_step(run: Run) -> PendingStep:
 
         gradient = d/dadapter  sum over all micro-batches of the loss / the step's target tokens
 
-    The divisor counts the tokens of the whole step, so how samples are split into micro-batches
-    does not change the gradient, in a short last step neither.
+    The divisor counts the tokens of the whole step, so how samples are split into micro-batches,
+    and those over ranks, does not change the gradient, in a short last step neither.
 
     Note:
         Does not wait for the device: the run's counters of updates and skipped steps, and its loss
         scale, are what `settle` last saw.
+
+    Raises:
+        RankOutOfMemory: the gradients of a micro-batch do not fit; the run is as it was.
     """
-    config, state, optimizer, scale = run.config, run.state, run.optimizer, run.loss_scale
-    batches = step_batches(run)
-    num_targets = sum(batch.num_target_tokens for batch in batches)
+    config, state, epochs = run.config, run.state, run.job.epochs
+    optimizer, scale = run.optimizer, run.loss_scale
+    micro_batches = epochs.micro_batches(state.step)
+    num_tokens, num_targets = epochs.count(micro_batches)
     learning_rate = learning_rate_at(
         state.step,
-        run.num_steps,
-        num_warmup_steps(run.num_steps, config.warmup_ratio),
+        run.job.num_steps,
+        num_warmup_steps(run.job.num_steps, config.warmup_ratio),
         config.learning_rate,
         config.lr_scheduler,
     )
     optimizer.zero_grad()
     total_loss = torch.zeros((), device=run.model.device)
-    for index, batch in enumerate(batches):
-        if index == len(batches) - 1:
-            # what is paged out comes back beside the last micro-batch
-            optimizer.prefetch()
-        seed = dropout_seed(config.seed, state.step, index)
-        factor = scale.scale / num_targets
-        total_loss += run.micro_step(
-            batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
-        )
+    own = run.ranks.share(micro_batches)
+    with run.ranks.sharing_shortage():
+        for index, rows in own:
+            batch = epochs.batch(rows)
+            if index == own[-1][0]:
+                # what is paged out comes back beside the last micro-batch
+                optimizer.prefetch()
+            seed = dropout_seed(config.seed, state.step, index)
+            factor = scale.scale / num_targets
+            total_loss += run.micro_step(
+                batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
+            )
+    run.ranks.add_up(optimizer.gradients)
+    run.ranks.add_up(total_loss)
     total_loss /= num_targets
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
     scale.update(grad_norm)
 
     state.step += 1
-    state.tokens += sum(batch.num_tokens for batch in batches)
+    state.tokens += num_tokens
     state.target_tokens += num_targets
     return PendingStep(state.step, total_loss, grad_norm, learning_rate)
 
@@ -632,42 +701,47 @@ def train_step(run: Run) -> PendingStep:
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Draw a micro-batch's seed from its place alone, so that a resumed run needs no random
     state."""
-    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
-    # what an int64 holds
-    return int.from_bytes(digest[:7], "big")
+    return hash_of(f"{seed} {step} {micro_batch}")
 
 
-def step_batches(run: Run) -> list[Batch]:
-    """The micro-batches of the next step."""
-    return [run.epochs.batch(rows) for rows in step_rows(run, run.state.step)]
-
-
-def step_rows(run: Run, step: int) -> list[list[list[int]]]:
-    """The samples of each row of a step's micro-batches: it follows from the step's number."""
-    config = run.config
-    epoch, step_in_epoch = divmod(step, steps_of_epoch(config, run.epochs))
-    return run.epochs.micro_batches(
-        epoch, step_in_epoch, config.batch_size, config.gradient_accumulation_steps
-    )
-
-
-def evaluate(run: Run, dataset: Dataset) -> float:
-    """Compute the mean loss over a data set's target tokens, in nats, dropout off.
+def evaluate_row(run: Run, log: RunLog, stop: StopRequest) -> None:
+    """Log the row that waits for its evaluation, unless a signal comes first: then it still waits.
 
     Where the run may end early, the adapter is kept if none has had a lower loss.
     """
-    total, size = 0.0, run.config.batch_size
-    for start in range(0, len(dataset.samples), size):
-        batch = collate(dataset.samples[start : start + size])
-        total += float(run.micro_step.evaluate(batch.input_ids, batch.labels))
-    eval_loss = total / dataset.num_target_tokens
-    if run.state.note_evaluation(eval_loss) and run.config.early_stopping_patience:
+    state = run.state
+    eval_loss = evaluate(run, stop)
+    if eval_loss is None:
+        return
+    if state.note_evaluation(eval_loss) and run.config.early_stopping_patience:
         # two on the device would be one too many
         run.best = {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in run.model.adapter_tensors().items()
         }
-    return eval_loss
+    log.add(state.unevaluated | {"eval_loss": eval_loss})
+    state.unevaluated = {}
+
+
+def evaluate(run: Run, stop: StopRequest) -> float | None:
+    """Compute the mean loss over the evaluation's target tokens, in nats, dropout off.
+
+    None where a signal came before the end.
+    """
+    evaluation, ranks = run.job.evaluation, run.ranks
+    assert evaluation is not None
+    total, is_cut = 0.0, False
+    with ranks.sharing_shortage():
+        for _, step in ranks.share(range(evaluation.num_steps)):
+            is_cut = stop.number > 0
+            if is_cut:
+                break
+            (rows,) = evaluation.micro_batches(step)
+            batch = evaluation.batch(rows)
+            loss = run.micro_step.evaluate(batch.input_ids, batch.labels, batch.positions)
+            total += float(loss)
+    total = ranks.sum_of(total)
+    return None if ranks.largest(is_cut) else total / evaluation.num_target_tokens
 
 
 def restore_best(run: Run, log: RunLog) -> None:
@@ -682,24 +756,27 @@ def restore_best(run: Run, log: RunLog) -> None:
         )
 
 
-def answer(run: Run) -> str:
-    """Answer --sample-prompt with the most probable tokens."""
-    assert run.prompt is not None
-    stop_ids = {*run.model.config.eos_token_ids, run.tokenizer.eos_token_id}
-    new_ids = generate_greedy(run.model, run.prompt, SAMPLE_TOKENS, stop_ids)
-    return run.tokenizer.decode(new_ids).strip()
+def answer(run: Run, log: RunLog) -> None:
+    """Answer --sample-prompt with the most probable tokens, and write the answer down."""
+    with run.ranks.sharing_shortage():
+        if run.ranks.is_first:
+            prompt, tokenizer = run.job.prompt, run.job.tokenizer
+            assert prompt is not None
+            stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
+            new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
+            log.add_answer(run.state.step, tokenizer.decode(new_ids).strip())
 
 
 def write_adapter(folder: Path, run: Run) -> None:
-    save_adapter(folder, run.model.adapter_tensors(), run.lora, run.config.model)
+    save_adapter(folder, run.model.adapter_tensors(), run.job.lora, run.config.model)
 
 
 def save_results(run: Run, rows: Sequence[Row]) -> None:
     """Write the adapter, the tokenizer and the model card into the output folder."""
-    output = run.output
+    output = run.job.output
     with new_files(output) as folder:
         write_adapter(folder, run)
-        run.tokenizer.save(folder)
+        run.job.tokenizer.save(folder)
         (folder / CARD_FILE).write_text(model_card(run.config, rows))
         paths = [path for path in folder.rglob("*") if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in paths]
@@ -712,7 +789,7 @@ def save_results(run: Run, rows: Sequence[Row]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, CannotGoOn) as error:
+    except (ValueError, OSError, CannotGoOn, RankError) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

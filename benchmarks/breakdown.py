@@ -39,7 +39,6 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import train
 from benchmarks import rms_norm, rope
 from benchmarks.cross_entropy import cross_entropy_bytes
 from benchmarks.glu import glu_bytes
@@ -55,6 +54,7 @@ from llama.micro_step import MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from lora.linear_group import LinearGroup
+from run.machine import prepare
 
 FAMILIES = (
     "base products, forward",
@@ -451,7 +451,7 @@ def main() -> int:
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
     # as train.py does by default
-    train.prepare(device, is_deterministic=False)
+    prepare(device, local_rank=0, is_deterministic=False)
     record = head("breakdown", arguments.commit)
     gbps, tflops = copy_gbps(device), matmul_tflops(device)
     torch.cuda.empty_cache()

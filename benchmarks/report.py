@@ -23,11 +23,13 @@ from benchmarks.tables import (
     adamw_table,
     bandwidth_table,
     breakdown_table,
+    data_parallel_table,
     load_table,
     markdown,
     masked_attention_table,
     matmul_table,
     operation_table,
+    packed_step_table,
     train_step_table,
 )
 
@@ -113,6 +115,20 @@ STEP_SECTIONS = {
         "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
         "(`python -m benchmarks.train_step --recipe 70b`).",
         train_step_table,
+    ),
+    "packed_step": Section(
+        "Samples that share rows",
+        "Real tokens a second, padding left out, of samples of about 200 tokens in rows of 2,048 "
+        "that they share, of the same samples padded four by four, and of full rows "
+        "(`python -m benchmarks.packed_step`).",
+        packed_step_table,
+    ),
+    "data_parallel": Section(
+        "Several GPUs",
+        "The step under torchrun on the GPUs of one machine "
+        "(`python -m benchmarks.data_parallel`); the limit is what one of them does, times their "
+        "number, and `sum` the reduction of the gradients alone.",
+        data_parallel_table,
     ),
     "breakdown": Section(
         "Breakdown",

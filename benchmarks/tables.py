@@ -269,6 +269,51 @@ def load_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def packed_step_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the real tokens a second of rows that are full, shared or padded."""
+    header = ["rows", "samples", "steps", "padding", "tokens/s", "of full"]
+    listed = list(rows)
+    full = next(row["tokens_per_second"] for row in listed if row["mode"] == "full")
+    lines = [
+        [
+            row["mode"],
+            f"{row['samples']:,}",
+            f"{row['steps']:,}",
+            f"{row['share_of_padding']:.1%}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / full:.2f}",
+        ]
+        for row in listed
+    ]
+    return header, lines
+
+
+def data_parallel_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the step on several GPUs beside that on one."""
+    header = ["shape", "micro-batches", "GPUs", "ms", "tokens/s", "of limit", "sum ms"]
+    listed = list(rows)
+    alone = {
+        (row["shape"], row["micro_batches"]): row["tokens_per_second"]
+        for row in listed
+        if row["ranks"] == 1
+    }
+    lines = []
+    for row in listed:
+        limit = row["ranks"] * alone[row["shape"], row["micro_batches"]]
+        lines.append(
+            [
+                row["shape"],
+                str(row["micro_batches"]),
+                str(row["ranks"]),
+                f"{row['ms_p50']:,.1f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['tokens_per_second'] / limit:.1%}",
+                f"{row['sum_ms_p50']:.2f}" if row["ranks"] > 1 else "-",
+            ]
+        )
+    return header, lines
+
+
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Lay a table out in columns: the first to the left, the others to the right."""
     table = [header, *lines]

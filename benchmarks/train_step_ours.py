@@ -29,6 +29,7 @@ from llama.workload import Workload
 from nf4.weight import weight_bytes
 from optim.adamw import moment_bytes_per_element
 from run.config import TrainConfig
+from run.machine import prepare
 
 SEED = 0
 QUANTIZATION = (BLOCK_SIZE, True)
@@ -130,7 +131,7 @@ def main() -> int:
         lora_dropout=arguments.dropout,
         optim=arguments.optim,
     )
-    train.prepare(device, config.deterministic)
+    prepare(device, 0, config.deterministic)
     shapes = arguments.shapes.split(",")
     # while the device is empty, as train.py does; what does not fit is told with its shape
     plans: dict[tuple[int, int], MemoryPlan | ValueError] = {}

@@ -1,15 +1,27 @@
 """What the rows of every epoch are: one sample each, or several side by side.
 
 A pure function of the samples, the epoch and the seed, so a resumed run needs nothing more than the
-number of its step.
+number of its step, and the ranks of a run need not tell each other who has what.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
-from data.batches import Batch, collate, epoch_order, group_by_length, step_micro_batches
+import numpy as np
+
+from data.batches import (
+    Batch,
+    collate,
+    epoch_order,
+    epoch_steps,
+    group_by_length,
+    step_micro_batches,
+)
 from data.packing import Packing, collate_packed, mean_sample_tokens
-from data.samples import Sample
 from data.token_cache import Samples
+
+# the samples of each of its rows
+MicroBatch: TypeAlias = list[list[int]]
 
 
 class Epochs:
@@ -17,24 +29,28 @@ class Epochs:
 
     def __init__(
         self,
-        samples: Sequence[Sample] | Samples,
-        lengths: Sequence[int],
+        samples: Samples,
         seed: int,
         shuffle: bool,
+        batch_size: int,
+        micro_batches_per_step: int,
         *,
         row_length: int = 0,
-        group: int = 0,
+        group_by_length: bool = False,
     ) -> None:
         """Decide on an order.
 
         Args:
-            lengths: tokens of every sample.
+            batch_size: rows of a micro-batch.
+            micro_batches_per_step: of all ranks together.
             row_length: tokens of a row that several samples share; 0: each has its own.
-            group: samples of a micro-batch, which shall be of like lengths; 0: by chance.
+            group_by_length: micro-batches of samples of like lengths; otherwise they fall together
+                by chance.
         """
         self.samples = samples
-        self._seed, self._shuffle, self._group = seed, shuffle, group
-        self._lengths = lengths
+        self._seed, self._shuffle, self._groups = seed, shuffle, group_by_length
+        self._sizes = (batch_size, micro_batches_per_step)
+        self._lengths: list[int] = samples.lengths.tolist()
         self._packing = Packing(self._lengths, row_length, seed, shuffle) if row_length else None
         # asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
         self._epoch, self._order = -1, list[int]()
@@ -43,6 +59,11 @@ class Epochs:
     def num_rows(self) -> int:
         """Of an epoch, whichever it is."""
         return self._packing.num_rows if self._packing else len(self.samples)
+
+    @property
+    def num_steps(self) -> int:
+        """Of an epoch, whichever it is; the last may have fewer rows than the others."""
+        return epoch_steps(self.num_rows, *self._sizes)
 
     @property
     def row_length(self) -> int:
@@ -59,40 +80,48 @@ class Epochs:
         """Of an epoch, padding left out."""
         return sum(self._lengths)
 
+    @property
+    def num_target_tokens(self) -> int:
+        """Of an epoch: labels that a loss sees."""
+        return int(self.samples.rows["num_targets"].sum(dtype=np.int64))
+
     def describe(self) -> str:
         """Say how the samples lie in rows."""
         share = self.num_tokens / (self.num_rows * self.row_length)
         return f"packed into {self.num_rows:,} rows of {self.row_length:,} tokens, {share:.1%} full"
 
-    def micro_batches(
-        self, epoch: int, step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int
-    ) -> list[list[list[int]]]:
-        """The samples of each row of each micro-batch of an optimizer step.
-
-        Raises:
-            ValueError: the epoch has no such step.
-        """
-        sizes = (step_in_epoch, batch_size, gradient_accumulation_steps)
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of an optimizer step, counted from 0 in the first epoch."""
+        epoch, step_in_epoch = divmod(step, self.num_steps)
         if self._packing:
-            return step_micro_batches(self._packing.rows(epoch), *sizes)
-        return [[[i] for i in some] for some in step_micro_batches(self._order_of(epoch), *sizes)]
+            return step_micro_batches(self._packing.rows(epoch), step_in_epoch, *self._sizes)
+        some = step_micro_batches(self._order_of(epoch), step_in_epoch, *self._sizes)
+        return [[[index] for index in indices] for indices in some]
 
     def _order_of(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
             order = epoch_order(len(self.samples), epoch, self._seed, self._shuffle)
-            if self._group:
-                order = group_by_length(order, self._lengths, self._group, epoch, self._seed)
+            if self._groups:
+                batch_size, _ = self._sizes
+                order = group_by_length(order, self._lengths, batch_size, epoch, self._seed)
             self._epoch, self._order = epoch, order
         return self._order
 
-    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """Lay samples into the rows of a micro-batch."""
+    def count(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Count tokens and target tokens, padding left out, without making a batch."""
+        indices = [index for rows in micro_batches for row in rows for index in row]
+        some = self.samples.rows[indices]
+        return int(some["length"].sum()), int(some["num_targets"].sum())
+
+    def batch(self, rows: MicroBatch) -> Batch:
+        """Lay the samples of a micro-batch into its rows."""
         filled = [[self.samples[index] for index in row] for row in rows]
         if self._packing:
             return collate_packed(filled, self._packing.row_length)
         return collate([sample for row in filled for sample in row])
 
-    def largest_batch(self, batch_size: int) -> Batch:
+    def largest_batch(self) -> Batch:
         """Make the largest micro-batch that may come, of the longest sample."""
         longest = self._lengths.index(max(self._lengths))
+        batch_size, _ = self._sizes
         return self.batch([[longest]] * min(batch_size, self.num_rows))

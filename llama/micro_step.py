@@ -160,12 +160,14 @@ class MicroStep:
             captured.backward.replay()
             return loss
 
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:  # () float32
+    def evaluate(
+        self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
+    ) -> Tensor:  # () float32
         """Compute a batch's summed loss without dropout, in the memory that training takes."""
         if self.model.device.type == "cpu":
-            return self.model.loss(input_ids, labels)
+            return self.model.loss(input_ids, labels, positions)
         with self._on_stream(), self._pooled():
-            return self.model.loss(input_ids, labels)
+            return self.model.loss(input_ids, labels, positions)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

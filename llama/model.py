@@ -215,12 +215,20 @@ class Llama(nn.Module):
         )
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        cache: KeyValueCache | None = None,
+        samples: Samples | None = None,
+    ) -> Tensor:
         """Run the decoder: token ids (B, T) to normalized hidden states (B, T, D).
 
         Attention is causal, so padding on the right changes no real token. With a cache the ids
         continue what it holds: any number of tokens into an empty one, one token at a time from
         then on. Without dropout, whatever mode the model is in.
+
+        Args:
+            samples: where rows hold several; not with a cache.
 
         Raises:
             ValueError: several tokens are given to a cache that is not empty, or the sequence
@@ -233,7 +241,8 @@ class Llama(nn.Module):
             raise ValueError(
                 f"a cache continues one token at a time: got {input_ids.shape[1]} tokens"
             )
-        shared = self.shared(input_ids, past)
+        assert cache is None or samples is None
+        shared = self.shared(input_ids, past, samples=samples)
         x, delta = self.embed(input_ids), None
         for layer in self.layers:
             x, delta, _ = layer(x, delta, shared, cache)
@@ -257,15 +266,25 @@ class Llama(nn.Module):
         self,
         input_ids: Tensor,  # (B, T) int64, on the CPU
         labels: Tensor,  # (B, T) int64, on the CPU, -100 where nothing is to be predicted
+        positions: Tensor | None = None,  # (B, T) int64, on the CPU
     ) -> Tensor:  # () float32
         """Sum the cross-entropy of every label given the tokens before it.
 
             loss = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
 
         over t > 0 with labels[b, t] != -100. No gradient, no dropout: `llama.micro_step` trains.
+
+        Args:
+            positions: of the tokens in their samples, where rows hold several; each begins with a
+                token at position 0, which has no label.
         """
         rows, targets = target_rows(labels)
-        hidden = self.hidden_states(input_ids.to(self.device, non_blocking=True)).flatten(0, 1)
+        samples = None
+        if positions is not None:
+            places = (place.to(self.device) for place in samples_of(positions))
+            samples = Samples(*places)
+        ids = input_ids.to(self.device, non_blocking=True)
+        hidden = self.hidden_states(ids, samples=samples).flatten(0, 1)
         picked = hidden[rows.to(self.device, non_blocking=True)]
         targets = targets.to(self.device, non_blocking=True)
         cap = self.config.final_logit_softcapping

@@ -47,14 +47,19 @@ def plan_run(
 
 
 def describe_plan(
-    work: Workload, plan: MemoryPlan, device: torch.device, num_steps: int, num_tokens: float
+    work: Workload,
+    plan: MemoryPlan,
+    device: torch.device,
+    num_gpus: int,
+    num_steps: int,
+    num_tokens: float,
 ) -> str:
-    """Say what the run will take: memory, tokens and, where there is a GPU, time."""
+    """Say what the run will take: memory of each GPU, tokens and, where there is one, time."""
     text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
     text += f"\n{num_steps:,} steps over about {num_tokens:,.0f} tokens"
     if device.type == "cuda":
         seconds = step_seconds(work, plan.policies, measure_rates(device, work.dtype))
-        speed = work.M / seconds
+        speed = num_gpus * work.M / seconds
         text += f", {speed:,.0f} tokens/s: about {num_tokens / speed / 60:,.0f} min without padding"
     return text
 

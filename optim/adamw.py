@@ -7,8 +7,8 @@ lie in one buffer beside them, so that a step, a norm, a memset or a page's way 
 call for everything. `kernels/adamw.py` holds the arithmetic; where the buffer's pages are is the
 business of `optim/unified_memory.py`.
 
-Nothing here asks the device for a value except `num_steps`, `state_tensors` and `load_state`, which
-are for checkpoints.
+Nothing here asks the device for a value except `num_steps`, `checksum`, `state_tensors` and
+`load_state`, which are for checkpoints.
 """
 
 from collections.abc import Callable, Mapping
@@ -237,6 +237,11 @@ class AdamW:
         scale = self._unscaled if loss_scale is None else loss_scale
         pieces = self._memory.pieces(self._arenas)
         return adamw(self._arenas, learning_rate, max_norm, scale, pieces)
+
+    def checksum(self) -> int:
+        """Add up the bits of all parameters, to tell whether others are the same. Waits for the
+        device."""
+        return int(self._arenas.parameters.view(torch.int32).sum(dtype=torch.int64))
 
     @property
     def num_steps(self) -> int:

@@ -19,20 +19,23 @@ class _Tokenizer(Protocol):
     def decode(self, ids: list[int], /) -> str: ...
 
 
+def bad_batch_name(step: int) -> str:
+    return f"bad-step-{step}.json"
+
+
 def write_bad_batch(
-    folder: Path,
+    path: Path,
     step: int,
     figures: Mapping[str, float],
     samples: Mapping[int, _Sample],
     tokenizer: _Tokenizer,
-) -> Path:
-    """Write a step's samples as `bad-step-{step}.json` into the run's folder.
+) -> None:
+    """Write a step's samples.
 
     Args:
         figures: of the step, which need not be finite.
         samples: by their place in the data.
     """
-    path = folder / f"bad-step-{step}.json"
     record = {
         "step": step,
         # JSON has no NaN
@@ -48,4 +51,3 @@ def write_bad_batch(
         ],
     }
     write_text(path, json.dumps(record) + "\n")
-    return path

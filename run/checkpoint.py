@@ -16,8 +16,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,9 @@ class RunState:
     best_eval_loss: float | None = None
     best_step: int = 0
     num_evaluations_since_best: int = 0
+    # the row of metrics of a step whose evaluation a signal cut short
+    unevaluated: dict[str, Any] = field(default_factory=dict)
+    num_ranks: int = 1
 
     def count(self, is_skipped: bool) -> None:
         """Count a step whose figures are known."""

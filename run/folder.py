@@ -76,16 +76,28 @@ def check_new_folder(folder: Path, num_bytes: int) -> None:
         )
 
 
-def resume_point(config: TrainConfig) -> tuple[Checkpoint | None, dict[Path, str]]:
+def resume_point(
+    config: TrainConfig, num_ranks: int = 1
+) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Read the checkpoint to go on from, None at a fresh start.
 
     Returns:
         It, and what is wrong with each later one.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is whole; or the run has another number of
+            processes.
     """
-    return load_newest_checkpoint(Path(config.output)) if config.resume else (None, {})
+    if not config.resume:
+        return None, {}
+    found, damaged = load_newest_checkpoint(Path(config.output))
+    if found and found.state.num_ranks != num_ranks:
+        has = found.state.num_ranks
+        raise ValueError(
+            f"--resume must go on with as many processes as the run has, {has}: got {num_ranks}, "
+            f"which would make its steps of another size; torchrun --nproc-per-node {has} train.py"
+        )
+    return found, damaged
 
 
 def open_output(config: TrainConfig, damaged: Iterable[Path] = ()) -> None:

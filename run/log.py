@@ -27,15 +27,32 @@ class RunLog:
         rows: of metrics.jsonl from the run's first step on, whichever process logged them.
     """
 
-    def __init__(self, config: TrainConfig, state: RunState, num_steps: int) -> None:
-        """Begin after the steps done; what was written past them goes, because it comes again."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: RunState,
+        num_steps: int,
+        *,
+        is_resumed: bool = False,
+        writes: bool = True,
+    ) -> None:
+        """Begin after the steps done; what was written past them goes, because it comes again.
+
+        Args:
+            writes: anywhere at all, which only one of a run's ranks does.
+        """
         self._device = torch.device(config.device)
         self._prompt = config.sample_prompt
         self._output = Path(config.output)
-        self._metrics = StepRows(self._output / METRICS_FILE, state.step)
-        self._samples = StepRows(self._output / SAMPLES_FILE, state.step)
-        self._trackers = open_trackers(config, state)
-        self._progress = Progress(num_steps, state.step)
+        self._writes = writes
+        # a run that begins anew has no rows, whatever one before it that saved nothing has left
+        last = state.step if is_resumed else -1
+        # the row that waits for its evaluation is of this step
+        last_row = last - bool(state.unevaluated)
+        self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
+        self._samples = StepRows(self._output / SAMPLES_FILE if writes else None, last)
+        self._trackers = open_trackers(config, state) if writes else []
+        self._progress = Progress(num_steps, state.step, is_shown=writes)
         self._since, self._tokens_then = time.perf_counter(), state.tokens
         self.rows = self._metrics.rows
 
@@ -56,7 +73,7 @@ class RunLog:
             self._draw()
 
     def _draw(self) -> None:
-        if len(self.rows) < 2:
+        if not self._writes or len(self.rows) < 2:
             return
         if not can_draw():
             self.say(f"no {CHART_FILE} without matplotlib: pip install -e '.[report]'")

@@ -1,16 +1,27 @@
-"""Which device computes, and in which dtype, where the command line leaves it open."""
+"""Which device computes, how, and in which dtype, where the command line leaves it open."""
+
+import os
 
 import torch
 
 
-def choose_device(name: str) -> str:
+def choose_device(name: str, local_rank: int = 0) -> str:
     """Resolve --device: `auto` is a GPU if there is one.
 
+    Args:
+        local_rank: of the process among those on this machine, each of which takes its own GPU.
+
     Raises:
-        ValueError: cuda is asked for, and there is no GPU.
+        ValueError: cuda is asked for, and there is no GPU, or none for this process.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    num_gpus = torch.cuda.device_count()
+    if name == "cuda" and local_rank >= num_gpus > 0:
+        raise ValueError(
+            f"--nproc-per-node must be at most the machine's GPUs, {num_gpus}: got at least "
+            f"{local_rank + 1}"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
@@ -26,3 +37,15 @@ def choose_dtype(name: str, device: str) -> str:
         return name
     is_modern = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "float32" if device == "cpu" else "bfloat16" if is_modern else "float16"
+
+
+def prepare(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
+    """Choose how torch computes and takes memory on a GPU, before either begins."""
+    if device.type == "cuda":
+        torch.cuda.set_device(local_rank)
+        # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(is_deterministic)
+        # that also fills every empty tensor with NaN, which costs a pass over each; the stubs of
+        # torch 2.13 do not know the switch
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore

@@ -29,12 +29,16 @@ class StepRows:
         rows: all of them, from the run's first step on, whichever process added them.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Open the file, dropping rows past `step`: a resumed run writes those steps' again."""
-        lines = path.read_text().splitlines() if path.is_file() else []
+    def __init__(self, path: Path | None, step: int) -> None:
+        """Open the file, dropping rows past `step`: a resumed run writes those steps' again.
+
+        Args:
+            path: None to write nothing.
+        """
+        lines = path.read_text().splitlines() if path and path.is_file() else []
         # the last line may be cut off, where the process was killed in the middle of it
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if lines != kept:
+        if path and lines != kept:
             write_text(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._unwritten = ""
@@ -52,6 +56,8 @@ class StepRows:
             for name, value in row.items()
         }
         self.rows.append(clean)
+        if self._path is None:
+            return
         self._unwritten += json.dumps(clean) + "\n"
         size = self._path.stat().st_size if self._path.is_file() else 0
         try:
@@ -68,8 +74,8 @@ class StepRows:
 class Progress:
     """A bar with the last numbers on a terminal, a line per logged step elsewhere."""
 
-    def __init__(self, num_steps: int, step: int) -> None:
-        self._is_terminal = sys.stderr.isatty()
+    def __init__(self, num_steps: int, step: int, *, is_shown: bool = True) -> None:
+        self._is_terminal = is_shown and sys.stderr.isatty()
         self._num_steps = num_steps
         self._bar = tqdm(
             total=num_steps,

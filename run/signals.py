@@ -17,14 +17,18 @@ class StopRequest:
     """Remembers the first signal that asks to stop; the second one stops at once, as without us.
 
     Attributes:
-        signal: the name of the signal, empty as long as none came.
+        number: of the signal, 0 as long as none came.
 
     Note:
         Python takes signals in its main thread only.
     """
 
-    def __init__(self) -> None:
-        self.signal = ""
+    def __init__(self, *, says: bool = True) -> None:
+        """Args:
+        says: tell the user that the signal was understood.
+        """
+        self.number = 0
+        self._says = says
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -45,7 +49,10 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        self.signal = signal.Signals(number).name
-        text = f"{self.signal}: stopping after this step, with a checkpoint; again stops at once\n"
+        self.number = number
+        if not self._says:
+            return
+        name = signal.Signals(number).name
+        text = f"{name}: stopping after this step, with a checkpoint; again stops at once\n"
         # what was interrupted may be a print
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

@@ -1,35 +1,53 @@
 """data/epochs.py: every epoch has each sample once, in rows that two integers restore."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from data.epochs import Epochs
-from data.samples import Sample
+from data.token_cache import Samples
+from data.tokenization import ROW
 
 LENGTHS = [5, 30, 7, 64, 12, 9, 33, 5, 20, 41, 18]
-SAMPLES = [Sample([i] * n, [i] * n) for i, n in enumerate(LENGTHS)]
-KINDS = pytest.mark.parametrize("kind", [{}, {"row_length": 64}, {"group": 2}], ids=str)
+KINDS = pytest.mark.parametrize(
+    "kind", [{}, {"row_length": 64}, {"group_by_length": True}], ids=str
+)
+
+
+def samples() -> Samples:
+    """Sample i has the token i everywhere, each of them a target but the first."""
+    rows = np.zeros(len(LENGTHS), dtype=ROW)
+    rows["length"] = LENGTHS
+    rows["num_targets"] = rows["length"] - 1
+    ids = np.repeat(np.arange(len(LENGTHS), dtype=np.int32), LENGTHS)
+    return Samples(ids, ids, rows)
+
+
+def make(kind: dict[str, Any], batch_size: int = 2, micro_batches_per_step: int = 100) -> Epochs:
+    return Epochs(samples(), 1, True, batch_size, micro_batches_per_step, **kind)
 
 
 def rows_of(epochs: Epochs, epoch: int) -> list[list[int]]:
     """All rows of an epoch, which is one step long."""
-    return [row for rows in epochs.micro_batches(epoch, 0, 2, epochs.num_rows) for row in rows]
+    return [row for rows in epochs.micro_batches(epoch) for row in rows]
 
 
 @KINDS
-def test_every_epoch_has_each_sample_once(kind: dict[str, int]) -> None:
-    epochs = Epochs(SAMPLES, LENGTHS, 1, True, **kind)
+def test_every_epoch_has_each_sample_once(kind: dict[str, Any]) -> None:
+    epochs = make(kind)
     orders = []
     for epoch in range(3):
         rows = rows_of(epochs, epoch)
         assert len(rows) == epochs.num_rows
         orders.append([index for row in rows for index in row])
-        assert sorted(orders[-1]) == list(range(len(SAMPLES)))
+        assert sorted(orders[-1]) == list(range(len(LENGTHS)))
     assert orders[0] != orders[1] != orders[2]
 
 
 @KINDS
-def test_an_epoch_is_a_function_of_seed_and_number(kind: dict[str, int]) -> None:
-    first, again = (Epochs(SAMPLES, LENGTHS, 1, True, **kind) for _ in range(2))
+def test_an_epoch_is_a_function_of_seed_and_number(kind: dict[str, Any]) -> None:
+    first, again = (make(kind) for _ in range(2))
     assert rows_of(first, 3) == rows_of(again, 3)
     rows_of(again, 5)
     assert rows_of(first, 4) == rows_of(again, 4)
@@ -37,13 +55,27 @@ def test_an_epoch_is_a_function_of_seed_and_number(kind: dict[str, int]) -> None
 
 
 @KINDS
-def test_no_batch_is_larger_than_the_largest(kind: dict[str, int]) -> None:
-    epochs = Epochs(SAMPLES, LENGTHS, 1, True, **kind)
-    largest = epochs.largest_batch(2)
+def test_no_batch_is_larger_than_the_largest(kind: dict[str, Any]) -> None:
+    epochs = make(kind)
+    largest = epochs.largest_batch()
     assert largest.input_ids.shape == (2, 64)
     assert largest.input_ids.shape[1] == epochs.row_length
-    micro_batches = epochs.micro_batches(0, 0, 2, epochs.num_rows)
+    micro_batches = epochs.micro_batches(0)
     batches = [epochs.batch(rows) for rows in micro_batches]
     assert all(batch.input_ids.numel() <= largest.input_ids.numel() for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS) == epochs.num_tokens
     assert (largest.positions is not None) == ("row_length" in kind)
+
+
+@KINDS
+def test_what_is_counted_is_what_the_batches_have(kind: dict[str, Any]) -> None:
+    epochs = make(kind, batch_size=2, micro_batches_per_step=2)
+    total = 0
+    for step in range(2 * epochs.num_steps):
+        micro_batches = epochs.micro_batches(step)
+        assert 1 <= len(micro_batches) <= 2
+        batches = [epochs.batch(rows) for rows in micro_batches]
+        num_targets = sum(batch.num_target_tokens for batch in batches)
+        assert epochs.count(micro_batches) == (sum(b.num_tokens for b in batches), num_targets)
+        total += num_targets
+    assert total == 2 * epochs.num_target_tokens == 2 * (sum(LENGTHS) - len(LENGTHS))

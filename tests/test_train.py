@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from equality import assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from merge_cases import write_adapter
 from safetensors.torch import load_file
 
 import train
-from data.batches import Batch, collate, epoch_order
+from data.batches import collate, epoch_order
+from data.packing import collate_packed
 from data.samples import Sample
 from llama.checkpoint import load_model
-from llama.micro_step import MicroStep, Policy
+from llama.micro_step import MicroStep
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
+from run.ranks import Ranks
 
 BUNDLED = Path(train.BUNDLED)
 FEW = (
@@ -122,31 +126,61 @@ def test_how_a_step_is_split_into_micro_batches_does_not_change_it(tmp_path: Pat
     assert num_targets[1] - num_targets[0] < num_targets[0]
 
 
-def test_micro_steps_add_up_to_the_gradient_of_the_whole_window() -> None:
+@pytest.fixture(scope="module")
+def trained() -> tuple[MicroStep, AdamW]:
     model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
     model.attach_lora(LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj")), seed=0)
-    samples = [
-        Sample([0, 5, 9, 7, 1], [-100, -100, 9, 7, 1]),
-        Sample([0, 8, 3], [-100, -100, 3]),
-        Sample([0, 30, 31, 32, 33, 34], [-100, 30, 31, 32, 33, 34]),
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.adapter_tensors().items():
+        if name.endswith("lora_B.weight"):
+            # a new one is zero, and lets nothing through to lora_A
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return MicroStep(model, ["keep" for _ in model.layers]), AdamW(parameters, weight_decay=0.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    samples=st.lists(
+        st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=2, max_size=12),
+        min_size=1,
+        max_size=9,
+    ).filter(lambda samples: any(learned for sample in samples for _, learned in sample[1:])),
+    batch_size=st.integers(1, 4),
+    num_ranks=st.integers(1, 3),
+    packed=st.booleans(),
+)
+def test_micro_batches_of_all_ranks_add_up_to_the_gradient_of_the_whole_window(
+    trained: tuple[MicroStep, AdamW],
+    samples: list[list[tuple[int, bool]]],
+    batch_size: int,
+    num_ranks: int,
+    packed: bool,
+) -> None:
+    micro_step, optimizer = trained
+    window = [
+        Sample(
+            [token for token, _ in some], [token if learned else -100 for token, learned in some]
+        )
+        for some in samples
     ]
-    optimizer = AdamW(
-        {n: p for n, p in model.named_parameters() if p.requires_grad}, weight_decay=0.0
-    )
-    policies: list[Policy] = ["keep" for _ in model.layers]
-    micro_step = MicroStep(model, policies)
-    factor = torch.tensor(1 / 9)
-    whole = collate(samples)
-    loss = micro_step(whole.input_ids, whole.labels, factor)
+    whole = collate(window)
+    num_targets = whole.num_target_tokens
+    factor = torch.tensor(1 / num_targets)
+    optimizer.zero_grad()
+    loss = float(micro_step(whole.input_ids, whole.labels, factor))
     expected = optimizer.gradients.clone()
     optimizer.zero_grad()
-    parts: list[Batch] = [collate(samples[:1]), collate(samples[1:])]
-    losses = [micro_step(batch.input_ids, batch.labels, factor) for batch in parts]
-    assert sum(batch.num_target_tokens for batch in parts) == 9
+    parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    total = 0.0
+    for rank in range(num_ranks):
+        for _, part in Ranks(rank, num_ranks).share(parts):
+            batch = collate_packed([part], 50) if packed else collate(part)
+            total += float(micro_step(batch.input_ids, batch.labels, factor, 0, batch.positions))
     # float32: each element is a sum of a few hundred products in another order
-    assert float(sum(losses)) == pytest.approx(float(loss), rel=300 * 2**-24)
-    error = (optimizer.gradients - expected).abs().max() / expected.abs().max()
+    assert total == pytest.approx(loss, rel=300 * 2**-24)
     assert expected.abs().max() > 0
+    error = (optimizer.gradients - expected).abs().max() / expected.abs().max()
     assert error < 300 * 2**-24
 
 

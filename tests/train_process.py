@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,7 +21,15 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def _train(arguments: list[str], pipe: Path) -> None:
+def _train(
+    arguments: list[str],
+    pipe: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    os.environ.update(environment)
+    if before:
+        before()
     descriptor = os.open(pipe, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -33,15 +42,26 @@ def _train(arguments: list[str], pipe: Path) -> None:
 class TrainProcess:
     """A run of train.py, as if from the command line."""
 
-    def __init__(self, output: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Args:
+        before: what the process does first, by its name in a module.
+        """
+        environment = environment or {}
         # a pipe takes what it is told however full the disk is
-        pipe = output.with_suffix(".pipe")
+        pipe = output.with_suffix(f".pipe{environment.get('RANK', '')}")
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe)
         self._pipe = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         self._said = b""
         arguments = ("--output", str(output), *arguments)
-        self._process: BaseProcess = _CONTEXT.Process(target=_train, args=(list(arguments), pipe))
+        given = (list(arguments), pipe, environment, before)
+        self._process: BaseProcess = _CONTEXT.Process(target=_train, args=given)
         self._process.start()
 
     @property
@@ -79,3 +99,30 @@ class TrainProcess:
         """Wait for the end: the exit code, and what was printed."""
         self._process.join(DEADLINE_S)
         return self._process.exitcode, self.said()
+
+
+def rank_environments(size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def train_ranks(
+    output: Path,
+    arguments: Sequence[Sequence[str]],
+    before: Callable[[], None] | None = None,
+) -> list[TrainProcess]:
+    """Start a run of several ranks, each of its own arguments."""
+    environments = rank_environments(len(arguments))
+    return [
+        TrainProcess(output, *some, environment=environment, before=before)
+        for some, environment in zip(arguments, environments, strict=True)
+    ]

@@ -1,0 +1,136 @@
+"""Measure training on samples that share rows: beside full rows, and beside padded ones.
+
+    python -m benchmarks.packed_step --json benchmarks/results/packed_step.h100.json
+
+    full      one sample of 2,048 tokens a row, 4 rows a micro-batch
+    packed    samples of about 200 tokens, as GSM8K's are, in rows of 2,048, 4 rows a micro-batch
+    padded    the same samples, 4 a micro-batch, each padded to the longest of them
+
+Llama-3-8B with random weights, rank 16 on all linear layers, AdamW in 32 bits; a step is one
+micro-batch, laid out by train.py's own `Epochs`, and the optimizer's step. Tokens are counted
+without padding. Every shape has come twice before anything is timed, so all are captured.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks.masked_attention import draw_lengths
+from benchmarks.random_model import CONFIGS, random_model
+from benchmarks.record import head, write
+from benchmarks.step_timing import synchronize
+from benchmarks.tables import Row, aligned, packed_step_table
+from data.epochs import Epochs
+from data.token_cache import Samples
+from data.tokenization import ROW
+from llama.micro_step import MicroStep, Policy
+from llama.model import PROJECTIONS, Llama
+from lora.config import LoRAConfig
+from optim.adamw import AdamW
+from run.machine import prepare
+
+RANK = 16
+LEARNING_RATE = 1e-4
+BATCH_SIZE = 4
+SEED = 0
+NUM_WARM_UPS = 2
+NUM_PASSES = 3
+
+
+def random_samples(lengths: Sequence[int], vocab_size: int) -> Samples:
+    """Draw samples of these lengths, of which every token but the first is learned."""
+    rows = np.zeros(len(lengths), dtype=ROW)
+    rows["length"] = lengths
+    rows["num_targets"] = rows["length"] - 1
+    ids = np.random.default_rng(SEED).integers(0, vocab_size, sum(lengths), dtype=np.int32)
+    return Samples(ids, ids, rows)
+
+
+def cases(row_length: int, sample_tokens: int, num_rows: int, vocab_size: int) -> dict[str, Epochs]:
+    """Lay out an epoch of each kind, of about as many tokens."""
+    generator = torch.Generator().manual_seed(SEED)
+    some = [draw_lengths(row_length, sample_tokens, generator) for _ in range(num_rows)]
+    # a sample that was cut to fit a row says nothing about samples
+    lengths = [length for row in some for length in row[:-1]]
+    short, full = (random_samples(x, vocab_size) for x in (lengths, [row_length] * num_rows))
+    order = (SEED, True, BATCH_SIZE, 1)
+    return {
+        "full": Epochs(full, *order),
+        "packed": Epochs(short, *order, row_length=row_length),
+        "padded": Epochs(short, *order),
+    }
+
+
+def measure(mode: str, epochs: Epochs, micro_step: MicroStep, optimizer: AdamW) -> Row:
+    """Take the steps of an epoch some times over."""
+    device = micro_step.model.device
+    factor = torch.ones((), device=device) / 1000
+
+    def take(step: int) -> int:
+        (rows,) = epochs.micro_batches(step)
+        batch = epochs.batch(rows)
+        optimizer.zero_grad()
+        optimizer.prefetch()
+        micro_step(batch.input_ids, batch.labels, factor, SEED, batch.positions, batch.lengths)
+        optimizer.step(LEARNING_RATE, max_norm=1.0)
+        return batch.input_ids.numel()
+
+    seconds, num_places = [], 0
+    for _ in range(NUM_WARM_UPS + NUM_PASSES):
+        synchronize()
+        start = time.perf_counter()
+        # the first epoch every time, whose shapes are known by then
+        num_places = sum(take(step) for step in range(epochs.num_steps))
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    timed = sorted(seconds[NUM_WARM_UPS:])
+    return {
+        "provider": "ours",
+        "mode": mode,
+        "samples": len(epochs.samples),
+        "steps": epochs.num_steps,
+        "tokens": epochs.num_tokens,
+        "share_of_padding": round(1 - epochs.num_tokens / num_places, 4),
+        "tokens_per_second": round(epochs.num_tokens / median(timed), 1),
+        "s_min": round(timed[0], 3),
+        "s_max": round(timed[-1], 3),
+    }
+
+
+def measure_all(model: Llama, epochs: dict[str, Epochs]) -> list[Row]:
+    """Measure every kind, after an adapter is put beside the model."""
+    model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), SEED)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = AdamW(parameters, weight_decay=0.0)
+    policies: list[Policy] = ["keep"] * len(model.layers)
+    micro_step = MicroStep(model, policies, captures=model.device.type == "cuda")
+    return [measure(mode, some, micro_step, optimizer) for mode, some in epochs.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure training on rows of several samples.")
+    parser.add_argument("--json", type=Path, help="result file to write")
+    parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
+    device = torch.device("cuda", torch.cuda.current_device())
+    prepare(device, local_rank=0, is_deterministic=False)
+    record = head("packed_step", arguments.commit)
+    config = CONFIGS["llama-3-8b"]
+    epochs = cases(2048, 200, 24, config.vocab_size)
+    rows = measure_all(random_model(config, device), epochs)
+    print(aligned(*packed_step_table(rows)))
+    if arguments.json:
+        write(arguments.json, record | {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

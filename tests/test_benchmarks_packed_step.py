@@ -1,0 +1,48 @@
+"""benchmarks/packed_step.py: what is laid out and counted, and a run over a tiny model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.packed_step import cases, measure_all
+from benchmarks.random_model import LLAMA_3_8B, random_model
+from benchmarks.tables import packed_step_table
+
+TINY = replace(
+    LLAMA_3_8B,
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    windows=(None,),
+)
+
+
+def test_all_kinds_have_about_as_many_tokens_and_packed_rows_are_nearly_full() -> None:
+    epochs = cases(256, 30, 24, vocab_size=96)
+    assert epochs["full"].num_tokens == 24 * 256
+    assert epochs["packed"].num_tokens == epochs["padded"].num_tokens
+    assert 0.8 < epochs["packed"].num_tokens / epochs["full"].num_tokens <= 1
+    assert epochs["packed"].num_tokens / (epochs["packed"].num_rows * 256) > 0.9
+    (rows,) = epochs["packed"].micro_batches(0)
+    batch = epochs["packed"].batch(rows)
+    assert batch.input_ids.shape == (4, 256)
+    assert batch.positions is not None
+    assert int((batch.positions == 0).sum()) > 8
+
+
+def test_a_run_measures_every_kind() -> None:
+    model = random_model(TINY, torch.device("cpu"), torch.float32)
+    rows = measure_all(model, cases(64, 10, 4, TINY.vocab_size))
+    assert [row["mode"] for row in rows] == ["full", "packed", "padded"]
+    padding = [row["share_of_padding"] for row in rows]
+    assert 0 == padding[0] <= padding[1] < padding[2]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["s_min"], rel=0.9)
+    header, lines = packed_step_table(rows)
+    assert all(len(line) == len(header) for line in lines)
+    assert lines[0][-1] == "1.00"
