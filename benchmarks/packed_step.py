@@ -3,7 +3,7 @@
     python -m benchmarks.packed_step --json benchmarks/results/packed_step.h100.json
 
     full      one sample of 2,048 tokens a row, 4 rows a micro-batch
-    packed    samples of about 200 tokens, as GSM8K's are, in rows of 2,048, 4 rows a micro-batch
+    packed    samples as long as GSM8K's, in rows of 2,048 tokens, 4 rows a micro-batch
     padded    the same samples, 4 a micro-batch, each padded to the longest of them
 
 Llama-3-8B with random weights, rank 16 on all linear layers, AdamW in 32 bits; a step is one
@@ -21,7 +21,6 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.masked_attention import draw_lengths
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import synchronize
@@ -38,7 +37,13 @@ from run.machine import prepare
 RANK = 16
 LEARNING_RATE = 1e-4
 BATCH_SIZE = 4
+ROW_LENGTH = 2048
+NUM_SAMPLES = 400
 SEED = 0
+# tokens of GSM8K's 7,473 training samples in Llama-3's chat template, 168.6 on average: so many at
+# most have the share beside them
+GSM8K_LENGTHS = (62, 83, 95, 104, 119, 132, 144, 158, 173, 191, 212, 248, 279, 338, 412, 469)
+GSM8K_SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
 NUM_WARM_UPS = 2
 NUM_PASSES = 3
 
@@ -52,12 +57,16 @@ def random_samples(lengths: Sequence[int], vocab_size: int) -> Samples:
     return Samples(ids, ids, rows)
 
 
-def cases(row_length: int, sample_tokens: int, num_rows: int, vocab_size: int) -> dict[str, Epochs]:
+def draw_lengths(num_samples: int) -> list[int]:
+    """Draw lengths that are distributed as GSM8K's, between the shares evenly."""
+    drawn = np.random.default_rng(SEED).random(num_samples)
+    return np.interp(drawn, GSM8K_SHARES, GSM8K_LENGTHS).astype(int).tolist()
+
+
+def cases(num_samples: int, row_length: int, vocab_size: int) -> dict[str, Epochs]:
     """Lay out an epoch of each kind, of about as many tokens."""
-    generator = torch.Generator().manual_seed(SEED)
-    some = [draw_lengths(row_length, sample_tokens, generator) for _ in range(num_rows)]
-    # a sample that was cut to fit a row says nothing about samples
-    lengths = [length for row in some for length in row[:-1]]
+    lengths = draw_lengths(num_samples)
+    num_rows = sum(lengths) // row_length
     short, full = (random_samples(x, vocab_size) for x in (lengths, [row_length] * num_rows))
     order = (SEED, True, BATCH_SIZE, 1)
     return {
@@ -124,7 +133,7 @@ def main() -> int:
     prepare(device, local_rank=0, is_deterministic=False)
     record = head("packed_step", arguments.commit)
     config = CONFIGS["llama-3-8b"]
-    epochs = cases(2048, 200, 24, config.vocab_size)
+    epochs = cases(NUM_SAMPLES, ROW_LENGTH, config.vocab_size)
     rows = measure_all(random_model(config, device), epochs)
     print(aligned(*packed_step_table(rows)))
     if arguments.json:

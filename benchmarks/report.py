@@ -118,7 +118,7 @@ STEP_SECTIONS = {
     ),
     "packed_step": Section(
         "Samples that share rows",
-        "Real tokens a second, padding left out, of samples of about 200 tokens in rows of 2,048 "
+        "Real tokens a second, padding left out, of samples as long as GSM8K's in rows of 2,048 "
         "that they share, of the same samples padded four by four, and of full rows "
         "(`python -m benchmarks.packed_step`).",
         packed_step_table,

@@ -1,11 +1,12 @@
 """benchmarks/packed_step.py: what is laid out and counted, and a run over a tiny model."""
 
 from dataclasses import replace
+from statistics import fmean, stdev
 
 import pytest
 import torch
 
-from benchmarks.packed_step import cases, measure_all
+from benchmarks.packed_step import cases, draw_lengths, measure_all
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.tables import packed_step_table
 
@@ -22,22 +23,27 @@ TINY = replace(
 )
 
 
+def test_lengths_are_distributed_as_gsm8k_s_are() -> None:
+    lengths = draw_lengths(7473)
+    assert fmean(lengths) == pytest.approx(168.6, rel=0.02)
+    assert stdev(lengths) == pytest.approx(57.6, rel=0.03)
+
+
 def test_all_kinds_have_about_as_many_tokens_and_packed_rows_are_nearly_full() -> None:
-    epochs = cases(256, 30, 24, vocab_size=96)
-    assert epochs["full"].num_tokens == 24 * 256
+    epochs = cases(400, 1024, vocab_size=96)
     assert epochs["packed"].num_tokens == epochs["padded"].num_tokens
-    assert 0.8 < epochs["packed"].num_tokens / epochs["full"].num_tokens <= 1
-    assert epochs["packed"].num_tokens / (epochs["packed"].num_rows * 256) > 0.9
+    assert 0 <= epochs["packed"].num_tokens - epochs["full"].num_tokens < 1024
+    assert epochs["packed"].num_tokens / (epochs["packed"].num_rows * 1024) > 0.95
     (rows,) = epochs["packed"].micro_batches(0)
     batch = epochs["packed"].batch(rows)
-    assert batch.input_ids.shape == (4, 256)
+    assert batch.input_ids.shape == (4, 1024)
     assert batch.positions is not None
     assert int((batch.positions == 0).sum()) > 8
 
 
 def test_a_run_measures_every_kind() -> None:
     model = random_model(TINY, torch.device("cpu"), torch.float32)
-    rows = measure_all(model, cases(64, 10, 4, TINY.vocab_size))
+    rows = measure_all(model, cases(12, 512, TINY.vocab_size))
     assert [row["mode"] for row in rows] == ["full", "packed", "padded"]
     padding = [row["share_of_padding"] for row in rows]
     assert 0 == padding[0] <= padding[1] < padding[2]

@@ -202,7 +202,14 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> Non
     assert_equals(output, whole)
 
 
-@pytest.mark.parametrize("more", ["", "--packing --max-length 64"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "--packing --max-length 64",
+        pytest.param("--device cuda --deterministic", marks=pytest.mark.gpu),
+    ],
+)
 def test_stopped_after_every_single_step_it_ends_bit_for_bit_the_same(
     tmp_path: Path, more: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,7 +226,8 @@ def test_stopped_after_every_single_step_it_ends_bit_for_bit_the_same(
 
     monkeypatch.setattr(AdamW, "step", stopped)
     output = tmp_path / "out"
-    for done in range(1, 7):
+    # what is left in the end is the last evaluation
+    for done in range(1, 8):
         train.main(["--output", str(output), *config, "--resume"])
         assert f"stopped by SIGTERM after step {done} of 7" in capsys.readouterr().out
     train.main(["--output", str(output), *config, "--resume"])
@@ -250,6 +258,34 @@ def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
         train.main(["--output", str(output), *config])
     monkeypatch.undo()
     train.main(["--output", str(output), *config, "--resume", "--activations", "recompute"])
+    assert_equals(output, tmp_path / "whole")
+
+
+@pytest.mark.gpu
+def test_gpu_memory_that_really_ends_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = "--device cuda --deterministic --max-steps 7 --save-steps 0"
+    config = flags(tmp_path, *given.split())
+    train.main(["--output", str(tmp_path / "whole"), *config])
+    output = tmp_path / "out"
+    micro_step, calls = MicroStep.__call__, iter(range(8))
+
+    def without_memory(self: MicroStep, *args: Any) -> torch.Tensor:
+        # the first is the preflight
+        if next(calls) == 6:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+        return micro_step(self, *args)
+
+    monkeypatch.setattr(MicroStep, "__call__", without_memory)
+    try:
+        with pytest.raises(train.CannotGoOn, match=r"suffice for step 6: CUDA out of memory"):
+            train.main(["--output", str(output), *config])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    monkeypatch.undo()
+    train.main(["--output", str(output), *config, "--resume"])
     assert_equals(output, tmp_path / "whole")
 
 

@@ -203,7 +203,9 @@ def evaluate_to(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     left = list(losses)
     seen: list[int] = []
 
-    def scripted(self: MicroStep, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def scripted(
+        self: MicroStep, input_ids: torch.Tensor, labels: torch.Tensor, positions: None
+    ) -> torch.Tensor:
         loss = left[0]
         num_targets = int((labels[:, 1:] != -100).sum())
         seen.append(len(input_ids))
@@ -237,7 +239,8 @@ def test_a_run_that_no_longer_improves_ends_with_its_best_adapter(
         evaluate_to(patch, losses)
         stop_at(patch, 4)
         output = train_small(tmp_path, flags, "out")
-    evaluate_to(monkeypatch, losses[5:])
+    # that of step 4 had not begun
+    evaluate_to(monkeypatch, losses[4:])
     train_small(tmp_path, f"{flags} --resume", "out")
     assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert [row["step"] for row in rows_of(output)] == [0, 1, 2, 3, 4, 5]
