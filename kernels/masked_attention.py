@@ -79,16 +79,21 @@ class Tiles(NamedTuple):
 
 
 # by the width of a head, to a power of two, and bytes of a value: what fits the 99 KB of shared
-# memory of sm_89, and spills on no GPU where not said
+# memory of sm_89, and spills on no GPU where not said; wider tiles are slower for heads of 128
 CONFIGS = {
     (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (128, 2): Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
-    (256, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
     (64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     # spills: its products are unrolled over the head
     (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+# what is faster where there is as much as on sm_90
+LARGE_CONFIGS = {
+    (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+}
+LARGE_BYTES = 227 << 10
 MIN_HEAD, MAX_HEAD = 64, 256
 # of float32, which is there for trials: no tensor cores
 PRECISION = tl.constexpr("ieee")
@@ -448,10 +453,17 @@ def _masked_attention_grad_kv_kernel(
     _store_tile(grad_v_ptr + place, acc_v, columns, num_tokens, stride, HEAD_DIM, HEAD)
 
 
-def _tiles(head_dim: int, itemsize: int) -> tuple[int, Tiles]:
+def _shared_bytes(device: torch.device) -> int:
+    """Count what a program may have of shared memory."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _tiles(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it."""
-    head = max(triton.next_power_of_2(head_dim), MIN_HEAD)
-    return head, CONFIGS[head, itemsize]
+    head = max(triton.next_power_of_2(heads.shape[3]), MIN_HEAD)
+    kind = (head, heads.element_size())
+    is_large = kind in LARGE_CONFIGS and _shared_bytes(heads.device) >= LARGE_BYTES
+    return head, LARGE_CONFIGS[kind] if is_large else CONFIGS[kind]
 
 
 def _empty_heads(like: Tensor) -> Tensor:
@@ -474,7 +486,7 @@ def _launch_masked_attention(
     num_kv_heads, num_keys = key.shape[1:3]
     out = _empty_heads(query)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=query.device)
-    head, tiles = _tiles(head_dim, query.element_size())
+    head, tiles = _tiles(query)
     tile = tiles.out
     # triton launches on the current device, which need not be the query's
     with torch.cuda.device_of(query):
@@ -523,7 +535,7 @@ def _launch_masked_attention_backward(
     assert out.transpose(1, 2).is_contiguous()
     grad_q, grad_k, grad_v = _empty_heads(query), _empty_heads(key), _empty_heads(value)
     delta = torch.empty_like(lse)
-    head, tiles = _tiles(head_dim, query.element_size())
+    head, tiles = _tiles(query)
     sizes = (scale, cap or 0.0, window or T, T)
     strides = [s for x in (grad, query, key, value) for s in x.stride()[:3]]
     with torch.cuda.device_of(query):

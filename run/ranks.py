@@ -101,16 +101,16 @@ class Ranks:
         Raises:
             RankOutOfMemory: it did not, on one of them.
         """
-        shortage = None
+        # the error itself would keep what was computed, which must go before anything is saved
+        shortage = ""
         try:
             yield
         except torch.OutOfMemoryError as error:
-            shortage = error
+            shortage = str(error).partition("\n")[0]
         number = self.largest(self.rank + 1 if shortage else 0)
         if number:
             whose = "" if self.size == 1 else f"rank {number - 1}: "
-            what = str(shortage).partition("\n")[0] if shortage else "out of memory"
-            raise RankOutOfMemory(f"{whose}{what}")
+            raise RankOutOfMemory(f"{whose}{shortage or 'out of memory'}")
 
     def check_same(self, what: str, number: int) -> None:
         """Hold a number, such as a hash, against the other ranks'.

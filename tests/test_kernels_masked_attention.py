@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import SHARED_BYTES_LIMIT, CompiledLaunch, compile_launch
 from attention_cases import (
     TINY_ATTENTIONS,
     AttentionCase,
@@ -195,8 +196,10 @@ def compile_kernel(
 
     def launch() -> None:
         numbers = (0.0625, cap, None, samples)
-        module._launch_masked_attention(query, key, value, *numbers)
-        module._launch_masked_attention_backward(out, query, key, value, out, lse, *numbers)
+        shared_bytes = SHARED_BYTES_LIMIT[capability]
+        with patch.object(module, "_shared_bytes", lambda device: shared_bytes):
+            module._launch_masked_attention(query, key, value, *numbers)
+            module._launch_masked_attention_backward(out, query, key, value, out, lse, *numbers)
 
     return compile_launch(module, f"_masked_attention{kernel}_kernel", launch, capability)
 

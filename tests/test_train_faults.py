@@ -271,19 +271,19 @@ def test_gpu_memory_that_really_ends_costs_no_step(
     output = tmp_path / "out"
     micro_step, calls = MicroStep.__call__, iter(range(8))
 
-    def without_memory(self: MicroStep, *args: Any) -> torch.Tensor:
-        # the first is the preflight
-        if next(calls) == 6:
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1e-6)
-        return micro_step(self, *args)
+    def without_memory(self: MicroStep, *args: Any, **named: Any) -> torch.Tensor:
+        # all there is, in what is left of a step; the first call is the preflight
+        taken, size = [], 1 << 34 if next(calls) == 6 else 0
+        while size >= 512:
+            try:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        return micro_step(self, *args, **named)
 
     monkeypatch.setattr(MicroStep, "__call__", without_memory)
-    try:
-        with pytest.raises(train.CannotGoOn, match=r"suffice for step 6: CUDA out of memory"):
-            train.main(["--output", str(output), *config])
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    with pytest.raises(train.CannotGoOn, match=r"suffice for step 6: CUDA out of memory"):
+        train.main(["--output", str(output), *config])
     monkeypatch.undo()
     train.main(["--output", str(output), *config, "--resume"])
     assert_equals(output, tmp_path / "whole")
