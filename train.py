@@ -13,34 +13,26 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data import audit
-from data.dataset import Dataset, load_dataset
-from data.epochs import Epochs
-from data.prompt import encode_prompt
-from data.sources import Use, find_data
-from data.tokenizer import Tokenizer
-from hub.push import check_push, push_folder
-from llama.checkpoint import find_checkpoint, frozen_bytes, load_model, settle_quantization
-from llama.config import LlamaConfig, LongRopeScaling, read_config
+from hub.push import push_folder
+from job.checkpoint import quantization_of
+from job.job import Job, check
+from llama.checkpoint import load_model
 from llama.generation import generate_greedy
-from llama.memory_plan import MemoryPlan
-from llama.micro_step import MicroStep, padded_tokens
-from llama.model import Llama, projection_shapes, projections, update_sizes
-from llama.preflight import describe_plan, memory_line, next_setting, plan_run, preflight
-from llama.workload import Workload
-from lora.adapter_file import find_adapter, load_adapter, read_adapter_config, save_adapter
-from lora.config import LoRAConfig, resolve_target_modules
-from optim.adamw import AdamW, moment_bytes_per_element
+from llama.micro_step import MicroStep
+from llama.model import Llama
+from llama.preflight import memory_line, next_setting, preflight
+from lora.adapter_file import load_adapter, save_adapter
+from optim.adamw import AdamW
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
@@ -48,37 +40,19 @@ from optim.unified_memory import paged_memory
 from run.atomic import new_files, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
-    Checkpoint,
     RunState,
     checkpoint_name,
     remove_old_checkpoints,
     save_checkpoint,
 )
-from run.config import TrainConfig, parse_config, to_json
-from run.folder import check_output, choose_output, open_output, resume_point
+from run.config import TrainConfig, to_json
+from run.folder import open_output
 from run.log import RunLog
-from run.machine import prepare
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
-from run.resolve import resolve
 from run.signals import StopRequest
-from run.trackers import tracker_names
 
-BUNDLED = Path(__file__).parent / "bundled"
-# the fields of a run that names neither a model nor data
-BUNDLED_RUN = {
-    "model": str(BUNDLED / "model"),
-    "data": str(BUNDLED / "data.jsonl"),
-    "eval_data": str(BUNDLED / "eval.jsonl"),
-    "learning_rate": 2e-3,
-    "batch_size": 16,
-    "gradient_accumulation_steps": 1,
-    "epochs": 6.0,
-    # rows of several would leave a data set as small as this one too few steps
-    "packing": False,
-    "sample_prompt": "Write a verse about Ember.",
-}
 SAMPLE_TOKENS = 100
 # what an int64 holds
 HASH_BYTES = 7
@@ -86,43 +60,6 @@ HASH_BYTES = 7
 
 class CannotGoOn(RuntimeError):
     """A run stops in its middle; the message says why, and how to go on."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run shall do, checked: nothing is loaded yet, and nothing written.
-
-    Attributes:
-        start: the adapter to begin with, if any.
-        resumed: the checkpoint to go on from, if any.
-        damaged: later checkpoints, and what is wrong with them.
-        evaluation: the batches of an evaluation, if there is one.
-        prompt: the tokens of --sample-prompt, if there is one.
-    """
-
-    config: TrainConfig
-    checkpoint_folder: Path
-    lora: LoRAConfig
-    start: Path | None
-    resumed: Checkpoint | None
-    damaged: dict[Path, str]
-    state: RunState
-    tokenizer: Tokenizer
-    audits: dict[str, dict[str, Any]]
-    epochs: Epochs
-    evaluation: Epochs | None
-    prompt: list[int] | None
-    num_steps: int
-    work: Workload
-    plan: MemoryPlan
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.config.device)
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.output)
 
 
 @dataclass(frozen=True)
@@ -175,100 +112,6 @@ def main(arguments: Sequence[str]) -> None:
             carry_out(job, ranks)
 
 
-def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
-    """Look at everything that was given, and say what it is; None where that was all to do.
-
-    Raises:
-        FileNotFoundError, ValueError: something is not as it must be.
-    """
-    config = parse_config(arguments, without_model=BUNDLED_RUN)
-    checkpoint_folder = find_checkpoint(config.model)
-    llama_config = read_config(checkpoint_folder)
-    lora = lora_config(config, projections(llama_config))
-    start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
-    if start:
-        lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
-    config = resolve(
-        follow_checkpoint(config, checkpoint_folder),
-        llama_config.max_position_embeddings,
-        packable_length(llama_config),
-        ranks.local_rank,
-    )
-    config = choose_output(config)
-    check_output(config)
-    tracker_names(config)
-    if config.push_to_hub and not config.plan and ranks.is_first:
-        check_push(config.push_to_hub)
-    device = torch.device(config.device)
-    prepare(device, ranks.local_rank, config.deterministic)
-
-    resumed, damaged = resume_point(config, ranks.size)
-    for complaint in damaged.values():
-        print(f"{complaint}; going back to the one before it")
-    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
-    if resumed:
-        start = resumed.path
-        print(f"resumed from {start}: {state.step:,} steps done")
-    elif config.resume:
-        print(f"nothing to resume in {config.output}: starting from the first step")
-
-    tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, llama_config, state)
-    if config.inspect:
-        return None
-    sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
-    audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
-    if resumed:
-        audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
-
-    row_length = config.max_length if config.packing else 0
-    num_own = config.gradient_accumulation_steps
-    epochs = Epochs(
-        train_data.samples,
-        config.seed,
-        config.shuffle,
-        config.batch_size,
-        num_own * ranks.size,
-        row_length=row_length,
-        group_by_length=config.group_by_length,
-    )
-    if config.packing:
-        print(epochs.describe())
-    if ranks.size > 1:
-        print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
-    evaluation = None
-    if eval_data:
-        fixed_order = (config.seed, False, config.batch_size, 1)
-        evaluation = Epochs(eval_data.samples, *fixed_order, row_length=row_length)
-    num_steps = config.max_steps
-    if num_steps < 0:
-        num_steps = math.ceil(config.epochs * epochs.num_steps)
-    work = workload(config, lora, llama_config, checkpoint_folder, epochs)
-    plan = plan_run(work, device, config.activations, config.max_memory_bytes)
-    if config.plan:
-        num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
-        print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
-        return None
-    return Job(
-        config,
-        checkpoint_folder,
-        lora,
-        start,
-        resumed,
-        damaged,
-        state,
-        tokenizer,
-        audits,
-        epochs,
-        evaluation,
-        prompt,
-        num_steps,
-        work,
-        plan,
-    )
-
-
 def carry_out(job: Job, ranks: Ranks) -> None:
     """Load the model, train it, and leave the results in the output folder.
 
@@ -300,14 +143,14 @@ def carry_out(job: Job, ranks: Ranks) -> None:
             if job.prompt and ranks.largest(ranks.is_first and not log.answers()):
                 answer(run, log)
             stopped_by = train(run, log, stop)
+            if not stopped_by:
+                restore_best(run, log)
+            if job.prompt and not stopped_by:
+                answer(run, log)
         except RankOutOfMemory as error:
             shortage = str(error)
         if shortage or stopped_by:
             path = save(run, log)
-        else:
-            restore_best(run, log)
-            if job.prompt:
-                answer(run, log)
     if shortage:
         error = CannotGoOn(
             f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
@@ -330,133 +173,8 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         print(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
 
 
-def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Take the quantization of a checkpoint that is in NF4 already.
-
-    Raises:
-        ValueError: the flags ask for another one.
-    """
-    default = (TrainConfig.block_size, TrainConfig.double_quant)
-    settled = settle_quantization(folder, quantization_of(config), default)
-    if settled is None:
-        return config
-    block_size, double_quant = settled
-    return replace(config, block_size=block_size, double_quant=double_quant)
-
-
-def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
-    """The adapter's shape, from the flags.
-
-    Args:
-        names: of the model's projections.
-
-    Raises:
-        ValueError: an unknown target module, or a number out of range.
-    """
-    requested = [name.strip() for name in config.target_modules.split(",") if name.strip()]
-    return LoRAConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=resolve_target_modules(requested, names),
-        use_rslora=config.use_rslora,
-    )
-
-
-def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
-    """The shape of the adapter to start from, which may have patterns that no flag can say.
-
-    Args:
-        lora: what the flags ask for.
-        paths: of the model's projections.
-
-    Raises:
-        FileNotFoundError: there is no such adapter.
-        ValueError: it is no plain LoRA of this model, or the flags contradict it.
-    """
-    given = read_adapter_config(folder)
-    names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}
-    has = (given.r, given.lora_alpha, given.use_rslora, names)
-    asked = (lora.r, lora.lora_alpha, lora.use_rslora, set(lora.target_modules))
-    if has != asked:
-        raise ValueError(
-            f"--init-adapter must have the shape that the flags ask for: it has {given}, the "
-            f"flags {lora}; give the adapter's --lora-r, --lora-alpha, --target-modules and "
-            "--use-rslora"
-        )
-    return replace(given, lora_dropout=lora.lora_dropout)
-
-
-def packable_length(llama: LlamaConfig) -> int | None:
-    """Tokens of the longest row that samples can share, where that is not any length.
-
-    In longer rows LongRoPE's frequencies would depend on how long each sample is.
-    """
-    scaling = llama.rope_scaling
-    is_long = isinstance(scaling, LongRopeScaling)
-    return scaling.original_max_position_embeddings if is_long else None
-
-
 def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:HASH_BYTES], "big")
-
-
-def load_data(
-    config: TrainConfig, tokenizer: Tokenizer, llama: LlamaConfig, state: RunState
-) -> tuple[Dataset, Dataset | None]:
-    """Tokenize what is learned from and what is evaluated on, and say what it is.
-
-    Raises:
-        ValueError: data that cannot be read, or would teach the wrong thing.
-    """
-
-    def load(flag: str, place: str, use: Use) -> Dataset:
-        files = find_data(place, flag, use)
-        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
-
-            def report(num_records: int) -> None:
-                bar.update(num_records - bar.n)
-
-            dataset = load_dataset(
-                files,
-                tokenizer,
-                data_format=config.data_format,
-                text_field=config.text_field,
-                max_length=config.max_length,
-                train_on=config.train_on,
-                vocab_size=llama.vocab_size,
-                now=datetime.fromisoformat(state.started),
-                skip_bad_lines=config.skip_bad_lines,
-                num_processes=config.dataset_num_proc,
-                report=report,
-            )
-        audit.say(f"{place}: {audit.describe(dataset)}")
-        for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
-            audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
-        audit.check(dataset, flag, allow_truncation=config.allow_truncation)
-        return dataset
-
-    train_data = load("--data", config.data, "train")
-    if config.eval_fraction:
-        train_data, eval_data = train_data.split(config.eval_fraction)
-        print(
-            f"--eval-fraction {config.eval_fraction:g}: {len(train_data.samples):,} samples to "
-            f"learn from, {len(eval_data.samples):,} to evaluate on"
-        )
-        return train_data, eval_data
-    if not config.eval_data:
-        return train_data, None
-    eval_data = load("--eval-data", config.eval_data, "eval")
-    if shared := audit.num_shared(train_data, eval_data):
-        print(
-            f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
-            "to learn from"
-        )
-    return train_data, eval_data
-
-
-def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
-    return (config.block_size, config.double_quant) if config.quant == "nf4" else None
 
 
 def load_run(job: Job, ranks: Ranks) -> Run:
@@ -464,8 +182,9 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     put an adapter, its optimizer and their state beside it."""
     config, state, resumed = job.config, job.state, job.resumed
     dtype, quantization = getattr(torch, config.dtype), quantization_of(config)
-    is_hidden = None if ranks.is_first else True
-    with tqdm(desc="loading", unit="tensor", disable=is_hidden, leave=False) as bar:
+    # where nobody looks, and for all ranks but one
+    is_off = None if ranks.is_first else True
+    with tqdm(desc="loading", unit="tensor", disable=is_off, leave=False) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total
@@ -485,27 +204,6 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     micro_step = MicroStep(model, job.plan.policies, config.neftune_noise_alpha, captures)
     best = resumed.best if resumed else {}
     return Run(job, ranks, model, micro_step, optimizer, loss_scale, best)
-
-
-def workload(
-    config: TrainConfig,
-    lora: LoRAConfig,
-    llama: LlamaConfig,
-    folder: Path,
-    epochs: Epochs,
-) -> Workload:
-    """Size the largest micro-batch of the run."""
-    on_device = config.device == "cpu" or config.optimizer_residency != "host"
-    return Workload(
-        config=llama,
-        lora=lora,
-        frozen_bytes=frozen_bytes(folder, quantization_of(config)),
-        moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
-        batch=min(config.batch_size, epochs.num_rows),
-        tokens=padded_tokens(epochs.row_length, torch.device(config.device)),
-        dtype=getattr(torch, config.dtype),
-        sample_tokens=epochs.packed_sample_tokens,
-    )
 
 
 def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
@@ -561,8 +259,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             else:
                 log.add(row)
         if is_sample_due:
-            answer(run, log)
-            log.say(f"step {state.step}: {config.sample_prompt} -> {log.answers()[-1]}")
+            log.say(f"step {state.step}: {config.sample_prompt} -> {answer(run, log)}")
         if is_save_due and not run.is_over:
             try:
                 save(run, log)
@@ -756,15 +453,21 @@ def restore_best(run: Run, log: RunLog) -> None:
         )
 
 
-def answer(run: Run, log: RunLog) -> None:
-    """Answer --sample-prompt with the most probable tokens, and write the answer down."""
+def answer(run: Run, log: RunLog) -> str:
+    """Answer --sample-prompt with the most probable tokens, and write the answer down.
+
+    The first rank does; the others have no answer.
+    """
+    text = ""
     with run.ranks.sharing_shortage():
         if run.ranks.is_first:
             prompt, tokenizer = run.job.prompt, run.job.tokenizer
             assert prompt is not None
             stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
             new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
-            log.add_answer(run.state.step, tokenizer.decode(new_ids).strip())
+            text = tokenizer.decode(new_ids).strip()
+            log.add_answer(run.state.step, text)
+    return text
 
 
 def write_adapter(folder: Path, run: Run) -> None:

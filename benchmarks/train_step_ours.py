@@ -19,6 +19,7 @@ import train
 from benchmarks.layers import BLOCK_SIZE
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
+from job.adapter import lora_config
 from llama.checkpoint import frozen_bytes, load_model
 from llama.config import read_config
 from llama.memory_plan import MemoryPlan, plan_memory
@@ -51,7 +52,7 @@ def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Wor
     """Size a shape's micro-step as train.py's plan wants it."""
     return Workload(
         config=CONFIGS[source] if source in CONFIGS else read_config(Path(source)),
-        lora=train.lora_config(config, PROJECTIONS),
+        lora=lora_config(config, PROJECTIONS),
         frozen_bytes=frozen_bytes_of(source),
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
         batch=shape[0],
@@ -146,7 +147,7 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - start
-    model.attach_lora(train.lora_config(config, PROJECTIONS), SEED)
+    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
     optimizer = train.make_optimizer(model, config)
 
     def make(shape: tuple[int, int]) -> tuple[Step, dict[str, Any]]:

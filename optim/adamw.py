@@ -239,9 +239,12 @@ class AdamW:
         return adamw(self._arenas, learning_rate, max_norm, scale, pieces)
 
     def checksum(self) -> int:
-        """Add up the bits of all parameters, to tell whether others are the same. Waits for the
-        device."""
-        return int(self._arenas.parameters.view(torch.int32).sum(dtype=torch.int64))
+        """Add up the bits of all parameters, to tell whether others are the same.
+
+        Note:
+            Waits for the device, and takes none of its memory, which may have run out.
+        """
+        return int(self._arenas.parameters.cpu().view(torch.int32).sum(dtype=torch.int64))
 
     @property
     def num_steps(self) -> int:

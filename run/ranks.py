@@ -137,7 +137,8 @@ def join_ranks() -> Iterator[Ranks]:
 
     All but the first are silent on stdout.
     """
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    is_started = dist.is_available() and dist.is_torchelastic_launched()
+    if not is_started or os.environ["WORLD_SIZE"] == "1":
         yield Ranks()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

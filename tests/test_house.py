@@ -17,8 +17,9 @@ FLOORS = {
     "hub": set(),
     "data": {"hub"},
     "llama": {"lora", "hub", "kernels", "nf4"},
+    "job": {"llama", "lora", "optim", "run", "data", "hub"},
     "bundled": {"llama", "lora", "data"},
-    "train": {"llama", "lora", "optim", "run", "data", "hub"},
+    "train": {"job", "llama", "lora", "optim", "run", "data", "hub"},
     "quantize": {"llama", "run"},
     "merge": {"llama", "lora", "nf4", "run", "data"},
 }
@@ -33,7 +34,7 @@ THEIRS = {
     "numpy": {"data"},
     "pyarrow": {"data/records.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "train", "quantize", "merge", "bundled"},
+    "tqdm": {"run", "job", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # an optional extra, looked for before it is imported
     "matplotlib": {"run/loss_chart.py"},

@@ -19,13 +19,16 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write
 import llama.quantized_copy
 import quantize
 import train
+from job.checkpoint import follow_checkpoint
+from job.job import BUNDLED
 from llama.checkpoint import INDEX_NAME, load_model, stored_quantization
 from llama.quantized_copy import plan_quantized_copy, write_quantized_copy
 from llama.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight
+from run.config import parse_config
 
-BUNDLED = train.BUNDLED / "model"
+MODEL = BUNDLED / "model"
 
 
 def run(source: Path, output: Path, flags: str = "") -> Path:
@@ -40,7 +43,7 @@ def files_of(folder: Path) -> set[str]:
 def test_the_copy_has_all_that_its_source_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = shutil.copytree(BUNDLED, tmp_path / "source")
+    source = shutil.copytree(MODEL, tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "special_tokens_map.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
@@ -65,10 +68,10 @@ def test_the_copy_has_all_that_its_source_has(
 
 
 def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
-    copy = run(BUNDLED, tmp_path / "copy", "--block-size 32 --no-double-quant")
+    copy = run(MODEL, tmp_path / "copy", "--block-size 32 --no-double-quant")
     few = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --max-steps 3"
-    data = f"--data {train.BUNDLED / 'eval.jsonl'}"
-    flags = {"source": f"--model {BUNDLED} --block-size 32 --no-double-quant"}
+    data = f"--data {BUNDLED / 'eval.jsonl'}"
+    flags = {"source": f"--model {MODEL} --block-size 32 --no-double-quant"}
     flags["copy"] = f"--model {copy}"
     losses, adapters = {}, {}
     for name, own in flags.items():
@@ -93,8 +96,8 @@ def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_contradict_a_copy_are_refused(tmp_path: Path, flags: str, said: str) -> None:
-    copy = run(BUNDLED, tmp_path / "copy", "--block-size 32")
-    data = train.BUNDLED / "eval.jsonl"
+    copy = run(MODEL, tmp_path / "copy", "--block-size 32")
+    data = BUNDLED / "eval.jsonl"
     with pytest.raises(ValueError, match=r"must be those of a checkpoint .* --block-size 32") as e:
         train.main(f"--model {copy} --data {data} --output {tmp_path / 'out'} {flags}".split())
     # a flag at its default is not asked for
@@ -104,9 +107,9 @@ def test_flags_that_contradict_a_copy_are_refused(tmp_path: Path, flags: str, sa
 
 @pytest.mark.parametrize("flags", ["--block-size 32", "--block-size 64", "--double-quant", ""])
 def test_flags_that_agree_with_a_copy_are_accepted(tmp_path: Path, flags: str) -> None:
-    copy = run(BUNDLED, tmp_path / "copy", "--block-size 32")
-    config = train.parse_config(f"--model {copy} --data x {flags}".split(), {})
-    config = train.follow_checkpoint(config, copy)
+    copy = run(MODEL, tmp_path / "copy", "--block-size 32")
+    config = parse_config(f"--model {copy} --data x {flags}".split(), {})
+    config = follow_checkpoint(config, copy)
     assert train.quantization_of(config) == (32, True)
 
 
@@ -192,7 +195,7 @@ REFUSED = {
     "tied": (tied_to_another_head, "", r"lm_head\.weight must equal model\.embed_tokens\.weight"),
     "block-size": (lambda folder: write_variant(folder, "tied"), "--block-size 48", "must be one"),
     "no-model": (lambda folder: None, "", "--model must be a folder or a hub id"),
-    "quantized": (lambda folder: run(BUNDLED, folder), "", "is in NF4 already; give the original"),
+    "quantized": (lambda folder: run(MODEL, folder), "", "is in NF4 already; give the original"),
 }
 
 
@@ -208,13 +211,13 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(tmp_path: Path, name: st
 def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path: Path) -> None:
     output = tmp_path / "copy"
     output.mkdir()
-    run(BUNDLED, output)
+    run(MODEL, output)
     before = (output / "model.safetensors").stat().st_mtime_ns
-    for taken in (output, output / "config.json", BUNDLED):
+    for taken in (output, output / "config.json", MODEL):
         with pytest.raises(
             ValueError, match=r"--output must be a (new or empty folder|folder: got)"
         ):
-            run(BUNDLED, taken)
+            run(MODEL, taken)
     assert (output / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -226,7 +229,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     with pytest.raises(
         ValueError, match=r"--output must have room for 6[78]\.\d MB: .* has 1\.0; choose"
     ):
-        run(BUNDLED, tmp_path / "copy")
+        run(MODEL, tmp_path / "copy")
     assert not any(tmp_path.iterdir())
 
 
@@ -273,12 +276,12 @@ def test_cuda_quantizes_as_it_does_while_it_loads(
 
 @pytest.mark.gpu
 def test_cuda_trains_a_copy_as_its_source(tmp_path: Path) -> None:
-    copy = run(BUNDLED, tmp_path / "copy", "--device cuda")
+    copy = run(MODEL, tmp_path / "copy", "--device cuda")
     few = "--device cuda --deterministic --batch-size 2 --gradient-accumulation-steps 1"
     losses = {}
-    for name, model in {"source": BUNDLED, "copy": copy}.items():
+    for name, model in {"source": MODEL, "copy": copy}.items():
         output = tmp_path / f"{name}-out"
-        data = f"--data {train.BUNDLED / 'eval.jsonl'} --max-steps 3"
+        data = f"--data {BUNDLED / 'eval.jsonl'} --max-steps 3"
         train.main(f"--model {model} {data} --output {output} {few}".split())
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row["loss"] for row in rows]

@@ -20,13 +20,13 @@ import train
 from data.batches import collate, epoch_order
 from data.packing import collate_packed
 from data.samples import Sample
+from job.job import BUNDLED
 from llama.checkpoint import load_model
 from llama.micro_step import MicroStep
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
 from run.ranks import Ranks
 
-BUNDLED = Path(train.BUNDLED)
 FEW = (
     "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4 "
     "--no-packing"

@@ -13,6 +13,7 @@ from peer_process import run_peer
 from torch import Tensor
 
 import train
+from job.job import BUNDLED
 from llama.checkpoint import load_model
 from llama.model import PROJECTIONS, Llama
 from lora.adapter_file import load_adapter, save_adapter
@@ -84,7 +85,7 @@ def scale_codes(model: Llama) -> dict[str, Tensor]:
 def parity(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     base = tmp_path_factory.mktemp("parity")
     if request.param == "bundled":
-        checkpoint, text_file = train.BUNDLED / "model", train.BUNDLED / "data.jsonl"
+        checkpoint, text_file = BUNDLED / "model", BUNDLED / "data.jsonl"
     else:
         assets: Path = request.getfixturevalue("assets")
         checkpoint, text_file = assets / "stories260K", assets / "data" / "tinystories_val.txt"

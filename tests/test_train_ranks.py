@@ -107,6 +107,20 @@ def test_torchrun_starts_it_and_its_sigterm_saves_it(tmp_path: Path) -> None:
     assert (output / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
+def test_the_first_rank_answers_and_all_stop_early_together(tmp_path: Path) -> None:
+    more = "--sample-prompt Ember? --sample-steps 1 --eval-steps 1 --early-stopping-patience 2"
+    # a rate that makes every evaluation after the first one worse
+    more += " --learning-rate 10 --warmup-ratio 0 --max-steps 30"
+    said = run_ranks(tmp_path / "out", flags(tmp_path, 2, more))
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [0, 1, 2]
+    answers = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    # before the first step, after each, and with the best adapter, that of step 0
+    assert [json.loads(line)["step"] for line in answers] == [0, 1, 2, 2]
+    assert "step 1: Ember? -> " in said[0]
+    assert "the adapter of step 0 is taken" in said[0]
+    assert said[1] == ""
+
+
 def test_a_run_goes_on_with_as_many_ranks_only(tmp_path: Path) -> None:
     run_ranks(tmp_path / "out", flags(tmp_path, 2, "--save-steps 1"))
     with pytest.raises(ValueError, match=r"as many processes as the run has, 2: got 1, .*per-node"):

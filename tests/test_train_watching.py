@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import run.log
 import train
+from job.job import BUNDLED
 from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.metrics import Progress
 
 ADAPTER = "adapter_model.safetensors"
-BUNDLED = Path(train.BUNDLED)
 
 
 def train_small(folder: Path, flags: str, name: str = "out", prompt: str = "") -> Path:

@@ -1,0 +1,183 @@
+"""A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
+
+Nothing is loaded onto a device yet, and nothing written, so whatever is wrong costs nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import audit
+from data.epochs import Epochs
+from data.prompt import encode_prompt
+from data.tokenizer import Tokenizer
+from hub.push import check_push
+from job.adapter import lora_config, lora_of_init_adapter
+from job.checkpoint import follow_checkpoint, packable_length, workload
+from job.data import load_data
+from llama.checkpoint import find_checkpoint
+from llama.config import read_config
+from llama.memory_plan import MemoryPlan
+from llama.model import projection_shapes, projections
+from llama.preflight import describe_plan, plan_run
+from llama.workload import Workload
+from lora.adapter_file import find_adapter
+from lora.config import LoRAConfig
+from run.checkpoint import Checkpoint, RunState
+from run.config import TrainConfig, parse_config
+from run.folder import check_output, choose_output, resume_point
+from run.machine import prepare
+from run.ranks import Ranks
+from run.resolve import resolve
+from run.trackers import tracker_names
+
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+# the fields of a run that names neither a model nor data
+BUNDLED_RUN = {
+    "model": str(BUNDLED / "model"),
+    "data": str(BUNDLED / "data.jsonl"),
+    "eval_data": str(BUNDLED / "eval.jsonl"),
+    "learning_rate": 2e-3,
+    "batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "epochs": 6.0,
+    # rows of several would leave a data set as small as this one too few steps
+    "packing": False,
+    "sample_prompt": "Write a verse about Ember.",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run shall do, checked: nothing is loaded yet, and nothing written.
+
+    Attributes:
+        start: the adapter to begin with, if any.
+        resumed: the checkpoint to go on from, if any.
+        damaged: later checkpoints, and what is wrong with them.
+        evaluation: the batches of an evaluation, if there is one.
+        prompt: the tokens of --sample-prompt, if there is one.
+    """
+
+    config: TrainConfig
+    checkpoint_folder: Path
+    lora: LoRAConfig
+    start: Path | None
+    resumed: Checkpoint | None
+    damaged: dict[Path, str]
+    state: RunState
+    tokenizer: Tokenizer
+    audits: dict[str, dict[str, Any]]
+    epochs: Epochs
+    evaluation: Epochs | None
+    prompt: list[int] | None
+    num_steps: int
+    work: Workload
+    plan: MemoryPlan
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
+    """Look at everything that was given, and say what it is; None where that was all to do.
+
+    Raises:
+        FileNotFoundError, ValueError: something is not as it must be.
+    """
+    config = parse_config(arguments, without_model=BUNDLED_RUN)
+    checkpoint_folder = find_checkpoint(config.model)
+    llama_config = read_config(checkpoint_folder)
+    lora = lora_config(config, projections(llama_config))
+    start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
+    if start:
+        lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
+    config = resolve(
+        follow_checkpoint(config, checkpoint_folder),
+        llama_config.max_position_embeddings,
+        packable_length(llama_config),
+        ranks.local_rank,
+    )
+    config = choose_output(config)
+    check_output(config)
+    tracker_names(config)
+    if config.push_to_hub and not config.plan and ranks.is_first:
+        check_push(config.push_to_hub)
+    device = torch.device(config.device)
+    prepare(device, ranks.local_rank, config.deterministic)
+
+    resumed, damaged = resume_point(config, ranks.size)
+    for complaint in damaged.values():
+        print(f"{complaint}; going back to the one before it")
+    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
+    if resumed:
+        start = resumed.path
+        print(f"resumed from {start}: {state.step:,} steps done")
+    elif config.resume:
+        print(f"nothing to resume in {config.output}: starting from the first step")
+
+    tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
+    train_data, eval_data = load_data(config, tokenizer, llama_config, state)
+    if config.inspect:
+        return None
+    sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
+    audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
+    if resumed:
+        audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
+    prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
+
+    row_length = config.max_length if config.packing else 0
+    num_own = config.gradient_accumulation_steps
+    epochs = Epochs(
+        train_data.samples,
+        config.seed,
+        config.shuffle,
+        config.batch_size,
+        num_own * ranks.size,
+        row_length=row_length,
+        group_by_length=config.group_by_length,
+    )
+    if config.packing:
+        print(epochs.describe())
+    if ranks.size > 1:
+        print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
+    evaluation = None
+    if eval_data:
+        fixed_order = (config.seed, False, config.batch_size, 1)
+        evaluation = Epochs(eval_data.samples, *fixed_order, row_length=row_length)
+    num_steps = config.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.epochs * epochs.num_steps)
+    work = workload(config, lora, llama_config, checkpoint_folder, epochs)
+    plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    if config.plan:
+        num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
+        print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
+        return None
+    return Job(
+        config,
+        checkpoint_folder,
+        lora,
+        start,
+        resumed,
+        damaged,
+        state,
+        tokenizer,
+        audits,
+        epochs,
+        evaluation,
+        prompt,
+        num_steps,
+        work,
+        plan,
+    )
