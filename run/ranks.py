@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -94,23 +95,9 @@ class Ranks:
         if self.is_first:
             self.largest(0)
 
-    @contextmanager
-    def sharing_shortage(self) -> Iterator[None]:
-        """Compute something for which the memory may not suffice; then all ranks learn of it.
-
-        Raises:
-            RankOutOfMemory: it did not, on one of them.
-        """
-        # the error itself would keep what was computed, which must go before anything is saved
-        shortage = ""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            shortage = str(error).partition("\n")[0]
-        number = self.largest(self.rank + 1 if shortage else 0)
-        if number:
-            whose = "" if self.size == 1 else f"rank {number - 1}: "
-            raise RankOutOfMemory(f"{whose}{shortage or 'out of memory'}")
+    def sharing_shortage(self) -> "SharedShortage":
+        """Compute something for which the memory may not suffice; then all ranks learn of it."""
+        return SharedShortage(self)
 
     def check_same(self, what: str, number: int) -> None:
         """Hold a number, such as a hash, against the other ranks'.
@@ -129,6 +116,36 @@ class Ranks:
     def said_once(self, error: Exception) -> BaseException:
         """What to raise where every rank raises the same error: the first one's says why."""
         return error if self.is_first else SystemExit(1)
+
+
+class SharedShortage:
+    """Turns what runs out of memory on one rank into the same error on all.
+
+    What was computed goes with the error, before anything is saved. A generator as context manager
+    would keep it: from Python 3.12 on, contextlib's frame and the error hold each other.
+
+    Raises:
+        RankOutOfMemory: at the end, if the memory did not suffice.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error and not isinstance(error, torch.OutOfMemoryError):
+            return
+        number = self._ranks.largest(self._ranks.rank + 1 if error else 0)
+        if number:
+            whose = "" if self._ranks.size == 1 else f"rank {number - 1}: "
+            what = str(error).partition("\n")[0] if error else "out of memory"
+            raise RankOutOfMemory(f"{whose}{what}")
 
 
 @contextmanager

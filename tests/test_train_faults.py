@@ -4,7 +4,6 @@ What is lost is at most the steps since the last checkpoint, and what comes out 
 bit.
 """
 
-import gc
 import json
 import os
 import random
@@ -12,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,32 @@ def test_stopped_after_every_single_step_it_ends_bit_for_bit_the_same(
     assert_equals(output, tmp_path / "whole")
 
 
+def test_asked_to_stop_it_does_not_wait_for_an_evaluations_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # of 7 batches each: before the first step, after the second and after the last
+    given = f"--max-steps 4 --save-steps 0 --eval-steps 2 --eval-data {tmp_path / 'data.jsonl'}"
+    config = flags(tmp_path, *given.split())
+    train.main(["--output", str(tmp_path / "whole"), *config])
+    evaluate, calls = MicroStep.evaluate, []
+
+    def stopped(self: MicroStep, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) in (3, 3 + 7 + 5):
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(MicroStep, "evaluate", stopped)
+    output = tmp_path / "out"
+    for done, num_calls in ((0, 3), (2, 15)):
+        train.main(["--output", str(output), *config, "--resume"])
+        assert f"stopped by SIGTERM after step {done} of 4" in capsys.readouterr().out
+        assert len(calls) == num_calls
+    train.main(["--output", str(output), *config, "--resume"])
+    assert len(calls) == 15 + 2 * 7
+    assert_equals(output, tmp_path / "whole")
+
+
 def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,12 +271,21 @@ def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
     num_left = iter(range(5, 0, -1))
 
     def exhausted(self: MicroStep, *args: Any) -> torch.Tensor:
+        taken = torch.zeros(1)
+        computed.append(weakref.ref(taken))
         if next(num_left, None) is None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return micro_step(self, *args)
 
-    micro_step = MicroStep.__call__
+    def saved(self: AdamW) -> dict[str, torch.Tensor]:
+        # there must be room for it
+        assert [tensor() for tensor in computed] == [None] * 6
+        return state_tensors(self)
+
+    computed: list[weakref.ref[torch.Tensor]] = []
+    micro_step, state_tensors = MicroStep.__call__, AdamW.state_tensors
     monkeypatch.setattr(MicroStep, "__call__", exhausted)
+    monkeypatch.setattr(AdamW, "state_tensors", saved)
     with pytest.raises(
         train.CannotGoOn,
         match=r"suffice for step 6: CUDA out of memory.*GiB; .*checkpoint-5 has the run as it "
@@ -263,17 +298,25 @@ def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
 
 
 @pytest.mark.gpu
-def test_gpu_memory_that_really_ends_costs_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_memory_that_really_ends_costs_no_step(tmp_path: Path) -> None:
     given = "--device cuda --deterministic --max-steps 7 --save-steps 0"
     config = flags(tmp_path, *given.split())
     train.main(["--output", str(tmp_path / "whole"), *config])
     output = tmp_path / "out"
+    code, said = TrainProcess(output, *config, before=take_all_memory).finish()
+    assert code == 1, said
+    assert "suffice for step 6: CUDA out of memory" in said
+    assert "checkpoint-5 has the run as it stands; try --resume" in said
+    train.main(["--output", str(output), *config, "--resume"])
+    assert_equals(output, tmp_path / "whole")
+
+
+def take_all_memory() -> None:
+    """Let the GPU have nothing left for step 6, from within it."""
     micro_step, calls = MicroStep.__call__, iter(range(8))
 
     def without_memory(self: MicroStep, *args: Any, **named: Any) -> torch.Tensor:
-        # all there is, in what is left of a step; the first call is the preflight
+        # the first call is the preflight
         taken, size = [], 1 << 34 if next(calls) == 6 else 0
         while size >= 512:
             try:
@@ -282,15 +325,7 @@ def test_gpu_memory_that_really_ends_costs_no_step(
                 size //= 2
         return micro_step(self, *args, **named)
 
-    monkeypatch.setattr(MicroStep, "__call__", without_memory)
-    with pytest.raises(train.CannotGoOn, match=r"suffice for step 6: CUDA out of memory"):
-        train.main(["--output", str(output), *config])
-    monkeypatch.undo()
-    # the processes of real life end here, and what their frames held is gone
-    gc.collect()
-    torch.cuda.empty_cache()
-    train.main(["--output", str(output), *config, "--resume"])
-    assert_equals(output, tmp_path / "whole")
+    setattr(MicroStep, "__call__", without_memory)  # noqa: B010
 
 
 def test_a_loss_that_is_not_a_number_changes_nothing_and_ends_the_run(
