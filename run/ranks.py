@@ -176,4 +176,4 @@ def _as_rank_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"another rank has ended: {str(error).partition(chr(10))[0]}") from error
+        raise RankError(f"another rank has ended: {str(error).partition('. ')[0]}") from error

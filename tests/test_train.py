@@ -266,6 +266,14 @@ def test_max_steps_0_evaluates_only(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_an_evaluation_is_the_same_packed(tmp_path: Path) -> None:
+    flags = f"--max-steps 0 --dtype float32 --eval-data {small_data(tmp_path)}"
+    (alone,) = run(tmp_path, flags, "alone")
+    (packed,) = run(tmp_path, f"{flags} --packing --max-length 100 --batch-size 3", "packed")
+    # sums over some hundred tokens in another order
+    assert packed["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
 def overflow_in(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
     """Let the gradients of some steps overflow, counted from 1."""
     step = AdamW.step
