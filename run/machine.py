@@ -42,7 +42,10 @@ def choose_dtype(name: str, device: str) -> str:
 def prepare(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
     """Choose how torch computes and takes memory on a GPU, before either begins."""
     if device.type == "cuda":
-        torch.cuda.set_device(local_rank)
+        if local_rank:
+            # the first GPU is current as it is, and gets its context when it is used: the processes
+            # that tokenize are forked before
+            torch.cuda.set_device(local_rank)
         # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(is_deterministic)
