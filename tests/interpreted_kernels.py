@@ -1,7 +1,7 @@
-"""Runs the kernels of all tiny cases in Triton's interpreter; a process of its own.
+"""Runs the kernels of a file for all tiny cases in Triton's interpreter; a process of its own.
 
 TRITON_INTERPRET has to be set before triton is imported. Writes what the launchers compute, by
-case, to the safetensors file that is its argument.
+case, to the safetensors file that is its first argument; the second is the file's name.
 """
 
 import os
@@ -118,13 +118,35 @@ def quantized(results: dict[str, Tensor]) -> None:
         results |= {f"{name}/{part}": tensor for part, tensor in vars(scales).items()}
 
 
-def expanded_into_a_part(results: dict[str, Tensor]) -> None:
-    """Add matrices of whose columns the dequantization launcher writes the first."""
+def expanded(results: dict[str, Tensor]) -> None:
+    """Add matrices, and some of whose columns the dequantization launcher writes the first."""
+    for case in TINY_WEIGHTS:
+        for dtype in INTERPRETED_DTYPES:
+            results[f"{case}-{dtype}"] = _launch_nf4_dequantize(random_weight(case), dtype)
     for case in [*TINY_WEIGHTS, *LONG_ROWS]:
         for dtype in INTERPRETED_DTYPES:
             scratch = scratch_around(case, dtype)
             _launch_nf4_dequantize(random_weight(case), dtype, scratch[:, : case.in_features])
             results[f"{case}-{dtype}-strided"] = scratch
+
+
+def products(results: dict[str, Tensor]) -> None:
+    """Add the products of the fused and the warpgroup kernels."""
+    for case in TINY_PRODUCTS:
+        weight = random_weight(case.weight)
+        launch = _launch_nf4_matmul_transposed if case.transposed else _launch_nf4_matmul_forward
+        results[str(case)] = launch(random_rows(case), weight)
+        if not case.transposed:
+            y = _launch_nf4_matmul_warpgroup(random_rows(case), weight)
+            results[f"warpgroup-{case}"] = y
+    weight = random_weight(IDENTITY_WEIGHT)
+    rows, columns = weight.shape
+    for name, launch, size in (
+        ("forward", _launch_nf4_matmul_forward, columns),
+        ("transposed", _launch_nf4_matmul_transposed, rows),
+        ("warpgroup", _launch_nf4_matmul_warpgroup, columns),
+    ):
+        results[f"identity-{name}"] = launch(torch.eye(size).half(), weight)
 
 
 def gated_in_place(
@@ -135,14 +157,22 @@ def gated_in_place(
     return gate_up, grad_h
 
 
-def layer_operations(results: dict[str, Tensor]) -> None:
-    """Add what the launchers of a layer's operations compute, forward and back."""
+def norms(results: dict[str, Tensor]) -> None:
+    """Add normalized rows and their gradients."""
     for case in TINY_NORMS:
         found = norm_results(case, _launch_rms_norm, _launch_rms_norm_backward)
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
+def ropes(results: dict[str, Tensor]) -> None:
+    """Add rotated heads and their gradients."""
     for case in TINY_ROPES:
         found = rope_results(case, _launch_rope, _launch_rope_backward)
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
+def gates(results: dict[str, Tensor]) -> None:
+    """Add gated rows and their gradients, in place and apart."""
     for case in TINY_GATES:
         found = gate_results(case, _launch_glu, gated_in_place)
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
@@ -185,39 +215,33 @@ def update_gradients(results: dict[str, Tensor]) -> None:
         results |= {f"M{num_tokens}-{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def noises(results: dict[str, Tensor]) -> None:
+    """Add embeddings with their noise."""
+    results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
+
+
+# by the file in kernels/
+KERNELS = {
+    "nf4_dequantize": expanded,
+    "nf4_matmul": products,
+    "nf4_quantize": quantized,
+    "rms_norm": norms,
+    "rope": ropes,
+    "glu": gates,
+    "cross_entropy": losses,
+    "dropout": dropouts,
+    "neftune": noises,
+    "lora_extension": extensions,
+    "lora_gradient": update_gradients,
+}
+
+
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
-    results = {}
+    results: dict[str, Tensor] = {}
     with poisoned_memory():
-        for case in TINY_WEIGHTS:
-            for dtype in INTERPRETED_DTYPES:
-                results[f"{case}-{dtype}"] = _launch_nf4_dequantize(random_weight(case), dtype)
-        for case in TINY_PRODUCTS:
-            weight = random_weight(case.weight)
-            launch = (
-                _launch_nf4_matmul_transposed if case.transposed else _launch_nf4_matmul_forward
-            )
-            results[str(case)] = launch(random_rows(case), weight)
-            if not case.transposed:
-                y = _launch_nf4_matmul_warpgroup(random_rows(case), weight)
-                results[f"warpgroup-{case}"] = y
-        weight = random_weight(IDENTITY_WEIGHT)
-        rows, columns = weight.shape
-        for name, launch, size in (
-            ("forward", _launch_nf4_matmul_forward, columns),
-            ("transposed", _launch_nf4_matmul_transposed, rows),
-            ("warpgroup", _launch_nf4_matmul_warpgroup, columns),
-        ):
-            results[f"identity-{name}"] = launch(torch.eye(size).half(), weight)
-        expanded_into_a_part(results)
-        quantized(results)
-        layer_operations(results)
-        losses(results)
-        dropouts(results)
-        results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
-        extensions(results)
-        update_gradients(results)
+        KERNELS[sys.argv[2]](results)
     save_file(results, sys.argv[1])
 
 

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def interpreted_results(script: str = "interpreted_kernels.py") -> dict[str, Tensor]:
-    """What the launchers return, by case; the first call runs the script."""
-    results, errors = _run(script)
+def interpreted_results(kernel: str, script: str = "interpreted_kernels.py") -> dict[str, Tensor]:
+    """What the launchers of a file in kernels/ return, by case; the first call runs the script."""
+    results, errors = _run(kernel, script)
     assert results, errors
     return results
 
 
 @cache
-def _run(script: str) -> tuple[dict[str, Tensor], str]:
+def _run(kernel: str, script: str) -> tuple[dict[str, Tensor], str]:
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
@@ -28,7 +28,7 @@ def _run(script: str) -> tuple[dict[str, Tensor], str]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.safetensors")
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name(script)), str(output)],
+            [sys.executable, str(Path(__file__).with_name(script)), str(output), kernel],
             cwd=ROOT,
             env=environment,
             capture_output=True,

@@ -90,7 +90,7 @@ def assert_same_step(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreted_kernels_equal_the_reference(case: AdamWCase) -> None:
-    results = interpreted_results(SCRIPT)
+    results = interpreted_results("adamw", SCRIPT)
     for step, expected in enumerate(reference_steps(case)):
         actual = {name: results[f"{case}/{step}/{name}"] for name in expected}
         assert_same_step(actual, expected, f"step {step}")
@@ -98,7 +98,7 @@ def test_interpreted_kernels_equal_the_reference(case: AdamWCase) -> None:
 
 @pytest.mark.parametrize("is_signed", [True, False], ids=["signed", "unsigned"])
 def test_interpreted_search_finds_the_nearest_level_everywhere(is_signed: bool) -> None:
-    actual = interpreted_results(SCRIPT)[f"magnitudes-{is_signed}"]
+    actual = interpreted_results("adamw", SCRIPT)[f"magnitudes-{is_signed}"]
     assert_equal(actual, magnitudes_reference(critical_magnitudes(is_signed), is_signed))
 
 

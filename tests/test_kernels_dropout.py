@@ -113,7 +113,7 @@ def test_interpreted_kernel_drops_what_the_reference_does(case: DropoutCase) -> 
     prefix = f"{case}/"
     found = {
         name.removeprefix(prefix): tensor
-        for name, tensor in interpreted_results().items()
+        for name, tensor in interpreted_results("dropout").items()
         if name.startswith(prefix)
     }
     assert_as_expected(case, found)

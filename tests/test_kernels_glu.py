@@ -73,7 +73,7 @@ def assert_as_good_as_torch(case: GateCase, actual: dict[str, Tensor]) -> None:
 def interpreted(prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor
-        for name, tensor in interpreted_results().items()
+        for name, tensor in interpreted_results("glu").items()
         if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
     }
 

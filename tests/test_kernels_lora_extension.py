@@ -53,7 +53,7 @@ def test_on_a_cpu_every_value_is_the_one_written_by_hand(case: ExtensionCase) ->
 
 @pytest.mark.parametrize("case", TINY_EXTENSIONS, ids=str)
 def test_interpreted_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
-    found = interpreted_results()[f"{case}/W_ext"]
+    found = interpreted_results("lora_extension")[f"{case}/W_ext"]
     assert_equal(found, extended(case, extend_with_lora_reference))
 
 

@@ -151,14 +151,16 @@ def test_an_out_that_cannot_take_the_weight_is_refused(out: Tensor, message: str
 def test_interpreted_kernel_fills_a_part_of_a_wider_matrix(
     case: WeightCase, dtype: torch.dtype
 ) -> None:
-    assert_holds_weight(interpreted_results()[f"{case}-{dtype}-strided"], random_weight(case))
+    assert_holds_weight(
+        interpreted_results("nf4_dequantize")[f"{case}-{dtype}-strided"], random_weight(case)
+    )
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("case", TINY_WEIGHTS, ids=str)
 def test_interpreted_kernel_equals_the_reference(case: WeightCase, dtype: torch.dtype) -> None:
     expected = nf4_dequantize_reference(random_weight(case), dtype)
-    assert_equal(interpreted_results()[f"{case}-{dtype}"], expected)
+    assert_equal(interpreted_results("nf4_dequantize")[f"{case}-{dtype}"], expected)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)

@@ -286,7 +286,7 @@ def test_rows_that_do_not_fit_are_refused(x: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("case", TINY_PRODUCTS, ids=str)
 def test_interpreted_product_is_right(case: ProductCase) -> None:
-    assert_product_is_right(interpreted_results()[str(case)], case, CPU)
+    assert_product_is_right(interpreted_results("nf4_matmul")[str(case)], case, CPU)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "transposed", "warpgroup"])
@@ -294,14 +294,14 @@ def test_interpreted_product_by_the_identity_is_the_weight(kernel: str) -> None:
     weight = random_weight(IDENTITY_WEIGHT)
     expected = rounded_levels_times_scales(weight, torch.float16).half()
     assert_equal(
-        interpreted_results()[f"identity-{kernel}"],
+        interpreted_results("nf4_matmul")[f"identity-{kernel}"],
         expected if kernel == "transposed" else expected.T,
     )
 
 
 @pytest.mark.parametrize("case", [case for case in TINY_PRODUCTS if not case.transposed], ids=str)
 def test_interpreted_warpgroup_product_is_right(case: ProductCase) -> None:
-    assert_product_is_right(interpreted_results()[f"warpgroup-{case}"], case, CPU)
+    assert_product_is_right(interpreted_results("nf4_matmul")[f"warpgroup-{case}"], case, CPU)
 
 
 def compiled_launch(

@@ -112,7 +112,7 @@ def test_a_cubic_finds_the_cell_of_every_scaled_weight() -> None:
 @pytest.mark.parametrize("case", INTERPRETED_CASES, ids=str)
 def test_interpreted_kernels_equal_the_reference(case: QuantizeCase) -> None:
     for name, tensor in held_tensors(reference_of(case)).items():
-        assert_equal(interpreted_results()[f"{case}/{name}"], tensor, name)
+        assert_equal(interpreted_results("nf4_quantize")[f"{case}/{name}"], tensor, name)
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
@@ -120,7 +120,7 @@ def test_interpreted_kernels_equal_the_reference(case: QuantizeCase) -> None:
 def test_interpreted_kernel_gives_a_non_finite_weight_a_non_finite_scale(
     value: float, dtype: torch.dtype
 ) -> None:
-    absmax = interpreted_results()[f"{value}-{dtype}/absmax"]
+    absmax = interpreted_results("nf4_quantize")[f"{value}-{dtype}/absmax"]
     matrix = non_finite_matrix(value, dtype)
     _, expected = quantize_blockwise(matrix, 64)
     assert absmax.isfinite().tolist() == expected.isfinite().tolist()
@@ -130,15 +130,15 @@ def test_interpreted_kernel_gives_a_non_finite_weight_a_non_finite_scale(
 
 def test_interpreted_tie_of_a_scale_goes_to_the_even_code() -> None:
     scales = scales_on_midpoints()
-    assert_equal(interpreted_results()["on midpoints/codes"], cuda_codes(scales))
-    assert_equal(interpreted_results()["on midpoints/group_absmax"], torch.ones(4))
+    assert_equal(interpreted_results("nf4_quantize")["on midpoints/codes"], cuda_codes(scales))
+    assert_equal(interpreted_results("nf4_quantize")["on midpoints/group_absmax"], torch.ones(4))
 
 
 def test_interpreted_scales_whose_mean_overflows_equal_the_reference() -> None:
     expected = quantize_absmax(torch.full((300,), 3e38))
     assert expected.mean.tolist() == [float("inf")]
-    assert_equal(interpreted_results()["overflow/codes"], expected.codes)
-    actual = interpreted_results()["overflow/group_absmax"]
+    assert_equal(interpreted_results("nf4_quantize")["overflow/codes"], expected.codes)
+    actual = interpreted_results("nf4_quantize")["overflow/group_absmax"]
     assert actual.tolist() == expected.group_absmax.tolist()
 
 

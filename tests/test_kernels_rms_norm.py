@@ -91,7 +91,7 @@ def interpreted(case: NormCase) -> dict[str, Tensor]:
     prefix = f"{case}/"
     return {
         name.removeprefix(prefix): tensor
-        for name, tensor in interpreted_results().items()
+        for name, tensor in interpreted_results("rms_norm").items()
         if name.startswith(prefix)
     }
 

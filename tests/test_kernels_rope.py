@@ -72,7 +72,7 @@ def test_interpreted_kernels_equal_the_reference(case: RopeCase) -> None:
     prefix = f"{case}/"
     actual = {
         name.removeprefix(prefix): tensor
-        for name, tensor in interpreted_results().items()
+        for name, tensor in interpreted_results("rope").items()
         if name.startswith(prefix)
     }
     assert_equals_the_reference(case, actual)
