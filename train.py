@@ -328,7 +328,8 @@ def save(run: Run, log: RunLog) -> Path:
     """
     if run.pending:
         settle(run, log)
-    run.ranks.check_same("the adapter", run.optimizer.checksum())
+    if run.ranks.size > 1:
+        run.ranks.check_same("the adapter", run.optimizer.checksum())
     output = run.job.output
     path = output / checkpoint_name(run.state)
     if run.ranks.is_first and not path.exists():

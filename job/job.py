@@ -1,6 +1,7 @@
 """A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
 
-Nothing is loaded onto a device yet, and nothing written, so whatever is wrong costs nothing.
+No model is loaded yet, and nothing written into the output folder, so whatever is wrong costs
+nothing but the tokens, which are kept.
 """
 
 import math
@@ -54,7 +55,7 @@ BUNDLED_RUN = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a run shall do, checked: nothing is loaded yet, and nothing written.
+    """What a run shall do, checked, and the state from which it goes on.
 
     Attributes:
         start: the adapter to begin with, if any.

@@ -160,7 +160,7 @@ class TrainConfig:
         0.0, "run", "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
     )
     batch_size: int = _flag(4, "run", "samples of a micro-batch")
-    gradient_accumulation_steps: int = _flag(4, "run", "micro-batches of a step")
+    gradient_accumulation_steps: int = _flag(4, "run", "micro-batches of a step, of each rank")
     epochs: float = _flag(1.0, "run", "passes over the data")
     max_steps: int = _flag(-1, "run", "steps, instead of epochs; 0: evaluate only")
     early_stopping_patience: int = _flag(

@@ -42,7 +42,7 @@ class RankOutOfMemory(RuntimeError):
 class Ranks:
     """What a process knows of the others, and does together with them.
 
-    Every method but `share` must be called by all ranks, in one order.
+    Every method but `share` and `said_once` must be called by all ranks, in one order.
 
     Attributes:
         rank: this process's number, from 0.
