@@ -31,21 +31,22 @@ reference is torch.optim.AdamW bit for bit, and the kernels are the reference bu
 root, which is MKL's and errs by one unit in the last place for a fifth of all numbers.
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false
 
 import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.constants import constant
+from kernels.launch import launch
 from kernels.ptx import load_byte, load_float
 from nf4.double_quant import (
     DYNAMIC_MAP,
@@ -215,7 +216,7 @@ def dequantize_moment(
     return (values * absmax[:, None]).view(-1)
 
 
-@cache
+@constant
 def _corrections(device: torch.device) -> Tensor:  # (num_steps, 2) float64
     """Tabulate 1 - b1^t and sqrt(1 - b2^t) from t = 0, until float32 knows no difference from 1.
 
@@ -237,7 +238,7 @@ def _thresholds(midpoints: Tensor, lower_wins: Tensor) -> Tensor:
     return torch.where(lower_wins, midpoints, below)
 
 
-@cache
+@constant
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # all float32
     """Make both maps, and the values beyond which a magnitude's index grows by one.
 
@@ -434,33 +435,35 @@ def _launch_adamw_plan(
     gradients = arenas.gradients
     partial_sums = torch.empty(SUM_PROGRAMS, dtype=torch.float64, device=gradients.device)
     corrections = _corrections(gradients.device)
-    # triton launches on the current device, which need not be the arenas'
-    with torch.cuda.device_of(gradients):
-        _adamw_sum_squares_kernel[(SUM_PROGRAMS,)](
-            partial_sums,
-            gradients,
-            gradients.numel() // tile,
-            TILE=tile,
-            PROGRAMS=SUM_PROGRAMS,
-            num_warps=SUM_WARPS,
-            # the product is exact, so fusing changes nothing but the time
-            enable_fp_fusion=True,
-        )
-        _adamw_plan_kernel[(1,)](
-            arenas.scalars,
-            arenas.num_updates,
-            partial_sums,
-            loss_scale,
-            arenas.groups,
-            corrections,
-            len(corrections),
-            _bits(learning_rate),
-            _bits(max_norm),
-            NUM_GROUPS=len(arenas.groups),
-            PROGRAMS=SUM_PROGRAMS,
-            num_warps=PLAN_WARPS,
-            enable_fp_fusion=False,
-        )
+    launch(
+        _adamw_sum_squares_kernel,
+        (SUM_PROGRAMS,),
+        partial_sums,
+        gradients,
+        gradients.numel() // tile,
+        TILE=tile,
+        PROGRAMS=SUM_PROGRAMS,
+        num_warps=SUM_WARPS,
+        # the product is exact, so fusing changes nothing but the time
+        enable_fp_fusion=True,
+    )
+    launch(
+        _adamw_plan_kernel,
+        (1,),
+        arenas.scalars,
+        arenas.num_updates,
+        partial_sums,
+        loss_scale,
+        arenas.groups,
+        corrections,
+        len(corrections),
+        _bits(learning_rate),
+        _bits(max_norm),
+        NUM_GROUPS=len(arenas.groups),
+        PROGRAMS=SUM_PROGRAMS,
+        num_warps=PLAN_WARPS,
+        enable_fp_fusion=False,
+    )
 
 
 def _launch_adamw(arenas: Arenas) -> None:
@@ -469,29 +472,30 @@ def _launch_adamw(arenas: Arenas) -> None:
     assert num_blocks % TILE_BLOCKS == 0
     assert num_8bit_blocks % TILE_BLOCKS == 0
     copy = arenas.compute_copy
-    with torch.cuda.device_of(arenas.parameters):
-        _adamw_kernel[(num_blocks // TILE_BLOCKS,)](
-            arenas.parameters,
-            arenas.gradients,
-            # stands for what is not there; the kernel does not read it
-            arenas.parameters if copy is None else copy,
-            moments.exp_avg,
-            moments.exp_avg_sq,
-            moments.exp_avg_codes,
-            moments.exp_avg_sq_codes,
-            moments.exp_avg_absmax,
-            moments.exp_avg_sq_absmax,
-            arenas.group_of_block,
-            arenas.scalars,
-            *_tables(arenas.parameters.device),
-            num_8bit_blocks,
-            HAS_8BIT=num_8bit_blocks > 0,
-            HAS_COPY=copy is not None,
-            BLOCKS=TILE_BLOCKS,
-            num_warps=TILE_BLOCKS,
-            maxnreg=NUM_REGISTERS_8BIT if num_8bit_blocks else None,
-            enable_fp_fusion=False,
-        )
+    launch(
+        _adamw_kernel,
+        (num_blocks // TILE_BLOCKS,),
+        arenas.parameters,
+        arenas.gradients,
+        # stands for what is not there; the kernel does not read it
+        arenas.parameters if copy is None else copy,
+        moments.exp_avg,
+        moments.exp_avg_sq,
+        moments.exp_avg_codes,
+        moments.exp_avg_sq_codes,
+        moments.exp_avg_absmax,
+        moments.exp_avg_sq_absmax,
+        arenas.group_of_block,
+        arenas.scalars,
+        *_tables(arenas.parameters.device),
+        num_8bit_blocks,
+        HAS_8BIT=num_8bit_blocks > 0,
+        HAS_COPY=copy is not None,
+        BLOCKS=TILE_BLOCKS,
+        num_warps=TILE_BLOCKS,
+        maxnreg=NUM_REGISTERS_8BIT if num_8bit_blocks else None,
+        enable_fp_fusion=False,
+    )
 
 
 def adamw(

@@ -30,9 +30,9 @@ start on 16 values: only the rest of a row is masked.
 Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors, nor that
+# triton's annotations know neither static_range nor tuples of tensors, nor that
 # a bool serves as a constexpr
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false
 
@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
@@ -256,21 +257,21 @@ def _launch_cross_entropy(
     assert logits.stride(1) == 1 or V == 1
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     if M > 0:
-        # triton launches on the current device, which need not be the logits'
-        with torch.cuda.device_of(logits):
-            _cross_entropy_kernel[(M,)](
-                losses,
-                logits,
-                targets.contiguous(),
-                V,
-                1.0 if cap is None else cap,
-                logits.stride(0),
-                HAS_CAP=cap is not None,
-                WRITES=writes,
-                # multiply-adds round less
-                enable_fp_fusion=True,
-                **_shape(V, logits.element_size(), cap is not None),
-            )
+        launch(
+            _cross_entropy_kernel,
+            (M,),
+            losses,
+            logits,
+            targets.contiguous(),
+            V,
+            1.0 if cap is None else cap,
+            logits.stride(0),
+            HAS_CAP=cap is not None,
+            WRITES=writes,
+            # multiply-adds round less
+            enable_fp_fusion=True,
+            **_shape(V, logits.element_size(), cap is not None),
+        )
     return losses
 
 

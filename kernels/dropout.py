@@ -24,13 +24,12 @@ Philox 4x32-10: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as
 section 3.3.
 """
 
-# triton's annotations know no launch options
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import launch
 
 NUM_WARPS = 4
 # the widest access of a thread
@@ -140,26 +139,26 @@ def _launch_dropout(
     is_aligned = K % 4 == 0
     programs_per_row = triton.cdiv(K if is_aligned else K + 3, chunk)
     if x.numel() > 0:
-        # triton launches on the current device, which need not be x's
-        with torch.cuda.device_of(x):
-            _dropout_kernel[(M * programs_per_row,)](
-                z,
-                x,
-                seed,
-                site,
-                K,
-                programs_per_row,
-                z.stride(0),
-                x.stride(0),
-                1 / (1 - p),
-                THRESHOLD=_threshold(p),
-                ADDS=adds,
-                IS_ALIGNED=is_aligned,
-                CHUNK=chunk,
-                num_warps=NUM_WARPS,
-                # the product and the sum round apart, as torch's do: the reference bit for bit
-                enable_fp_fusion=False,
-            )
+        launch(
+            _dropout_kernel,
+            (M * programs_per_row,),
+            z,
+            x,
+            seed,
+            site,
+            K,
+            programs_per_row,
+            z.stride(0),
+            x.stride(0),
+            1 / (1 - p),
+            THRESHOLD=_threshold(p),
+            ADDS=adds,
+            IS_ALIGNED=is_aligned,
+            CHUNK=chunk,
+            num_warps=NUM_WARPS,
+            # the product and the sum round apart, as torch's do: the reference bit for bit
+            enable_fp_fusion=False,
+        )
 
 
 def _check(x: Tensor, z: Tensor, seed: Tensor, site: int, p: float) -> None:

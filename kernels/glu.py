@@ -32,8 +32,8 @@ a multiple of 16 values.
 SwiGLU and GEGLU: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
 import math
@@ -44,6 +44,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from kernels.launch import launch
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -203,20 +205,20 @@ def _launch_glu(
     shape = _shape(width, gate_up.element_size())
     programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
-        # triton launches on the current device, which need not be the buffer's
-        with torch.cuda.device_of(gate_up):
-            _glu_kernel[(M * programs_per_row,)](
-                h,
-                gate_up,
-                width,
-                programs_per_row,
-                h.stride(0),
-                gate_up.stride(0),
-                ACTIVATION=activation,
-                # multiply-adds round less
-                enable_fp_fusion=True,
-                **shape,
-            )
+        launch(
+            _glu_kernel,
+            (M * programs_per_row,),
+            h,
+            gate_up,
+            width,
+            programs_per_row,
+            h.stride(0),
+            gate_up.stride(0),
+            ACTIVATION=activation,
+            # multiply-adds round less
+            enable_fp_fusion=True,
+            **shape,
+        )
     return h
 
 
@@ -231,22 +233,23 @@ def _launch_glu_backward(
     shape = _shape(width, gate_up.element_size())
     programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
-        with torch.cuda.device_of(gate_up):
-            _glu_backward_kernel[(M * programs_per_row,)](
-                grad_gate_up,
-                h,
-                grad_h,
-                gate_up,
-                width,
-                programs_per_row,
-                grad_gate_up.stride(0),
-                h.stride(0),
-                grad_h.stride(0),
-                gate_up.stride(0),
-                ACTIVATION=activation,
-                enable_fp_fusion=True,
-                **shape,
-            )
+        launch(
+            _glu_backward_kernel,
+            (M * programs_per_row,),
+            grad_gate_up,
+            h,
+            grad_h,
+            gate_up,
+            width,
+            programs_per_row,
+            grad_gate_up.stride(0),
+            h.stride(0),
+            grad_h.stride(0),
+            gate_up.stride(0),
+            ACTIVATION=activation,
+            enable_fp_fusion=True,
+            **shape,
+        )
 
 
 def _check(gate_up: Tensor, activation: Activation) -> None:

@@ -17,16 +17,18 @@ rounded once.
 LoRA: Hu et al. 2021, section 4.1.
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.constants import constant
+from kernels.launch import launch
 
 NUM_WARPS = 4
 # of a program that writes a tail of columns, values
@@ -114,12 +116,12 @@ def _extend_with_lora_kernel(
         )
 
 
-@cache
+@constant
 def _update_table(updates: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
     return torch.tensor(updates, dtype=torch.int64).to(device)
 
 
-@cache
+@constant
 def _scaling_table(factors: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32).to(device)
 
@@ -129,40 +131,49 @@ def scalings(updates: tuple[Update, ...], device: torch.device) -> Tensor:  # (u
     return _scaling_table(tuple(update.scaling for update in updates), device)
 
 
+def _places(updates: tuple[Update, ...]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((update.y.start, update.y.stop, update.B.start) for update in updates)
+
+
+def make_lora_extension_tables(updates: tuple[Update, ...], device: torch.device) -> None:
+    """Make the tables that updates need on a device, before the first pass."""
+    _update_table(_places(updates), device)
+    scalings(updates, device)
+
+
 def _launch_extend_with_lora(
     W_ext: Tensor, lora_A: Tensor, lora_B: Tensor, updates: tuple[Update, ...]
 ) -> None:
     K, R = lora_A.shape[1], lora_B.shape[1]
     T = W_ext.shape[1] - K
     N = W_ext.shape[0] - T
-    places = tuple((update.y.start, update.y.stop, update.B.start) for update in updates)
     block_t = triton.next_power_of_2(T)
     block_n = max(TILE_VALUES // block_t, 1)
     num_B_programs = triton.cdiv(N, block_n)
     pieces_per_row = triton.cdiv(K, BLOCK_K)
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(W_ext):
-        _extend_with_lora_kernel[(num_B_programs + T * pieces_per_row,)](
-            W_ext,
-            lora_A,
-            lora_B,
-            _update_table(places, W_ext.device),
-            scalings(updates, W_ext.device),
-            N,
-            K,
-            R,
-            T,
-            W_ext.stride(0),
-            num_B_programs,
-            pieces_per_row,
-            NUM_UPDATES=len(updates),
-            BLOCK_N=block_n,
-            BLOCK_T=block_t,
-            BLOCK_K=BLOCK_K,
-            num_warps=NUM_WARPS,
-            # there is nothing to fuse, and triton wants to be told
-            enable_fp_fusion=False,
-        )
+    launch(
+        _extend_with_lora_kernel,
+        (num_B_programs + T * pieces_per_row,),
+        W_ext,
+        lora_A,
+        lora_B,
+        _update_table(_places(updates), W_ext.device),
+        scalings(updates, W_ext.device),
+        N,
+        K,
+        R,
+        T,
+        W_ext.stride(0),
+        num_B_programs,
+        pieces_per_row,
+        NUM_UPDATES=len(updates),
+        BLOCK_N=block_n,
+        BLOCK_T=block_t,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        # there is nothing to fuse, and triton wants to be told
+        enable_fp_fusion=False,
+    )
 
 
 def extend_with_lora(

@@ -25,8 +25,8 @@ products do it.
 LoRA: Hu et al. 2021, section 4.1.
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false
 
 import math
 from functools import cache
@@ -36,6 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.constants import constant
+from kernels.launch import launch
 from kernels.lora_extension import Update, scalings
 
 # compute capability of the GPUs that do it in one pass
@@ -209,7 +211,7 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
+@constant
 def _stripe_table(
     places: tuple[tuple[int, int, int, int], ...], device: torch.device
 ) -> tuple[Tensor, int]:  # (updates, TABLE_COLUMNS) int32, and the number of stripes
@@ -218,6 +220,16 @@ def _stripe_table(
         rows.append((y_start, y_stop, A_start, B_start, num_stripes))
         num_stripes += triton.cdiv(y_stop - y_start, BLOCK_N)
     return torch.tensor(rows, dtype=torch.int32).to(device), num_stripes
+
+
+def _places(updates: tuple[Update, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    return tuple((u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
+
+
+def make_lora_gradient_tables(updates: tuple[Update, ...], device: torch.device) -> None:
+    """Make the tables that updates' gradients need on a device, before the first pass."""
+    _stripe_table(_places(updates), device)
+    scalings(updates, device)
 
 
 @cache
@@ -243,7 +255,7 @@ def _launch_lora_gradient(
 ) -> None:
     M, T = h.shape
     num_rows_B, R = grad_B.shape
-    places = tuple((u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
+    places = _places(updates)
     table, num_stripes = _stripe_table(places, h.device)
     num_tiles = triton.cdiv(M, BLOCK_M)
     rows_per_group = BLOCK_M * _tiles_per_group(num_tiles, num_stripes, num_multiprocessors)
@@ -253,55 +265,55 @@ def _launch_lora_gradient(
     programs_per_update = triton.cdiv(M * R, SUM_VALUES)
     num_B_programs = triton.cdiv(num_rows_B * R, SUM_VALUES)
     num_rest_programs = triton.cdiv(M * (T - len(updates) * R), SUM_VALUES)
-    # triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(h):
-        _lora_gradient_kernel[(num_stripes * num_groups,)](
-            grad_h_parts,
-            grad_B_parts,
-            grad_y,
-            sB,
-            h,
-            table,
-            M,
-            R,
-            num_rows_B,
-            num_stripes,
-            rows_per_group,
-            grad_y.stride(0),
-            sB.stride(0),
-            h.stride(0),
-            NUM_UPDATES=len(updates),
-            ALIGNMENT=math.gcd(16, *(row for place in places for row in place[:2])),
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-            # multiply-adds round less
-            enable_fp_fusion=True,
-        )
-        _lora_gradient_sum_kernel[
-            (num_B_programs + programs_per_update * len(updates) + num_rest_programs,)
-        ](
-            grad_h,
-            grad_B,
-            grad_h_parts,
-            grad_B_parts,
-            table,
-            scalings(updates, h.device),
-            M,
-            R,
-            T,
-            num_rows_B,
-            num_stripes,
-            num_groups,
-            grad_h.stride(0),
-            programs_per_update,
-            num_B_programs,
-            NUM_UPDATES=len(updates),
-            BLOCK=SUM_VALUES,
-            num_warps=SUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    launch(
+        _lora_gradient_kernel,
+        (num_stripes * num_groups,),
+        grad_h_parts,
+        grad_B_parts,
+        grad_y,
+        sB,
+        h,
+        table,
+        M,
+        R,
+        num_rows_B,
+        num_stripes,
+        rows_per_group,
+        grad_y.stride(0),
+        sB.stride(0),
+        h.stride(0),
+        NUM_UPDATES=len(updates),
+        ALIGNMENT=math.gcd(16, *(row for place in places for row in place[:2])),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        # multiply-adds round less
+        enable_fp_fusion=True,
+    )
+    launch(
+        _lora_gradient_sum_kernel,
+        (num_B_programs + programs_per_update * len(updates) + num_rest_programs,),
+        grad_h,
+        grad_B,
+        grad_h_parts,
+        grad_B_parts,
+        table,
+        scalings(updates, h.device),
+        M,
+        R,
+        T,
+        num_rows_B,
+        num_stripes,
+        num_groups,
+        grad_h.stride(0),
+        programs_per_update,
+        num_B_programs,
+        NUM_UPDATES=len(updates),
+        BLOCK=SUM_VALUES,
+        num_warps=SUM_WARPS,
+        enable_fp_fusion=True,
+    )
 
 
 def _takes_one_pass(grad_y: Tensor, rank: int) -> bool:

@@ -39,8 +39,8 @@ function unit.
 FlashAttention-2: Dao 2023, algorithms 1 and 2; here without a running maximum below -cap.
 """
 
-# triton's annotations know no launch options
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# triton's annotations do not know that tensors have numbers' operators and methods
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false
 
 import math
@@ -51,6 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 
@@ -488,33 +489,33 @@ def _launch_masked_attention(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=query.device)
     head, tiles = _tiles(query)
     tile = tiles.out
-    # triton launches on the current device, which need not be the query's
-    with torch.cuda.device_of(query):
-        _masked_attention_kernel[(triton.cdiv(T, tile.BLOCK_M), B * H)](
-            out,
-            lse,
-            query,
-            key,
-            value,
-            samples.positions if samples else lse,
-            scale,
-            cap or 0.0,
-            window or num_keys,
-            T,
-            num_keys,
-            H,
-            H // num_kv_heads,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            CAPPED=cap is not None,
-            PACKED=samples is not None,
-            HEAD_DIM=head_dim,
-            HEAD=head,
-            # multiply-adds round less
-            enable_fp_fusion=True,
-            **tile._asdict(),
-        )
+    launch(
+        _masked_attention_kernel,
+        (triton.cdiv(T, tile.BLOCK_M), B * H),
+        out,
+        lse,
+        query,
+        key,
+        value,
+        samples.positions if samples else lse,
+        scale,
+        cap or 0.0,
+        window or num_keys,
+        T,
+        num_keys,
+        H,
+        H // num_kv_heads,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        CAPPED=cap is not None,
+        PACKED=samples is not None,
+        HEAD_DIM=head_dim,
+        HEAD=head,
+        # multiply-adds round less
+        enable_fp_fusion=True,
+        **tile._asdict(),
+    )
     return out, lse
 
 
@@ -538,52 +539,55 @@ def _launch_masked_attention_backward(
     head, tiles = _tiles(query)
     sizes = (scale, cap or 0.0, window or T, T)
     strides = [s for x in (grad, query, key, value) for s in x.stride()[:3]]
-    with torch.cuda.device_of(query):
-        _masked_attention_grad_q_kernel[(triton.cdiv(T, tiles.grad_q.BLOCK_M), B * H)](
-            grad_q,
-            delta,
-            grad,
-            out,
-            lse,
-            query,
-            key,
-            value,
-            samples.positions if samples else lse,
-            *sizes,
-            H,
-            H // num_kv_heads,
-            *strides,
-            CAPPED=cap is not None,
-            PACKED=samples is not None,
-            HEAD_DIM=head_dim,
-            HEAD=head,
-            # multiply-adds round less
-            enable_fp_fusion=True,
-            **tiles.grad_q._asdict(),
-        )
-        grid = (triton.cdiv(T, tiles.grad_kv.BLOCK_N), B * num_kv_heads)
-        _masked_attention_grad_kv_kernel[grid](
-            grad_k,
-            grad_v,
-            delta,
-            grad,
-            lse,
-            query,
-            key,
-            value,
-            samples.remaining if samples else lse,
-            *sizes,
-            num_kv_heads,
-            H // num_kv_heads,
-            *strides,
-            CAPPED=cap is not None,
-            PACKED=samples is not None,
-            HEAD_DIM=head_dim,
-            HEAD=head,
-            # multiply-adds round less
-            enable_fp_fusion=True,
-            **tiles.grad_kv._asdict(),
-        )
+    launch(
+        _masked_attention_grad_q_kernel,
+        (triton.cdiv(T, tiles.grad_q.BLOCK_M), B * H),
+        grad_q,
+        delta,
+        grad,
+        out,
+        lse,
+        query,
+        key,
+        value,
+        samples.positions if samples else lse,
+        *sizes,
+        H,
+        H // num_kv_heads,
+        *strides,
+        CAPPED=cap is not None,
+        PACKED=samples is not None,
+        HEAD_DIM=head_dim,
+        HEAD=head,
+        # multiply-adds round less
+        enable_fp_fusion=True,
+        **tiles.grad_q._asdict(),
+    )
+    grid = (triton.cdiv(T, tiles.grad_kv.BLOCK_N), B * num_kv_heads)
+    launch(
+        _masked_attention_grad_kv_kernel,
+        grid,
+        grad_k,
+        grad_v,
+        delta,
+        grad,
+        lse,
+        query,
+        key,
+        value,
+        samples.remaining if samples else lse,
+        *sizes,
+        num_kv_heads,
+        H // num_kv_heads,
+        *strides,
+        CAPPED=cap is not None,
+        PACKED=samples is not None,
+        HEAD_DIM=head_dim,
+        HEAD=head,
+        # multiply-adds round less
+        enable_fp_fusion=True,
+        **tiles.grad_kv._asdict(),
+    )
     return grad_q, grad_k, grad_v
 
 

@@ -12,15 +12,13 @@ again, and a captured graph draws another each time the seed, which it reads fro
 another. M rows move 2 M D values, once a micro-step.
 """
 
-# triton's annotations know no launch options
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import VECTOR_BYTES, VECTORS, WORD, philox_reference
+from kernels.launch import launch
 
 NUM_WARPS = 4
 # which of a model's drawings under one seed; dropout's count from 0
@@ -89,20 +87,20 @@ def _launch_neftune(
     chunk = 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // x.element_size()
     programs_per_row = triton.cdiv(D, chunk)
     if x.numel() > 0:
-        # triton launches on the current device, which need not be x's
-        with torch.cuda.device_of(x):
-            _neftune_kernel[(M * programs_per_row,)](
-                x,
-                scale,
-                seed,
-                D,
-                programs_per_row,
-                SITE=SITE,
-                CHUNK=chunk,
-                num_warps=NUM_WARPS,
-                # the product and the sum round apart, as torch's do: the reference bit for bit
-                enable_fp_fusion=False,
-            )
+        launch(
+            _neftune_kernel,
+            (M * programs_per_row,),
+            x,
+            scale,
+            seed,
+            D,
+            programs_per_row,
+            SITE=SITE,
+            CHUNK=chunk,
+            num_warps=NUM_WARPS,
+            # the product and the sum round apart, as torch's do: the reference bit for bit
+            enable_fp_fusion=False,
+        )
 
 
 def neftune_(

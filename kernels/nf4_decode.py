@@ -7,16 +7,15 @@ from a small table in device memory, one row a member, built once per shape by `
     member_table   | row | byte | block | group | num_elements |      int64, one line a member
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
-from functools import cache
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.constants import constant
 from nf4.double_quant import DYNAMIC_MAP, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import LEVELS
 from nf4.weight import NF4Weight, member_spans
@@ -26,13 +25,13 @@ TABLE_COLUMNS = tl.constexpr(5)
 QUANT_GROUP = tl.constexpr(GROUP_SIZE)
 
 
-@cache
+@constant
 def device_constant(name: str, device: torch.device) -> Tensor:
     """Copy one of the format's tables, "levels" or "dynamic_map", to a device once."""
     return {"levels": LEVELS, "dynamic_map": DYNAMIC_MAP}[name].to(device)
 
 
-@cache
+@constant
 def member_table(
     rows: tuple[int, ...], in_features: int, block_size: int, device: torch.device
 ) -> Tensor:  # (len(rows), TABLE_COLUMNS) int64

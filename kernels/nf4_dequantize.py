@@ -23,8 +23,8 @@ Bit-identical to `nf4.weight.dequantize`: float32 level times float32 scale, rou
 format is that of QLoRA section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false
 
 from math import gcd
 
@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.nf4_decode import (
     TABLE_COLUMNS,
     device_constant,
@@ -167,31 +168,31 @@ def _launch_nf4_dequantize(
     table = member_table(weight.rows, in_features, weight.block_size, weight.device)
     sizes = [rows * in_features for rows in weight.rows]
     grid = (triton.cdiv((max(sizes) + 1) // 2, CHUNKS * CHUNK_BYTES), len(sizes))
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(weight.packed):
-        _nf4_dequantize_kernel[grid](
-            out,
-            weight.packed,
-            *scale_tensors(weight),
-            device_constant("levels", weight.device),
-            device_constant("dynamic_map", weight.device),
-            table,
-            sum(weight.rows),
-            in_features,
-            row_stride,
-            NUM_MEMBERS=len(sizes),
-            IS_ALIGNED=all(size % (2 * ALIGNMENT.value) == 0 for size in sizes),
-            HAS_GAPS=has_gaps,
-            # constant without gaps, so that one kernel serves all
-            VECTOR=gcd(in_features, row_stride, MAX_VECTOR) if has_gaps else MAX_VECTOR,
-            ROW_ENDS=row_ends if has_gaps and row_ends <= MAX_ROW_ENDS else 0,
-            QUANT_BLOCK=weight.block_size,
-            DOUBLE_QUANT=weight.is_double_quantized,
-            CHUNK_BYTES=CHUNK_BYTES,
-            CHUNKS=CHUNKS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+    launch(
+        _nf4_dequantize_kernel,
+        grid,
+        out,
+        weight.packed,
+        *scale_tensors(weight),
+        device_constant("levels", weight.device),
+        device_constant("dynamic_map", weight.device),
+        table,
+        sum(weight.rows),
+        in_features,
+        row_stride,
+        NUM_MEMBERS=len(sizes),
+        IS_ALIGNED=all(size % (2 * ALIGNMENT.value) == 0 for size in sizes),
+        HAS_GAPS=has_gaps,
+        # constant without gaps, so that one kernel serves all
+        VECTOR=gcd(in_features, row_stride, MAX_VECTOR) if has_gaps else MAX_VECTOR,
+        ROW_ENDS=row_ends if has_gaps and row_ends <= MAX_ROW_ENDS else 0,
+        QUANT_BLOCK=weight.block_size,
+        DOUBLE_QUANT=weight.is_double_quantized,
+        CHUNK_BYTES=CHUNK_BYTES,
+        CHUNKS=CHUNKS,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
     return out
 
 

@@ -18,13 +18,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from kernels.nf4_decode import device_constant, member_table
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul_fused import (
     _launch_nf4_matmul_forward,
     _launch_nf4_matmul_transposed,
     fused_obstacle,
 )
+from kernels.nf4_matmul_operands import operand_obstacle
 from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup, warpgroup_obstacle
+from kernels.ptx import level_planes
 from nf4.weight import NF4Weight, dequantize
 
 Path = Literal["fused", "warpgroup", "expand"]
@@ -63,6 +66,18 @@ DEFAULT_CROSSOVERS = (
     Crossover(32 << 20, fused=16, warpgroup=0, transposed=16),
     Crossover(0, fused=16, warpgroup=0, transposed=0),
 )
+
+
+def make_nf4_matmul_tables(weight: NF4Weight, dtype: torch.dtype) -> None:
+    """Make the tables that products by a weight read on its device, in a dtype of the other matrix.
+
+    Before the first pass: `kernels.constants` says why.
+    """
+    device_constant("levels", weight.device)
+    device_constant("dynamic_map", weight.device)
+    member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
+    if not operand_obstacle(weight, dtype):
+        level_planes(dtype, weight.device)
 
 
 def nf4_matmul_reference(x: Tensor, weight: NF4Weight) -> Tensor:

@@ -25,8 +25,8 @@ many neighbours a lane gives at a time (NEIGHBOURS); with another number the pro
 but their operands would travel through shared memory.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
 
 from functools import cache
@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
     QUANT_BLOCK,
@@ -313,25 +314,25 @@ def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     steps = K // (QUANT_BLOCK.value * BLOCKS_PER_STEP.value)
     num_slices = gcd(config.num_warps, steps)
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(x):
-        _nf4_matmul_forward_kernel[N // config.block_n, triton.cdiv(M, config.block_m)](
-            y,
-            x,
-            *weight_arguments(weight, x.dtype),
-            M,
-            N,
-            K,
-            x.stride(0),
-            NUM_MEMBERS=len(weight.rows),
-            DOUBLE_QUANT=weight.is_double_quantized,
-            DTYPE=triton_dtype(x.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            NUM_SLICES=num_slices,
-            num_warps=num_slices,
-            maxnreg=config.num_registers,
-        )
+    launch(
+        _nf4_matmul_forward_kernel,
+        (N // config.block_n, triton.cdiv(M, config.block_m)),
+        y,
+        x,
+        *weight_arguments(weight, x.dtype),
+        M,
+        N,
+        K,
+        x.stride(0),
+        NUM_MEMBERS=len(weight.rows),
+        DOUBLE_QUANT=weight.is_double_quantized,
+        DTYPE=triton_dtype(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        NUM_SLICES=num_slices,
+        num_warps=num_slices,
+        maxnreg=config.num_registers,
+    )
     return y
 
 
@@ -355,23 +356,22 @@ def _launch_nf4_matmul_transposed(grad_y: Tensor, weight: NF4Weight) -> Tensor:
     rows_per_range = _rows_per_range(weight.rows, config.num_warps * config.block_n, tiles)
     num_ranges = N // rows_per_range
     partial = torch.empty((num_ranges, M, K), dtype=torch.float32, device=grad_y.device)
-    with torch.cuda.device_of(grad_y):
-        _nf4_matmul_transposed_kernel[
-            K // QUANT_BLOCK.value, num_ranges, triton.cdiv(M, config.block_m)
-        ](
-            partial,
-            grad_y,
-            *weight_arguments(weight, grad_y.dtype),
-            M,
-            K,
-            grad_y.stride(0),
-            rows_per_range,
-            NUM_MEMBERS=len(weight.rows),
-            DOUBLE_QUANT=weight.is_double_quantized,
-            DTYPE=triton_dtype(grad_y.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            NUM_SLICES=config.num_warps,
-            num_warps=config.num_warps,
-        )
+    launch(
+        _nf4_matmul_transposed_kernel,
+        (K // QUANT_BLOCK.value, num_ranges, triton.cdiv(M, config.block_m)),
+        partial,
+        grad_y,
+        *weight_arguments(weight, grad_y.dtype),
+        M,
+        K,
+        grad_y.stride(0),
+        rows_per_range,
+        NUM_MEMBERS=len(weight.rows),
+        DOUBLE_QUANT=weight.is_double_quantized,
+        DTYPE=triton_dtype(grad_y.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        NUM_SLICES=config.num_warps,
+        num_warps=config.num_warps,
+    )
     return sum_partials(partial, grad_y.dtype)

@@ -4,14 +4,15 @@ No product: device functions, launch arguments, and the kernel that adds up what
 same rows and other parts of the sum have each written.
 """
 
-# triton's annotations know neither launch options nor static_range
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
 from kernels.ptx import level_planes
 from nf4.double_quant import GROUP_SIZE
@@ -67,10 +68,15 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     num_partials, num_rows, num_columns = partial.shape
     total = torch.empty((num_rows, num_columns), dtype=dtype, device=partial.device)
     grid = (triton.cdiv(total.numel(), SUM_ELEMENTS),)
-    with torch.cuda.device_of(partial):
-        _sum_partials_kernel[grid](
-            total, partial, total.numel(), num_partials, ELEMENTS=SUM_ELEMENTS
-        )
+    launch(
+        _sum_partials_kernel,
+        grid,
+        total,
+        partial,
+        total.numel(),
+        num_partials,
+        ELEMENTS=SUM_ELEMENTS,
+    )
     return total
 
 

@@ -19,8 +19,8 @@ what a copy brings, x is brought into the new order first:
 Scales are applied as in `nf4_matmul_fused`: exact in float32, to exact products of rounded levels.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
 
 from functools import cache
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
     QUANT_BLOCK,
@@ -198,15 +199,16 @@ def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     pairs = aligned_rows(x).view(torch.int32)
     num_rows, words_per_row = pairs.shape
     renumbered = torch.empty((num_rows, words_per_row), dtype=torch.int32, device=x.device)
-    with torch.cuda.device_of(x):
-        _renumber_columns_kernel[triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows](
-            renumbered,
-            pairs,
-            pairs.stride(0),
-            words_per_row,
-            WORDS=RENUMBERED_WORDS,
-            BLOCK_WORDS=QUANT_BLOCK.value // 2,
-        )
+    launch(
+        _renumber_columns_kernel,
+        (triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows),
+        renumbered,
+        pairs,
+        pairs.stride(0),
+        words_per_row,
+        WORDS=RENUMBERED_WORDS,
+        BLOCK_WORDS=QUANT_BLOCK.value // 2,
+    )
     return renumbered.view(x.dtype)
 
 
@@ -235,22 +237,22 @@ def _launch_nf4_matmul_warpgroup(x: Tensor, weight: NF4Weight) -> Tensor:
     x_renumbered = _renumbered(x)
     y_dtype = x.dtype if splits == 1 else torch.float32
     y = torch.empty((splits, M, N), dtype=y_dtype, device=x.device)
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(x):
-        _nf4_matmul_warpgroup_kernel[tiles_n, tiles_m, splits](
-            y,
-            x_renumbered,
-            *weight_arguments(weight, x.dtype),
-            M,
-            N,
-            K,
-            blocks // splits,
-            NUM_MEMBERS=len(weight.rows),
-            DOUBLE_QUANT=weight.is_double_quantized,
-            DTYPE=triton_dtype(x.dtype),
-            BLOCK_M=block_m,
-            BLOCK_N=BLOCK_N,
-            NUM_STAGES=NUM_STAGES,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _nf4_matmul_warpgroup_kernel,
+        (tiles_n, tiles_m, splits),
+        y,
+        x_renumbered,
+        *weight_arguments(weight, x.dtype),
+        M,
+        N,
+        K,
+        blocks // splits,
+        NUM_MEMBERS=len(weight.rows),
+        DOUBLE_QUANT=weight.is_double_quantized,
+        DTYPE=triton_dtype(x.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_N,
+        NUM_STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS,
+    )
     return y[0] if splits == 1 else sum_partials(y, x.dtype)

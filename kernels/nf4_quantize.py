@@ -19,17 +19,17 @@ shares. The format is that of QLoRA section 3, "4-bit NormalFloat Quantization" 
 Quantization".
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
-
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.constants import constant
+from kernels.launch import launch
 from nf4.blockwise import SMALLEST_SCALE
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import MIDPOINTS
@@ -68,13 +68,13 @@ CUBIC_3 = tl.constexpr(-4.75)
 ROUNDER = tl.constexpr(12582912)
 
 
-@cache
+@constant
 def _midpoints(device: torch.device) -> Tensor:  # (16,) float32
     """Copy the midpoints to a device once; the last cell has none, so no weight lies beyond it."""
     return torch.cat((MIDPOINTS, torch.tensor([torch.inf]))).to(device)
 
 
-@cache
+@constant
 def _absmax_thresholds(device: torch.device) -> Tensor:  # (255,) float32
     """Compute the values beyond which the code of a scale grows by one.
 
@@ -187,18 +187,19 @@ def _launch_nf4_quantize_absmax(
     absmax: Tensor,  # (num_blocks,) float32
 ) -> None:
     num_blocks = absmax.numel()
-    with torch.cuda.device_of(absmax):
-        _nf4_quantize_absmax_kernel[(triton.cdiv(num_blocks, GROUPS * GROUP_SIZE),)](
-            scales.codes,
-            scales.group_absmax,
-            absmax,
-            scales.mean,
-            _absmax_thresholds(absmax.device),
-            num_blocks,
-            GROUPS=GROUPS,
-            num_warps=GROUP_WARPS,
-            enable_fp_fusion=False,
-        )
+    launch(
+        _nf4_quantize_absmax_kernel,
+        (triton.cdiv(num_blocks, GROUPS * GROUP_SIZE),),
+        scales.codes,
+        scales.group_absmax,
+        absmax,
+        scales.mean,
+        _absmax_thresholds(absmax.device),
+        num_blocks,
+        GROUPS=GROUPS,
+        num_warps=GROUP_WARPS,
+        enable_fp_fusion=False,
+    )
 
 
 def _launch_nf4_quantize(
@@ -216,23 +217,23 @@ def _launch_nf4_quantize(
     vector = VECTOR_BYTES // matrix.element_size()
     num_warps = max(NUM_WARPS, block_size // (32 * vector))
     blocks = num_warps * 32 * vector // block_size
-    # triton launches on the current device, which need not be the weight's
-    with torch.cuda.device_of(matrix):
-        # fusing `midpoint - weight * inverse` would compare with a product that is not rounded
-        _nf4_quantize_kernel[(triton.cdiv(num_blocks, CHUNKS * blocks),)](
-            target.packed,
-            absmax,
-            matrix,
-            _midpoints(target.device),
-            num_elements,
-            target.packed.numel(),
-            QUANT_BLOCK=block_size,
-            BLOCKS=blocks,
-            VECTOR=vector,
-            CHUNKS=CHUNKS,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+    # fusing `midpoint - weight * inverse` would compare with a product that is not rounded
+    launch(
+        _nf4_quantize_kernel,
+        (triton.cdiv(num_blocks, CHUNKS * blocks),),
+        target.packed,
+        absmax,
+        matrix,
+        _midpoints(target.device),
+        num_elements,
+        target.packed.numel(),
+        QUANT_BLOCK=block_size,
+        BLOCKS=blocks,
+        VECTOR=vector,
+        CHUNKS=CHUNKS,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
     if isinstance(scales, QuantizedAbsmax):
         # torch's own mean, which bitsandbytes takes too: its last bit depends on the order
         torch.mean(absmax, dim=0, keepdim=True, out=scales.mean)

@@ -13,10 +13,8 @@ what it does. The tests on a GPU hold the two together.
 """
 
 # triton's annotations know neither tuples of tensors nor that a number serves as a constexpr
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
-from functools import cache
 
 import torch
 import triton
@@ -24,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from kernels.constants import constant
 from nf4.levels import LEVELS
 
 HAS_PTX = tl.constexpr(not knobs.runtime.interpret)
@@ -31,7 +30,7 @@ HAS_PTX = tl.constexpr(not knobs.runtime.interpret)
 QUAD = tl.constexpr(4)
 
 
-@cache
+@constant
 def level_planes(dtype: torch.dtype, device: torch.device) -> Tensor:  # (QUAD, 8) int32
     """Split the levels, rounded to bf16 or fp16, into 16 low and 16 high bytes, 4 a word.
 

@@ -32,14 +32,16 @@ applied. r is rounded to x's dtype before it is normalized, as an addition of it
 Root mean square layer normalization: Zhang and Sennrich 2019, equation 4.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import launch
 
 # the widest access of a thread
 VECTOR_BYTES = 16
@@ -288,26 +290,26 @@ def _launch_rms_norm(
     r = torch.empty((M, D), dtype=x.dtype, device=x.device) if has_residual else x
     addend = residual if has_residual else x
     if M > 0:
-        # triton launches on the current device, which need not be x's
-        with torch.cuda.device_of(x):
-            _rms_norm_kernel[(M,)](
-                y,
-                r,
-                rstd,
-                x,
-                addend,
-                weight,
-                D,
-                eps,
-                y.stride(0),
-                x.stride(0),
-                addend.stride(0),
-                OFFSET=offset,
-                HAS_RESIDUAL=has_residual,
-                # multiply-adds round less
-                enable_fp_fusion=True,
-                **_shape(x),
-            )
+        launch(
+            _rms_norm_kernel,
+            (M,),
+            y,
+            r,
+            rstd,
+            x,
+            addend,
+            weight,
+            D,
+            eps,
+            y.stride(0),
+            x.stride(0),
+            addend.stride(0),
+            OFFSET=offset,
+            HAS_RESIDUAL=has_residual,
+            # multiply-adds round less
+            enable_fp_fusion=True,
+            **_shape(x),
+        )
     return y, r, rstd
 
 
@@ -326,27 +328,28 @@ def _launch_rms_norm_backward(
     has_grad_r = grad_r is not None
     addend = grad_r if has_grad_r else grad_y
     if M > 0:
-        with torch.cuda.device_of(r):
-            _rms_norm_backward_kernel[(M,)](
-                grad,
-                grad if y is None else y,
-                grad_y,
-                addend,
-                r,
-                rstd,
-                weight,
-                D,
-                grad.stride(0),
-                grad.stride(0) if y is None else y.stride(0),
-                grad_y.stride(0),
-                addend.stride(0),
-                r.stride(0),
-                OFFSET=offset,
-                HAS_GRAD_R=has_grad_r,
-                WRITES_Y=y is not None,
-                enable_fp_fusion=True,
-                **_shape(r),
-            )
+        launch(
+            _rms_norm_backward_kernel,
+            (M,),
+            grad,
+            grad if y is None else y,
+            grad_y,
+            addend,
+            r,
+            rstd,
+            weight,
+            D,
+            grad.stride(0),
+            grad.stride(0) if y is None else y.stride(0),
+            grad_y.stride(0),
+            addend.stride(0),
+            r.stride(0),
+            OFFSET=offset,
+            HAS_GRAD_R=has_grad_r,
+            WRITES_Y=y is not None,
+            enable_fp_fusion=True,
+            **_shape(r),
+        )
     return grad
 
 

@@ -29,14 +29,16 @@ the result rounded once: bit for bit the reference, forward and back.
 Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 """
 
-# triton's annotations know neither launch options nor static_range, nor tuples of tensors
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.launch import launch
 
 MAX_WARPS = 4
 # the widest access of a thread
@@ -284,24 +286,24 @@ def _launch_rope(
     num_tiles = triton.cdiv(num_rotated, shape["HEADS"])
     tiles = min(num_tiles, MAX_TILES)
     if B * T > 0:
-        # triton launches on the current device, which need not be the buffer's
-        with torch.cuda.device_of(qkv):
-            _rope_kernel[(B * T, triton.cdiv(num_tiles, tiles))](
-                qkv,
-                positions,
-                cos,
-                sin,
-                T,
-                num_rotated,
-                cos.shape[0],
-                qkv.stride(0),
-                qkv.stride(1),
-                positions.stride(0),
-                positions.stride(1),
-                TILES=tiles,
-                enable_fp_fusion=False,
-                **shape,
-            )
+        launch(
+            _rope_kernel,
+            (B * T, triton.cdiv(num_tiles, tiles)),
+            qkv,
+            positions,
+            cos,
+            sin,
+            T,
+            num_rotated,
+            cos.shape[0],
+            qkv.stride(0),
+            qkv.stride(1),
+            positions.stride(0),
+            positions.stride(1),
+            TILES=tiles,
+            enable_fp_fusion=False,
+            **shape,
+        )
     return _heads_of(qkv, num_heads, num_kv_heads)
 
 
@@ -324,29 +326,30 @@ def _launch_rope_backward(
     q_tiles = min(num_tiles, MAX_TILES)
     num_programs = triton.cdiv(num_tiles, q_tiles)
     if B * T > 0:
-        with torch.cuda.device_of(grad_q):
-            _rope_backward_kernel[(B * T, num_programs)](
-                out,
-                grad_q,
-                grad_k,
-                grad_v,
-                positions,
-                cos,
-                sin,
-                T,
-                H,
-                H_kv,
-                cos.shape[0],
-                out.stride(0),
-                out.stride(1),
-                *(stride for grad in (grad_q, grad_k, grad_v) for stride in grad.stride()[:3]),
-                positions.stride(0),
-                positions.stride(1),
-                Q_TILES=q_tiles,
-                KV_TILES=triton.cdiv(triton.cdiv(H_kv, shape["HEADS"]), num_programs),
-                enable_fp_fusion=False,
-                **shape,
-            )
+        launch(
+            _rope_backward_kernel,
+            (B * T, num_programs),
+            out,
+            grad_q,
+            grad_k,
+            grad_v,
+            positions,
+            cos,
+            sin,
+            T,
+            H,
+            H_kv,
+            cos.shape[0],
+            out.stride(0),
+            out.stride(1),
+            *(stride for grad in (grad_q, grad_k, grad_v) for stride in grad.stride()[:3]),
+            positions.stride(0),
+            positions.stride(1),
+            Q_TILES=q_tiles,
+            KV_TILES=triton.cdiv(triton.cdiv(H_kv, shape["HEADS"]), num_programs),
+            enable_fp_fusion=False,
+            **shape,
+        )
     return out
 
 

@@ -143,6 +143,11 @@ class Llama(nn.Module):
             own = {name: sizes[prefix + name] for name in group.names if prefix + name in sizes}
             group.attach(own, config.lora_dropout, self.device, generator, site)
 
+    def make_tables(self) -> None:
+        """Make what the kernels of every pass look up on the device, before the first pass."""
+        for _, group in self.groups():
+            group.make_tables(self.compute_dtype)
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All low-rank updates as views of the parameters, by their projection's name.
 

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
-from kernels.lora_extension import Update, extend_with_lora
-from kernels.lora_gradient import add_product, lora_gradient
+from kernels.lora_extension import Update, extend_with_lora, make_lora_extension_tables
+from kernels.lora_gradient import add_product, lora_gradient, make_lora_gradient_tables
 from kernels.nf4_dequantize import nf4_dequantize
-from kernels.nf4_matmul import matmul_path, nf4_matmul
+from kernels.nf4_matmul import make_nf4_matmul_tables, matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
 from lora.config import UpdateSize
 from nf4.weight import NF4Weight, empty_weight, member
@@ -193,6 +193,21 @@ class LinearGroup(nn.Module):
         self.updates = tuple(updates)
         self.lora_A = nn.Parameter(torch.cat(parts_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(num_rows, room, device=device))
+
+    def make_tables(self, dtype: torch.dtype) -> None:
+        """Make what the kernels of a pass in a dtype look up on the device, before the first pass.
+
+        Note:
+            Once the group has its weight and its updates.
+        """
+        device = self.weight.device
+        if device.type == "cpu":
+            return
+        if isinstance(self.weight, NF4Weight):
+            make_nf4_matmul_tables(self.weight, dtype)
+        if self.updates:
+            make_lora_extension_tables(self.updates, device)
+            make_lora_gradient_tables(self.updates, device)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The updates by PEFT's names ("q_proj.lora_A.weight"), as views of the parameters."""

@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs that are not there, exactly as their launchers would launch them.
 
-A recorder in the kernel's place takes what the launcher passes; from that the compiler's input is
-made as `triton.jit` makes it: types, constants, and which arguments are multiples of 16.
-Other kernels of the file, which the same launcher may launch, are recorded and let go.
+A recorder in the place of `kernels.launch.launch` takes what the launcher passes; from that the
+compiler's input is made as `triton.jit` makes it: types, constants, and which arguments are
+multiples of 16. Launches of other kernels, which the same launcher may make, are let go.
 """
 
 import re
@@ -70,16 +70,15 @@ class CompiledLaunch(Resources):
 
 @dataclass
 class _Recorder:
-    """Stands for a kernel: takes one launch and does not run it."""
+    """Stands for `kernels.launch.launch`: takes the launch of one kernel and runs none."""
 
+    kernel: Any
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
+    def __call__(self, kernel: Any, grid: object, *args: Any, **kwargs: Any) -> None:
+        if kernel is self.kernel:
             self.args, self.kwargs = args, kwargs
-
-        return record
 
 
 def compile_launch(
@@ -91,15 +90,13 @@ def compile_launch(
 ) -> CompiledLaunch:
     """Compile the kernel that `launch` launches, for a GPU of the given capability."""
     kernel = getattr(module, kernel_name)
-    recorder = _Recorder()
+    recorder = _Recorder(kernel)
     with ExitStack() as stack:
         # a launcher may go on to launch a kernel of another file
         files = [file for name, file in sys.modules.items() if name.startswith("kernels.")]
         for owner in {module, *files}:
-            for name in [name for name in vars(owner) if name.endswith("_kernel")]:
-                is_wanted = owner is module and name == kernel_name
-                stand_in = recorder if is_wanted else _Recorder()
-                stack.enter_context(patch.object(owner, name, stand_in))
+            if hasattr(owner, "launch"):
+                stack.enter_context(patch.object(owner, "launch", recorder))
         launch()
     names: list[str] = kernel.arg_names
     values = dict(zip(names, recorder.args, strict=False)) | recorder.kwargs

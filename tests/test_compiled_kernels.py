@@ -1,8 +1,5 @@
 """ahead_of_time.py and compiled_kernels.py: all shared memory is counted, and the table is read."""
 
-# triton's annotations know no launch options
-# pyright: reportCallIssue=false
-
 import sys
 from unittest.mock import patch
 
@@ -13,6 +10,8 @@ import triton
 import triton.language as tl
 from ahead_of_time import compile_launch
 from compiled_kernels import Resources, note_compiled, resource_table
+
+from kernels.launch import launch
 
 
 @triton.jit
@@ -42,16 +41,16 @@ def _exchange_kernel(x_ptr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr):
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
 def test_static_shared_memory_is_counted_beside_dynamic(capability: int) -> None:
-    def launch(static: bool, dynamic: bool) -> None:
+    def exchange(static: bool, dynamic: bool) -> None:
         x = torch.empty(128, dtype=torch.int32)
-        _exchange_kernel[(1,)](x, STATIC=static, DYNAMIC=dynamic, enable_fp_fusion=True)
+        launch(_exchange_kernel, (1,), x, STATIC=static, DYNAMIC=dynamic, enable_fp_fusion=True)
 
     with patch.object(compiled_kernels, "_COMPILED", {}):
         shared = {
             (static, dynamic): compile_launch(
                 sys.modules[__name__],
                 "_exchange_kernel",
-                lambda static=static, dynamic=dynamic: launch(static, dynamic),
+                lambda static=static, dynamic=dynamic: exchange(static, dynamic),
                 capability,
             ).shared_bytes
             for static in (False, True)
