@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.constants import constant
+from kernels.device import properties
 from kernels.launch import launch
 from kernels.lora_extension import Update, scalings
 
@@ -206,11 +207,6 @@ def _lora_gradient_sum_kernel(
         tl.store(grad_h_ptr + places + offs % (T - filled), zeros, offs < M * (T - filled))
 
 
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @constant
 def _stripe_table(
     places: tuple[tuple[int, int, int, int], ...], device: torch.device
@@ -319,7 +315,7 @@ def _launch_lora_gradient(
 def _takes_one_pass(grad_y: Tensor, rank: int) -> bool:
     if grad_y.device.type == "cpu" or grad_y.dtype == torch.float32 or rank > MAX_RANK.value:
         return False
-    return torch.cuda.get_device_capability(grad_y.device) == CAPABILITY
+    return properties(grad_y.device).capability == CAPABILITY
 
 
 def _check(
@@ -387,7 +383,7 @@ def lora_gradient(
     if not grad_y.shape[0]:
         return
     if _takes_one_pass(grad_y, grad_B.shape[1]):
-        num_multiprocessors = _num_multiprocessors(grad_y.device)
+        num_multiprocessors = properties(grad_y.device).num_multiprocessors
         _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, num_multiprocessors)
     else:
         lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates)

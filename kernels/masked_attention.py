@@ -51,6 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import properties
 from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
@@ -454,16 +455,11 @@ def _masked_attention_grad_kv_kernel(
     _store_tile(grad_v_ptr + place, acc_v, columns, num_tokens, stride, HEAD_DIM, HEAD)
 
 
-def _shared_bytes(device: torch.device) -> int:
-    """Count what a program may have of shared memory."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def _tiles(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it."""
     head = max(triton.next_power_of_2(heads.shape[3]), MIN_HEAD)
     kind = (head, heads.element_size())
-    is_large = kind in LARGE_CONFIGS and _shared_bytes(heads.device) >= LARGE_BYTES
+    is_large = kind in LARGE_CONFIGS and properties(heads.device).shared_bytes >= LARGE_BYTES
     return head, LARGE_CONFIGS[kind] if is_large else CONFIGS[kind]
 
 

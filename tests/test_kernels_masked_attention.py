@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from interpreter import interpreted_results
 from torch import Tensor
 
 from kernels import masked_attention as module
+from kernels.device import H200, meta_stands_for
 from kernels.masked_attention import Samples, masked_attention, masked_attention_backward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -197,7 +197,7 @@ def compile_kernel(
     def launch() -> None:
         numbers = (0.0625, cap, None, samples)
         shared_bytes = SHARED_BYTES_LIMIT[capability]
-        with patch.object(module, "_shared_bytes", lambda device: shared_bytes):
+        with meta_stands_for(H200._replace(shared_bytes=shared_bytes)):
             module._launch_masked_attention(query, key, value, *numbers)
             module._launch_masked_attention_backward(out, query, key, value, out, lse, *numbers)
 

@@ -1,7 +1,7 @@
 """kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for four."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -20,9 +20,9 @@ from nf4_cases import (
 )
 from torch import Tensor
 
-from kernels import nf4_matmul as module
 from kernels import nf4_matmul_fused as fused_module
 from kernels import nf4_matmul_warpgroup as warpgroup_module
+from kernels.device import H200, Properties, meta_stands_for
 from kernels.nf4_matmul import (
     CROSSOVERS,
     Path,
@@ -38,7 +38,7 @@ from nf4.weight import NF4Weight, dequantize, empty_weight, member, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 # every configuration, with and without double quantization, of one member and of two
 COMPILED_PRODUCTS = [
@@ -164,18 +164,19 @@ def test_cpu_tensor_multiplies_without_a_gpu_and_keeps_its_dtype() -> None:
 
 
 @pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_device_key", lambda device: ((9, 0), 132))
+def h200() -> Iterator[None]:
+    with meta_stands_for(H200):
+        yield
 
 
 def path_of(num_rows: int, weight: WeightCase, dtype: torch.dtype, transposed: bool) -> Path:
     empty = empty_weight(
-        weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
+        weight.rows, weight.in_features, weight.block_size, weight.double_quant, META
     )
     return matmul_path(num_rows, empty, dtype, transposed).name
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("rows", [(1024,), (4096,), (14336,)], ids=str)
 def test_few_rows_are_fused_tens_take_the_warpgroup_kernel_and_many_expand(
@@ -195,19 +196,19 @@ def test_few_rows_are_fused_tens_take_the_warpgroup_kernel_and_many_expand(
     assert path_of(8192, weight, torch.bfloat16, transposed) == "expand"
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 def test_the_chosen_path_says_why() -> None:
-    weight = empty_weight((4096,), 4096, 64, True, CPU)
+    weight = empty_weight((4096,), 4096, 64, True, META)
     reason = matmul_path(1, weight, torch.bfloat16, False).reason
     assert "1 rows of a 4096x4096 weight; fused wins up to" in reason
     assert reason.endswith("measured on sm_90 with 132 multiprocessors")
 
 
-def test_an_unknown_device_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_device_key", lambda device: ((8, 6), 28))
-    weight = empty_weight((4096,), 4096, 64, True, CPU)
-    assert matmul_path(1, weight, torch.bfloat16, False).name == "fused"
-    path = matmul_path(512, weight, torch.bfloat16, False)
+def test_an_unknown_device_has_a_default() -> None:
+    weight = empty_weight((4096,), 4096, 64, True, META)
+    with meta_stands_for(Properties((8, 6), 28, 101_376)):
+        assert matmul_path(1, weight, torch.bfloat16, False).name == "fused"
+        path = matmul_path(512, weight, torch.bfloat16, False)
     assert path.name == "expand"
     assert "assumed for sm_86 with 28 multiprocessors" in path.reason
 
@@ -233,10 +234,10 @@ def test_a_weight_the_fused_kernels_do_not_take_is_told_why(
     assert reason in fused_obstacle(empty, dtype, transposed)
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_a_weight_that_no_kernel_takes_expands_and_says_so(num_rows: int) -> None:
-    weight = empty_weight((64,), 320, 64, True, CPU)
+    weight = empty_weight((64,), 320, 64, True, META)
     path = matmul_path(num_rows, weight, torch.bfloat16, False)
     assert path == ("expand", "in_features 320 is no multiple of 256")
 
