@@ -24,6 +24,9 @@ class Properties(NamedTuple):
 # CUDA programming guide, "Technical Specifications per Compute Capability"
 H200 = Properties((9, 0), 132, 232_448)
 
+# compute capability from which on Triton's products use the tensor cores
+TENSOR_CORES_FROM = (8, 0)
+
 _stood_for = H200
 
 
