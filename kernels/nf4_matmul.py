@@ -131,10 +131,11 @@ def matmul_path(
 
 def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
     """Say what keeps a weight on a GPU from a path; an empty string if nothing does."""
+    capability = properties(weight.device).capability
     if path == "fused":
-        return fused_obstacle(weight, dtype, transposed)
+        return fused_obstacle(weight, dtype, capability, transposed)
     if path == "warpgroup":
-        return warpgroup_obstacle(weight, dtype, properties(weight.device).capability, transposed)
+        return warpgroup_obstacle(weight, dtype, capability, transposed)
     return ""
 
 

@@ -1,4 +1,4 @@
-"""kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for four."""
+"""kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
 from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from interpreter import interpreted_results
 from nf4_cases import (
@@ -213,6 +213,18 @@ def test_an_unknown_device_has_a_default() -> None:
     assert "assumed for sm_86 with 28 multiprocessors" in path.reason
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("num_rows", [1, 16, 8192])
+def test_without_tensor_cores_every_product_expands(num_rows: int, transposed: bool) -> None:
+    # larger than the largest weights of the table
+    weight = empty_weight((14336,), 4096, 64, True, META)
+    with meta_stands_for(Properties((7, 5), 40, 65_536)):
+        path = matmul_path(num_rows, weight, torch.float16, transposed)
+    assert path.name == "expand"
+    if num_rows <= 16:
+        assert path.reason == "the fused kernels need the tensor cores of 8.0 and later, not (7, 5)"
+
+
 @pytest.mark.parametrize(
     ("weight", "dtype", "transposed", "reason"),
     [
@@ -231,7 +243,7 @@ def test_a_weight_the_fused_kernels_do_not_take_is_told_why(
     empty = empty_weight(
         weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
     )
-    assert reason in fused_obstacle(empty, dtype, transposed)
+    assert reason in fused_obstacle(empty, dtype, (9, 0), transposed)
 
 
 @pytest.mark.usefixtures("h200")
@@ -325,14 +337,28 @@ def compiled_launch(
     )
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
-@pytest.mark.parametrize("case", COMPILED_PRODUCTS, ids=str)
+# not sm_75
+PRODUCTS_ON_GPUS = [
+    (case, capability)
+    for case in COMPILED_PRODUCTS
+    for capability in GPUS[case.dtype]
+    if capability >= 80
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    PRODUCTS_ON_GPUS,
+    ids=[f"{case}-sm{capability}" for case, capability in PRODUCTS_ON_GPUS],
+)
 def test_kernel_compiles_without_spilling(
     case: ProductCase, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
     compiled = compiled_launch(case, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
+    # that of sm_80 on every GPU, since a tile of so few rows is none for a warpgroup
+    compiled.assert_multiplies_as(TENSOR_CORE_INSTRUCTION[80])
     # decoded weights go to the tensor cores without a detour: nothing waits until they are summed
     before, *between, _ = compiled.ptx.split("mma.sync")
     assert between
@@ -346,6 +372,7 @@ def test_warpgroup_kernel_compiles_without_spilling(
     compiled = compiled_launch(case, 90, "warpgroup")
     record_property("resources", str(compiled))
     compiled.assert_fits(90)
+    compiled.assert_multiplies_as(TENSOR_CORE_INSTRUCTION[90])
     # decoded weights stay in registers and x is copied: nothing is stored until they are summed
     before, *between, _ = compiled.ptx.split("wgmma.mma_async")
     assert between
