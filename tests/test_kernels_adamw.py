@@ -1,4 +1,4 @@
-"""kernels/adamw.py: equal to the reference, interpreted and on a GPU; compiles for 4."""
+"""kernels/adamw.py: equal to the reference, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable, Iterator

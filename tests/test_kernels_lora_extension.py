@@ -1,4 +1,4 @@
-"""kernels/lora_extension.py: value for value what is written by hand; compiles for four GPUs."""
+"""kernels/lora_extension.py: value for value what is written by hand; compiles for each GPU."""
 
 import re
 from collections import Counter

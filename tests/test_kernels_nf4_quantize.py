@@ -1,4 +1,4 @@
-"""kernels/nf4_quantize.py: equal to the reference, interpreted and on a GPU; compiles for 4."""
+"""kernels/nf4_quantize.py: equal to the reference, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""kernels/rms_norm.py: no worse than torch, interpreted and on a GPU; compiles for 4 GPUs."""
+"""kernels/rms_norm.py: no worse than torch, interpreted and on a GPU; compiles for each GPU."""
 
 import re
 from collections.abc import Callable
