@@ -81,8 +81,8 @@ class Tiles(NamedTuple):
 
 
 # by the least bytes of shared memory that a program must have, the most first; then by the width of
-# a head, to a power of two, and bytes of a value. They spill nothing where not said, but for 16 to
-# 48 bytes on sm_120; wider tiles are slower for heads of 128
+# a head, to a power of two, and bytes of a value. Where not said they spill nothing, or 16 to 48
+# bytes of a thread on sm_120 and under Triton 3.6; wider tiles are slower for heads of 128
 CONFIGS = {
     227 << 10: {
         (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),

@@ -235,6 +235,9 @@ SPILLED_BYTES = {
     (256, HALF, 120, ""): 48,
     (256, HALF, 121, ""): 48,
     (128, torch.float16, 120, "_grad_kv"): 16,
+    # Triton 3.6 only
+    (64, HALF, 120, "_grad_kv"): 32,
+    (128, HALF, 90, "_grad_kv"): 16,
     (256, torch.float16, 75, "_grad_q"): 400,
     (256, torch.float16, 75, "_grad_kv"): 400,
     (256, torch.float32, 75, "_grad_q"): 200,
