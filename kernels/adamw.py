@@ -254,6 +254,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # a
     return first, second, third, fourth
 
 
+def make_adamw_tables(device: torch.device) -> None:
+    """Make the tables that a step reads on a device, so that they are there when memory ends."""
+    _corrections(device)
+    _tables(device)
+
+
 @triton.jit
 def _adamw_sum_squares_kernel(
     partial_sums_ptr,  # (PROGRAMS,) float64

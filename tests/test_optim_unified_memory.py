@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 from enum import IntEnum
 from types import SimpleNamespace
@@ -13,7 +14,13 @@ import torch
 
 from optim import unified_memory as module
 from optim.state_memory import OrdinaryMemory
-from optim.unified_memory import Places, choose_residency, managed_zeros, paged_memory
+from optim.unified_memory import (
+    Places,
+    choose_residency,
+    managed_zeros,
+    paged_memory,
+    seen_by_host,
+)
 
 CUDA = torch.device("cuda")
 
@@ -149,6 +156,50 @@ def test_managed_tensor_is_zero_and_takes_part_in_kernels() -> None:
     assert float(numbers.abs().sum()) == 0
     numbers.add_(torch.ones(1 << 18, device="cuda"))
     assert float(numbers.sum()) == 1 << 18
+
+
+def test_the_host_sees_the_same_bytes_and_keeps_them() -> None:
+    owner = torch.arange(300, dtype=torch.uint8)
+    seen = seen_by_host(owner)
+    assert (seen.data_ptr(), seen.device.type) == (owner.data_ptr(), "cpu")
+    kept = weakref.ref(owner)
+    seen[0] = 7
+    assert int(owner[0]) == 7
+    del owner
+    gc.collect()
+    assert kept() is not None
+    del seen
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_host_resident", [False, True])
+def test_what_a_step_left_is_read_from_the_host(is_host_resident: bool) -> None:
+    memory = module.ManagedMemory(1 << 20, torch.device("cuda", 0), is_host_resident)
+    arenas: Any = object()
+    for step in range(1, 4):
+        for _ in memory.pieces(arenas):
+            # long enough for a read that does not wait to come first
+            torch.cuda._sleep(20_000_000)
+            memory.buffer.fill_(step)
+        assert int(memory.settled().min()) == step
+    memory.settled().fill_(9)
+    for _ in memory.pieces(arenas):
+        assert int(memory.buffer.min()) == 9
+
+
+@pytest.mark.parametrize(("is_host_resident", "needed"), [(False, 64), (True, 65)])
+def test_a_full_gpu_is_told_before_a_kernel_touches_the_moments(
+    is_host_resident: bool, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = object.__new__(module.ManagedMemory)
+    memory.is_host_resident, memory._is_prefetched = is_host_resident, False
+    memory.buffer, memory._device = torch.zeros(1 << 20, dtype=torch.uint8), CUDA
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((needed << 20) - 1, 1 << 40))
+    arenas: Any = object()
+    with pytest.raises(torch.OutOfMemoryError, match=rf"must have {needed} MiB free for the opt"):
+        next(iter(memory.pieces(arenas)))
 
 
 @pytest.mark.gpu
