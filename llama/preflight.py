@@ -101,7 +101,7 @@ def limit_memory(plan: MemoryPlan, device: torch.device, max_memory: int | None)
     """
     limit = memory_budget(max_memory) - (plan.device - plan.reserved)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def memory_line(plan: MemoryPlan) -> str:
