@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from lagging_streams import lag, mark
 
 from optim import unified_memory as module
 from optim.state_memory import OrdinaryMemory
@@ -194,6 +195,33 @@ def test_host_resident_memory_is_on_the_device_for_a_step_only() -> None:
     # a step that nobody prefetched for does it itself
     list(memory.pieces(arenas))
     assert (memory.bytes_to_device, memory.bytes_to_host) == (2 << 20, 2 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["prefetch", "evict"])
+def test_gpu_pages_move_after_what_was_queued_before(way: str) -> None:
+    memory = module.ManagedMemory(1 << 20, CUDA, is_host_resident=True)
+    torch.cuda.synchronize()
+    computed = lag(torch.cuda.current_stream())
+    {"prefetch": memory.prefetch, "evict": memory.evict}[way]()
+    moved = mark(memory._stream)
+    torch.cuda.synchronize()
+    assert computed.elapsed_time(moved) >= 0
+
+
+@pytest.mark.gpu
+def test_gpu_a_step_begins_when_the_moments_are_there() -> None:
+    memory = module.ManagedMemory(1 << 20, CUDA, is_host_resident=False)
+    memory.prefetch()
+    torch.cuda.synchronize()
+    # stands for pages that are long on their way
+    arrived = lag(memory._stream)
+    arenas: Any = object()
+    pieces = memory.pieces(arenas)
+    next(pieces)
+    begun = mark(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    assert arrived.elapsed_time(begun) >= 0
 
 
 @pytest.mark.gpu
