@@ -53,6 +53,16 @@ def test_equally_long_samples_change_their_neighbours() -> None:
     assert len(pairs(0)) == 20
 
 
+def test_rows_come_in_the_order_of_their_epoch() -> None:
+    # no two fit into one row
+    lengths = list(range(ROW // 2 + 1, ROW + 1))
+    longest_first = [[index] for index in reversed(range(len(lengths)))]
+    assert pack(lengths, ROW, 0, 0, False) == longest_first
+    first, second = (pack(lengths, ROW, epoch, 0, True) for epoch in range(2))
+    assert first != second
+    assert longest_first not in (first, second)
+
+
 def sample_of(length: int, first: int) -> Sample:
     ids = list(range(first, first + length))
     return Sample(ids, [NO_LOSS if token % 3 == 0 else token for token in ids])

@@ -342,6 +342,13 @@ def test_seed_and_site_decide_the_mask() -> None:
     assert not torch.equal(run(group, x, grad_y, torch.tensor([1])).y, first.y)
 
 
+def test_a_group_drops_by_the_site_that_it_is_attached_at() -> None:
+    ones, seed = torch.ones(NUM_TOKENS, IN_FEATURES), seed_on(CPU)
+    for site in (SITE, SITE + 1):
+        group = make(NAMES, dropout=0.4, site=site).group
+        assert_equal(group.dropped(ones, seed), dropout(ones, seed, site, 0.4))
+
+
 def test_there_is_no_dropout_without_a_seed() -> None:
     group = make(NAMES, dropout=0.4).group
     x, grad_y = draw()
