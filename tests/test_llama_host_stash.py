@@ -7,30 +7,34 @@ from torch import Tensor
 
 from llama.host_stash import HostStash
 
-CUDA = torch.device("cuda")
 SHAPE = (256, 1024)
 
 
-def ready(value: float) -> Tensor:
-    """Make a matrix of one value, and wait for it."""
-    matrix = torch.full(SHAPE, value, device=CUDA)
-    torch.cuda.synchronize()
-    return matrix
+@pytest.fixture
+def device(device_with_streams: torch.device) -> torch.device:
+    return device_with_streams
 
 
 @pytest.fixture
-def stash() -> HostStash:
-    """A stash of two layers that has been used: what the device must load for it is there."""
-    stash = HostStash((0, 1), CUDA)
-    zeros = ready(0.0)
+def stash(device: torch.device) -> HostStash:
+    """A stash of two layers that has been used: kernels are loaded, which may wait for the GPU."""
+    stash = HostStash((0, 1), device)
+    zeros = ready(0.0, device)
     stash.reserve(zeros)
     for layer in (0, 1):
         stash.put(layer, zeros.fill_(0.0))
     for layer in (1, 0):
-        assert has_value(bring(stash, layer, zeros), 0.0)
+        has_value(bring(stash, layer, zeros), 0.0)
     lag(torch.cuda.current_stream())
     torch.cuda.synchronize()
     return stash
+
+
+def ready(value: float, device: torch.device) -> Tensor:
+    """Make a matrix of one value, and wait for it."""
+    matrix = torch.full(SHAPE, value, device=device)
+    torch.cuda.synchronize()
+    return matrix
 
 
 def bring(stash: HostStash, layer: int, like: Tensor) -> Tensor:
@@ -48,17 +52,15 @@ def give_as_new(monkeypatch: pytest.MonkeyPatch, place: Tensor) -> None:
     monkeypatch.setattr(torch, "empty", lambda *_, **__: place)
 
 
-@pytest.mark.gpu
-def test_gpu_a_matrix_is_put_when_it_is_computed(stash: HostStash) -> None:
-    matrix = ready(0.0)
+def test_a_matrix_is_put_when_it_is_computed(device: torch.device, stash: HostStash) -> None:
+    matrix = ready(0.0, device)
     lag(torch.cuda.current_stream())
     stash.put(0, matrix.fill_(1.0))
     assert has_value(bring(stash, 0, matrix), 1.0)
 
 
-@pytest.mark.gpu
-def test_gpu_what_is_let_go_of_is_on_the_host(stash: HostStash) -> None:
-    first, second = ready(1.0), ready(2.0)
+def test_what_is_let_go_of_is_on_the_host(device: torch.device, stash: HostStash) -> None:
+    first, second = ready(1.0, device), ready(2.0, device)
     lag(stash._stream)
     stash.put(0, first)
     lag(stash._stream)
@@ -71,12 +73,11 @@ def test_gpu_what_is_let_go_of_is_on_the_host(stash: HostStash) -> None:
     assert has_value(bring(stash, 0, first), 1.0)
 
 
-@pytest.mark.gpu
-def test_gpu_a_matrix_comes_back_when_its_place_is_free(
-    stash: HostStash, monkeypatch: pytest.MonkeyPatch
+def test_a_matrix_comes_back_when_its_place_is_free(
+    device: torch.device, stash: HostStash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = ready(0.0)
-    stash.put(0, ready(1.0))
+    place = ready(0.0, device)
+    stash.put(0, ready(1.0, device))
     stash.settle()
     torch.cuda.synchronize()
     give_as_new(monkeypatch, place)
@@ -87,12 +88,11 @@ def test_gpu_a_matrix_comes_back_when_its_place_is_free(
     assert has_value(stash.take(0), 1.0)
 
 
-@pytest.mark.gpu
-def test_gpu_a_matrix_is_taken_when_it_is_back(
-    stash: HostStash, monkeypatch: pytest.MonkeyPatch
+def test_a_matrix_is_taken_when_it_is_back(
+    device: torch.device, stash: HostStash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = ready(0.0)
-    stash.put(0, ready(1.0))
+    place = ready(0.0, device)
+    stash.put(0, ready(1.0, device))
     stash.settle()
     torch.cuda.synchronize()
     give_as_new(monkeypatch, place)
