@@ -81,10 +81,12 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
             part = slice(start, start + len(sample.input_ids))
             assert batch.input_ids[index, part].tolist() == sample.input_ids
             assert batch.positions[index, part].tolist() == list(range(len(sample.input_ids)))
+            assert (batch.lengths[index, part] == len(sample.input_ids)).all()
             assert batch.labels[index, start] == NO_LOSS
             assert batch.labels[index, part].tolist()[1:] == sample.labels[1:]
             start = part.stop
         assert not batch.positions[index, start:].any()
+        assert not batch.lengths[index, start:].any()
         assert (batch.labels[index, start:] == NO_LOSS).all()
     assert batch.num_tokens == sum(sum(row) for row in lengths)
     assert batch.num_target_tokens == int((batch.labels != NO_LOSS).sum())

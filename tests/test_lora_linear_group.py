@@ -523,6 +523,19 @@ def test_base_and_updates_share_each_product(targets: str) -> None:
     assert len(found) == 2 + (2 + len(group.updates) + 1) * bool(group.updates)
 
 
+def test_a_new_A_is_uniform_up_to_pefts_bound_and_a_new_B_zero() -> None:
+    group = LinearGroup(NAMES, ROWS, IN_FEATURES, has_bias=False)
+    group.attach(sizes_of(NAMES, 64), 0.0, CPU, torch.Generator(), SITE)
+    assert group.lora_A is not None
+    assert group.lora_B is not None
+    share = group.lora_A.detach() * IN_FEATURES**0.5
+    # of 9,216 draws between -1 and 1
+    assert 0.99 < share.abs().max() <= 1
+    assert abs(float(share.mean())) < 0.05
+    assert abs(float(share.abs().mean()) - 0.5) < 0.05
+    assert not group.lora_B.any()
+
+
 def test_adapter_tensors_are_views_by_pefts_names() -> None:
     case = make(TARGETS["outer"])
     tensors = dict(case.group.adapter_tensors())

@@ -271,6 +271,18 @@ def test_a_step_is_taken_at_its_own_learning_rate(
     assert [row["learning_rate"] for row in rows] == taken
 
 
+def test_rows_count_tokens_targets_and_epochs_of_the_run(tmp_path: Path) -> None:
+    records = [
+        {"input_ids": [1, *range(3, 3 + n)], "labels": [-100] * n + [2 + n]} for n in (9, 5, 12)
+    ]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = run(tmp_path, f"--data {tmp_path / 'ids.jsonl'} --max-steps 3")
+    # steps of four samples: an epoch is one, of all three
+    for step, row in enumerate(rows, start=1):
+        counts = (row["tokens"], row["target_tokens"], row["epoch"])
+        assert counts == (step * (10 + 6 + 13), step * 3, step)
+
+
 def test_a_step_over_all_samples_is_the_same_packed(tmp_path: Path) -> None:
     flags = "--dtype float32 --batch-size 12 --gradient-accumulation-steps 1 --max-steps 2"
     alone = run(tmp_path, flags, "alone")
