@@ -155,6 +155,14 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains(tmp_path: Path) -> Non
     assert len(trained) == 2 * 4 * 2
 
 
+def test_embeddings_are_scaled_by_what_transformers_rounds(tmp_path: Path) -> None:
+    model = load(write_variant(tmp_path, "gemma2", torch.bfloat16), torch.bfloat16)
+    input_ids = tokens(2, 9)
+    scale = torch.tensor(math.sqrt(FIELDS["hidden_size"]), dtype=torch.bfloat16)
+    expected = model.model.embed_tokens.weight[input_ids.flatten()] * scale
+    assert_equal(model.embed(input_ids), expected.detach())
+
+
 def test_a_seed_gives_one_adapter(tmp_path: Path) -> None:
     def draw(seed: int) -> dict[str, Tensor]:
         model = load(write_variant(tmp_path, "grouped-query"))

@@ -255,6 +255,26 @@ def test_no_two_micro_batches_have_one_dropout_seed(
     assert len(set(seeds)) == len(seeds)
 
 
+def test_moments_are_fetched_once_a_step_beside_its_last_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+
+    def record(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(MicroStep, "__call__")
+    record(AdamW, "prefetch")
+    run(tmp_path, "--gradient-accumulation-steps 3 --max-steps 2")
+    assert calls == ["__call__", "__call__", "prefetch", "__call__"] * 2
+
+
 def test_a_step_is_taken_at_its_own_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
