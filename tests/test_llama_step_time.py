@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama.micro_step import MicroStep, Policy
 from llama.step_time import ATTENTION_SHARE, Rates, step_seconds
 from llama.workload import Workload
+from nf4.weight import quantize
 
 B, T = 2, 40
 # samples so short that attention has nothing to multiply
@@ -63,3 +64,18 @@ def test_attention_multiplies_half_a_square_for_each_of_its_products(
         num_products = 2 + num_again + num_back
         expected = NUM_LAYERS * num_products * square / 2 / ATTENTION_SHARE
         assert products(work, policies) - without == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+def test_weights_are_read_in_nf4_and_written_expanded_before_their_products(
+    policy: Policy,
+) -> None:
+    weight = quantize(torch.randn(256, 256), 64, double_quant=True)
+    bytes_of_one = weight.num_bytes / 256**2 + WORK.dtype.itemsize
+    *others, down = (group.N * group.K for group in WORK.groups)
+    # forward and back; and again, but for the last, whose result the backward pass does not need
+    num_expanded = 2 * (sum(others) + down) + (policy == "recompute") * sum(others)
+    # no row that moves
+    work, rates = replace(WORK, batch=0), Rates(product=1.0, memory=1.0)
+    expected = NUM_LAYERS * num_expanded * bytes_of_one
+    assert step_seconds(work, (policy,) * NUM_LAYERS, rates) == pytest.approx(expected, rel=1e-3)
