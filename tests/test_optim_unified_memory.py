@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from lagging_streams import lag, mark
 
 from optim import unified_memory as module
 from optim.state_memory import OrdinaryMemory
@@ -52,7 +53,9 @@ def stand_in_runtime(version: int, status: Status = Status.cudaSuccess) -> Any:
         cudaMemLocationType=SimpleNamespace(
             cudaMemLocationTypeDevice="device", cudaMemLocationTypeHost="host"
         ),
-        cudaMemoryAdvise=SimpleNamespace(cudaMemAdviseSetPreferredLocation="preferred"),
+        cudaMemoryAdvise=SimpleNamespace(
+            cudaMemAdviseSetPreferredLocation="preferred", cudaMemAdviseSetAccessedBy="accessed"
+        ),
         cudaStream_t=lambda handle: ("stream", handle),
         cudaMemAdvise=recorder("cudaMemAdvise", 4),
         cudaMemPrefetchAsync=recorder("cudaMemPrefetchAsync", 5 if has_locations else 4),
@@ -245,6 +248,42 @@ def test_host_resident_memory_is_on_the_device_for_a_step_only() -> None:
     # a step that nobody prefetched for does it itself
     list(memory.pieces(arenas))
     assert (memory.bytes_to_device, memory.bytes_to_host) == (2 << 20, 2 << 20)
+
+
+@pytest.fixture
+def memory(
+    device_with_streams: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> module.ManagedMemory:
+    """A MiB of unified memory; without a GPU nothing moves, and streams wait all the same."""
+    if device_with_streams.type == "cpu":
+        runtime = stand_in_runtime(13000)
+        monkeypatch.setattr(module, "cuda_runtime", lambda: runtime)
+        monkeypatch.setattr(module, "managed_zeros", lambda size, _: torch.zeros(size))
+    memory = module.ManagedMemory(1 << 20, device_with_streams, is_host_resident=False)
+    torch.cuda.synchronize()
+    return memory
+
+
+@pytest.mark.parametrize("way", ["prefetch", "evict"])
+def test_pages_move_after_what_was_queued_before(memory: module.ManagedMemory, way: str) -> None:
+    computed = lag(torch.cuda.current_stream())
+    {"prefetch": memory.prefetch, "evict": memory.evict}[way]()
+    moved = mark(memory._stream)
+    torch.cuda.synchronize()
+    assert computed.elapsed_time(moved) >= 0
+
+
+def test_a_step_begins_when_the_moments_are_there(memory: module.ManagedMemory) -> None:
+    memory.prefetch()
+    torch.cuda.synchronize()
+    # stands for pages that are long on their way
+    arrived = lag(memory._stream)
+    arenas: Any = object()
+    pieces = memory.pieces(arenas)
+    next(pieces)
+    begun = mark(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    assert arrived.elapsed_time(begun) >= 0
 
 
 @pytest.mark.gpu
