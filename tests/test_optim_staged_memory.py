@@ -82,6 +82,6 @@ def test_parts_come_and_go_in_time_whatever_is_slow(
             # stands for the kernel
             piece.parameters.copy_(piece.moments.exp_avg)
             piece.moments.exp_avg.add_(1)
-        memory.settle()
+        memory.settled()
         assert_equal(moments.exp_avg, before + 1, f"{lagging} slow: moments")
         assert_equal(arenas.parameters.cpu(), before, f"{lagging} slow: parameters")

@@ -140,7 +140,7 @@ def on_second_rank(place: str, how: str) -> None:
 def run_flags(folder: Path, device: str, *more: str) -> list[str]:
     given = f"--device {device} --deterministic --max-steps {NUM_STEPS} --save-steps 0"
     given += f" --eval-data {folder / 'data.jsonl'} --eval-steps 3 --sample-prompt Hello"
-    given += " --sample-steps 3"
+    given += " --sample-steps 3 --no-packing"
     return flags(folder, *given.split(), *more)
 
 
