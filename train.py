@@ -119,6 +119,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         CannotGoOn: the run ended in its middle.
     """
     config, state = job.config, job.state
+    ranks.check_same("the model", hash_of(state.base))
     run = load_run(job, ranks)
     described = run.optimizer.describe()
     print(f"optimizer: {described}")
@@ -473,7 +474,8 @@ def answer(run: Run, log: RunLog) -> str:
 
 
 def write_adapter(folder: Path, run: Run) -> None:
-    save_adapter(folder, run.model.adapter_tensors(), run.job.lora, run.config.model)
+    job, tensors = run.job, run.model.adapter_tensors()
+    save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
 
 
 def save_results(run: Run, rows: Sequence[Row]) -> None:
