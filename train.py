@@ -134,6 +134,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         CannotGoOn: the run ended in its middle.
     """
     config, state = job.config, job.state
+    ranks.check_same("the model", hash_of(state.base))
     run = begin(job, ranks)
     described = run.optimizer.describe()
     # but for what is each machine's own: where the folder is, what time it is
@@ -558,7 +559,8 @@ def answer(run: Run, log: RunLog) -> str:
 
 
 def write_adapter(folder: Path, run: Run) -> None:
-    save_adapter(folder, run.model.adapter_tensors(), run.job.lora, run.config.model)
+    job, tensors = run.job, run.model.adapter_tensors()
+    save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
 
 
 def save_results(run: Run, rows: Sequence[Row]) -> None:
