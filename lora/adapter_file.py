@@ -91,6 +91,7 @@ def save_adapter(
         folder / WEIGHTS_NAME,
         metadata={"format": "pt"} | ({_BASE: base_identity} if base_identity else {}),
     )
+    _sort_metadata(folder / WEIGHTS_NAME)
     hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
     targets, excluded = config.target_modules, config.exclude_modules
     layers = config.layers_to_transform
@@ -118,6 +119,20 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write the metadata of a safetensors file in one order, so that equal adapters have equal
+    bytes: safetensors 0.8 writes several entries in another order each time."""
+    with path.open("r+b") as file:
+        num_header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(num_header_bytes))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(num_header_bytes)
+        assert len(text) == num_header_bytes, "safetensors writes its header as json.dumps does"
+        file.seek(8)
+        file.write(text)
 
 
 def _integer_if_whole(alpha: float) -> float:

@@ -118,6 +118,14 @@ def test_ours_names_its_base_and_pefts_does_not(peer: Peer) -> None:
     assert read_base_identity(peer.folder / "peft_adapter") == ""
 
 
+def test_equal_adapters_have_equal_bytes(tmp_path: Path, model: Llama) -> None:
+    for number in range(12):
+        folder = tmp_path / str(number)
+        save_adapter(folder, model.adapter_tensors(), OUR_LORA, "base", "0" * 64)
+    files = [tmp_path / str(number) / WEIGHTS_NAME for number in range(12)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_base_is_read_of_a_whole_file_only(adapter: Path) -> None:
     path = adapter / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1])
