@@ -54,7 +54,7 @@ from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
-from run.shortage import is_device_failure, is_lost
+from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
 
 SAMPLE_TOKENS = 100
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
         except (CannotGoOn, RankError):
             raise
         except RuntimeError as error:
-            if not is_device_failure(error):
+            if not (is_device_failure(error) or is_shortage(error)):
                 raise
             raise CannotGoOn(
                 f"the GPU must go on working: it failed in step {job.state.step + 1}: "

@@ -121,7 +121,9 @@ def next_setting(work: Workload, plan: MemoryPlan, device: torch.device) -> str:
         return f"--resume --activations auto --max-memory {budget / GIB:.2f}GiB"
     nearest = nearest_that_fits(work, budget)
     if nearest is None:
-        return "a larger GPU: nothing smaller fits beside the weights"
+        return (
+            "--resume where the GPU has more memory free: nothing smaller fits beside the weights"
+        )
     size = f"--batch-size {nearest.batch}"
     if nearest.tokens < work.tokens:
         size += f" --max-length {nearest.tokens}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernels.adamw import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
+    SUM_PROGRAMS,
     TILE_BLOCKS,
     ZERO_CODES,
     Arenas,
@@ -177,6 +178,7 @@ class AdamW:
             groups=groups.to(device),
             num_updates=torch.zeros(1, dtype=torch.int32, device=device),
             scalars=torch.zeros(NUM_SHARED_SCALARS.value + 2 * len(groups), device=device),
+            partial_sums=torch.zeros(SUM_PROGRAMS, dtype=torch.float64, device=device),
         )
         if device.type != "cpu":
             make_adamw_tables(self._arenas.parameters.device)

@@ -101,7 +101,8 @@ def let_memory_end(place: str, how: str) -> None:
         "launch": (MicroStep, "__call__", 6 + 2 * IS_GPU),
         "capture": (MicroStep, "_capture", 2),
         "loss": (MicroStep, "_loss", 6 + 2 * IS_GPU),
-        "optimizer": (AdamW, "prefetch", 11 + 1 * IS_GPU),
+        # the first of three in step 4, after one of the preflight
+        "optimizer": (AdamW, "prefetch", 10 + IS_GPU),
         "evaluation": (MicroStep, "evaluate", 8),
         "sampling": (llama.generation, "generate_greedy", 2),
         "save": (AdamW, "state_tensors", 1),
