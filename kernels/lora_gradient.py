@@ -18,9 +18,10 @@ written and read again, mostly from L2. The FLOPs, 4 M N R, take a tenth of the 
 The updates of a weight's members lie side by side, so a stripe belongs to one member, and columns
 of grad_h that no update fills become zero.
 
-Both products take grad_y from shared memory, one of them transposed, as Hopper's can; on a GPU of
-another kind, in float32, and with a higher rank, where the parts grow and the tiles shrink, two
-products do it.
+Both products take grad_y from shared memory, one of them transposed: Hopper's tensor cores read it
+there, those of other GPUs through registers. A tile takes no more than the 99 KB that a program has
+at least. Below compute capability 8.0, for which Triton knows no tensor cores, in float32, and with
+a higher rank, where the parts grow and the tiles shrink, two products do it.
 
 LoRA: Hu et al. 2021, section 4.1.
 """
@@ -37,14 +38,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.constants import constant
+from kernels.device import TENSOR_CORES_FROM, properties
 from kernels.launch import launch
 from kernels.lora_extension import Update, scalings
 
-# compute capability of the GPUs that do it in one pass
-CAPABILITY = (9, 0)
 # the ranks of an update, and at least what a product of tiles takes
 MAX_RANK = tl.constexpr(16)
-# three tiles under way fill the shared memory of a multiprocessor
+# three tiles under way fill the shared memory of a multiprocessor of sm_90; one fits everywhere
 BLOCK_M = 64
 BLOCK_N = 512
 NUM_WARPS = 8
@@ -206,11 +206,6 @@ def _lora_gradient_sum_kernel(
         tl.store(grad_h_ptr + places + offs % (T - filled), zeros, offs < M * (T - filled))
 
 
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @constant
 def _stripe_table(
     places: tuple[tuple[int, int, int, int], ...], device: torch.device
@@ -319,7 +314,7 @@ def _launch_lora_gradient(
 def _takes_one_pass(grad_y: Tensor, rank: int) -> bool:
     if grad_y.device.type == "cpu" or grad_y.dtype == torch.float32 or rank > MAX_RANK.value:
         return False
-    return torch.cuda.get_device_capability(grad_y.device) == CAPABILITY
+    return properties(grad_y.device).capability >= TENSOR_CORES_FROM
 
 
 def _check(
@@ -387,7 +382,7 @@ def lora_gradient(
     if not grad_y.shape[0]:
         return
     if _takes_one_pass(grad_y, grad_B.shape[1]):
-        num_multiprocessors = _num_multiprocessors(grad_y.device)
+        num_multiprocessors = properties(grad_y.device).num_multiprocessors
         _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, num_multiprocessors)
     else:
         lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates)

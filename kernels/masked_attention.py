@@ -51,7 +51,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import launch
+from kernels.device import properties
+from kernels.launch import MAX_LATER_AXIS, launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 
@@ -79,22 +80,34 @@ class Tiles(NamedTuple):
     grad_kv: Tile
 
 
-# by the width of a head, to a power of two, and bytes of a value: what fits the 99 KB of shared
-# memory of sm_89, and spills on no GPU where not said; wider tiles are slower for heads of 128
+# by the least bytes of shared memory that a program must have, the most first; then by the width of
+# a head, to a power of two, and bytes of a value. They spill nothing where not said, but for 16 to
+# 48 bytes on sm_120; wider tiles are slower for heads of 128
 CONFIGS = {
-    (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 2): Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
-    (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
-    (64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    # spills: its products are unrolled over the head
-    (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    227 << 10: {
+        (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    99 << 10: {
+        (64, 2): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+        (128, 2): Tiles(Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 3)),
+        (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+        (64, 4): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+        # spills: its products are unrolled over the head
+        (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    # of sm_75, for which Triton knows no tensor cores: its products are unrolled in any dtype
+    64 << 10: {
+        (64, 2): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (128, 2): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        # the gradients spill
+        (256, 2): Tiles(Tile(32, 16, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (64, 4): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+        # the queries' gradient spills
+        (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 8, 8, 1)),
+    },
 }
-# what is faster where there is as much as on sm_90
-LARGE_CONFIGS = {
-    (256, 2): Tiles(Tile(64, 16, 4, 4), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-}
-LARGE_BYTES = 227 << 10
 MIN_HEAD, MAX_HEAD = 64, 256
 # of float32, which is there for trials: no tensor cores
 PRECISION = tl.constexpr("ieee")
@@ -248,8 +261,8 @@ def _masked_attention_kernel(
     # one program computes the results of BLOCK_M queries of one head; those that see most start
     # first
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b = (tl.program_id(1) // num_heads).to(tl.int64)
-    h = (tl.program_id(1) % num_heads).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h // num_shared * stride_kh
     v_ptr += b * stride_vb + h // num_shared * stride_vh
@@ -326,8 +339,8 @@ def _masked_attention_grad_q_kernel(
 ):
     # one program computes the gradients of BLOCK_M queries of one head, and their delta
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b = (tl.program_id(1) // num_heads).to(tl.int64)
-    h = (tl.program_id(1) % num_heads).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     grad_ptr += b * stride_grad_b + h * stride_grad_h
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h // num_shared * stride_kh
@@ -405,8 +418,8 @@ def _masked_attention_grad_kv_kernel(
     # one program computes the gradients of BLOCK_N keys and values of one head, from all query
     # heads that share it; the first keys are seen by most, and start first
     first_column = tl.program_id(0) * BLOCK_N
-    b = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    h_kv = (tl.program_id(1) % num_kv_heads).to(tl.int64)
+    h_kv = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -454,17 +467,16 @@ def _masked_attention_grad_kv_kernel(
     _store_tile(grad_v_ptr + place, acc_v, columns, num_tokens, stride, HEAD_DIM, HEAD)
 
 
-def _shared_bytes(device: torch.device) -> int:
-    """Count what a program may have of shared memory."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def _tiles(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it."""
     head = max(triton.next_power_of_2(heads.shape[3]), MIN_HEAD)
     kind = (head, heads.element_size())
-    is_large = kind in LARGE_CONFIGS and _shared_bytes(heads.device) >= LARGE_BYTES
-    return head, LARGE_CONFIGS[kind] if is_large else CONFIGS[kind]
+    shared_bytes = properties(heads.device).shared_bytes
+    return head, next(
+        configs[kind]
+        for least, configs in CONFIGS.items()
+        if shared_bytes >= least and kind in configs
+    )
 
 
 def _empty_heads(like: Tensor) -> Tensor:
@@ -489,9 +501,11 @@ def _launch_masked_attention(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=query.device)
     head, tiles = _tiles(query)
     tile = tiles.out
+    # the programs of a head follow one another, since they read the same keys; an axis for heads
+    # and one for rows, because both together may be more than one has
     launch(
         _masked_attention_kernel,
-        (triton.cdiv(T, tile.BLOCK_M), B * H),
+        (triton.cdiv(T, tile.BLOCK_M), H, B),
         out,
         lse,
         query,
@@ -541,7 +555,7 @@ def _launch_masked_attention_backward(
     strides = [s for x in (grad, query, key, value) for s in x.stride()[:3]]
     launch(
         _masked_attention_grad_q_kernel,
-        (triton.cdiv(T, tiles.grad_q.BLOCK_M), B * H),
+        (triton.cdiv(T, tiles.grad_q.BLOCK_M), H, B),
         grad_q,
         delta,
         grad,
@@ -563,10 +577,9 @@ def _launch_masked_attention_backward(
         enable_fp_fusion=True,
         **tiles.grad_q._asdict(),
     )
-    grid = (triton.cdiv(T, tiles.grad_kv.BLOCK_N), B * num_kv_heads)
     launch(
         _masked_attention_grad_kv_kernel,
-        grid,
+        (triton.cdiv(T, tiles.grad_kv.BLOCK_N), num_kv_heads, B),
         grad_k,
         grad_v,
         delta,
@@ -612,6 +625,10 @@ def _check(
         raise ValueError(
             f"heads must be at most {MAX_HEAD} wide, shared evenly, and there must be a key for "
             f"each query: got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if B > MAX_LATER_AXIS or H > MAX_LATER_AXIS:
+        raise ValueError(
+            f"there must be at most {MAX_LATER_AXIS:,} rows and as many heads: got {B:,} and {H:,}"
         )
     kv_shape = (B, key.shape[1], num_keys, head_dim)
     for name, tensor in tensors.items():
@@ -674,7 +691,8 @@ def masked_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a head is not contiguous or wider than
-            MAX_HEAD, a number is not positive, or something requires a gradient.
+            MAX_HEAD, there are more rows or heads than MAX_LATER_AXIS, a number is not positive,
+            or something requires a gradient.
     """
     tensors = {"query": query, "key": key, "value": value}
     _check(tensors, key.shape[2] if key.dim() == 4 else 0, scale, cap, window, samples)

@@ -12,12 +12,12 @@ to x's dtype, decoded ones are not or differently, so the paths differ by about 
 product is that of QLoRA section 3, "QLoRA", without the adapter's term.
 """
 
-from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from kernels.device import properties
 from kernels.nf4_decode import device_constant, member_table
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul_fused import (
@@ -90,12 +90,6 @@ def nf4_matmul_transposed_reference(grad_y: Tensor, weight: NF4Weight) -> Tensor
     return (grad_y.float() @ dequantize(weight, grad_y.dtype).float()).to(grad_y.dtype)
 
 
-@cache
-def _device_key(device: torch.device) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
 def matmul_path(
     num_rows: int, weight: NF4Weight, dtype: torch.dtype, transposed: bool
 ) -> MatmulPath:
@@ -108,7 +102,8 @@ def matmul_path(
     """
     if num_rows == 0:
         return MatmulPath("expand", "there are no rows")
-    key = _device_key(weight.device)
+    gpu = properties(weight.device)
+    key = (gpu.capability, gpu.num_multiprocessors)
     (major, minor), num_sms = key
     table = CROSSOVERS.get(key, DEFAULT_CROSSOVERS)
     N, K = weight.shape
@@ -136,10 +131,11 @@ def matmul_path(
 
 def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
     """Say what keeps a weight on a GPU from a path; an empty string if nothing does."""
+    capability = properties(weight.device).capability
     if path == "fused":
-        return fused_obstacle(weight, dtype, transposed)
+        return fused_obstacle(weight, dtype, capability, transposed)
     if path == "warpgroup":
-        return warpgroup_obstacle(weight, dtype, _device_key(weight.device)[0], transposed)
+        return warpgroup_obstacle(weight, dtype, capability, transposed)
     return ""
 
 

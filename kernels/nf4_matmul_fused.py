@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import TENSOR_CORES_FROM
 from kernels.launch import launch
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
@@ -291,7 +292,9 @@ def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Co
     return next(c for c in configs if num_rows <= c.max_rows and num_kept >= c.min_kept)
 
 
-def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
+def fused_obstacle(
+    weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int], transposed: bool
+) -> str:
     """Say what keeps a weight from the fused kernels; an empty string if nothing does."""
     columns = QUANT_BLOCK.value * (1 if transposed else BLOCKS_PER_STEP.value)
     configs = TRANSPOSED_CONFIGS if transposed else FORWARD_CONFIGS
@@ -300,6 +303,8 @@ def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> s
     obstacle = operand_obstacle(weight, dtype)
     if obstacle:
         return obstacle
+    if capability < TENSOR_CORES_FROM:
+        return f"the fused kernels need the tensor cores of 8.0 and later, not {capability}"
     if weight.in_features % columns:
         return f"in_features {weight.in_features} is no multiple of {columns}"
     if any(num_rows % rows for num_rows in weight.rows):

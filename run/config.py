@@ -99,7 +99,7 @@ class TrainConfig:
         None,
         "data",
         "several samples in each row of --max-length tokens, of which none sees another; by "
-        "default on a GPU",
+        "default on a GPU of compute capability 8.0 or later",
     )
     train_on: str = _flag("completions", "data", "which tokens have a loss", ("completions", "all"))
     chat_template: str = _flag(

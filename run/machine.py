@@ -4,6 +4,11 @@ import os
 
 import torch
 
+# compute capabilities: of the oldest GPU that there are kernels for, and of the oldest with
+# bfloat16, on which Triton's products also use the tensor cores
+OLDEST = (7, 5)
+OLDEST_WITH_BFLOAT16 = (8, 0)
+
 
 def choose_device(name: str, local_rank: int = 0) -> str:
     """Resolve --device: `auto` is a GPU if there is one.
@@ -12,7 +17,8 @@ def choose_device(name: str, local_rank: int = 0) -> str:
         local_rank: of the process among those on this machine, each of which takes its own GPU.
 
     Raises:
-        ValueError: cuda is asked for, and there is no GPU, or none for this process.
+        ValueError: cuda is asked for, and there is no GPU, or none for this process; or the GPU is
+            too old.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,16 +33,43 @@ def choose_device(name: str, local_rank: int = 0) -> str:
             "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
             "choose --device cpu"
         )
+    if name == "cuda" and torch.cuda.get_device_capability(local_rank) < OLDEST:
+        raise ValueError(
+            f"a GPU must have compute capability {_dotted(OLDEST)} or later: "
+            f"{_describe_gpu(local_rank)}; choose --device cpu"
+        )
     return name
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device is a GPU of compute capability 8.0 or later."""
+    return device == "cuda" and torch.cuda.get_device_capability() >= OLDEST_WITH_BFLOAT16
 
 
 def choose_dtype(name: str, device: str) -> str:
     """Resolve --dtype: `auto` is bfloat16 on a GPU that has it, float16 on another, float32 on a
-    CPU."""
+    CPU.
+
+    Raises:
+        ValueError: bfloat16 is asked for, and the GPU does not have it.
+    """
+    if device == "cuda" and name == "bfloat16" and not has_bfloat16(device):
+        raise ValueError(
+            "--dtype bfloat16 must be given for a GPU of compute capability "
+            f"{_dotted(OLDEST_WITH_BFLOAT16)} or later: {_describe_gpu(0)}; choose --dtype float16"
+        )
     if name != "auto":
         return name
-    is_modern = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "float32" if device == "cpu" else "bfloat16" if is_modern else "float16"
+    return "float32" if device == "cpu" else "bfloat16" if has_bfloat16(device) else "float16"
+
+
+def _describe_gpu(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} has {_dotted(capability)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def prepare(device: torch.device, local_rank: int, is_deterministic: bool) -> None:

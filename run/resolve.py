@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from run.config import TrainConfig
-from run.machine import choose_device, choose_dtype
+from run.machine import choose_device, choose_dtype, has_bfloat16
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -56,6 +56,7 @@ def resolve(
         )
     packing = config.packing
     if packing is None:
-        packing = device == "cuda" and can_pack and not config.group_by_length
+        # where attention in shared rows has no tensor cores it takes longer than padding
+        packing = has_bfloat16(device) and can_pack and not config.group_by_length
     dtype = choose_dtype(config.dtype, device)
     return replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)

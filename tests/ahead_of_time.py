@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import triton
 from compiled_kernels import Resources, note_compiled
@@ -35,12 +36,51 @@ TYPE_NAMES = {
 }
 # bytes of shared memory that a block may have, by compute capability: CUDA programming guide,
 # "Technical Specifications per Compute Capability"
-SHARED_BYTES_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# what a block that uses shared memory gives up to the system; cuobjdump counts it among the block's
-# own, the limits above do not
-RESERVED_SHARED_BYTES = {80: 0, 89: 0, 90: 1 << 10, 100: 1 << 10}
+SHARED_BYTES_LIMIT = {
+    75: 64 << 10,
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
+# what a block that uses shared memory gives up to the system; from sm_90 on cuobjdump counts it
+# among the block's own, the limits above do not
+RESERVED_SHARED_BYTES = {
+    capability: (1 << 10) * (capability >= 90) for capability in SHARED_BYTES_LIMIT
+}
+# the GPUs that a kernel is compiled for, by the dtype that it computes in. sm_86 and sm_89 have the
+# products of sm_80 and the shared memory of sm_120, sm_121 has both of sm_120: one dtype does for
+# those. There are no products of bfloat16 on sm_75
+GPUS = {
+    torch.float32: (75, 80, 90, 100, 120),
+    torch.float16: (75, 80, 90, 100, 120),
+    torch.bfloat16: (80, 86, 89, 90, 100, 120, 121),
+}
+# what a product of 16-bit tiles becomes; Triton knows no tensor cores for sm_75
+TENSOR_CORE_INSTRUCTION = {
+    75: None,
+    80: "mma.sync.aligned.m16n8k16",
+    86: "mma.sync.aligned.m16n8k16",
+    89: "mma.sync.aligned.m16n8k16",
+    90: "wgmma.mma_async.sync.aligned",
+    100: "tcgen05.mma.cta_group::1.kind::f16",
+    120: "mma.sync.aligned.m16n8k16",
+    121: "mma.sync.aligned.m16n8k16",
+}
 REGISTERS_LIMIT = 64 << 10
 WARP_SIZE = 32
+
+
+def on_each_gpu(
+    dtypes: Iterable[torch.dtype], gpus: Mapping[torch.dtype, Iterable[int]] = GPUS
+) -> pytest.MarkDecorator:
+    """Run a test of a dtype and a capability with all that go together."""
+    pairs = [(dtype, capability) for dtype in dtypes for capability in gpus[dtype]]
+    ids = [f"{str(dtype)[6:]}-sm{capability}" for dtype, capability in pairs]
+    return pytest.mark.parametrize(("dtype", "capability"), pairs, ids=ids)
 
 
 @dataclass(frozen=True)
@@ -61,11 +101,19 @@ class CompiledLaunch(Resources):
         names = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", listing)
         return len(names) - names[::-1].index("EXIT")
 
-    def assert_fits(self, capability: int) -> None:
-        """It spills nothing and can be launched."""
-        assert self.stack_bytes == 0, f"{self.stack_bytes} bytes of registers are spilled"
+    def assert_fits(self, capability: int, spilled_bytes: int = 0) -> None:
+        """It spills nothing, or no more than is known, and can be launched."""
+        assert self.stack_bytes <= spilled_bytes, (
+            f"{self.stack_bytes} bytes of registers are spilled"
+        )
         assert self.registers * self.num_threads <= REGISTERS_LIMIT
         assert self.shared_bytes <= SHARED_BYTES_LIMIT[capability]
+
+    def assert_multiplies_as(self, instruction: str | None) -> None:
+        """Its products are this instruction of the tensor cores, or none."""
+        found = set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+", self.ptx))
+        assert bool(found) == bool(instruction), found
+        assert all(name.startswith(instruction or "") for name in found), found
 
 
 @dataclass

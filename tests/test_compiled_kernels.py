@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead_of_time import compile_launch
+from ahead_of_time import SHARED_BYTES_LIMIT, compile_launch
 from compiled_kernels import Resources, note_compiled, resource_table
 
 from kernels.launch import launch
@@ -39,7 +39,7 @@ def _exchange_kernel(x_ptr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr):
     tl.store(x_ptr + offs, x)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
+@pytest.mark.parametrize("capability", SHARED_BYTES_LIMIT, ids="sm{}".format)
 def test_static_shared_memory_is_counted_beside_dynamic(capability: int) -> None:
     def exchange(static: bool, dynamic: bool) -> None:
         x = torch.empty(128, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""kernels/adamw.py: equal to the reference, interpreted and on a GPU; compiles for 4."""
+"""kernels/adamw.py: equal to the reference, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from adamw_cases import (
     random_arenas,
     set_gradients,
 )
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, CompiledLaunch, compile_launch
 from equality import assert_equal
 from interpreter import interpreted_results
 from nf4_parity import cuda_codes
@@ -44,7 +44,6 @@ from nf4.double_quant import (
     nearest_codes,
 )
 
-CAPABILITIES = [80, 89, 90, 100]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCRIPT = "interpreted_adamw.py"
 # what is compiled: with and without moments in 8 bit, with each copy
@@ -185,13 +184,22 @@ def test_a_zero_block_has_the_codes_of_zero() -> None:
         assert not dequantize_moment(codes, absmax, levels).any()
 
 
+on_each_gpu_that_has_the_copy = pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        (name, capability)
+        for name, case in COMPILED.items()
+        for capability in GPUS[case.copy_dtype or torch.float32]
+    ],
+)
+
+
 def compile_update(case: AdamWCase, capability: int) -> CompiledLaunch:
     arenas = random_arenas(case)
     return compile_launch(module, "_adamw_kernel", lambda: module._launch_adamw(arenas), capability)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("name", COMPILED)
+@on_each_gpu_that_has_the_copy
 def test_kernel_compiles_without_spilling(
     name: str, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -204,7 +212,7 @@ def test_kernel_compiles_without_spilling(
     assert not re.search(r"\.ftz|\.approx|\.full", compiled.ptx)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
+@pytest.mark.parametrize("capability", GPUS[torch.float32], ids="sm{}".format)
 @pytest.mark.parametrize("kernel", ["_adamw_sum_squares_kernel", "_adamw_plan_kernel"])
 def test_kernels_of_the_plan_compile_without_spilling(
     kernel: str, capability: int, record_property: Callable[[str, object], None]
@@ -220,8 +228,7 @@ def test_kernels_of_the_plan_compile_without_spilling(
     assert not re.search(r"\.ftz|\.approx|\.full|\batom\.|\bred\.", compiled.ptx)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("name", COMPILED)
+@on_each_gpu_that_has_the_copy
 def test_every_element_is_moved_in_vectors_past_shared_memory(name: str, capability: int) -> None:
     case = COMPILED[name]
     compiled = compile_update(case, capability)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import REGISTERS_LIMIT, CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, REGISTERS_LIMIT, CompiledLaunch, compile_launch, on_each_gpu
 from cross_entropy_cases import (
     OUTSIDE,
     TINY_LOGITS,
@@ -26,7 +26,6 @@ from kernels.cross_entropy import cross_entropy, cross_entropy_
 from kernels.softcap import ERROR
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 # vocabularies of real models, and one that is odd
 VOCABULARIES = [32_000, 49_152, 128_256, 151_936, 50_257]
@@ -226,8 +225,8 @@ def compile_kernel(
 
 COMPILED = [
     (dtype, vocab_size, capability)
-    for capability in CAPABILITIES
     for dtype in DTYPES
+    for capability in GPUS[dtype]
     for vocab_size in (VOCABULARIES if capability == 90 else (128_256, 50_257))
 ]
 
@@ -254,8 +253,7 @@ def test_kernel_compiles_without_spilling(
     assert compiled.shared_bytes <= 4 * compiled.num_threads // 32
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_each_gpu(DTYPES)
 @pytest.mark.parametrize("vocab_size", [32_000, 49_152, 128_256, 151_936])
 def test_a_row_is_moved_in_vectors_of_16_bytes(
     dtype: torch.dtype, vocab_size: int, capability: int

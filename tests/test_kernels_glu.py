@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
 from equality import assert_equal, assert_no_worse_than
 from interpreter import interpreted_results
 from layer_cases import (
@@ -33,7 +33,6 @@ from kernels.glu import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 # inner sizes of real models, and a prime
 WIDTHS = [1536, 4864, 11008, 14336, 28672, 997]
@@ -229,8 +228,8 @@ def compile_backward(
 
 COMPILED = [
     (dtype, width, capability)
-    for capability in CAPABILITIES
     for dtype in DTYPES
+    for capability in GPUS[dtype]
     for width in (WIDTHS if capability == 90 else (14336, 997))
 ]
 
@@ -256,8 +255,7 @@ def test_kernels_compile_without_spilling(
 
 
 @pytest.mark.parametrize("num_extra", [0, 16], ids=["whole", "part of wider rows"])
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_each_gpu(DTYPES)
 def test_values_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
     dtype: torch.dtype, capability: int, num_extra: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""kernels/lora_extension.py: value for value what is written by hand; compiles for four GPUs."""
+"""kernels/lora_extension.py: value for value what is written by hand; compiles for each GPU."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, CompiledLaunch, compile_launch
 from equality import assert_equal
 from interpreter import interpreted_results
 from lora_extension_cases import (
@@ -24,7 +24,6 @@ from kernels import lora_extension as module
 from kernels.lora_extension import Update, extend_with_lora, extend_with_lora_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA, META = torch.device("cuda"), torch.device("meta")
 CPU_CASES = extension_cases([((5, 3), (0, 1), 37, 2, 4), ((7, 2, 3), (0, 2), 48, 3, 64)], DTYPES)
 # of Llama-3-8B: rows of the members, in_features
@@ -137,8 +136,8 @@ def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
 # all for one GPU; for the others the widest tail and the usual one
 COMPILED = [
     (case_of(group, rank, dtype), capability)
-    for capability in CAPABILITIES
     for dtype in DTYPES
+    for capability in GPUS[dtype]
     for rank in RANKS
     for group in GROUPS
     if capability == 90 or (group, rank) in (("qkv", 64), ("gate_up", 16))

@@ -1,4 +1,4 @@
-"""kernels/lora_gradient.py: whole numbers exactly, others as torch does; compiles for an H100."""
+"""kernels/lora_gradient.py: whole numbers exactly, others as torch does; compiles where it runs."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
 from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from interpreter import interpreted_results
 from lora_extension_cases import ExtensionCase
@@ -22,6 +22,7 @@ from lora_gradient_cases import (
 from torch import Tensor
 
 from kernels import lora_gradient as module
+from kernels.device import H200, meta_stands_for
 from kernels.lora_extension import Update
 from kernels.lora_gradient import add_product, lora_gradient, lora_gradient_reference
 
@@ -142,7 +143,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
         lora_gradient(**(GIVEN | changes))
 
 
-def compile_kernel(kernel: str, case: ExtensionCase) -> CompiledLaunch:
+def compile_kernel(kernel: str, case: ExtensionCase, capability: int) -> CompiledLaunch:
     # nothing is read, so nothing is drawn
     M, N, T = 8192, case.num_rows, case.tail
 
@@ -152,20 +153,59 @@ def compile_kernel(kernel: str, case: ExtensionCase) -> CompiledLaunch:
     grad_B = empty(N, case.rank, case.rank, torch.float32)
     matrices = (empty(M, N, N + T), empty(M, T, T), empty(N, T, 4096 + T), empty(M, T, N + T))
     arguments = (*matrices, grad_B, updates_of(case), NUM_MULTIPROCESSORS)
-    return compile_launch(module, kernel, lambda: module._launch_lora_gradient(*arguments), 90)
+    return compile_launch(
+        module, kernel, lambda: module._launch_lora_gradient(*arguments), capability
+    )
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rank", [3, 8, 16])
-@pytest.mark.parametrize("group", GROUPS)
+# all for one GPU; for the others the most updates at the usual rank; not sm_75
+COMPILED = [
+    (case_of(group, rank, dtype), capability)
+    for dtype in HALVES
+    for capability in GPUS[dtype]
+    for rank in (3, 8, 16)
+    for group in GROUPS
+    if capability == 90 or (capability >= 80 and (group, rank) == ("qkv", 16))
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    COMPILED,
+    ids=[f"{case}-sm{capability}" for case, capability in COMPILED],
+)
 def test_kernels_compile_without_spilling(
-    group: str, rank: int, dtype: torch.dtype, record_property: Callable[[str, object], None]
+    case: ExtensionCase, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
-    case = case_of(group, rank, dtype)
-    for kernel in ("_lora_gradient_kernel", "_lora_gradient_sum_kernel"):
-        compiled = compile_kernel(kernel, case)
+    for kernel, instruction in (
+        ("_lora_gradient_kernel", TENSOR_CORE_INSTRUCTION[capability]),
+        ("_lora_gradient_sum_kernel", None),
+    ):
+        compiled = compile_kernel(kernel, case, capability)
         record_property(kernel, str(compiled))
-        compiled.assert_fits(90)
+        compiled.assert_fits(capability)
+        compiled.assert_multiplies_as(instruction)
+
+
+@pytest.mark.parametrize(
+    ("capability", "rank", "dtype", "takes_one_pass"),
+    [
+        ((7, 5), 16, torch.float16, False),
+        ((8, 0), 16, torch.bfloat16, True),
+        ((8, 6), 3, torch.float16, True),
+        ((9, 0), 16, torch.bfloat16, True),
+        ((9, 0), 17, torch.bfloat16, False),
+        ((12, 1), 16, torch.bfloat16, True),
+        ((12, 1), 16, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_one_pass_is_taken_where_there_are_tensor_cores(
+    capability: tuple[int, int], rank: int, dtype: torch.dtype, takes_one_pass: bool
+) -> None:
+    with meta_stands_for(H200._replace(capability=capability)):
+        grad_y = torch.empty(4, 4, dtype=dtype, device=META)
+        assert module._takes_one_pass(grad_y, rank) == takes_one_pass
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -173,7 +213,7 @@ def test_kernels_compile_without_spilling(
 def test_an_h100_copies_16_bytes_at_a_time_and_multiplies_them_in_place(
     group: str, dtype: torch.dtype
 ) -> None:
-    compiled = compile_kernel("_lora_gradient_kernel", case_of(group, 16, dtype))
+    compiled = compile_kernel("_lora_gradient_kernel", case_of(group, 16, dtype), 90)
     copies = re.findall(r"cp\.async\.c\w\.\S+ \[[^]]*\], \[[^]]*\], (\w+)", compiled.ptx)
     assert copies
     assert set(copies) == {"0x10"}

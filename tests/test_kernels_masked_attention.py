@@ -1,16 +1,19 @@
-"""kernels/masked_attention.py: no worse than torch, interpreted and on a GPU; compiles for 4
-GPUs."""
+"""kernels/masked_attention.py: no worse than torch, interpreted and on a GPU; compiles for each."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from ahead_of_time import SHARED_BYTES_LIMIT, CompiledLaunch, compile_launch
+from ahead_of_time import (
+    SHARED_BYTES_LIMIT,
+    TENSOR_CORE_INSTRUCTION,
+    CompiledLaunch,
+    compile_launch,
+)
 from attention_cases import (
     TINY_ATTENTIONS,
     AttentionCase,
@@ -25,10 +28,11 @@ from interpreter import interpreted_results
 from torch import Tensor
 
 from kernels import masked_attention as module
+from kernels.device import H200, meta_stands_for
+from kernels.launch import MAX_LATER_AXIS
 from kernels.masked_attention import Samples, masked_attention, masked_attention_backward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 SCRIPT = "interpreted_attention.py"
 CPU_CASES = attention_cases([(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9)], DTYPES)
@@ -126,6 +130,10 @@ HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
         ({"key": torch.ones(2, 2, 8, 3).mT}, "^key must have contiguous heads"),
         ({"value": torch.ones(2, 2, 3, 8, device="meta")}, "on one device: got cpu and value on"),
         ({"key": KEYS.clone().requires_grad_()}, "^nothing is recorded for autograd: got key"),
+        (
+            {"query": torch.ones(65_536, 1, 1, 1), "key": torch.ones(65_536, 1, 1, 1)},
+            "^there must be at most 65,535 rows and as many heads: got 65,536 and 1",
+        ),
         ({"cap": 0.0}, "^the cap must be a positive number: got 0"),
         ({"scale": math.nan}, "^the scale must be a positive number: got nan"),
         ({"window": -1}, "^the window must be a positive number: got -1"),
@@ -182,53 +190,90 @@ KERNELS = ["", "_grad_q", "_grad_kv"]
 
 
 def compile_kernel(
-    kernel: str, head_dim: int, dtype: torch.dtype, capability: int, cap: float | None = 50.0
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: int, mask: str = "capped"
 ) -> CompiledLaunch:
-    """Compile for heads in a buffer of q, k and v, of more tokens than a window has: capped, or of
-    several samples."""
+    """Compile for heads in a buffer of q, k and v: capped, of several samples, or neither."""
     buffer = torch.empty(1, 4097, 4 * head_dim, dtype=dtype, device="meta")
     heads = buffer.unflatten(-1, (4, head_dim)).transpose(1, 2)
     query, key, value = heads.split((2, 1, 1), dim=1)
     out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     lse = torch.empty(1, 2, 4097, device="meta")
     places = torch.empty(1, 4097, device="meta", dtype=torch.int32)
-    samples = Samples(places, places) if cap is None else None
+    samples = Samples(places, places) if mask == "packed" else None
 
     def launch() -> None:
-        numbers = (0.0625, cap, None, samples)
-        shared_bytes = SHARED_BYTES_LIMIT[capability]
-        with patch.object(module, "_shared_bytes", lambda device: shared_bytes):
+        numbers = (0.0625, 50.0 if mask == "capped" else None, None, samples)
+        with meta_stands_for(H200._replace(shared_bytes=SHARED_BYTES_LIMIT[capability])):
             module._launch_masked_attention(query, key, value, *numbers)
             module._launch_masked_attention_backward(out, query, key, value, out, lse, *numbers)
 
     return compile_launch(module, f"_masked_attention{kernel}_kernel", launch, capability)
 
 
-# what real models have for every GPU, the others for one that has little shared memory; float16
-# compiles as bfloat16 does
-COMPILED = [(256, torch.bfloat16, capability) for capability in CAPABILITIES]
-COMPILED += [(width, torch.bfloat16, 89) for width in (64, 128)]
-COMPILED += [(width, torch.float32, 89) for width in (64, 128)]
+HALF, WIDE = torch.bfloat16, torch.float32
+# both masks for the widest heads of real models on every generation, and for all on a GPU that has
+# little shared memory; one mask for the others
+COMPILED = [(256, HALF, gpu, mask) for gpu in (80, 89, 90, 100) for mask in ("capped", "packed")]
+COMPILED += [
+    (width, dtype, 89, mask)
+    for width in (64, 128)
+    for dtype in (HALF, WIDE)
+    for mask in ("capped", "packed")
+]
+COMPILED += [(128, HALF, gpu, "causal") for gpu in (80, 90, 100)]
+COMPILED += [(256, HALF, gpu, "packed") for gpu in (86, 121)]
+COMPILED += [(width, HALF, 120, "packed") for width in (64, 128, 256)]
+COMPILED += [(128, torch.float16, 120, "capped"), (128, WIDE, 90, "causal")]
+COMPILED += [
+    (width, dtype, 75, "capped" if width == 256 else "packed")
+    for dtype in (torch.float16, WIDE)
+    for width in (64, 128, 256)
+]
+# what does not fit the registers of a thread, in bytes at most: without tensor cores products are
+# unrolled over the head, and sm_120 takes some registers more than sm_80 for the same tile
+SPILLED_BYTES = {
+    (256, HALF, 120, ""): 48,
+    (256, HALF, 121, ""): 48,
+    (128, torch.float16, 120, "_grad_kv"): 16,
+    (256, torch.float16, 75, "_grad_q"): 400,
+    (256, torch.float16, 75, "_grad_kv"): 400,
+    (256, torch.float32, 75, "_grad_q"): 200,
+}
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids="attention{}".format)
-@pytest.mark.parametrize("cap", [50.0, None], ids=["capped", "packed"])
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "capability"),
+    ("head_dim", "dtype", "capability", "mask"),
     COMPILED,
-    ids=[f"E{width}-{str(dtype)[6:]}-sm{capability}" for width, dtype, capability in COMPILED],
+    ids=[f"E{width}-{str(dtype)[6:]}-sm{gpu}-{mask}" for width, dtype, gpu, mask in COMPILED],
 )
-def test_kernels_compile_without_spilling(
+def test_kernels_fit_and_spill_nothing_more_than_is_known(
     kernel: str,
     head_dim: int,
     dtype: torch.dtype,
     capability: int,
-    cap: float | None,
+    mask: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    compiled = compile_kernel(kernel, head_dim, dtype, capability, cap)
+    compiled = compile_kernel(kernel, head_dim, dtype, capability, mask)
     record_property("resources", str(compiled))
-    compiled.assert_fits(capability)
+    compiled.assert_fits(capability, SPILLED_BYTES.get((head_dim, dtype, capability, kernel), 0))
+    instruction = TENSOR_CORE_INSTRUCTION[capability]
+    if instruction and (head_dim, kernel) == (256, "_grad_kv"):
+        # 32 keys are too few rows for a warpgroup
+        instruction = TENSOR_CORE_INSTRUCTION[80]
+    if dtype == WIDE:
+        # not rounded to what tensor cores take
+        instruction = None
+    compiled.assert_multiplies_as(instruction)
+
+
+@pytest.mark.parametrize(("B", "H"), [(1024, 128), (2, 65_534), (65_535, 2)], ids=str)
+def test_there_may_be_more_heads_in_all_than_an_axis_of_a_grid_has(B: int, H: int) -> None:
+    heads = torch.empty(B, H, 2, 8, device="meta")
+    assert B * H > MAX_LATER_AXIS
+    out, lse = masked_attention(heads, heads, heads, 1.0)
+    masked_attention_backward(out, heads, heads, heads, out, lse, 1.0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids="attention{}".format)
@@ -245,6 +290,14 @@ def test_gpu_kernels_are_as_good_as_torch_and_repeat_their_bits(case: AttentionC
     again = attention_results(case, masked_attention, masked_attention_backward, CUDA)
     for name, tensor in again.items():
         assert_equal(tensor, actual[name], name)
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_serve_more_heads_in_all_than_an_axis_of_a_grid_has() -> None:
+    case = AttentionCase(1100, 64, 32, 3, 3, 16, None, torch.bfloat16)
+    assert case.batch * case.num_heads > MAX_LATER_AXIS
+    actual = attention_results(case, masked_attention, masked_attention_backward, CUDA)
+    assert_as_good_as_torch(case, {name: tensor.cpu() for name, tensor in actual.items()})
 
 
 @pytest.mark.gpu

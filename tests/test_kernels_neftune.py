@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import compile_launch
+from ahead_of_time import compile_launch, on_each_gpu
 from equality import assert_equal
 from interpreter import interpreted_results
 from neftune_cases import SEED, TINY_NOISES, NoiseCase, noise_cases, noise_inputs, noisy
@@ -102,9 +102,8 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
         neftune_(**{"x": X, "scale": SCALE, "seed": ONE_SEED} | changes)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
+@on_each_gpu(DTYPES)
 @pytest.mark.parametrize("width", [4096, 997], ids="D{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_compiles_without_spilling(
     dtype: torch.dtype,
     width: int,

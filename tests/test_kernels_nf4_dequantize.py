@@ -1,11 +1,11 @@
-"""kernels/nf4_dequantize.py: equal to the reference, interpreted and on a GPU; compiles for 4."""
+"""kernels/nf4_dequantize.py: equals the reference, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import compile_launch
+from ahead_of_time import compile_launch, on_each_gpu
 from equality import assert_equal
 from interpreter import interpreted_results
 from nf4_cases import (
@@ -163,8 +163,7 @@ def test_interpreted_kernel_equals_the_reference(case: WeightCase, dtype: torch.
     assert_equal(interpreted_results("nf4_dequantize")[f"{case}-{dtype}"], expected)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_each_gpu(DTYPES)
 @pytest.mark.parametrize("case", COMPILED_WEIGHTS, ids=str)
 def test_kernel_compiles_without_spilling(
     case: WeightCase,
@@ -183,9 +182,8 @@ def test_kernel_compiles_without_spilling(
     compiled.assert_fits(capability)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
 # the conversions to float16 are those of the contiguous kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_each_gpu([torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("case", "num_extra"), STRIDED, ids=str)
 def test_strided_kernel_compiles_without_spilling(
     case: WeightCase, num_extra: int, dtype: torch.dtype, capability: int
@@ -202,8 +200,7 @@ def test_strided_kernel_compiles_without_spilling(
 
 # 8: a row stride of whole vectors, yet no multiple of the 16 that triton looks for
 @pytest.mark.parametrize("num_extra", [None, 16, 8], ids="extra-{}".format)
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@on_each_gpu([torch.float16, torch.bfloat16])
 def test_aligned_16_bit_weight_is_moved_in_vectors_past_shared_memory(
     dtype: torch.dtype, capability: int, num_extra: int | None
 ) -> None:

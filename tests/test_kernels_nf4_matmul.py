@@ -1,12 +1,12 @@
-"""kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for four."""
+"""kernels/nf4_matmul.py: right to the rounding, interpreted and on a GPU; compiles for each."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
 from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from interpreter import interpreted_results
 from nf4_cases import (
@@ -20,9 +20,9 @@ from nf4_cases import (
 )
 from torch import Tensor
 
-from kernels import nf4_matmul as module
 from kernels import nf4_matmul_fused as fused_module
 from kernels import nf4_matmul_warpgroup as warpgroup_module
+from kernels.device import H200, Properties, meta_stands_for
 from kernels.nf4_matmul import (
     CROSSOVERS,
     Path,
@@ -38,7 +38,7 @@ from nf4.weight import NF4Weight, dequantize, empty_weight, member, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_DTYPES = [torch.float16, torch.bfloat16]
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 # every configuration, with and without double quantization, of one member and of two
 COMPILED_PRODUCTS = [
@@ -164,18 +164,19 @@ def test_cpu_tensor_multiplies_without_a_gpu_and_keeps_its_dtype() -> None:
 
 
 @pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_device_key", lambda device: ((9, 0), 132))
+def h200() -> Iterator[None]:
+    with meta_stands_for(H200):
+        yield
 
 
 def path_of(num_rows: int, weight: WeightCase, dtype: torch.dtype, transposed: bool) -> Path:
     empty = empty_weight(
-        weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
+        weight.rows, weight.in_features, weight.block_size, weight.double_quant, META
     )
     return matmul_path(num_rows, empty, dtype, transposed).name
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("rows", [(1024,), (4096,), (14336,)], ids=str)
 def test_few_rows_are_fused_tens_take_the_warpgroup_kernel_and_many_expand(
@@ -195,21 +196,33 @@ def test_few_rows_are_fused_tens_take_the_warpgroup_kernel_and_many_expand(
     assert path_of(8192, weight, torch.bfloat16, transposed) == "expand"
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 def test_the_chosen_path_says_why() -> None:
-    weight = empty_weight((4096,), 4096, 64, True, CPU)
+    weight = empty_weight((4096,), 4096, 64, True, META)
     reason = matmul_path(1, weight, torch.bfloat16, False).reason
     assert "1 rows of a 4096x4096 weight; fused wins up to" in reason
     assert reason.endswith("measured on sm_90 with 132 multiprocessors")
 
 
-def test_an_unknown_device_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_device_key", lambda device: ((8, 6), 28))
-    weight = empty_weight((4096,), 4096, 64, True, CPU)
-    assert matmul_path(1, weight, torch.bfloat16, False).name == "fused"
-    path = matmul_path(512, weight, torch.bfloat16, False)
+def test_an_unknown_device_has_a_default() -> None:
+    weight = empty_weight((4096,), 4096, 64, True, META)
+    with meta_stands_for(Properties((8, 6), 28, 101_376)):
+        assert matmul_path(1, weight, torch.bfloat16, False).name == "fused"
+        path = matmul_path(512, weight, torch.bfloat16, False)
     assert path.name == "expand"
     assert "assumed for sm_86 with 28 multiprocessors" in path.reason
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("num_rows", [1, 16, 8192])
+def test_without_tensor_cores_every_product_expands(num_rows: int, transposed: bool) -> None:
+    # larger than the largest weights of the table
+    weight = empty_weight((14336,), 4096, 64, True, META)
+    with meta_stands_for(Properties((7, 5), 40, 65_536)):
+        path = matmul_path(num_rows, weight, torch.float16, transposed)
+    assert path.name == "expand"
+    if num_rows <= 16:
+        assert path.reason == "the fused kernels need the tensor cores of 8.0 and later, not (7, 5)"
 
 
 @pytest.mark.parametrize(
@@ -230,13 +243,13 @@ def test_a_weight_the_fused_kernels_do_not_take_is_told_why(
     empty = empty_weight(
         weight.rows, weight.in_features, weight.block_size, weight.double_quant, CPU
     )
-    assert reason in fused_obstacle(empty, dtype, transposed)
+    assert reason in fused_obstacle(empty, dtype, (9, 0), transposed)
 
 
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_a_weight_that_no_kernel_takes_expands_and_says_so(num_rows: int) -> None:
-    weight = empty_weight((64,), 320, 64, True, CPU)
+    weight = empty_weight((64,), 320, 64, True, META)
     path = matmul_path(num_rows, weight, torch.bfloat16, False)
     assert path == ("expand", "in_features 320 is no multiple of 256")
 
@@ -324,14 +337,28 @@ def compiled_launch(
     )
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm{}".format)
-@pytest.mark.parametrize("case", COMPILED_PRODUCTS, ids=str)
+# not sm_75
+PRODUCTS_ON_GPUS = [
+    (case, capability)
+    for case in COMPILED_PRODUCTS
+    for capability in GPUS[case.dtype]
+    if capability >= 80
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    PRODUCTS_ON_GPUS,
+    ids=[f"{case}-sm{capability}" for case, capability in PRODUCTS_ON_GPUS],
+)
 def test_kernel_compiles_without_spilling(
     case: ProductCase, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
     compiled = compiled_launch(case, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
+    # that of sm_80 on every GPU, since a tile of so few rows is none for a warpgroup
+    compiled.assert_multiplies_as(TENSOR_CORE_INSTRUCTION[80])
     # decoded weights go to the tensor cores without a detour: nothing waits until they are summed
     before, *between, _ = compiled.ptx.split("mma.sync")
     assert between
@@ -345,6 +372,7 @@ def test_warpgroup_kernel_compiles_without_spilling(
     compiled = compiled_launch(case, 90, "warpgroup")
     record_property("resources", str(compiled))
     compiled.assert_fits(90)
+    compiled.assert_multiplies_as(TENSOR_CORE_INSTRUCTION[90])
     # decoded weights stay in registers and x is copied: nothing is stored until they are summed
     before, *between, _ = compiled.ptx.split("wgmma.mma_async")
     assert between

@@ -1,4 +1,4 @@
-"""kernels/rms_norm.py: no worse than torch, interpreted and on a GPU; compiles for 4 GPUs."""
+"""kernels/rms_norm.py: no worse than torch, interpreted and on a GPU; compiles for each GPU."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
 from equality import assert_equal, assert_no_worse_than
 from interpreter import interpreted_results
 from layer_cases import (
@@ -26,7 +26,6 @@ from kernels import rms_norm as module
 from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 # hidden sizes of real models, and rows that are read twice
 WIDTHS = [576, 896, 2048, 4096, 5120, 8192, 16384, 20480]
@@ -288,8 +287,8 @@ compile_backward_with_y = partial(compile_backward, writes_y=True)
 # all widths for one GPU; for the others a usual one and the largest that registers hold
 COMPILED = [
     (dtype, width, capability)
-    for capability in CAPABILITIES
     for dtype in DTYPES
+    for capability in GPUS[dtype]
     for width in ([*WIDTHS, 997] if capability == 90 else (4096, 16384))
 ]
 
@@ -323,8 +322,7 @@ def test_kernels_compile_without_spilling(
 
 @pytest.mark.parametrize("num_extra", [0, 16], ids=["whole", "part of wider rows"])
 @pytest.mark.parametrize("has_addend", [False, True], ids=["alone", "with an addend"])
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_each_gpu(DTYPES)
 def test_aligned_rows_are_moved_once_in_vectors_of_16_bytes(
     dtype: torch.dtype, capability: int, has_addend: bool, num_extra: int
 ) -> None:

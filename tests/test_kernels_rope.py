@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import CompiledLaunch, compile_launch
+from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
 from equality import assert_equal
 from interpreter import interpreted_results
 from layer_cases import (
@@ -23,7 +23,6 @@ from kernels.rope import rope, rope_backward, rope_reference, rotate_reference
 from llama.rope import rope_tables
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CAPABILITIES = [80, 89, 90, 100]
 CUDA = torch.device("cuda")
 EPS = torch.finfo(torch.float32).eps
 # Llama 3 8B and 70B, Llama 3.2 1B, SmolLM, 80 columns, the tests' tiny model
@@ -230,8 +229,8 @@ def compile_backward(
 
 COMPILED = [
     (dtype, heads, capability)
-    for capability in CAPABILITIES
     for dtype in DTYPES
+    for capability in GPUS[dtype]
     for heads in (HEADS if capability == 90 else HEADS[:2])
 ]
 
@@ -259,8 +258,7 @@ def test_kernels_compile_without_spilling(
     assert "fma" not in compiled.ptx
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm{}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_each_gpu(DTYPES)
 def test_heads_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
     dtype: torch.dtype, capability: int
 ) -> None:

@@ -1,0 +1,79 @@
+"""run/machine.py: which device and dtype are chosen, and what a GPU is too old for."""
+
+import pytest
+import torch
+
+from run.machine import choose_device, choose_dtype, has_bfloat16
+
+GPUS = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 0): "NVIDIA A100", (12, 1): "NVIDIA GB10"}
+
+
+def install_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Let torch see one GPU, of which nothing runs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPUS[capability])
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 1)], ids=str)
+def test_a_gpu_that_has_kernels_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    install_gpu(monkeypatch, capability)
+    assert choose_device(name) == "cuda"
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_is_too_old_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    install_gpu(monkeypatch, (7, 0))
+    with pytest.raises(ValueError, match=r"^a GPU must have .* 7\.5 or later") as refusal:
+        choose_device(name)
+    assert str(refusal.value).endswith(": Tesla V100 has 7.0; choose --device cpu")
+    assert "\n" not in str(refusal.value)
+    assert choose_device("cpu") == "cpu"
+
+
+def test_a_process_looks_at_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = [(8, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert choose_device("auto", 0) == "cuda"
+    with pytest.raises(ValueError, match=r"has 7\.0; choose --device cpu$"):
+        choose_device("auto", 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 1), "bfloat16")],
+    ids=str,
+)
+def test_the_dtype_is_bfloat16_where_the_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str
+) -> None:
+    install_gpu(monkeypatch, capability)
+    assert choose_dtype("auto", "cuda") == dtype
+    assert has_bfloat16("cuda") == (dtype == "bfloat16")
+    for given in ("float32", "float16"):
+        assert choose_dtype(given, "cuda") == given
+
+
+def test_bfloat16_is_refused_where_the_gpu_does_not_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_gpu(monkeypatch, (7, 5))
+    with pytest.raises(
+        ValueError,
+        match=r"^--dtype bfloat16 must .* 8\.0 or later: Tesla T4 has 7\.5; .* --dtype float16$",
+    ):
+        choose_dtype("bfloat16", "cuda")
+    assert choose_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_on_a_cpu_the_dtype_is_float32() -> None:
+    assert choose_dtype("auto", "cpu") == "float32"
+    assert not has_bfloat16("cpu")
