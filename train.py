@@ -469,8 +469,9 @@ def train_step(run: Run) -> PendingStep:
             total_loss += run.micro_step(
                 batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
             )
-        # of a rank without micro-batches too: from here on nothing is refused
-        optimizer.prefetch()
+        if not own:
+            # what can be refused is refused before any rank takes the step
+            optimizer.prefetch()
     run.ranks.add_up(optimizer.gradients)
     run.ranks.add_up(total_loss)
     total_loss /= num_targets

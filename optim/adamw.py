@@ -247,7 +247,7 @@ class AdamW:
             Does not wait for the device.
         """
         # the one thing that can be refused, before anything is changed
-        self.prefetch()
+        self._memory.prefetch()
         scale = self._unscaled if loss_scale is None else loss_scale
         pieces = self._memory.pieces(self._arenas)
         return adamw(self._arenas, learning_rate, max_norm, scale, pieces)
