@@ -21,12 +21,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
-from llama.checkpoint import COMPANIONS, INDEX_NAME, describe, find_checkpoint, load_model
+from llama.checkpoint import (
+    COMPANIONS,
+    INDEX_NAME,
+    Description,
+    describe,
+    find_checkpoint,
+    load_model,
+)
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
+from llama.identity import identify
 from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
-from lora.adapter_file import find_adapter, load_adapter, read_adapter_config
+from lora.adapter_file import (
+    find_adapter,
+    load_adapter,
+    read_adapter_config,
+    read_base_identity,
+)
 from nf4.blockwise import check_block_size
 from run.atomic import new_folder
 from run.checkpoint import CHECKPOINT_NAME
@@ -48,6 +61,7 @@ class MergeConfig:
     Attributes:
         quantization: (block_size, double_quant) that the adapter was trained with; None: none.
         where: what says so.
+        other_base: whether the model may be another one than the adapter was trained on.
     """
 
     model: Path
@@ -59,6 +73,7 @@ class MergeConfig:
     dtype: torch.dtype
     quantization: tuple[int, bool] | None
     where: str
+    other_base: bool
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -89,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
     updates = read_updates(config.adapter, shapes)
+    check_base(config, base)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
     check_new_folder(config.output, sum(path.stat().st_size for path in (*shards, *files.values())))
@@ -150,6 +166,7 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
         dtype=getattr(torch, choose_dtype(given.dtype, device)),
         quantization=quantization,
         where=where,
+        other_base=given.other_base,
     )
 
 
@@ -169,6 +186,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights to merge into: as the checkpoint has them, or quantized to NF4 and back "
         "(default: original)",
     )
+    parser.add_argument(
+        "--other-base",
+        action="store_true",
+        help="merge although --model is not the checkpoint that the adapter was trained on",
+    )
     parser.add_argument("--text", help="file to measure perplexity and logits on")
     parser.add_argument(
         "--block-size", type=int, help="of NF4; by default what the adapter's run had, or 64"
@@ -186,6 +208,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the computation with --text; the weights keep theirs (default: auto)",
     )
     return parser
+
+
+def check_base(config: MergeConfig, base: Description) -> None:
+    """Hold the model against the one that the adapter was trained on.
+
+    Raises:
+        ValueError: it is another one, and --other-base is not given.
+    """
+    trained_on = read_base_identity(config.adapter)
+    if not trained_on:
+        print(f"{config.adapter} does not say what its base was: {config.model} is not checked")
+    elif trained_on != identify(base).original and not config.other_base:
+        raise ValueError(
+            f"--model must be the checkpoint that the adapter was trained on: {config.model} has "
+            "other weights or another config.json; give that one, or --other-base to merge into "
+            "this one all the same"
+        )
 
 
 def run_folder(adapter: Path) -> Path:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -26,11 +27,12 @@ from data import audit
 from hub.push import push_folder
 from job.checkpoint import quantization_of
 from job.job import Job, check
+from kernels.launch import KernelDoesNotFit
 from llama.checkpoint import load_model
 from llama.generation import generate_greedy
 from llama.micro_step import MicroStep
 from llama.model import Llama
-from llama.preflight import memory_line, next_setting, preflight
+from llama.preflight import limit_memory, memory_line, next_setting, preflight
 from lora.adapter_file import load_adapter, save_adapter
 from optim.adamw import AdamW
 from optim.loss_scale import LossScale
@@ -42,6 +44,7 @@ from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
     RunState,
     checkpoint_name,
+    list_checkpoints,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -51,6 +54,7 @@ from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
+from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
 
 SAMPLE_TOKENS = 100
@@ -108,8 +112,19 @@ def main(arguments: Sequence[str]) -> None:
         now = datetime.fromtimestamp(ranks.largest(int(time.time())))
         with ranks.first_goes_ahead():
             job = check(arguments, ranks, now)
-        if job is not None:
+        if job is None:
+            return
+        try:
             carry_out(job, ranks)
+        except (CannotGoOn, RankError):
+            raise
+        except RuntimeError as error:
+            if not (is_device_failure(error) or is_shortage(error)):
+                raise
+            raise CannotGoOn(
+                f"the GPU must go on working: it failed in step {job.state.step + 1}: "
+                f"{first_line(error)}; {last_checkpoint(job)}"
+            ) from None
 
 
 def carry_out(job: Job, ranks: Ranks) -> None:
@@ -119,14 +134,9 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         CannotGoOn: the run ended in its middle.
     """
     config, state = job.config, job.state
-    run = load_run(job, ranks)
+    ranks.check_same("the model", hash_of(state.base))
+    run = begin(job, ranks)
     described = run.optimizer.describe()
-    print(f"optimizer: {described}")
-    if job.device.type == "cuda" and job.num_steps:
-        batch = job.epochs.largest_batch()
-        given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
-        preflight(run.micro_step, *given, run.loss_scale.scale)
-        print(memory_line(job.plan))
     # but for what is each machine's own: where the folder is, what time it is
     shared = (replace(config, output=""), replace(state, started=""), job.audits)
     ranks.check_same("the run", hash_of(str(shared)))
@@ -150,14 +160,10 @@ def carry_out(job: Job, ranks: Ranks) -> None:
                 answer(run, log)
         except RankOutOfMemory as error:
             shortage = str(error)
-        if shortage or stopped_by:
+        if shortage:
+            raise ranks.said_once(after_shortage(run, log, shortage))
+        if stopped_by:
             path = save(run, log)
-    if shortage:
-        error = CannotGoOn(
-            f"the GPU's memory must suffice for step {state.step + 1}: {shortage}; {path} has the "
-            f"run as it stands; try {next_setting(job.work, job.plan, job.device)}"
-        )
-        raise ranks.said_once(error)
     if stopped_by:
         print(
             f"stopped by {stopped_by} after step {state.step:,} of {job.num_steps:,}: {path} has "
@@ -168,10 +174,76 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         print(f"optimizer: {run.optimizer.describe()}")
     if job.device.type == "cuda":
         print(memory_line(job.plan))
+    # results are written whether or not the GPU has memory left
+    run.micro_step.release()
     if job.num_steps and ranks.is_first:
         save_results(run, log.rows)
     if answers := log.answers():
         print(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
+
+
+def begin(job: Job, ranks: Ranks) -> Run:
+    """Load a run onto its device, and on a GPU try out what its steps take of the memory.
+
+    Raises:
+        ValueError: the memory does not suffice.
+    """
+    shape = f"{job.work.batch} x {job.work.tokens:,} tokens"
+    try:
+        with ranks.sharing_shortage():
+            run = load_run(job, ranks)
+            print(f"optimizer: {run.optimizer.describe()}")
+            if job.device.type == "cuda" and job.num_steps:
+                try_out(run)
+    except RankOutOfMemory as error:
+        message = (
+            f"the model and its longest micro-batch, {shape}, must fit the GPU: {error}; lower "
+            "--max-memory, --batch-size or --max-length"
+        )
+        raise ranks.said_once(ValueError(message)) from None
+    return run
+
+
+def try_out(run: Run) -> None:
+    """Take the longest micro-batch and an optimizer step on a GPU, without changing anything.
+
+    Whatever takes memory at its first use has it then: captured graphs, NCCL, the optimizer's
+    kernels, which leave parameters and moments alone where a gradient is not finite.
+    """
+    job, optimizer = run.job, run.optimizer
+    batch = job.epochs.largest_batch()
+    given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
+    print(preflight(run.micro_step, *given, run.loss_scale.scale))
+    optimizer.gradients.fill_(math.nan)
+    run.ranks.add_up(optimizer.gradients)
+    optimizer.step(0.0)
+    torch.cuda.synchronize()
+    print(memory_line(job.plan))
+
+
+def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
+    """Save a run whose memory has ended, and say how to go on."""
+    job = run.job
+    why = f"the GPU's memory must suffice for step {run.state.step + 1}: {shortage}"
+    run.micro_step.release()
+    try:
+        path = save(run, log)
+    except (RuntimeError, OSError) as error:
+        return CannotGoOn(f"{why}; nor was it saved: {first_line(error)}; {last_checkpoint(job)}")
+    advice = next_setting(job.work, job.plan, job.device)
+    return CannotGoOn(f"{why}; {path} has the run as it stands; try {advice}")
+
+
+def last_checkpoint(job: Job) -> str:
+    """Say where a run goes on that could not be saved."""
+    found = list_checkpoints(job.output)
+    return (
+        f"{found[-1]} is the last checkpoint, for --resume" if found else "no checkpoint is there"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def hash_of(text: str) -> int:
@@ -191,6 +263,8 @@ def load_run(job: Job, ranks: Ranks) -> Run:
             bar.total = total
             bar.update(done - bar.n)
 
+        if job.device.type == "cuda":
+            limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
@@ -203,6 +277,9 @@ def load_run(job: Job, ranks: Ranks) -> Run:
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
     captures = job.device.type == "cuda"
     micro_step = MicroStep(model, job.plan.policies, config.neftune_noise_alpha, captures)
+    if captures:
+        # what loading has left: an allocation in the pool of the passes does not get it back
+        torch.cuda.empty_cache()
     best = resumed.best if resumed else {}
     return Run(job, ranks, model, micro_step, optimizer, loss_scale, best)
 
@@ -249,7 +326,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
         is_read_due = is_row_due or is_save_due or is_sample_due
         if not is_read_due and len(run.pending) < config.max_bad_steps:
             continue
-        figures = settle(run, log)
+        with run.ranks.sharing_shortage():
+            figures = settle(run, log)
         if is_row_due:
             row = log.row(state, state.step / job.epochs.num_steps, figures)
             if is_eval_due and job.evaluation:
@@ -262,11 +340,17 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
         if is_sample_due:
             log.say(f"step {state.step}: {config.sample_prompt} -> {answer(run, log)}")
         if is_save_due and not run.is_over:
-            try:
-                save(run, log)
-            except OSError as error:
-                log.say(f"step {state.step}: no checkpoint, the run goes on: {error}")
+            with run.ranks.sharing_shortage():
+                save_if_disk_allows(run, log)
     return ""
+
+
+def save_if_disk_allows(run: Run, log: RunLog) -> None:
+    """Write a checkpoint, or say why there is none."""
+    try:
+        save(run, log)
+    except OSError as error:
+        log.say(f"step {run.state.step}: no checkpoint, the run goes on: {error}")
 
 
 def is_due(every: int, state: RunState) -> bool:
@@ -358,7 +442,7 @@ def train_step(run: Run) -> PendingStep:
         scale, are what `settle` last saw.
 
     Raises:
-        RankOutOfMemory: the gradients of a micro-batch do not fit; the run is as it was.
+        RankOutOfMemory: a micro-batch or the moments do not fit; the run is as it was.
     """
     config, state, epochs = run.config, run.state, run.job.epochs
     optimizer, scale = run.optimizer, run.loss_scale
@@ -385,6 +469,9 @@ def train_step(run: Run) -> PendingStep:
             total_loss += run.micro_step(
                 batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
             )
+        if not own:
+            # what can be refused is refused before any rank takes the step
+            optimizer.prefetch()
     run.ranks.add_up(optimizer.gradients)
     run.ranks.add_up(total_loss)
     total_loss /= num_targets
@@ -473,7 +560,8 @@ def answer(run: Run, log: RunLog) -> str:
 
 
 def write_adapter(folder: Path, run: Run) -> None:
-    save_adapter(folder, run.model.adapter_tensors(), run.job.lora, run.config.model)
+    job, tensors = run.job, run.model.adapter_tensors()
+    save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
 
 
 def save_results(run: Run, rows: Sequence[Row]) -> None:
@@ -491,11 +579,20 @@ def save_results(run: Run, rows: Sequence[Row]) -> None:
         print(f"pushed it: {push_folder(output, names, run.config.push_to_hub, message)}")
 
 
+def end(message: str) -> NoReturn:
+    """Leave with one line on stderr; at once where the GPU is lost, which torch's end would ask."""
+    if is_lost(torch.device("cuda")):
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(message)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, CannotGoOn, RankError) as error:
+    except (ValueError, OSError, CannotGoOn, RankError, KernelDoesNotFit) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
-        sys.exit(f"error: {error}")
+        end(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")

@@ -19,10 +19,11 @@ from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
 from hub.push import check_push
 from job.adapter import lora_config, lora_of_init_adapter
-from job.checkpoint import follow_checkpoint, packable_length, workload
+from job.checkpoint import follow_checkpoint, identify_base, packable_length, workload
 from job.data import load_data
 from llama.checkpoint import find_checkpoint
 from llama.config import read_config
+from llama.identity import Identity
 from llama.memory_plan import MemoryPlan
 from llama.model import projection_shapes, projections
 from llama.preflight import describe_plan, plan_run
@@ -58,6 +59,7 @@ class Job:
     """What a run shall do, checked, and the state from which it goes on.
 
     Attributes:
+        base: which checkpoint the model is.
         start: the adapter to begin with, if any.
         resumed: the checkpoint to go on from, if any.
         damaged: later checkpoints, and what is wrong with them.
@@ -67,6 +69,7 @@ class Job:
 
     config: TrainConfig
     checkpoint_folder: Path
+    base: Identity
     lora: LoRAConfig
     start: Path | None
     resumed: Checkpoint | None
@@ -165,9 +168,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
+    base = identify_base(config, checkpoint_folder, resumed, start)
+    state.base = base.own
     return Job(
         config,
         checkpoint_folder,
+        base,
         lora,
         start,
         resumed,

@@ -118,6 +118,7 @@ class Arenas:
     groups: Tensor  # (num_groups, 2) float64: factor of the learning rate, weight decay
     num_updates: Tensor  # (1,) int32, t: steps that were not skipped
     scalars: Tensor  # (NUM_SHARED_SCALARS + 2 * num_groups,) float32, from launch to launch
+    partial_sums: Tensor  # (SUM_PROGRAMS,) float64, of the gradients' squares
 
 
 def adamw_reference(
@@ -252,6 +253,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # a
     tables = (DYNAMIC_MAP, signed, UNSIGNED_DYNAMIC_MAP, unsigned)
     first, second, third, fourth = (table.to(device) for table in tables)
     return first, second, third, fourth
+
+
+def make_adamw_tables(device: torch.device) -> None:
+    """Make the tables that a step reads on a device, so that they are there when memory ends."""
+    _corrections(device)
+    _tables(device)
 
 
 @triton.jit
@@ -433,12 +440,11 @@ def _launch_adamw_plan(
 ) -> None:
     tile = TILE_BLOCKS * MOMENT_BLOCK
     gradients = arenas.gradients
-    partial_sums = torch.empty(SUM_PROGRAMS, dtype=torch.float64, device=gradients.device)
     corrections = _corrections(gradients.device)
     launch(
         _adamw_sum_squares_kernel,
         (SUM_PROGRAMS,),
-        partial_sums,
+        arenas.partial_sums,
         gradients,
         gradients.numel() // tile,
         TILE=tile,
@@ -452,7 +458,7 @@ def _launch_adamw_plan(
         (1,),
         arenas.scalars,
         arenas.num_updates,
-        partial_sums,
+        arenas.partial_sums,
         loss_scale,
         arenas.groups,
         corrections,

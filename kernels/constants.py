@@ -8,11 +8,12 @@ first pass, by whoever puts a model on a device, and while a pass runs making on
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_tables: dict[tuple[object, ...], object] = {}
 _passes_running = 0
 
 
@@ -22,20 +23,20 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
     Raises:
         RuntimeError: it is asked for the first time while a pass runs; on each such call.
     """
-    tables: dict[object, T] = {}
 
     @wraps(make)
     def find(*args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
-        if args not in tables:
+        key = (make, *args)
+        if key not in _tables:
             if _passes_running:
                 raise RuntimeError(
                     "tables of kernels must be made before a pass, whose memory is written again: "
                     f"{make.__module__}.{make.__name__}{args} was not; make it where the model is "
                     "put on its device"
                 )
-            tables[args] = make(*args, **kwargs)
-        return tables[args]
+            _tables[key] = make(*args, **kwargs)
+        return cast(T, _tables[key])
 
     return find
 

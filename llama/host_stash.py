@@ -24,10 +24,14 @@ class _Copy(NamedTuple):
 
 
 class HostStash:
-    """Keeps a matrix for each of a few layers on the host: last in, first out."""
+    """Keeps a matrix for each of a few layers on the host: last in, first out.
+
+    Attributes:
+        layers: which may put one.
+    """
 
     def __init__(self, layers: Sequence[int], device: torch.device) -> None:
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
         self._host: dict[int, Tensor] = {}
         self._stream = torch.cuda.Stream(device)
         self._leaving: deque[_Copy] = deque()
@@ -39,7 +43,7 @@ class HostStash:
         if not self._host or next(iter(self._host.values())).numel() < like.numel():
             self._host = {
                 layer: torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
-                for layer in self._layers
+                for layer in self.layers
             }
 
     def held(self) -> list[Tensor]:
@@ -72,6 +76,17 @@ class HostStash:
         """Let what follows on this stream come after every copy out."""
         while self._leaving:
             self._let_go()
+
+    def abandon(self) -> None:
+        """Let what follows on this stream come after every copy of a pass that has failed.
+
+        A capture can end only then.
+        """
+        self.settle()
+        while self._coming:
+            _, copy = self._coming.popitem()
+            torch.cuda.current_stream().wait_event(copy.done)
+        self._on_host.clear()
 
     def fetch_next(self, like: Tensor) -> None:
         """Start copying the matrix back that was put last, if one is left, into one of a shape."""

@@ -9,13 +9,16 @@ On a GPU a shape that comes again is captured into two CUDA graphs, one before t
 after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than the GPU needs
 for the work. The loss is left between them, because how many tokens have one differs from batch to
 batch. All passes, captured or not, take turns in one pool of memory, so that however many shapes
-there are, it is as large as the largest needs.
+there are, it is as large as the largest needs. To torch's allocator, what a captured pass keeps
+there is free, and a replay writes over it: so nothing that outlives a pass is made in the pool.
+Tables of kernels and cuBLAS's workspaces are made before the first pass, results outside of it.
 
     M = B T rows, D hidden_size
 """
 
+import gc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.constants import no_new_constants
 from kernels.masked_attention import Samples
 from kernels.neftune import neftune_, noise_scale
 from llama.decoder_layer import Activations, DecoderLayer, LayerInput, Shared
 from llama.host_stash import HostStash
-from llama.loss import linear_cross_entropy_with_gradient
+from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
 
 Policy = Literal["keep", "recompute", "offload"]
@@ -109,6 +113,8 @@ class MicroStep:
             # torch gives memory back to the stream that it was used on
             self._stream = torch.cuda.Stream(model.device)
             self._pool = torch.cuda.MemPool()
+            model.make_tables()
+            _make_workspaces(self._stream, model.compute_dtype)
 
     @torch.no_grad()
     def __call__(
@@ -164,10 +170,35 @@ class MicroStep:
         self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> Tensor:  # () float32
         """Compute a batch's summed loss without dropout, in the memory that training takes."""
-        if self.model.device.type == "cpu":
-            return self.model.loss(input_ids, labels, positions)
-        with self._on_stream(), self._pooled():
-            return self.model.loss(input_ids, labels, positions)
+        model = self.model
+        if model.device.type == "cpu":
+            return model.loss(input_ids, labels, positions)
+        places = [] if positions is None else samples_of(positions)
+        given = (input_ids, *places, *target_rows(labels))
+        # a copy from memory that is not pinned waits for the device
+        sent = [t.pin_memory().to(model.device, non_blocking=True) for t in given]
+        ids, *places, rows, targets = sent
+        with self._on_stream():
+            hidden = self._hidden_states(ids)
+            with self._pooled():
+                model.hidden_states(ids, samples=Samples(*places) if places else None, out=hidden)
+            return linear_cross_entropy(
+                hidden[rows], model.head, targets, model.config.final_logit_softcapping
+            )
+
+    def release(self) -> None:
+        """Give the memory of all passes back, after one that failed; the next begin anew."""
+        self._captured.clear()
+        self._seen.clear()
+        self._hidden = self._hidden.new_empty(0)
+        if self._stash is not None:
+            self._stash.abandon()
+            self._stash = HostStash(self._stash.layers, self.model.device)
+        if self.model.device.type == "cuda":
+            # a failed pass and its error may hold each other
+            gc.collect()
+            self._pool = torch.cuda.MemPool()
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -201,15 +232,18 @@ class MicroStep:
             self._hidden = self._hidden.new_empty(M * D)
         return self._hidden[: M * D].view(M, D)
 
-    def _pooled(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _pooled(self) -> Iterator[None]:
         """Take memory from the pool that the captured passes have theirs from.
 
         Not for the loss: to the allocator, what a captured forward pass keeps for the backward pass
         is free.
         """
         if self.model.device.type == "cpu":
-            return nullcontext()
-        return torch.cuda.use_mem_pool(self._pool)
+            yield
+            return
+        with no_new_constants(), torch.cuda.use_mem_pool(self._pool):
+            yield
 
     def _captured_for(self, given: Sequence[Tensor]) -> _Captured | None:
         """Find a shape's graphs, recording them when it comes for the second time.
@@ -227,15 +261,30 @@ class MicroStep:
     def _capture(self, given: Sequence[Tensor]) -> _Captured:
         """Record both passes; nothing is computed."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # the stubs of torch 2.13 want a type that its own pools do not have
-        pool: Any = self._pool.id
         hidden = self._hidden_states(given[0])
-        with torch.cuda.graph(forward, pool=pool, stream=self._stream):
+        with self._recording(forward):
             kept = self._forward(given, hidden)
-        with torch.cuda.graph(backward, pool=pool, stream=self._stream):
+        with self._recording(backward):
             self._backward(hidden, kept)
         host = self._stash.held() if self._stash else []
         return _Captured(tuple(given), hidden, host, forward, backward)
+
+    @contextmanager
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record into a graph what this stream is given.
+
+        A pass that fails is ended as any other: where copies of the stash were not awaited the
+        capture could not end, and torch's allocator would take it for running ever after.
+        """
+        # the stubs of torch 2.13 want a type that its own pools do not have
+        pool: Any = self._pool.id
+        with no_new_constants(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            try:
+                yield
+            except BaseException:
+                if self._stash is not None:
+                    self._stash.abandon()
+                raise
 
     def _forward(self, given: Sequence[Tensor], hidden: Tensor) -> _Kept:
         """Write the hidden states, and return what the backward pass needs.
@@ -303,3 +352,12 @@ class MicroStep:
             self._stash.fetch_next(r1)
             kept = LayerInput(r1, kept.h_down)
         return layer.recompute(kept, shared)
+
+
+def _make_workspaces(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:
+    """Let cuBLAS take what it keeps for a stream, before a pass lets it do so in the pool."""
+    with torch.cuda.stream(stream):
+        a = torch.zeros(256, 256, dtype=dtype, device=stream.device)
+        torch.mm(a, a)
+        # products with a bias are cublasLt's, which has a workspace of its own
+        torch.addmm(a[0], a, a)

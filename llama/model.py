@@ -225,6 +225,7 @@ class Llama(nn.Module):
         input_ids: Tensor,
         cache: KeyValueCache | None = None,
         samples: Samples | None = None,
+        out: Tensor | None = None,  # (B T, D)
     ) -> Tensor:
         """Run the decoder: token ids (B, T) to normalized hidden states (B, T, D).
 
@@ -251,7 +252,7 @@ class Llama(nn.Module):
         x, delta = self.embed(input_ids), None
         for layer in self.layers:
             x, delta, _ = layer(x, delta, shared, cache)
-        y, _, _ = self.model.norm(x, delta)
+        y, _, _ = self.model.norm(x, delta, out=out)
         return y.unflatten(0, tuple(input_ids.shape))
 
     @torch.no_grad()

@@ -40,10 +40,14 @@ def plan_run(
     if device.type == "cpu":
         policy = POLICIES.get(activations, POLICIES["keep"])
         return plan_memory(work, (policy,) * work.config.num_hidden_layers)
+    return plan_within(work, POLICIES.get(activations), memory_budget(max_memory))
+
+
+def memory_budget(max_memory: int | None) -> int:
+    """Count what the process may take of the GPU: what is free on it, or less where asked for."""
     # the context is there already; a plan has been 2 % too low
     available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
-    budget = min(max_memory or available, available)
-    return plan_within(work, POLICIES.get(activations), budget)
+    return min(max_memory or available, available)
 
 
 def describe_plan(
@@ -71,24 +75,33 @@ def preflight(
     positions: Tensor | None,  # (B, T), where rows hold several samples
     lengths: Tensor,  # (B, T), of every token's sample
     factor: Tensor,  # ()
-) -> None:
-    """Run a micro-batch once on a GPU, so that what does not fit fails before step 1.
+) -> str:
+    """Run a micro-batch on a GPU, launched and then captured, and say how long that took.
 
-    Raises:
-        ValueError: the GPU has not the memory.
+    What does not fit fails before step 1, with what torch raises. Gradients are added to: zeros, or
+    what is not finite.
     """
-    shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
     start = time.perf_counter()
-    try:
+    for _ in range(2):
         micro_step(input_ids, labels, factor * 0, positions=positions, lengths=lengths)
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the longest micro-batch, {shape}, must fit the GPU: {error}; lower --max-memory, "
-            "--batch-size or --max-length"
-        ) from None
+    torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    print(f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled")
+    shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
+    return f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled and captured"
+
+
+def limit_memory(plan: MemoryPlan, device: torch.device, max_memory: int | None) -> None:
+    """Let torch's allocator refuse what is beyond a plan's budget.
+
+    Otherwise the driver would move the optimizer's moments out of the way of whatever is asked for
+    last: on a full GPU no kernel could reach them any more.
+
+    Args:
+        max_memory: bytes of the GPU, None for what is free on it.
+    """
+    limit = memory_budget(max_memory) - (plan.device - plan.reserved)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def memory_line(plan: MemoryPlan) -> str:
@@ -108,7 +121,9 @@ def next_setting(work: Workload, plan: MemoryPlan, device: torch.device) -> str:
         return f"--resume --activations auto --max-memory {budget / GIB:.2f}GiB"
     nearest = nearest_that_fits(work, budget)
     if nearest is None:
-        return "a larger GPU: nothing smaller fits beside the weights"
+        return (
+            "--resume where the GPU has more memory free: nothing smaller fits beside the weights"
+        )
     size = f"--batch-size {nearest.batch}"
     if nearest.tokens < work.tokens:
         size += f" --max-length {nearest.tokens}"

@@ -31,6 +31,7 @@ from llama.checkpoint import (
     describe,
 )
 from llama.config import CONFIG_NAME
+from llama.identity import MADE_FROM, identify
 from llama.shard_reader import StoredTensor
 from llama.shard_writer import PlannedTensor, split_into_shards, write_shards
 from nf4.serialized import serialize
@@ -128,7 +129,8 @@ def write_quantized_copy(
         ValueError: a tensor holds a NaN or an infinity, or what the copy's dtype cannot hold; or
             the head is tied to embeddings that it does not equal.
     """
-    write_shards(folder, copy.shards, _converted(copy, device, report))
+    metadata = {MADE_FROM: identify(copy.source).own}
+    write_shards(folder, copy.shards, _converted(copy, device, report), metadata)
     source = copy.source.folder
     config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     text = json.dumps(config | _config_fields(copy, config), indent=2) + "\n"

@@ -9,7 +9,7 @@ tensors of a file at once. Larger numbers come first, as there: all lie aligned,
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,11 @@ def split_into_shards(
     return shards
 
 
-def _layout(shard: list[PlannedTensor]) -> tuple[bytes, dict[str, int]]:
+def _layout(
+    shard: list[PlannedTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
     """Lay a shard out: its header with the length before it, and where each tensor begins."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     starts = {}
     end = 0
     for tensor in sorted(shard, key=lambda tensor: -tensor.dtype.itemsize):
@@ -79,10 +81,17 @@ def _layout(shard: list[PlannedTensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def write_shards(
-    folder: Path, shards: list[list[PlannedTensor]], tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    shards: list[list[PlannedTensor]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write tensors on the CPU to their shards, in whatever order they come, and an index where
-    there are several."""
+    there are several.
+
+    Args:
+        metadata: for the header of each shard.
+    """
     planned = {tensor.name: tensor for shard in shards for tensor in shard}
     files = [SINGLE_NAME]
     if len(shards) > 1:
@@ -92,7 +101,7 @@ def write_shards(
         places = {}
         for name, shard in zip(files, shards, strict=True):
             file = stack.enter_context((folder / name).open("wb"))
-            head, starts = _layout(shard)
+            head, starts = _layout(shard, metadata)
             file.write(head)
             places |= {name: (file, start) for name, start in starts.items()}
         for name, tensor in tensors:

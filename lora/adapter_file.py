@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +23,8 @@ from lora.config import LoRAConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# metadata of the weights' file: PEFT does not read it, and would warn of a new field in its config
+_BASE = "base_identity"
 
 _PICKLED_NAME = "adapter_model.bin"
 
@@ -65,7 +67,11 @@ _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], config: LoRAConfig, base_model: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    base_model: str,
+    base_identity: str = "",
 ) -> None:
     """Write an adapter's two files into a folder, made if needed; PEFT loads it.
 
@@ -73,6 +79,7 @@ def save_adapter(
         tensors: by the model's names ("model.layers.0.self_attn.q_proj.lora_A.weight").
         base_model: what PEFT shall load the base model from, a path or a hub id, with @revision if
             there is one.
+        base_identity: of the base model in 16 or 32 bits; empty where it is not known.
 
     Note:
         The files are written one after the other; a caller that may be killed writes into a
@@ -82,8 +89,9 @@ def save_adapter(
     save_file(
         {_PREFIX + name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()},
         folder / WEIGHTS_NAME,
-        metadata={"format": "pt"},
+        metadata={"format": "pt"} | ({_BASE: base_identity} if base_identity else {}),
     )
+    _sort_metadata(folder / WEIGHTS_NAME)
     hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
     targets, excluded = config.target_modules, config.exclude_modules
     layers = config.layers_to_transform
@@ -111,6 +119,20 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write the metadata of a safetensors file in one order, so that equal adapters have equal
+    bytes: safetensors 0.8 writes several entries in another order each time."""
+    with path.open("r+b") as file:
+        num_header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(num_header_bytes))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(num_header_bytes)
+        assert len(text) == num_header_bytes, "safetensors writes its header as json.dumps does"
+        file.seek(8)
+        file.write(text)
 
 
 def _integer_if_whole(alpha: float) -> float:
@@ -256,14 +278,7 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copy an adapter's values into the model's adapter tensors, in place.
-
-    Raises:
-        FileNotFoundError: the folder has no adapter_model.safetensors.
-        ValueError: the file is damaged, its names or shapes are not exactly the model's, or it
-            holds a NaN or an infinity; nothing was copied then.
-    """
+def _weights_file(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -275,10 +290,42 @@ def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 else ""
             )
         )
+    return path
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} must be a complete safetensors file: {error}")
+
+
+def read_base_identity(folder: Path) -> str:
+    """Read the identity of the base model that an adapter was trained on; empty where the adapter
+    does not say, as PEFT's.
+
+    Raises:
+        FileNotFoundError: the folder has no adapter_model.safetensors.
+        ValueError: the file is damaged.
+    """
+    path = _weights_file(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(_BASE, "")
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's values into the model's adapter tensors, in place.
+
+    Raises:
+        FileNotFoundError: the folder has no adapter_model.safetensors.
+        ValueError: the file is damaged, its names or shapes are not exactly the model's, or it
+            holds a NaN or an infinity; nothing was copied then.
+    """
+    path = _weights_file(folder)
     try:
         saved = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a complete safetensors file: {error}") from None
+        raise _damaged(path, error) from None
     targets = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
     if missing or extra:

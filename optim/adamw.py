@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from kernels.adamw import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
+    SUM_PROGRAMS,
     TILE_BLOCKS,
     ZERO_CODES,
     Arenas,
     Moments,
     adamw,
+    make_adamw_tables,
 )
 from optim.state_memory import OrdinaryMemory, StateMemory
 
@@ -95,17 +97,14 @@ class Layout:
         sizes = (count * dtype.itemsize for count, dtype in self._moment_sizes())
         return sum(size + -size % MOMENT_BLOCK for size in sizes)
 
-    def carve(self, buffer: Tensor) -> Moments:  # (moment_bytes,) uint8, zeros
-        """Cut the buffer into the moments, each aligned to 256 bytes, and set them to zero."""
+    def carve(self, buffer: Tensor) -> Moments:  # (moment_bytes,) uint8
+        """Cut the buffer into the moments, each aligned to 256 bytes, as views."""
         parts, start = [], 0
         for count, dtype in self._moment_sizes():
             size = count * dtype.itemsize
             parts.append(buffer[start : start + size].view(dtype))
             start += size + -size % MOMENT_BLOCK
-        moments = Moments(*parts)
-        moments.exp_avg_codes.fill_(ZERO_CODES[0])
-        moments.exp_avg_sq_codes.fill_(ZERO_CODES[1])
-        return moments
+        return Moments(*parts)
 
 
 class AdamW:
@@ -161,6 +160,9 @@ class AdamW:
         self._layout = layout = Layout(shapes, is_8bit)
         self._memory = memory(layout.moment_bytes(), device)
         group_of_block, groups = self._groups(factors, weight_decay)
+        moments = layout.carve(self._memory.buffer)
+        moments.exp_avg_codes.fill_(ZERO_CODES[0])
+        moments.exp_avg_sq_codes.fill_(ZERO_CODES[1])
         num_elements = layout.num_elements
         copy = (
             None
@@ -171,12 +173,15 @@ class AdamW:
             parameters=torch.zeros(num_elements, device=device),
             gradients=torch.zeros(num_elements, device=device),
             compute_copy=copy,
-            moments=layout.carve(self._memory.buffer),
+            moments=moments,
             group_of_block=group_of_block.to(device),
             groups=groups.to(device),
             num_updates=torch.zeros(1, dtype=torch.int32, device=device),
             scalars=torch.zeros(NUM_SHARED_SCALARS.value + 2 * len(groups), device=device),
+            partial_sums=torch.zeros(SUM_PROGRAMS, dtype=torch.float64, device=device),
         )
+        if device.type != "cpu":
+            make_adamw_tables(self._arenas.parameters.device)
         self.gradients = self._arenas.gradients
         self._unscaled = torch.ones((), device=device)
         with torch.no_grad():
@@ -213,7 +218,11 @@ class AdamW:
         self.gradients.zero_()
 
     def prefetch(self) -> None:
-        """Start bringing the moments to the device; call it while the device has other work."""
+        """Start bringing the moments to the device; call it while the device has other work.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for them.
+        """
         self._memory.prefetch()
 
     @torch.no_grad()
@@ -231,9 +240,14 @@ class AdamW:
         As torch.nn.utils.clip_grad_norm_, but that the gradients stay as they are; a max_norm of 0
         does not clip.
 
+        Raises:
+            torch.OutOfMemoryError: the device has no room for the moments; nothing was changed.
+
         Note:
             Does not wait for the device.
         """
+        # the one thing that can be refused, before anything is changed
+        self._memory.prefetch()
         scale = self._unscaled if loss_scale is None else loss_scale
         pieces = self._memory.pieces(self._arenas)
         return adamw(self._arenas, learning_rate, max_norm, scale, pieces)
@@ -264,10 +278,11 @@ class AdamW:
         Of a moment in 8 bits: "exp_avg_codes.NAME" and, one number a block, "exp_avg_absmax.NAME".
 
         Note:
-            Waits for the device where the moments lie on the host.
+            Waits for the device. Of unified memory they are the host's view, so that they can be
+            read when the device has no memory left.
         """
-        self._memory.settle()
-        moments, layout = self._arenas.moments, self._layout
+        layout = self._layout
+        moments = layout.carve(self._memory.settled())
         tensors = {}
         for moment in ("exp_avg", "exp_avg_sq"):
             for name, shape in layout.shapes.items():

@@ -105,8 +105,9 @@ class StagedMemory:
             event.record(self._copies)
             return event
 
-    def settle(self) -> None:
+    def settled(self) -> Tensor:
         self._copies.synchronize()
+        return self.buffer
 
     def describe(self) -> str:
         moved = f", {self.bytes_copied / MIB:,.1f} MiB copied each way" if self.bytes_copied else ""

@@ -19,14 +19,22 @@ class StateMemory(Protocol):
     buffer: Tensor  # (num_bytes,) uint8, zeros at first, aligned to 256 bytes
 
     def prefetch(self) -> None:
-        """Start bringing the buffer to the device, beside what the device is doing."""
+        """Start bringing the buffer to the device, beside what the device is doing.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it; nothing was begun.
+        """
 
     def pieces(self, arenas: Arenas) -> Iterator[Arenas]:
         """Yield the arenas, in one or in several pieces, each when its moments may be used."""
         ...
 
-    def settle(self) -> None:
-        """Wait until the buffer holds what the steps so far left there."""
+    def settled(self) -> Tensor:
+        """Wait for the steps so far, and return the buffer from where it is best read and written.
+
+        Of unified memory that is the host: a GPU whose memory has ended cannot reach it.
+        """
+        ...
 
     def describe(self) -> str:
         """Say where the buffer is, and what was moved."""
@@ -45,8 +53,8 @@ class OrdinaryMemory:
     def pieces(self, arenas: Arenas) -> Iterator[Arenas]:
         yield arenas
 
-    def settle(self) -> None:
-        pass
+    def settled(self) -> Tensor:
+        return self.buffer
 
     def describe(self) -> str:
         return f"ordinary memory of {self.buffer.device}"

@@ -16,12 +16,19 @@ never faults on purpose:
     auto     host where less than twice the buffer is free on the device at first, device otherwise.
 
 Transfers run on a stream of their own: the step waits for them on the device, nobody on the host.
+
+A full device. Where ordinary memory is asked for and none is left, the driver moves pages of
+unified memory to the host. A kernel that touches them while the device is full ends in an illegal
+access, and everything on the device is lost. So a step is refused before its kernels where less
+than RESERVE_BYTES are free, and checkpoints are read and written from the host's side.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +39,9 @@ from optim.state_memory import OrdinaryMemory, StateMemory
 RESIDENCIES = ("auto", "device", "host")
 # free memory, in buffers, below which `auto` keeps the buffer on the host
 AUTO_FREE_BUFFERS = 2
+# what must be free on the device for pages and their tables to come back: on an H200 kernels
+# failed with 16 MiB free, and ran with 64
+RESERVE_BYTES = 64 << 20
 # from this version on, the runtime takes a place as a struct where it took a device's number
 LOCATION_VERSION = 13000
 MIB = 1 << 20
@@ -132,6 +142,17 @@ def managed_zeros(num_bytes: int, device: torch.device) -> Tensor:  # (num_bytes
         return tensor.zero_()
 
 
+def seen_by_host(managed: Tensor) -> Tensor:  # (num_bytes,) uint8, and so is the result
+    """View managed bytes as a tensor of the CPU, which keeps them alive."""
+    place = {
+        "version": 3,
+        "shape": tuple(managed.shape),
+        "typestr": "|u1",
+        "data": (managed.data_ptr(), False),
+    }
+    return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=place, owner=managed)))
+
+
 def has_concurrent_access(device: torch.device) -> bool:
     """Tell whether host and device may use managed memory at the same time, and prefetch it.
 
@@ -187,6 +208,7 @@ class ManagedMemory:
         self.is_host_resident = is_host_resident
         self.bytes_to_device = self.bytes_to_host = 0
         self.buffer = managed_zeros(num_bytes, device)
+        self._on_host = seen_by_host(self.buffer)
         self._device = self.buffer.device
         self._places = Places(cuda_runtime(), _index_of(self._device))
         self._stream = torch.cuda.Stream(self._device)
@@ -198,9 +220,20 @@ class ManagedMemory:
             self._places.advise(self.buffer, "cudaMemAdviseSetAccessedBy", self._places.device)
 
     def prefetch(self) -> None:
-        """Queue the way to the device, not before what the current stream has queued so far."""
+        """Queue the way to the device, not before what the current stream has queued so far.
+
+        Raises:
+            torch.OutOfMemoryError: too little is free on the device; nothing was queued.
+        """
         if self._is_prefetched:
             return
+        needed = RESERVE_BYTES + self.buffer.nbytes * self.is_host_resident
+        free = torch.cuda.mem_get_info(self._device)[0]
+        if free < needed:
+            raise torch.OutOfMemoryError(
+                f"the GPU must have {needed / MIB:,.0f} MiB free for the optimizer's moments: "
+                f"{free / MIB:,.0f} MiB are"
+            )
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             self._places.prefetch(self.buffer, self._places.device, self._stream)
@@ -222,9 +255,10 @@ class ManagedMemory:
             self._places.prefetch(self.buffer, self._places.host, self._stream)
         self.bytes_to_host += self.buffer.nbytes
 
-    def settle(self) -> None:
-        # both sides see the same bytes, in the order of the current stream
-        pass
+    def settled(self) -> Tensor:
+        # both sides see the same bytes; what a step does to them is queued on its stream
+        torch.cuda.synchronize(self._device)
+        return self._on_host
 
     def describe(self) -> str:
         home = "on the host between steps" if self.is_host_resident else "resident on the device"

@@ -52,6 +52,7 @@ class RunState:
     # the row of metrics of a step whose evaluation a signal cut short
     unevaluated: dict[str, Any] = field(default_factory=dict)
     num_ranks: int = 1
+    base: str = ""  # identity of the model's checkpoint; empty where version 0.1 wrote the state
 
     def count(self, is_skipped: bool) -> None:
         """Count a step whose figures are known."""

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from run.shortage import is_shortage
+
 T = TypeVar("T")
 # the first rank may tokenize, fetch a model or write a checkpoint meanwhile; a rank that dies is
 # noticed at once, this is for a machine that vanishes
@@ -139,7 +141,7 @@ class SharedShortage:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error and not isinstance(error, torch.OutOfMemoryError):
+        if error and not is_shortage(error):
             return
         number = self._ranks.largest(self._ranks.rank + 1 if error else 0)
         if number:
@@ -176,4 +178,6 @@ def _as_rank_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_shortage(error):
+            raise
         raise RankError(f"another rank has ended: {str(error).partition('. ')[0]}") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.adamw import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
+    SUM_PROGRAMS,
     TILE_BLOCKS,
     ZERO_CODES,
     Arenas,
@@ -87,6 +88,7 @@ def random_arenas(case: AdamWCase, seed: int = 0) -> Arenas:
         torch.tensor(GROUPS[: case.num_groups], dtype=torch.float64),
         torch.zeros(1, dtype=torch.int32),
         torch.zeros(NUM_SHARED_SCALARS.value + 2 * case.num_groups),
+        torch.zeros(SUM_PROGRAMS, dtype=torch.float64),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from compiled_kernels import resource_table
+from lagging_streams import stand_in_streams
 from poison import poisoned_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,16 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device_with_streams(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A GPU, or what stands in for its streams anywhere."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    with stand_in_streams():
+        yield torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from peer_process import run_peer
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import load_model
+from llama.checkpoint import describe, load_model
+from llama.identity import identify
 from llama.model import PROJECTIONS, projections
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
@@ -57,7 +58,8 @@ def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     for name, tensor in model.adapter_tensors().items():
         if name.endswith("lora_B.weight"):
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint))
+    identity = identify(describe(checkpoint, torch.float32)).original
+    save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint), identity)
 
 
 def _run(

@@ -24,6 +24,11 @@ def test_samples_are_padded_on_the_right() -> None:
     assert batch.num_target_tokens == 2 == int((batch.labels[:, 1:] != -100).sum())
 
 
+def test_a_token_has_the_length_of_its_sample_and_padding_none() -> None:
+    batch = collate([Sample([5, 6, 7], [-100, 6, 7]), Sample([8], [8]), Sample([9, 0], [9, -100])])
+    assert batch.lengths.tolist() == [[3, 3, 3], [1, 0, 0], [2, 2, 0]]
+
+
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample: got none"):
         collate([])
@@ -105,3 +110,11 @@ def test_samples_of_like_lengths_share_a_micro_batch(num_samples: int, batch_siz
     if num_samples >= 400 and batch_size > 1:
         # a stretch has 50 micro-batches: what is left of the padding is about a fiftieth
         assert padded(grouped) - sum(lengths) < (padded(order) - sum(lengths)) / 10
+
+
+def test_micro_batches_of_like_lengths_do_not_come_by_length() -> None:
+    lengths = list(range(1, 201))
+    grouped = group_by_length(epoch_order(200, 0, 1, True), lengths, 4, 0, 1)
+    longest = [max(lengths[i] for i in grouped[start : start + 4]) for start in range(0, 200, 4)]
+    assert sorted(longest) == list(range(4, 201, 4))
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))

@@ -1,5 +1,6 @@
 """data/epochs.py: every epoch has each sample once, in rows that two integers restore."""
 
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,19 @@ def test_no_batch_is_larger_than_the_largest(kind: dict[str, Any]) -> None:
     assert all(batch.input_ids.numel() <= largest.input_ids.numel() for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS) == epochs.num_tokens
     assert (largest.positions is not None) == ("row_length" in kind)
+
+
+@KINDS
+def test_the_largest_batch_has_no_more_rows_than_an_epoch(kind: dict[str, Any]) -> None:
+    epochs = make(kind, batch_size=100)
+    assert epochs.largest_batch().input_ids.shape == (epochs.num_rows, 64)
+
+
+@KINDS
+def test_a_token_of_packed_rows_is_in_a_sample_of_so_many_on_average(kind: dict[str, Any]) -> None:
+    expected = fmean(length for length in LENGTHS for _ in range(length))
+    found = make(kind).packed_sample_tokens
+    assert found == (pytest.approx(expected, rel=1e-12) if "row_length" in kind else None)
 
 
 @KINDS

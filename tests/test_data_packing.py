@@ -53,6 +53,16 @@ def test_equally_long_samples_change_their_neighbours() -> None:
     assert len(pairs(0)) == 20
 
 
+def test_rows_come_in_the_order_of_their_epoch() -> None:
+    # no two fit into one row
+    lengths = list(range(ROW // 2 + 1, ROW + 1))
+    longest_first = [[index] for index in reversed(range(len(lengths)))]
+    assert pack(lengths, ROW, 0, 0, False) == longest_first
+    first, second = (pack(lengths, ROW, epoch, 0, True) for epoch in range(2))
+    assert first != second
+    assert longest_first not in (first, second)
+
+
 def sample_of(length: int, first: int) -> Sample:
     ids = list(range(first, first + length))
     return Sample(ids, [NO_LOSS if token % 3 == 0 else token for token in ids])
@@ -71,10 +81,12 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
             part = slice(start, start + len(sample.input_ids))
             assert batch.input_ids[index, part].tolist() == sample.input_ids
             assert batch.positions[index, part].tolist() == list(range(len(sample.input_ids)))
+            assert (batch.lengths[index, part] == len(sample.input_ids)).all()
             assert batch.labels[index, start] == NO_LOSS
             assert batch.labels[index, part].tolist()[1:] == sample.labels[1:]
             start = part.stop
         assert not batch.positions[index, start:].any()
+        assert not batch.lengths[index, start:].any()
         assert (batch.labels[index, start:] == NO_LOSS).all()
     assert batch.num_tokens == sum(sum(row) for row in lengths)
     assert batch.num_target_tokens == int((batch.labels != NO_LOSS).sum())

@@ -19,7 +19,7 @@ FLOORS = {
     "llama": {"lora", "hub", "kernels", "nf4"},
     "job": {"llama", "lora", "optim", "run", "data", "hub"},
     "bundled": {"llama", "lora", "data"},
-    "train": {"job", "llama", "lora", "optim", "run", "data", "hub"},
+    "train": {"job", "llama", "kernels", "lora", "optim", "run", "data", "hub"},
     "quantize": {"llama", "run"},
     "merge": {"llama", "lora", "nf4", "run", "data"},
 }
@@ -31,7 +31,7 @@ THEIRS = {
     "safetensors": {"llama", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
-    "numpy": {"data"},
+    "numpy": {"data", "optim/unified_memory.py"},
     "pyarrow": {"data/records.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "job", "train", "quantize", "merge", "bundled"},

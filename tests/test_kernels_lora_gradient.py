@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
-from equality import assert_equal, assert_no_worse_than
+from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from interpreter import interpreted_results
 from lora_extension_cases import ExtensionCase
 from lora_gradient_cases import (
@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import lora_gradient as module
 from kernels.device import H200, meta_stands_for
 from kernels.lora_extension import Update
-from kernels.lora_gradient import lora_gradient, lora_gradient_reference
+from kernels.lora_gradient import add_product, lora_gradient, lora_gradient_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -57,6 +57,18 @@ def assert_found(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_on_a_cpu_whole_numbers_are_exact(num_tokens: int, case: ExtensionCase) -> None:
     found = gradients(num_tokens, case, lora_gradient)
     assert_found(found, gradients_by_hand(num_tokens, case))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_on_a_cpu_a_product_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None:
+    M = 70
+    start, a, b = torch.randn(5, 3), torch.randn(5, M).to(dtype), torch.randn(M, 3).to(dtype)
+    total = start.clone()
+    add_product(total, a, b, 10 / 3)
+    start, a, b = start.double(), a.double(), b.double()
+    magnitudes = start.abs() + 10 / 3 * a.abs() @ b.abs()
+    # a product each, its factor and what there is
+    assert_summed_in_float32(total, start + 10 / 3 * a @ b, magnitudes, M + 2)
 
 
 @named(TINY_GRADIENTS)

@@ -12,7 +12,7 @@ from interpreter import interpreted_results
 from neftune_cases import SEED, TINY_NOISES, NoiseCase, noise_cases, noise_inputs, noisy
 
 from kernels import neftune as module
-from kernels.dropout import philox_reference
+from kernels.dropout import keep_reference, philox_reference
 from kernels.neftune import SITE, neftune_, neftune_reference, noise_scale
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,6 +64,14 @@ def test_each_seed_has_its_own_and_has_it_again() -> None:
     assert torch.equal(drawn[0], drawn[3])
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_noise_goes_its_own_way_under_the_seed_of_a_micro_batchs_dropout() -> None:
+    seed = torch.tensor([SEED])
+    is_positive = neftune_reference(torch.zeros(1, 64), torch.ones(1), seed) >= 0
+    # of one word, noise is positive where dropout by a half keeps: four groups in 126 layers
+    for site in range(4 * 126):
+        assert not torch.equal(keep_reference((1, 64), seed, site, 0.5), is_positive)
 
 
 def test_the_scale_is_that_of_the_paper_and_padding_has_none() -> None:

@@ -1,4 +1,4 @@
-"""kernels/nf4_dequantize.py: equal to the reference, interpreted and on a GPU; compiles for all."""
+"""kernels/nf4_dequantize.py: equals the reference, interpreted and on a GPU; compiles for each."""
 
 import re
 from collections.abc import Callable

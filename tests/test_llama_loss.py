@@ -295,6 +295,19 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
             linear_cross_entropy(**given)
 
 
+def test_a_gradient_may_be_beyond_float16_until_the_factor_brings_it_back() -> None:
+    head = torch.full((VOCAB, HIDDEN), 60000.0).half()
+    targets = torch.tensor([VOCAB - 1])
+    head[targets] = -60000
+    factor = 2.0**-10
+    # all tokens are as probable: the mean row of the head, less the target's
+    expected = factor * (head.double().mean(0) - head[targets].double())
+    assert expected.max() / factor > torch.finfo(torch.float16).max
+    _, gradient = loss_and_gradient(torch.zeros(1, HIDDEN).half(), head, targets, factor)
+    # probabilities are rounded to float16, and so is the result
+    torch.testing.assert_close(gradient.double(), expected, rtol=2.0**-10, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_gpu_loss_and_gradient_are_as_good_as_torch(

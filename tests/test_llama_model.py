@@ -1,6 +1,8 @@
 """llama/model.py against transformers and PEFT on tiny random checkpoints, and against itself."""
 
 import math
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,14 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains(tmp_path: Path) -> Non
     assert len(trained) == 2 * 4 * 2
 
 
+def test_embeddings_are_scaled_by_what_transformers_rounds(tmp_path: Path) -> None:
+    model = load(write_variant(tmp_path, "gemma2", torch.bfloat16), torch.bfloat16)
+    input_ids = tokens(2, 9)
+    scale = torch.tensor(math.sqrt(FIELDS["hidden_size"]), dtype=torch.bfloat16)
+    expected = model.model.embed_tokens.weight[input_ids.flatten()] * scale
+    assert_equal(model.embed(input_ids), expected.detach())
+
+
 def test_a_seed_gives_one_adapter(tmp_path: Path) -> None:
     def draw(seed: int) -> dict[str, Tensor]:
         model = load(write_variant(tmp_path, "grouped-query"))
@@ -168,6 +178,17 @@ def test_a_seed_gives_one_adapter(tmp_path: Path) -> None:
             assert tensor.abs().max() <= tensor.shape[1] ** -0.5
         else:
             assert not tensor.any()
+
+
+def test_no_two_groups_drop_the_same_places(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, replace(LORA, lora_dropout=0.5))
+    seed = torch.tensor([7])
+    # as wide as the narrowest group, so that all masks have one shape
+    ones = torch.ones(8, FIELDS["hidden_size"])
+    masks = [group.dropped(ones, seed) for _, group in model.groups()]
+    assert len(masks) == 8
+    for mask, other in combinations(masks, 2):
+        assert not torch.equal(mask, other)
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:

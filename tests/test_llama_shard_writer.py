@@ -33,7 +33,7 @@ def test_safetensors_reads_what_is_written_in_any_order(tmp_path: Path, num_shar
     given = tensors()
     plan = [planned(name, tensor) for name, tensor in given.items()]
     shards = [plan[i::num_shards] for i in range(num_shards)]
-    write_shards(tmp_path, shards, reversed(given.items()))
+    write_shards(tmp_path, shards, reversed(given.items()), {"made_from": "elsewhere"})
     places = {SINGLE_NAME: list(given)}
     if num_shards > 1:
         index = json.loads((tmp_path / INDEX_NAME).read_text())
@@ -48,7 +48,7 @@ def test_safetensors_reads_what_is_written_in_any_order(tmp_path: Path, num_shar
     assert written == set(places)
     for file, names in places.items():
         with safe_open(tmp_path / file, framework="pt") as shard:
-            assert shard.metadata() == {"format": "pt"}
+            assert shard.metadata() == {"format": "pt", "made_from": "elsewhere"}
             assert sorted(shard.keys()) == sorted(names)
             for name in names:
                 assert_equal(shard.get_tensor(name), given[name], name)

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import load_model
+from llama.checkpoint import describe, load_model
 from llama.config import read_config
+from llama.identity import identify
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from lora.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     load_adapter,
     read_adapter_config,
+    read_base_identity,
     save_adapter,
 )
 from lora.config import LoRAConfig
@@ -50,6 +52,10 @@ def model(tmp_path: Path) -> Llama:
     )
     model.attach_lora(OUR_LORA, seed=99)
     return model
+
+
+def identity_of(checkpoint: Path) -> str:
+    return identify(describe(checkpoint, torch.float32)).own
 
 
 def with_adapter(checkpoint: Path, folder: Path) -> Llama:
@@ -104,7 +110,30 @@ def test_names_shapes_and_dtypes_in_the_file_are_pefts(peer: Peer) -> None:
         assert ours[name].dtype == tensor.dtype == torch.float32
         assert set(ours[name].shape) - ranks == set(tensor.shape) - ranks, name
     with safe_open(peer.folder / "our_adapter" / WEIGHTS_NAME, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", "base_identity": identity_of(peer.checkpoint)}
+
+
+def test_ours_names_its_base_and_pefts_does_not(peer: Peer) -> None:
+    assert read_base_identity(peer.folder / "our_adapter") == identity_of(peer.checkpoint)
+    assert read_base_identity(peer.folder / "peft_adapter") == ""
+
+
+def test_equal_adapters_have_equal_bytes(tmp_path: Path, model: Llama) -> None:
+    for number in range(12):
+        folder = tmp_path / str(number)
+        save_adapter(folder, model.adapter_tensors(), OUR_LORA, "base", "0" * 64)
+    files = [tmp_path / str(number) / WEIGHTS_NAME for number in range(12)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_base_is_read_of_a_whole_file_only(adapter: Path) -> None:
+    path = adapter / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="must be a complete safetensors file"):
+        read_base_identity(adapter)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"must hold {WEIGHTS_NAME}"):
+        read_base_identity(adapter)
 
 
 def test_the_config_is_a_part_of_pefts(peer: Peer) -> None:

@@ -342,6 +342,13 @@ def test_seed_and_site_decide_the_mask() -> None:
     assert not torch.equal(run(group, x, grad_y, torch.tensor([1])).y, first.y)
 
 
+def test_a_group_drops_by_the_site_that_it_is_attached_at() -> None:
+    ones, seed = torch.ones(NUM_TOKENS, IN_FEATURES), seed_on(CPU)
+    for site in (SITE, SITE + 1):
+        group = make(NAMES, dropout=0.4, site=site).group
+        assert_equal(group.dropped(ones, seed), dropout(ones, seed, site, 0.4))
+
+
 def test_there_is_no_dropout_without_a_seed() -> None:
     group = make(NAMES, dropout=0.4).group
     x, grad_y = draw()
@@ -514,6 +521,19 @@ def test_base_and_updates_share_each_product(targets: str) -> None:
     assert ((M, K + T), (K + T, N)) in found
     assert ((M, N + T), (N + T, K)) in found
     assert len(found) == 2 + (2 + len(group.updates) + 1) * bool(group.updates)
+
+
+def test_a_new_A_is_uniform_up_to_pefts_bound_and_a_new_B_zero() -> None:
+    group = LinearGroup(NAMES, ROWS, IN_FEATURES, has_bias=False)
+    group.attach(sizes_of(NAMES, 64), 0.0, CPU, torch.Generator(), SITE)
+    assert group.lora_A is not None
+    assert group.lora_B is not None
+    share = group.lora_A.detach() * IN_FEATURES**0.5
+    # of 9,216 draws between -1 and 1
+    assert 0.99 < share.abs().max() <= 1
+    assert abs(float(share.mean())) < 0.05
+    assert abs(float(share.abs().mean()) - 0.5) < 0.05
+    assert not group.lora_B.any()
 
 
 def test_adapter_tensors_are_views_by_pefts_names() -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from merge_cases import weights_of, write_adapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge
 import quantize
+import train
 from data.tokenizer import Tokenizer
 from llama.checkpoint import load_model
 from llama.model import Llama
@@ -204,6 +206,42 @@ def test_an_adapter_of_unquantized_weights_is_compared_with_those(
         run(adapter, "--base", "nf4")
 
 
+def test_an_adapter_goes_into_the_base_it_was_trained_on_or_it_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join((ROOT / "bundled" / "data.jsonl").read_text().splitlines()[:4]))
+    copy = tmp_path / "copy"
+    quantize.main(f"--model {MODEL} --output {copy} --device cpu".split())
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    # trained beside the NF4 copy, an adapter belongs to what the copy was made from
+    for name, model in {"beside-nf4": copy, "beside-it": MODEL}.items():
+        adapter = tmp_path / name / "adapter"
+        given = f"--model {model} --data {data} --output {adapter} --device cpu --max-steps 1"
+        train.main(f"{given} --learning-rate 0.1 --batch-size 1".split())
+        capsys.readouterr()
+        message = r"--model must be the checkpoint that .*/other has other weights .*--other-base"
+        with pytest.raises(ValueError, match=message):
+            run(adapter, model=other)
+        assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+        merged = weights_of(run(adapter, "--other-base", model=other))
+        assert torch.equal(merged["model.norm.weight"], tensors["model.norm.weight"])
+        shutil.rmtree(adapter.parent / "merged")
+        run(adapter)
+        assert "is not checked" not in capsys.readouterr().out
+
+
+def test_an_adapter_that_names_no_base_goes_into_any_and_that_is_said(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(adapter)
+    said = capsys.readouterr().out
+    assert f"{adapter} does not say what its base was: {MODEL} is not checked" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -293,7 +331,8 @@ def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter:
     command = [sys.executable, "-c", WAITING, *map(str, flags)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
+        while (line := process.stdout.readline()) != b"written\n":
+            assert line
         process.send_signal(signal.SIGKILL)
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "merged.partial"]
     assert run(adapter) == output

@@ -22,7 +22,7 @@ from nf4.double_quant import (
     UNSIGNED_DYNAMIC_MAP_MIDPOINTS,
 )
 from optim import staged_memory
-from optim.adamw import SMALLEST_8BIT, AdamW, Layout
+from optim.adamw import SMALLEST_8BIT, AdamW, Layout, moment_bytes_per_element
 from optim.staged_memory import StagedMemory
 from optim.state_memory import OrdinaryMemory, StateMemory
 from optim.unified_memory import ManagedMemory, paged_memory
@@ -112,6 +112,24 @@ def test_norm_and_clipping_equal_torchs() -> None:
             torch.testing.assert_close(moment / 0.1, parameter.grad, rtol=12 * EPS, atol=0)
         # what clipping leaves of a gradient is nobody's business but the step's
         assert_same({n: p.grad for n, p in ours.items() if p.grad is not None}, gradients(3))
+
+
+def test_gradients_of_next_to_nothing_are_clipped_as_torch_does() -> None:
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = AdamW(ours, weight_decay=0.0)
+    for name, gradient in gradients(0).items():
+        # a norm of the size of what torch adds to it
+        theirs[name].grad = gradient * 2.0**-27
+        own = ours[name].grad
+        assert own is not None
+        own.copy_(gradient * 2.0**-27)
+    norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0**-22)
+    assert 2.0**-22 < norm < 1e-6
+    optimizer.step(0.1, 2.0**-22)
+    for name, parameter in theirs.items():
+        assert parameter.grad is not None
+        moment = optimizer.state_tensors()[f"exp_avg.{name}"]
+        torch.testing.assert_close(moment / 0.1, parameter.grad, rtol=12 * EPS, atol=0)
 
 
 def test_a_max_norm_of_zero_does_not_clip() -> None:
@@ -284,6 +302,10 @@ def test_moments_in_8_bits_take_a_quarter_of_the_memory() -> None:
     num_elements = 10 * 16 * 4096
     assert Layout(shapes, is_8bit=False).moment_bytes() == 8 * num_elements
     assert Layout(shapes, is_8bit=True).moment_bytes() == num_elements * (2 + 8 / MOMENT_BLOCK)
+    # which a plan reckons with
+    for is_8bit in (False, True):
+        planned = num_elements * moment_bytes_per_element(is_8bit)
+        assert Layout(shapes, is_8bit).moment_bytes() == planned
 
 
 @cache

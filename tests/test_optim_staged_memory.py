@@ -1,13 +1,17 @@
-"""optim/staged_memory.py: its parts are the whole. That copies arrive in time, a GPU shows in
-test_optim_adamw.py."""
+"""optim/staged_memory.py: its parts are the whole, and they come and go in time."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from adamw_cases import AdamWCase, held_tensors, random_arenas, set_gradients
 from equality import assert_equal
+from lagging_streams import lag
 
 from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Moments, adamw_reference
-from optim.staged_memory import _laid_out, cut, moments_of, spans
+from optim import staged_memory
+from optim.adamw import Layout
+from optim.staged_memory import StagedMemory, _laid_out, cut, moments_of, spans
 
 
 @pytest.mark.parametrize("size", [TILE_BLOCKS, 3 * TILE_BLOCKS, 1000 * TILE_BLOCKS])
@@ -46,3 +50,38 @@ def test_steps_over_the_parts_are_a_step_over_the_whole() -> None:
 def copy(source: Moments, target: Moments) -> None:
     for name, tensor in vars(source).items():
         getattr(target, name).copy_(tensor)
+
+
+@pytest.mark.parametrize("slow", ["copies", "kernels"])
+def test_parts_come_and_go_in_time_whatever_is_slow(
+    slow: str, device_with_streams: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged_memory, "PART_BLOCKS", TILE_BLOCKS)
+    size = 4 * TILE_BLOCKS * MOMENT_BLOCK
+    layout = Layout({"lora_A": torch.Size((size,))}, is_8bit=False)
+    memory = StagedMemory(layout.moment_bytes(), device_with_streams)
+    moments = layout.carve(memory.buffer)
+    arenas = replace(random_arenas(AdamWCase(0, 4)), moments=moments)
+    arenas = replace(arenas, parameters=torch.zeros(size, device=device_with_streams))
+    copy_in_time = memory._copy
+
+    def copy_late(source: Moments, target: Moments) -> torch.cuda.Event:
+        lag(memory._copies)
+        return copy_in_time(source, target)
+
+    # at first nothing is slow: kernels are loaded, which may wait for the GPU
+    for turn, lagging in enumerate(("nothing", slow)):
+        if lagging == "copies":
+            monkeypatch.setattr(memory, "_copy", copy_late)
+        before = torch.arange(size, dtype=torch.float32) + turn * size
+        moments.exp_avg.copy_(before)
+        torch.cuda.synchronize()
+        for piece in memory.pieces(arenas):
+            if lagging == "kernels":
+                lag(torch.cuda.current_stream())
+            # stands for the kernel
+            piece.parameters.copy_(piece.moments.exp_avg)
+            piece.moments.exp_avg.add_(1)
+        memory.settled()
+        assert_equal(moments.exp_avg, before + 1, f"{lagging} slow: moments")
+        assert_equal(arenas.parameters.cpu(), before, f"{lagging} slow: parameters")

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 from enum import IntEnum
 from types import SimpleNamespace
@@ -10,10 +11,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from lagging_streams import lag, mark
 
 from optim import unified_memory as module
 from optim.state_memory import OrdinaryMemory
-from optim.unified_memory import Places, choose_residency, managed_zeros, paged_memory
+from optim.unified_memory import (
+    Places,
+    choose_residency,
+    managed_zeros,
+    paged_memory,
+    seen_by_host,
+)
 
 CUDA = torch.device("cuda")
 
@@ -45,7 +53,9 @@ def stand_in_runtime(version: int, status: Status = Status.cudaSuccess) -> Any:
         cudaMemLocationType=SimpleNamespace(
             cudaMemLocationTypeDevice="device", cudaMemLocationTypeHost="host"
         ),
-        cudaMemoryAdvise=SimpleNamespace(cudaMemAdviseSetPreferredLocation="preferred"),
+        cudaMemoryAdvise=SimpleNamespace(
+            cudaMemAdviseSetPreferredLocation="preferred", cudaMemAdviseSetAccessedBy="accessed"
+        ),
         cudaStream_t=lambda handle: ("stream", handle),
         cudaMemAdvise=recorder("cudaMemAdvise", 4),
         cudaMemPrefetchAsync=recorder("cudaMemPrefetchAsync", 5 if has_locations else 4),
@@ -151,6 +161,50 @@ def test_managed_tensor_is_zero_and_takes_part_in_kernels() -> None:
     assert float(numbers.sum()) == 1 << 18
 
 
+def test_the_host_sees_the_same_bytes_and_keeps_them() -> None:
+    owner = torch.arange(300, dtype=torch.uint8)
+    seen = seen_by_host(owner)
+    assert (seen.data_ptr(), seen.device.type) == (owner.data_ptr(), "cpu")
+    kept = weakref.ref(owner)
+    seen[0] = 7
+    assert int(owner[0]) == 7
+    del owner
+    gc.collect()
+    assert kept() is not None
+    del seen
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_host_resident", [False, True])
+def test_what_a_step_left_is_read_from_the_host(is_host_resident: bool) -> None:
+    memory = module.ManagedMemory(1 << 20, torch.device("cuda", 0), is_host_resident)
+    arenas: Any = object()
+    for step in range(1, 4):
+        for _ in memory.pieces(arenas):
+            # long enough for a read that does not wait to come first
+            torch.cuda._sleep(20_000_000)
+            memory.buffer.fill_(step)
+        assert int(memory.settled().min()) == step
+    memory.settled().fill_(9)
+    for _ in memory.pieces(arenas):
+        assert int(memory.buffer.min()) == 9
+
+
+@pytest.mark.parametrize(("is_host_resident", "needed"), [(False, 64), (True, 65)])
+def test_a_full_gpu_is_told_before_a_kernel_touches_the_moments(
+    is_host_resident: bool, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = object.__new__(module.ManagedMemory)
+    memory.is_host_resident, memory._is_prefetched = is_host_resident, False
+    memory.buffer, memory._device = torch.zeros(1 << 20, dtype=torch.uint8), CUDA
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((needed << 20) - 1, 1 << 40))
+    arenas: Any = object()
+    with pytest.raises(torch.OutOfMemoryError, match=rf"must have {needed} MiB free for the opt"):
+        next(iter(memory.pieces(arenas)))
+
+
 @pytest.mark.gpu
 def test_managed_memory_is_unified_and_given_back() -> None:
     from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
@@ -194,6 +248,42 @@ def test_host_resident_memory_is_on_the_device_for_a_step_only() -> None:
     # a step that nobody prefetched for does it itself
     list(memory.pieces(arenas))
     assert (memory.bytes_to_device, memory.bytes_to_host) == (2 << 20, 2 << 20)
+
+
+@pytest.fixture
+def memory(
+    device_with_streams: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> module.ManagedMemory:
+    """A MiB of unified memory; without a GPU nothing moves, and streams wait all the same."""
+    if device_with_streams.type == "cpu":
+        runtime = stand_in_runtime(13000)
+        monkeypatch.setattr(module, "cuda_runtime", lambda: runtime)
+        monkeypatch.setattr(module, "managed_zeros", lambda size, _: torch.zeros(size))
+    memory = module.ManagedMemory(1 << 20, device_with_streams, is_host_resident=False)
+    torch.cuda.synchronize()
+    return memory
+
+
+@pytest.mark.parametrize("way", ["prefetch", "evict"])
+def test_pages_move_after_what_was_queued_before(memory: module.ManagedMemory, way: str) -> None:
+    computed = lag(torch.cuda.current_stream())
+    {"prefetch": memory.prefetch, "evict": memory.evict}[way]()
+    moved = mark(memory._stream)
+    torch.cuda.synchronize()
+    assert computed.elapsed_time(moved) >= 0
+
+
+def test_a_step_begins_when_the_moments_are_there(memory: module.ManagedMemory) -> None:
+    memory.prefetch()
+    torch.cuda.synchronize()
+    # stands for pages that are long on their way
+    arrived = lag(memory._stream)
+    arenas: Any = object()
+    pieces = memory.pieces(arenas)
+    next(pieces)
+    begun = mark(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    assert arrived.elapsed_time(begun) >= 0
 
 
 @pytest.mark.gpu

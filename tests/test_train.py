@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from equality import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,6 +238,71 @@ def test_a_seed_decides_the_run(tmp_path: Path) -> None:
     assert timeless(first) != timeless(other)
 
 
+def test_no_two_micro_batches_have_one_dropout_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, seeds = MicroStep.__call__, list[int]()
+
+    def recorded(self: MicroStep, *args: Any) -> torch.Tensor:
+        seeds.append(args[3])
+        return compute(self, *args)
+
+    monkeypatch.setattr(MicroStep, "__call__", recorded)
+    for seed in (1, 2):
+        run(tmp_path, f"--seed {seed} --max-steps 3", f"seed-{seed}")
+    # 3 steps of 2 micro-batches each
+    assert len(seeds) == 2 * 3 * 2
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_moments_are_fetched_once_a_step_beside_its_last_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+
+    def record(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(MicroStep, "__call__")
+    record(AdamW, "prefetch")
+    run(tmp_path, "--gradient-accumulation-steps 3 --max-steps 2")
+    assert calls == ["__call__", "__call__", "prefetch", "__call__"] * 2
+
+
+def test_a_step_is_taken_at_its_own_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, taken = AdamW.step, list[float]()
+
+    def recorded(self: AdamW, learning_rate: float, *args: Any) -> torch.Tensor:
+        taken.append(learning_rate)
+        return step(self, learning_rate, *args)
+
+    monkeypatch.setattr(AdamW, "step", recorded)
+    rows = run(tmp_path, "--learning-rate 8e-4 --warmup-ratio 0.5 --lr-scheduler linear")
+    # two steps up to the rate, two down from it
+    assert taken == [4e-4, 8e-4, 8e-4, 4e-4]
+    assert [row["learning_rate"] for row in rows] == taken
+
+
+def test_rows_count_tokens_targets_and_epochs_of_the_run(tmp_path: Path) -> None:
+    records = [
+        {"input_ids": [1, *range(3, 3 + n)], "labels": [-100] * n + [2 + n]} for n in (9, 5, 12)
+    ]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = run(tmp_path, f"--data {tmp_path / 'ids.jsonl'} --max-steps 3")
+    # steps of four samples: an epoch is one, of all three
+    for step, row in enumerate(rows, start=1):
+        counts = (row["tokens"], row["target_tokens"], row["epoch"])
+        assert counts == (step * (10 + 6 + 13), step * 3, step)
+
+
 def test_a_step_over_all_samples_is_the_same_packed(tmp_path: Path) -> None:
     flags = "--dtype float32 --batch-size 12 --gradient-accumulation-steps 1 --max-steps 2"
     alone = run(tmp_path, flags, "alone")
@@ -264,6 +330,29 @@ def test_max_steps_0_evaluates_only(tmp_path: Path) -> None:
         {"step", "epoch", "tokens", "target_tokens", "eval_loss", "peak_memory_bytes"}
     ]
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_eval_loss_is_the_mean_over_the_tokens_that_have_a_label(tmp_path: Path) -> None:
+    samples = []
+    for length in (9, 30, 17):
+        ids = [1, *torch.randint(3, 300, (length,)).tolist()]
+        # a third of them is learned
+        samples.append(Sample(ids, [i if n % 3 == 1 else -100 for n, i in enumerate(ids)]))
+    records = [{"input_ids": s.input_ids, "labels": s.labels} for s in samples]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    flags = f"--max-steps 0 --dtype float32 --quant none --eval-data {tmp_path / 'eval.jsonl'}"
+    (row,) = run(tmp_path, flags)
+    model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
+    losses = []
+    for sample in samples:
+        logits = model.logits(torch.tensor([sample.input_ids]))[0]
+        losses += [
+            float(F.cross_entropy(before, torch.tensor(label)))
+            for before, label in zip(logits, sample.labels[1:], strict=False)
+            if label != -100
+        ]
+    # float32 sums over some tens of tokens in another order
+    assert row["eval_loss"] == pytest.approx(fmean(losses), rel=1e-5)
 
 
 def test_an_evaluation_is_the_same_packed(tmp_path: Path) -> None:

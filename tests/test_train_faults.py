@@ -297,37 +297,6 @@ def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
     assert_equals(output, tmp_path / "whole")
 
 
-@pytest.mark.gpu
-def test_gpu_memory_that_really_ends_costs_no_step(tmp_path: Path) -> None:
-    given = "--device cuda --deterministic --max-steps 7 --save-steps 0"
-    config = flags(tmp_path, *given.split())
-    train.main(["--output", str(tmp_path / "whole"), *config])
-    output = tmp_path / "out"
-    code, said = TrainProcess(output, *config, before=take_all_memory).finish()
-    assert code == 1, said
-    assert "suffice for step 6: CUDA out of memory" in said
-    assert "checkpoint-5 has the run as it stands; try --resume" in said
-    train.main(["--output", str(output), *config, "--resume"])
-    assert_equals(output, tmp_path / "whole")
-
-
-def take_all_memory() -> None:
-    """Let the GPU have nothing left for step 6, from within it."""
-    micro_step, calls = MicroStep.__call__, iter(range(8))
-
-    def without_memory(self: MicroStep, *args: Any, **named: Any) -> torch.Tensor:
-        # the first call is the preflight
-        taken, size = [], 1 << 34 if next(calls) == 6 else 0
-        while size >= 512:
-            try:
-                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
-            except torch.OutOfMemoryError:
-                size //= 2
-        return micro_step(self, *args, **named)
-
-    setattr(MicroStep, "__call__", without_memory)  # noqa: B010
-
-
 def test_a_loss_that_is_not_a_number_changes_nothing_and_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
