@@ -15,6 +15,7 @@ from train_process import TrainProcess, train_ranks
 
 import llama.generation
 import train
+from kernels.launch import KernelDoesNotFit
 from llama.decoder_layer import DecoderLayer
 from llama.micro_step import MicroStep
 from optim.adamw import AdamW
@@ -241,6 +242,21 @@ def test_gpu_a_replay_that_is_refused_costs_no_step(
 ) -> None:
     more = ("--activations", policy, "--optimizer-residency", residency)
     assert_saved(tmp_path, in_a_replay, "cuda", *more)
+
+
+def test_a_kernel_that_does_not_fit_is_an_error_of_one_line(tmp_path: Path) -> None:
+    given = run_flags(tmp_path, "cpu")
+    code, said = TrainProcess(tmp_path / "out", *given, before=have_no_room_for_a_kernel).finish()
+    assert code == 1
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1] == "error: _wide_kernel must fit the GPU"
+
+
+def have_no_room_for_a_kernel() -> None:
+    def refuse_kernel() -> None:
+        raise KernelDoesNotFit("_wide_kernel must fit the GPU")
+
+    at_call(1, refuse_kernel, MicroStep, "__call__")
 
 
 @pytest.mark.gpu
