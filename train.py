@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import audit
 from hub.push import push_folder
 from job.checkpoint import quantization_of
-from job.job import Job, check
+from job.job import SAMPLE_TOKENS, Job, check
 from kernels.launch import KernelDoesNotFit
 from llama.checkpoint import load_model
 from llama.generation import generate_greedy
@@ -57,7 +57,6 @@ from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
 
-SAMPLE_TOKENS = 100
 # what an int64 holds
 HASH_BYTES = 7
 

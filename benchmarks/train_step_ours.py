@@ -20,14 +20,12 @@ from benchmarks.layers import BLOCK_SIZE
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
 from job.adapter import lora_config
-from llama.checkpoint import frozen_bytes, load_model
-from llama.config import read_config
+from llama.checkpoint import load_model, load_sizes
 from llama.memory_plan import MemoryPlan, plan_memory
 from llama.micro_step import POLICIES, MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from llama.preflight import plan_run
 from llama.workload import Workload
-from nf4.weight import weight_bytes
 from optim.adamw import moment_bytes_per_element
 from run.config import TrainConfig
 from run.machine import prepare
@@ -36,28 +34,16 @@ SEED = 0
 QUANTIZATION = (BLOCK_SIZE, True)
 
 
-def frozen_bytes_of(source: str) -> int:
-    """Count what the frozen weights will take of the device."""
-    if source not in CONFIGS:
-        return frozen_bytes(Path(source), QUANTIZATION)
-    with torch.device("meta"):
-        model = Llama(CONFIGS[source], torch.bfloat16)
-    groups = [group for _, group in model.groups()]
-    packed = (weight_bytes(group.rows, group.in_features, *QUANTIZATION) for group in groups)
-    kept = sum(parameter.numel() for parameter in model.parameters())
-    return kept * torch.bfloat16.itemsize + sum(packed)
-
-
 def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:
     """Size a shape's micro-step as train.py's plan wants it."""
+    model = load(source, config, torch.device("meta"))
+    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
     return Workload(
-        config=CONFIGS[source] if source in CONFIGS else read_config(Path(source)),
-        lora=lora_config(config, PROJECTIONS),
-        frozen_bytes=frozen_bytes_of(source),
+        model=model,
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
         batch=shape[0],
         tokens=shape[1],
-        dtype=getattr(torch, config.dtype),
+        device=torch.device(config.device),
     )
 
 
@@ -96,10 +82,13 @@ def make_step(
 
 
 def load(source: str, config: TrainConfig, device: torch.device) -> Llama:
-    """Load a checkpoint folder, or draw a model of one of the shapes that have a name."""
+    """Load a checkpoint folder, or draw a model of one of the shapes that have a name; on the meta
+    device, without values."""
     dtype = getattr(torch, config.dtype)
     if source in CONFIGS:
         return random_model(CONFIGS[source], device, dtype)
+    if device.type == "meta":
+        return load_sizes(Path(source), dtype, QUANTIZATION)
     return load_model(Path(source), device, dtype, QUANTIZATION)
 
 

@@ -71,6 +71,11 @@ class Epochs:
         return self._packing.row_length if self._packing else max(self._lengths)
 
     @property
+    def row_lengths(self) -> set[int]:
+        """Tokens that the longest row of a batch may have."""
+        return {self._packing.row_length} if self._packing else set(self._lengths)
+
+    @property
     def packed_sample_tokens(self) -> float | None:
         """The length of the sample that a token is in, on average, where rows hold several."""
         return mean_sample_tokens(self._lengths) if self._packing else None

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from data.epochs import Epochs
-from llama.checkpoint import describe, frozen_bytes, settle_quantization
+from llama.checkpoint import describe, load_sizes, settle_quantization
 from llama.config import LlamaConfig, LongRopeScaling
 from llama.identity import Identity, identify
-from llama.micro_step import padded_tokens
+from llama.memory_plan import evaluated_rows
+from llama.micro_step import MAX_GRAPHS, padded_tokens
 from llama.workload import Workload
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
@@ -79,19 +80,38 @@ def packable_length(llama: LlamaConfig) -> int | None:
 def workload(
     config: TrainConfig,
     lora: LoRAConfig,
-    llama: LlamaConfig,
     folder: Path,
     epochs: Epochs,
+    num_ranks: int,
 ) -> Workload:
     """Size the largest micro-batch of the run."""
+    device = torch.device(config.device)
     on_device = config.device == "cpu" or config.optimizer_residency != "host"
+    model = load_sizes(folder, getattr(torch, config.dtype), quantization_of(config))
+    model.attach_lora(lora, seed=0)
     return Workload(
-        config=llama,
-        lora=lora,
-        frozen_bytes=frozen_bytes(folder, quantization_of(config)),
+        model=model,
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
         batch=min(config.batch_size, epochs.num_rows),
-        tokens=padded_tokens(epochs.row_length, torch.device(config.device)),
-        dtype=getattr(torch, config.dtype),
+        tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,
+        has_noise=config.neftune_noise_alpha > 0,
+        num_shapes=_num_shapes(epochs, device),
+        num_ranks=num_ranks,
+        device=device,
     )
+
+
+def _num_shapes(epochs: Epochs, device: torch.device) -> int:
+    """Count the shapes of micro-batches that may be captured: of every length, whole or the last
+    of an epoch."""
+    lengths = {padded_tokens(length, device) for length in epochs.row_lengths}
+    return min(2 * len(lengths), MAX_GRAPHS)
+
+
+def evaluated_at_once(work: Workload, evaluation: Epochs, batch_size: int) -> int:
+    """Count the rows that are evaluated together: a batch, or on a GPU fewer where training takes
+    less memory."""
+    num_rows = min(batch_size, evaluation.num_rows)
+    is_limited = work.device.type == "cuda"
+    return evaluated_rows(work, num_rows, evaluation.row_length) if is_limited else num_rows

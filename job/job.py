@@ -6,8 +6,9 @@ nothing but the tokens, which are kept.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
 from hub.push import check_push
 from job.adapter import lora_config, lora_of_init_adapter
-from job.checkpoint import follow_checkpoint, identify_base, packable_length, workload
+from job.checkpoint import (
+    evaluated_at_once,
+    follow_checkpoint,
+    identify_base,
+    packable_length,
+    workload,
+)
 from job.data import load_data
-from llama.checkpoint import find_checkpoint
+from llama.checkpoint import describe_conversion, find_checkpoint
 from llama.config import read_config
 from llama.identity import Identity
 from llama.memory_plan import MemoryPlan
@@ -52,6 +59,8 @@ BUNDLED_RUN = {
     "packing": False,
     "sample_prompt": "Write a verse about Ember.",
 }
+# the most tokens of an answer to --sample-prompt
+SAMPLE_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -155,15 +164,22 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         print(epochs.describe())
     if ranks.size > 1:
         print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
+    work = workload(config, lora, checkpoint_folder, epochs, ranks.size)
+    if prompt:
+        work = replace(work, prompt_tokens=len(prompt) + SAMPLE_TOKENS)
     evaluation = None
     if eval_data:
-        fixed_order = (config.seed, False, config.batch_size, 1)
-        evaluation = Epochs(eval_data.samples, *fixed_order, row_length=row_length)
+        fixed_order = partial(Epochs, eval_data.samples, config.seed, False)
+        evaluation = fixed_order(config.batch_size, 1, row_length=row_length)
+        num_rows = evaluated_at_once(work, evaluation, config.batch_size)
+        work = replace(work, evaluation=(num_rows, evaluation.row_length))
+        evaluation = fixed_order(num_rows, 1, row_length=row_length)
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
-    work = workload(config, lora, llama_config, checkpoint_folder, epochs)
     plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    if conversion := describe_conversion(checkpoint_folder, work.dtype):
+        print(conversion)
     if config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))

@@ -4,11 +4,13 @@
 
     mask    token i sees j <= i, with a window of W tokens j > i - W, and only its own sample
 
-torch chooses between cuDNN's, FlashAttention's and its own products by device; each keeps one
-number a row and head for the backward pass, not the scores. Its graph holds that number, so here
-alone a graph of autograd lives inside a layer's pass that is otherwise written out. What torch does
-not know, or only by a mask of T^2 numbers, `kernels.masked_attention` does: capped scores, windows
-shorter than the rows, rows of several samples.
+On a GPU torch chooses between cuDNN's and FlashAttention's product; each keeps one number a row and
+head for the backward pass, not the scores. Its graph holds that number, so here alone a graph of
+autograd lives inside a layer's pass that is otherwise written out. `kernels.masked_attention` does
+what torch does not, or only by a mask or scores of T^2 numbers: capped scores, windows shorter than
+the rows, rows of several samples, float32, and every dtype on a GPU before compute capability 8.0.
+
+On the meta device, torch's product allocates what FlashAttention's allocates, and computes nothing.
 """
 
 from typing import NamedTuple
@@ -17,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.device import Properties, properties
 from kernels.masked_attention import (
     Samples,
     masked_attention,
     masked_attention_backward,
 )
+
+# the first GPUs that FlashAttention and cuDNN have a product for
+FLASH_CAPABILITY = (8, 0)
+# rows and columns of FlashAttention's tiles, to which its scratch memory is rounded up
+FLASH_ROWS, FLASH_COLUMNS = 128, 32
 
 
 class Scores(NamedTuple):
@@ -39,7 +47,8 @@ class Mixed(NamedTuple):
     # (B, H, T, head_dim), with the graph to the inputs if torch made it and it has a backward pass
     output: Tensor
     scores: Scores
-    lse: Tensor | None  # (B, H, T) float32; None where torch made it
+    lse: Tensor | None  # (B, H, T) float32; None where the graph holds it, or nothing needs it
+    is_masked: bool  # by our own kernel, not by torch's product
     samples: Samples | None
 
 
@@ -63,9 +72,17 @@ def attention(
     if num_queries == 1 and window is not None:
         key, value = key[:, :, -window:], value[:, :, -window:]
     is_windowed = window is not None and num_queries > window
-    if cap is not None or is_windowed or samples is not None:
+    is_plain = cap is None and not is_windowed and samples is None
+    is_by_torch = query.device.type == "cpu" or holds_no_scores(
+        properties(query.device), query.dtype
+    )
+    if not (is_plain and is_by_torch):
         output, lse = masked_attention(query, key, value, scale, cap, window, samples)
-        return Mixed((query, key, value), output, scores, lse, samples)
+        return Mixed((query, key, value), output, scores, lse, True, samples)
+    if query.device.type == "meta":
+        output, lse = _flash_sizes(query)
+        kept = lse if has_backward else None
+        return Mixed((query, key, value), output, scores, kept, False, None)
     with torch.set_grad_enabled(has_backward):
         inputs = (query.detach(), key.detach(), value.detach())
         for tensor in inputs:
@@ -74,15 +91,67 @@ def attention(
         output = F.scaled_dot_product_attention(
             *inputs, is_causal=is_causal, scale=scale, enable_gqa=True
         )
-    return Mixed(inputs, output, scores, None, None)
+    return Mixed(inputs, output, scores, None, False, None)
+
+
+def holds_no_scores(gpu: Properties, dtype: torch.dtype) -> bool:
+    """Whether torch has a product for plain causal attention that writes no scores out.
+
+    cuDNN's and FlashAttention's write none. For heads of keys that queries share, torch has no
+    other but the one that expands the keys and writes T^2 scores out.
+    """
+    return dtype in (torch.bfloat16, torch.float16) and gpu.capability >= FLASH_CAPABILITY
 
 
 def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value from that of the output."""
-    if mixed.lse is not None:
+    if mixed.is_masked:
+        assert mixed.lse is not None
         scale, cap, window = mixed.scores
         return masked_attention_backward(
             grad, *mixed.inputs, mixed.output, mixed.lse, scale, cap, window, mixed.samples
         )
-    query, key, value = torch.autograd.grad(mixed.output, mixed.inputs, grad)
+    if grad.device.type == "meta":
+        return _flash_backward_sizes(*mixed.inputs)
+    # in this thread: autograd's own thread knows nothing of the pool that a pass takes its memory
+    # from, and would take what the backward pass needs from another
+    with torch.autograd.set_multithreading_enabled(False):
+        query, key, value = torch.autograd.grad(mixed.output, mixed.inputs, grad)
     return query, key, value
+
+
+def _heads_beside(like: Tensor, num_heads: int) -> Tensor:
+    """Allocate (B, num_heads, T, head_dim) heads, those of a token beside each other."""
+    B, _, T, head_dim = like.shape
+    return like.new_empty(B, T, num_heads, head_dim).transpose(1, 2)
+
+
+def _flash_sizes(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate on the meta device what FlashAttention's forward pass allocates on a GPU."""
+    B, H, T, _ = query.shape
+    return _heads_beside(query, H), query.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _flash_backward_sizes(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate on the meta device what FlashAttention's backward pass allocates on a GPU.
+
+    The gradient of the queries is added up in float32, where equal runs must give equal bits in as
+    many parts as keep the GPU busy; the gradients of shared keys and values are written for every
+    query head, and added up behind the kernel. Source: `mha_bwd` of torch 2.11.
+    """
+    B, H, T, head_dim = query.shape
+    num_rows, num_columns = T + -T % FLASH_ROWS, head_dim + -head_dim % FLASH_COLUMNS
+    num_parts = 1
+    if torch.are_deterministic_algorithms_enabled():
+        num_parts = -(-properties(query.device).num_multiprocessors // (B * H))
+    H_kv = key.shape[1]
+    grads = (_heads_beside(query, H), _heads_beside(key, H_kv), _heads_beside(value, H_kv))
+    scratch = [
+        query.new_empty(B, H, num_rows, dtype=torch.float32),
+        query.new_empty(num_parts, B, num_rows, H, num_columns, dtype=torch.float32),
+    ]
+    if H_kv != H:
+        scratch += [_heads_beside(query, H) for _ in range(2)]
+    return grads

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hub.fetch import find_folder
-from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig, read_config
 from llama.model import Llama
 from llama.shard_reader import FLOATS, StoredTensor, make_ring, read_header, stream
 from llama.stored_nf4 import (
@@ -45,7 +45,7 @@ from llama.stored_nf4 import (
 )
 from lora.linear_group import LinearGroup
 from nf4.serialized import WeightState, restore_state, stored_buffers
-from nf4.weight import empty_weight, non_finite_weights, weight_bytes
+from nf4.weight import empty_weight, non_finite_weights
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -75,6 +75,7 @@ class _Slot:
         load: takes the tensor, once it is known to be finite.
         home: finds, or makes, what holds the tensor's own bytes; None where it is quantized.
         quantize: takes a tensor without home, and returns scales that tell whether it is finite.
+        settle: takes what has come home as bytes, and returns what is kept of it.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +83,7 @@ class _Slot:
     load: Callable[[Tensor], None]
     home: Callable[[torch.dtype, torch.device], Tensor | None]
     quantize: Callable[[Tensor], Tensor]
+    settle: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 def find_checkpoint(model: str) -> Path:
@@ -224,9 +226,13 @@ def _slots(model: Llama, states: Mapping[str, WeightState]) -> dict[str, _Slot]:
         def load(tensor: Tensor) -> None:
             check_finite(name, tensor)
             # the tensor is a view of the whole file, which may change on the disk
-            home(tensor.dtype, tensor.device).copy_(tensor)
+            home(_kept_dtype(model, name, tensor.dtype), tensor.device).copy_(tensor)
 
-        slots[name] = _Slot(shape, floats, load, home, _never)
+        def settle(tensor: Tensor) -> Tensor:
+            dtype = _kept_dtype(model, name, tensor.dtype)
+            return tensor if dtype == tensor.dtype else home(dtype, tensor.device).copy_(tensor)
+
+        slots[name] = _Slot(shape, floats, load, home, _never, settle)
 
     def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
@@ -406,6 +412,8 @@ class _DeviceSink:
         if self.homes[stored.name] is None:
             values = self._slots[stored.name].quantize(values)
             self._staging[0].vacated.record(self._kernels)
+        else:
+            self.homes[stored.name] = self._slots[stored.name].settle(values)
         # two numbers, where isfinite() would make a temporary as large as the embeddings
         self.extremes.append(torch.stack(values.aminmax()).float())
         self._report(len(self.extremes), self._num_tensors)
@@ -469,8 +477,9 @@ class Description:
         back."""
         return [tensor for name, tensor in self.stored.items() if name in self.slots]
 
-    def check_tied_head(self, embeddings: Tensor) -> None:
-        """Refuse a head that config.json ties to these embeddings, and that differs.
+    def check_tied_head(self) -> None:
+        """Refuse a head that config.json ties to the embeddings, and that differs from them as they
+        are stored.
 
         Raises:
             ValueError: it does.
@@ -478,9 +487,11 @@ class Description:
         head = self.stored.get(_HEAD)
         if head is None or not self.model.config.tie_word_embeddings:
             return
-        with safe_open(head.file, framework="pt") as file:
-            is_equal = torch.equal(file.get_tensor(_HEAD).to(embeddings), embeddings)
-        if not is_equal:
+        values = []
+        for tensor in (head, self.stored[EMBEDDINGS]):
+            with safe_open(tensor.file, framework="pt") as file:
+                values.append(file.get_tensor(tensor.name))
+        if not torch.equal(values[0].to(values[1].dtype), values[1]):
             raise ValueError(
                 f"{self.folder}: config.json ties the head to the embeddings, so {_HEAD} must "
                 f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"
@@ -546,25 +557,19 @@ def settle_quantization(
     return stored
 
 
-def frozen_bytes(folder: Path, quantization: tuple[int, bool] | None) -> int:
-    """Count what `load_model` will hold of a checkpoint on the device, from the files' headers.
+def load_sizes(
+    folder: Path, compute_dtype: torch.dtype, quantization: tuple[int, bool] | None
+) -> Llama:
+    """Make on the meta device what `load_model` makes on another: the same tensors, without values.
 
     Raises:
-        FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json, or are in another format.
+        As `load_model`, but for what only a tensor's values can tell.
     """
-    found = describe(folder, torch.float32)
-    total = sum(found.stored[name].num_bytes for name in found.slots)
-    for prefix, group in found.model.groups():
-        form = found.quantization(prefix, group, quantization)
-        if form is None:
-            continue
-        weights = [f"{prefix}{name}.weight" for name in group.names]
-        total -= sum(
-            found.stored[name].num_bytes for name in found.slots if name.startswith(tuple(weights))
-        )
-        total += weight_bytes(group.rows, group.in_features, *form)
-    return total
+    found = _allocated(folder, META, compute_dtype, quantization)
+    for tensor in found.needed():
+        dtype = _kept_dtype(found.model, tensor.name, tensor.dtype)
+        found.slots[tensor.name].home(dtype, META)
+    return found.model.eval()
 
 
 def load_model(
@@ -575,7 +580,7 @@ def load_model(
     report: Report = lambda done, total: None,
 ) -> Llama:
     """Load a checkpoint: frozen, its linear groups in NF4 (block_size, double_quant) or, with None,
-    as stored.
+    as stored; the head in the compute dtype.
 
     One that is in NF4 already is loaded as it is, with its groups that are not; it must be asked
     for what `settle_quantization` says.
@@ -588,8 +593,25 @@ def load_model(
         ValueError: the files contradict each other or config.json, are in another format or another
             quantization than asked for, or a tensor holds a NaN or an infinity.
     """
+    found = _allocated(folder, device, compute_dtype, quantization)
+    model, wanted = found.model, found.needed()
+    if device.type == "cpu":
+        _load_on_cpu(wanted, found.slots, report)
+    else:
+        _load_on_gpu(wanted, found.slots, device, report)
+    found.check_tied_head()
+    return model.eval()
+
+
+def _allocated(
+    folder: Path,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    quantization: tuple[int, bool] | None,
+) -> Description:
+    """Describe a checkpoint, and allocate the model's groups on a device."""
     found = describe(folder, compute_dtype)
-    model, slots, stored = found.model, found.slots, found.stored
+    model, stored = found.model, found.stored
     if found.nf4.quantization not in (None, quantization):
         raise ValueError(
             f"{folder} must be loaded as it is stored: it is in NF4 with "
@@ -608,10 +630,35 @@ def load_model(
             if weight in found.nf4.states:
                 restore_state(group.member(name), found.nf4.states[weight])
     model.frequencies = model.frequencies.to(device)
-    wanted = found.needed()
-    if device.type == "cpu":
-        _load_on_cpu(wanted, slots, report)
-    else:
-        _load_on_gpu(wanted, slots, device, report)
-    found.check_tied_head(model.model.embed_tokens.weight)
-    return model.eval()
+    return found
+
+
+def _kept_dtype(model: Llama, name: str, stored: torch.dtype) -> torch.dtype:
+    """Find the dtype in which one of a model's parameters is kept.
+
+    That of the head is the compute dtype, to which every loss would convert it again; embeddings
+    have it too where they are the head, or become smaller. A row that is looked up is rounded as it
+    would be behind the look-up.
+    """
+    compute = model.compute_dtype
+    if name == _head_of(model.config):
+        return compute
+    return compute if name == EMBEDDINGS and compute.itemsize < stored.itemsize else stored
+
+
+def _head_of(config: LlamaConfig) -> str:
+    return EMBEDDINGS if config.tie_word_embeddings else _HEAD
+
+
+def describe_conversion(folder: Path, compute_dtype: torch.dtype) -> str:
+    """Say that head and embeddings are not kept as stored; an empty string if they are.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json, or are in another format.
+    """
+    found = describe(folder, compute_dtype)
+    stored = found.stored[_head_of(found.model.config)].dtype
+    if stored == compute_dtype:
+        return ""
+    return f"the head is stored in {stored} and kept in {compute_dtype}, in which it is used"

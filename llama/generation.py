@@ -3,9 +3,18 @@
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from llama.decoder_layer import KeyValueCache
 from llama.model import Llama
+
+
+@torch.no_grad()
+def most_probable(model: Llama, ids: Tensor, cache: KeyValueCache) -> Tensor:  # (1, T) -> ()
+    """Find the most probable token behind those that a cache holds and those that are given."""
+    hidden = model.hidden_states(ids, cache)[:, -1]
+    # a cap on logits leaves their order as it is
+    return (hidden @ model.head.T).argmax()
 
 
 @torch.no_grad()
@@ -23,9 +32,7 @@ def generate_greedy(
     new_ids: list[int] = []
     ids = torch.tensor([prompt_ids], device=model.device)
     while len(new_ids) < max_new_tokens:
-        hidden = model.hidden_states(ids, cache)[:, -1]
-        # a cap on logits leaves their order as it is
-        next_id = int((hidden @ model.head.to(hidden.dtype).T).argmax())
+        next_id = int(most_probable(model, ids, cache))
         if next_id in stop_ids:
             break
         new_ids.append(next_id)

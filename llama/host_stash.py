@@ -6,6 +6,9 @@
 Copies have a stream of their own beside the compute, so they cost no time while a layer takes
 longer than its input takes over the bus: 64 MiB of an 8B layer take 1.3 ms, the layer 5. What is
 put may be captured in one CUDA graph and fetched in another.
+
+On the meta device there is nothing to copy, and nothing is pinned: matrices are taken and given
+back as on a GPU.
 """
 
 from collections import deque
@@ -20,7 +23,7 @@ class _Copy(NamedTuple):
     """A matrix on the device, and when the copy from or to it is done."""
 
     matrix: Tensor
-    done: torch.cuda.Event
+    done: torch.cuda.Event | None  # None: there was nothing to copy
 
 
 class HostStash:
@@ -33,13 +36,17 @@ class HostStash:
     def __init__(self, layers: Sequence[int], device: torch.device) -> None:
         self.layers = tuple(layers)
         self._host: dict[int, Tensor] = {}
-        self._stream = torch.cuda.Stream(device)
+        self._has_copies = device.type != "meta"
+        if self._has_copies:
+            self._stream = torch.cuda.Stream(device)
         self._leaving: deque[_Copy] = deque()
         self._on_host: list[int] = []
         self._coming: dict[int, _Copy] = {}
 
     def reserve(self, like: Tensor) -> None:
         """Pin room for matrices as large as `like`, where there is less."""
+        if not self._has_copies:
+            return
         if not self._host or next(iter(self._host.values())).numel() < like.numel():
             self._host = {
                 layer: torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
@@ -53,24 +60,29 @@ class HostStash:
     def _room(self, layer: int, like: Tensor) -> Tensor:
         return self._host[layer][: like.numel()].view(like.shape)
 
-    def _now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+    def _start(self, layer: int, matrix: Tensor, is_leaving: bool) -> _Copy:
+        """Start copying a matrix out or back, after what the current stream was given so far."""
+        if not self._has_copies:
+            return _Copy(matrix, None)
+        room = self._room(layer, matrix)
+        target, source = (room, matrix) if is_leaving else (matrix, room)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return _Copy(matrix, done)
 
     def put(self, layer: int, matrix: Tensor) -> None:
         """Start copying a matrix out; it is held until the copy is done."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._room(layer, matrix).copy_(matrix, non_blocking=True)
-        self._leaving.append(_Copy(matrix, self._now()))
+        self._leaving.append(self._start(layer, matrix, is_leaving=True))
         self._on_host.append(layer)
         # the one before has had a layer's time
         if len(self._leaving) > 1:
             self._let_go()
 
     def _let_go(self) -> None:
-        torch.cuda.current_stream().wait_event(self._leaving.popleft().done)
+        _await(self._leaving.popleft())
 
     def settle(self) -> None:
         """Let what follows on this stream come after every copy out."""
@@ -85,7 +97,7 @@ class HostStash:
         self.settle()
         while self._coming:
             _, copy = self._coming.popitem()
-            torch.cuda.current_stream().wait_event(copy.done)
+            _await(copy)
         self._on_host.clear()
 
     def fetch_next(self, like: Tensor) -> None:
@@ -95,13 +107,16 @@ class HostStash:
         layer = self._on_host.pop()
         # memory of the current stream, where something may still use it
         matrix = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            matrix.copy_(self._room(layer, matrix), non_blocking=True)
-        self._coming[layer] = _Copy(matrix, self._now())
+        self._coming[layer] = self._start(layer, matrix, is_leaving=False)
 
     def take(self, layer: int) -> Tensor:
         """Return a layer's matrix, which `fetch_next` has begun to bring."""
-        matrix, done = self._coming.pop(layer)
-        torch.cuda.current_stream().wait_event(done)
-        return matrix
+        copy = self._coming.pop(layer)
+        _await(copy)
+        return copy.matrix
+
+
+def _await(copy: _Copy) -> None:
+    """Let what follows on the current stream come after a copy."""
+    if copy.done is not None:
+        torch.cuda.current_stream().wait_event(copy.done)

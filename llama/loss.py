@@ -66,6 +66,11 @@ def _check(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
             "hidden and head must be matrices with rows of one length: "
             f"got shapes {tuple(hidden.shape)} and {tuple(head.shape)}"
         )
+    if hidden.dtype != head.dtype:
+        raise ValueError(
+            f"hidden and head must share a dtype: got {hidden.dtype} and {head.dtype}; a copy of "
+            "the head would take as much memory again"
+        )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
             "targets must be one for each row of hidden: "
@@ -83,7 +88,7 @@ def _check(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
 @torch.no_grad()
 def linear_cross_entropy(
     hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
-    head: Tensor,  # (V, D)
+    head: Tensor,  # (V, D), hidden's dtype
     targets: Tensor,  # (M,) int64
     cap: float | None = None,
 ) -> Tensor:  # () float32, summed over the rows
@@ -92,8 +97,7 @@ def linear_cross_entropy(
         z    = hidden head^T                          one chunk of rows at a time
         loss = sum_i logsumexp(z_i) - z_i[target_i]
 
-    The product is in hidden's dtype, to which the head is converted, everything after it in
-    float32.
+    The product is in hidden's dtype, everything after it in float32.
 
     Args:
         cap: of the logits, softcap(z) taking z's place; None: they are not capped.
@@ -103,7 +107,7 @@ def linear_cross_entropy(
     """
     _check(hidden, head, targets)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for _, logits, some_targets in _chunks(hidden, head.to(hidden.dtype), targets):
+    for _, logits, some_targets in _chunks(hidden, head, targets):
         loss += cross_entropy(logits, some_targets, cap).sum()
     return loss
 
@@ -111,7 +115,7 @@ def linear_cross_entropy(
 @torch.no_grad()
 def linear_cross_entropy_with_gradient(
     hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
-    head: Tensor,  # (V, D), frozen
+    head: Tensor,  # (V, D), hidden's dtype; frozen
     targets: Tensor,  # (M,) int64
     factor: Tensor,  # () float32
     cap: float | None = None,
@@ -139,7 +143,6 @@ def linear_cross_entropy_with_gradient(
             "the factor must be one float32 on hidden's device: "
             f"got {factor.dtype} {tuple(factor.shape)} on {factor.device}, not {hidden.device}"
         )
-    head = head.to(hidden.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows, logits, some_targets in _chunks(hidden, head, targets):
         loss += cross_entropy_(logits, some_targets, cap).sum()

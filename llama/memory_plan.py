@@ -1,252 +1,76 @@
-"""What a micro-step will need of the memory, and which layers may keep their activations.
+"""What a run will need of the memory, and which layers may keep their activations.
 
-The peak is found by walking through the step as `llama/decoder_layer.py` and `llama/micro_step.py`
-write it, taking and giving back the sizes of its tensors. Nothing is allocated, so the answer comes
-before the checkpoint is loaded, and a choice of policies costs a millisecond to try.
+Nothing here knows what a layer allocates. `llama/step_walk.py` walks through the code of a run's
+passes on the meta device, `llama/caching_allocator.py` takes and gives back what that recorded as
+torch's allocator would, and this file adds what neither can see, each a measured constant. So the
+answer comes before the checkpoint is loaded; a mix of policies takes some hundredths of a second
+to try.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from llama.loss import chunk_rows
+from llama.allocations import DEFAULT_POOL, Event
+from llama.caching_allocator import CachingAllocator
 from llama.micro_step import Policy
-from llama.workload import Group, Workload
+from llama.step_walk import PASSES, STEP, StepWalk
+from llama.workload import Workload
 
 MIB, GIB = 1 << 20, 1 << 30
-# what the allocator rounds to
-ALLOCATION = 512
-# cuBLAS's workspaces for two streams, the optimizer's and the loss's small tensors
-WORKSPACE_BYTES = 64 << 20
-# what torch's allocator holds beyond the peak of what is in use: holes between the tensors of a
-# layer's pass, in percent of the most that one layer's pass has in use. Chosen to fit 12 runs of
-# Llama-3-8B, which had 26 to 41
-HOLES_PERCENT = 38
-# the driver's context with its loaded kernels, outside of torch's allocator
+# of cuBLAS for each stream: the setting that run/machine.py makes, eight times 4,096 KiB
+WORKSPACE_BYTES = 32 << 20
+# the driver's context with its loaded kernels, outside of torch's allocator; measured on an H200
 CONTEXT_BYTES = 600 << 20
+# outside of torch's allocator for each shape that is captured: 32 shapes took 324 MiB on an H200,
+# Llama-3-8B with 32 layers
+GRAPHS_BYTES_PER_LAYER = 320 << 10
+# NCCL's buffers on each GPU from the first reduction on, measured on two H200s
+NCCL_BYTES = 842 << 20
 
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
 
 
-class _Memory:
-    """Counts what is in use, and the most that was."""
-
-    def __init__(self) -> None:
-        self.in_use = self.peak = 0
-
-    def take(self, *sizes: int) -> int:
-        total = sum(-(-size // ALLOCATION) * ALLOCATION for size in sizes)
-        self.in_use += total
-        self.peak = max(self.peak, self.in_use)
-        return total
-
-    def give(self, total: int) -> None:
-        self.in_use -= total
-
-
-class _Step:
-    """Walks through a micro-step, tensor by tensor, in the order of the code that runs it."""
-
-    def __init__(self, work: Workload) -> None:
-        self.work = work
-        self.memory = _Memory()
-        config, e = work.config, work.dtype.itemsize
-        self.qkv, self.o, self.gate_up, self.down = work.groups
-        self.row = work.M * config.hidden_size * e
-        self.heads = work.M * config.num_attention_heads * config.head_dim
-        # the softmax's denominators
-        self.lse = 4 * work.M * config.num_attention_heads
-        self.mixed = (self.heads * e, self.lse)
-        num_normed = config.num_attention_heads + config.num_key_value_heads
-        num_normed *= work.M * config.qk_norm
-        self.normed_heads = (num_normed * config.head_dim * e, 4 * num_normed)
-        # by our own kernel, not torch's
-        self.is_masked = work.is_masked
-
-    def columns(self, count: int) -> int:
-        return self.work.M * count * self.work.dtype.itemsize
-
-    def expanded(self, group: Group) -> int:
-        return (group.N + group.tail) * (group.K + group.tail) * self.work.dtype.itemsize
-
-    def input_of(self, group: Group) -> int:
-        return self.columns(group.K + group.tail)
-
-    def output_of(self, group: Group) -> int:
-        return self.columns(group.N + group.tail)
-
-    def attend(self, adds: bool) -> tuple[int, int, int]:
-        """Return what the first half holds: r1, what only the backward pass needs, delta."""
-        memory, work = self.memory, self.work
-        y = memory.take(self.input_of(self.qkv))
-        rstd = memory.take(4 * work.M)
-        r1 = memory.take(self.row) if adds else 0
-        W = memory.take(self.expanded(self.qkv))
-        qkv = memory.take(self.columns(self.qkv.N))
-        memory.give(W)
-        # queries and keys before they are normalized, where they are
-        qkv += memory.take(*self.normed_heads)
-        mixed = memory.take(*self.mixed)
-        mixed_ext = memory.take(self.input_of(self.o)) if self.o.tail else 0
-        W = memory.take(self.expanded(self.o))
-        delta = memory.take(self.row)
-        memory.give(W)
-        h = memory.take(self.columns(self.o.tail), self.columns(self.qkv.tail))
-        held = 0
-        if self.work.config.norms.behind_attention:
-            # what o gave stays, and what is added is another
-            held, delta = delta + memory.take(4 * work.M), memory.take(self.row)
-        memory.give(mixed_ext)
-        memory.give(y)
-        return r1, rstd + qkv + mixed + h + held, delta
-
-    def gate(self) -> int:
-        """Return what the second half holds up to the gates."""
-        memory = self.memory
-        y = memory.take(self.input_of(self.gate_up))
-        held = memory.take(self.row, 4 * self.work.M)
-        held += memory.take(self.output_of(self.gate_up))
-        W = memory.take(self.expanded(self.gate_up))
-        memory.give(W)
-        held += memory.take(self.columns(self.gate_up.tail))
-        memory.give(y)
-        return held
-
-    def project(self) -> tuple[int, int]:
-        """Return what the end of the second half holds for the backward pass, and delta."""
-        memory = self.memory
-        W = memory.take(self.expanded(self.down))
-        delta = memory.take(self.row)
-        memory.give(W)
-        held = memory.take(self.columns(self.down.tail))
-        if self.work.config.norms.behind_mlp:
-            held, delta = held + delta + memory.take(4 * self.work.M), memory.take(self.row)
-        return held, delta
-
-    def forward(self, policy: Policy, is_first: bool) -> int:
-        """Return what a layer's forward pass keeps; the stream's two tensors change hands."""
-        memory = self.memory
-        r1, first, delta = self.attend(adds=not is_first)
-        second = self.gate()
-        keeps = policy == "keep"
-        memory.give(delta)
-        if not keeps:
-            memory.give(first)
-        inner = memory.take(self.input_of(self.down))
-        r2 = -(-self.row // ALLOCATION) * ALLOCATION
-        if not keeps:
-            memory.give(second - r2)
-        h, _ = self.project()
-        memory.give(inner)
-        if not keeps:
-            # of a recomputed layer what down gave is computed again too
-            memory.give(h)
-            h = memory.take(self.columns(self.down.tail))
-        # the x and delta that came in; the first layer has no delta, and its x is r1
-        memory.give(0 if is_first else 2 * r2)
-        if keeps:
-            # r2 is the next layer's x, which is counted there
-            memory.take(r2)
-            return r1 + first + second + h
-        if policy == "offload":
-            # it is let go a layer later
-            memory.give(r1)
-            return h
-        return r1 + h
-
-    def backward(self, policy: Policy, kept: int) -> None:
-        memory, e = self.memory, self.work.dtype.itemsize
-        fetched = memory.take(self.row, self.row) if policy == "offload" else 0
-        first, delta, second = 0, 0, 0
-        if policy != "keep":
-            _, first, delta = self.attend(adds=False)
-            second = self.gate()
-            memory.give(delta)
-            if self.work.config.norms.behind_mlp:
-                inner = memory.take(self.input_of(self.down))
-                held, delta = self.project()
-                memory.give(inner + delta)
-                second += held
-        # gradients of what the halves gave, where that is another than the stream's
-        behind = memory.take(self.output_of(self.down)) if self.work.config.norms.behind_mlp else 0
-        W = memory.take(self.expanded(self.down))
-        grad = memory.take(self.columns(self.down.K))
-        memory.give(W + grad + behind)
-        W = memory.take(self.expanded(self.gate_up))
-        grad = memory.take(self.row)
-        memory.give(W + grad)
-        released = self.output_of(self.gate_up)
-        released += self.row if self.work.config.norms.behind_mlp else 0
-        memory.give(second)
-        if policy == "keep":
-            memory.give(released)
-        behind = 0
-        if self.work.config.norms.behind_attention:
-            behind = memory.take(self.output_of(self.o))
-        W = memory.take(self.expanded(self.o))
-        grad = memory.take(self.heads * e)
-        memory.give(W + behind)
-        # gradients of q, k and v; before that, of q in float32 and of k and v for every query head,
-        # but by our own kernels
-        spread = memory.take(self.lse)
-        if not self.is_masked:
-            spread += memory.take(4 * self.heads, 2 * self.heads * e)
-        grads = memory.take(self.columns(self.qkv.N))
-        memory.give(spread + grad)
-        grad_qkv = memory.take(self.output_of(self.qkv))
-        memory.give(grads)
-        W = memory.take(self.expanded(self.qkv))
-        grad = memory.take(self.row)
-        memory.give(W + grad + grad_qkv + first + fetched)
-        memory.give(kept - (released if policy == "keep" else 0))
-
-    def peak(self, policies: Sequence[Policy]) -> int:
-        """Walk through all layers and back."""
-        memory = self.memory
-        memory.take(self.row)
-        kept = [self.forward(policy, i == 0) for i, policy in enumerate(policies)]
-        memory.take(self.row)
-        tail = max(self.o.tail, self.down.tail)
-        memory.take(self.columns(self.work.config.hidden_size + tail))
-        for policy, held in zip(reversed(policies), reversed(kept), strict=True):
-            self.backward(policy, held)
-        return memory.peak
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, by what they are for, and the policies they are for."""
+    """Bytes on the device, by what they are for, and the policies they are for.
+
+    Attributes:
+        step: activations and scratch of the passes, at the most.
+        loss: hidden states, logits and inputs, at the most.
+        sampling: of the text that is sampled, at the most.
+        reserved: by torch's allocator, holes included.
+        graphs, nccl: outside of torch's allocator.
+        kept_per_layer: of a layer that keeps its activations.
+        input_per_layer: of a layer that computes them again.
+        host: pinned for inputs that are offloaded.
+    """
 
     policies: tuple[Policy, ...]
     weights: int
     adapter: int
     gradients: int
     moments: int
-    step: int  # activations and scratch, at the most
-    layer: int  # of it a single layer's, if no other kept anything
+    step: int
     loss: int
-    kept_per_layer: int  # of a layer that keeps its activations
-    input_per_layer: int  # of one that computes them again
-    host: int  # pinned for inputs that are offloaded
-
-    @property
-    def in_use(self) -> int:
-        """Tensors in torch's allocator, at the most; the moments are elsewhere.
-
-        The loss takes its own memory between the passes, where the other is not at its peak.
-        """
-        return self.weights + self.adapter + self.gradients + self.step + self.loss
-
-    @property
-    def reserved(self) -> int:
-        """What torch's allocator holds at its peak."""
-        return self.in_use + self.layer * HOLES_PERCENT // 100 + WORKSPACE_BYTES
+    sampling: int
+    reserved: int
+    graphs: int
+    nccl: int
+    kept_per_layer: int
+    input_per_layer: int
+    host: int
 
     @property
     def device(self) -> int:
         """What the process takes of the device, its context included."""
-        return self.reserved + self.moments + CONTEXT_BYTES
+        return self.reserved + self.moments + self.graphs + self.nccl + CONTEXT_BYTES
+
+    @property
+    def _tensors(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.step + self.loss + self.sampling
 
     def table(self) -> str:
         """Say what a plan takes, line by line."""
@@ -261,12 +85,15 @@ class MemoryPlan:
                 f"at the peak; a layer keeps {_size(self.kept_per_layer)}, "
                 f"or its input, {_size(self.input_per_layer)}",
             ),
-            ("loss", self.loss, "logits of one chunk, and the rows that have a label"),
-            ("workspaces and holes", self.reserved - self.in_use, "estimated"),
-            ("CUDA context", CONTEXT_BYTES, "estimated"),
+            ("loss", self.loss, "hidden states, and logits of one chunk"),
+            ("sampled text", self.sampling, "keys, values and a pass over the prompt"),
+            ("workspaces and holes", self.reserved - self._tensors, "of torch's allocator"),
+            ("CUDA graphs", self.graphs, "measured"),
+            ("NCCL", self.nccl, "measured"),
+            ("CUDA context", CONTEXT_BYTES, "measured"),
             ("in all", self.device, f"of it in torch's allocator {_size(self.reserved)}"),
         ]
-        text = [f"  {name:<24} {_size(size):>10}   {note}" for name, size, note in lines]
+        text = [f"  {name:<24} {_size(size):>10}   {note}" for name, size, note in lines if size]
         text.append(f"  {'layers':<24} {self.layers()}")
         if self.host:
             text.append(f"  {'pinned on the host':<24} {_size(self.host):>10}   layer inputs")
@@ -278,27 +105,71 @@ class MemoryPlan:
         return ", ".join(f"{count} {policy}" for policy, count in counts.items())
 
 
+class Planner:
+    """Plans a workload's memory, for one mix of policies after the other."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self._walk = StepWalk(work)
+        self._plans: dict[tuple[Policy, ...], MemoryPlan] = {}
+
+    @cached_property
+    def _kept(self) -> tuple[int, int]:
+        """Bytes of a layer that keeps its activations, and of one that keeps its input."""
+
+        def kept_by(policy: Policy) -> int:
+            allocator = CachingAllocator()
+            allocator.run(self._walk.kept_by(policy))
+            return allocator.in_use(DEFAULT_POOL)
+
+        return kept_by("keep"), kept_by("recompute")
+
+    def plan(self, policies: Sequence[Policy]) -> MemoryPlan:
+        """Predict what a run needs under given policies."""
+        policies = tuple(policies)
+        if policies not in self._plans:
+            self._plans[policies] = self._plan(policies)
+        return self._plans[policies]
+
+    def _plan(self, policies: tuple[Policy, ...]) -> MemoryPlan:
+        work, allocator = self.work, CachingAllocator()
+        allocator.run(self._walk.weights)
+        weights = allocator.in_use(DEFAULT_POOL)
+        # what lies there for good beside the weights; the walk's own blocks have numbers from 1
+        adapter = 4 * work.num_adapted
+        standing = [(adapter, DEFAULT_POOL), (adapter, DEFAULT_POOL)]
+        standing += [(WORKSPACE_BYTES, DEFAULT_POOL), (WORKSPACE_BYTES, STEP)]
+        allocator.run(Event(-1 - i, *block) for i, block in enumerate(standing) if block[0])
+        held = allocator.in_use(DEFAULT_POOL)
+        allocator.run(self._walk.sampling)
+        sampling = allocator.most_in_use(DEFAULT_POOL) - held
+        allocator.run(self._walk.events(policies))
+        num_offloaded = sum(policy == "offload" for policy in policies)
+        row_bytes = work.M * work.config.hidden_size * work.dtype.itemsize
+        graphs = GRAPHS_BYTES_PER_LAYER * work.config.num_hidden_layers * work.num_shapes
+        kept, inputs = self._kept
+        return MemoryPlan(
+            policies=policies,
+            weights=weights,
+            adapter=adapter,
+            gradients=adapter,
+            moments=int(work.moment_bytes * work.num_adapted),
+            step=allocator.most_in_use(PASSES),
+            loss=allocator.most_in_use(STEP) - WORKSPACE_BYTES,
+            sampling=sampling,
+            reserved=allocator.reserved,
+            graphs=graphs,
+            nccl=NCCL_BYTES * (work.num_ranks > 1),
+            kept_per_layer=kept,
+            input_per_layer=inputs,
+            # torch rounds what it pins up to a power of two
+            host=num_offloaded * (1 << (row_bytes - 1).bit_length()),
+        )
+
+
 def plan_memory(work: Workload, policies: Sequence[Policy]) -> MemoryPlan:
-    """Predict what a micro-step needs under given policies."""
-    step = _Step(work)
-    V, D, e = work.config.vocab_size, work.config.hidden_size, work.dtype.itemsize
-    rows = chunk_rows(V, work.dtype, work.M)
-    # the chosen rows, their logits, and the gradient of a chunk in float32
-    loss = work.M * D * e + rows * (V * e + 4 * D)
-    once = _Step(work)
-    return MemoryPlan(
-        policies=tuple(policies),
-        weights=work.frozen_bytes,
-        adapter=4 * work.num_adapted,
-        gradients=4 * work.num_adapted,
-        moments=int(work.moment_bytes * work.num_adapted),
-        step=step.peak(policies),
-        layer=_Step(work).peak(["recompute"]),
-        loss=loss,
-        kept_per_layer=once.forward("keep", is_first=False),
-        input_per_layer=once.forward("recompute", is_first=False),
-        host=sum(policy == "offload" for policy in policies) * step.row,
-    )
+    """Predict what a run needs under given policies."""
+    return Planner(work).plan(policies)
 
 
 def mix(num_layers: int, num_kept: int, num_recomputed: int) -> tuple[Policy, ...]:
@@ -324,43 +195,80 @@ def choose_policies(work: Workload, budget: int) -> MemoryPlan | None:
     Args:
         budget: bytes of the device for the process.
     """
-    num_layers = work.config.num_hidden_layers
+    num_layers, planner = work.config.num_hidden_layers, Planner(work)
 
-    def fits(policies: tuple[Policy, ...]) -> bool:
-        return plan_memory(work, policies).device <= budget
+    def bytes_of(num_kept: int, num_recomputed: int) -> int:
+        return planner.plan(mix(num_layers, num_kept, num_recomputed)).device
 
-    if not fits(mix(num_layers, 0, 0)):
+    num_kept = _most(0, num_layers, budget, lambda n: bytes_of(n, 0))
+    if num_kept is None:
         return None
-    num_kept = _most(num_layers, lambda n: fits(mix(num_layers, n, 0)))
     rest = num_layers - num_kept
-    num_recomputed = _most(rest, lambda n: fits(mix(num_layers, num_kept, n)))
-    return plan_memory(work, mix(num_layers, num_kept, num_recomputed))
+    num_recomputed = _most(0, rest, budget, lambda n: bytes_of(num_kept, n)) or 0
+    return planner.plan(mix(num_layers, num_kept, num_recomputed))
 
 
-def _most(limit: int, holds: Callable[[int], bool]) -> int:
-    """Find the largest number up to a limit for which something holds that holds for 0."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+def evaluated_rows(work: Workload, rows: int, tokens: int) -> int:
+    """Find how many rows may be evaluated at once, so that an evaluation takes no more memory than
+    training at its leanest; one row if that takes more already.
+
+    What is free does not count: on every machine the same rows are evaluated together, whose loss
+    is added up in float32.
+
+    Args:
+        rows: wanted at once.
+        tokens: of the longest row.
+    """
+    leanest = mix(work.config.num_hidden_layers, 0, 0)
+
+    def bytes_of(evaluation: tuple[int, int] | None) -> int:
+        return plan_memory(replace(work, evaluation=evaluation), leanest).device
+
+    return _most(1, rows, bytes_of(None), lambda n: bytes_of((n, tokens))) or 1
+
+
+def _most(least: int, limit: int, budget: int, bytes_of: Callable[[int], int]) -> int | None:
+    """Find a number from the least to a limit that takes no more than a budget, where one more
+    takes more or is beyond the limit; None if the least takes more.
+
+    The bytes grow about evenly, so the guess is where a straight line meets the budget.
+    """
+    low, high = least, limit
+    high_bytes = bytes_of(high)
+    if high_bytes <= budget:
+        return high
+    low_bytes = bytes_of(low)
+    if low_bytes > budget:
+        return None
+    while high - low > 1:
+        share = (budget - low_bytes) / (high_bytes - low_bytes)
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        num_bytes = bytes_of(guess)
+        if num_bytes <= budget:
+            low, low_bytes = guess, num_bytes
+        else:
+            high, high_bytes = guess, num_bytes
     return low
 
 
 def nearest_that_fits(work: Workload, budget: int) -> Workload | None:
     """Find the largest batch, or for a batch of one the most tokens, that would fit."""
-    if work.batch > 1:
-        smaller = _most(
-            work.batch,
-            lambda n: n == 0 or choose_policies(replace(work, batch=n), budget) is not None,
-        )
-        if smaller:
-            return replace(work, batch=smaller)
-    single = replace(work, batch=1)
-    tokens = _most(
-        work.tokens,
-        lambda n: n == 0 or choose_policies(replace(single, tokens=n), budget) is not None,
-    )
-    return replace(single, tokens=tokens) if tokens else None
+    leanest = mix(work.config.num_hidden_layers, 0, 0)
+
+    def bytes_of(smaller: Workload) -> int:
+        return plan_memory(smaller, leanest).device
+
+    def with_tokens(num_tokens: int) -> Workload:
+        """Cut all rows, those that are evaluated too."""
+        rows, tokens = work.evaluation or (0, 0)
+        evaluation = (rows, min(tokens, num_tokens)) if rows else None
+        return replace(work, batch=1, tokens=num_tokens, evaluation=evaluation)
+
+    rows = _most(1, work.batch, budget, lambda n: bytes_of(replace(work, batch=n)))
+    if rows is not None:
+        return replace(work, batch=rows)
+    tokens = _most(1, work.tokens, budget, lambda n: bytes_of(with_tokens(n)))
+    return None if tokens is None else with_tokens(tokens)
 
 
 def plan_within(work: Workload, policy: Policy | None, budget: int) -> MemoryPlan:
@@ -377,8 +285,8 @@ def plan_within(work: Workload, policy: Policy | None, budget: int) -> MemoryPla
     plan = choose_policies(work, budget) if policy is None else None
     if plan is not None:
         return plan
-    leanest = mix(num_layers, 0, 0)
-    least = plan_memory(work, leanest if policy is None else (policy,) * num_layers)
+    leanest = mix(num_layers, 0, 0) if policy is None else (policy,) * num_layers
+    least = plan_memory(work, leanest)
     if least.device <= budget:
         return least
     nearest = nearest_that_fits(work, budget)

@@ -107,7 +107,8 @@ class MicroStep:
         self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._hidden = torch.empty(0, dtype=model.compute_dtype, device=model.device)
         offloaded = [i for i, policy in enumerate(policies) if policy == "offload"]
-        assert model.device.type == "cuda" or not (captures or offloaded)
+        assert model.device.type == "cuda" or not captures
+        assert model.device.type != "cpu" or not offloaded
         self._stash = HostStash(offloaded, model.device) if offloaded else None
         if model.device.type == "cuda":
             # torch gives memory back to the stream that it was used on
@@ -152,9 +153,7 @@ class MicroStep:
         rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
         if device.type == "cpu":
             return self._launch(given, rows, targets, factor)
-        # a copy from memory that is not pinned waits for the device
-        sent = [t.pin_memory().to(device, non_blocking=True) for t in (*given, rows, targets)]
-        *given, rows, targets = sent
+        *given, rows, targets = [self._send(t) for t in (*given, rows, targets)]
         with self._on_stream():
             captured = self._captured_for(given)
             if captured is None:
@@ -166,6 +165,13 @@ class MicroStep:
             captured.backward.replay()
             return loss
 
+    def _send(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor from the CPU to the model's device."""
+        if self.model.device.type == "cuda":
+            # a copy from memory that is not pinned waits for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(self.model.device, non_blocking=True)
+
     def evaluate(
         self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> Tensor:  # () float32
@@ -175,9 +181,7 @@ class MicroStep:
             return model.loss(input_ids, labels, positions)
         places = [] if positions is None else samples_of(positions)
         given = (input_ids, *places, *target_rows(labels))
-        # a copy from memory that is not pinned waits for the device
-        sent = [t.pin_memory().to(model.device, non_blocking=True) for t in given]
-        ids, *places, rows, targets = sent
+        ids, *places, rows, targets = [self._send(tensor) for tensor in given]
         with self._on_stream():
             hidden = self._hidden_states(ids)
             with self._pooled():
@@ -203,6 +207,9 @@ class MicroStep:
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
         """Run on the stream that the pool's memory belongs to, in turn with the caller's."""
+        if self.model.device.type != "cuda":
+            yield
+            return
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
@@ -234,12 +241,12 @@ class MicroStep:
 
     @contextmanager
     def _pooled(self) -> Iterator[None]:
-        """Take memory from the pool that the captured passes have theirs from.
+        """Take memory from the pool that the captured passes have theirs from, on a GPU.
 
         Not for the loss: to the allocator, what a captured forward pass keeps for the backward pass
         is free.
         """
-        if self.model.device.type == "cpu":
+        if self.model.device.type != "cuda":
             yield
             return
         with no_new_constants(), torch.cuda.use_mem_pool(self._pool):

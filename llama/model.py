@@ -2,9 +2,10 @@
 projections share an input.
 
 Modules bear the checkpoint's names; a group adds its members' (`model.layers.0.self_attn.qkv` holds
-`model.layers.0.self_attn.q_proj`). Frozen tensors stay in the checkpoint's dtype; activations have
-the compute dtype; norms, rotations and the loss work in float32 and round once, where transformers
-rounds a norm before its weight is applied and rounds the cosines and sines.
+`model.layers.0.self_attn.q_proj`). Frozen tensors stay in the checkpoint's dtype, but for the head,
+which has the compute dtype as activations do; norms, rotations and the loss work in float32 and
+round once, where transformers rounds a norm before its weight is applied and rounds the cosines and
+sines.
 
 Nothing here has a graph of autograd: `llama.micro_step` runs the layers forward and back.
 
@@ -163,6 +164,13 @@ class Llama(nn.Module):
         """The stacked updates of every group, in the model's order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def frozen_tensors(self) -> Iterator[Tensor]:
+        """What a model holds on its device that does not train."""
+        yield from (parameter for parameter in self.parameters() if not parameter.requires_grad)
+        yield from self.buffers()
+        for _, group in self.groups():
+            yield from group.frozen_tensors()
+
     def num_parameters(self) -> tuple[int, int]:
         """Count the trainable and all parameters, a shared head once and a 4-bit weight as one."""
         # the parameters may have room for more
@@ -263,7 +271,7 @@ class Llama(nn.Module):
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) float32
         """Compute the logits of normalized hidden states."""
-        logits = (hidden @ self.head.to(self.compute_dtype).T).float()
+        logits = (hidden @ self.head.T).float()
         cap = self.config.final_logit_softcapping
         return logits if cap is None else softcap_reference(logits, cap)
 

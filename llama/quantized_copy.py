@@ -172,7 +172,7 @@ def _quantized(
 def _kept(copy: QuantizedCopy, stored: StoredTensor, tensor: Tensor) -> Tensor:
     check_finite(stored.name, tensor)
     if stored.name == EMBEDDINGS:
-        copy.source.check_tied_head(tensor)
+        copy.source.check_tied_head()
     if copy.dtype is None:
         return tensor
     converted = tensor.to(copy.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from llama.micro_step import Policy
 from llama.workload import Workload
+from lora.linear_group import LinearGroup
 
 # attention's products run at about this share of a large product's rate, with the mask's half
 # left out, forward and backward together
@@ -54,9 +55,13 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     """
     config, M, e = work.config, work.M, work.dtype.itemsize
     D, F = config.hidden_size, config.intermediate_size
-    groups = work.groups
-    weights = sum(group.N * group.K for group in groups)
-    again = weights - (0 if config.norms.behind_mlp else groups[3].N * groups[3].K)
+    shapes = {
+        name: module.num_rows * module.in_features
+        for name, module in work.model.layers[0].named_modules()
+        if isinstance(module, LinearGroup)
+    }
+    weights = sum(shapes.values())
+    again = weights - (0 if config.norms.behind_mlp else shapes["mlp.down"])
     num_behind = sum(
         name is not None for name in (config.norms.behind_attention, config.norms.behind_mlp)
     )

@@ -176,6 +176,8 @@ class LinearGroup(nn.Module):
         if not self.sizes:
             return
         bound = self.in_features**-0.5
+        # on the meta device there are no values to draw
+        drawn_on = device if device.type == "meta" else torch.device("cpu")
         self.dropout, self.site = dropout, site
         room = max(size.rank for size in self.sizes.values())
         parts_A, updates = [], []
@@ -186,7 +188,7 @@ class LinearGroup(nn.Module):
                 A = slice(len(parts_A) * room, (len(parts_A) + 1) * room)
                 rows = y.stop - y.start
                 updates.append(Update(y, A, slice(num_rows, num_rows + rows), scaling))
-                part = torch.zeros(room, self.in_features)
+                part = torch.zeros(room, self.in_features, device=drawn_on)
                 part[:rank].uniform_(-bound, bound, generator=generator)
                 parts_A.append(part)
                 num_rows += rows
@@ -216,6 +218,12 @@ class LinearGroup(nn.Module):
         for (name, size), update in zip(self.sizes.items(), self.updates, strict=True):
             yield f"{name}.lora_A.weight", self.lora_A.detach()[update.A][: size.rank]
             yield f"{name}.lora_B.weight", self.lora_B.detach()[update.B][:, : size.rank]
+
+    def frozen_tensors(self) -> Iterator[Tensor]:
+        """What holds the weight and, where there is one, the bias."""
+        yield from self.weight.tensors if isinstance(self.weight, NF4Weight) else (self.weight,)
+        if self.bias is not None:
+            yield self.bias
 
     @property
     def num_frozen(self) -> int:

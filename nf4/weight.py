@@ -45,13 +45,16 @@ class NF4Weight:
         return isinstance(self.absmax, QuantizedAbsmax)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What holds the weight: codes and scales."""
+        if isinstance(self.absmax, QuantizedAbsmax):
+            return self.packed, self.absmax.codes, self.absmax.group_absmax, self.absmax.mean
+        return self.packed, self.absmax
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
-        if isinstance(self.absmax, QuantizedAbsmax):
-            scales = (self.absmax.codes, self.absmax.group_absmax, self.absmax.mean)
-        else:
-            scales = (self.absmax,)
-        return sum(t.numel() * t.element_size() for t in (self.packed, *scales))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,73 @@
-"""job/checkpoint.py: the largest micro-batch is sized as it will be computed."""
+"""job/checkpoint.py: the workload of a run is that of its largest micro-batch, with its padding."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from micro_steps import LORA
+from test_data_epochs import LENGTHS, samples
 from tiny_llama import write_variant
 
 from data.epochs import Epochs
-from data.token_cache import Samples
-from data.tokenization import ROW
-from job.checkpoint import workload
-from llama.config import read_config
+from job.checkpoint import evaluated_at_once, workload
+from kernels.device import H200
+from llama.micro_step import MAX_GRAPHS
 from llama.workload import Workload
 from run.config import TrainConfig
 
-LENGTHS = [5, 65, 33]
+
+def planned(tmp_path: Path, device: str, num_ranks: int = 1, **kind: Any) -> Workload:
+    folder = write_variant(tmp_path, "grouped-query")
+    config = TrainConfig(device=device, dtype="bfloat16", neftune_noise_alpha=5.0)
+    return workload(config, LORA, folder, Epochs(samples(), 0, True, 4, 1, **kind), num_ranks)
 
 
-def sized(folder: Path, **fields: object) -> Workload:
-    """The workload of a tiny model on a few samples."""
-    rows = np.zeros(len(LENGTHS), dtype=ROW)
-    rows["length"] = LENGTHS
-    ids = np.zeros(sum(LENGTHS), dtype=np.int32)
-    config = replace(TrainConfig(model="", data="", output=""), **fields)
-    epochs = Epochs(Samples(ids, ids, rows), 1, True, config.batch_size, 1)
-    folder = write_variant(folder, "grouped-query")
-    return workload(config, LORA, read_config(folder), folder, epochs)
-
-
-@pytest.mark.parametrize(("device", "num_tokens"), [("cpu", 65), ("cuda", 128)])
-def test_rows_are_as_long_as_the_device_computes_them(
-    tmp_path: Path, device: str, num_tokens: int
-) -> None:
-    work = sized(tmp_path, device=device, dtype="bfloat16", batch_size=2)
-    assert (work.batch, work.tokens) == (2, num_tokens)
+def test_a_gpus_rows_are_planned_with_their_padding(tmp_path: Path) -> None:
+    # 70 tokens are computed as 128
+    assert planned(tmp_path, "cuda", row_length=70).tokens == 128
+    assert planned(tmp_path, "cpu", row_length=70).tokens == 70
+    assert planned(tmp_path, "cuda").tokens == 64
+    assert planned(tmp_path, "cpu").tokens == max(LENGTHS)
 
 
 def test_a_batch_has_no_more_rows_than_there_are(tmp_path: Path) -> None:
-    assert sized(tmp_path, device="cuda", dtype="bfloat16", batch_size=9).batch == len(LENGTHS)
+    folder = write_variant(tmp_path, "grouped-query")
+    config = TrainConfig(device="cuda", dtype="bfloat16")
+    epochs = Epochs(samples(), 0, True, 100, 1)
+    assert workload(replace(config, batch_size=100), LORA, folder, epochs, 1).batch == len(LENGTHS)
+
+
+def test_what_a_run_is_beside_its_rows_is_planned_for(tmp_path: Path) -> None:
+    work = planned(tmp_path, "cuda", num_ranks=2, row_length=70)
+    assert (work.batch, work.num_ranks, work.has_noise) == (4, 2, True)
+    assert work.sample_tokens == pytest.approx(sum(n * n for n in LENGTHS) / sum(LENGTHS))
+    assert work.dtype == work.model.head.dtype == torch.bfloat16
+    assert planned(tmp_path, "cuda").sample_tokens is None
+
+
+def test_every_length_of_a_batch_may_be_captured(tmp_path: Path) -> None:
+    # all samples are padded to 64 tokens; the last batch of an epoch has fewer rows
+    assert planned(tmp_path, "cuda").num_shapes == 2
+    assert planned(tmp_path, "cuda", row_length=70).num_shapes == 2
+    assert planned(tmp_path, "cpu").num_shapes == min(2 * len(set(LENGTHS)), MAX_GRAPHS)
+
+
+def test_a_cpu_evaluates_whole_batches(tmp_path: Path) -> None:
+    work, evaluation = planned(tmp_path, "cpu"), Epochs(samples(), 0, False, 8, 1)
+    assert evaluated_at_once(work, evaluation, 8) == 8
+    assert evaluated_at_once(work, evaluation, 800) == len(LENGTHS)
+
+
+def test_a_gpu_evaluates_no_more_rows_than_training_has_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.workload.properties", lambda device: H200)
+    work, evaluation = planned(tmp_path, "cuda"), Epochs(samples(), 0, False, 8, 1)
+    assert evaluated_at_once(work, evaluation, 8) == 8
+    # tiny models are planned in steps of the allocator: rows that are long enough to take several
+    longer = replace(work, tokens=64, batch=1)
+    long = Epochs(samples(), 0, False, 8, 1)
+    monkeypatch.setattr(Epochs, "row_length", 1 << 18)
+    assert 1 <= evaluated_at_once(longer, long, 8) < 8

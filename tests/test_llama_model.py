@@ -261,16 +261,17 @@ def test_a_cache_takes_several_tokens_only_at_first(tmp_path: Path) -> None:
         model.logits(tokens(1, 2), cache)
 
 
-def test_frozen_tensors_stay_in_the_checkpoints_dtype(tmp_path: Path) -> None:
+def test_frozen_tensors_but_the_head_stay_in_the_checkpoints_dtype(tmp_path: Path) -> None:
     fields = FIELDS | VARIANTS["biases"]
     model = load(
         write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16)),
         quantization=NF4,
     )
     model.attach_lora(LORA, seed=0)
-    dtypes = {p.dtype for p in model.parameters() if not p.requires_grad}
+    dtypes = {p.dtype for p in model.model.parameters() if not p.requires_grad}
     biases = {group.bias.dtype for _, group in model.groups() if group.bias is not None}
     assert dtypes == biases == {torch.bfloat16}
+    assert model.head.dtype == model.compute_dtype == torch.float32
     assert {p.dtype for p in model.trainable_parameters()} == {torch.float32}
     assert model.logits(tokens(1, 4)).dtype == torch.float32
 

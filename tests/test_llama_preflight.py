@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_llama_memory_plan import WORK
 
-from llama.memory_plan import GIB, MemoryPlan
+from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory
 from llama.preflight import next_setting, plan_run
 
 
@@ -33,6 +33,14 @@ def test_what_is_free_decides_which_layers_keep_their_activations(
     assert planned(monkeypatch, 79 * GIB, max_memory=24 * GIB).device <= 24 * GIB
     assert planned(monkeypatch, 23 * GIB, max_memory=80 * GIB) == mixed
     assert planned(monkeypatch, 79 * GIB, activations="offload").policies == ("offload",) * 32
+
+
+def test_three_percent_of_what_is_free_stay_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = ("recompute",) * WORK.config.num_hidden_layers
+    needed = plan_memory(WORK, policies).device - CONTEXT_BYTES
+    assert planned(monkeypatch, needed / 0.97 + 1, activations="recompute").policies == policies
+    with pytest.raises(ValueError, match="must fit"):
+        planned(monkeypatch, needed / 0.975, activations="recompute")
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llama.micro_step import MicroStep, Policy
 from llama.step_time import ATTENTION_SHARE, Rates, step_seconds
 from llama.workload import Workload
+from lora.linear_group import LinearGroup
 from nf4.weight import quantize
 
 B, T = 2, 40
@@ -44,7 +45,7 @@ def test_products_are_those_of_a_micro_step(
     input_ids = tokens(B, T)
     with FlopCounterMode(display=False) as counter:
         gradients_of(MicroStep(model, policies), input_ids, input_ids)
-    work = replace(WORK, config=model.config, batch=B, tokens=T, sample_tokens=NO_ATTENTION)
+    work = replace(WORK, model=model, batch=B, tokens=T, sample_tokens=NO_ATTENTION)
     qkv = model.layers[0].self_attn.qkv
     # the embeddings are frozen, and the last token of a row has no label
     left_out = 2 * B * T * qkv.num_rows * qkv.in_features + 4 * B * model.head.numel()
@@ -72,7 +73,11 @@ def test_weights_are_read_in_nf4_and_written_expanded_before_their_products(
 ) -> None:
     weight = quantize(torch.randn(256, 256), 64, double_quant=True)
     bytes_of_one = weight.num_bytes / 256**2 + WORK.dtype.itemsize
-    *others, down = (group.N * group.K for group in WORK.groups)
+    *others, down = (
+        group.num_rows * group.in_features
+        for group in WORK.model.layers[0].modules()
+        if isinstance(group, LinearGroup)
+    )
     # forward and back; and again, but for the last, whose result the backward pass does not need
     num_expanded = 2 * (sum(others) + down) + (policy == "recompute") * sum(others)
     # no row that moves

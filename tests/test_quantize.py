@@ -120,7 +120,7 @@ def test_dtype_is_that_of_what_is_not_quantized(tmp_path: Path, dtype: str) -> N
     config = json.loads((copy / "config.json").read_text())
     assert config["torch_dtype"] == dtype
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == dtype
-    model = load_model(copy, CPU, torch.float32, (64, True))
+    model = load_model(copy, CPU, getattr(torch, dtype), (64, True))
     expected = load_model(source, CPU, torch.float32, (64, True))
     for (name, ours), (_, theirs) in zip(
         model.named_parameters(), expected.named_parameters(), strict=True
