@@ -64,7 +64,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> No
     """Add s a b to a float32 matrix, accumulated in float32 and rounded nowhere in between."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         total.addmm_(a.float(), b.float(), alpha=scaling)
-    else:
+    elif a.device.type != "meta":
+        # takes no memory; on the meta device torch 2.11 does not know it
         torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
 
 
