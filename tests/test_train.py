@@ -15,6 +15,7 @@ from equality import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import write_adapter
+from micro_steps import in_runs
 from safetensors.torch import load_file
 
 import train
@@ -247,7 +248,7 @@ def test_no_two_micro_batches_have_one_dropout_seed(
         seeds.append(args[3])
         return compute(self, *args)
 
-    monkeypatch.setattr(MicroStep, "__call__", recorded)
+    monkeypatch.setattr(MicroStep, "__call__", in_runs(recorded, "__call__"))
     for seed in (1, 2):
         run(tmp_path, f"--seed {seed} --max-steps 3", f"seed-{seed}")
     # 3 steps of 2 micro-batches each
@@ -267,7 +268,8 @@ def test_moments_are_fetched_once_a_step_beside_its_last_micro_batch(
             calls.append(name)
             return function(*args)
 
-        monkeypatch.setattr(owner, name, recorded)
+        place = in_runs(recorded, name) if owner is MicroStep else recorded
+        monkeypatch.setattr(owner, name, place)
 
     record(MicroStep, "__call__")
     record(AdamW, "prefetch")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import in_runs
 from train_process import ROOT, TrainProcess
 
 import train
@@ -251,7 +252,7 @@ def test_asked_to_stop_it_does_not_wait_for_an_evaluations_end(
             signal.raise_signal(signal.SIGTERM)
         return evaluate(self, *args)
 
-    monkeypatch.setattr(MicroStep, "evaluate", stopped)
+    monkeypatch.setattr(MicroStep, "evaluate", in_runs(stopped, "evaluate"))
     output = tmp_path / "out"
     for done, num_calls in ((0, 3), (2, 15)):
         train.main(["--output", str(output), *config, "--resume"])
@@ -284,7 +285,7 @@ def test_out_of_memory_the_run_is_saved_and_the_next_setting_named(
 
     computed: list[weakref.ref[torch.Tensor]] = []
     micro_step, state_tensors = MicroStep.__call__, AdamW.state_tensors
-    monkeypatch.setattr(MicroStep, "__call__", exhausted)
+    monkeypatch.setattr(MicroStep, "__call__", in_runs(exhausted, "__call__"))
     monkeypatch.setattr(AdamW, "state_tensors", saved)
     with pytest.raises(
         train.CannotGoOn,

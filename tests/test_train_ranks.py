@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import in_runs
 from train_process import ROOT, TrainProcess, train_ranks
 
 import train
@@ -193,7 +194,7 @@ def exhaust() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return micro_step(self, *args)
 
-        setattr(MicroStep, "__call__", exhausted)  # noqa: B010
+        setattr(MicroStep, "__call__", in_runs(exhausted, "__call__"))  # noqa: B010
 
 
 def test_when_a_rank_is_killed_the_others_say_so_and_end(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import in_runs
 from test_train_faults import ADAPTER, assert_equals, flags, last_step
 from test_train_ranks import flags as rank_flags
 from train_process import TrainProcess, train_ranks
@@ -36,7 +37,7 @@ def at_call(number: int, before: Callable[[], None], owner: Any, name: str) -> N
             before()
         return method(*args, **kwargs)
 
-    setattr(owner, name, counted)
+    setattr(owner, name, in_runs(counted, name) if owner is MicroStep else counted)
 
 
 def refuse(message: str) -> None:

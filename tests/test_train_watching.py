@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import in_runs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -215,7 +216,7 @@ def evaluate_to(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
             seen.clear()
         return torch.tensor(loss * num_targets)
 
-    monkeypatch.setattr(MicroStep, "evaluate", scripted)
+    monkeypatch.setattr(MicroStep, "evaluate", in_runs(scripted, "evaluate"))
 
 
 def test_a_run_that_no_longer_improves_ends_with_its_best_adapter(
