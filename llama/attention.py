@@ -10,7 +10,7 @@ autograd lives inside a layer's pass that is otherwise written out. `kernels.mas
 what torch does not, or only by a mask or scores of T^2 numbers: capped scores, windows shorter than
 the rows, rows of several samples, float32, and every dtype on a GPU before compute capability 8.0.
 
-On the meta device, torch's product allocates what FlashAttention's allocates, and computes nothing.
+On the meta device, torch's product allocates what it allocates on a GPU, and computes nothing.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,9 @@ from kernels.masked_attention import (
     masked_attention_backward,
 )
 
-# the first GPUs that FlashAttention and cuDNN have a product for
+# the first GPUs that FlashAttention has a product for, and those on which torch prefers cuDNN's
 FLASH_CAPABILITY = (8, 0)
+CUDNN_CAPABILITY = (9, 0)
 # rows and columns of FlashAttention's tiles, to which its scratch memory is rounded up
 FLASH_ROWS, FLASH_COLUMNS = 128, 32
 
@@ -80,7 +81,7 @@ def attention(
         output, lse = masked_attention(query, key, value, scale, cap, window, samples)
         return Mixed((query, key, value), output, scores, lse, True, samples)
     if query.device.type == "meta":
-        output, lse = _flash_sizes(query)
+        output, lse = _forward_sizes(query)
         kept = lse if has_backward else None
         return Mixed((query, key, value), output, scores, kept, False, None)
     with torch.set_grad_enabled(has_backward):
@@ -112,7 +113,7 @@ def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tens
             grad, *mixed.inputs, mixed.output, mixed.lse, scale, cap, window, mixed.samples
         )
     if grad.device.type == "meta":
-        return _flash_backward_sizes(*mixed.inputs)
+        return _backward_sizes(*mixed.inputs)
     # in this thread: autograd's own thread knows nothing of the pool that a pass takes its memory
     # from, and would take what the backward pass needs from another
     with torch.autograd.set_multithreading_enabled(False):
@@ -126,26 +127,29 @@ def _heads_beside(like: Tensor, num_heads: int) -> Tensor:
     return like.new_empty(B, T, num_heads, head_dim).transpose(1, 2)
 
 
-def _flash_sizes(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Allocate on the meta device what FlashAttention's forward pass allocates on a GPU."""
+def _forward_sizes(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate on the meta device what torch's forward pass allocates on a GPU."""
     B, H, T, _ = query.shape
     return _heads_beside(query, H), query.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _flash_backward_sizes(
-    query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate on the meta device what FlashAttention's backward pass allocates on a GPU.
+def _backward_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate on the meta device what torch's backward pass allocates on a GPU.
 
-    The gradient of the queries is added up in float32, where equal runs must give equal bits in as
-    many parts as keep the GPU busy; the gradients of shared keys and values are written for every
-    query head, and added up behind the kernel. Source: `mha_bwd` of torch 2.11.
+    The gradient of the queries is added up in float32, by FlashAttention in rounded tiles and,
+    where equal runs must give equal bits, in as many parts as keep the GPU busy. The gradients of
+    shared keys and values are written for every query head, and added up behind the kernel. Source:
+    for FlashAttention `mha_bwd` of torch 2.11; for cuDNN's product what an H200 took with heads of
+    64 to 256, to the byte.
     """
     B, H, T, head_dim = query.shape
-    num_rows, num_columns = T + -T % FLASH_ROWS, head_dim + -head_dim % FLASH_COLUMNS
-    num_parts = 1
-    if torch.are_deterministic_algorithms_enabled():
-        num_parts = -(-properties(query.device).num_multiprocessors // (B * H))
+    gpu, is_deterministic = properties(query.device), torch.are_deterministic_algorithms_enabled()
+    num_rows, num_columns, num_parts = T, head_dim, 1
+    if is_deterministic or gpu.capability < CUDNN_CAPABILITY:
+        num_rows += -T % FLASH_ROWS
+        num_columns += -head_dim % FLASH_COLUMNS
+    if is_deterministic:
+        num_parts = -(-gpu.num_multiprocessors // (B * H))
     H_kv = key.shape[1]
     grads = (_heads_beside(query, H), _heads_beside(key, H_kv), _heads_beside(value, H_kv))
     scratch = [

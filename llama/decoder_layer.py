@@ -115,7 +115,8 @@ class KeyValueCache:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new tokens' keys and values and return all of the layer's."""
         if layer == len(self.layers):
-            self.layers.append((key, value))
+            # views of a buffer that holds the queries too
+            self.layers.append((_own(key), _own(value)))
         else:
             old_key, old_value = self.layers[layer]
             self.layers[layer] = (

@@ -20,6 +20,8 @@ from llama.workload import Workload
 MIB, GIB = 1 << 20, 1 << 30
 # of cuBLAS for each stream: the setting that run/machine.py makes, eight times 4,096 KiB
 WORKSPACE_BYTES = 32 << 20
+# of cublasLt, for products with a bias, on the stream of the passes
+LT_WORKSPACE_BYTES = 1 << 20
 # the driver's context with its loaded kernels, outside of torch's allocator; measured on an H200
 CONTEXT_BYTES = 600 << 20
 # outside of torch's allocator for each shape that is captured: 32 shapes took 324 MiB on an H200,
@@ -138,7 +140,8 @@ class Planner:
         # what lies there for good beside the weights; the walk's own blocks have numbers from 1
         adapter = 4 * work.num_adapted
         standing = [(adapter, DEFAULT_POOL), (adapter, DEFAULT_POOL)]
-        standing += [(WORKSPACE_BYTES, DEFAULT_POOL), (WORKSPACE_BYTES, STEP)]
+        standing += [(WORKSPACE_BYTES, DEFAULT_POOL)]
+        standing += [(WORKSPACE_BYTES, STEP), (LT_WORKSPACE_BYTES, STEP)]
         allocator.run(Event(-1 - i, *block) for i, block in enumerate(standing) if block[0])
         held = allocator.in_use(DEFAULT_POOL)
         allocator.run(self._walk.sampling)
@@ -155,7 +158,7 @@ class Planner:
             gradients=adapter,
             moments=int(work.moment_bytes * work.num_adapted),
             step=allocator.most_in_use(PASSES),
-            loss=allocator.most_in_use(STEP) - WORKSPACE_BYTES,
+            loss=allocator.most_in_use(STEP) - WORKSPACE_BYTES - LT_WORKSPACE_BYTES,
             sampling=sampling,
             reserved=allocator.reserved,
             graphs=graphs,
