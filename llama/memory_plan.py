@@ -18,7 +18,8 @@ from llama.step_walk import PASSES, STEP, StepWalk
 from llama.workload import Workload
 
 MIB, GIB = 1 << 20, 1 << 30
-# of cuBLAS for each stream: the setting that run/machine.py makes, eight times 4,096 KiB
+# of cuBLAS for each stream with products: the setting that run/machine.py makes, eight times
+# 4,096 KiB
 WORKSPACE_BYTES = 32 << 20
 # of cublasLt, for products with a bias, on the stream of the passes
 LT_WORKSPACE_BYTES = 1 << 20
@@ -140,8 +141,10 @@ class Planner:
         # what lies there for good beside the weights; the walk's own blocks have numbers from 1
         adapter = 4 * work.num_adapted
         standing = [(adapter, DEFAULT_POOL), (adapter, DEFAULT_POOL)]
-        standing += [(WORKSPACE_BYTES, DEFAULT_POOL)]
         standing += [(WORKSPACE_BYTES, STEP), (LT_WORKSPACE_BYTES, STEP)]
+        if work.prompt_tokens:
+            # text is sampled on the other stream
+            standing.append((WORKSPACE_BYTES, DEFAULT_POOL))
         allocator.run(Event(-1 - i, *block) for i, block in enumerate(standing) if block[0])
         held = allocator.in_use(DEFAULT_POOL)
         allocator.run(self._walk.sampling)

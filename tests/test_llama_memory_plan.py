@@ -232,6 +232,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
         plan_within(WORK, None, 5 * GIB)
 
 
+# alone on its GPU, of which it counts what is taken
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_gpu_holds_what_was_planned() -> None:
     rows = measure("plans_on_gpu.py", "17", "40")

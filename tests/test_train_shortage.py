@@ -3,6 +3,7 @@ is whole, the message names what to do, and the exit is an error of one line."""
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,27 @@ def run_flags(folder: Path, device: str, *more: str) -> list[str]:
     return flags(folder, *given.split(), *more)
 
 
-def assert_saved(tmp_path: Path, before: Callable[[], None], device: str, *more: str) -> str:
+WholeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """Trains without a shortage, once for all tests of the same flags."""
+
+    @functools.cache
+    def run(device: str, *more: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        train.main(["--output", str(folder / "out"), *run_flags(folder, device, *more)])
+        return folder / "out"
+
+    return run
+
+
+def assert_saved(
+    tmp_path: Path, whole_run: WholeRun, before: Callable[[], None], device: str, *more: str
+) -> str:
     """Train until memory ends, and go on: the same as without it. Returns what was said."""
     config = run_flags(tmp_path, device, *more)
-    train.main(["--output", str(tmp_path / "whole"), *config])
     output = tmp_path / "out"
     code, said = TrainProcess(output, *config, before=before).finish()
     assert code == 1, said
@@ -158,15 +176,17 @@ def assert_saved(tmp_path: Path, before: Callable[[], None], device: str, *more:
     assert last.startswith("error: the GPU's memory must suffice for step "), said
     assert f"checkpoint-{last_step(output)} has the run as it stands; try --resume " in last
     train.main(["--output", str(output), *config, "--resume"])
-    assert_equals(output, tmp_path / "whole")
+    assert_equals(output, whole_run(device, *more))
     return said
 
 
 @pytest.mark.skipif(IS_GPU, reason="counts the calls of a run on a CPU")
 @pytest.mark.parametrize("how", [ALLOCATOR, RUNTIME], ids=["allocator", "runtime"])
 @pytest.mark.parametrize("place", ["loss", "optimizer", "evaluation", "sampling"])
-def test_where_memory_ends_the_run_is_saved(tmp_path: Path, place: str, how: str) -> None:
-    assert_saved(tmp_path, functools.partial(let_memory_end, place, how), "cpu")
+def test_where_memory_ends_the_run_is_saved(
+    tmp_path: Path, whole_run: WholeRun, place: str, how: str
+) -> None:
+    assert_saved(tmp_path, whole_run, functools.partial(let_memory_end, place, how), "cpu")
 
 
 def test_a_save_that_has_no_memory_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
@@ -228,10 +248,15 @@ def end_on_second_rank(place: str, number: int) -> None:
     ],
 )
 def test_gpu_where_memory_really_ends_the_run_is_saved(
-    tmp_path: Path, place: str, how: str, policy: str
+    tmp_path: Path, whole_run: WholeRun, place: str, how: str, policy: str
 ) -> None:
     assert_saved(
-        tmp_path, functools.partial(let_memory_end, place, how), "cuda", "--activations", policy
+        tmp_path,
+        whole_run,
+        functools.partial(let_memory_end, place, how),
+        "cuda",
+        "--activations",
+        policy,
     )
 
 
@@ -239,10 +264,10 @@ def test_gpu_where_memory_really_ends_the_run_is_saved(
 @pytest.mark.parametrize("policy", ["keep", "recompute", "offload"])
 @pytest.mark.parametrize("residency", ["device", "host"])
 def test_gpu_a_replay_that_is_refused_costs_no_step(
-    tmp_path: Path, policy: str, residency: str
+    tmp_path: Path, whole_run: WholeRun, policy: str, residency: str
 ) -> None:
     more = ("--activations", policy, "--optimizer-residency", residency)
-    assert_saved(tmp_path, in_a_replay, "cuda", *more)
+    assert_saved(tmp_path, whole_run, in_a_replay, "cuda", *more)
 
 
 def test_a_kernel_that_does_not_fit_is_an_error_of_one_line(tmp_path: Path) -> None:
