@@ -35,6 +35,14 @@ TRAINED = [(2, 512), (1, 64), (2, 64), (3, 64), (1, 128), (4, 512), (1, 192)]
 EVALUATED = [(1, 100), (1, 1), (1, 16), (1, 17), (3, 33), (2, 600)]
 
 
+@pytest.fixture(autouse=True)
+def _equal_bits() -> Iterator[None]:
+    """Let attention add its gradients up in one order, as --deterministic does."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def some_model(dropout: float) -> Llama:
     model = random_model(CONFIG, CUDA)
     model.attach_lora(LoRAConfig(16, 32.0, dropout, PROJECTIONS), seed=0)

@@ -134,9 +134,10 @@ def in_a_replay() -> None:
     setattr(torch.cuda, "CUDAGraph", ReplayedOnce)  # noqa: B010
 
 
-def on_second_rank(place: str, how: str) -> None:
+def take_second_ranks_memory(is_evicting: bool) -> None:
+    """Before its second micro-batch; two calls are the preflight's."""
     if os.environ["RANK"] == "1":
-        let_memory_end(place, how)
+        at_call(4, functools.partial(take_all_memory, is_evicting), MicroStep, "__call__")
 
 
 def run_flags(folder: Path, device: str, *more: str) -> list[str]:
@@ -337,7 +338,7 @@ def read_nowhere() -> None:
 def test_gpu_memory_that_really_ends_on_one_rank_saves_the_run(tmp_path: Path, how: str) -> None:
     given = rank_flags(tmp_path, 2, "--save-steps 0 --device cuda --deterministic")
     output = tmp_path / "out"
-    before = functools.partial(on_second_rank, "launch", how)
+    before = functools.partial(take_second_ranks_memory, how == "evicted")
     ended = [rank.finish() for rank in train_ranks(output, [given] * 2, before)]
     assert [code for code, _ in ended] == [1, 1], ended
     assert "rank 1: out of memory; " in ended[0][1]
