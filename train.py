@@ -171,7 +171,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         return
     if run.optimizer.describe() != described:
         print(f"optimizer: {run.optimizer.describe()}")
-    if job.device.type == "cuda":
+    if job.plan:
         print(memory_line(job.plan))
     # results are written whether or not the GPU has memory left
     run.micro_step.release()
@@ -192,8 +192,9 @@ def begin(job: Job, ranks: Ranks) -> Run:
         with ranks.sharing_shortage():
             run = load_run(job, ranks)
             print(f"optimizer: {run.optimizer.describe()}")
-            if job.device.type == "cuda" and job.num_steps:
+            if job.plan and job.num_steps:
                 try_out(run)
+                print(memory_line(job.plan))
     except RankOutOfMemory as error:
         message = (
             f"the model and its longest micro-batch, {shape}, must fit the GPU: {error}; lower "
@@ -217,7 +218,6 @@ def try_out(run: Run) -> None:
     run.ranks.add_up(optimizer.gradients)
     optimizer.step(0.0)
     torch.cuda.synchronize()
-    print(memory_line(job.plan))
 
 
 def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
@@ -229,7 +229,7 @@ def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
         path = save(run, log)
     except (RuntimeError, OSError) as error:
         return CannotGoOn(f"{why}; nor was it saved: {first_line(error)}; {last_checkpoint(job)}")
-    advice = next_setting(job.work, job.plan, job.device)
+    advice = next_setting(job.work, job.policies, job.device)
     return CannotGoOn(f"{why}; {path} has the run as it stands; try {advice}")
 
 
@@ -262,7 +262,7 @@ def load_run(job: Job, ranks: Ranks) -> Run:
             bar.total = total
             bar.update(done - bar.n)
 
-        if job.device.type == "cuda":
+        if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
@@ -275,7 +275,7 @@ def load_run(job: Job, ranks: Ranks) -> Run:
         optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
     captures = job.device.type == "cuda"
-    micro_step = MicroStep(model, job.plan.policies, config.neftune_noise_alpha, captures)
+    micro_step = MicroStep(model, job.policies, config.neftune_noise_alpha, captures)
     if captures:
         # what loading has left: an allocation in the pool of the passes does not get it back
         torch.cuda.empty_cache()

@@ -32,8 +32,9 @@ from llama.checkpoint import describe_conversion, find_checkpoint
 from llama.config import read_config
 from llama.identity import Identity
 from llama.memory_plan import MemoryPlan
+from llama.micro_step import Policy
 from llama.model import projection_shapes, projections
-from llama.preflight import describe_plan, plan_run
+from llama.preflight import cpu_policies, describe_plan, plan_run
 from llama.workload import Workload
 from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
@@ -74,6 +75,8 @@ class Job:
         damaged: later checkpoints, and what is wrong with them.
         evaluation: the batches of an evaluation, if there is one.
         prompt: the tokens of --sample-prompt, if there is one.
+        plan: of the memory, on a GPU.
+        policies: what every layer does with its activations.
     """
 
     config: TrainConfig
@@ -91,7 +94,8 @@ class Job:
     prompt: list[int] | None
     num_steps: int
     work: Workload
-    plan: MemoryPlan
+    plan: MemoryPlan | None
+    policies: tuple[Policy, ...]
 
     @property
     def device(self) -> torch.device:
@@ -177,10 +181,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
-    plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    plan = None
+    if device.type == "cuda" or config.plan:
+        plan = plan_run(work, device, config.activations, config.max_memory_bytes)
     if conversion := describe_conversion(checkpoint_folder, work.dtype):
         print(conversion)
-    if config.plan:
+    if plan and config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
@@ -203,4 +209,5 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_steps,
         work,
         plan,
+        plan.policies if plan else cpu_policies(config.activations, llama_config.num_hidden_layers),
     )

@@ -66,4 +66,4 @@ def test_the_next_setting_after_a_plan_is_leaner(
     monkeypatch: pytest.MonkeyPatch, device: str, activations: str, advice: str
 ) -> None:
     plan = planned(monkeypatch, 79 * GIB, activations, device=device)
-    assert re.fullmatch(advice, next_setting(WORK, plan, torch.device(device)))
+    assert re.fullmatch(advice, next_setting(WORK, plan.policies, torch.device(device)))
