@@ -21,6 +21,7 @@ from datetime import datetime
 from data.assistant_spans import Span, render_with_spans
 from data.formats import Conversation, Example, PromptCompletion, TokenIds
 from data.tokenizer import Tokenizer
+from data.tool_calls import show_arguments
 
 NO_LOSS = -100
 
@@ -102,10 +103,9 @@ def _conversation_sample(
 ) -> Sample:
     template = tokenizer.chat_template(has_tools=example.tools is not None)
     template.check_variables([*(["tools"] if example.tools else []), *example.variables])
+    messages = show_arguments(example.messages, template)
     if train_on == "all":
-        text = template.render(
-            example.messages, tools=example.tools, variables=example.variables, now=now
-        )
+        text = template.render(messages, tools=example.tools, variables=example.variables, now=now)
         tokens = _Tokens(text, tokenizer, add_special_tokens=False)
         tokens.learn_all()
         if not _is_closed(text, tokenizer):
@@ -113,7 +113,7 @@ def _conversation_sample(
         return tokens.to_sample()
     text, spans = render_with_spans(
         template,
-        example.messages,
+        messages,
         targets=example.targets,
         tools=example.tools,
         variables=example.variables,

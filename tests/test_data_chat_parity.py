@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import tokenizers
-from chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, make, say
+from chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, call, make, say
 from conftest import ASSETS
 from peer_process import run_peer
 from test_data_tokenizer import save_byte_level
 
 from data.assistant_spans import render_with_spans
 from data.chat_template import ChatTemplate
-from data.formats import Conversation, Text
+from data.formats import Conversation, Text, to_example
+from data.records import Record
 from data.samples import NO_LOSS, to_sample
 from data.tokenizer import Tokenizer
+from data.tool_calls import show_arguments
 
 NOW = datetime(2024, 2, 29, 12)
 REAL = sorted(p.parent.name for p in ASSETS.glob("tokenizers/*/tokenizer.json"))
@@ -142,6 +144,31 @@ def test_every_template_renders_every_row_as_transformers(
                 num_texts += "text" in theirs
     # both happen, and often
     assert num_texts > num_errors > len(templates)
+
+
+def test_arguments_as_text_are_written_as_transformers_writes_objects(
+    facts: dict[str, Any], templates: dict[str, str]
+) -> None:
+    row = ROWS["tools"]
+    messages = [
+        {**m, "tool_calls": call(json.dumps(m["tool_calls"][0]["function"]["arguments"]))}
+        if m.get("tool_calls")
+        else m
+        for m in row["messages"]
+    ]
+    record = Record("x.jsonl:1", {"messages": messages, "tools": row["tools"]})
+    example = to_example(record, "messages", text_field="text", has_chat_template=True)
+    assert isinstance(example, Conversation)
+    num_texts = 0
+    for name, text in templates.items():
+        theirs = facts[f"{name} tools False"]
+        # a template without tool calls may read the content that a call has not
+        if "tool_calls" not in text or "error" in theirs:
+            continue
+        shown = {**row, "messages": show_arguments(example.messages, make(text))}
+        assert_same(outcome(make(text), shown, False), theirs, name)
+        num_texts += 1
+    assert num_texts > 5
 
 
 def test_marks_enclose_what_transformers_takes_them_to(
