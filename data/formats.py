@@ -46,6 +46,18 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 
+# fields of a record or a message that say nothing that an answer depends on
+IGNORED_FIELDS = frozenset(
+    (
+        *("id", "_id", "uid", "uuid", "idx", "index", "hash", "__index_level_0__"),
+        *("prompt_id", "conversation_id", "message_id", "session_id", "user_id"),
+        *("source", "sources", "data_source", "dataset", "origin", "split", "url", "license"),
+        *("created", "created_at", "timestamp", "date", "author", "model", "generator"),
+        *("category", "subcategory", "topic", "task", "task_type", "type", "tags"),
+        *("lang", "language", "meta", "metadata", "length", "num_turns", "num_tokens"),
+    )
+)
+
 # github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
 ALPACA_PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
