@@ -12,7 +12,7 @@ record:
 
 A record of conversations may have, as TRL's do, "tools" (JSON schemas, or their JSON text),
 "documents" and "chat_template_kwargs", which the chat template then sees; a message keeps all its
-fields.
+fields. Arguments of tool calls may be JSON text and become objects (data/tool_calls.py).
 
 These are the layouts of OpenAI's and TRL's, FastChat's and Stanford Alpaca's files. The peers cast
 what does not fit (a number as content, a null) or drop it; here it is an error with its location.
@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 from data.chat_template import GIVEN_VARIABLES
 from data.records import Record
+from data.tool_calls import decode_arguments
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized")
 DEFAULT_TEXT_FIELD = "text"
@@ -44,6 +45,18 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+
+# fields of a record or a message that say nothing that an answer depends on
+IGNORED_FIELDS = frozenset(
+    (
+        *("id", "_id", "uid", "uuid", "idx", "index", "hash", "__index_level_0__"),
+        *("prompt_id", "conversation_id", "message_id", "session_id", "user_id"),
+        *("source", "sources", "data_source", "dataset", "origin", "split", "url", "license"),
+        *("created", "created_at", "timestamp", "date", "author", "model", "generator"),
+        *("category", "subcategory", "topic", "task", "task_type", "type", "tags"),
+        *("lang", "language", "meta", "metadata", "length", "num_turns", "num_tokens"),
+    )
+)
 
 # github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
 ALPACA_PROMPT_WITH_INPUT = (
@@ -265,7 +278,7 @@ def _messages(values: list[object], location: str, field: str) -> list[dict[str,
         # a call needs no words; templates see that there are none
         if "content" in message or not is_call:
             message["content"] = _content(value.get("content"), where)
-        messages.append(message)
+        messages.append(decode_arguments(message, where))
     return messages
 
 

@@ -80,6 +80,17 @@ def test_tools_and_all_fields_of_a_message_are_kept(tools: object) -> None:
     assert example == Conversation([USER, call], [1], [{"name": "f"}])
 
 
+def test_arguments_of_calls_are_decoded() -> None:
+    def calling(arguments: object) -> dict[str, object]:
+        return {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+    for data_format, fields in (
+        ("messages", {"messages": [USER, calling('{"x": 1}')]}),
+        ("prompt-completion", {"prompt": [USER], "completion": [calling('{"x": 1}')]}),
+    ):
+        assert convert(fields, data_format) == Conversation([USER, calling({"x": 1})], [1])
+
+
 def test_no_tools_and_an_empty_list_are_different() -> None:
     for tools in (None, []):
         example = convert({"messages": [ASSISTANT], "tools": tools}, "messages")
@@ -208,6 +219,11 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
         "messages",
         said(role="assistant", content="a", weight=0),
         "an assistant message to learn",
+    ),
+    "arguments": (
+        "messages",
+        said(role="assistant", tool_calls=[{"name": "f", "arguments": "x"}]),
+        r"messages\[1\]: tool_calls\[0\]\.arguments must be a JSON object.*got 'x'",
     ),
     "tools-text": ("messages", {"messages": [ASSISTANT], "tools": "f"}, "the JSON text of one"),
     "tools-object": ("messages", {"messages": [ASSISTANT], "tools": "{}"}, "'tools' must be a lis"),
