@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -142,9 +143,21 @@ def carry_out(job: Job, ranks: Ranks) -> None:
     ranks.check_same("the run", hash_of(str(shared)))
 
     # only now, when nothing that was given can be wrong any more, is anything written
-    if ranks.is_first:
-        open_output(config, job.damaged)
-        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+    is_first = ranks.is_first
+    opened = open_output(config, job.resumed, job.damaged) if is_first else nullcontext(config)
+    with opened as job.config:
+        if is_first:
+            write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        train_and_save(run, described)
+
+
+def train_and_save(run: Run, described: str) -> None:
+    """Train a run, and leave what it has learned and looked like in the output folder.
+
+    Args:
+        described: the optimizer, before the first step.
+    """
+    job, ranks, config, state = run.job, run.ranks, run.config, run.state
     log = RunLog(
         config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
     )
