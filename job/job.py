@@ -40,7 +40,7 @@ from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from run.checkpoint import Checkpoint, RunState
 from run.config import TrainConfig, parse_config
-from run.folder import check_output, choose_output, resume_point
+from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import prepare
 from run.ranks import Ranks
 from run.resolve import resolve
@@ -64,11 +64,12 @@ BUNDLED_RUN = {
 SAMPLE_TOKENS = 100
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """What a run shall do, checked, and the state from which it goes on.
 
     Attributes:
+        config: its output may be empty until the folder is made.
         base: which checkpoint the model is.
         start: the adapter to begin with, if any.
         resumed: the checkpoint to go on from, if any.
@@ -125,8 +126,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         packable_length(llama_config),
         ranks.local_rank,
     )
-    config = choose_output(config)
     check_output(config)
+    if ranks.is_first and not (config.plan or config.inspect):
+        check_writable(Path(config.output or DEFAULT_PARENT))
     tracker_names(config)
     if config.push_to_hub and not config.plan and ranks.is_first:
         check_push(config.push_to_hub)
