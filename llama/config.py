@@ -3,8 +3,8 @@ compute.
 
 "What it asks for" is what transformers' class of that architecture does with the same file: a field
 that changes its function is either computed here or refused; a field that it ignores
-(pretraining_tp, initializer_range, use_cache) is ignored, and an unknown one is refused if it is
-set.
+(pretraining_tp, initializer_range, temperature) is ignored, and an unknown one is refused if it is
+set. `llama/config_fields.py` has the lists.
 """
 
 import json
@@ -16,14 +16,8 @@ from typing import Any
 
 from kernels.glu import Activation
 from kernels.masked_attention import MAX_HEAD
-from llama.families import (
-    ACTIVATION_NAMES,
-    COMPUTED,
-    FAMILIES,
-    WITHOUT_EFFECT,
-    Family,
-    LayerNorms,
-)
+from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
+from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -249,12 +243,13 @@ def _family(fields: _Fields) -> Family:
             f"{path}: model_type must be {family.model_type!r} with {name}: "
             f"got {values['model_type']!r}"
         )
-    known = COMPUTED | family.fields | WITHOUT_EFFECT
+    known = COMPUTED | family.fields | WITHOUT_EFFECT | ONE_VALUE.keys()
     unknown = sorted(key for key, value in values.items() if value and key not in known)
     if unknown:
         raise ValueError(
             f"{path} must hold fields that {name} has: got {unknown[0]} = "
-            f"{values[unknown[0]]!r}; remove it if it does not change what the model computes"
+            f"{values[unknown[0]]!r}; remove it or set it to null, which is safe if the field does "
+            "not change what the model computes"
         )
     return family
 
@@ -333,11 +328,19 @@ def _check_function(fields: _Fields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
     _is_nf4(fields)
-    if (dropout := values.get("attention_dropout")) not in (None, 0):
-        raise ValueError(
-            f"{path}: attention_dropout must be 0: got {dropout!r}; "
-            "set it to 0 to fine-tune without, the weights do not depend on it"
-        )
+    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if (dropout := values.get(key)) not in (None, 0):
+            raise ValueError(
+                f"{path}: {key} must be 0: got {dropout!r}; "
+                "set it to 0 to fine-tune without, the weights do not depend on it"
+            )
+    for key, computed in ONE_VALUE.items():
+        if key in values and bool(values[key]) != bool(computed):
+            raise ValueError(
+                f"{path}: {key} must be {json.dumps(computed)} or absent: got "
+                f"{json.dumps(values[key])}; another value is another function, which is not "
+                "computed here"
+            )
 
 
 def stores_nf4(folder: Path) -> bool:

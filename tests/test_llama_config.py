@@ -84,6 +84,8 @@ def test_generation_config_decides_the_stop_tokens_where_it_has_them(tmp_path: P
 
 def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
     harmless = {"pretraining_tp": 2, "use_cache": False, "initializer_range": 0.5}
+    harmless |= {"unsloth_version": "2025.3", "temperature": 0.6, "_attn_implementation": "eager"}
+    harmless |= {"is_causal": True, "pruned_heads": {}, "per_layer_config": None}
     assert read(tmp_path, **harmless, attention_dropout=0.0, torch_dtype="bfloat16") == read(
         tmp_path
     )
@@ -100,7 +102,8 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
             "got ['Mine'] (model_type 'llama'); code that auto_map names is never run",
         ),
-        ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it"),
+        ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it or"),
+        ({"qkv_clip": 8.0}, "got qkv_clip = 8.0; remove it or set it to null, which is safe if"),
         # a field of another family
         (
             {"sliding_window": 4096},
@@ -119,7 +122,17 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh: got 'gelu'"),
         (GEMMA2 | {"hidden_activation": "relu"}, "hidden_activation must be one of silu"),
         (GEMMA2 | {"sliding_window": None}, "sliding_window must be given with sliding layers"),
-        (GEMMA2 | {"use_bidirectional_attention": True}, "got use_bidirectional_attention = True"),
+        (
+            GEMMA2 | {"use_bidirectional_attention": True},
+            "use_bidirectional_attention must be false or absent: got true",
+        ),
+        ({"is_causal": False}, "is_causal must be true or absent: got false"),
+        # transformers takes it for false
+        (MISTRAL | {"is_causal": None}, "is_causal must be true or absent: got null"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads must be {} or absent: got "),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config must be null or"),
+        ({"transformers_weights": "x.safetensors"}, "transformers_weights must be null or absent"),
+        (PHI3 | {"resid_pdrop": 0.1}, "resid_pdrop must be 0: got 0.1"),
         (
             GEMMA2 | {"attn_logit_softcapping": 0},
             "attn_logit_softcapping must be a positive number",
