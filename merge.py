@@ -101,6 +101,8 @@ def main(arguments: Sequence[str]) -> None:
             f"--model must be a checkpoint in 16 or 32 bits: {config.model} is in NF4 already; "
             "give the one it was made from, with --base nf4 to merge into what NF4 makes of it"
         )
+    for remark in base.remarks:
+        print(remark)
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
     updates = read_updates(config.adapter, shapes)

@@ -22,7 +22,7 @@ at the end. Pickled weights are never read.
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hub.fetch import find_folder
-from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig, read_config
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
 from llama.shard_reader import FLOATS, StoredTensor, make_ring, read_header, stream
 from llama.stored_nf4 import (
@@ -41,6 +41,7 @@ from llama.stored_nf4 import (
     as_bytes,
     check_stored_nf4,
     describe_quantization,
+    leftover_format,
     read_stored_nf4,
 )
 from lora.linear_group import LinearGroup
@@ -61,6 +62,21 @@ COMPANIONS = (
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 META = torch.device("meta")
 EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# parts of the names of tensors that the text model does not need: rotary frequencies and their
+# cosines, which follow from config.json, and what sees or hears in front of the embeddings
+_BESIDE_THE_MODEL = frozenset(
+    {
+        "audio_tower",
+        "image_newline",
+        "mm_projector",
+        "multi_modal_projector",
+        "rotary_emb",
+        "vision_embed_tokens",
+        "vision_model",
+        "vision_tower",
+        "visual",
+    }
+)
 
 
 Report = Callable[[int, int], None]
@@ -276,25 +292,24 @@ def _some(names: Iterable[str]) -> str:
     return (", ".join(names[:3]) or "none") + more
 
 
+def _is_left_alone(name: str, is_tied: bool) -> bool:
+    """Whether a checkpoint may hold a tensor that the model does not need."""
+    return not _BESIDE_THE_MODEL.isdisjoint(name.split(".")) or (is_tied and name == _HEAD)
+
+
 def _check(
     folder: Path,
     stored: Mapping[str, StoredTensor],
     slots: Mapping[str, _Slot],
-    read: frozenset[str],
+    known: Set[str],
     is_tied: bool,
 ) -> None:
     """Hold what the files contain against what config.json implies.
 
     Args:
-        read: tensors that have been.
+        known: tensors that are read already, or left alone.
     """
-    # old exports hold the rotary frequencies, which follow from the config; tied ones may repeat
-    # the embeddings as head
-    extra = {
-        name
-        for name in stored.keys() - slots.keys() - read
-        if not name.endswith(".rotary_emb.inv_freq") and not (is_tied and name == _HEAD)
-    }
+    extra = stored.keys() - slots.keys() - known
     missing = slots.keys() - stored.keys()
     if missing or extra:
         raise ValueError(
@@ -302,7 +317,7 @@ def _check(
             f"missing are {_some(missing)}; unknown are {_some(extra)}"
         )
     shapes = {name: slot.shape for name, slot in slots.items()}
-    if is_tied and _HEAD in stored:
+    if is_tied and _HEAD in known:
         shapes[_HEAD] = shapes[EMBEDDINGS]
     for name, shape in shapes.items():
         if stored[name].shape != shape:
@@ -455,6 +470,8 @@ class Description:
         slots: where its tensors go.
         stored: what the files hold.
         nf4: what of it is in NF4.
+        left_alone: names of tensors that the model does not need.
+        leftover: what a quantization_config asks for that the weights are no more quantized with.
     """
 
     folder: Path
@@ -462,6 +479,29 @@ class Description:
     slots: dict[str, _Slot]
     stored: dict[str, StoredTensor]
     nf4: StoredNF4
+    left_alone: frozenset[str]
+    leftover: str
+
+    @property
+    def embeddings(self) -> StoredTensor:
+        """What holds the embeddings: of tied ones it may be the head alone."""
+        return self.stored[EMBEDDINGS if EMBEDDINGS in self.stored else _HEAD]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about what the folder has and the model does not take."""
+        lines = []
+        if self.left_alone:
+            lines.append(
+                f"{self.folder} has tensors that the model does not need; left alone: "
+                f"{_some(self.left_alone)}"
+            )
+        if self.leftover:
+            lines.append(
+                f"{self.folder / CONFIG_NAME} has a quantization_config ({self.leftover}), and no "
+                "weight is quantized: it is left over from another form, and ignored"
+            )
+        return lines
 
     def quantization(
         self, prefix: str, group: LinearGroup, wanted: tuple[int, bool] | None
@@ -484,11 +524,10 @@ class Description:
         Raises:
             ValueError: it does.
         """
-        head = self.stored.get(_HEAD)
-        if head is None or not self.model.config.tie_word_embeddings:
+        if not self.model.config.tie_word_embeddings or _HEAD not in self.left_alone:
             return
         values = []
-        for tensor in (head, self.stored[EMBEDDINGS]):
+        for tensor in (self.stored[_HEAD], self.stored[EMBEDDINGS]):
             with safe_open(tensor.file, framework="pt") as file:
                 values.append(file.get_tensor(tensor.name))
         if not torch.equal(values[0].to(values[1].dtype), values[1]):
@@ -513,8 +552,15 @@ def describe(folder: Path, compute_dtype: torch.dtype) -> Description:
     check_stored_nf4(folder, model, nf4)
     stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
     slots = _slots(model, nf4.states)
-    _check(folder, stored, slots, nf4.read, config.tie_word_embeddings)
-    return Description(folder, model, slots, stored, nf4)
+    is_tied = config.tie_word_embeddings
+    if is_tied and _HEAD in stored and EMBEDDINGS not in stored:
+        slots[_HEAD] = slots.pop(EMBEDDINGS)
+    others = stored.keys() - slots.keys()
+    left_alone = frozenset(name for name in others if _is_left_alone(name, is_tied))
+    taken = {name: tensor for name, tensor in stored.items() if name not in left_alone}
+    leftover = leftover_format(folder, taken, slots.keys(), nf4)
+    _check(folder, stored, slots, nf4.read | left_alone, is_tied)
+    return Description(folder, model, slots, stored, nf4, left_alone, leftover)
 
 
 def stored_quantization(folder: Path) -> tuple[int, bool] | None:
@@ -641,24 +687,22 @@ def _kept_dtype(model: Llama, name: str, stored: torch.dtype) -> torch.dtype:
     would be behind the look-up.
     """
     compute = model.compute_dtype
-    if name == _head_of(model.config):
+    if name == _HEAD or (name == EMBEDDINGS and model.config.tie_word_embeddings):
         return compute
     return compute if name == EMBEDDINGS and compute.itemsize < stored.itemsize else stored
 
 
-def _head_of(config: LlamaConfig) -> str:
-    return EMBEDDINGS if config.tie_word_embeddings else _HEAD
-
-
-def describe_conversion(folder: Path, compute_dtype: torch.dtype) -> str:
-    """Say that head and embeddings are not kept as stored; an empty string if they are.
+def describe_loading(folder: Path, compute_dtype: torch.dtype) -> list[str]:
+    """Say in lines what of a checkpoint is not taken as it is stored, or not at all.
 
     Raises:
         FileNotFoundError: config.json, an index or a shard is missing.
         ValueError: the files contradict each other or config.json, or are in another format.
     """
     found = describe(folder, compute_dtype)
-    stored = found.stored[_head_of(found.model.config)].dtype
-    if stored == compute_dtype:
-        return ""
-    return f"the head is stored in {stored} and kept in {compute_dtype}, in which it is used"
+    is_tied = found.model.config.tie_word_embeddings
+    head = found.embeddings if is_tied else found.stored[_HEAD]
+    if head.dtype == compute_dtype:
+        return found.remarks
+    kept = f"the head is stored in {head.dtype} and kept in {compute_dtype}, in which it is used"
+    return [*found.remarks, kept]

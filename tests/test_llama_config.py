@@ -14,8 +14,8 @@ from llama.config import (
     Llama3RopeScaling,
     LlamaConfig,
     LongRopeScaling,
+    number_format,
     read_config,
-    stores_nf4,
 )
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
@@ -141,25 +141,6 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         (GEMMA2 | {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a positive number"),
         (GEMMA2 | {"head_dim": 512}, "head_dim must be at most 256 with attn_logit_softcapping"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
-        ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "checkpoint quantized with 'fp8'"),
-        ({"quantization_config": {}}, "checkpoint quantized with None"),
-        (
-            {"quantization_config": NF4 | {"load_in_4bit": False, "load_in_8bit": True}},
-            "quantized with 'bitsandbytes int8'; use the original one",
-        ),
-        ({"quantization_config": {"load_in_8bit": True}}, "with 'bitsandbytes int8'"),
-        (
-            {"quantization_config": NF4 | {"bnb_4bit_quant_type": "fp4"}},
-            "quantized with 'bitsandbytes fp4'; use the original one",
-        ),
-        # transformers' default
-        ({"quantization_config": {"load_in_4bit": True}}, "with 'bitsandbytes fp4'"),
-        (
-            {"quantization_config": NF4 | {"bnb_4bit_quant_storage": "int8"}},
-            "bnb_4bit_quant_storage must be one of uint8, bfloat16, float16, float32: got 'int8'",
-        ),
         ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
         (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 4 positive numbers"),
         (
@@ -204,13 +185,29 @@ def test_what_the_model_does_not_compute_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bnb_4bit_quant_storage": "bfloat16"}, {"quant_method": None}], ids=str
+    ("described", "name"),
+    [
+        (None, None),
+        (NF4, "bitsandbytes nf4"),
+        (NF4 | {"bnb_4bit_quant_storage": "bfloat16"}, "bitsandbytes nf4"),
+        (NF4 | {"quant_method": None}, "bitsandbytes nf4"),
+        (NF4 | {"bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+        # transformers' default
+        ({"load_in_4bit": True}, "bitsandbytes fp4"),
+        (NF4 | {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes int8"),
+        ({"load_in_8bit": True}, "bitsandbytes int8"),
+        (NF4 | {"load_in_4bit": False}, "bitsandbytes"),
+        ({"quant_method": "gptq", "load_in_4bit": True}, "gptq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ("awq", "awq"),
+        ({}, "an unnamed method"),
+    ],
+    ids=str,
 )
-def test_bitsandbytes_nf4_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_number_format_is_named(tmp_path: Path, described: Any, name: str | None) -> None:
     plain = read(tmp_path)
-    assert not stores_nf4(tmp_path)
-    assert read(tmp_path, quantization_config=NF4 | changes) == plain
-    assert stores_nf4(tmp_path)
+    assert read(tmp_path, quantization_config=described) == plain
+    assert number_format(tmp_path) == name
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
