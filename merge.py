@@ -24,6 +24,7 @@ from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from llama.checkpoint import (
     COMPANIONS,
     INDEX_NAME,
+    SINGLE_NAME,
     Description,
     describe,
     find_checkpoint,
@@ -262,6 +263,9 @@ def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
     """Find what is copied byte for byte, by its place in the folder: configs, index, tokenizer and
     chat templates."""
     patterns = dict.fromkeys((CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES), config.model)
+    if (config.model / SINGLE_NAME).is_file():
+        # another checkpoint's
+        del patterns[INDEX_NAME]
     patterns |= dict.fromkeys(COMPANIONS, config.tokenizer_folder)
     patterns[GENERATION_CONFIG_NAME] = config.model
     return {

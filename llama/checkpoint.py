@@ -18,6 +18,10 @@ Everything that can be wrong with the files' structure (missing, truncated, rena
 elsewhere, shapes that contradict config.json) is found from the headers, before the first weight is
 read. NaN and infinity are found as each tensor arrives; a GPU takes note of them and is asked once,
 at the end. Pickled weights are never read.
+
+A folder may hold two checkpoints: one file, and an index with shards that another save has left.
+The one file is read, as transformers does (`_get_resolved_checkpoint_files` in modeling_utils.py),
+and a line says so.
 """
 
 import difflib
@@ -117,10 +121,10 @@ def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]
     """Choose from a repository's files those that a checkpoint is read from."""
     patterns = (CONFIG_NAME, *COMPANIONS)
     needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if INDEX_NAME in names:
-        return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     if SINGLE_NAME in names:
         return needed | {SINGLE_NAME}
+    if INDEX_NAME in names:
+        return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     raise ValueError(
         f"--model must have {SINGLE_NAME} or {INDEX_NAME}: {model} has "
         f"{_some(names)}{_about_pickled(names)}"
@@ -156,11 +160,11 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
     A file may be a symbolic link: the hub's cache keeps its blobs outside the folder.
     """
+    if (folder / SINGLE_NAME).is_file():
+        return {folder / SINGLE_NAME: None}
     index = folder / INDEX_NAME
     present = sorted(path.name for path in folder.iterdir())
     if not index.is_file():
-        if (folder / SINGLE_NAME).is_file():
-            return {folder / SINGLE_NAME: None}
         advice = _about_pickled(present) or "; download the checkpoint again or restore the name"
         raise FileNotFoundError(
             f"a checkpoint folder must hold {SINGLE_NAME} or {INDEX_NAME}: "
@@ -491,6 +495,11 @@ class Description:
     def remarks(self) -> list[str]:
         """Lines about what the folder has and the model does not take."""
         lines = []
+        if (self.folder / SINGLE_NAME).is_file() and (self.folder / INDEX_NAME).is_file():
+            lines.append(
+                f"{self.folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as "
+                "transformers does"
+            )
         if self.left_alone:
             lines.append(
                 f"{self.folder} has tensors that the model does not need; left alone: "

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -194,6 +196,38 @@ def test_the_hubs_cache_of_symbolic_links_is_loaded(tmp_path: Path) -> None:
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
     assert_holds(load(snapshot), random_tensors(FIELDS))
+
+
+# transformers finds which file it reads before it reads one; a script of its own, because it would
+# find our `kernels`
+WHICH_FILES = """
+import sys
+from pathlib import Path
+from transformers import modeling_utils
+found, _ = modeling_utils._get_resolved_checkpoint_files(
+    pretrained_model_name_or_path=sys.argv[1], variant=None, gguf_file=None, use_safetensors=None,
+    download_kwargs={}, user_agent={}, is_remote_code=False, transformers_explicit_filename=None,
+)
+print(" ".join(sorted(Path(path).name for path in found)))
+"""
+
+
+def test_of_two_checkpoints_in_a_folder_the_one_file_is_read_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    old, new = random_tensors(FIELDS, seed=1), random_tensors(FIELDS, seed=2)
+    write_checkpoint(folder, FIELDS, old, num_shards=2)
+    assert_holds(load(folder), old)
+    assert describe_loading(folder, torch.float32) == []
+    write_checkpoint(folder, FIELDS, new)
+    assert_holds(load(folder), new)
+    line = f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as transformers"
+    assert describe_loading(folder, torch.float32) == [f"{line} does"]
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-I", "-c", WHICH_FILES, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [SINGLE_NAME], done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -532,9 +566,11 @@ def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
         name: name.encode() for name in (*small, "model-1.safetensors", "model-2.safetensors")
     }
     needed[INDEX_NAME] = index.encode()
-    others = {"model-old.safetensors", "pytorch_model.bin", "original/params.json", SINGLE_NAME}
+    others = {"model-old.safetensors", "pytorch_model.bin", "original/params.json"}
+    files = needed | dict.fromkeys(others, b"")
     with serving(
-        models__owner__name=Repository(needed | dict.fromkeys(others, b"")),
+        models__owner__name=Repository(files),
+        models__owner__both=Repository(files | {SINGLE_NAME: b"1"}),
         models__owner__pickled=Repository({"config.json": b"", "pytorch_model.bin": b""}),
         models__owner__outside=Repository(
             {INDEX_NAME: b'{"weight_map": {"a": "../../x.safetensors"}}'}
@@ -543,6 +579,8 @@ def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
         done = hub.run(["-c", code, "owner/name"], tmp_path)
         assert files_of(Path(done.stdout.strip())).keys() == needed.keys(), done.stderr
         assert sorted(hub.downloads()) == sorted(needed)
+        done = hub.run(["-c", code, "owner/both"], tmp_path)
+        assert files_of(Path(done.stdout.strip())).keys() == {*small, SINGLE_NAME}, done.stderr
         done = hub.run(["-c", code, "owner/pickled"], tmp_path)
         assert "owner/pickled has config.json, pytorch_model.bin; pytorch_model.bin is pickled" in (
             done.stderr
