@@ -526,6 +526,15 @@ class Description:
         back."""
         return [tensor for name, tensor in self.stored.items() if name in self.slots]
 
+    def vocabulary_tensors(self) -> dict[str, Tensor]:
+        """Read embeddings and head as they are stored; where one is stored for both, it is both."""
+        values = {}
+        for name in (EMBEDDINGS, _HEAD):
+            stored = self.stored.get(name, self.embeddings)
+            with safe_open(stored.file, framework="pt") as file:
+                values[name] = file.get_tensor(stored.name)
+        return values
+
     def check_tied_head(self) -> None:
         """Refuse a head that config.json ties to the embeddings, and that differs from them as they
         are stored.
@@ -535,11 +544,8 @@ class Description:
         """
         if not self.model.config.tie_word_embeddings or _HEAD not in self.left_alone:
             return
-        values = []
-        for tensor in (self.stored[_HEAD], self.stored[EMBEDDINGS]):
-            with safe_open(tensor.file, framework="pt") as file:
-                values.append(file.get_tensor(tensor.name))
-        if not torch.equal(values[0].to(values[1].dtype), values[1]):
+        values = self.vocabulary_tensors()
+        if not torch.equal(values[_HEAD].to(values[EMBEDDINGS]), values[EMBEDDINGS]):
             raise ValueError(
                 f"{self.folder}: config.json ties the head to the embeddings, so {_HEAD} must "
                 f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"

@@ -151,6 +151,21 @@ def test_the_report_counts_weights_and_what_rounding_lost(
     }
 
 
+def test_an_adapter_with_the_bases_embeddings_is_merged_and_with_others_is_not(
+    adapter: Path, text: Path
+) -> None:
+    path = adapter / "adapter_model.safetensors"
+    embeddings = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"].clone()
+    saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    saved["base_model.model.model.embed_tokens.weight"] = embeddings
+    save_file(saved, path)
+    assert (run(adapter, "--text", text, "--other-base") / "model.safetensors").is_file()
+    embeddings[0, 0] += 1
+    save_file(saved, path)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight must equal the base's"):
+        run(adapter, "--other-base")
+
+
 def test_an_index_beside_the_one_file_is_another_checkpoints(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
