@@ -24,6 +24,7 @@ from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from llama.checkpoint import (
     COMPANIONS,
     INDEX_NAME,
+    SINGLE_NAME,
     Description,
     describe,
     find_checkpoint,
@@ -100,9 +101,11 @@ def main(arguments: Sequence[str]) -> None:
             f"--model must be a checkpoint in 16 or 32 bits: {config.model} is in NF4 already; "
             "give the one it was made from, with --base nf4 to merge into what NF4 makes of it"
         )
+    for remark in base.remarks:
+        print(remark)
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
-    updates = read_updates(config.adapter, shapes)
+    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors())
     check_base(config, base)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
@@ -259,6 +262,9 @@ def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
     """Find what is copied byte for byte, by its place in the folder: configs, index, tokenizer and
     chat templates."""
     patterns = dict.fromkeys((CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES), config.model)
+    if (config.model / SINGLE_NAME).is_file():
+        # another checkpoint's
+        del patterns[INDEX_NAME]
     patterns |= dict.fromkeys(COMPANIONS, config.tokenizer_folder)
     patterns[GENERATION_CONFIG_NAME] = config.model
     return {
@@ -310,7 +316,8 @@ def load_trained(config: MergeConfig) -> Llama:
     """Load the base as it was while the adapter trained, with the adapter beside it."""
     model = load_model(config.model, config.device, config.dtype, config.quantization)
     model.attach_lora(read_adapter_config(config.adapter), seed=0)
-    load_adapter(config.adapter, model.adapter_tensors())
+    vocabulary = describe(config.model, config.dtype).vocabulary_tensors()
+    load_adapter(config.adapter, model.adapter_tensors(), vocabulary)
     return model
 
 

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
     copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
     check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
+    for remark in copy.source.remarks:
+        print(remark)
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,

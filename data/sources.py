@@ -4,8 +4,9 @@ A folder and a data set are read as load_dataset reads them without a configurat
 folder in it that is called train, validation (or valid, val, dev, eval) or test is that split, by
 the words of its name; the files of a split are read in the order of their names. Training takes
 train; evaluation takes validation, or else test. Files without such names are all of one split.
-Where that leaves a choice (two formats, two folders, a split that is not there) it is an error,
-because reading one set twice, or two sets as one, would go unnoticed.
+Where that leaves a choice (two formats, two folders, train_sft beside train_gen, a split that is
+not there) it is an error, because reading one set twice, or two sets as one, would go unnoticed.
+Links inside a folder are followed; a folder that is reached twice is read once.
 """
 
 import os
@@ -55,9 +56,7 @@ def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
     """
     path = Path(os.path.expanduser(place))
     if path.is_dir():
-        paths = [each for each in path.rglob("*") if each.is_file()]
-        names = [each.relative_to(path).as_posix() for each in paths]
-        return [path / name for name in choose_files(names, place, what, use)]
+        return [path / name for name in choose_files(_files_below(path), place, what, use)]
     if path.exists() or data_suffix(place) or parse_hub_id(place) is None:
         return [path]
     chosen: list[str] = []
@@ -68,6 +67,34 @@ def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
 
     folder = find_folder(place, what, "dataset", choose)
     return [folder / name for name in chosen]
+
+
+def describe_files(files: Sequence[Path]) -> str:
+    """Say which files are read: how many, and the first of them."""
+    names = _some([str(file) for file in files])
+    return f"reading {names}" if len(files) == 1 else f"reading {len(files):,} files: {names}"
+
+
+def _files_below(folder: Path) -> list[str]:
+    """The names of a folder's files, those of linked folders included.
+
+    Real folders come before linked ones, so that a folder reached both ways has its own name.
+    """
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    linked = [folder]
+    while linked:
+        for root, folders, files in os.walk(linked.pop(0)):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            here = Path(root)
+            linked += [here / name for name in sorted(folders) if (here / name).is_symlink()]
+            found = [here / name for name in files if (here / name).is_file()]
+            names += [each.relative_to(folder).as_posix() for each in found]
+    return names
 
 
 def choose_files(names: Collection[str], place: str, what: str, use: Use) -> list[str]:
@@ -97,8 +124,13 @@ def choose_files(names: Collection[str], place: str, what: str, use: Use) -> lis
             + (", or take a part of --data with --eval-fraction" if use == "eval" else "")
         )
     chosen = of_split[wanted]
-    for kind, key in (("format", data_suffix), ("folder", lambda n: str(PurePosixPath(n).parent))):
-        kinds = sorted({key(name) for name in chosen})
+    one_of_each = (
+        ("format", data_suffix),
+        ("folder", lambda name: str(PurePosixPath(name).parent)),
+        ("split", _split_name),
+    )
+    for kind, key in one_of_each:
+        kinds = sorted({key(name) for name in chosen} - {""})
         if len(kinds) > 1:
             raise ValueError(
                 f"{what} must have files of one {kind}, or sets would be mixed: {place} has "
@@ -117,6 +149,15 @@ def _check_shards(names: Sequence[str], place: str, what: str) -> None:
             f"{what} must have all {max(totals):,} files of its set: {place} has "
             f"{len(found):,}, {_some(names)}; download the others"
         )
+
+
+def _split_name(name: str) -> str:
+    """The split as a file calls it, `train_sft` of train_sft-00000-of-00003.parquet; "" where the
+    name does not begin with a split."""
+    file = PurePosixPath(name).name.lower()
+    stem = _SHARD.sub("", file).partition(".")[0]
+    is_split = _SHARD.search(file) or re.split(r"[^a-z]+", stem)[0] in _SPLIT_OF_WORD
+    return stem.rstrip("0123456789_-") if is_split else ""
 
 
 def split_of(name: str) -> str:

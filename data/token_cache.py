@@ -7,9 +7,11 @@
 
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
 its templates, the settings, and the source code of this room, so that no version number can be
-forgotten. Samples are read through a memory map; in memory are their rows and where they start, 26
-bytes each. A folder appears when it is whole. One that does not agree with its index is made again.
-While one process makes it the others wait, so that of the ranks of a run only one does the work.
+forgotten. Files that change while they are read are refused, or their tokens would be found again
+for the content before. Samples are read through a memory map; in memory are their rows and where
+they start, 26 bytes each. A folder appears when it is whole. One that does not agree with its index
+is made again. While one process makes it the others wait, so that of the ranks of a run only one
+does the work.
 
 Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
 folder is the whole of the housekeeping; nothing else remembers it.
@@ -117,8 +119,9 @@ def cached_tokens(
 
     Raises:
         FileNotFoundError, ValueError: as tokenize_files.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or a file changed while it was read.
     """
+    times = [_time(path) for path in files]
     key = _key(files, tokenizer, recipe)
     cache = cache_folder()
     folder = cache / key
@@ -133,6 +136,7 @@ def cached_tokens(
         name, pieces = tokenize_files(files, tokenizer, recipe, num_processes)
         try:
             _write(partial, name, pieces, report)
+            _check_unchanged(files, times, key == _key(files, tokenizer, recipe))
             with _writing_to(cache):
                 partial.rename(folder)
         finally:
@@ -141,6 +145,30 @@ def cached_tokens(
         if made is None:
             raise OSError(f"the tokenized data must be in {folder}: what was written is not there")
         return made
+
+
+def _time(path: Path) -> tuple[int, int]:
+    """The size of a file and the time of its last change; zeros where it is not there."""
+    if not path.is_file():
+        return 0, 0
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(
+    files: Sequence[Path], times: Sequence[tuple[int, int]], is_same_key: bool
+) -> None:
+    """Refuse tokens of files that were written to while they were read.
+
+    The hash alone would miss content that was there only for a while, the time alone a program that
+    sets it back.
+    """
+    changed = [path for path, time in zip(files, times, strict=True) if _time(path) != time]
+    if changed or not is_same_key:
+        raise OSError(
+            f"a data file must stay as it is while it is read: {(changed or list(files))[0]} has "
+            "changed since; start again when nothing writes to it any more"
+        )
 
 
 def _key(files: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from data import audit
 from data.dataset import Dataset, load_dataset
-from data.sources import Use, find_data
+from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from llama.config import LlamaConfig
 from run.checkpoint import RunState
@@ -24,6 +24,7 @@ def load_data(
 
     def load(flag: str, place: str, use: Use) -> Dataset:
         files = find_data(place, flag, use)
+        audit.say(f"{flag}: {describe_files(files)}")
         with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
 
             def report(num_records: int) -> None:

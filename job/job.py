@@ -28,7 +28,7 @@ from job.checkpoint import (
     workload,
 )
 from job.data import load_data
-from llama.checkpoint import describe_conversion, find_checkpoint
+from llama.checkpoint import describe_loading, find_checkpoint
 from llama.config import read_config
 from llama.identity import Identity
 from llama.memory_plan import MemoryPlan
@@ -186,8 +186,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     plan = None
     if device.type == "cuda" or config.plan:
         plan = plan_run(work, device, config.activations, config.max_memory_bytes)
-    if conversion := describe_conversion(checkpoint_folder, work.dtype):
-        print(conversion)
+    for line in describe_loading(checkpoint_folder, work.dtype):
+        print(line)
     if plan and config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))

@@ -18,11 +18,15 @@ Everything that can be wrong with the files' structure (missing, truncated, rena
 elsewhere, shapes that contradict config.json) is found from the headers, before the first weight is
 read. NaN and infinity are found as each tensor arrives; a GPU takes note of them and is asked once,
 at the end. Pickled weights are never read.
+
+A folder may hold two checkpoints: one file, and an index with shards that another save has left.
+The one file is read, as transformers does (`_get_resolved_checkpoint_files` in modeling_utils.py),
+and a line says so.
 """
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hub.fetch import find_folder
-from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig, read_config
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
 from llama.shard_reader import FLOATS, StoredTensor, make_ring, read_header, stream
 from llama.stored_nf4 import (
@@ -41,6 +45,7 @@ from llama.stored_nf4 import (
     as_bytes,
     check_stored_nf4,
     describe_quantization,
+    leftover_format,
     read_stored_nf4,
 )
 from lora.linear_group import LinearGroup
@@ -61,6 +66,21 @@ COMPANIONS = (
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 META = torch.device("meta")
 EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# parts of the names of tensors that the text model does not need: rotary frequencies and their
+# cosines, which follow from config.json, and what sees or hears in front of the embeddings
+_BESIDE_THE_MODEL = frozenset(
+    {
+        "audio_tower",
+        "image_newline",
+        "mm_projector",
+        "multi_modal_projector",
+        "rotary_emb",
+        "vision_embed_tokens",
+        "vision_model",
+        "vision_tower",
+        "visual",
+    }
+)
 
 
 Report = Callable[[int, int], None]
@@ -101,10 +121,10 @@ def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]
     """Choose from a repository's files those that a checkpoint is read from."""
     patterns = (CONFIG_NAME, *COMPANIONS)
     needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if INDEX_NAME in names:
-        return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     if SINGLE_NAME in names:
         return needed | {SINGLE_NAME}
+    if INDEX_NAME in names:
+        return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     raise ValueError(
         f"--model must have {SINGLE_NAME} or {INDEX_NAME}: {model} has "
         f"{_some(names)}{_about_pickled(names)}"
@@ -140,11 +160,11 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
     A file may be a symbolic link: the hub's cache keeps its blobs outside the folder.
     """
+    if (folder / SINGLE_NAME).is_file():
+        return {folder / SINGLE_NAME: None}
     index = folder / INDEX_NAME
     present = sorted(path.name for path in folder.iterdir())
     if not index.is_file():
-        if (folder / SINGLE_NAME).is_file():
-            return {folder / SINGLE_NAME: None}
         advice = _about_pickled(present) or "; download the checkpoint again or restore the name"
         raise FileNotFoundError(
             f"a checkpoint folder must hold {SINGLE_NAME} or {INDEX_NAME}: "
@@ -276,25 +296,24 @@ def _some(names: Iterable[str]) -> str:
     return (", ".join(names[:3]) or "none") + more
 
 
+def _is_left_alone(name: str, is_tied: bool) -> bool:
+    """Whether a checkpoint may hold a tensor that the model does not need."""
+    return not _BESIDE_THE_MODEL.isdisjoint(name.split(".")) or (is_tied and name == _HEAD)
+
+
 def _check(
     folder: Path,
     stored: Mapping[str, StoredTensor],
     slots: Mapping[str, _Slot],
-    read: frozenset[str],
+    known: Set[str],
     is_tied: bool,
 ) -> None:
     """Hold what the files contain against what config.json implies.
 
     Args:
-        read: tensors that have been.
+        known: tensors that are read already, or left alone.
     """
-    # old exports hold the rotary frequencies, which follow from the config; tied ones may repeat
-    # the embeddings as head
-    extra = {
-        name
-        for name in stored.keys() - slots.keys() - read
-        if not name.endswith(".rotary_emb.inv_freq") and not (is_tied and name == _HEAD)
-    }
+    extra = stored.keys() - slots.keys() - known
     missing = slots.keys() - stored.keys()
     if missing or extra:
         raise ValueError(
@@ -302,7 +321,7 @@ def _check(
             f"missing are {_some(missing)}; unknown are {_some(extra)}"
         )
     shapes = {name: slot.shape for name, slot in slots.items()}
-    if is_tied and _HEAD in stored:
+    if is_tied and _HEAD in known:
         shapes[_HEAD] = shapes[EMBEDDINGS]
     for name, shape in shapes.items():
         if stored[name].shape != shape:
@@ -455,6 +474,8 @@ class Description:
         slots: where its tensors go.
         stored: what the files hold.
         nf4: what of it is in NF4.
+        left_alone: names of tensors that the model does not need.
+        leftover: what a quantization_config asks for that the weights are no more quantized with.
     """
 
     folder: Path
@@ -462,6 +483,34 @@ class Description:
     slots: dict[str, _Slot]
     stored: dict[str, StoredTensor]
     nf4: StoredNF4
+    left_alone: frozenset[str]
+    leftover: str
+
+    @property
+    def embeddings(self) -> StoredTensor:
+        """What holds the embeddings: of tied ones it may be the head alone."""
+        return self.stored[EMBEDDINGS if EMBEDDINGS in self.stored else _HEAD]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about what the folder has and the model does not take."""
+        lines = []
+        if (self.folder / SINGLE_NAME).is_file() and (self.folder / INDEX_NAME).is_file():
+            lines.append(
+                f"{self.folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as "
+                "transformers does"
+            )
+        if self.left_alone:
+            lines.append(
+                f"{self.folder} has tensors that the model does not need; left alone: "
+                f"{_some(self.left_alone)}"
+            )
+        if self.leftover:
+            lines.append(
+                f"{self.folder / CONFIG_NAME} has a quantization_config ({self.leftover}), and no "
+                "weight is quantized: it is left over from another form, and ignored"
+            )
+        return lines
 
     def quantization(
         self, prefix: str, group: LinearGroup, wanted: tuple[int, bool] | None
@@ -477,6 +526,15 @@ class Description:
         back."""
         return [tensor for name, tensor in self.stored.items() if name in self.slots]
 
+    def vocabulary_tensors(self) -> dict[str, Tensor]:
+        """Read embeddings and head as they are stored; where one is stored for both, it is both."""
+        values = {}
+        for name in (EMBEDDINGS, _HEAD):
+            stored = self.stored.get(name, self.embeddings)
+            with safe_open(stored.file, framework="pt") as file:
+                values[name] = file.get_tensor(stored.name)
+        return values
+
     def check_tied_head(self) -> None:
         """Refuse a head that config.json ties to the embeddings, and that differs from them as they
         are stored.
@@ -484,14 +542,10 @@ class Description:
         Raises:
             ValueError: it does.
         """
-        head = self.stored.get(_HEAD)
-        if head is None or not self.model.config.tie_word_embeddings:
+        if not self.model.config.tie_word_embeddings or _HEAD not in self.left_alone:
             return
-        values = []
-        for tensor in (head, self.stored[EMBEDDINGS]):
-            with safe_open(tensor.file, framework="pt") as file:
-                values.append(file.get_tensor(tensor.name))
-        if not torch.equal(values[0].to(values[1].dtype), values[1]):
+        values = self.vocabulary_tensors()
+        if not torch.equal(values[_HEAD].to(values[EMBEDDINGS]), values[EMBEDDINGS]):
             raise ValueError(
                 f"{self.folder}: config.json ties the head to the embeddings, so {_HEAD} must "
                 f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"
@@ -513,8 +567,15 @@ def describe(folder: Path, compute_dtype: torch.dtype) -> Description:
     check_stored_nf4(folder, model, nf4)
     stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
     slots = _slots(model, nf4.states)
-    _check(folder, stored, slots, nf4.read, config.tie_word_embeddings)
-    return Description(folder, model, slots, stored, nf4)
+    is_tied = config.tie_word_embeddings
+    if is_tied and _HEAD in stored and EMBEDDINGS not in stored:
+        slots[_HEAD] = slots.pop(EMBEDDINGS)
+    others = stored.keys() - slots.keys()
+    left_alone = frozenset(name for name in others if _is_left_alone(name, is_tied))
+    taken = {name: tensor for name, tensor in stored.items() if name not in left_alone}
+    leftover = leftover_format(folder, taken, slots.keys(), nf4)
+    _check(folder, stored, slots, nf4.read | left_alone, is_tied)
+    return Description(folder, model, slots, stored, nf4, left_alone, leftover)
 
 
 def stored_quantization(folder: Path) -> tuple[int, bool] | None:
@@ -641,24 +702,22 @@ def _kept_dtype(model: Llama, name: str, stored: torch.dtype) -> torch.dtype:
     would be behind the look-up.
     """
     compute = model.compute_dtype
-    if name == _head_of(model.config):
+    if name == _HEAD or (name == EMBEDDINGS and model.config.tie_word_embeddings):
         return compute
     return compute if name == EMBEDDINGS and compute.itemsize < stored.itemsize else stored
 
 
-def _head_of(config: LlamaConfig) -> str:
-    return EMBEDDINGS if config.tie_word_embeddings else _HEAD
-
-
-def describe_conversion(folder: Path, compute_dtype: torch.dtype) -> str:
-    """Say that head and embeddings are not kept as stored; an empty string if they are.
+def describe_loading(folder: Path, compute_dtype: torch.dtype) -> list[str]:
+    """Say in lines what of a checkpoint is not taken as it is stored, or not at all.
 
     Raises:
         FileNotFoundError: config.json, an index or a shard is missing.
         ValueError: the files contradict each other or config.json, or are in another format.
     """
     found = describe(folder, compute_dtype)
-    stored = found.stored[_head_of(found.model.config)].dtype
-    if stored == compute_dtype:
-        return ""
-    return f"the head is stored in {stored} and kept in {compute_dtype}, in which it is used"
+    is_tied = found.model.config.tie_word_embeddings
+    head = found.embeddings if is_tied else found.stored[_HEAD]
+    if head.dtype == compute_dtype:
+        return found.remarks
+    kept = f"the head is stored in {head.dtype} and kept in {compute_dtype}, in which it is used"
+    return [*found.remarks, kept]

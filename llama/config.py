@@ -3,8 +3,8 @@ compute.
 
 "What it asks for" is what transformers' class of that architecture does with the same file: a field
 that changes its function is either computed here or refused; a field that it ignores
-(pretraining_tp, initializer_range, use_cache) is ignored, and an unknown one is refused if it is
-set.
+(pretraining_tp, initializer_range, temperature) is ignored, and an unknown one is refused if it is
+set. `llama/config_fields.py` has the lists.
 """
 
 import json
@@ -16,20 +16,12 @@ from typing import Any
 
 from kernels.glu import Activation
 from kernels.masked_attention import MAX_HEAD
-from llama.families import (
-    ACTIVATION_NAMES,
-    COMPUTED,
-    FAMILIES,
-    WITHOUT_EFFECT,
-    Family,
-    LayerNorms,
-)
+from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
+from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_ROPE_THETA = 10000.0
-# what packed codes are stored as; the bytes are the same
-NF4_STORAGES = ("uint8", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -249,12 +241,13 @@ def _family(fields: _Fields) -> Family:
             f"{path}: model_type must be {family.model_type!r} with {name}: "
             f"got {values['model_type']!r}"
         )
-    known = COMPUTED | family.fields | WITHOUT_EFFECT
+    known = COMPUTED | family.fields | WITHOUT_EFFECT | ONE_VALUE.keys()
     unknown = sorted(key for key, value in values.items() if value and key not in known)
     if unknown:
         raise ValueError(
             f"{path} must hold fields that {name} has: got {unknown[0]} = "
-            f"{values[unknown[0]]!r}; remove it if it does not change what the model computes"
+            f"{values[unknown[0]]!r}; remove it or set it to null, which is safe if the field does "
+            "not change what the model computes"
         )
     return family
 
@@ -293,59 +286,41 @@ def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | No
     return tuple(size if sees else None for sees in sees_window)
 
 
-def _number_format(described: Any) -> Any:
-    """Name what a quantization_config asks for; "nf4" is bitsandbytes'."""
+def number_format(folder: Path) -> str | None:
+    """Name what the quantization_config of config.json asks for; None where there is none.
+
+    Whether weights are stored so the files say: the field outlives a conversion to 16 bits.
+    """
+    described = _read_fields(folder / CONFIG_NAME).values.get("quantization_config")
     if not isinstance(described, dict):
-        return described
+        return None if described is None else str(described)
     method = described.get("quant_method")
+    in_4_bits, in_8_bits = described.get("load_in_4bit"), described.get("load_in_8bit")
     # early configs have no method
-    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method != "bitsandbytes":
-        return method
-    if not described.get("load_in_4bit"):
-        return "bitsandbytes int8"
-    # where none is given, transformers takes this one
-    kind = described.get("bnb_4bit_quant_type") or "fp4"
-    return kind if kind == "nf4" else f"bitsandbytes {kind}"
-
-
-def _is_nf4(fields: _Fields) -> bool:
-    """Read whether weights are quantized, and refuse what is not NF4 as bitsandbytes stores it."""
-    path, described = fields.path, fields.values.get("quantization_config")
-    if described is None:
-        return False
-    if (found := _number_format(described)) != "nf4":
-        raise ValueError(
-            f"{path} must describe 16- or 32-bit weights, or bitsandbytes' nf4: got a checkpoint "
-            f"quantized with {found!r}; use the original one, it is quantized to NF4 while it loads"
-        )
-    storage = described.get("bnb_4bit_quant_storage") or "uint8"
-    if storage not in NF4_STORAGES:
-        raise ValueError(
-            f"{path}: bnb_4bit_quant_storage must be one of {', '.join(NF4_STORAGES)}: "
-            f"got {storage!r}; use the original checkpoint"
-        )
-    return True
+    if method not in (None, "bitsandbytes") or not (method or in_4_bits or in_8_bits):
+        return str(method or "an unnamed method")
+    if in_4_bits:
+        # where none is given, transformers takes this one
+        return f"bitsandbytes {described.get('bnb_4bit_quant_type') or 'fp4'}"
+    return "bitsandbytes int8" if in_8_bits else "bitsandbytes"
 
 
 def _check_function(fields: _Fields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
-    _is_nf4(fields)
-    if (dropout := values.get("attention_dropout")) not in (None, 0):
-        raise ValueError(
-            f"{path}: attention_dropout must be 0: got {dropout!r}; "
-            "set it to 0 to fine-tune without, the weights do not depend on it"
-        )
-
-
-def stores_nf4(folder: Path) -> bool:
-    """Whether config.json, which `read_config` accepts, says that weights are stored in NF4.
-
-    Which ones the files say.
-    """
-    return _is_nf4(_read_fields(folder / CONFIG_NAME))
+    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if (dropout := values.get(key)) not in (None, 0):
+            raise ValueError(
+                f"{path}: {key} must be 0: got {dropout!r}; "
+                "set it to 0 to fine-tune without, the weights do not depend on it"
+            )
+    for key, computed in ONE_VALUE.items():
+        if key in values and bool(values[key]) != bool(computed):
+            raise ValueError(
+                f"{path}: {key} must be {json.dumps(computed)} or absent: got "
+                f"{json.dumps(values[key])}; another value is another function, which is not "
+                "computed here"
+            )
 
 
 def _activation(fields: _Fields, family: Family) -> Activation:

@@ -64,8 +64,15 @@ class MergeFigures:
         return math.sqrt(self.lost_squares / self.update_squares)
 
 
-def read_updates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LowRankUpdate]:
+def read_updates(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    base: Mapping[str, Tensor] | None = None,
+) -> dict[str, LowRankUpdate]:
     """Read an adapter for a model with these projections.
+
+    Args:
+        base: as `lora.adapter_file.load_adapter`.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -79,7 +86,7 @@ def read_updates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[st
         updates[path] = LowRankUpdate(A, B, scaling)
     named = {f"{path}.lora_A.weight": update.A for path, update in updates.items()}
     named |= {f"{path}.lora_B.weight": update.B for path, update in updates.items()}
-    load_adapter(folder, named)
+    load_adapter(folder, named, base)
     if not any(bool(update.A.any()) and bool(update.B.any()) for update in updates.values()):
         raise ValueError(
             f"the adapter in {folder} must change something: every lora_B or lora_A of it is zero, "

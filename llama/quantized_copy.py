@@ -194,7 +194,7 @@ def _config_fields(copy: QuantizedCopy, config: Mapping[str, Any]) -> dict[str, 
     if copy.dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         fields |= dict.fromkeys(keys, _name(copy.dtype))
-    compute_dtype = copy.dtype or copy.source.stored[EMBEDDINGS].dtype
+    compute_dtype = copy.dtype or copy.source.embeddings.dtype
     # all that transformers writes; the block size is in the quant_state of each weight
     fields["quantization_config"] = {
         "_load_in_4bit": True,

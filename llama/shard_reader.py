@@ -44,8 +44,22 @@ NUM_BUFFERS = 16
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# and of what is quantized
-DTYPES = FLOATS | {"U8": torch.uint8}
+# and of what is quantized, or not needed: all of safetensors' that are whole bytes
+DTYPES = FLOATS | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 # safetensors' own bound
 _MOST_HEADER_BYTES = 100_000_000
 # what a header raises that is no JSON, or has other JSON in it than it should
@@ -76,7 +90,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 
     Raises:
         ValueError: the file is truncated, its header contradicts itself or the file's size, or a
-            tensor has a dtype that no Llama checkpoint has.
+            tensor has a dtype whose numbers are no whole bytes.
     """
     with path.open("rb") as file:
         num_file_bytes = os.fstat(file.fileno()).st_size

@@ -4,7 +4,7 @@ Tables and JSON are a kilobyte or two a weight and read here; codes and scales a
 `llama/checkpoint.py`, which reads them into the buffers that they stay in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama.config import CONFIG_NAME, stores_nf4
+from llama.config import CONFIG_NAME, number_format
 from llama.model import Llama
-from llama.shard_reader import StoredTensor
+from llama.shard_reader import FLOATS, StoredTensor
 from nf4.serialized import FP4_STATE, STATE, WeightState, parse_state, stored_tables
 
 _WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it loads"
+# what a weight's scales are called where bitsandbytes has quantized it to int8
+_INT8_SCALES = ".SCB"
+_NF4 = "bitsandbytes nf4"
+# what packed codes may be stored as: the bytes are the same
+_STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,15 @@ def read_stored_nf4(folder: Path, stored: dict[str, StoredTensor]) -> StoredNF4:
     """Read which of a checkpoint's weights are in NF4, and hold them against the format here.
 
     Raises:
-        ValueError: a weight is in FP4, has no table or another one, or JSON that describes
+        ValueError: a weight is in FP4 or int8, has no table or another one, or JSON that describes
             something else; or two weights differ in block size or double quantization.
     """
-    if fp4 := [name for name in stored if name.endswith(FP4_STATE)]:
-        raise ValueError(
-            f"{folder}: {fp4[0].removesuffix(FP4_STATE)} must be in NF4 or in 16 or 32 bits: "
-            f"got bitsandbytes fp4; {_WAY_OUT}"
-        )
+    for suffix, weight, kind in ((FP4_STATE, "", "fp4"), (_INT8_SCALES, ".weight", "int8")):
+        if found := [name for name in stored if name.endswith(suffix)]:
+            raise ValueError(
+                f"{folder}: {found[0].removesuffix(suffix)}{weight} must be in NF4 or in 16 or 32 "
+                f"bits: got bitsandbytes {kind}; {_WAY_OUT}"
+            )
     names = [name.removesuffix(STATE) for name in stored if name.endswith(STATE)]
     if not names:
         return StoredNF4({}, frozenset())
@@ -107,18 +113,13 @@ def check_stored_nf4(folder: Path, model: Llama, nf4: StoredNF4) -> None:
     """Hold what is in NF4 against config.json and what the model can hold.
 
     Raises:
-        ValueError: quantization_config is there without a weight in NF4 or the reverse; one is no
-            projection's, or has another shape; or projections of one group differ.
+        ValueError: quantization_config does not say so; one is no projection's, or has another
+            shape; or projections of one group differ.
     """
-    path = folder / CONFIG_NAME
-    if bool(nf4.states) != stores_nf4(folder):
+    if nf4.states and (said := number_format(folder)) != _NF4:
         raise ValueError(
-            f"{path} must have a quantization_config where weights are in NF4, and only there: "
-            + (
-                "there is none, and some are; download it again"
-                if nf4.states
-                else "there is one, and none are; remove it, they are quantized while they load"
-            )
+            f"{folder / CONFIG_NAME} must have a quantization_config of {_NF4} where weights are "
+            f"stored so: it has {said or 'none'}; download it again"
         )
     projections = {
         f"{prefix}{name}.weight": (rows, group.in_features)
@@ -146,6 +147,40 @@ def check_stored_nf4(folder: Path, model: Llama, nf4: StoredNF4) -> None:
             )
 
 
+def leftover_format(
+    folder: Path, stored: Mapping[str, StoredTensor], needed: Set[str], nf4: StoredNF4
+) -> str:
+    """Name a quantization_config that is left over from a conversion to 16 or 32 bits; empty where
+    there is none.
+
+    Args:
+        stored: what the files hold that bears on the model.
+        needed: the names of what the model is made of.
+
+    Raises:
+        ValueError: the weights are quantized as it says, or in some other way.
+    """
+    said = number_format(folder)
+    if said is None or nf4.states:
+        return ""
+    is_plain = all(tensor.dtype in FLOATS.values() for tensor in stored.values())
+    if not is_plain or stored.keys() != needed:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} must describe 16- or 32-bit weights, or {_NF4}: got a "
+            f"checkpoint quantized with {said}; {_WAY_OUT}"
+        )
+    return said
+
+
 def as_bytes(stored: StoredTensor) -> StoredTensor:
-    """Describe packed codes by their bytes; FSDP has them stored as another dtype."""
+    """Describe packed codes by their bytes; FSDP has them stored as another dtype.
+
+    Raises:
+        ValueError: the dtype is none of those that bytes are stored as.
+    """
+    if stored.dtype not in _STORAGES:
+        raise ValueError(
+            f"{stored.file}: the codes of {stored.name} must be stored as "
+            f"{', '.join(map(str, _STORAGES))}: got {stored.dtype}; {_WAY_OUT}"
+        )
     return replace(stored, shape=(stored.num_bytes, 1), dtype=torch.uint8)

@@ -23,6 +23,9 @@ from lora.config import LoRAConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# of the base: PEFT saves them too where the vocabulary was resized (save_embedding_layers), and
+# loads them over the base's
+_EMBEDDING_LAYERS = ("model.embed_tokens.weight", "lm_head.weight")
 # metadata of the weights' file: PEFT does not read it, and would warn of a new field in its config
 _BASE = "base_identity"
 
@@ -313,19 +316,28 @@ def read_base_identity(folder: Path) -> str:
         raise _damaged(path, error) from None
 
 
-def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy an adapter's values into the model's adapter tensors, in place.
+
+    Args:
+        base: the base's embeddings and head by their names, which embedding layers of the file must
+            equal; without them such a file is refused.
 
     Raises:
         FileNotFoundError: the folder has no adapter_model.safetensors.
         ValueError: the file is damaged, its names or shapes are not exactly the model's, or it
-            holds a NaN or an infinity; nothing was copied then.
+            holds a NaN, an infinity or other embeddings than the base; nothing was copied then.
     """
     path = _weights_file(folder)
     try:
         saved = load_file(path)
     except SafetensorError as error:
         raise _damaged(path, error) from None
+    for name in _EMBEDDING_LAYERS:
+        if (layer := saved.pop(_PREFIX + name, None)) is not None:
+            _check_embedding_layer(path, name, layer, (base or {}).get(name))
     targets = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
     if missing or extra:
@@ -349,3 +361,16 @@ def load_adapter(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(saved[name])
+
+
+def _check_embedding_layer(path: Path, name: str, layer: Tensor, base: Tensor | None) -> None:
+    """Refuse an embedding layer that would replace the base's by another."""
+    same_shape = base is not None and base.shape == layer.shape
+    # the base may be kept in fewer bits than either was saved in
+    if base is None or not same_shape or not torch.equal(layer.to(base), base):
+        found = "there is none to compare with" if base is None else "it differs"
+        raise ValueError(
+            f"{path}: {name} must equal the base's, which alone is used: {found}; if the base's "
+            "embeddings were not trained, save the adapter again with PEFT's "
+            "save_embedding_layers=False, otherwise merge it with PEFT"
+        )

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from data.sources import Use, choose_files, find_data, split_of
+from data.sources import Use, choose_files, describe_files, find_data, split_of
 
 SHARDS = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
+
+
+# as HuggingFaceH4/ultrachat_200k
+ULTRACHAT = [
+    f"data/{split}_{kind}-0000{i}-of-00002.parquet"
+    for split in ("train", "test")
+    for kind in ("sft", "gen")
+    for i in range(2)
+]
 
 
 @pytest.mark.parametrize("place", ["data.jsonl", "no/such.csv", "no-such-data", "a/b/c"])
@@ -52,6 +61,9 @@ def test_a_split_is_a_word_of_the_name(name: str, split: str) -> None:
             "train",
             ["train/0.json", "train/1.json"],
         ),
+        (["train_part1.csv", "train_part2.csv"], "train", ["train_part1.csv", "train_part2.csv"]),
+        (["a_train.csv", "b_train.csv"], "train", ["a_train.csv", "b_train.csv"]),
+        (["train_sft.csv", "test_sft.csv", "test_gen.csv"], "train", ["train_sft.csv"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -76,6 +88,10 @@ def test_the_files_of_a_split_are_chosen_in_order(
             "must have all 2 files of its set: owner/name has 1, data/train-00001",
         ),
         (["main/train.json", "socratic/train.json"], "train", "one folder, .*main, socratic"),
+        (ULTRACHAT, "train", "one split, .*: owner/name has train_gen, train_sft; download"),
+        (ULTRACHAT, "eval", "one split, .*: owner/name has test_gen, test_sft; download"),
+        (["train.csv", "train_gen.csv"], "train", "one split, .* has train, train_gen; download"),
+        (["gen-000-of-001.csv", "sft-000-of-001.csv"], "train", "one split, .* has gen, sft;"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -89,3 +105,33 @@ def test_a_folder_means_its_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"{}")
     assert find_data(str(tmp_path), "--data") == [tmp_path / f"train-{i}.jsonl" for i in range(2)]
     assert find_data(str(tmp_path), "--eval-data", "eval") == [tmp_path / "test.jsonl"]
+
+
+def test_linked_folders_are_followed_once_and_without_loops(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere" / "deeper"
+    (folder / "z").mkdir(parents=True)
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "train-0.jsonl").write_bytes(b"{}")
+    (folder / "linked").symlink_to(elsewhere.parent)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "train-9.jsonl").symlink_to(tmp_path / "nowhere")
+    assert find_data(str(folder), "--data") == [folder / "linked" / "deeper" / "train-0.jsonl"]
+    # the same folder again, by another link and by a link to a part of it
+    (folder / "again").symlink_to(elsewhere.parent)
+    (folder / "z" / "part").symlink_to(elsewhere)
+    (found,) = find_data(str(folder), "--data")
+    assert found.samefile(elsewhere / "train-0.jsonl")
+    # a folder has its own name, whatever links to it
+    (folder / "z" / "train-0.jsonl").write_bytes(b"{}")
+    (folder / "again").unlink()
+    (folder / "linked").unlink()
+    (folder / "z" / "part").unlink()
+    (folder / "a").symlink_to(folder / "z")
+    assert find_data(str(folder), "--data") == [folder / "z" / "train-0.jsonl"]
+
+
+def test_the_files_that_are_read_are_named() -> None:
+    assert describe_files([Path("a/b.jsonl")]) == "reading a/b.jsonl"
+    files = [Path(f"train-{i}.jsonl") for i in range(7)]
+    named = ", ".join(f"train-{i}.jsonl" for i in range(5))
+    assert describe_files(files) == f"reading 7 files: {named}, ..."

@@ -1,11 +1,13 @@
 """data/token_cache.py: made once, found again for the same content only, never half or damaged."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from test_data_tokenizer import save_byte_level
 from data import token_cache
 from data.samples import NO_LOSS, Sample
 from data.token_cache import Samples, Tokens, cache_folder, cached_tokens
-from data.tokenization import ROW, TOKEN, Recipe
+from data.tokenization import ROW, TOKEN, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
 
 RECIPE = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
@@ -139,6 +141,35 @@ def test_a_fault_leaves_nothing_behind(path: Path, tokenizer: Tokenizer) -> None
     with pytest.raises(ValueError, match=r"x\.jsonl:6"):
         tokens(path, tokenizer)
     assert made() == []
+
+
+@pytest.mark.parametrize("hides", ["nothing", "the time", "the content"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, hides: str
+) -> None:
+    original, before = path.read_text(), path.stat()
+
+    def rewrite_and_tokenize(*arguments: Any) -> Any:
+        path.write_text(original.replace("say", "cry"))
+        name, pieces = tokenize_files(*arguments)
+        pieces = list(pieces)
+        if hides == "the time":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if hides == "the content":
+            path.write_text(original)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        return name, iter(pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "tokenize_files", rewrite_and_tokenize)
+        with pytest.raises(OSError, match=r"must stay as it is while .*x\.jsonl has changed since"):
+            tokens(path, tokenizer)
+    assert made() == []
+    path.write_text(original)
+    found = tokens(path, tokenizer)
+    assert not found.is_cached
+    prompt = tokenizer.decode(found.samples[0].input_ids)
+    assert ("say" in prompt, "cry" in prompt) == (True, False)
 
 
 def test_what_a_killed_process_left_is_not_taken_for_whole(

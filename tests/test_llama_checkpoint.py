@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +32,10 @@ from llama.checkpoint import (
     SINGLE_NAME,
     _DeviceSink,
     _load_on_gpu,
+    describe_loading,
     find_checkpoint,
     load_model,
+    load_sizes,
 )
 from llama.model import Llama
 from llama.shard_reader import make_ring, stream
@@ -194,11 +198,85 @@ def test_the_hubs_cache_of_symbolic_links_is_loaded(tmp_path: Path) -> None:
     assert_holds(load(snapshot), random_tensors(FIELDS))
 
 
-def test_rotary_frequencies_of_old_exports_are_passed_over(tmp_path: Path) -> None:
+# transformers finds which file it reads before it reads one; a script of its own, because it would
+# find our `kernels`
+WHICH_FILES = """
+import sys
+from pathlib import Path
+from transformers import modeling_utils
+found, _ = modeling_utils._get_resolved_checkpoint_files(
+    pretrained_model_name_or_path=sys.argv[1], variant=None, gguf_file=None, use_safetensors=None,
+    download_kwargs={}, user_agent={}, is_remote_code=False, transformers_explicit_filename=None,
+)
+print(" ".join(sorted(Path(path).name for path in found)))
+"""
+
+
+def test_of_two_checkpoints_in_a_folder_the_one_file_is_read_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    old, new = random_tensors(FIELDS, seed=1), random_tensors(FIELDS, seed=2)
+    write_checkpoint(folder, FIELDS, old, num_shards=2)
+    assert_holds(load(folder), old)
+    assert describe_loading(folder, torch.float32) == []
+    write_checkpoint(folder, FIELDS, new)
+    assert_holds(load(folder), new)
+    line = f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as transformers"
+    assert describe_loading(folder, torch.float32) == [f"{line} does"]
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-I", "-c", WHICH_FILES, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [SINGLE_NAME], done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.vision_tower.blocks.0.attn.qkv.weight",
+        "visual.merger.mlp.0.weight",
+        "multi_modal_projector.linear_1.bias",
+    ],
+)
+def test_tensors_that_the_model_does_not_need_are_left_alone_with_a_line(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
     tensors = random_tensors(FIELDS)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    write_checkpoint(tmp_path, FIELDS, tensors | {name: torch.ones(4)})
+    write_checkpoint(tmp_path, FIELDS, tensors | {name: torch.ones(4, dtype=dtype)})
     assert_holds(load(tmp_path), tensors)
+    assert describe_loading(tmp_path, torch.float32) == [
+        f"{tmp_path} has tensors that the model does not need; left alone: {name}"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["tied", "gemma2"])
+def test_a_tied_model_may_store_its_head_alone(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    fields = FIELDS | VARIANTS[variant]
+    tensors = random_tensors(fields, dtype)
+    write_checkpoint(tmp_path / "usual", fields, tensors)
+    stored = dict(tensors)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    write_checkpoint(tmp_path / "head", fields, stored)
+    assert_holds(load(tmp_path / "head"), tensors | head_in(torch.float32, fields, tensors))
+    both = [tmp_path / name for name in ("usual", "head")]
+    usual, head = (loaded_tensors(load_sizes(folder, torch.float16, None)) for folder in both)
+    assert {n: (t.shape, t.dtype) for n, t in usual.items()} == {
+        n: (t.shape, t.dtype) for n, t in head.items()
+    }
+    usual, head = (describe_loading(folder, torch.float32) for folder in both)
+    assert usual == head
+    # its values count
+    stored["lm_head.weight"][-1, -1] = torch.nan
+    write_checkpoint(tmp_path / "head", fields, stored)
+    with pytest.raises(ValueError, match="must hold finite values only"):
+        load(tmp_path / "head")
 
 
 def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(tmp_path: Path) -> None:
@@ -207,6 +285,9 @@ def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(tmp_path: Path) -
     head = tensors["model.embed_tokens.weight"].clone()
     write_checkpoint(tmp_path, fields, tensors | {"lm_head.weight": head})
     assert_holds(load(tmp_path), tensors)
+    assert describe_loading(tmp_path, torch.float32) == [
+        f"{tmp_path} has tensors that the model does not need; left alone: lm_head.weight"
+    ]
     head[-1, -1] += 1
     write_checkpoint(tmp_path, fields, tensors | {"lm_head.weight": head})
     with pytest.raises(ValueError, match=r"lm_head\.weight must equal model\.embed_tokens\.weight"):
@@ -393,7 +474,7 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
     "integers": (
         change_tensors(lambda t: t.update({k: v.int() for k, v in t.items()})),
         ValueError,
-        "must be stored as F32, F16, BF16, U8: got I32",
+        "must be stored as torch.float32 or torch.float16 or torch.bfloat16: got torch.int32",
     ),
     "pickled": (
         pickle_only,
@@ -485,9 +566,11 @@ def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
         name: name.encode() for name in (*small, "model-1.safetensors", "model-2.safetensors")
     }
     needed[INDEX_NAME] = index.encode()
-    others = {"model-old.safetensors", "pytorch_model.bin", "original/params.json", SINGLE_NAME}
+    others = {"model-old.safetensors", "pytorch_model.bin", "original/params.json"}
+    files = needed | dict.fromkeys(others, b"")
     with serving(
-        models__owner__name=Repository(needed | dict.fromkeys(others, b"")),
+        models__owner__name=Repository(files),
+        models__owner__both=Repository(files | {SINGLE_NAME: b"1"}),
         models__owner__pickled=Repository({"config.json": b"", "pytorch_model.bin": b""}),
         models__owner__outside=Repository(
             {INDEX_NAME: b'{"weight_map": {"a": "../../x.safetensors"}}'}
@@ -496,6 +579,8 @@ def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
         done = hub.run(["-c", code, "owner/name"], tmp_path)
         assert files_of(Path(done.stdout.strip())).keys() == needed.keys(), done.stderr
         assert sorted(hub.downloads()) == sorted(needed)
+        done = hub.run(["-c", code, "owner/both"], tmp_path)
+        assert files_of(Path(done.stdout.strip())).keys() == {*small, SINGLE_NAME}, done.stderr
         done = hub.run(["-c", code, "owner/pickled"], tmp_path)
         assert "owner/pickled has config.json, pytorch_model.bin; pytorch_model.bin is pickled" in (
             done.stderr
@@ -588,6 +673,18 @@ def test_a_stand_in_gpu_holds_the_files_tensors(
     model = load(write_checkpoint(tmp_path, fields, tensors, num_shards))
     assert_holds(model, tensors | head_in(torch.float32, fields, tensors))
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_stand_in_gpu_holds_a_tied_head_that_is_stored_alone(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    fields = FIELDS | VARIANTS["tied"]
+    tensors = random_tensors(fields, torch.bfloat16)
+    stored = dict(tensors)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    write_checkpoint(tmp_path, fields, stored)
+    request.getfixturevalue("_stand_in_gpu")
+    assert_holds(load(tmp_path), tensors | head_in(torch.float32, fields, tensors))
 
 
 @pytest.mark.parametrize("quantization", [(64, False), NF4], ids=["nf4", "nf4-dq"])

@@ -14,8 +14,8 @@ from llama.config import (
     Llama3RopeScaling,
     LlamaConfig,
     LongRopeScaling,
+    number_format,
     read_config,
-    stores_nf4,
 )
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
@@ -84,6 +84,8 @@ def test_generation_config_decides_the_stop_tokens_where_it_has_them(tmp_path: P
 
 def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
     harmless = {"pretraining_tp": 2, "use_cache": False, "initializer_range": 0.5}
+    harmless |= {"unsloth_version": "2025.3", "temperature": 0.6, "_attn_implementation": "eager"}
+    harmless |= {"is_causal": True, "pruned_heads": {}, "per_layer_config": None}
     assert read(tmp_path, **harmless, attention_dropout=0.0, torch_dtype="bfloat16") == read(
         tmp_path
     )
@@ -100,7 +102,8 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
             "got ['Mine'] (model_type 'llama'); code that auto_map names is never run",
         ),
-        ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it"),
+        ({"attn_logit_softcapping": 50.0}, "got attn_logit_softcapping = 50.0; remove it or"),
+        ({"qkv_clip": 8.0}, "got qkv_clip = 8.0; remove it or set it to null, which is safe if"),
         # a field of another family
         (
             {"sliding_window": 4096},
@@ -119,7 +122,17 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh: got 'gelu'"),
         (GEMMA2 | {"hidden_activation": "relu"}, "hidden_activation must be one of silu"),
         (GEMMA2 | {"sliding_window": None}, "sliding_window must be given with sliding layers"),
-        (GEMMA2 | {"use_bidirectional_attention": True}, "got use_bidirectional_attention = True"),
+        (
+            GEMMA2 | {"use_bidirectional_attention": True},
+            "use_bidirectional_attention must be false or absent: got true",
+        ),
+        ({"is_causal": False}, "is_causal must be true or absent: got false"),
+        # transformers takes it for false
+        (MISTRAL | {"is_causal": None}, "is_causal must be true or absent: got null"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads must be {} or absent: got "),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config must be null or"),
+        ({"transformers_weights": "x.safetensors"}, "transformers_weights must be null or absent"),
+        (PHI3 | {"resid_pdrop": 0.1}, "resid_pdrop must be 0: got 0.1"),
         (
             GEMMA2 | {"attn_logit_softcapping": 0},
             "attn_logit_softcapping must be a positive number",
@@ -128,25 +141,6 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         (GEMMA2 | {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a positive number"),
         (GEMMA2 | {"head_dim": 512}, "head_dim must be at most 256 with attn_logit_softcapping"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "checkpoint quantized with 'gptq'"),
-        ({"quantization_config": "awq"}, "checkpoint quantized with 'awq'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "checkpoint quantized with 'fp8'"),
-        ({"quantization_config": {}}, "checkpoint quantized with None"),
-        (
-            {"quantization_config": NF4 | {"load_in_4bit": False, "load_in_8bit": True}},
-            "quantized with 'bitsandbytes int8'; use the original one",
-        ),
-        ({"quantization_config": {"load_in_8bit": True}}, "with 'bitsandbytes int8'"),
-        (
-            {"quantization_config": NF4 | {"bnb_4bit_quant_type": "fp4"}},
-            "quantized with 'bitsandbytes fp4'; use the original one",
-        ),
-        # transformers' default
-        ({"quantization_config": {"load_in_4bit": True}}, "with 'bitsandbytes fp4'"),
-        (
-            {"quantization_config": NF4 | {"bnb_4bit_quant_storage": "int8"}},
-            "bnb_4bit_quant_storage must be one of uint8, bfloat16, float16, float32: got 'int8'",
-        ),
         ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
         (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 4 positive numbers"),
         (
@@ -191,13 +185,29 @@ def test_what_the_model_does_not_compute_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bnb_4bit_quant_storage": "bfloat16"}, {"quant_method": None}], ids=str
+    ("described", "name"),
+    [
+        (None, None),
+        (NF4, "bitsandbytes nf4"),
+        (NF4 | {"bnb_4bit_quant_storage": "bfloat16"}, "bitsandbytes nf4"),
+        (NF4 | {"quant_method": None}, "bitsandbytes nf4"),
+        (NF4 | {"bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+        # transformers' default
+        ({"load_in_4bit": True}, "bitsandbytes fp4"),
+        (NF4 | {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes int8"),
+        ({"load_in_8bit": True}, "bitsandbytes int8"),
+        (NF4 | {"load_in_4bit": False}, "bitsandbytes"),
+        ({"quant_method": "gptq", "load_in_4bit": True}, "gptq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ("awq", "awq"),
+        ({}, "an unnamed method"),
+    ],
+    ids=str,
 )
-def test_bitsandbytes_nf4_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_number_format_is_named(tmp_path: Path, described: Any, name: str | None) -> None:
     plain = read(tmp_path)
-    assert not stores_nf4(tmp_path)
-    assert read(tmp_path, quantization_config=NF4 | changes) == plain
-    assert stores_nf4(tmp_path)
+    assert read(tmp_path, quantization_config=described) == plain
+    assert number_format(tmp_path) == name
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

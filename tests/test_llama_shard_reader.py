@@ -220,8 +220,9 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a-number-for-a-tensor": ({"a": 3}, "must have a header of tensors"),
     "no-dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, "KeyError('dtype')"),
     "an-unknown-dtype": (
-        {"a": entry(dtype="I64")},
-        "a must be stored as F32, F16, BF16, U8: got I64",
+        {"a": entry(dtype="F4")},
+        "a must be stored as F32, F16, BF16, BOOL, U8, I8, U16, I16, U32, I32, U64, I64, F64, "
+        "F8_E4M3, F8_E5M2, F8_E8M0: got F4",
     ),
     "a-dtype-of-lists": ({"a": entry(dtype=[])}, "must have a header of tensors"),
     "a-negative-shape": ({"a": entry(shape=[-2, -3])}, "shape (-2, -3)"),

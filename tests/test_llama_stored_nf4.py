@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import llama.checkpoint
 import llama.stored_nf4
 import quantize
-from llama.checkpoint import load_model, load_sizes, stored_quantization
+from llama.checkpoint import describe, load_model, load_sizes, stored_quantization
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import STATE
@@ -30,6 +30,11 @@ from nf4.weight import NF4Weight, dequantize, member
 
 FILE = "model.safetensors"
 SCRIPT = Path(__file__).with_name("stored_nf4_peer.py")
+QUANTIZATION_CONFIG = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+}
 # rows are whole blocks of 64; matrices have one or one and a half groups of scales
 WIDE = FIELDS | {"hidden_size": 128, "intermediate_size": 192}
 # nor blocks nor bytes are whole: 76 x 57 numbers are odd in places
@@ -353,13 +358,24 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         quantize_head,
         "of all weights projections alone may be in NF4: lm_head.weight is; keep it out",
     ),
-    "nothing-quantized": (
-        expand_all,
-        "must have a quantization_config where weights are in NF4, and only there: there is one",
+    "int8": (
+        lambda tensors, config: tensors.update({Q.replace("weight", "SCB"): torch.ones(128)}),
+        f"{Q} must be in NF4 or in 16 or 32 bits: got bitsandbytes int8; use the original",
+    ),
+    "codes-as-integers": (
+        lambda tensors, config: tensors.update({Q: tensors[Q].view(torch.int8)}),
+        f"the codes of {Q} must be stored as torch.uint8, torch.bfloat16, torch.float16, "
+        "torch.float32: got torch.int8; use the original",
     ),
     "no-quantization-config": (
         lambda tensors, config: config.pop("quantization_config"),
-        "must have a quantization_config where weights are in NF4, and only there: there is none",
+        "must have a quantization_config of bitsandbytes nf4 where weights are stored so: it has "
+        "none",
+    ),
+    "a-quantization-config-of-int8": (
+        lambda tensors, config: config.update(quantization_config={"load_in_8bit": True}),
+        "must have a quantization_config of bitsandbytes nf4 where weights are stored so: it has "
+        "bitsandbytes int8",
     ),
 }
 
@@ -381,6 +397,56 @@ def test_a_file_of_another_format_is_refused(base: Path, tmp_path: Path, name: s
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
             read(folder)
         assert str(folder) in str(raised.value)
+
+
+LEFTOVERS = {
+    "bitsandbytes nf4": QUANTIZATION_CONFIG,
+    "bitsandbytes fp4": QUANTIZATION_CONFIG | {"bnb_4bit_quant_type": "fp4"},
+    "gptq": {"quant_method": "gptq", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("said", LEFTOVERS)
+def test_a_quantization_config_is_left_over_where_all_weights_have_16_bits(
+    tmp_path: Path, said: str
+) -> None:
+    tensors = random_tensors(FIELDS, torch.bfloat16)
+    fields = FIELDS | {"quantization_config": LEFTOVERS[said]}
+    write_checkpoint(tmp_path, fields, tensors)
+    found = describe(tmp_path, torch.float32)
+    assert (found.leftover, found.nf4.quantization) == (said, None)
+    assert found.remarks == [
+        f"{tmp_path / 'config.json'} has a quantization_config ({said}), and no weight is "
+        "quantized: it is left over from another form, and ignored"
+    ]
+    load(tmp_path)
+    # each of these shows that some weight is quantized
+    name = "model.layers.0.self_attn.q_proj.weight"
+    others: dict[str, dict[str, Tensor]] = {
+        "codes": {name: tensors[name].to(torch.int8)},
+        "fp8": {name: tensors[name].to(torch.float8_e4m3fn)},
+        "scales": {name.replace("weight", "weight_scale"): torch.ones(1)},
+        "packed": {name.replace("weight", "qweight"): torch.ones(4, 32, dtype=torch.int32)},
+    }
+    for changes in others.values():
+        write_checkpoint(tmp_path, fields, tensors | changes)
+        message = "must describe 16- or 32-bit weights, or bitsandbytes nf4: got a checkpoint "
+        with pytest.raises(ValueError, match=f"{message}quantized with {said}; use the original"):
+            load(tmp_path)
+
+
+def test_a_tied_head_stored_alone_is_copied_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = WIDE | {"tie_word_embeddings": True}
+    tensors = random_tensors(fields)
+    embeddings = tensors.pop("model.embed_tokens.weight")
+    beside = {"lm_head.weight": embeddings, "model.rotary_emb.inv_freq": torch.ones(4).double()}
+    source = write_checkpoint(tmp_path / "source", fields, tensors | beside)
+    copy = quantize_folder(source, tmp_path / "copy", (64, True), "--device", "cpu")
+    assert "does not need; left alone: model.rotary_emb.inv_freq\n" in capsys.readouterr().out
+    assert set(load_file(copy / FILE)) >= {"lm_head.weight"}
+    assert_equal(load(copy).model.embed_tokens.weight.detach(), embeddings, "embeddings")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -255,6 +255,32 @@ def test_a_broken_or_missing_adapter_is_named(tmp_path: Path, adapter: Path, mod
         load_adapter(adapter, model.adapter_tensors())
 
 
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name", [EMBEDDINGS, "lm_head.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_embedding_layers_must_be_the_bases(
+    adapter: Path, model: Llama, name: str, dtype: torch.dtype
+) -> None:
+    layer = dict(model.named_parameters())[name].detach()
+    path = adapter / WEIGHTS_NAME
+    saved = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    save_file(saved | {f"base_model.model.{name}": layer}, path)
+    base = {name: layer.to(dtype)}
+    load_adapter(adapter, model.adapter_tensors(), base)
+    for key, tensor in model.adapter_tensors().items():
+        assert_equal(tensor, saved[f"base_model.model.{key}"], key)
+    message = re.escape(f"{path}: {name} must equal the base's, which alone is used: ")
+    for given in ({}, None):
+        with pytest.raises(ValueError, match=f"{message}there is none to compare with; if the"):
+            load_adapter(adapter, model.adapter_tensors(), given)
+    base[name][-1, -1] += 1
+    for other in (base[name], base[name][:-1]):
+        with pytest.raises(ValueError, match=f"{message}it differs; if the base's embeddings"):
+            load_adapter(adapter, model.adapter_tensors(), {name: other})
+
+
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 

@@ -21,7 +21,7 @@ import merge
 import quantize
 import train
 from data.tokenizer import Tokenizer
-from llama.checkpoint import load_model
+from llama.checkpoint import INDEX_NAME, load_model
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
 from run.config import TrainConfig, to_json
@@ -149,6 +149,34 @@ def test_the_report_counts_weights_and_what_rounding_lost(
     assert {path.name for path in MODEL.iterdir()} == {
         path.name for path in (adapter.parent / "merged").iterdir()
     }
+
+
+def test_an_adapter_with_the_bases_embeddings_is_merged_and_with_others_is_not(
+    adapter: Path, text: Path
+) -> None:
+    path = adapter / "adapter_model.safetensors"
+    embeddings = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"].clone()
+    saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    saved["base_model.model.model.embed_tokens.weight"] = embeddings
+    save_file(saved, path)
+    assert (run(adapter, "--text", text, "--other-base") / "model.safetensors").is_file()
+    embeddings[0, 0] += 1
+    save_file(saved, path)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight must equal the base's"):
+        run(adapter, "--other-base")
+
+
+def test_an_index_beside_the_one_file_is_another_checkpoints(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "both"))
+    (model / INDEX_NAME).write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    output = run(adapter, model=model)
+    assert f"{model} has both model.safetensors and {INDEX_NAME}: the first is read" in (
+        capsys.readouterr().out
+    )
+    assert not (output / INDEX_NAME).exists()
+    assert (output / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
