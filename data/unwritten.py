@@ -116,7 +116,7 @@ def _shape_of(
     template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
 ) -> tuple[object, ...]:
     given = [(k, v) for k, v in variables.items() if k not in template.special_tokens]
-    options = tuple((k, v) for k, v in given if isinstance(v, (bool, int, str)))
+    options = tuple((k, v) for k, v in given if isinstance(v, (int, float, str)))
     sizes = tuple((k, len(v)) for k, v in given if isinstance(v, (list, dict)))
     return (options, sizes, *map(_shape_of_message, messages))
 
