@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.chat_template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
-from data.formats import IGNORED_FIELDS
+from data.fields import IGNORED_FIELDS
 
 # judged elsewhere, or an id
 _UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))
@@ -108,7 +108,7 @@ def check_written(
         raise ValueError(
             f"{template.name} must write all that an answer may depend on: got a template that "
             f"ignores {', '.join(lost[:_NUM_QUOTED])}{more}; choose one that writes it "
-            "(--chat-template), or delete it from the data"
+            "(--chat-template), or delete it from the data (a field also with --ignore-fields)"
         )
 
 
@@ -116,7 +116,7 @@ def _shape_of(
     template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
 ) -> tuple[object, ...]:
     given = [(k, v) for k, v in variables.items() if k not in template.special_tokens]
-    options = tuple((k, v) for k, v in given if isinstance(v, (bool, int, str)))
+    options = tuple((k, v) for k, v in given if isinstance(v, (int, float, str)))
     sizes = tuple((k, len(v)) for k, v in given if isinstance(v, (list, dict)))
     return (options, sizes, *map(_shape_of_message, messages))
 

@@ -33,6 +33,16 @@ def test_a_fraction_is_set_aside_by_content_and_evaluated_on(
     assert f"{num_train} samples to learn from, {num_eval} to evaluate on" in said
 
 
+def test_fields_are_lost_only_where_a_flag_names_them(tmp_path: Path) -> None:
+    data = small_data(tmp_path)
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    lines = [json.dumps({**record, "mood": "m", "voice": 1}) for record in records]
+    data.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r":1: .*must have no field that .*got mood, voice beside"):
+        run(data, tmp_path / "out")
+    run(data, tmp_path / "out", "--ignore-fields mood,,voice")
+
+
 def test_the_parts_do_not_overlap_and_do_not_move(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(BUNDLED / "model")
     lines = (BUNDLED / "data.jsonl").read_text().splitlines()[:100]
