@@ -207,30 +207,37 @@ def begin(job: Job, ranks: Ranks) -> Run:
             run = load_run(job, ranks)
             print(f"optimizer: {run.optimizer.describe()}")
             if job.plan and job.num_steps:
-                try_out(run)
-                print(memory_line(job.plan))
+                try_micro_batch(run)
     except RankOutOfMemory as error:
         message = (
             f"the model and its longest micro-batch, {shape}, must fit the GPU: {error}; lower "
             "--max-memory, --batch-size or --max-length"
         )
         raise ranks.said_once(ValueError(message)) from None
+    if job.plan and job.num_steps:
+        try_step(run)
+        print(memory_line(job.plan))
     return run
 
 
-def try_out(run: Run) -> None:
-    """Take the longest micro-batch and an optimizer step on a GPU, without changing anything.
-
-    Whatever takes memory at its first use has it then: captured graphs, NCCL, the optimizer's
-    kernels, which leave parameters and moments alone where a gradient is not finite.
-    """
-    job, optimizer = run.job, run.optimizer
-    batch = job.epochs.largest_batch()
+def try_micro_batch(run: Run) -> None:
+    """Take the longest micro-batch on a GPU, launched and captured, and fetch the moments."""
+    batch = run.job.epochs.largest_batch()
     given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
     print(preflight(run.micro_step, *given, run.loss_scale.scale))
-    optimizer.gradients.fill_(math.nan)
-    run.ranks.add_up(optimizer.gradients)
-    optimizer.step(0.0)
+    run.optimizer.prefetch()
+
+
+def try_step(run: Run) -> None:
+    """Add gradients up and take an optimizer step on a GPU that changes nothing.
+
+    NCCL and the optimizer's kernels take memory at their first use. The kernels leave parameters
+    and moments alone where a gradient is not finite. A rank that fails in here ends, and the others
+    with it: while they wait for its gradients they cannot be told.
+    """
+    run.optimizer.gradients.fill_(math.nan)
+    run.ranks.add_up(run.optimizer.gradients)
+    run.optimizer.step(0.0)
     torch.cuda.synchronize()
 
 
@@ -241,6 +248,8 @@ def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
     run.micro_step.release()
     try:
         path = save(run, log)
+        # a launcher ends all ranks when one does: those that write nothing wait
+        run.ranks.largest(0)
     except (RuntimeError, OSError) as error:
         return CannotGoOn(f"{why}; nor was it saved: {first_line(error)}; {last_checkpoint(job)}")
     advice = next_setting(job.work, job.policies, job.device)
@@ -293,6 +302,7 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     if captures:
         # what loading has left: an allocation in the pool of the passes does not get it back
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     best = resumed.best if resumed else {}
     return Run(job, ranks, model, micro_step, optimizer, loss_scale, best)
 
@@ -623,13 +633,14 @@ def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
             log.say(f"pushed it: {url}")
 
 
-def end(message: str) -> NoReturn:
+def end(error: Exception) -> NoReturn:
     """Leave with one line on stderr; at once where the GPU is lost, which torch's end would ask."""
-    if is_lost(torch.device("cuda")):
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # a GPU that waits for a rank that has ended would not answer
+    if not isinstance(error, RankError) and is_lost(torch.device("cuda")):
         os._exit(1)
-    sys.exit(message)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
@@ -637,6 +648,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError, CannotGoOn, RankError, KernelDoesNotFit) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
-        end(f"error: {error}")
+        end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")

@@ -86,12 +86,11 @@ def workload(
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     device = torch.device(config.device)
-    on_device = config.device == "cpu" or config.optimizer_residency != "host"
     model = load_sizes(folder, getattr(torch, config.dtype), quantization_of(config))
     model.attach_lora(lora, seed=0)
     return Workload(
         model=model,
-        moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit") * on_device,
+        moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
         batch=min(config.batch_size, epochs.num_rows),
         tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,

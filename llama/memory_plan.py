@@ -81,7 +81,7 @@ class MemoryPlan:
             ("weights", self.weights, "frozen, as loaded"),
             ("adapter", self.adapter, "float32"),
             ("gradients", self.gradients, "float32"),
-            ("optimizer", self.moments, "moments that stay on the device"),
+            ("optimizer", self.moments, "moments, on the device for every step"),
             (
                 "activations and scratch",
                 self.step,

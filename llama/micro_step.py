@@ -191,7 +191,7 @@ class MicroStep:
             )
 
     def release(self) -> None:
-        """Give the memory of all passes back, after one that failed; the next begin anew."""
+        """Give the memory of all passes back; the next begin anew."""
         self._captured.clear()
         self._seen.clear()
         self._hidden = self._hidden.new_empty(0)
@@ -212,9 +212,11 @@ class MicroStep:
             return
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            yield
-        main.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            main.wait_stream(self._stream)
 
     def _launch(
         self, given: Sequence[Tensor], rows: Tensor, targets: Tensor, factor: Tensor

@@ -104,7 +104,7 @@ def limit_memory(plan: MemoryPlan, device: torch.device, max_memory: int | None)
     Args:
         max_memory: bytes of the GPU, None for what is free on it.
     """
-    limit = memory_budget(max_memory) - (plan.device - plan.reserved)
+    limit = max(memory_budget(max_memory) - (plan.device - plan.reserved), plan.reserved)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 

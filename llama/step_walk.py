@@ -106,9 +106,12 @@ class StepWalk:
         with meta_stands_for(work.gpu), self._repeating(recorded), recorded:
             factor = torch.zeros((), device=META)
             step(ids, ids, factor, positions=positions, lengths=torch.ones_like(ids))
+            # captured graphs hold on to it, where an evaluation needs a larger one
+            hidden = step._hidden
             if work.evaluation:
                 ids, positions = _batch(*work.evaluation, is_packed)
                 step.evaluate(ids, ids, positions)
+            del hidden
         return recorded.events
 
     def kept_by(self, policy: Policy) -> list[Event]:

@@ -1,7 +1,7 @@
 """CUDA unified memory: one buffer whose pages lie on the device or on the host.
 
 torch has no allocator for it, so this file calls the CUDA runtime through `cuda.bindings`, which
-torch's CUDA wheels bring along. It is the only file that does.
+torch's CUDA wheels bring along from 2.10 on. It is the only file that does.
 
 What happens to the pages. Left to itself, the driver moves a page when somebody touches it: a few
 KB at a time, each after a fault, an order of magnitude below the bandwidth of the link. So a step
@@ -59,13 +59,13 @@ def cuda_runtime() -> Any:
     """Import the CUDA runtime's bindings.
 
     Raises:
-        RuntimeError: they are not installed.
+        ValueError: they are not installed.
     """
     try:
         # here, not at the top: torch's CPU wheels come without it, and then nobody calls this
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise RuntimeError(
+        raise ValueError(
             "paged optimizer state needs the package cuda-bindings, which torch's CUDA wheels "
             "bring: it is missing; install it or choose --optim adamw"
         ) from error
@@ -134,7 +134,8 @@ def managed_zeros(num_bytes: int, device: torch.device) -> Tensor:  # (num_bytes
     """Allocate zeroed bytes in CUDA unified memory, first resident on `device`.
 
     Raises:
-        RuntimeError: cuda.bindings is not installed, or the device refused the allocation.
+        ValueError: cuda.bindings is not installed.
+        RuntimeError: the device refused the allocation.
     """
     runtime = cuda_runtime()
     with torch.cuda.device(device):
@@ -157,7 +158,8 @@ def has_concurrent_access(device: torch.device) -> bool:
     """Tell whether host and device may use managed memory at the same time, and prefetch it.
 
     Raises:
-        RuntimeError: cuda.bindings is not installed, or the device refused to answer.
+        ValueError: cuda.bindings is not installed.
+        RuntimeError: the device refused to answer.
     """
     runtime = cuda_runtime()
     attribute = runtime.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
@@ -176,8 +178,8 @@ def choose_residency(residency: str, num_bytes: int, device: torch.device) -> st
 
     Raises:
         ValueError: an unknown residency.
-        RuntimeError: the device has no room for the buffer even while a step runs. Managed memory
-            could be had nevertheless, and would thrash.
+        torch.OutOfMemoryError: the device has no room for the buffer even while a step runs.
+            Managed memory could be had nevertheless, and would thrash.
     """
     if residency not in RESIDENCIES:
         raise ValueError(
@@ -185,7 +187,7 @@ def choose_residency(residency: str, num_bytes: int, device: torch.device) -> st
         )
     free_bytes = torch.cuda.mem_get_info(device)[0]
     if free_bytes < num_bytes:
-        raise RuntimeError(
+        raise torch.OutOfMemoryError(
             f"the optimizer's moments need {num_bytes / MIB:.0f} MiB on the device while a step "
             f"runs: {free_bytes / MIB:.0f} MiB are free; choose --optim paged_adamw_8bit or a "
             "smaller --lora-r"
@@ -213,6 +215,8 @@ class ManagedMemory:
         self._places = Places(cuda_runtime(), _index_of(self._device))
         self._stream = torch.cuda.Stream(self._device)
         self._is_prefetched = False
+        # of the last way to the host
+        self._left: torch.cuda.Event | None = None
         with torch.cuda.device(self._device):
             home = self._places.host if is_host_resident else self._places.device
             self._places.advise(self.buffer, "cudaMemAdviseSetPreferredLocation", home)
@@ -227,7 +231,9 @@ class ManagedMemory:
         """
         if self._is_prefetched:
             return
-        needed = RESERVE_BYTES + self.buffer.nbytes * self.is_host_resident
+        # the copy may still be on its way to the host
+        is_away = self._left is not None and self._left.query()
+        needed = RESERVE_BYTES + self.buffer.nbytes * is_away
         free = torch.cuda.mem_get_info(self._device)[0]
         if free < needed:
             raise torch.OutOfMemoryError(
@@ -238,7 +244,7 @@ class ManagedMemory:
             self._stream.wait_stream(torch.cuda.current_stream())
             self._places.prefetch(self.buffer, self._places.device, self._stream)
         self.bytes_to_device += self.buffer.nbytes
-        self._is_prefetched = True
+        self._is_prefetched, self._left = True, None
 
     def pieces(self, arenas: Arenas) -> Iterator[Arenas]:
         self.prefetch()
@@ -253,6 +259,8 @@ class ManagedMemory:
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             self._places.prefetch(self.buffer, self._places.host, self._stream)
+            self._left = torch.cuda.Event()
+            self._left.record(self._stream)
         self.bytes_to_host += self.buffer.nbytes
 
     def settled(self) -> Tensor:
@@ -277,8 +285,9 @@ def paged_memory(num_bytes: int, device: torch.device, residency: str) -> StateM
     and WSL, or before Pascal) gets pinned host memory and copies, which is said in `describe`.
 
     Raises:
-        ValueError: an unknown residency.
-        RuntimeError: no cuda.bindings, no room, or the device refused the allocation.
+        ValueError: an unknown residency, or no cuda.bindings.
+        torch.OutOfMemoryError: no room.
+        RuntimeError: the device refused the allocation.
     """
     if device.type == "cpu":
         return OrdinaryMemory(num_bytes, device)

@@ -146,7 +146,8 @@ class SharedShortage:
         number = self._ranks.largest(self._ranks.rank + 1 if error else 0)
         if number:
             whose = "" if self._ranks.size == 1 else f"rank {number - 1}: "
-            what = str(error).partition("\n")[0] if error else "out of memory"
+            is_own = error is not None and number == self._ranks.rank + 1
+            what = str(error).partition("\n")[0] if is_own else "out of memory"
             raise RankOutOfMemory(f"{whose}{what}")
 
 

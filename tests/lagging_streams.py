@@ -107,6 +107,9 @@ def stand_in_streams() -> Iterator[None]:
         def record(self, stream: Stream) -> None:
             self.time = max(stream.end, clock.now)
 
+        def query(self) -> bool:
+            return self.time <= clock.now
+
         def elapsed_time(self, end: "Event") -> int:
             return end.time - self.time
 
