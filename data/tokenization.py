@@ -278,6 +278,13 @@ def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> N
             "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
             "name it in tokenizer_config.json"
         )
+    # a chat template writes it as text, where other samples get its id
+    if isinstance(example, Conversation) and not tokenizer.has_eos_as_one_token:
+        raise ValueError(
+            f"the eos_token {tokenizer.eos_token} must be one token of a text, or answers do not "
+            "end in it where a chat template writes it: it is several; list it among the "
+            "added_tokens of tokenizer.json"
+        )
 
 
 def _check_ids(sample: Sample, vocab_size: int, location: str) -> None:

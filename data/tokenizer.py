@@ -52,6 +52,7 @@ class Tokenizer:
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
         closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
+        has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
     """
@@ -88,6 +89,8 @@ class Tokenizer:
         closing = self.special_ids - ({self.bos_token_id} - {self.eos_token_id})
         self.closing_ids = closing
         self.closing_tokens = tuple(t for i in closing if (t := backend.id_to_token(i)) is not None)
+        spelled = self.encode(self.eos_token or "", add_special_tokens=False)
+        self.has_eos_as_one_token = spelled == [self.eos_token_id]
         self._is_blank: dict[int, bool] = {}
         self._letter = self.encode("a", add_special_tokens=False)
         probe = self.encode("a", add_special_tokens=True)
