@@ -246,6 +246,8 @@ def _to_sample(example: Example, location: str, tokenizer: Tokenizer, recipe: Re
         raise ValueError(f"{location}: {error}") from error
     if isinstance(example, TokenIds):
         _check_ids(sample, recipe.vocab_size, location)
+    else:
+        tokenizer.check_rows(sample.input_ids, recipe.vocab_size, f"{location}: a sample")
     bos = tokenizer.bos_token_id
     if bos is not None and sample.input_ids[:2] == [bos, bos]:
         raise ValueError(

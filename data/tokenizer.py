@@ -55,6 +55,8 @@ class Tokenizer:
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
+        own_vocab_size: the same without added tokens, of which a model may have no rows: a token to
+            pad with, which no text has.
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class Tokenizer:
         self.bos_token_id = self._named_id("bos_token", self.bos_token)
         self.eos_token_id = self._named_id("eos_token", self.eos_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        own = backend.get_vocab(with_added_tokens=False)
+        added = backend.get_added_tokens_decoder()
+        self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
         special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
         self.special_ids = frozenset(special | named)
@@ -200,6 +205,23 @@ class Tokenizer:
             },
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def check_rows(self, ids: list[int], vocab_size: int, what: str) -> None:
+        """Refuse a token that was added to the tokenizer and not to the model.
+
+        Args:
+            vocab_size: rows of the model's embedding.
+            what: begins the message.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if (highest := max(ids, default=0)) >= vocab_size:
+            token = self.decode([highest], skip_special_tokens=False)
+            raise ValueError(
+                f"{what} must have tokens of the model's vocabulary of {vocab_size:,}: got "
+                f"{token!r} (id {highest:,}), which was added to the tokenizer alone; leave it out"
+            )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
