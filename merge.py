@@ -42,10 +42,9 @@ from lora.adapter_file import (
     read_base_identity,
 )
 from nf4.blockwise import check_block_size
-from run.atomic import new_folder
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
-from run.folder import check_new_folder
+from run.folder import check_new_folder, new_output
 from run.machine import choose_device, choose_dtype
 
 # beside the weights, for programs that read older tokenizers
@@ -115,7 +114,7 @@ def main(arguments: Sequence[str]) -> None:
 
     # only now, when nothing that was given can be wrong any more, is anything written
     with (
-        new_folder(config.output) as folder,
+        new_output(config.output) as folder,
         tqdm(desc="merging", unit="tensor", disable=None, leave=False) as bar,
     ):
 

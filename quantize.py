@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from llama.checkpoint import find_checkpoint
 from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
-from run.atomic import new_folder
-from run.folder import MB, check_new_folder
+from run.folder import MB, check_new_folder, new_output
 from run.machine import choose_device
 
 # config.json, the tokenizer and what else goes along
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
-        new_folder(output) as partial,
+        new_output(output) as partial,
     ):
 
         def report(done: int, total: int) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +57,7 @@ from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
+from run.watching import Watching
 
 # what an int64 holds
 HASH_BYTES = 7
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
         except (CannotGoOn, RankError):
             raise
         except RuntimeError as error:
-            if not (is_device_failure(error) or is_shortage(error)):
+            if not is_of_device(error):
                 raise
             raise CannotGoOn(
                 f"the GPU must go on working: it failed in step {job.state.step + 1}: "
@@ -141,44 +143,56 @@ def carry_out(job: Job, ranks: Ranks) -> None:
     ranks.check_same("the run", hash_of(str(shared)))
 
     # only now, when nothing that was given can be wrong any more, is anything written
-    if ranks.is_first:
-        open_output(config, job.damaged)
-        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+    is_first = ranks.is_first
+    opened = open_output(config, job.resumed, job.damaged) if is_first else nullcontext(config)
+    with opened as job.config:
+        if is_first:
+            write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        train_and_save(run, described)
+
+
+def train_and_save(run: Run, described: str) -> None:
+    """Train a run, and leave what it has learned and looked like in the output folder.
+
+    Args:
+        described: the optimizer, before the first step.
+    """
+    job, ranks, config, state = run.job, run.ranks, run.config, run.state
     log = RunLog(
         config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
     )
     stopped_by = shortage = ""
-    with StopRequest(says=ranks.is_first) as stop, log:
-        try:
-            if job.prompt and ranks.largest(ranks.is_first and not log.answers()):
-                answer(run, log)
-            stopped_by = train(run, log, stop)
-            if not stopped_by:
-                restore_best(run, log)
-            if job.prompt and not stopped_by:
-                answer(run, log)
-        except RankOutOfMemory as error:
-            shortage = str(error)
-        if shortage:
-            raise ranks.said_once(after_shortage(run, log, shortage))
-        if stopped_by:
-            path = save(run, log)
-    if stopped_by:
-        print(
-            f"stopped by {stopped_by} after step {state.step:,} of {job.num_steps:,}: {path} has "
-            "the run as it stands, --resume goes on from there"
-        )
-        return
+    with log:
+        with StopRequest(says=ranks.is_first) as stop:
+            try:
+                if job.prompt and ranks.largest(ranks.is_first and not log.answers()):
+                    answer(run, log)
+                stopped_by = train(run, log, stop)
+            except RankOutOfMemory as error:
+                shortage = str(error)
+            if shortage:
+                raise ranks.said_once(after_shortage(run, log, shortage))
+            if stopped_by:
+                path = save(run, log)
+                log.say(
+                    f"stopped by {stopped_by} after step {state.step:,} of {job.num_steps:,}: "
+                    f"{path} has the run as it stands, --resume goes on from there"
+                )
+                return
+            restore_best(run, log)
+            # results are written whether or not the GPU has memory left
+            run.micro_step.release()
+            # the adapter first: whatever comes after it only watches
+            names = save_results(run, log)
+        write_card(run, log)
+        last_answer(run, log)
     if run.optimizer.describe() != described:
-        print(f"optimizer: {run.optimizer.describe()}")
-    if job.device.type == "cuda":
-        print(memory_line(job.plan))
-    # results are written whether or not the GPU has memory left
-    run.micro_step.release()
-    if job.num_steps and ranks.is_first:
-        save_results(run, log.rows)
-    if answers := log.answers():
-        print(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
+        log.say(f"optimizer: {run.optimizer.describe()}")
+    if job.plan:
+        log.say(memory_line(job.plan))
+    if len(answers := log.answers()) > 1:
+        log.say(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
+    push(run, log, names)
 
 
 def begin(job: Job, ranks: Ranks) -> Run:
@@ -192,8 +206,9 @@ def begin(job: Job, ranks: Ranks) -> Run:
         with ranks.sharing_shortage():
             run = load_run(job, ranks)
             print(f"optimizer: {run.optimizer.describe()}")
-            if job.device.type == "cuda" and job.num_steps:
+            if job.plan and job.num_steps:
                 try_out(run)
+                print(memory_line(job.plan))
     except RankOutOfMemory as error:
         message = (
             f"the model and its longest micro-batch, {shape}, must fit the GPU: {error}; lower "
@@ -217,7 +232,6 @@ def try_out(run: Run) -> None:
     run.ranks.add_up(optimizer.gradients)
     optimizer.step(0.0)
     torch.cuda.synchronize()
-    print(memory_line(job.plan))
 
 
 def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
@@ -229,7 +243,7 @@ def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
         path = save(run, log)
     except (RuntimeError, OSError) as error:
         return CannotGoOn(f"{why}; nor was it saved: {first_line(error)}; {last_checkpoint(job)}")
-    advice = next_setting(job.work, job.plan, job.device)
+    advice = next_setting(job.work, job.policies, job.device)
     return CannotGoOn(f"{why}; {path} has the run as it stands; try {advice}")
 
 
@@ -262,7 +276,7 @@ def load_run(job: Job, ranks: Ranks) -> Run:
             bar.total = total
             bar.update(done - bar.n)
 
-        if job.device.type == "cuda":
+        if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
@@ -275,7 +289,7 @@ def load_run(job: Job, ranks: Ranks) -> Run:
         optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
     captures = job.device.type == "cuda"
-    micro_step = MicroStep(model, job.plan.policies, config.neftune_noise_alpha, captures)
+    micro_step = MicroStep(model, job.policies, config.neftune_noise_alpha, captures)
     if captures:
         # what loading has left: an allocation in the pool of the passes does not get it back
         torch.cuda.empty_cache()
@@ -549,13 +563,26 @@ def answer(run: Run, log: RunLog) -> str:
     text = ""
     with run.ranks.sharing_shortage():
         if run.ranks.is_first:
-            prompt, tokenizer = run.job.prompt, run.job.tokenizer
-            assert prompt is not None
-            stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
-            new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
-            text = tokenizer.decode(new_ids).strip()
-            log.add_answer(run.state.step, text)
+            with Watching("--sample-prompt", log.say, is_spared=is_of_device):
+                prompt, tokenizer = run.job.prompt, run.job.tokenizer
+                assert prompt is not None
+                stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
+                new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
+                text = tokenizer.decode(new_ids).strip()
+                log.add_answer(run.state.step, text)
     return text
+
+
+def last_answer(run: Run, log: RunLog) -> None:
+    """Answer --sample-prompt after the last step, if the device still can."""
+    with Watching("--sample-prompt", log.say):
+        if run.job.prompt:
+            answer(run, log)
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Tell whether an error is of the device, which the steps need as well."""
+    return is_shortage(error) or is_device_failure(error)
 
 
 def write_adapter(folder: Path, run: Run) -> None:
@@ -563,19 +590,37 @@ def write_adapter(folder: Path, run: Run) -> None:
     save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
 
 
-def save_results(run: Run, rows: Sequence[Row]) -> None:
-    """Write the adapter, the tokenizer and the model card into the output folder."""
+def save_results(run: Run, log: RunLog) -> list[str]:
+    """Write the adapter and the tokenizer into the output folder, and return the files' names."""
+    # they are written whether or not the GPU has memory left
+    run.micro_step.release()
+    if not (run.job.num_steps and run.ranks.is_first):
+        return []
     output = run.job.output
     with new_files(output) as folder:
         write_adapter(folder, run)
         run.job.tokenizer.save(folder)
-        (folder / CARD_FILE).write_text(model_card(run.config, rows))
         paths = [path for path in folder.rglob("*") if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in paths]
-    print(f"saved the adapter in {output}")
-    if run.config.push_to_hub:
+    log.say(f"saved the adapter in {output}")
+    return names
+
+
+def write_card(run: Run, log: RunLog) -> None:
+    """Write the model card of an adapter that was saved."""
+    if run.job.num_steps and run.ranks.is_first:
+        with Watching(CARD_FILE, log.say):
+            write_text(run.job.output / CARD_FILE, model_card(run.config, log.rows))
+
+
+def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
+    """Send the saved files and their card to --push-to-hub."""
+    repository = run.config.push_to_hub
+    if repository and names:
         message = f"LoRA of {run.config.model} after {run.state.step:,} steps"
-        print(f"pushed it: {push_folder(output, names, run.config.push_to_hub, message)}")
+        with Watching("--push-to-hub", log.say):
+            url = push_folder(run.job.output, [*names, CARD_FILE], repository, message)
+            log.say(f"pushed it: {url}")
 
 
 def end(message: str) -> NoReturn:

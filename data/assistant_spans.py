@@ -73,7 +73,6 @@ def render_with_spans(
     # every rendering of this conversation sees the same clock
     seen = template.variables(tools=tools, variables=variables, now=now or datetime.now())
     text = template.write(messages, seen)
-    _check_tool_calls(template, messages, chosen, seen, text)
     is_marked = template.has_marks()
     # marks that are all learned need no owner, so that loops may be as they like
     with_loops = not is_marked or chosen != replies
@@ -94,25 +93,6 @@ def render_with_spans(
         )
         for i in chosen
     ]
-
-
-def _check_tool_calls(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    chosen: Sequence[int],
-    variables: Mapping[str, Any],
-    text: str,
-) -> None:
-    """Refuse calls that the template does not write: the model would learn to say nothing."""
-    for i in chosen:
-        if not messages[i].get("tool_calls"):
-            continue
-        without = {key: value for key, value in messages[i].items() if key != "tool_calls"}
-        if _attempt(template, [*messages[:i], without, *messages[i + 1 :]], variables) == text:
-            raise ValueError(
-                f"{template.name} must write the tool_calls of assistant message {i}: got a "
-                "template that ignores them; choose one for tools with --chat-template"
-            )
 
 
 def _turns(events: Sequence[tuple[int, Event]]) -> list[_Turn]:

@@ -48,7 +48,7 @@ TEMPLATE_ERRORS = (
 # the variables that a call itself gives, which none of its own may replace
 GIVEN_VARIABLES = ("messages", "tools", "add_generation_prompt", "strftime_now")
 # the names under which data sets keep a message's reasoning, the one that templates read first
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,10 @@ class ChatTemplate:
         formats = _clock_formats(self.text)
         return [now.isoformat()] if formats is None else [now.strftime(f) for f in formats]
 
+    def reads(self, name: str) -> bool:
+        """Whether the template names a field: message.name or message['name']."""
+        return name in _fields_read(self.text)
+
     def check_variables(self, names: Sequence[str]) -> None:
         """Raise ValueError if the template has no use for a variable: it would be ignored."""
         self.check_syntax()
@@ -214,7 +218,7 @@ def _reason(error: Exception) -> str:
 def _as_seen(message: Message) -> Message:
     """The message as transformers shows it to a template: no nulls, reasoning under one name."""
     seen = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((seen[name] for name in _REASONING_FIELDS if name in seen), None)
+    reasoning = next((seen[name] for name in REASONING_FIELDS if name in seen), None)
     if reasoning is not None:
         seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
     return seen
@@ -287,6 +291,13 @@ def _has_marks(template: str) -> bool:
 def _names_read(template: str) -> frozenset[str]:
     names = _environment().parse(template).find_all(jinja2.nodes.Name)
     return frozenset(name.name for name in names if name.ctx == "load")
+
+
+@functools.lru_cache(maxsize=16)
+def _fields_read(template: str) -> frozenset[str]:
+    tree = _environment().parse(template)
+    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    return frozenset(attributes | {node.value for node in tree.find_all(jinja2.nodes.Const)})
 
 
 @functools.lru_cache(maxsize=16)

@@ -88,13 +88,14 @@ def load_dataset(
     vocab_size: int,
     now: datetime | None = None,
     skip_bad_lines: bool = False,
+    ignored_fields: tuple[str, ...] = (),
     num_processes: int = 0,
     report: Callable[[int], None] = lambda num_records: None,
 ) -> Dataset:
     """Read data files, tokenize them and label what is learned, or find that done in the cache.
 
     Args:
-        data_format to skip_bad_lines: as data.tokenization.Recipe.
+        data_format to ignored_fields: as data.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 
@@ -112,6 +113,7 @@ def load_dataset(
         vocab_size,
         now or datetime.now(),
         skip_bad_lines,
+        ignored_fields,
     )
     _check_vocabulary(tokenizer, vocab_size)
     tokens = cached_tokens(files, tokenizer, recipe, num_processes, report)

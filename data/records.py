@@ -6,6 +6,8 @@ file and line. Every fault of the file is a ValueError that names them too. A fa
 goes to the caller, who may count it and go on; one that leaves the rest in doubt (an open quote, a
 file that was cut off) ends the reading.
 
+Nulls of JSON stay. A field of parquet that is null is one that the record has not.
+
 Files are read piece by piece, but for a text, which is one document. Left out: Zstandard, which
 Python can read from 3.14 on, and anything that is not UTF-8.
 """
@@ -375,7 +377,7 @@ def _read_parquet(path: Path, refuse: Refuse) -> Iterator[Record]:
                 )
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for fields in batch.to_pylist():
-                    yield Record(f"{path}[{index}]", fields)
+                    yield Record(f"{path}[{index}]", _without_nulls(fields))
                     index += 1
     # damaged pages are an OSError, text may not be UTF-8, dates may overflow Python's
     except (ValueError, OSError, OverflowError, pyarrow.ArrowException) as error:
@@ -383,6 +385,17 @@ def _read_parquet(path: Path, refuse: Refuse) -> Iterator[Record]:
             f"{path}[{index}]: the file must be parquet that pyarrow {pyarrow.__version__} reads: "
             f"got {_excerpt(str(error), 200)}; download or write it again"
         ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the fields that are null, at any depth.
+
+    A struct of parquet has the fields of every row's struct, and null stands for those that a row
+    has not. An element of a list that is null was null before.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _read_text(path: Path, refuse: Refuse) -> Iterator[Record]:

@@ -21,6 +21,8 @@ from datetime import datetime
 from data.assistant_spans import Span, render_with_spans
 from data.formats import Conversation, Example, PromptCompletion, TokenIds
 from data.tokenizer import Tokenizer
+from data.tool_calls import show_arguments
+from data.unwritten import check_written
 
 NO_LOSS = -100
 
@@ -53,8 +55,8 @@ def to_sample(
         now: the time that a template may write into the text.
 
     Raises:
-        ValueError: the template refuses the conversation, or its assistant messages cannot be
-            located.
+        ValueError: the template refuses the conversation, leaves out a part of it that is learned
+            or that what is learned depends on, or its assistant messages cannot be located.
     """
     if isinstance(example, TokenIds):
         return Sample(example.input_ids, example.labels)
@@ -102,10 +104,13 @@ def _conversation_sample(
 ) -> Sample:
     template = tokenizer.chat_template(has_tools=example.tools is not None)
     template.check_variables([*(["tools"] if example.tools else []), *example.variables])
+    messages = show_arguments(example.messages, template)
+    # every rendering of this conversation sees the same clock
+    now = now or datetime.now()
+    seen = template.variables(tools=example.tools, variables=example.variables, now=now)
     if train_on == "all":
-        text = template.render(
-            example.messages, tools=example.tools, variables=example.variables, now=now
-        )
+        text = template.write(messages, seen)
+        check_written(template, messages, seen, text, range(len(messages)))
         tokens = _Tokens(text, tokenizer, add_special_tokens=False)
         tokens.learn_all()
         if not _is_closed(text, tokenizer):
@@ -113,12 +118,13 @@ def _conversation_sample(
         return tokens.to_sample()
     text, spans = render_with_spans(
         template,
-        example.messages,
+        messages,
         targets=example.targets,
         tools=example.tools,
         variables=example.variables,
         now=now,
     )
+    check_written(template, messages, seen, text, example.targets)
     if template.has_marks():
         # they often enclose no more than the content
         spans = [_with_closing_token(text, span, tokenizer) for span in spans]

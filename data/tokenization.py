@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.fields import without
 from data.formats import (
     FORMATS,
     Conversation,
@@ -68,6 +69,7 @@ class Recipe:
         now: the time that templates which write the date see. A resumed run gives the time of its
             first start and gets the same samples.
         skip_bad_lines: leave out a record that is not what it must be, and count it.
+        ignored_fields: fields of a record and of its messages that are left out.
 
     Raises:
         ValueError: a value out of range.
@@ -80,6 +82,7 @@ class Recipe:
     vocab_size: int
     now: datetime
     skip_bad_lines: bool
+    ignored_fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.data_format not in ("auto", *FORMATS):
@@ -172,7 +175,7 @@ def tokenize_files(
             f"{files[0]} must hold a record that can be read: got {unread.num_bad:,} that cannot, "
             f"the first of them {unread.bad[0]}"
         )
-    name = _detect(first, recipe.text_field) if recipe.data_format == "auto" else recipe.data_format
+    name = _detect(first, recipe) if recipe.data_format == "auto" else recipe.data_format
 
     def tokenize(chunk: list[Record]) -> Piece:
         return tokenize_records(chunk, name, tokenizer, recipe)
@@ -201,6 +204,7 @@ def tokenize_records(
                 data_format,
                 text_field=recipe.text_field,
                 has_chat_template=tokenizer.has_chat_template,
+                ignored_fields=recipe.ignored_fields,
             )
         except ValueError as error:
             refuse(error)
@@ -257,11 +261,11 @@ def _to_sample(example: Example, location: str, tokenizer: Tokenizer, recipe: Re
     return sample
 
 
-def _detect(record: Record, text_field: str) -> str:
+def _detect(record: Record, recipe: Recipe) -> str:
     if record.is_document:
         return "text"
     try:
-        return detect_format(record.fields, text_field)
+        return detect_format(without(record.fields, recipe.ignored_fields), recipe.text_field)
     except ValueError as error:
         raise ValueError(f"{record.location}: {error}") from error
 

@@ -22,6 +22,9 @@ def load_data(
         ValueError: data that cannot be read, or would teach the wrong thing.
     """
 
+    names = (name.strip() for name in config.ignore_fields.split(","))
+    ignored_fields = tuple(name for name in names if name)
+
     def load(flag: str, place: str, use: Use) -> Dataset:
         files = find_data(place, flag, use)
         audit.say(f"{flag}: {describe_files(files)}")
@@ -40,6 +43,7 @@ def load_data(
                 vocab_size=llama.vocab_size,
                 now=datetime.fromisoformat(state.started),
                 skip_bad_lines=config.skip_bad_lines,
+                ignored_fields=ignored_fields,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )

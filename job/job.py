@@ -32,14 +32,15 @@ from llama.checkpoint import describe_loading, find_checkpoint
 from llama.config import read_config
 from llama.identity import Identity
 from llama.memory_plan import MemoryPlan
+from llama.micro_step import Policy
 from llama.model import projection_shapes, projections
-from llama.preflight import describe_plan, plan_run
+from llama.preflight import cpu_policies, describe_plan, plan_run
 from llama.workload import Workload
 from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from run.checkpoint import Checkpoint, RunState
 from run.config import TrainConfig, parse_config
-from run.folder import check_output, choose_output, resume_point
+from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import prepare
 from run.ranks import Ranks
 from run.resolve import resolve
@@ -63,17 +64,20 @@ BUNDLED_RUN = {
 SAMPLE_TOKENS = 100
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """What a run shall do, checked, and the state from which it goes on.
 
     Attributes:
+        config: its output may be empty until the folder is made.
         base: which checkpoint the model is.
         start: the adapter to begin with, if any.
         resumed: the checkpoint to go on from, if any.
         damaged: later checkpoints, and what is wrong with them.
         evaluation: the batches of an evaluation, if there is one.
         prompt: the tokens of --sample-prompt, if there is one.
+        plan: of the memory, on a GPU.
+        policies: what every layer does with its activations.
     """
 
     config: TrainConfig
@@ -91,7 +95,8 @@ class Job:
     prompt: list[int] | None
     num_steps: int
     work: Workload
-    plan: MemoryPlan
+    plan: MemoryPlan | None
+    policies: tuple[Policy, ...]
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +126,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         packable_length(llama_config),
         ranks.local_rank,
     )
-    config = choose_output(config)
     check_output(config)
+    if ranks.is_first and not (config.plan or config.inspect):
+        check_writable(Path(config.output or DEFAULT_PARENT))
     tracker_names(config)
     if config.push_to_hub and not config.plan and ranks.is_first:
         check_push(config.push_to_hub)
@@ -179,10 +185,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
-    plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    plan = None
+    if device.type == "cuda" or config.plan:
+        plan = plan_run(work, device, config.activations, config.max_memory_bytes)
     for line in describe_loading(checkpoint_folder, work.dtype):
         print(line)
-    if config.plan:
+    if plan and config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
@@ -205,4 +213,5 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_steps,
         work,
         plan,
+        plan.policies if plan else cpu_policies(config.activations, llama_config.num_hidden_layers),
     )

@@ -4,6 +4,7 @@ On a CPU nothing is planned for: each layer keeps its activations unless told ot
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from llama.memory_plan import (
     plan_memory,
     plan_within,
 )
-from llama.micro_step import POLICIES, MicroStep
+from llama.micro_step import POLICIES, MicroStep, Policy
 from llama.step_time import measure_rates, step_seconds
 from llama.workload import Workload
 
@@ -25,10 +26,15 @@ from llama.workload import Workload
 LEANER_PERCENT = 90
 
 
+def cpu_policies(activations: str, num_layers: int) -> tuple[Policy, ...]:
+    """Choose what every layer does with its activations on a CPU, whose memory is not planned."""
+    return (POLICIES.get(activations, POLICIES["keep"]),) * num_layers
+
+
 def plan_run(
     work: Workload, device: torch.device, activations: str, max_memory: int | None
 ) -> MemoryPlan:
-    """Choose what every layer does with its activations, so that the run fits the GPU.
+    """Plan a run: on a GPU with what every layer does with its activations chosen so that it fits.
 
     Args:
         activations: a policy for all layers, or auto.
@@ -38,8 +44,7 @@ def plan_run(
         ValueError: it does not fit; the message names the nearest settings that would.
     """
     if device.type == "cpu":
-        policy = POLICIES.get(activations, POLICIES["keep"])
-        return plan_memory(work, (policy,) * work.config.num_hidden_layers)
+        return plan_memory(work, cpu_policies(activations, work.config.num_hidden_layers))
     return plan_within(work, POLICIES.get(activations), memory_budget(max_memory))
 
 
@@ -112,11 +117,11 @@ def memory_line(plan: MemoryPlan) -> str:
     )
 
 
-def next_setting(work: Workload, plan: MemoryPlan, device: torch.device) -> str:
+def next_setting(work: Workload, policies: Sequence[Policy], device: torch.device) -> str:
     """Name what to try when a plan turned out not to fit: the next leaner setting."""
-    if device.type == "cpu" and "keep" in plan.policies:
+    if device.type == "cpu" and "keep" in policies:
         return "--resume --activations recompute"
-    budget = plan.device * LEANER_PERCENT // 100
+    budget = plan_memory(work, policies).device * LEANER_PERCENT // 100
     if device.type == "cuda" and choose_policies(work, budget) is not None:
         return f"--resume --activations auto --max-memory {budget / GIB:.2f}GiB"
     nearest = nearest_that_fits(work, budget)

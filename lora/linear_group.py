@@ -177,23 +177,24 @@ class LinearGroup(nn.Module):
             return
         bound = self.in_features**-0.5
         # on the meta device there are no values to draw
-        drawn_on = device if device.type == "meta" else torch.device("cpu")
+        has_values = device.type != "meta"
         self.dropout, self.site = dropout, site
         room = max(size.rank for size in self.sizes.values())
-        parts_A, updates = [], []
+        drawn_on = torch.device("cpu") if has_values else device
+        lora_A = torch.zeros(room * len(self.sizes), self.in_features, device=drawn_on)
+        updates = []
         num_rows = 0
         for name, y in zip(self.names, self._row_slices(), strict=True):
             if name in self.sizes:
                 rank, scaling = self.sizes[name]
-                A = slice(len(parts_A) * room, (len(parts_A) + 1) * room)
+                A = slice(len(updates) * room, (len(updates) + 1) * room)
                 rows = y.stop - y.start
                 updates.append(Update(y, A, slice(num_rows, num_rows + rows), scaling))
-                part = torch.zeros(room, self.in_features, device=drawn_on)
-                part[:rank].uniform_(-bound, bound, generator=generator)
-                parts_A.append(part)
+                if has_values:
+                    lora_A[A][:rank].uniform_(-bound, bound, generator=generator)
                 num_rows += rows
         self.updates = tuple(updates)
-        self.lora_A = nn.Parameter(torch.cat(parts_A).to(device))
+        self.lora_A = nn.Parameter(lora_A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(num_rows, room, device=device))
 
     def make_tables(self, dtype: torch.dtype) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# ends the name of what is not whole yet; `clean` removes what a killed process left
-_SUFFIX = ".partial"
+# ends the name of what is not whole yet, and nobody else gives a file such a name; `clean` removes
+# what a killed process left
+_SUFFIX = ".quatrain.partial"
 
 
 def _flush(path: Path) -> None:

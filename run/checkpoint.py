@@ -8,7 +8,9 @@
 
 Nothing is pickled, unlike transformers' optimizer.pt and rng_state.pth. There is no random state to
 keep either: every step seeds itself from the run's seed and its own number. A rename makes a
-checkpoint whole whatever the process does; the hashes tell what the disk has done to it since.
+checkpoint whole whatever the process does; the hashes tell what the disk has done to it since. A
+file that cannot be read, or a state that this version does not know, is no damage: the folder stays
+as it is, and the message says so.
 """
 
 import hashlib
@@ -31,6 +33,10 @@ BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "sha256.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not the ones that were written, as their hashes prove."""
 
 
 @dataclass
@@ -128,18 +134,19 @@ def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict[Path, 
         It, and what is wrong with each later one.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is whole; or one is of another version.
+        OSError: one cannot be read.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
         try:
             return load_checkpoint(path), damaged
-        except ValueError as error:
+        except DamagedCheckpoint as error:
             damaged[path] = str(error)
     if damaged:
         raise ValueError(
             f"one of the checkpoints in {folder} must be whole: {'; '.join(damaged.values())}; "
-            "delete them to start from the first step"
+            "move them away to start from the first step"
         )
     return None, damaged
 
@@ -148,8 +155,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's state and moments.
 
     Raises:
-        ValueError: a file is missing, damaged or of another version.
+        DamagedCheckpoint: a file is missing, or is not the one that was written.
+        ValueError: it is whole, and of another version.
+        OSError: a file cannot be read, which says nothing about what is in it.
     """
+    unchanged = (
+        f"{path} is left as it is, and moved away by hand the run goes on from the checkpoint "
+        "before it"
+    )
     try:
         _check_hashes(path)
         state = RunState(**json.loads((path / STATE_FILE).read_text()))
@@ -160,17 +173,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
             moments=load_file(path / OPTIMIZER_FILE),
             best=load_file(best) if best.is_file() else {},
         )
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except DamagedCheckpoint:
+        raise
+    except OSError as error:
+        raise OSError(f"{path} must be readable: got {error}; try again; {unchanged}") from error
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"{path} must be a whole checkpoint of this version: got {error}"
+            f"{path} must be a checkpoint of this version: got {error}, with the hashes that it "
+            f"was written with; go on with the version that wrote it; {unchanged}"
         ) from error
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none of the run's any more."""
+    aside, number = path.with_name(f"{path.name}.damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    return path.rename(aside)
+
+
 def _check_hashes(path: Path) -> None:
-    hashes: dict[str, str] = json.loads((path / MANIFEST_FILE).read_text())
-    for name, expected in hashes.items():
-        if _sha256(path / name) != expected:
-            raise ValueError(f"{name} with another hash than {MANIFEST_FILE} has")
+    """Hold every file of a checkpoint against the hash that it was written with.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or has another hash.
+        OSError: a file cannot be read.
+    """
+    try:
+        hashes = json.loads((path / MANIFEST_FILE).read_bytes())
+        if not isinstance(hashes, dict):
+            raise ValueError(f"{MANIFEST_FILE} without the files' hashes")
+        for name, expected in hashes.items():
+            if _sha256(path / name) != expected:
+                raise ValueError(f"{name} with another hash than {MANIFEST_FILE} has")
+    except (ValueError, FileNotFoundError) as error:
+        raise DamagedCheckpoint(f"{path} must be a whole checkpoint: got {error}") from error
 
 
 def _sha256(file: Path) -> str:

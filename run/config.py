@@ -89,6 +89,9 @@ class TrainConfig:
         ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"),
     )
     text_field: str = _flag("text", "data", "field of a text record")
+    ignore_fields: str = _flag(
+        "", "data", "fields of records and messages that no answer depends on, with commas"
+    )
     max_length: int = _flag(
         0, "data", "tokens of the longest sample; 0: the model's positions, at most 2048"
     )

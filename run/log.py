@@ -17,7 +17,8 @@ from run.metrics import (
     StepRows,
     peak_memory_bytes,
 )
-from run.trackers import log_row, open_trackers
+from run.trackers import Trackers
+from run.watching import Watching
 
 
 class RunLog:
@@ -51,8 +52,8 @@ class RunLog:
         last_row = last - bool(state.unevaluated)
         self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
         self._samples = StepRows(self._output / SAMPLES_FILE if writes else None, last)
-        self._trackers = open_trackers(config, state) if writes else []
         self._progress = Progress(num_steps, state.step, is_shown=writes)
+        self._trackers = Trackers(config, state, self.say) if writes else None
         self._since, self._tokens_then = time.perf_counter(), state.tokens
         self.rows = self._metrics.rows
 
@@ -68,20 +69,17 @@ class RunLog:
         self._progress.close()
         # a second Ctrl-C waits for nobody
         if kind is None or issubclass(kind, Exception):
-            for tracker in self._trackers:
-                tracker.finish()
-            self._draw()
+            if self._trackers:
+                self._trackers.finish()
+            if self._writes and len(self.rows) > 1:
+                with Watching(CHART_FILE, self.say):
+                    self._draw()
 
     def _draw(self) -> None:
-        if not self._writes or len(self.rows) < 2:
-            return
         if not can_draw():
             self.say(f"no {CHART_FILE} without matplotlib: pip install -e '.[report]'")
             return
-        try:
-            draw_losses(self.rows, self._output / CHART_FILE)
-        except OSError as error:
-            self.say(f"{CHART_FILE} cannot be written: {error}")
+        draw_losses(self.rows, self._output / CHART_FILE)
 
     def advance(self) -> None:
         """Count a step."""
@@ -109,7 +107,8 @@ class RunLog:
         """Log a row. A disk that refuses it does not stop the run."""
         self._progress.show(row)
         self._append(self._metrics, METRICS_FILE, row)
-        log_row(self._trackers, row)
+        if self._trackers:
+            self._trackers.log(row)
         self._since, self._tokens_then = time.perf_counter(), int(row["tokens"])
 
     def answers(self) -> list[str]:

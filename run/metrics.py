@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -71,8 +72,15 @@ class StepRows:
         self._unwritten = ""
 
 
+# a terminal that was closed, a full disk under the output, a character that the terminal lacks
+_UNHEARD = (OSError, ValueError)
+
+
 class Progress:
-    """A bar with the last numbers on a terminal, a line per logged step elsewhere."""
+    """A bar with the last numbers on a terminal, a line per logged step elsewhere.
+
+    Where nothing can be shown, the run goes on unseen.
+    """
 
     def __init__(self, num_steps: int, step: int, *, is_shown: bool = True) -> None:
         self._is_terminal = is_shown and sys.stderr.isatty()
@@ -86,22 +94,26 @@ class Progress:
         )
 
     def advance(self) -> None:
-        self._bar.update()
+        with suppress(*_UNHEARD):
+            self._bar.update()
 
     def show(self, row: Row) -> None:
         """Show a row of metrics: the loss, the speed, the memory."""
         numbers = describe(row)
-        if self._is_terminal:
-            self._bar.set_postfix_str(numbers)
-        else:
-            print(f"step {row['step']}/{self._num_steps}  {numbers}", flush=True)
+        with suppress(*_UNHEARD):
+            if self._is_terminal:
+                self._bar.set_postfix_str(numbers)
+            else:
+                print(f"step {row['step']}/{self._num_steps}  {numbers}", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(text)
+        with suppress(*_UNHEARD):
+            tqdm.write(text)
 
     def close(self) -> None:
-        self._bar.close()
+        with suppress(*_UNHEARD):
+            self._bar.close()
 
 
 def describe(row: Row) -> str:

@@ -1,16 +1,17 @@
-"""SIGTERM and SIGINT as a request that a loop looks at between two steps.
+"""SIGTERM, SIGINT and SIGHUP as a request that a loop looks at between two steps.
 
-A spot machine sends SIGTERM some seconds before it goes, a person presses Ctrl-C; either way the
-run has time for a checkpoint.
+A spot machine sends SIGTERM some seconds before it goes, a person presses Ctrl-C, a terminal sends
+SIGHUP when it is closed; either way the run has time for a checkpoint.
 """
 
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -32,7 +33,9 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        # nohup and a shell that starts a job in the background have some ignored
+        taken = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
 
     def __exit__(
@@ -54,5 +57,7 @@ class StopRequest:
             return
         name = signal.Signals(number).name
         text = f"{name}: stopping after this step, with a checkpoint; again stops at once\n"
-        # what was interrupted may be a print
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        # the terminal may be gone
+        with suppress(OSError):
+            # what was interrupted may be a print
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

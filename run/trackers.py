@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from run.checkpoint import RunState
 from run.config import TrainConfig
 from run.metrics import Row
+from run.watching import Watching
 
 PROJECT = "quatrain"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -109,13 +110,29 @@ def tracker_names(config: TrainConfig) -> list[str]:
     return names
 
 
-def open_trackers(config: TrainConfig, state: RunState) -> list[Tracker]:
-    """Start what --report-to names."""
-    return [_TRACKERS[name](config, state) for name in tracker_names(config)]
+class Trackers:
+    """What --report-to names. A tracker that fails is said, and left out from then on."""
 
+    def __init__(self, config: TrainConfig, state: RunState, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._open: dict[str, Tracker] = {}
+        for name in tracker_names(config):
+            with self._watching(name):
+                self._open[name] = _TRACKERS[name](config, state)
 
-def log_row(trackers: list[Tracker], row: Row) -> None:
-    """Send a row of metrics: every figure under the name that it has in metrics.jsonl."""
-    figures = {n: v for n, v in row.items() if n != "step" and math.isfinite(v)}
-    for tracker in trackers:
-        tracker.log(figures, int(row["step"]))
+    def log(self, row: Row) -> None:
+        """Send a row of metrics: every figure under the name that it has in metrics.jsonl."""
+        figures = {n: v for n, v in row.items() if n != "step" and math.isfinite(v)}
+        for name in list(self._open):
+            tracker = self._open.pop(name)
+            with self._watching(name):
+                tracker.log(figures, int(row["step"]))
+                self._open[name] = tracker
+
+    def finish(self) -> None:
+        for name, tracker in self._open.items():
+            with self._watching(name):
+                tracker.finish()
+
+    def _watching(self, name: str) -> Watching:
+        return Watching(f"--report-to {name}", self._say)

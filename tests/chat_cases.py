@@ -76,6 +76,12 @@ REASONER = (
     "{% endfor %}{% if ns.after_tool %}{{ '<|/result|>' }}"
     "{% elif add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
+# the calls of DeepSeek R1's template: its arguments join other text
+JOINED_CALLS = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c['function']['name'] + '\n' + c['function']['arguments'] + '</call>' }}"
+    "{% endfor %}{% endfor %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,

@@ -199,13 +199,6 @@ def test_a_turn_that_begins_with_neither_prompt_nor_content_is_refused() -> None
         render_with_spans(make(template), say("hi", "yo"))
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
-def test_calls_that_the_template_does_not_write_are_refused(template: str) -> None:
-    messages = [*say("hi"), {**CALL, "content": ""}]
-    with pytest.raises(ValueError, match="must write the tool_calls of assistant message 1"):
-        render_with_spans(make(template), messages)
-
-
 @pytest.mark.parametrize(
     ("template", "match"),
     [
@@ -252,9 +245,7 @@ def test_spans_are_those_of_trls_twins(assets: Path) -> None:
                     results.append(render_with_spans(make(text), row["messages"], **options))
                 except ValueError as error:
                     errors.append(str(error))
-            assert all(
-                "the template raised" in e or "must write the tool_calls" in e for e in errors
-            )
+            assert all("the template raised" in e for e in errors)
             # one refuses what the other does
             assert len(errors) in (0, 2), f"{name} {key}"
             if errors:
@@ -273,9 +264,9 @@ def test_spans_are_those_of_trls_twins(assets: Path) -> None:
     assert num_spans == {
         "gemma": 20,
         "gemma3": 22,
-        "llama3": 29,
-        "phi3": 28,
-        "phi3_5": 28,
+        "llama3": 53,
+        "phi3": 32,
+        "phi3_5": 32,
         "qwen2_5": 52,
         "qwen3": 7,
         "qwen3_instruct_2507": 53,

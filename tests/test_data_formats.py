@@ -1,5 +1,8 @@
 """data/formats.py: what each layout means, and that nothing that does not fit passes."""
 
+import json
+from collections.abc import Sequence
+
 import pytest
 
 from data.formats import (
@@ -19,9 +22,20 @@ USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yo"}
 
 
-def convert(fields: dict[str, object], data_format: str, *, has_template: bool = True) -> Example:
-    record = Record("x.jsonl:3", fields)
-    return to_example(record, data_format, text_field="text", has_chat_template=has_template)
+def convert(
+    fields: dict[str, object],
+    data_format: str,
+    *,
+    has_template: bool = True,
+    ignored_fields: Sequence[str] = (),
+) -> Example:
+    return to_example(
+        Record("x.jsonl:3", fields),
+        data_format,
+        text_field="text",
+        has_chat_template=has_template,
+        ignored_fields=ignored_fields,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,6 +94,15 @@ def test_tools_and_all_fields_of_a_message_are_kept(tools: object) -> None:
     assert example == Conversation([USER, call], [1], [{"name": "f"}])
 
 
+def test_arguments_of_calls_are_decoded() -> None:
+    def calling(arguments: object) -> dict[str, object]:
+        return {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+    expected, called = Conversation([USER, calling({"x": 1})], [1]), calling('{"x": 1}')
+    assert convert({"messages": [USER, called]}, "messages") == expected
+    assert convert({"prompt": [USER], "completion": [called]}, "prompt-completion") == expected
+
+
 def test_no_tools_and_an_empty_list_are_different() -> None:
     for tools in (None, []):
         example = convert({"messages": [ASSISTANT], "tools": tools}, "messages")
@@ -127,9 +150,118 @@ def test_sharegpt_names_become_roles() -> None:
     assert example == Conversation(messages, [2, 4, 6, 8])
 
 
-def test_sharegpt_takes_a_system_field_and_message_keys() -> None:
-    example = convert({"system": "s", "conversations": [USER, ASSISTANT]}, "sharegpt")
-    assert example == Conversation([{"role": "system", "content": "s"}, USER, ASSISTANT], [2])
+def test_a_turn_keeps_its_weight_calls_and_reasoning() -> None:
+    human = {"from": "human", "value": "hi"}
+    called = {"tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}
+    turns: list[object] = [
+        {**human, "weight": None},
+        {"from": "gpt", "value": "yo", "weight": 0},
+        human,
+        {"from": "gpt", "value": None, **called},
+        {"from": "tool", "value": "3", "name": "f"},
+        {"from": "gpt", "value": "It is 3.", "reasoning_content": "hm", "weight": 1},
+    ]
+    decoded = {"tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    messages = [
+        USER,
+        {**ASSISTANT, "weight": 0},
+        USER,
+        {"role": "assistant", **decoded},
+        {"role": "tool", "content": "3", "name": "f"},
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "hm", "weight": 1},
+    ]
+    assert convert({"conversations": turns}, "sharegpt") == Conversation(messages, [3, 5])
+
+
+def test_turns_may_be_written_as_messages() -> None:
+    absent = {"from": None, "value": None}
+    example = convert({"conversations": [{**USER, **absent}, ASSISTANT]}, "sharegpt")
+    assert example == Conversation([USER, ASSISTANT], [1])
+
+
+SYSTEM = {"role": "system", "content": "s"}
+LAYOUTS: dict[str, dict[str, object]] = {
+    "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    },
+    "alpaca": {"instruction": "hi", "output": "yo"},
+    "prompt-completion": {"prompt": [USER], "completion": [ASSISTANT]},
+}
+
+
+@pytest.mark.parametrize("data_format", LAYOUTS)
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_prompt_beside_any_conversation_comes_first(name: str, data_format: str) -> None:
+    fields = LAYOUTS[data_format]
+    expected = Conversation([SYSTEM, USER, ASSISTANT], [2])
+    assert convert({**fields, name: "s"}, data_format) == expected
+    assert convert({**fields, "system": "s", "system_prompt": "s"}, data_format) == expected
+    for empty in ("", None):
+        assert convert({**fields, name: empty}, data_format) == Conversation([USER, ASSISTANT], [1])
+
+
+def test_a_system_prompt_moves_what_is_learned_of_a_prompt_with_its_completion() -> None:
+    fields = {"prompt": [USER, ASSISTANT], "completion": [ASSISTANT], "system": "s"}
+    expected = Conversation([SYSTEM, USER, ASSISTANT, ASSISTANT], [3])
+    assert convert(fields, "prompt-completion") == expected
+
+
+def test_an_instruction_may_be_beside_the_text_that_it_is_assembled_to() -> None:
+    for has_template in (True, False):
+        expected = convert(LAYOUTS["alpaca"], "alpaca", has_template=has_template)
+        beside = {**LAYOUTS["alpaca"], "text": "### Instruction: hi"}
+        assert convert(beside, "alpaca", has_template=has_template) == expected
+
+
+def test_a_system_prompt_given_twice_must_be_one() -> None:
+    messages = [SYSTEM, USER, ASSISTANT]
+    example = convert({"messages": messages, "system": "s"}, "messages")
+    assert example == Conversation(messages, [2])
+    for other in ({"messages": messages}, {"messages": [USER, ASSISTANT], "system_prompt": "s"}):
+        with pytest.raises(ValueError, match=r"^x\.jsonl:3: .*one system prompt: got 't' and 's'"):
+            convert({**other, "system": "t"}, "messages")
+
+
+@pytest.mark.parametrize("data_format", LAYOUTS)
+def test_functions_beside_any_conversation_are_tools(data_format: str) -> None:
+    fields, function = LAYOUTS[data_format], {"name": "f", "parameters": {}}
+    tool = {"type": "function", "function": function}
+    expected = Conversation([USER, ASSISTANT], [1], [tool])
+    assert convert({**fields, "tools": [tool]}, data_format) == expected
+    for functions in ([function], [tool], json.dumps([function])):
+        assert convert({**fields, "functions": functions}, data_format) == expected
+    with pytest.raises(ValueError, match="its functions once: got tools and functions"):
+        convert({**fields, "tools": [tool], "functions": [function]}, data_format)
+
+
+def test_history_comes_before_an_instruction_and_is_learned() -> None:
+    fields: dict[str, object] = {
+        **{"instruction": "c", "output": "d", "system": "s"},
+        "history": [["a", "b"], ("hi", "yo")],
+    }
+    messages = [
+        SYSTEM,
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        USER,
+        ASSISTANT,
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    assert convert(fields, "alpaca") == Conversation(messages, [2, 4, 6])
+    for empty in ([], None):
+        example = convert({**fields, "history": empty}, "alpaca")
+        assert example == Conversation([SYSTEM, *messages[5:]], [2])
+    for wrong in (["a"], [["a"]], [["a", None]], [["a", "b", "c"]], ["ab"]):
+        with pytest.raises(ValueError, match=r"history\[0\] must be a request and its answer"):
+            convert({**fields, "history": wrong}, "alpaca")
+
+
+def test_null_in_the_fields_of_another_format_does_not_decide() -> None:
+    fields: dict[str, object] = {**LAYOUTS["alpaca"], "messages": None, "conversations": None}
+    assert detect_format(fields) == "alpaca"
+    assert convert(fields, "alpaca") == Conversation([USER, ASSISTANT], [1])
 
 
 @pytest.mark.parametrize("context", ["", None, "absent"])
@@ -209,6 +341,11 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
         said(role="assistant", content="a", weight=0),
         "an assistant message to learn",
     ),
+    "arguments": (
+        "messages",
+        said(role="assistant", tool_calls=[{"name": "f", "arguments": "x"}]),
+        r"messages\[1\]: tool_calls\[0\]\.arguments must be a JSON object.*got 'x'",
+    ),
     "tools-text": ("messages", {"messages": [ASSISTANT], "tools": "f"}, "the JSON text of one"),
     "tools-object": ("messages", {"messages": [ASSISTANT], "tools": "{}"}, "'tools' must be a lis"),
     "tool-name": (
@@ -232,6 +369,17 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "from-unknown": ("sharegpt", told(**{"from": "alice", "value": "a"}), "got 'alice'"),
     "from-missing": ("sharegpt", told(value="a"), r"conversations\[1\] must come from.*got None"),
     "from-number": ("sharegpt", told(**{"from": 1, "value": "a"}), "got 1"),
+    "value-twice": (
+        "sharegpt",
+        told(**{"from": "gpt", "value": "a", "content": "b"}),
+        r"conversations\[1\] .*got two that differ",
+    ),
+    "turn-weight": (
+        "sharegpt",
+        told(**{"from": "gpt", "value": "a", "weight": 0.5}),
+        r"conversations\[1\] must have a weight .*got 0\.5",
+    ),
+    "functions-text": ("messages", {"messages": [ASSISTANT], "functions": "f"}, "'functions' must"),
     "value-null": ("sharegpt", told(**{"from": "gpt", "value": None}), "content: got null"),
     "no-gpt": ("sharegpt", told(**{"from": "human", "value": "a"}), "an assistant message"),
     "system-number": ("sharegpt", {"system": 1, "conversations": []}, "'system' must be a string"),

@@ -222,6 +222,42 @@ def test_parquet_gives_rows_with_their_numbers(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+def test_nulls_that_parquet_made_go_and_those_of_json_stay(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"arguments": {"item": "a", "tags": []}}]},
+                {"role": "tool", "content": "b"},
+            ],
+            "schema": {"type": "object", "enum": ["x", None]},
+        },
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"arguments": {"city": "c"}}]},
+                {"role": "assistant", "tool_calls": [{"arguments": {"deep": {"x": 1}}}]},
+                {"role": "assistant", "tool_calls": [{"arguments": {"deep": {"y": False}}}]},
+            ],
+            "text": "",
+        },
+    ]
+    path = tmp_path / "x.parquet"
+    schema = pyarrow.Table.from_pylist(rows[:1]).schema.field("schema")
+    table = pyarrow.table(
+        {
+            "messages": pyarrow.array([row["messages"] for row in rows]),
+            "schema": pyarrow.array([rows[0]["schema"], None], schema.type),
+            "text": [None, ""],
+        }
+    )
+    parquet.write_table(table, path)
+    assert [record.fields for record in read_records(path)] == rows
+    kept = {"a": None, "b": {"c": None, "d": [{"e": None}]}}
+    (record,) = read(tmp_path, "x.jsonl", json.dumps(kept).encode())
+    assert record.fields == kept
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chat_cases import CHATML, INST, LLAMA3, MARKED, say
+from chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
 from test_data_tokenizer import save_byte_level, save_metaspace
 
 from data.formats import Conversation, PromptCompletion, Text, TokenIds
@@ -262,6 +262,15 @@ def test_tools_and_variables_reach_the_template_and_choose_it(tmp_path: Path) ->
     unread = Conversation(say("a", "b"), [1], variables={"documents": []})
     with pytest.raises(ValueError, match=r"chat_template\.jinja must read .* no use of documents"):
         to_sample(unread, tokenizer, train_on="all")
+
+
+def test_a_template_that_joins_arguments_to_text_learns_them(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, template=JOINED_CALLS))
+    messages = [*say("hi"), {"role": "assistant", "content": "", "tool_calls": call({"x": 1})}]
+    for train_on in ("completions", "all"):
+        sample = to_sample(Conversation(messages, [1]), tokenizer, train_on=train_on)
+        (run,) = learned(sample, tokenizer)
+        assert run.endswith('<call>add\n{"x": 1}</call><|end_of_text|>')
 
 
 def test_messages_that_the_template_refuses_are_value_errors(tmp_path: Path) -> None:

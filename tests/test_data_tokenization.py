@@ -109,6 +109,26 @@ def test_what_is_wrong_with_every_record_is_no_bad_line(tmp_path: Path) -> None:
         tokens_of(path, tokenizer, 1, skip_bad_lines=True)
 
 
+def test_ignored_fields_change_neither_the_format_nor_the_samples(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = many(3)
+    expected = tokens_of(write(tmp_path / "x.jsonl", records), tokenizer, 1)
+    beside = [{**r, "mood": "m", "messages": "old"} for r in records if isinstance(r, dict)]
+    path = write(tmp_path / "x.jsonl", list(beside))
+    ignored = {"ignored_fields": ("mood", "messages")}
+    assert tokens_of(path, tokenizer, 1, **ignored) == expected
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: .*lost: got mood, messages beside prompt"):
+        tokens_of(path, tokenizer, 1, data_format="prompt-completion")
+
+
+def test_preference_data_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pair = {"prompt": "say", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "x.jsonl", [pair])
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: .*not preference data .*got chosen, rej"):
+        tokens_of(path, tokenizer, 1)
+
+
 def test_nothing_but_bad_lines_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("{\n[]\n")
@@ -174,7 +194,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     note = "x" * 1500
     with path.open("w") as file:
         for i in range(60_000):
-            file.write(json.dumps({"prompt": str(i), "completion": "yo", "note": note}) + "\n")
+            file.write(json.dumps({"prompt": str(i), "completion": "yo", "meta": note}) + "\n")
     code = """
 import resource, sys
 from pathlib import Path

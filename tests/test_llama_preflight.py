@@ -1,13 +1,14 @@
 """llama/preflight.py: what is free decides the plan, and what did not fit has a next setting."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_llama_memory_plan import WORK
 
 from llama.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory
-from llama.preflight import next_setting, plan_run
+from llama.preflight import limit_memory, next_setting, plan_run
 
 
 def planned(
@@ -66,4 +67,21 @@ def test_the_next_setting_after_a_plan_is_leaner(
     monkeypatch: pytest.MonkeyPatch, device: str, activations: str, advice: str
 ) -> None:
     plan = planned(monkeypatch, 79 * GIB, activations, device=device)
-    assert re.fullmatch(advice, next_setting(WORK, plan, torch.device(device)))
+    assert re.fullmatch(advice, next_setting(WORK, plan.policies, torch.device(device)))
+
+
+@pytest.mark.parametrize(("max_memory", "budget"), [(None, 79), (24 * GIB, 24)])
+def test_torchs_allocator_is_left_what_a_plan_does_not_need_beside_it(
+    monkeypatch: pytest.MonkeyPatch, max_memory: int | None, budget: int
+) -> None:
+    plan = planned(monkeypatch, 79 * GIB, max_memory=max_memory)
+    shares = []
+    total = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    limit_memory(plan, torch.device("cuda"), max_memory)
+    (share,) = shares
+    available = min(budget * GIB, int(0.97 * 79 * GIB) + CONTEXT_BYTES)
+    beside = plan.moments + plan.graphs + CONTEXT_BYTES
+    assert share == pytest.approx((available - beside) / (80 * GIB))
+    assert plan.reserved <= share * 80 * GIB

@@ -362,7 +362,8 @@ def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter:
         while (line := process.stdout.readline()) != b"written\n":
             assert line
         process.send_signal(signal.SIGKILL)
-    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "merged.partial"]
+    left = ["adapter", "merged.quatrain.lock", "merged.quatrain.partial"]
+    assert sorted(path.name for path in adapter.parent.iterdir()) == left
     assert run(adapter) == output
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "merged"]
 

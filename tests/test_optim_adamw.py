@@ -94,6 +94,22 @@ def test_parameters_equal_torchs_bit_for_bit_on_the_cpu(weight_decay: float) -> 
     assert optimizer.num_steps == 100
 
 
+def test_a_step_whose_moments_have_no_room_changes_nothing() -> None:
+    class Full(OrdinaryMemory):
+        def prefetch(self) -> None:
+            raise torch.OutOfMemoryError("the GPU must have 64 MiB free")
+
+    ours = make_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    optimizer = AdamW(ours, weight_decay=0.0, memory=Full)
+    set_gradients(ours, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="64 MiB"):
+        optimizer.step(0.1)
+    assert_same(values_of(ours), before)
+    assert optimizer.num_steps == 0
+    assert not any(moment.any() for moment in optimizer.state_tensors().values())
+
+
 def test_norm_and_clipping_equal_torchs() -> None:
     for max_norm in (0.5, 1e6):
         ours, theirs = make_parameters(), make_parameters()

@@ -1,12 +1,19 @@
-"""run/atomic.py, run/checkpoint.py, run/folder.py and run/metrics.py: what lies on the disk."""
+"""run/atomic.py, run/checkpoint.py, run/folder.py, run/lock.py, run/metrics.py: what is on disk."""
 
+import errno
+import fcntl
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from equality import assert_equal
 
 from run.atomic import clean, new_files, new_folder, write_text
@@ -15,6 +22,7 @@ from run.checkpoint import (
     MANIFEST_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
+    Checkpoint,
     RunState,
     list_checkpoints,
     load_checkpoint,
@@ -23,10 +31,25 @@ from run.checkpoint import (
     save_checkpoint,
 )
 from run.config import TrainConfig
-from run.folder import check_output, choose_output, open_output, resume_point
+from run.folder import (
+    check_new_folder,
+    check_output,
+    check_writable,
+    new_output,
+    open_output,
+    resume_point,
+)
+from run.lock import LOCK_FILE, check_unlocked, locked
 from run.metrics import METRICS_FILE, StepRows, describe
 
 CONFIG = TrainConfig(model="m", data="d")
+PARTIAL = ".quatrain.partial"
+
+
+def begin_run(config: TrainConfig, resumed: Checkpoint | None = None, *damaged: Path) -> str:
+    """Open an output folder as a run does, and end at once."""
+    with open_output(config, resumed, damaged) as opened:
+        return opened.output
 
 
 def names(folder: Path) -> list[str]:
@@ -80,12 +103,22 @@ def test_new_files_go_into_folders_that_are_there_already(tmp_path: Path) -> Non
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
-    (tmp_path / "other.partial").write_text("half")
-    (tmp_path / "checkpoint-5.partial").mkdir()
-    (tmp_path / "checkpoint-5.partial" / "state.json").write_text("{")
+    (tmp_path / "film.partial").write_text("somebody else's")
+    (tmp_path / f"other{PARTIAL}").write_text("half")
+    (tmp_path / f"checkpoint-5{PARTIAL}").mkdir()
+    (tmp_path / f"checkpoint-5{PARTIAL}" / "state.json").write_text("{")
     assert load_newest_checkpoint(tmp_path) == (None, {})
     clean(tmp_path)
-    assert names(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file", "film.partial"]
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_a_half_written_one(tmp_path: Path) -> None:
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "thesis").write_text("the only copy")
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+    write_text(tmp_path / "b", "x")
+    assert (tmp_path / "a.partial" / "thesis").read_text() == "the only copy"
 
 
 def save(folder: Path, step: int, best: dict[str, torch.Tensor] | None = None) -> Path:
@@ -144,10 +177,73 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert list(damaged) == [path]
 
 
+def stale(path: Path, *args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+
+def deny(path: Path, *args: Any, **kwargs: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("refuse", [stale, deny])
+@pytest.mark.parametrize("method", ["open", "read_bytes", "read_text"])
+def test_a_file_that_cannot_be_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., None], method: str
+) -> None:
+    save(tmp_path, 2)
+    path = save(tmp_path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with pytest.raises(OSError, match=r"checkpoint-3 must be readable: got .* left as it is"):
+            load_newest_checkpoint(tmp_path)
+    newest, damaged = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.path, damaged) == (path, {})
+
+
+def test_a_state_of_another_version_is_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    path = save(tmp_path, 3)
+    state = json.loads((path / STATE_FILE).read_text()) | {"temperature": 1.0}
+    (path / STATE_FILE).write_text(json.dumps(state))
+    hashes = json.loads((path / MANIFEST_FILE).read_text())
+    hashes[STATE_FILE] = hashlib.sha256((path / STATE_FILE).read_bytes()).hexdigest()
+    (path / MANIFEST_FILE).write_text(json.dumps(hashes))
+    with pytest.raises(ValueError, match=r"-3 must be a checkpoint of this version: .*temperature"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    begin_run(config)
+    for number in ("", "-2"):
+        path = save(tmp_path, 3)
+        flip_a_bit(path / OPTIMIZER_FILE)
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        begin_run(config, None, path)
+        aside = tmp_path / f"checkpoint-3.damaged{number}"
+        assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+        assert f"{path} is set aside as {aside.name}\n" in capsys.readouterr().out
+        assert list_checkpoints(tmp_path) == []
+
+
+def test_a_run_killed_between_a_save_and_the_removal_keeps_no_more_than_asked_for(
+    tmp_path: Path,
+) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto", save_total_limit=2)
+    begin_run(config)
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    begin_run(config, load_checkpoint(tmp_path / "checkpoint-3"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_with_nothing_but_damaged_checkpoints_no_run_begins_anew(tmp_path: Path) -> None:
     for step in (2, 3):
         flip_a_bit(save(tmp_path, step) / STATE_FILE)
-    with pytest.raises(ValueError, match=r"must be whole: .*-3 .*-2 must be .*; delete them"):
+    with pytest.raises(ValueError, match=r"must be whole: .*-3 .*-2 must be .*; move them"):
         load_newest_checkpoint(tmp_path)
 
 
@@ -173,7 +269,7 @@ def test_old_checkpoints_go_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "out"))
     check_output(config)
-    open_output(config)
+    begin_run(config)
     with pytest.raises(ValueError, match=r"new or empty folder: .*out holds config\.json"):
         check_output(config)
     (tmp_path / "file").write_text("")
@@ -192,7 +288,7 @@ def test_a_resumed_run_keeps_its_flags(tmp_path: Path) -> None:
     # a folder that is not there yet: nothing to resume, which is no error
     check_output(config)
     assert resume_point(config) == (None, {})
-    open_output(config)
+    begin_run(config)
     check_output(config)
     with pytest.raises(ValueError, match=r"--lora-r was 16, now 8"):
         check_output(replace(config, lora_r=8))
@@ -206,10 +302,140 @@ def test_without_output_the_next_free_folder_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = choose_output(CONFIG)
-    open_output(first)
-    assert [first.output, choose_output(CONFIG).output] == ["out/run-1", "out/run-2"]
-    assert choose_output(replace(CONFIG, output="x")).output == "x"
+    # two runs that begin at once
+    with open_output(CONFIG) as first, open_output(CONFIG) as second:
+        assert [first.output, second.output] == ["out/run-1", "out/run-2"]
+    assert begin_run(CONFIG) == "out/run-3"
+    assert json.loads((tmp_path / "out/run-3/config.json").read_text())["output"] == "out/run-3"
+    assert begin_run(replace(CONFIG, output="x")) == "x"
+
+
+def test_one_process_writes_a_folder_at_a_time(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path / "out"))
+    resumed = replace(config, resume="auto")
+    with open_output(config):
+        for late in (config, resumed):
+            for door in (check_output, begin_run):
+                with pytest.raises(ValueError, match="by one process at a time: another one is"):
+                    door(late)
+    # its lock ends with it
+    assert names(tmp_path / "out") == ["config.json"]
+    check_output(resumed)
+    begin_run(resumed)
+
+
+def test_the_lock_of_a_killed_process_stops_nobody(tmp_path: Path) -> None:
+    code = "import os, sys, time\nfrom pathlib import Path\nfrom run.lock import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'it'):\n    print('held', flush=True)\n"
+    code += "    time.sleep(600)"
+    lock = tmp_path / LOCK_FILE
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another one is writing it"):
+            check_unlocked(lock, "it")
+        process.kill()
+    assert lock.is_file()
+    check_unlocked(lock, "it")
+    check_output(replace(CONFIG, output=str(tmp_path)))
+    begin_run(replace(CONFIG, output=str(tmp_path)))
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / LOCK_FILE, fcntl.flock
+
+    def removed(descriptor: int, kind: int) -> None:
+        monkeypatch.undo()
+        # whoever held it ends between the two calls
+        path.unlink()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr("run.lock.fcntl.flock", removed)
+    with locked(path, "it"), pytest.raises(ValueError, match="another one is writing it"):
+        check_unlocked(path, "it")
+
+
+def test_a_disk_without_locks_is_used_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("run.lock.fcntl.flock", unknown)
+    begin_run(replace(CONFIG, output=str(tmp_path / "out")))
+    assert "has no locks (Function not implemented): let no second" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_another_process_wrote_meanwhile_is_not_gone_back_over(
+    tmp_path: Path,
+) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    begin_run(config)
+    save(tmp_path, 1)
+    resumed, _ = resume_point(config)
+    save(tmp_path, 2)
+    with pytest.raises(ValueError, match="must stay as it is while a run begins"):
+        begin_run(config, resumed)
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"must be in a folder: got .*out, and .*file is a file"):
+        check_writable(tmp_path / "file" / "out")
+    assert names(tmp_path) == ["file"]
+    with pytest.raises(ValueError, match="--output must be writable: /proc: "):
+        check_writable(Path("/proc/out"))
+
+
+def test_a_link_is_followed_wherever_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    begin_run(replace(CONFIG, output=str(tmp_path / "run")))
+    assert names(tmp_path / "disk" / "run") == ["config.json"]
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    # nothing there, and an empty folder
+    for _ in range(2):
+        check_new_folder(tmp_path / "model", 0)
+        with new_output(tmp_path / "model") as folder:
+            (folder / "file").write_text("x")
+        assert names(tmp_path / "disk") == ["model", "run"]
+        assert names(tmp_path / "model") == ["file"]
+        (tmp_path / "model" / "file").unlink()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="than the one you are in; give a folder inside it"):
+        check_new_folder(Path(), 0)
+    (tmp_path / "mount").mkdir(mode=0o700)
+    check_new_folder(tmp_path / "mount", 0)
+    assert (tmp_path / "mount").stat().st_mode & 0o7777 == 0o700
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    with pytest.raises(ValueError, match=r"replaced: .*mount: Device or resource busy; give"):
+        check_new_folder(tmp_path / "mount", 0)
+
+
+def test_two_processes_do_not_write_one_new_folder(tmp_path: Path) -> None:
+    with new_output(tmp_path / "model") as first:
+        (first / "file").write_text("x")
+        with (
+            pytest.raises(ValueError, match="by one process at a time: another one is writing it"),
+            new_output(tmp_path / "model"),
+        ):
+            pytest.fail("the second one began")
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["file"]
 
 
 def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) -> None:

@@ -277,6 +277,23 @@ def test_moments_are_fetched_once_a_step_beside_its_last_micro_batch(
     assert calls == ["__call__", "__call__", "prefetch", "__call__"] * 2
 
 
+def test_a_rank_without_micro_batches_fetches_its_moments_before_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+    for name in ("prefetch", "step"):
+        function = getattr(AdamW, name)
+
+        def recorded(*args: Any, name: str = name, function: Any = function) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(AdamW, name, recorded)
+    monkeypatch.setattr(Ranks, "share", lambda self, items: [])
+    run(tmp_path, "--max-steps 2")
+    assert calls == ["prefetch", "step"] * 2
+
+
 def test_a_step_is_taken_at_its_own_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,16 @@ def test_it_is_said_which_files_are_read_and_that_a_template_is_another_models(
     assert re.search(rf"{warning}tokenizer: <\|two\|> is \d tokens; records .* it: 3;", said), said
 
 
+def test_fields_are_lost_only_where_a_flag_names_them(tmp_path: Path) -> None:
+    data = small_data(tmp_path)
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    lines = [json.dumps({**record, "mood": "m", "voice": 1}) for record in records]
+    data.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r":1: .*must have no field that .*got mood, voice beside"):
+        run(data, tmp_path / "out")
+    run(data, tmp_path / "out", "--ignore-fields mood,,voice")
+
+
 def test_the_parts_do_not_overlap_and_do_not_move(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(BUNDLED / "model")
     lines = (BUNDLED / "data.jsonl").read_text().splitlines()[:100]

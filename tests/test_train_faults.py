@@ -4,6 +4,7 @@ What is lost is at most the steps since the last checkpoint, and what comes out 
 bit.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -11,7 +12,10 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
+import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import train
 from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
+from run.signals import StopRequest
 
 NUM_STEPS = 30
 NUM_KILLS = 20
@@ -106,7 +111,7 @@ def test_killed_at_random_moments_and_inside_a_save_it_ends_bit_for_bit_the_same
     assert_equals(output, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -123,6 +128,62 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert f"stopped by {number.name} after step {step} of {NUM_STEPS}: " in said
     assert f"checkpoint-{step} has the run as it stands, --resume goes on from there" in said
     code, said = TrainProcess(output, *never_saving, "--resume", "auto").finish()
+    assert code == 0, said
+    assert_equals(output, whole)
+
+
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    never_saving = flags(tmp_path, "--save-steps", "0")
+    ours, theirs = os.openpty()
+    command = [sys.executable, "train.py", "--output", str(output), *never_saving]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        while not (output / "metrics.jsonl").is_file() or len(rows(output)) < 3:
+            assert process.poll() is None
+            # a terminal that nobody reads would stop the run
+            with suppress(BlockingIOError):
+                os.read(ours, 1 << 16)
+            time.sleep(0.001)
+        os.close(ours)
+        process.wait(60)
+    step = last_step(output)
+    assert 3 <= step < NUM_STEPS
+    assert list_checkpoints(output) == [output / f"checkpoint-{step}"]
+    code, said = TrainProcess(output, *never_saving, "--resume").finish()
+    assert code == 0, said
+    assert_equals(output, whole)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = TrainProcess(output, *flags(tmp_path))
+    first.wait_until(lambda: last_step(output) >= 3)
+    for more in ("--resume", "--no-resume"):
+        with pytest.raises(ValueError, match="by one process at a time: another one is writing it"):
+            train.main(["--output", str(output), *flags(tmp_path, more)])
+    code, said = first.finish()
     assert code == 0, said
     assert_equals(output, whole)
 
@@ -201,6 +262,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> Non
     assert code == 0, said
     assert f"got {OPTIMIZER_FILE} with another hash than sha256.json has; going back" in said
     assert f"checkpoint-{step - 1}: {step - 1} steps done" in said
+    assert (output / f"{newest.name}.damaged" / OPTIMIZER_FILE).read_bytes() == content
     assert_equals(output, whole)
 
 

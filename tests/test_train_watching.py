@@ -1,5 +1,7 @@
 """What a run shows of itself: loss.png, trackers, answers on the way, early stopping, the bar."""
 
+import errno
+import itertools
 import json
 import signal
 import sys
@@ -21,6 +23,7 @@ from optim.adamw import AdamW
 from run.metrics import Progress
 
 ADAPTER = "adapter_model.safetensors"
+CLOCK = ("tokens_per_second", "peak_memory_bytes")
 
 
 def train_small(folder: Path, flags: str, name: str = "out", prompt: str = "") -> Path:
@@ -275,3 +278,119 @@ def test_a_terminal_has_a_bar_with_what_is_left_speed_and_memory(
     # elapsed and left
     assert "<" in last
     assert "1,234 tok/s  3.00 GiB" in last
+
+
+PROMPT = "Who is Ember?"
+WATCHED = "--report-to wandb --sample-steps 2 --push-to-hub owner/name"
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise KeyError("something that nobody foresaw")
+
+
+def leave(*args: Any, **kwargs: Any) -> Any:
+    sys.exit("this library ends the process")
+
+
+def run_out_of_memory(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def refuse_print(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def at_call(number: int, function: Any, otherwise: Any = lambda *args, **kwargs: [1]) -> Any:
+    """Let the n-th call, counted from 1, and those after it fail."""
+    calls = itertools.count(1)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (function if next(calls) >= number else otherwise)(*args, **kwargs)
+
+    return called
+
+
+# what fails, and the words that say so
+DECORATIONS = {
+    "matplotlib is looked for": ("run.log.can_draw", fail, "loss.png has failed"),
+    "the chart is drawn": ("run.log.draw_losses", fail, "loss.png has failed"),
+    "the chart's library ends the process": ("run.log.draw_losses", leave, "loss.png has failed"),
+    "a tracker starts": ("wandb.init", fail, "--report-to wandb has failed"),
+    "a tracker logs": ("wandb.log", at_call(3, fail), "--report-to wandb has failed"),
+    "a tracker ends the process": ("wandb.log", leave, "--report-to wandb has failed"),
+    "a tracker finishes": ("wandb.finish", fail, "--report-to wandb has failed"),
+    "the prompt is answered": ("train.generate_greedy", fail, "--sample-prompt has failed"),
+    "the prompt is answered at the end": (
+        "train.generate_greedy",
+        at_call(4, run_out_of_memory),
+        "--sample-prompt has failed",
+    ),
+    "an answer is written": ("run.log.RunLog.add_answer", fail, "--sample-prompt has failed"),
+    "the card is composed": ("train.model_card", fail, "README.md has failed"),
+    "the adapter is pushed": ("train.push_folder", fail, "--push-to-hub has failed"),
+    "steps are shown": ("run.metrics.print", refuse_print, ""),
+}
+
+
+@pytest.mark.parametrize("place", DECORATIONS)
+def test_what_only_watches_costs_no_byte_of_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    plain = train_small(tmp_path, "", "plain")
+    monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
+    monkeypatch.setattr("job.job.check_push", lambda repository: None)
+    monkeypatch.setattr("train.push_folder", lambda *args: "an address")
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
+    where, how, words = DECORATIONS[place]
+    monkeypatch.setattr(where, how, raising=False)
+    output = train_small(tmp_path, WATCHED, "out", PROMPT)
+    said = capsys.readouterr().out
+    assert words in said
+    assert (output / ADAPTER).read_bytes() == (plain / ADAPTER).read_bytes()
+    figures = [
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in rows_of(folder)]
+        for folder in (output, plain)
+    ]
+    assert figures[0] == figures[1]
+    # whatever else watches goes on
+    assert ("pushed it: an address" in said) == ("pushed" not in place)
+    assert (output / "README.md").is_file() == ("card" not in place)
+    assert (output / "loss.png").is_file() == ("chart" not in place and "matplotlib" not in place)
+
+
+def test_a_tracker_that_failed_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trackers = [Recorder("wandb"), Recorder("trackio")]
+    for tracker in trackers:
+        monkeypatch.setitem(sys.modules, tracker.__name__, tracker)
+    monkeypatch.setattr("wandb.log", at_call(3, fail, trackers[0].log))
+    train_small(tmp_path, "--report-to wandb,trackio")
+    assert [[step for step, _ in tracker.logged] for tracker in trackers] == [
+        [1, 2],
+        [1, 2, 3, 4, 5, 6],
+    ]
+    assert [tracker.num_finished for tracker in trackers] == [0, 1]
+    assert capsys.readouterr().out.count("--report-to wandb has failed") == 1
+
+
+def test_the_adapter_is_saved_before_anything_that_only_watches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(name: str) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> list[int]:
+            seen.append((name, (tmp_path / "out" / ADAPTER).is_file()))
+            return [1]
+
+        return noted
+
+    monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
+    places = ("wandb.finish", "run.log.draw_losses", "train.model_card", "train.generate_greedy")
+    for place in places:
+        monkeypatch.setattr(place, note(place))
+    train_small(tmp_path, "--report-to wandb", "out", PROMPT)
+    # the first answer is to the model before its first step
+    assert seen.pop(0) == ("train.generate_greedy", False)
+    assert sorted(seen) == sorted((place, True) for place in places)

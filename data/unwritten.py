@@ -1,0 +1,262 @@
+"""What a chat template leaves out of a conversation: it would be lost without a word.
+
+A template writes what its author thought of. A role that it does not know (developer, tool), the
+reasoning before an answer, a call, a speaker's name may not appear in its text at all, and two
+samples with opposite instructions become one prompt with two answers.
+
+Every part of a conversation therefore gets a mark of its own at its end, and the template writes
+the conversation once more, marks and all: a part whose mark is not in the text was left out.
+
+One such rendering stands for all conversations of its shape: the roles in their order, the fields
+of each message, which of them are empty, which texts hold "</think>", the options and the number of
+tools. Templates decide by these; the words themselves they copy, but for "</think>", where
+templates of reasoning models cut. So a million chats need a few hundred renderings more.
+
+Three things may be left out:
+
+- reasoning of an earlier turn, where the template writes it as long as that turn is the last, or
+  where that turn is not learned;
+- ids, and the name on a function's result: they say which call a result answers, and so does the
+  order of the messages;
+- fields that say where a message is from (IGNORED_FIELDS).
+
+A number or a boolean has no place for a mark: the template must read a field of that name.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.chat_template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
+from data.fields import IGNORED_FIELDS
+
+# judged elsewhere, or an id
+_UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))
+_RESULT_ROLES = ("tool", "function", "ipython")
+# a template must write these; others it may use in another way
+_WRITTEN_FIELDS = frozenset(
+    ("content", "name", "tool_calls", "function_call", "tools", *REASONING_FIELDS)
+)
+_END_OF_THOUGHT = "</think>"
+_NUM_QUOTED = 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a message, or of the tools, which have no index.
+
+    Attributes:
+        field: the message's field that it is in.
+        name: what an error calls it.
+    """
+
+    index: int | None
+    field: str
+    name: str
+    is_reasoning: bool = False
+
+
+# gives the mark of a part
+_Mark = Callable[[_Part], str]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A conversation that stands for all of its shape, to each of which it is equal."""
+
+    template_text: str
+    shape: tuple[object, ...]
+    template: ChatTemplate = field(compare=False)
+    messages: Sequence[Message] = field(compare=False)
+    variables: Mapping[str, Any] = field(compare=False)
+    text: str = field(compare=False)
+
+
+def check_written(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    text: str,
+    targets: Sequence[int],
+) -> None:
+    """Refuse a conversation of which the template leaves out what a target may depend on.
+
+    Args:
+        variables: as ChatTemplate.variables() gives them.
+        text: what the template writes.
+        targets: indices of the messages that are learned, ascending.
+
+    Raises:
+        ValueError: names the parts that are left out.
+    """
+    shape = _shape_of(template, messages, variables)
+    lost = []
+    for part, may_go in _unwritten(
+        _Probe(template.text, shape, template, messages, variables, text)
+    ):
+        if part.index is None:
+            lost.append(part.name)
+        # a target depends on nothing that comes after it
+        elif part.index <= targets[-1] and not (
+            may_go or (part.is_reasoning and part.index not in targets)
+        ):
+            role = messages[part.index]["role"]
+            lost.append(f"{part.name} of message {part.index} (role {role!r})")
+    if lost:
+        more = f" and {len(lost) - _NUM_QUOTED} more" if len(lost) > _NUM_QUOTED else ""
+        raise ValueError(
+            f"{template.name} must write all that an answer may depend on: got a template that "
+            f"ignores {', '.join(lost[:_NUM_QUOTED])}{more}; choose one that writes it "
+            "(--chat-template), or delete it from the data (a field also with --ignore-fields)"
+        )
+
+
+def _shape_of(
+    template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
+) -> tuple[object, ...]:
+    given = [(k, v) for k, v in variables.items() if k not in template.special_tokens]
+    options = tuple((k, v) for k, v in given if isinstance(v, (int, float, str)))
+    sizes = tuple((k, len(v)) for k, v in given if isinstance(v, (list, dict)))
+    return (options, sizes, *map(_shape_of_message, messages))
+
+
+def _shape_of_message(message: Message) -> tuple[object, ...]:
+    reasoning = [message[name] for name in REASONING_FIELDS if name in message]
+    is_said_once = all(each == reasoning[0] for each in reasoning)
+    return (is_said_once, *((key, _shape(key, value)) for key, value in message.items()))
+
+
+def _shape(name: str, value: object) -> object:
+    """What a template can decide by in a message's field."""
+    if isinstance(value, str):
+        return value if name == "role" else (bool(value.strip()), _END_OF_THOUGHT in value)
+    if name == "arguments" or not isinstance(value, (dict, list)):
+        return type(value), bool(value)
+    if isinstance(value, dict):
+        return tuple((key, _shape(key, each)) for key, each in value.items())
+    return tuple(_shape("", each) for each in value)
+
+
+# holds a conversation for each shape
+@functools.lru_cache(maxsize=256)
+def _unwritten(probe: _Probe) -> tuple[tuple[_Part, bool], ...]:
+    """The parts that the template leaves out, and whether each is reasoning that the template
+    writes while its turn is the last."""
+    prefix = "mark"
+    while prefix in probe.text.lower():
+        prefix += "k"
+    parts, together = _write_marked(probe, prefix)
+    left_out = []
+    for number, part in enumerate(parts):
+        text = together
+        if text is None:
+            _, text = _write_marked(probe, prefix, only=number)
+        # a template that refuses a mark has read the part
+        if text is None or _mark_of(prefix, number) in text:
+            continue
+        if part.field not in _WRITTEN_FIELDS and probe.template.reads(part.field):
+            continue
+        may_go = False
+        if part.is_reasoning:
+            assert part.index is not None
+            _, text = _write_marked(probe, prefix, only=number, end=part.index + 1)
+            may_go = text is not None and _mark_of(prefix, number) in text
+        left_out.append((part, may_go))
+    return tuple(left_out)
+
+
+def _write_marked(
+    probe: _Probe, prefix: str, *, only: int | None = None, end: int | None = None
+) -> tuple[list[_Part], str | None]:
+    """The parts, and the text with the marks of all of them, or of one.
+
+    Args:
+        end: the number of messages to write, all if None.
+
+    Returns:
+        None in place of a text that the template refuses to write.
+    """
+    parts: list[_Part] = []
+
+    def mark(part: _Part) -> str:
+        parts.append(part)
+        number = len(parts) - 1
+        return _mark_of(prefix, number) if only in (None, number) else ""
+
+    messages = [_marked(message, i, mark) for i, message in enumerate(probe.messages)]
+    tools = probe.variables["tools"]
+    if tools:
+        tools = [_marked_tool(tool, f"tools[{i}]", mark) for i, tool in enumerate(tools)]
+    try:
+        text = probe.template.attempt(messages[:end], {**probe.variables, "tools": tools})
+    except TEMPLATE_ERRORS:
+        return parts, None
+    # a template may write in capitals
+    return parts, text.lower()
+
+
+def _mark_of(prefix: str, number: int) -> str:
+    return f"{prefix}{number}x"
+
+
+def _marked(message: Message, index: int, mark: _Mark) -> Message:
+    marked = dict(message)
+    reasoning: dict[object, str] = {}
+    for key, value in message.items():
+        is_link = key == "name" and message["role"] in _RESULT_ROLES
+        if key in _UNMARKED_FIELDS | IGNORED_FIELDS or is_link or value in (None, "", [], {}):
+            continue
+        if key == "tool_calls":
+            marked[key] = [
+                _marked_call(call, _Part(index, key, f"{key}[{i}]"), mark)
+                for i, call in enumerate(value)
+            ]
+        elif key == "function_call":
+            marked[key] = _marked_call(value, _Part(index, key, key), mark)
+        elif isinstance(value, str):
+            if key == "content" and message["role"] == "assistant" and _END_OF_THOUGHT in value:
+                thought = _Part(index, key, f"the text before {_END_OF_THOUGHT}", True)
+                before, _, after = value.partition(_END_OF_THOUGHT)
+                value = before + mark(thought) + _END_OF_THOUGHT + after
+            part = _Part(index, key, key, key in REASONING_FIELDS)
+            # templates see the same reasoning under each of its names
+            if part.is_reasoning and value in reasoning:
+                marked[key] = reasoning[value]
+                continue
+            marked[key] = value + mark(part)
+            reasoning[value] = marked[key]
+        elif isinstance(value, dict):
+            marked[key] = _with_key(value, mark(_Part(index, key, key)))
+        elif isinstance(value, list):
+            marked[key] = [*value, mark(_Part(index, key, key))]
+        else:
+            mark(_Part(index, key, key))
+    return marked
+
+
+def _marked_call(call: Mapping[str, Any], part: _Part, mark: _Mark) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _marked_call(call["function"], part, mark)}
+    marked = dict(call)
+    if isinstance(call.get("name"), str):
+        marked["name"] += mark(_Part(part.index, part.field, f"{part.name}.name"))
+    if arguments := call.get("arguments"):
+        added = mark(_Part(part.index, part.field, f"{part.name}.arguments"))
+        is_text = isinstance(arguments, str)
+        marked["arguments"] = arguments + added if is_text else _with_key(arguments, added)
+    return marked
+
+
+def _marked_tool(tool: Any, name: str, mark: _Mark) -> Any:
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _marked_tool(tool["function"], name, mark)}
+    if not isinstance(tool.get("name"), str):
+        return tool
+    return {**tool, "name": tool["name"] + mark(_Part(None, "tools", name))}
+
+
+def _with_key(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {**value, key: ""} if key else dict(value)
