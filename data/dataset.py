@@ -149,9 +149,10 @@ def _templates(counts: Counts, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    # a model may well have rows to spare: vocabularies are padded to round numbers
-    if tokenizer.vocab_size > vocab_size:
+    # a model may well have rows to spare: vocabularies are padded to round numbers; added tokens
+    # beyond its rows are refused where a sample has one
+    if tokenizer.own_vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer's ids must be below the model's vocabulary of {vocab_size:,}: got ids "
-            f"up to {tokenizer.vocab_size - 1:,}; take the tokenizer files of the model itself"
+            f"up to {tokenizer.own_vocab_size - 1:,}; take the tokenizer files of the model itself"
         )

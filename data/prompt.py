@@ -3,14 +3,19 @@
 from data.tokenizer import Tokenizer
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Token ids of a prompt, as a user's message where there is a chat template.
 
+    Args:
+        vocab_size: rows of the model's embedding.
+
     Raises:
-        ValueError: the template refuses it.
+        ValueError: the template refuses it, or the model does not know one of its tokens.
     """
-    if not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt, add_special_tokens=True)
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    text, has_template = prompt, tokenizer.has_chat_template
+    if has_template:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.chat_template().render(messages, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=not has_template)
+    tokenizer.check_rows(ids, vocab_size, "a prompt")
+    return ids

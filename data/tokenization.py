@@ -250,6 +250,8 @@ def _to_sample(example: Example, location: str, tokenizer: Tokenizer, recipe: Re
         raise ValueError(f"{location}: {error}") from error
     if isinstance(example, TokenIds):
         _check_ids(sample, recipe.vocab_size, location)
+    else:
+        tokenizer.check_rows(sample.input_ids, recipe.vocab_size, f"{location}: a sample")
     bos = tokenizer.bos_token_id
     if bos is not None and sample.input_ids[:2] == [bos, bos]:
         raise ValueError(
@@ -281,6 +283,13 @@ def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> N
         raise ValueError(
             "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
             "name it in tokenizer_config.json"
+        )
+    # a chat template writes it as text, where other samples get its id
+    if isinstance(example, Conversation) and not tokenizer.has_eos_as_one_token:
+        raise ValueError(
+            f"the eos_token {tokenizer.eos_token} must be one token of a text, or answers do not "
+            "end in it where a chat template writes it: it is several; list it among the "
+            "added_tokens of tokenizer.json"
         )
 
 

@@ -52,8 +52,11 @@ class Tokenizer:
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
         closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
+        has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
+        own_vocab_size: the same without added tokens, of which a model may have no rows: a token to
+            pad with, which no text has.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class Tokenizer:
         self.bos_token_id = self._named_id("bos_token", self.bos_token)
         self.eos_token_id = self._named_id("eos_token", self.eos_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        own = backend.get_vocab(with_added_tokens=False)
+        added = backend.get_added_tokens_decoder()
+        self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
         special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
         self.special_ids = frozenset(special | named)
@@ -88,6 +94,8 @@ class Tokenizer:
         closing = self.special_ids - ({self.bos_token_id} - {self.eos_token_id})
         self.closing_ids = closing
         self.closing_tokens = tuple(t for i in closing if (t := backend.id_to_token(i)) is not None)
+        spelled = self.encode(self.eos_token or "", add_special_tokens=False)
+        self.has_eos_as_one_token = spelled == [self.eos_token_id]
         self._is_blank: dict[int, bool] = {}
         self._letter = self.encode("a", add_special_tokens=False)
         probe = self.encode("a", add_special_tokens=True)
@@ -197,6 +205,23 @@ class Tokenizer:
             },
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def check_rows(self, ids: list[int], vocab_size: int, what: str) -> None:
+        """Refuse a token that was added to the tokenizer and not to the model.
+
+        Args:
+            vocab_size: rows of the model's embedding.
+            what: begins the message.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if (highest := max(ids, default=0)) >= vocab_size:
+            token = self.decode([highest], skip_special_tokens=False)
+            raise ValueError(
+                f"{what} must have tokens of the model's vocabulary of {vocab_size:,}: got "
+                f"{token!r} (id {highest:,}), which was added to the tokenizer alone; leave it out"
+            )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from tqdm import tqdm
 
-from data import audit
+from data import audit, template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
@@ -48,6 +48,8 @@ def load_data(
                 report=report,
             )
         audit.say(f"{place}: {audit.describe(dataset)}")
+        for warning in template_marks.warnings(dataset.counts, tokenizer):
+            audit.say(warning)
         for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
             audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
         audit.check(dataset, flag, allow_truncation=config.allow_truncation)

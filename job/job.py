@@ -153,7 +153,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt = encode_prompt(config.sample_prompt, tokenizer) if config.sample_prompt else None
+    prompt = None
+    if config.sample_prompt:
+        prompt = encode_prompt(config.sample_prompt, tokenizer, llama_config.vocab_size)
 
     row_length = config.max_length if config.packing else 0
     num_own = config.gradient_accumulation_steps

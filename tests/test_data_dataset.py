@@ -9,6 +9,7 @@ from chat_cases import CHATML, INST, say
 from test_data_tokenizer import save_byte_level
 
 from data.dataset import Dataset, load_dataset
+from data.prompt import encode_prompt
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
 
@@ -172,6 +173,34 @@ def test_a_tokenizer_beyond_the_models_vocabulary_is_refused_before_the_file_is_
         load_dataset([tmp_path / "none.jsonl"], tokenizer, vocab_size=size - 1)
     # padded to a round number
     load(tmp_path, tokenizer, {"text": "a"}, vocab_size=size + 7)
+
+
+def test_an_added_token_beyond_the_models_rows_is_refused_where_a_sample_has_it(
+    tmp_path: Path,
+) -> None:
+    folder = save_byte_level(tmp_path)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    size = len(content["model"]["vocab"])
+    pad = content["added_tokens"][0] | {"id": size + 3, "content": "<|pad|>"}
+    content["added_tokens"].append(pad)
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(folder)
+    pad_id = tokenizer.encode("<|pad|>", add_special_tokens=False)[0]
+    assert tokenizer.vocab_size == pad_id + 1 > size == tokenizer.own_vocab_size
+    records = {"text": "hello"}, {"text": "a<|pad|>"}
+    load(tmp_path, tokenizer, records[0], vocab_size=size)
+    message = rf"x\.jsonl:2: a sample must have tokens of the model's vocabulary of {size}: got "
+    with pytest.raises(ValueError, match=rf"{message}'<\|pad\|>' \(id {pad_id}\), which was added"):
+        load(tmp_path, tokenizer, *records, vocab_size=size)
+    # where the model has a row for it, it is a token like another
+    load(tmp_path, tokenizer, *records, vocab_size=pad_id + 1)
+    assert encode_prompt("hello", tokenizer, size) == tokenizer.encode("hello", True)
+    with pytest.raises(ValueError, match=r"a prompt must have tokens .* '<\|pad\|>'"):
+        encode_prompt("a<|pad|>", tokenizer, size)
+    # a vocabulary of another model is refused as a whole
+    with pytest.raises(ValueError, match=rf"got ids up to {size - 1};"):
+        load(tmp_path, tokenizer, records[0], vocab_size=size - 1)
 
 
 @pytest.mark.parametrize(

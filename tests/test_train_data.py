@@ -1,6 +1,7 @@
 """train.py and its data: the audit before step 1, parts set aside, the same samples on resume."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,22 @@ def test_a_fraction_is_set_aside_by_content_and_evaluated_on(
     assert all("eval_loss" in rows_of(tmp_path / "out")[at] for at in (0, -1))
     said = capsys.readouterr().out
     assert f"{num_train} samples to learn from, {num_eval} to evaluate on" in said
+
+
+def test_it_is_said_which_files_are_read_and_that_a_template_is_another_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, template = tmp_path / "x.jsonl", tmp_path / "other.jinja"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    data.write_text((json.dumps({"messages": chat}) + "\n") * 3)
+    template.write_text(
+        "{% for m in messages %}<|one_{{ m.role }}|>{{ bos_token + m.content }}<|two|>{% endfor %}"
+    )
+    run(data, tmp_path / "out", f"--chat-template {template} --inspect 1")
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == f"--data: reading {data}"
+    warning = "warning: the chat template .*other.jinja has marks that are no tokens of this "
+    assert re.search(rf"{warning}tokenizer: <\|two\|> is \d tokens; records .* it: 3;", said), said
 
 
 def test_fields_are_lost_only_where_a_flag_names_them(tmp_path: Path) -> None:
