@@ -280,7 +280,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
     def leave(free: int) -> None:
         usage = shutil.disk_usage(ROOT)._replace(free=free)
-        monkeypatch.setattr("run.folder.shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("run.room.shutil.disk_usage", lambda path: usage)
 
     leave(num_bytes - 1)
     with pytest.raises(
