@@ -314,6 +314,18 @@ def test_an_empty_output_folder_is_taken(adapter: Path) -> None:
     assert (run(adapter) / "model.safetensors").is_file()
 
 
+def test_every_flag_that_is_a_path_knows_the_home_folder(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = adapter.parent
+    monkeypatch.setenv("HOME", str(home))
+    (home / "base").symlink_to(MODEL)
+    (home / "text").write_text("Who is Ember?")
+    flags = "--model=~/base --adapter=~/adapter --output=~/merged --text=~/text --device cpu"
+    merge.main(flags.split())
+    assert (home / "merged" / "model.safetensors").is_file()
+
+
 # says when all weights are written, and waits before the rest is
 WAITING = """
 import sys, time, merge
