@@ -337,7 +337,9 @@ merge.main(sys.argv[1:])
 """
 
 
-def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter: Path) -> None:
+def test_a_second_merge_is_refused_and_the_next_one_removes_what_a_killed_one_left(
+    adapter: Path,
+) -> None:
     output = adapter.parent / "merged"
     flags = ["--model", MODEL, "--adapter", adapter, "--output", output, "--device", "cpu"]
     command = [sys.executable, "-c", WAITING, *map(str, flags)]
@@ -345,6 +347,9 @@ def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter:
         assert process.stdout is not None
         while (line := process.stdout.readline()) != b"written\n":
             assert line
+        with pytest.raises(ValueError, match="by one process at a time: another one is writing it"):
+            run(adapter)
+        assert (adapter.parent / "merged.quatrain.partial" / "model.safetensors").is_file()
         process.send_signal(signal.SIGKILL)
     left = ["adapter", "merged.quatrain.lock", "merged.quatrain.partial"]
     assert sorted(path.name for path in adapter.parent.iterdir()) == left

@@ -43,6 +43,7 @@ from run.folder import (
 from run.lock import LOCK_FILE, check_unlocked, locked
 from run.metrics import METRICS_FILE, StepRows, describe
 from run.room import checkpoint_bytes, num_checkpoints, reserved
+from run.trackers import run_name
 
 CONFIG = TrainConfig(model="m", data="d")
 PARTIAL = ".quatrain.partial"
@@ -408,6 +409,20 @@ def test_a_link_is_followed_wherever_it_leads(tmp_path: Path) -> None:
         assert names(tmp_path / "disk") == ["model", "run"]
         assert names(tmp_path / "model") == ["file"]
         (tmp_path / "model" / "file").unlink()
+
+
+def test_the_folder_that_one_is_in_can_be_a_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, output=".")
+    check_output(config)
+    check_writable(Path(config.output))
+    begin_run(config)
+    assert names(tmp_path) == ["config.json"]
+    assert run_name(config, RunState("2026-01-01T00:00:00")) == (
+        f"{tmp_path.name}-2026-01-01T000000"
+    )
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
