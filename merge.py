@@ -149,7 +149,8 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
     """
     given = build_parser().parse_args(arguments)
     adapter = find_adapter(given.adapter, "--adapter")
-    if given.text and not Path(given.text).is_file():
+    text = Path(given.text).expanduser() if given.text else None
+    if text and not text.is_file():
         raise FileNotFoundError(f"--text must be a file: there is none at {given.text}")
     quantization, where = quantization_of(adapter, given.block_size, given.double_quant)
     if given.base == "nf4" and quantization is None:
@@ -161,9 +162,9 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
     return MergeConfig(
         model=find_checkpoint(given.model),
         adapter=adapter,
-        output=Path(given.output),
+        output=Path(given.output).expanduser(),
         base=given.base,
-        text=Path(given.text) if given.text else None,
+        text=text,
         device=torch.device(device),
         dtype=getattr(torch, choose_dtype(given.dtype, device)),
         quantization=quantization,

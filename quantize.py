@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from llama.checkpoint import find_checkpoint
 from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
-from run.folder import MB, check_new_folder, new_output
+from run.folder import check_new_folder, new_output
 from run.machine import choose_device
+from run.room import MB
 
 # config.json, the tokenizer and what else goes along
 COMPANION_BYTES = 64 << 20

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -35,7 +35,7 @@ from llama.micro_step import MicroStep
 from llama.model import Llama
 from llama.preflight import limit_memory, memory_line, next_setting, preflight
 from lora.adapter_file import load_adapter, save_adapter
-from optim.adamw import AdamW
+from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
@@ -50,11 +50,12 @@ from run.checkpoint import (
     save_checkpoint,
 )
 from run.config import TrainConfig
-from run.folder import open_output
+from run.folder import DEFAULT_PARENT, open_output
 from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
+from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
 from run.watching import Watching
@@ -89,6 +90,8 @@ class Run:
     loss_scale: LossScale
     best: dict[str, Tensor]  # the adapter of the lowest eval_loss, where it is kept
     pending: list[PendingStep] = field(default_factory=list)
+    # frees what was kept of the disk for the end
+    make_room: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> TrainConfig:
@@ -136,6 +139,8 @@ def carry_out(job: Job, ranks: Ranks) -> None:
     """
     config, state = job.config, job.state
     ranks.check_same("the model", hash_of(state.base))
+    if ranks.is_first and job.num_steps:
+        check_disk(job)
     run = begin(job, ranks)
     described = run.optimizer.describe()
     # but for what is each machine's own: where the folder is, what time it is
@@ -146,9 +151,32 @@ def carry_out(job: Job, ranks: Ranks) -> None:
     is_first = ranks.is_first
     opened = open_output(config, job.resumed, job.damaged) if is_first else nullcontext(config)
     with opened as job.config:
-        if is_first:
-            write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
-        train_and_save(run, described)
+        if not is_first:
+            train_and_save(run, described)
+            return
+        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        with reserved(job.output, size_of_checkpoint(job)) as run.make_room:
+            train_and_save(run, described)
+
+
+def check_disk(job: Job) -> None:
+    """Refuse a disk without room for the run's checkpoints and its adapter.
+
+    Raises:
+        ValueError: the disk has fewer bytes free.
+    """
+    config = job.config
+    count = num_checkpoints(config, job.state.step, job.num_steps)
+    advice = "--save-total-limit, " if count > 1 else ""
+    # the adapter at the end is a part of a checkpoint
+    num_bytes = (count + 1) * size_of_checkpoint(job)
+    check_room(Path(config.output or DEFAULT_PARENT), num_bytes, advice)
+
+
+def size_of_checkpoint(job: Job) -> int:
+    num_parameters = sum(p.numel() for p in job.work.model.trainable_parameters())
+    moment_bytes = moment_bytes_per_element(job.config.optim == "paged_adamw_8bit")
+    return checkpoint_bytes(job.config, num_parameters, moment_bytes)
 
 
 def train_and_save(run: Run, described: str) -> None:
@@ -172,8 +200,12 @@ def train_and_save(run: Run, described: str) -> None:
                 shortage = str(error)
             if shortage:
                 raise ranks.said_once(after_shortage(run, log, shortage))
+            run.make_room()
             if stopped_by:
-                path = save(run, log)
+                try:
+                    path = save(run, log)
+                except OSError as error:
+                    raise cannot_save(job, error) from None
                 log.say(
                     f"stopped by {stopped_by} after step {state.step:,} of {job.num_steps:,}: "
                     f"{path} has the run as it stands, --resume goes on from there"
@@ -246,6 +278,7 @@ def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
     job = run.job
     why = f"the GPU's memory must suffice for step {run.state.step + 1}: {shortage}"
     run.micro_step.release()
+    run.make_room()
     try:
         path = save(run, log)
         # a launcher ends all ranks when one does: those that write nothing wait
@@ -254,6 +287,14 @@ def after_shortage(run: Run, log: RunLog, shortage: str) -> CannotGoOn:
         return CannotGoOn(f"{why}; nor was it saved: {first_line(error)}; {last_checkpoint(job)}")
     advice = next_setting(job.work, job.policies, job.device)
     return CannotGoOn(f"{why}; {path} has the run as it stands; try {advice}")
+
+
+def cannot_save(job: Job, error: OSError) -> CannotGoOn:
+    """Say where a run goes on whose end the disk refused."""
+    return CannotGoOn(
+        f"{job.output} must take the results: got {error}; {last_checkpoint(job)}; make room, or "
+        "move the folder to another disk and give its place as --output, with --resume"
+    )
 
 
 def last_checkpoint(job: Job) -> str:
@@ -607,13 +648,23 @@ def save_results(run: Run, log: RunLog) -> list[str]:
     if not (run.job.num_steps and run.ranks.is_first):
         return []
     output = run.job.output
-    with new_files(output) as folder:
-        write_adapter(folder, run)
-        run.job.tokenizer.save(folder)
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        names = [path.relative_to(folder).as_posix() for path in paths]
+    try:
+        with new_files(output) as folder:
+            write_adapter(folder, run)
+            names = names_in(folder)
+    except OSError as error:
+        raise cannot_save(run.job, error) from None
     log.say(f"saved the adapter in {output}")
+    # its files are in the model's folder, which may be gone by now
+    with Watching("the tokenizer's copy", log.say), new_files(output) as folder:
+        run.job.tokenizer.save(folder)
+        names += names_in(folder)
     return names
+
+
+def names_in(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def write_card(run: Run, log: RunLog) -> None:

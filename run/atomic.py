@@ -17,6 +17,11 @@ from safetensors import SafetensorError
 _SUFFIX = ".quatrain.partial"
 
 
+def half_written(path: Path) -> Path:
+    """What a file or folder is called until it is whole."""
+    return path.with_name(path.name + _SUFFIX)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -27,7 +32,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
-    partial = path.with_name(path.name + _SUFFIX)
+    partial = half_written(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -47,7 +52,7 @@ def _flush_files(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, replacing one of that name at once."""
-    partial = path.with_name(path.name + _SUFFIX)
+    partial = half_written(path)
     partial.write_text(text)
     _flush(partial)
     partial.replace(path)
@@ -90,7 +95,7 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen with a part of its files."""
-    partial = path.with_name(path.name + _SUFFIX)
+    partial = half_written(path)
     path.rename(partial)
     shutil.rmtree(partial)
 

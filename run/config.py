@@ -9,6 +9,7 @@ resolved config is written to OUT/config.json; `--config OUT/config.json` runs i
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -42,6 +43,8 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# flags that may name a place on the disk; a shell leaves ~ alone in --model=~/base
+_PLACES = ("model", "data", "output", "eval_data", "chat_template", "init_adapter")
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
@@ -337,7 +340,8 @@ def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> Tra
     """
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config")
-    values = read_fields(Path(file)) | given if file else given
+    given = _expand_home(given)
+    values = read_fields(Path(file).expanduser()) | given if file else given
     if not values.get("model") and not values.get("data"):
         values = without_model | values
     config = TrainConfig(**values)
@@ -352,6 +356,12 @@ def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> Tra
             "--resume must be given with --output, the folder of the run to go on with"
         )
     return config
+
+
+def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
+    """Write out the ~ of places on the disk."""
+    places = {name: os.path.expanduser(values[name]) for name in _PLACES if name in values}
+    return values | places
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -389,7 +399,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             values[name] = float(value)
         elif type(value) not in kinds[name]:
             raise ValueError(f"{path}: {name} must be {kinds[name][0].__name__}: got {value!r}")
-    return values
+    return _expand_home(values)
 
 
 def to_json(config: TrainConfig) -> str:

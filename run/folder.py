@@ -2,7 +2,6 @@
 two processes write."""
 
 import itertools
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from run.checkpoint import (
 )
 from run.config import CONFIG_FILE, TrainConfig, differences, to_json
 from run.lock import LOCK_FILE, check_unlocked, locked
+from run.room import check_room
 
 DEFAULT_PARENT = Path("out")
-MB = 10**6
 
 
 def check_output(config: TrainConfig) -> None:
@@ -84,13 +83,7 @@ def check_new_folder(folder: Path, num_bytes: int) -> None:
     if folder.is_dir():
         _check_replaceable(folder.resolve())
     check_writable(folder)
-    there = _first_that_is(folder)
-    free = shutil.disk_usage(there).free
-    if free < num_bytes:
-        raise ValueError(
-            f"--output must have room for {num_bytes / MB:,.1f} MB: {there} has {free / MB:,.1f}; "
-            "choose another disk, or make room"
-        )
+    check_room(folder, num_bytes)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -79,10 +79,10 @@ def model_card(config: TrainConfig, rows: Sequence[Row]) -> str:
         rows: of metrics.jsonl, at least one.
     """
     # what is no folder here was found on the hub, by an id that may have a revision
-    is_local = Path(config.model).expanduser().is_dir()
+    is_local = Path(config.model).is_dir()
     base = None if is_local else config.model.partition("@")[0]
     place = "path/to/the/base" if is_local else config.model
-    name = base or Path(config.model).expanduser().resolve().name
+    name = base or Path(config.model).resolve().name
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return f"""{_front_matter(config, base)}

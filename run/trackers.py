@@ -44,14 +44,16 @@ class _TensorBoard:
         self._writer.close()
 
 
-def _run_name(config: TrainConfig, state: RunState) -> str:
+def run_name(config: TrainConfig, state: RunState) -> str:
     """A name that a resumed run has, too, and no other run."""
-    return f"{Path(config.output).name}-{state.started[:19].replace(':', '')}"
+    # of `.`, too
+    folder = Path(config.output).absolute().name
+    return f"{folder}-{state.started[:19].replace(':', '')}"
 
 
 class _Wandb:
     def __init__(self, config: TrainConfig, state: RunState) -> None:
-        name = _run_name(config, state)
+        name = run_name(config, state)
         self._run: Any = importlib.import_module("wandb").init(
             project=PROJECT,
             name=name,
@@ -73,7 +75,7 @@ class _Trackio:
         self._trackio: Any = importlib.import_module("trackio")
         self._trackio.init(
             project=PROJECT,
-            name=_run_name(config, state),
+            name=run_name(config, state),
             resume="allow",
             config=asdict(config),
         )

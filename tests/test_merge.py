@@ -308,7 +308,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
     def leave(free: int) -> None:
         usage = shutil.disk_usage(ROOT)._replace(free=free)
-        monkeypatch.setattr("run.folder.shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("run.room.shutil.disk_usage", lambda path: usage)
 
     leave(num_bytes - 1)
     with pytest.raises(
@@ -342,6 +342,18 @@ def test_an_empty_output_folder_is_taken(adapter: Path) -> None:
     assert (run(adapter) / "model.safetensors").is_file()
 
 
+def test_every_flag_that_is_a_path_knows_the_home_folder(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = adapter.parent
+    monkeypatch.setenv("HOME", str(home))
+    (home / "base").symlink_to(MODEL)
+    (home / "text").write_text("Who is Ember?")
+    flags = "--model=~/base --adapter=~/adapter --output=~/merged --text=~/text --device cpu"
+    merge.main(flags.split())
+    assert (home / "merged" / "model.safetensors").is_file()
+
+
 # says when all weights are written, and waits before the rest is
 WAITING = """
 import sys, time, merge
@@ -353,7 +365,9 @@ merge.main(sys.argv[1:])
 """
 
 
-def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter: Path) -> None:
+def test_a_second_merge_is_refused_and_the_next_one_removes_what_a_killed_one_left(
+    adapter: Path,
+) -> None:
     output = adapter.parent / "merged"
     flags = ["--model", MODEL, "--adapter", adapter, "--output", output, "--device", "cpu"]
     command = [sys.executable, "-c", WAITING, *map(str, flags)]
@@ -361,6 +375,9 @@ def test_killed_it_leaves_no_folder_and_the_next_merge_removes_its_rest(adapter:
         assert process.stdout is not None
         while (line := process.stdout.readline()) != b"written\n":
             assert line
+        with pytest.raises(ValueError, match="by one process at a time: another one is writing it"):
+            run(adapter)
+        assert (adapter.parent / "merged.quatrain.partial" / "model.safetensors").is_file()
         process.send_signal(signal.SIGKILL)
     left = ["adapter", "merged.quatrain.lock", "merged.quatrain.partial"]
     assert sorted(path.name for path in adapter.parent.iterdir()) == left

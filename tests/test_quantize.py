@@ -27,6 +27,7 @@ from llama.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight
 from run.config import parse_config
+from run.folder import new_output
 
 MODEL = BUNDLED / "model"
 
@@ -219,6 +220,14 @@ def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path: Path) -> None:
         ):
             run(MODEL, taken)
     assert (output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_copy_that_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with new_output(tmp_path / "copy") as folder:
+        (folder / "half").write_text("x")
+        with pytest.raises(ValueError, match="by one process at a time: another one is writing it"):
+            run(MODEL, tmp_path / "copy")
+        assert (folder / "half").is_file()
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

@@ -52,6 +52,21 @@ def test_values_out_of_range_are_refused(line: str, complaint: str) -> None:
         parse(line)
 
 
+def test_every_flag_that_is_a_path_knows_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("model", "data", "output", "eval_data", "chat_template", "init_adapter")
+    config = parse(" ".join(f"--{name.replace('_', '-')}=~/{name}" for name in names))
+    assert [getattr(config, name) for name in names] == [str(tmp_path / name) for name in names]
+    # and a file that a person wrote
+    fields = {name: f"~/{name}" for name in names}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert parse("--config=~/config.json") == config
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config) | fields))
+    assert differences(config, tmp_path / "config.json") == []
+
+
 @pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
 def test_unknown_flags_and_choices_end_with_usage(
     line: str, capsys: pytest.CaptureFixture[str]

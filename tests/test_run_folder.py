@@ -1,4 +1,4 @@
-"""run/atomic.py, run/checkpoint.py, run/folder.py, run/lock.py, run/metrics.py: what is on disk."""
+"""run/atomic.py, run/checkpoint.py, run/folder.py, run/lock.py, run/room.py, run/metrics.py."""
 
 import errno
 import fcntl
@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 from equality import assert_equal
+from safetensors.torch import save_file
 
-from run.atomic import clean, new_files, new_folder, write_text
+from run.atomic import clean, is_partial, new_files, new_folder, write_text
 from run.checkpoint import (
     BEST_FILE,
     MANIFEST_FILE,
@@ -41,6 +42,8 @@ from run.folder import (
 )
 from run.lock import LOCK_FILE, check_unlocked, locked
 from run.metrics import METRICS_FILE, StepRows, describe
+from run.room import checkpoint_bytes, num_checkpoints, reserved
+from run.trackers import run_name
 
 CONFIG = TrainConfig(model="m", data="d")
 PARTIAL = ".quatrain.partial"
@@ -408,6 +411,20 @@ def test_a_link_is_followed_wherever_it_leads(tmp_path: Path) -> None:
         (tmp_path / "model" / "file").unlink()
 
 
+def test_the_folder_that_one_is_in_can_be_a_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, output=".")
+    check_output(config)
+    check_writable(Path(config.output))
+    begin_run(config)
+    assert names(tmp_path) == ["config.json"]
+    assert run_name(config, RunState("2026-01-01T00:00:00")) == (
+        f"{tmp_path.name}-2026-01-01T000000"
+    )
+
+
 def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,3 +502,55 @@ def test_a_line_of_the_log_has_speed_and_memory() -> None:
     assert (
         describe({"eval_loss": 2.0, "peak_memory_bytes": 1 << 30}) == "eval_loss 2.0000  1.00 GiB"
     )
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "limit", "step", "expected"),
+    [
+        # steps 10, 20 and 30: the last step's is the adapter itself
+        (10, 0, 0, 3),
+        (10, 0, 10, 2),
+        (10, 0, 9, 3),
+        # one too many while the oldest goes
+        (10, 1, 0, 2),
+        (10, 5, 0, 3),
+        # where it is stopped
+        (0, 0, 0, 1),
+        (100, 1, 0, 1),
+    ],
+)
+def test_the_checkpoints_of_a_run_are_counted_before_it(
+    save_steps: int, limit: int, step: int, expected: int
+) -> None:
+    config = replace(CONFIG, save_steps=save_steps, save_total_limit=limit)
+    assert num_checkpoints(config, step, num_steps=40) == expected
+
+
+def test_a_checkpoint_is_as_large_as_is_reckoned(tmp_path: Path) -> None:
+    numbers = torch.zeros(10_000)
+    moments = {"exp_avg": numbers.clone(), "exp_avg_sq": numbers.clone()}
+
+    def write_adapter(folder: Path) -> None:
+        save_file({"a": numbers}, folder / "adapter")
+
+    for patience, best in ((0, {}), (1, {"a": numbers})):
+        path = tmp_path / f"checkpoint-{patience}"
+        save_checkpoint(path, RunState("now"), moments, write_adapter, best)
+        saved = sum(file.stat().st_size for file in path.glob("*") if file.suffix != ".json")
+        config = replace(CONFIG, early_stopping_patience=patience, eval_steps=1, eval_data="e")
+        reckoned = checkpoint_bytes(config, len(numbers), moment_bytes=8)
+        # but for names and shapes
+        assert reckoned <= saved <= reckoned + 600
+
+
+def test_reserved_room_is_taken_and_given_back(tmp_path: Path) -> None:
+    with reserved(tmp_path, 1 << 20) as give_back:
+        (path,) = tmp_path.iterdir()
+        assert path.stat().st_blocks * 512 >= 1 << 20
+        # what a killed process leaves goes with the next one
+        assert is_partial(path)
+        give_back()
+        assert names(tmp_path) == []
+    with reserved(tmp_path, 1 << 20):
+        pass
+    assert names(tmp_path) == []

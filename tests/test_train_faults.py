@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from micro_steps import in_runs
 from train_process import ROOT, TrainProcess
 
 import train
+from data.tokenizer import Tokenizer
 from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
@@ -237,14 +239,75 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_message_and_its_last_checkpo
     limit_files(process, 1000)
     code, said = process.finish()
     assert code == 1
-    assert "error: " in said.splitlines()[-1]
     assert "Traceback" not in said
     assert not (output / ADAPTER).exists()
     step = last_step(output)
+    assert said.splitlines()[-1].startswith(f"error: {output} must take the results: got ")
+    assert said.endswith(
+        f"checkpoint-{step} is the last checkpoint, for --resume; make room, or move the folder to "
+        "another disk and give its place as --output, with --resume\n"
+    )
+    output = output.rename(tmp_path / "elsewhere")
     code, said = TrainProcess(output, *flags(tmp_path, "--resume")).finish()
     assert code == 0, said
     assert f"checkpoint-{step}: {step} steps done" in said
     assert_equals(output, whole)
+
+
+def test_room_for_the_end_is_kept_while_a_run_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    step, kept = AdamW.step, []
+
+    def noted(self: AdamW, *args: Any) -> torch.Tensor:
+        (path,) = output.glob("reserve*")
+        kept.append(path.stat().st_blocks * 512)
+        if len(kept) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *args)
+
+    def freed(folder: Path, *args: Any) -> None:
+        assert list(output.glob("reserve*")) == []
+        write(folder, *args)
+
+    write = train.write_adapter
+    monkeypatch.setattr(AdamW, "step", noted)
+    monkeypatch.setattr(train, "write_adapter", freed)
+    config = ["--output", str(output), *flags(tmp_path, "--max-steps", "7", "--save-steps", "0")]
+    # one that is stopped, and one that ends
+    train.main(config)
+    saved = sum(path.stat().st_size for path in (output / "checkpoint-6").glob("*.safetensors"))
+    train.main([*config, "--resume"])
+    assert len(kept) == 7
+    # but for the names of its tensors
+    assert min(kept) >= 0.9 * saved
+    assert list(output.glob("reserve*")) == []
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr("run.room.shutil.disk_usage", lambda path: usage)
+    output = tmp_path / "out"
+    config = ["--output", str(output), *flags(tmp_path)]
+    with pytest.raises(ValueError, match=r"room for .* another disk, --save-total-limit, or"):
+        train.main(config)
+    assert not output.exists()
+    train.main([*config, "--save-total-limit", "1", "--max-steps", "2"])
+
+
+def test_a_tokenizer_that_is_gone_at_the_end_costs_only_its_copy(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(self: Tokenizer, folder: Path) -> None:
+        raise FileNotFoundError("the model's folder is gone")
+
+    monkeypatch.setattr(Tokenizer, "save", gone)
+    train.main(["--output", str(tmp_path / "out"), *flags(tmp_path)])
+    assert "the tokenizer's copy has failed" in capsys.readouterr().out
+    assert_equals(tmp_path / "out", whole)
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Room on the disk: looked at before a run begins, and a part of it kept for its end."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from run.atomic import half_written
+from run.config import TrainConfig
+
+MB = 10**6
+# of a number of the adapter, which is written in float32
+NUMBER_BYTES = 4
+
+
+def checkpoint_bytes(config: TrainConfig, num_parameters: int, moment_bytes: float) -> int:
+    """Size a checkpoint: the adapter, the best one where that is kept, and both moments.
+
+    Args:
+        moment_bytes: of both moments of a number of the adapter.
+    """
+    num_adapters = 2 if config.early_stopping_patience else 1
+    return int(num_parameters * (num_adapters * NUMBER_BYTES + moment_bytes))
+
+
+def num_checkpoints(config: TrainConfig, step: int, num_steps: int) -> int:
+    """Count the checkpoints that a run will write from a step on and have on the disk at once; a
+    run that is stopped writes one."""
+    due = 0
+    if config.save_steps:
+        due = (num_steps - 1) // config.save_steps - step // config.save_steps
+    # the oldest goes when the new one is whole
+    most = config.save_total_limit + 1 if config.save_total_limit else due
+    return max(1, min(due, most))
+
+
+def check_room(folder: Path, num_bytes: int, advice: str = "") -> None:
+    """Refuse a disk without room for what will be written into a folder, which need not be there.
+
+    Args:
+        advice: how to do with less.
+
+    Raises:
+        ValueError: the disk has fewer bytes free.
+    """
+    folder = folder.resolve()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise ValueError(
+            f"--output must have room for {num_bytes / MB:,.1f} MB: {there} has {free / MB:,.1f}; "
+            f"choose another disk, {advice}or make room"
+        )
+
+
+@contextmanager
+def reserved(folder: Path, num_bytes: int) -> Iterator[Callable[[], None]]:
+    """Take room on a folder's disk that nothing else can have, and yield what gives it back.
+
+    Raises:
+        OSError: the disk has no such room.
+    """
+    path = half_written(folder / "reserve")
+
+    def give_back() -> None:
+        path.unlink(missing_ok=True)
+
+    try:
+        with path.open("wb") as file:
+            # macOS has no such call
+            if num_bytes and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+        yield give_back
+    finally:
+        give_back()
