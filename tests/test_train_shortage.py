@@ -14,6 +14,7 @@ from test_train_faults import ADAPTER, assert_equals, flags, last_step
 from test_train_ranks import flags as rank_flags
 from train_process import TrainProcess, train_ranks
 
+import llama.checkpoint
 import llama.generation
 import train
 from kernels.launch import KernelDoesNotFit
@@ -220,6 +221,21 @@ def test_memory_that_ends_on_one_rank_is_known_to_all(tmp_path: Path, place: str
     assert "rank 1: out of memory; " in ended[0][1]
     assert f"checkpoint-{last_step(output)} has the run as it stands" in ended[0][1]
     assert "Traceback" not in ended[0][1] + ended[1][1]
+
+
+def test_memory_that_ends_on_one_rank_before_step_1_is_known_to_all(tmp_path: Path) -> None:
+    given = rank_flags(tmp_path, 2, "--save-steps 0")
+    ranks = train_ranks(tmp_path / "out", [given] * 2, refuse_second_ranks_model)
+    ended = [rank.finish() for rank in ranks]
+    assert [code for code, _ in ended] == [1, 1]
+    assert ended[0][1].strip().splitlines()[-1].startswith("error: the model and its longest micro")
+    assert "must fit the GPU: rank 1: out of memory; lower --max-memory" in ended[0][1]
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+
+
+def refuse_second_ranks_model() -> None:
+    if os.environ["RANK"] == "1":
+        at_call(1, functools.partial(refuse, ALLOCATOR), llama.checkpoint, "load_model")
 
 
 def end_on_second_rank(place: str, number: int) -> None:
