@@ -212,8 +212,6 @@ def train_and_save(run: Run, described: str) -> None:
                 )
                 return
             restore_best(run, log)
-            # results are written whether or not the GPU has memory left
-            run.micro_step.release()
             # the adapter first: whatever comes after it only watches
             names = save_results(run, log)
         write_card(run, log)

@@ -30,7 +30,7 @@ class StateMemory(Protocol):
         ...
 
     def settled(self) -> Tensor:
-        """Wait for the steps so far, and return the buffer from where it is best read and written.
+        """Return the buffer as the steps so far leave it, from where it is best read and written.
 
         Of unified memory that is the host: a GPU whose memory has ended cannot reach it.
         """
