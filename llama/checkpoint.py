@@ -715,9 +715,12 @@ def describe_loading(folder: Path, compute_dtype: torch.dtype) -> list[str]:
         ValueError: the files contradict each other or config.json, or are in another format.
     """
     found = describe(folder, compute_dtype)
-    is_tied = found.model.config.tie_word_embeddings
-    head = found.embeddings if is_tied else found.stored[_HEAD]
-    if head.dtype == compute_dtype:
-        return found.remarks
-    kept = f"the head is stored in {head.dtype} and kept in {compute_dtype}, in which it is used"
-    return [*found.remarks, kept]
+    converted = {"embeddings": (EMBEDDINGS, found.embeddings)}
+    if not found.model.config.tie_word_embeddings:
+        converted["head"] = (_HEAD, found.stored[_HEAD])
+    lines = found.remarks
+    for what, (name, tensor) in converted.items():
+        kept = _kept_dtype(found.model, name, tensor.dtype)
+        if kept != tensor.dtype:
+            lines.append(f"{what}: stored in {tensor.dtype}, kept in {kept}, the compute dtype")
+    return lines
