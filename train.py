@@ -479,6 +479,7 @@ def save(run: Run, log: RunLog) -> Path:
     output = run.job.output
     path = output / checkpoint_name(run.state)
     if run.ranks.is_first and not path.exists():
+        log.flush()
         save_checkpoint(
             path,
             run.state,
@@ -646,6 +647,7 @@ def save_results(run: Run, log: RunLog) -> list[str]:
     if not (run.job.num_steps and run.ranks.is_first):
         return []
     output = run.job.output
+    log.flush()
     try:
         with new_files(output) as folder:
             write_adapter(folder, run)

@@ -18,8 +18,9 @@ reading, the sink's copies and what it does with a whole tensor overlap, and wha
 ring.
 
 safetensors' own reader maps the file: each page of it is faulted in by the thread that copies, one
-at a time, and a copy to a GPU goes through the driver's own buffers. It does not say where a tensor
-lies either, so the header is read here too.
+at a time, a copy to a GPU goes through the driver's own buffers, and a file that is cut while it is
+read ends the process with SIGBUS. It does not say where a tensor lies either, so the header is read
+here too.
 """
 
 import json
@@ -233,14 +234,38 @@ def stream(
 def _read(piece: _Piece, file: int, buffer: Tensor, wait: Callable[[], None]) -> None:
     """Fill a buffer with a piece, as soon as it is free."""
     wait()
-    view = buffer.numpy().data[: piece.num_bytes]
-    first, done = piece.stored.start + piece.start, 0
-    while done < piece.num_bytes:
+    read_bytes(piece.stored, piece.start, file, buffer[: piece.num_bytes])
+
+
+def read_bytes(stored: StoredTensor, start: int, file: int, target: Tensor) -> None:
+    """Fill `target`, uint8, with a tensor's bytes from `start` on.
+
+    Raises:
+        ValueError: the file ends before the last of them.
+    """
+    view = target.numpy().data
+    first, done = stored.start + start, 0
+    while done < len(view):
         num_read = os.preadv(file, [view[done:]], first + done)
         if num_read == 0:
             raise ValueError(
-                f"{piece.stored.file} must hold {piece.stored.num_bytes} bytes of "
-                f"{piece.stored.name} from {piece.stored.start}: it ends at {first + done}; "
-                "it was truncated while it was read, download it again"
+                f"{stored.file} must hold {stored.num_bytes} bytes of {stored.name} from "
+                f"{stored.start}: it ends at {first + done}; it was truncated while it was read, "
+                "download it again"
             )
         done += num_read
+
+
+def read_tensor(stored: StoredTensor, home: Tensor | None = None) -> Tensor:
+    """Read a tensor into `home`, of its shape and dtype, or into memory of its own.
+
+    Raises:
+        ValueError: its file ends before its last byte.
+    """
+    if home is None:
+        home = torch.empty(stored.shape, dtype=stored.dtype)
+    # read as bytes, so another shape would go unnoticed
+    assert (home.shape, home.dtype) == (stored.shape, stored.dtype)
+    with stored.file.open("rb", buffering=0) as file:
+        read_bytes(stored, 0, file.fileno(), home.detach().view(-1).view(torch.uint8))
+    return home

@@ -120,6 +120,15 @@ class RunLog:
         row = {"step": step, "prompt": self._prompt, "answer": answer}
         self._append(self._samples, SAMPLES_FILE, row)
 
+    def flush(self) -> None:
+        """Wait until rows and answers are on the disk: a checkpoint that the power's loss leaves
+        must not be without the rows of its steps."""
+        for file, name in ((self._metrics, METRICS_FILE), (self._samples, SAMPLES_FILE)):
+            try:
+                file.flush()
+            except OSError as error:
+                self.say(f"{name} may not be on the disk yet: {error}")
+
     def _append(self, file: StepRows, name: str, row: Row) -> None:
         try:
             file.append(row)

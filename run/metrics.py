@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
-from run.atomic import write_text
+from run.atomic import flush, write_text
 
 # `tokens` and `target_tokens` count from the run's first step, padding left out
 METRICS_FILE = "metrics.jsonl"
@@ -70,6 +70,16 @@ class StepRows:
                 os.truncate(self._path, size)
             raise
         self._unwritten = ""
+
+    def flush(self) -> None:
+        """Wait until the rows are on the disk.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if self._path and self._path.is_file():
+            flush(self._path)
+            flush(self._path.parent)
 
 
 # a terminal that was closed, a full disk under the output, a character that the terminal lacks

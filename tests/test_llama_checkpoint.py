@@ -1000,6 +1000,21 @@ def test_cuda_names_a_tensor_that_is_not_finite(
             load_model(tmp_path, CUDA, torch.float32, quantization)
 
 
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["as stored", "NF4"])
+def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(
+    tmp_path: Path, quantization: tuple[int, bool] | None
+) -> None:
+    fields = FIELDS | {"hidden_size": 256, "num_attention_heads": 8}
+    write_checkpoint(tmp_path, fields, random_tensors(fields))
+
+    def cut(done: int, total: int) -> None:
+        # pages behind the end of a file are a memory map's SIGBUS
+        os.truncate(tmp_path / "model.safetensors", 1 << 14)
+
+    with pytest.raises(ValueError, match="it was truncated while it was read, download it again"):
+        load_model(tmp_path, CPU, torch.float32, quantization, cut)
+
+
 @pytest.mark.gpu
 def test_cuda_peaks_at_the_packed_model_and_two_tensors(tmp_path: Path) -> None:
     hidden, inner = 512, 1536

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from conftest import ROOT
 from equality import assert_equal
 from safetensors.torch import save_file
 
-from run.atomic import clean, is_partial, new_files, new_folder, write_text
+from run.atomic import clean, is_partial, make_folder, new_files, new_folder, write_text
 from run.checkpoint import (
     BEST_FILE,
     MANIFEST_FILE,
@@ -102,6 +104,47 @@ def test_new_files_go_into_folders_that_are_there_already(tmp_path: Path) -> Non
     assert names(tmp_path) == ["inner"]
     assert names(tmp_path / "inner") == ["both", "new", "old"]
     assert (tmp_path / "inner" / "both").read_text() == "new"
+
+
+def fsync_of_files_alone(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the disk refuse to flush folders."""
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr("run.atomic.os.fsync", refuse)
+
+
+def test_a_disk_that_cannot_flush_folders_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync_of_files_alone(monkeypatch, errno.EINVAL)
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+    assert names(tmp_path / "a") == ["file"]
+    fsync_of_files_alone(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "b", "x")
+
+
+def test_a_folder_is_on_the_disk_before_what_is_written_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr("run.atomic.os.fsync", noted)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert flushed == [str(tmp_path / inner) for inner in ("", "a", "a/b")]
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(flushed) == 3
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

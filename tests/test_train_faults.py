@@ -298,6 +298,34 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
     train.main([*config, "--save-total-limit", "1", "--max-steps", "2"])
 
 
+def test_rows_are_on_the_disk_before_their_checkpoint_and_before_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    flushed: dict[str, int] = {}
+    seen = []
+
+    def flushing(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(
+            descriptor
+        ).st_size
+
+    def renaming(self: Path, target: Path) -> Path:
+        is_result = target.name.startswith("checkpoint-") or target.name == ADAPTER
+        for name in ("metrics.jsonl", "samples.jsonl") if is_result else ():
+            assert flushed[name] == (target.parent / name).stat().st_size, target
+            seen.append(target.name)
+        return (rename if self.is_dir() else replace)(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(Path, "replace", renaming)
+    config = flags(tmp_path, "--max-steps", "3", "--sample-prompt", "hello", "--sample-steps", "1")
+    train.main(["--output", str(tmp_path / "out"), *config])
+    assert set(seen) == {"checkpoint-1", "checkpoint-2", ADAPTER}
+
+
 def test_a_tokenizer_that_is_gone_at_the_end_costs_only_its_copy(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
