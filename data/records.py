@@ -20,6 +20,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,8 @@ class _Json:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            self._twice += [key for key in value if keys.count(key) > 1]
+            counts = Counter(key for key, _ in pairs)
+            self._twice += [key for key in value if counts[key] > 1]
         return value
 
     def decode(self, text: str) -> object:
