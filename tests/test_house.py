@@ -15,7 +15,7 @@ FLOORS = {
     "optim": {"kernels"},
     "run": set(),
     "hub": set(),
-    "data": {"hub"},
+    "data": {"hub", "run"},
     "llama": {"lora", "hub", "kernels", "nf4"},
     "job": {"llama", "lora", "optim", "run", "data", "hub"},
     "bundled": {"llama", "lora", "data"},
