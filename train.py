@@ -51,6 +51,7 @@ from run.checkpoint import (
 )
 from run.config import TrainConfig
 from run.folder import DEFAULT_PARENT, open_output
+from run.last_door import LastDoor
 from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
@@ -706,7 +707,8 @@ def end(error: Exception) -> NoReturn:
 if __name__ == "__main__":
     guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError, CannotGoOn, RankError, KernelDoesNotFit) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
         end(error)

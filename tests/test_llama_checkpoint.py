@@ -432,22 +432,22 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
     "index-without-map": (
         change_index(lambda index: index.pop("weight_map")),
         ValueError,
-        "must be JSON with a weight_map",
+        "must have a weight_map of tensor names to file names",
     ),
     "index-not-json": (
         lambda folder: (folder / INDEX_NAME).write_text("{"),
         ValueError,
-        "must be JSON with a weight_map",
+        "must be JSON: got Expecting property name",
     ),
     "index-a-list": (
         lambda folder: (folder / INDEX_NAME).write_text("[]"),
         ValueError,
-        "must be JSON with a weight_map",
+        "must hold a JSON object: got a list",
     ),
     "index-maps-to-numbers": (
         change_index(lambda index: index["weight_map"].update(x=1)),
         ValueError,
-        "weight_map must map tensor names to file names",
+        "must have a weight_map of tensor names to file names",
     ),
     "index-lists-what-no-shard-has": (
         change_index(lambda index: index["weight_map"].update(x=SHARD)),
