@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
-from llama.checkpoint import (
+from checkpoint.identity import identify
+from checkpoint.loading import (
     COMPANIONS,
     INDEX_NAME,
     SINGLE_NAME,
@@ -30,9 +30,9 @@ from llama.checkpoint import (
     find_checkpoint,
     load_model,
 )
+from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
+from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
-from llama.identity import identify
-from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
 from lora.adapter_file import (

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama.checkpoint import find_checkpoint
-from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from checkpoint.loading import find_checkpoint
+from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device

@@ -39,10 +39,10 @@ from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from benchmarks.measure import measure, quantiles
 from benchmarks.record import head, write
 from benchmarks.tables import Row, aligned, load_table
-from llama.checkpoint import INDEX_NAME, load_model
+from checkpoint.loading import INDEX_NAME, load_model
+from checkpoint.shard_reader import StoredTensor, make_ring, read_header, stream
 from llama.config import CONFIG_NAME, read_config
 from llama.model import Llama
-from llama.shard_reader import StoredTensor, make_ring, read_header, stream
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {

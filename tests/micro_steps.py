@@ -8,10 +8,10 @@ import torch
 from tiny_llama import FIELDS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import load_model
-from llama.micro_step import MicroStep, Policy
+from checkpoint.loading import load_model
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
+from step.micro_step import MicroStep, Policy
 
 NF4 = (64, True)
 LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)

@@ -32,8 +32,8 @@ from typing import NoReturn
 import torch
 import torch._dynamo
 
-import job.job
 import merge
+import prepare.job
 import quantize
 import train
 from run.checkpoint import list_checkpoints
@@ -407,7 +407,7 @@ def main(arguments: Sequence[str]) -> int:
     # a process that is forked has one thread
     torch.set_num_threads(1)
     # an answer of any length is written at once
-    job.job.SAMPLE_TOKENS = 4
+    prepare.job.SAMPLE_TOKENS = 4
     if importlib.util.find_spec("matplotlib"):
         importlib.import_module("matplotlib.figure")
         importlib.import_module("matplotlib.backends.backend_agg")

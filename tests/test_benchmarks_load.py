@@ -21,7 +21,7 @@ from benchmarks.load import (
     write_checkpoint,
 )
 from benchmarks.tables import aligned, load_table
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 
 CPU = torch.device("cpu")
 

@@ -35,7 +35,7 @@ from benchmarks.train_step import (
     some_of,
     without_checkout,
 )
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 from llama.config import read_config
 from run.config import TrainConfig
 

@@ -16,9 +16,9 @@ from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from bundled.make import BOS, EOS, SEED
 from bundled.valley import animals
+from checkpoint.loading import load_model
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
-from llama.checkpoint import load_model
 from llama.model import Llama
 
 FOLDER = Path(__file__).parents[1] / "bundled"

@@ -10,9 +10,9 @@ from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_t
 from tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
-from llama.micro_step import MicroStep
 from llama.model import Llama, projections
 from llama.reference import reference_of
+from step.micro_step import MicroStep
 
 # rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
 SAMPLES = torch.tensor(

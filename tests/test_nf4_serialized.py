@@ -1,5 +1,5 @@
 """nf4/serialized.py: the JSON, the names and the bytes; what bitsandbytes makes of them is tested
-in test_llama_stored_nf4.py."""
+in test_checkpoint_stored_nf4.py."""
 
 import json
 import struct

@@ -1,6 +1,6 @@
 """quantize.py: what it writes, how much it holds meanwhile, and what it refuses.
 
-That bitsandbytes reads its weights is tested in test_llama_stored_nf4.py.
+That bitsandbytes reads its weights is tested in test_checkpoint_stored_nf4.py.
 """
 
 import json
@@ -17,16 +17,16 @@ from llama_peers import CPU
 from safetensors.torch import load_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 
-import llama.quantized_copy
+import checkpoint.quantized_copy
 import quantize
 import train
-from job.checkpoint import follow_checkpoint
-from job.job import BUNDLED
-from llama.checkpoint import INDEX_NAME, load_model, stored_quantization
-from llama.quantized_copy import plan_quantized_copy, write_quantized_copy
-from llama.shard_writer import PlannedTensor, split_into_shards
+from checkpoint.loading import INDEX_NAME, load_model, stored_quantization
+from checkpoint.quantized_copy import plan_quantized_copy, write_quantized_copy
+from checkpoint.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight
+from prepare.base import follow_checkpoint
+from prepare.job import BUNDLED
 from run.config import parse_config
 from run.folder import new_output
 
@@ -139,7 +139,9 @@ def test_dtype_is_that_of_what_is_not_quantized(tmp_path: Path, dtype: str) -> N
 
 def test_a_large_copy_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        llama.quantized_copy, "split_into_shards", lambda units: split_into_shards(units, 30_000)
+        checkpoint.quantized_copy,
+        "split_into_shards",
+        lambda units: split_into_shards(units, 30_000),
     )
     source = write_checkpoint(tmp_path / "source", FIELDS, random_tensors(FIELDS), num_shards=3)
     copy = run(source, tmp_path / "copy")
