@@ -42,6 +42,7 @@ from lora.adapter_file import (
     read_base_identity,
 )
 from nf4.blockwise import check_block_size
+from nf4.weight import Quantization
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
@@ -61,7 +62,7 @@ class MergeConfig:
     """The command line, resolved.
 
     Attributes:
-        quantization: (block_size, double_quant) that the adapter was trained with; None: none.
+        quantization: what the adapter was trained with; None: 16 or 32 bits.
         where: what says so.
         other_base: whether the model may be another one than the adapter was trained on.
     """
@@ -73,7 +74,7 @@ class MergeConfig:
     text: Path | None
     device: torch.device
     dtype: torch.dtype
-    quantization: tuple[int, bool] | None
+    quantization: Quantization | None
     where: str
     other_base: bool
 
@@ -154,7 +155,7 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
     text = Path(given.text).expanduser() if given.text else None
     if text and not text.is_file():
         raise FileNotFoundError(f"--text must be a file: there is none at {given.text}")
-    quantization, where = quantization_of(adapter, given.block_size, given.double_quant)
+    quantization, where = trained_quantization(adapter, given.block_size, given.double_quant)
     if given.base == "nf4" and quantization is None:
         raise ValueError(
             "--base nf4 must be for an adapter that was trained beside NF4 weights: "
@@ -238,9 +239,9 @@ def run_folder(adapter: Path) -> Path:
     return adapter.parent if is_checkpoint else adapter
 
 
-def quantization_of(
+def trained_quantization(
     adapter: Path, block_size: int | None, double_quant: bool | None
-) -> tuple[tuple[int, bool] | None, str]:
+) -> tuple[Quantization | None, str]:
     """Find the number format that the adapter was trained beside, and what says so: the flags,
     over config.json of its run, over the usual.
 
@@ -254,11 +255,11 @@ def quantization_of(
         run, where = TrainConfig(**read_fields(path)), str(path)
     if block_size is None and double_quant is None:
         is_nf4 = run.quant == "nf4"
-        return ((run.block_size, run.double_quant) if is_nf4 else None), where
+        return Quantization(run.block_size, run.double_quant) if is_nf4 else None, where
     block_size = run.block_size if block_size is None else block_size
     check_block_size(block_size)
     double_quant = run.double_quant if double_quant is None else double_quant
-    return (block_size, double_quant), "the command line"
+    return Quantization(block_size, double_quant), "the command line"
 
 
 def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:

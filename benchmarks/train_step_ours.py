@@ -21,6 +21,7 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
 from checkpoint.loading import load_model, load_sizes
 from llama.model import PROJECTIONS, Llama
+from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from prepare.adapter import lora_config
 from run.config import TrainConfig
@@ -31,7 +32,7 @@ from step.preflight import plan_run
 from step.workload import Workload
 
 SEED = 0
-QUANTIZATION = (BLOCK_SIZE, True)
+QUANTIZATION = Quantization(BLOCK_SIZE, True)
 
 
 def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:

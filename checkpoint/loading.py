@@ -57,7 +57,7 @@ from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
 from lora.linear_group import LinearGroup
 from nf4.serialized import WeightState, restore_state, stored_buffers
-from nf4.weight import empty_weight, non_finite_weights
+from nf4.weight import Quantization, empty_weight, non_finite_weights
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -504,8 +504,8 @@ class Description:
         return lines
 
     def quantization(
-        self, prefix: str, group: LinearGroup, wanted: tuple[int, bool] | None
-    ) -> tuple[int, bool] | None:
+        self, prefix: str, group: LinearGroup, wanted: Quantization | None
+    ) -> Quantization | None:
         """Of a group's weight once it is loaded: as stored where anything is in NF4 already."""
         if not self.nf4.states:
             return wanted
@@ -567,9 +567,8 @@ def describe(folder: Path, compute_dtype: torch.dtype) -> Description:
     return Description(folder, model, slots, stored, nf4, left_alone, leftover)
 
 
-def stored_quantization(folder: Path) -> tuple[int, bool] | None:
-    """Find (block_size, double_quant) of a checkpoint whose weights are in NF4 already; None of
-    another.
+def stored_quantization(folder: Path) -> Quantization | None:
+    """Find how a checkpoint's weights are quantized that are in NF4 already; None: they are not.
 
     Raises:
         FileNotFoundError: config.json, an index or a shard is missing.
@@ -579,10 +578,10 @@ def stored_quantization(folder: Path) -> tuple[int, bool] | None:
 
 
 def settle_quantization(
-    folder: Path, asked: tuple[int, bool] | None, default: tuple[int, bool]
-) -> tuple[int, bool] | None:
-    """Settle (block_size, double_quant) to load a checkpoint with: as stored where it is in NF4
-    already, and what is asked for elsewhere.
+    folder: Path, asked: Quantization | None, default: Quantization
+) -> Quantization | None:
+    """Settle the quantization to load a checkpoint with: the stored one where there is one, else
+    what is asked for.
 
     Args:
         default: what counts as not asked for.
@@ -608,7 +607,7 @@ def settle_quantization(
 
 
 def load_sizes(
-    folder: Path, compute_dtype: torch.dtype, quantization: tuple[int, bool] | None
+    folder: Path, compute_dtype: torch.dtype, quantization: Quantization | None
 ) -> Llama:
     """Make on the meta device what `load_model` makes on another: the same tensors, without values.
 
@@ -626,16 +625,17 @@ def load_model(
     folder: Path,
     device: torch.device,
     compute_dtype: torch.dtype,
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
     report: Report = lambda done, total: None,
 ) -> Llama:
-    """Load a checkpoint: frozen, its linear groups in NF4 (block_size, double_quant) or, with None,
-    as stored; the head in the compute dtype.
+    """Load a checkpoint's model, frozen, with the head in the compute dtype.
 
-    One that is in NF4 already is loaded as it is, with its groups that are not; it must be asked
-    for what `settle_quantization` says.
+    Linear groups are quantized while they load. A checkpoint that is in NF4 already is loaded as it
+    is stored.
 
     Args:
+        quantization: of the linear groups, None to keep them as stored. Of a checkpoint in NF4 the
+            stored one (`settle_quantization` finds it).
         report: called as `report(done, total)` after each tensor.
 
     Raises:
@@ -657,7 +657,7 @@ def _allocated(
     folder: Path,
     device: torch.device,
     compute_dtype: torch.dtype,
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
 ) -> Description:
     """Describe a checkpoint, and allocate the model's groups on a device."""
     found = describe(folder, compute_dtype)

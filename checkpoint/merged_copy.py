@@ -27,7 +27,7 @@ from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.model import update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config
-from nf4.weight import empty_weight
+from nf4.weight import Quantization, empty_weight
 
 # of the rows that are in float32 at once
 BLOCK_ELEMENTS = 1 << 24
@@ -99,7 +99,7 @@ def write_merged_shards(
     stored: Iterable[StoredTensor],
     shapes: Mapping[str, tuple[int, int]],
     updates: Mapping[str, LowRankUpdate],
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
     device: torch.device,
     folder: Path,
     report: Report = lambda done, total: None,
@@ -109,8 +109,8 @@ def write_merged_shards(
     Args:
         stored: all tensors of the checkpoint.
         shapes: of its projections.
-        quantization: (block_size, double_quant) where every projection's weight is first replaced
-            by what NF4 makes of it, as it was while the adapter trained; None for those as stored.
+        quantization: by which every projection's weight is first replaced by what NF4 makes of
+            it, as it was while the adapter trained; None for those as stored.
         device: where a tensor is merged.
         report: called as `report(done, total)` after each tensor.
 
@@ -168,7 +168,7 @@ def _merged(
     W: Tensor,  # (N, K) as stored
     name: str,
     update: LowRankUpdate | None,
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
     figures: MergeFigures,
 ) -> Tensor:  # (N, K) W's dtype
     """Add an update to a weight, in float32 and rounded once, and count what came of it."""

@@ -35,7 +35,7 @@ from foreign.json_text import read_object
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import CONFIG_NAME
 from nf4.serialized import serialize
-from nf4.weight import NF4Weight, empty_weight
+from nf4.weight import NF4Weight, Quantization, empty_weight
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class QuantizedCopy:
 
     Attributes:
         weights: the names of the tensors that are quantized.
-        quantization: (block_size, double_quant).
+        quantization: of its weights.
         dtype: of the other tensors; None: as they are.
     """
 
     source: Description
     weights: frozenset[str]
-    quantization: tuple[int, bool]
+    quantization: Quantization
     dtype: torch.dtype | None
     shards: list[list[PlannedTensor]]
 
@@ -74,7 +74,7 @@ class QuantizedCopy:
 
 
 def plan_quantized_copy(
-    folder: Path, quantization: tuple[int, bool], dtype: torch.dtype | None
+    folder: Path, quantization: Quantization, dtype: torch.dtype | None
 ) -> QuantizedCopy:
     """Lay a copy out, without reading a weight.
 
@@ -99,13 +99,13 @@ def plan_quantized_copy(
     return QuantizedCopy(source, weights, quantization, dtype, split_into_shards(units))
 
 
-def _empty(shape: Sequence[int], quantization: tuple[int, bool], device: torch.device) -> NF4Weight:
+def _empty(shape: Sequence[int], quantization: Quantization, device: torch.device) -> NF4Weight:
     num_rows, in_features = shape
     return empty_weight((num_rows,), in_features, *quantization, device)
 
 
 def _plan_tensor(
-    tensor: StoredTensor, is_weight: bool, quantization: tuple[int, bool], dtype: torch.dtype | None
+    tensor: StoredTensor, is_weight: bool, quantization: Quantization, dtype: torch.dtype | None
 ) -> list[PlannedTensor]:
     dtype = dtype or tensor.dtype
     if not is_weight:

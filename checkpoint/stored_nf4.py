@@ -15,6 +15,7 @@ from checkpoint.shard_reader import FLOATS, StoredTensor, read_tensor
 from llama.config import CONFIG_NAME, number_format
 from llama.model import Llama
 from nf4.serialized import FP4_STATE, STATE, WeightState, parse_state, stored_tables
+from nf4.weight import Quantization
 
 _WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it loads"
 # what a weight's scales are called where bitsandbytes has quantized it to int8
@@ -36,13 +37,13 @@ class StoredNF4:
     read: frozenset[str]
 
     @property
-    def quantization(self) -> tuple[int, bool] | None:
-        """(block_size, double_quant) of all of them; None if there are none."""
+    def quantization(self) -> Quantization | None:
+        """Of all of them; None if there are none."""
         return next((state.quantization for state in self.states.values()), None)
 
 
-def describe_quantization(quantization: tuple[int, bool] | None) -> str:
-    """Say (block_size, double_quant), or None, in flags."""
+def describe_quantization(quantization: Quantization | None) -> str:
+    """Say it in flags."""
     if quantization is None:
         return "--quant none"
     block_size, double_quant = quantization

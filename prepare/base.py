@@ -11,6 +11,7 @@ from data.epochs import Epochs
 from llama.config import LlamaConfig, LongRopeScaling
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from run.checkpoint import Checkpoint
 from run.config import TrainConfig
@@ -19,8 +20,9 @@ from step.micro_step import MAX_GRAPHS, padded_tokens
 from step.workload import Workload
 
 
-def quantization_of(config: TrainConfig) -> tuple[int, bool] | None:
-    return (config.block_size, config.double_quant) if config.quant == "nf4" else None
+def quantization_of(config: TrainConfig) -> Quantization | None:
+    is_nf4 = config.quant == "nf4"
+    return Quantization(config.block_size, config.double_quant) if is_nf4 else None
 
 
 def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -29,7 +31,7 @@ def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
     Raises:
         ValueError: the flags ask for another one.
     """
-    default = (TrainConfig.block_size, TrainConfig.double_quant)
+    default = Quantization(TrainConfig.block_size, TrainConfig.double_quant)
     settled = settle_quantization(folder, quantization_of(config), default)
     if settled is None:
         return config

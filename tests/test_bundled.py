@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from micro_steps import NF4
 from safetensors.torch import save_file
 
 from bundled import make
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return load_model(MODEL, torch.device("cpu"), torch.float32, (64, True))
+    return load_model(MODEL, torch.device("cpu"), torch.float32, NF4)
 
 
 def read_lines(name: str) -> list[dict]:

@@ -42,9 +42,9 @@ from llama.model import Llama
 from lora.linear_group import LinearGroup
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import serialize
-from nf4.weight import NF4Weight, dequantize, member, quantize
+from nf4.weight import NF4Weight, Quantization, dequantize, member, quantize
 
-NF4 = (64, True)
+NF4 = Quantization(64, True)
 FP32, BF16 = torch.float32, torch.bfloat16
 QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
@@ -53,7 +53,7 @@ QUANTIZATION_CONFIG = {
 }
 
 
-def load(folder: Path, quantization: tuple[int, bool] | None = None, **options: Any) -> Llama:
+def load(folder: Path, quantization: Quantization | None = None, **options: Any) -> Llama:
     return load_model(folder, CPU, torch.float32, quantization, **options)
 
 
@@ -115,7 +115,7 @@ def test_a_quantized_member_is_its_tensor_quantized_alone(
 ) -> None:
     fields = FIELDS | VARIANTS["biases"]
     tensors = random_tensors(fields, dtype)
-    model = load(write_checkpoint(tmp_path, fields, tensors), (32, double_quant))
+    model = load(write_checkpoint(tmp_path, fields, tensors), Quantization(32, double_quant))
     num_members = 0
     for prefix, group in model.groups():
         assert isinstance(group.weight, NF4Weight)
@@ -529,13 +529,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    "quantization", [None, Quantization(64, False), NF4], ids=["none", "nf4", "nf4-dq"]
+)
 @pytest.mark.parametrize(
     "ending",
     ["q_proj.weight", "o_proj.bias", "norm.weight", "embed_tokens.weight", "lm_head.weight"],
 )
 def test_a_tensor_that_is_not_finite_is_named(
-    tmp_path: Path, ending: str, quantization: tuple[int, bool] | None, bad: float
+    tmp_path: Path, ending: str, quantization: Quantization | None, bad: float
 ) -> None:
     fields = FIELDS | VARIANTS["biases"]
     tensors = random_tensors(fields)
@@ -714,9 +716,9 @@ def test_a_stand_in_gpu_holds_a_tied_head_that_is_stored_alone(
     assert_holds(load(tmp_path), tensors | head_in(torch.float32, fields, tensors))
 
 
-@pytest.mark.parametrize("quantization", [(64, False), NF4], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("quantization", [Quantization(64, False), NF4], ids=["nf4", "nf4-dq"])
 def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
-    tmp_path: Path, quantization: tuple[int, bool], request: pytest.FixtureRequest
+    tmp_path: Path, quantization: Quantization, request: pytest.FixtureRequest
 ) -> None:
     fields = FIELDS | VARIANTS["biases"]
     write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16), num_shards=2)
@@ -741,10 +743,10 @@ def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantization", [(32, False), NF4], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("quantization", [Quantization(32, False), NF4], ids=["nf4", "nf4-dq"])
 def test_a_stand_in_gpu_keeps_stored_nf4_byte_for_byte(
     tmp_path: Path,
-    quantization: tuple[int, bool],
+    quantization: Quantization,
     storage: torch.dtype,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -765,7 +767,7 @@ def test_a_stand_in_gpu_keeps_stored_nf4_byte_for_byte(
     assert num_kept == 1
 
 
-def write_nf4(folder: Path, quantization: tuple[int, bool], storage: torch.dtype) -> Path:
+def write_nf4(folder: Path, quantization: Quantization, storage: torch.dtype) -> Path:
     """Write a checkpoint in NF4, one group of it in 16 bits, as another library might."""
     fields = FIELDS | {"hidden_size": 128, "quantization_config": QUANTIZATION_CONFIG}
     stored = {}
@@ -783,7 +785,7 @@ def write_nf4(folder: Path, quantization: tuple[int, bool], storage: torch.dtype
 @pytest.mark.usefixtures("_stand_in_gpu")
 @pytest.mark.parametrize("part", ["absmax", "nested_absmax"])
 def test_a_stand_in_gpu_names_stored_scales_that_are_not_finite(tmp_path: Path, part: str) -> None:
-    quantization = (64, part == "nested_absmax")
+    quantization = Quantization(64, part == "nested_absmax")
     write_nf4(tmp_path, quantization, torch.uint8)
     name = f"model.layers.0.mlp.up_proj.weight.{part}"
     for path in tmp_path.glob("*.safetensors"):
@@ -818,10 +820,10 @@ NON_FINITE = {
 
 @pytest.mark.usefixtures("_stand_in_gpu")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("quantization", [(64, False), NF4], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("quantization", [Quantization(64, False), NF4], ids=["nf4", "nf4-dq"])
 @pytest.mark.parametrize("ending", NON_FINITE)
 def test_a_stand_in_gpu_names_a_tensor_that_is_not_finite(
-    tmp_path: Path, ending: str, quantization: tuple[int, bool], bad: float
+    tmp_path: Path, ending: str, quantization: Quantization, bad: float
 ) -> None:
     (name,) = write_non_finite(tmp_path, (ending,), bad)
     message = f"{name} must hold finite {NON_FINITE[ending]}"
@@ -877,9 +879,9 @@ def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dty
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantization", [(32, False), NF4], ids=["nf4", "nf4-dq"])
+@pytest.mark.parametrize("quantization", [Quantization(32, False), NF4], ids=["nf4", "nf4-dq"])
 def test_cuda_keeps_stored_nf4_byte_for_byte(
-    tmp_path: Path, quantization: tuple[int, bool], storage: torch.dtype
+    tmp_path: Path, quantization: Quantization, storage: torch.dtype
 ) -> None:
     folder = write_nf4(tmp_path, quantization, storage)
     expected = load(folder, quantization)
@@ -948,13 +950,15 @@ SPEEDS = {"as-it-is": lambda _: None, "slow-kernels": slow_kernels, "slow-copies
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("speed", SPEEDS)
-@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    "quantization", [None, Quantization(64, False), NF4], ids=["none", "nf4", "nf4-dq"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_holds_each_tensor_as_if_loaded_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
     speed: str,
 ) -> None:
     tensors = random_tensors(LARGER, dtype)
@@ -986,10 +990,12 @@ def test_cuda_holds_each_tensor_as_if_loaded_alone(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("quantization", [None, (64, False), NF4], ids=["none", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    "quantization", [None, Quantization(64, False), NF4], ids=["none", "nf4", "nf4-dq"]
+)
 @pytest.mark.parametrize("ending", NON_FINITE)
 def test_cuda_names_a_tensor_that_is_not_finite(
-    tmp_path: Path, ending: str, quantization: tuple[int, bool] | None, bad: float
+    tmp_path: Path, ending: str, quantization: Quantization | None, bad: float
 ) -> None:
     (name,) = write_non_finite(tmp_path, (ending,), bad)
     message = f"{name} must hold finite "
@@ -1002,7 +1008,7 @@ def test_cuda_names_a_tensor_that_is_not_finite(
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["as stored", "NF4"])
 def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(
-    tmp_path: Path, quantization: tuple[int, bool] | None
+    tmp_path: Path, quantization: Quantization | None
 ) -> None:
     fields = FIELDS | {"hidden_size": 256, "num_attention_heads": 8}
     write_checkpoint(tmp_path, fields, random_tensors(fields))

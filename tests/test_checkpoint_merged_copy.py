@@ -14,6 +14,7 @@ import pytest
 import torch
 from equality import assert_equal
 from merge_cases import CASES, MergeCase, adapter_of, paths_of, weights_of, write_adapter
+from micro_steps import NF4
 from peer_process import run_peer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,14 +26,18 @@ from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shar
 from llama.config import read_config
 from llama.model import projection_shapes, update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
-from nf4.weight import dequantize, quantize
+from nf4.weight import Quantization, dequantize, quantize
 
 CPU = torch.device("cpu")
 # what the issue promises of float32 logits of order one
 PROMISED = 1e-4
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 # quantized before merging, and as stored
-FORMATS = {"as stored": None, "NF4": (64, True), "NF4 in blocks of 32": (32, False)}
+FORMATS = {
+    "as stored": None,
+    "NF4": NF4,
+    "NF4 in blocks of 32": Quantization(32, False),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Merged:
 
 
 def merge(
-    checkpoint: Path, adapter: Path, folder: Path, quantization: tuple[int, bool] | None = None
+    checkpoint: Path, adapter: Path, folder: Path, quantization: Quantization | None = None
 ) -> MergeFigures:
     """Merge as merge.py does."""
     shapes = projection_shapes(read_config(checkpoint))
@@ -121,7 +126,7 @@ def checkpoint(tmp_path: Path) -> Path:
     )
 
 
-def truth_of(merged: Merged, quantization: tuple[int, bool] | None) -> Iterator[Any]:
+def truth_of(merged: Merged, quantization: Quantization | None) -> Iterator[Any]:
     """Each changed tensor: its name, base, update and the sums of their terms' magnitudes, in
     float64."""
     weights, adapter = weights_of(merged.checkpoint), adapter_of(merged.adapter)

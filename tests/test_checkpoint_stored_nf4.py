@@ -12,6 +12,7 @@ import torch
 from equality import assert_equal, assert_no_worse_than
 from live_bytes import LiveBytes
 from llama_peers import CPU
+from micro_steps import NF4
 from peer_process import run_peer
 from safetensors.torch import load_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
@@ -22,7 +23,7 @@ from checkpoint.loading import describe, load_model, load_sizes, stored_quantiza
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import STATE
-from nf4.weight import NF4Weight, dequantize, member
+from nf4.weight import NF4Weight, Quantization, dequantize, member
 
 FILE = "model.safetensors"
 SCRIPT = Path(__file__).with_name("stored_nf4_peer.py")
@@ -46,7 +47,7 @@ PHI3 = VARIANTS["phi3"] | {
 }
 DEFAULT = {
     "fields": WIDE,
-    "quantization": (64, True),
+    "quantization": NF4,
     "dtype": "float32",
     "storage": "uint8",
     "skip": None,
@@ -56,15 +57,19 @@ DEFAULT = {
 MIXED = ["lm_head", "model.layers.0.mlp", "model.layers.1.self_attn.o_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "double-quantized": {},
-    "single-bfloat16": {"quantization": (64, False), "dtype": "bfloat16"},
+    "single-bfloat16": {"quantization": Quantization(64, False), "dtype": "bfloat16"},
     "blocks-of-128": {
-        "quantization": (128, True),
+        "quantization": Quantization(128, True),
         "fields": WIDE | {"intermediate_size": 256},
         "dtype": "float16",
     },
-    "blocks-of-32": {"quantization": (32, False)},
+    "blocks-of-32": {"quantization": Quantization(32, False)},
     "odd-shapes": {"fields": ODD},
-    "odd-shapes-single": {"fields": ODD, "quantization": (64, False), "dtype": "bfloat16"},
+    "odd-shapes-single": {
+        "fields": ODD,
+        "quantization": Quantization(64, False),
+        "dtype": "bfloat16",
+    },
     "qwen2": {"fields": WIDE | VARIANTS["qwen2"]},
     "phi3": {"fields": WIDE | PHI3, "dtype": "bfloat16"},
     "in-shards": {"shard": "30KB"},
@@ -78,7 +83,7 @@ def write_source(case: dict[str, Any], folder: Path) -> Path:
     return write_checkpoint(folder, case["fields"], tensors)
 
 
-def quantize_folder(source: Path, output: Path, quantization: tuple[int, bool], *more: str) -> Path:
+def quantize_folder(source: Path, output: Path, quantization: Quantization, *more: str) -> Path:
     block_size, double_quant = quantization
     flags = ["--model", str(source), "--output", str(output), "--block-size", str(block_size)]
     quantize.main([*flags, *([] if double_quant else ["--no-double-quant"]), *more])
@@ -388,7 +393,7 @@ def damaged(base: Path, folder: Path, damage: Damage) -> Path:
 def test_a_file_of_another_format_is_refused(base: Path, tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
     folder = damaged(base, tmp_path, damage)
-    sizes = functools.partial(load_sizes, compute_dtype=torch.float32, quantization=(64, True))
+    sizes = functools.partial(load_sizes, compute_dtype=torch.float32, quantization=NF4)
     for read in (stored_quantization, sizes, load):
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
             read(folder)
@@ -439,7 +444,7 @@ def test_a_tied_head_stored_alone_is_copied_as_it_is(
     embeddings = tensors.pop("model.embed_tokens.weight")
     beside = {"lm_head.weight": embeddings, "model.rotary_emb.inv_freq": torch.ones(4).double()}
     source = write_checkpoint(tmp_path / "source", fields, tensors | beside)
-    copy = quantize_folder(source, tmp_path / "copy", (64, True), "--device", "cpu")
+    copy = quantize_folder(source, tmp_path / "copy", NF4, "--device", "cpu")
     assert "does not need; left alone: model.rotary_emb.inv_freq\n" in capsys.readouterr().out
     assert set(load_file(copy / FILE)) >= {"lm_head.weight"}
     assert_equal(load(copy).model.embed_tokens.weight.detach(), embeddings, "embeddings")
@@ -452,9 +457,11 @@ def test_scales_that_are_not_finite_are_refused(base: Path, tmp_path: Path, bad:
         load(folder)
 
 
-@pytest.mark.parametrize("quantization", [None, (128, True), (64, False)], ids=str)
+@pytest.mark.parametrize(
+    "quantization", [None, Quantization(128, True), Quantization(64, False)], ids=str
+)
 def test_another_quantization_than_the_stored_one_is_refused(
-    base: Path, quantization: tuple[int, bool] | None
+    base: Path, quantization: Quantization | None
 ) -> None:
     folder = base / "double-quantized" / "theirs"
     with pytest.raises(ValueError, match="is in NF4 with --block-size 64 --double-quant, asked"):

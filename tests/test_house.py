@@ -19,8 +19,8 @@ FLOORS = {
     "data": {"foreign", "hub", "run"},
     "llama": {"foreign", "kernels", "lora", "nf4"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
-    "step": {"kernels", "llama", "lora"},
-    "prepare": {"checkpoint", "data", "hub", "llama", "lora", "optim", "run", "step"},
+    "step": {"kernels", "llama", "lora", "nf4"},
+    "prepare": {"checkpoint", "data", "hub", "llama", "lora", "nf4", "optim", "run", "step"},
     "bundled": {"data", "llama", "lora"},
     "train": {
         "checkpoint",
@@ -34,7 +34,7 @@ FLOORS = {
         "run",
         "step",
     },
-    "quantize": {"checkpoint", "run"},
+    "quantize": {"checkpoint", "nf4", "run"},
     "merge": {"checkpoint", "data", "llama", "lora", "nf4", "run"},
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import KEEP, LORA
+from micro_steps import KEEP, LORA, NF4
 from on_gpu import measure
 from tiny_llama import VARIANTS, write_variant
 
@@ -16,6 +16,7 @@ from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from step.memory_plan import (
     CONTEXT_BYTES,
     GIB,
@@ -51,10 +52,10 @@ WORK = work_for()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantization", [None, (64, True), (128, False)], ids=str)
+@pytest.mark.parametrize("quantization", [None, NF4, Quantization(128, False)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_weights_are_those_of_the_loaded_model(
-    tmp_path: Path, variant: str, quantization: tuple[int, bool] | None, dtype: torch.dtype
+    tmp_path: Path, variant: str, quantization: Quantization | None, dtype: torch.dtype
 ) -> None:
     folder = write_variant(tmp_path, variant, torch.bfloat16)
     loaded = load_model(folder, CPU, dtype, quantization)
@@ -74,8 +75,8 @@ def test_members_of_other_ranks_are_planned_with_room_for_the_largest(tmp_path: 
     patterns = {"q_proj": 40, "0.self_attn.o_proj": 80}
     lora = replace(LORA, rank_pattern=patterns, exclude_modules=("layers.1.mlp.up_proj",))
     folder = write_variant(tmp_path, "grouped-query")
-    model = load_model(folder, CPU, torch.float32, (64, True))
-    sizes = load_sizes(folder, torch.float32, (64, True))
+    model = load_model(folder, CPU, torch.float32, NF4)
+    sizes = load_sizes(folder, torch.float32, NF4)
     for one in (model, sizes):
         one.attach_lora(lora, seed=0)
     work = Workload(sizes, 8, 1, 64)

@@ -15,6 +15,7 @@ from checkpoint.loading import load_model
 from kernels.neftune import neftune_, noise_scale
 from llama.model import PROJECTIONS, projections
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from step.micro_step import MicroStep, Policy, padded_tokens
 
 CUDA = torch.device("cuda")
@@ -213,7 +214,7 @@ def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path
 def test_gpu_captured_steps_give_the_same_bits(
     tmp_path: Path,
     dtype: torch.dtype,
-    quantization: tuple[int, bool] | None,
+    quantization: Quantization | None,
     policies: str,
     dropout: float,
     variant: str,

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import CPU, LORA
+from micro_steps import CPU, LORA, NF4
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 from checkpoint.loading import load_model, load_sizes
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from step.allocations import Allocations, Event
 from step.micro_step import POLICIES, Policy
 from step.repeated_calls import RepeatedCalls
@@ -31,7 +32,7 @@ def sizes_of(
     folder: Path,
     variant: str,
     dtype: torch.dtype,
-    quantization: tuple[int, bool] | None = (64, True),
+    quantization: Quantization | None = NF4,
     lora: LoRAConfig = LORA,
 ) -> Workload:
     """Two rows of 128 tokens through six tiny layers."""
@@ -105,7 +106,7 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
     work = sizes_of(tmp_path, variant, torch.float32)
     planned = kept_bytes(StepWalk(work).kept_by(policy))
     fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": 6}
-    model = load_model(tmp_path, CPU, torch.float32, (64, True))
+    model = load_model(tmp_path, CPU, torch.float32, NF4)
     model.attach_lora(LORA, seed=0)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
     shared = model.shared(ids)

@@ -24,6 +24,7 @@ from data.batches import collate, epoch_order
 from data.packing import collate_packed
 from data.samples import Sample
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from optim.adamw import AdamW
 from prepare.job import BUNDLED
 from run.ranks import Ranks
@@ -154,7 +155,7 @@ def trained() -> tuple[MicroStep, AdamW]:
 )
 def test_micro_batches_of_all_ranks_add_up_to_the_gradient_of_the_whole_window(
     trained: tuple[MicroStep, AdamW],
-    samples: list[list[tuple[int, bool]]],
+    samples: list[list[Quantization]],
     batch_size: int,
     num_ranks: int,
     packed: bool,

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 import torch
+from micro_steps import NF4
 from peer_process import run_peer
 from torch import Tensor
 
@@ -28,7 +29,7 @@ LORA = LoRAConfig(8, 16.0, 0.0, PROJECTIONS)
 
 
 def quantized_model(checkpoint: Path) -> Llama:
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32, (64, True))
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32, NF4)
     model.attach_lora(LORA, seed=7)
     return model
 
