@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
         print(remark)
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
-    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors())
+    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors)
     check_base(config, base)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
@@ -317,8 +317,8 @@ def load_trained(config: MergeConfig) -> Llama:
     """Load the base as it was while the adapter trained, with the adapter beside it."""
     model = load_model(config.model, config.device, config.dtype, config.quantization)
     model.attach_lora(read_adapter_config(config.adapter), seed=0)
-    vocabulary = describe(config.model, config.dtype).vocabulary_tensors()
-    load_adapter(config.adapter, model.adapter_tensors(), vocabulary)
+    base = describe(config.model, config.dtype)
+    load_adapter(config.adapter, model.adapter_tensors(), base.vocabulary_tensors)
     return model
 
 

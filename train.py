@@ -29,7 +29,7 @@ from hub.push import push_folder
 from job.checkpoint import quantization_of
 from job.job import SAMPLE_TOKENS, Job, check
 from kernels.launch import KernelDoesNotFit
-from llama.checkpoint import load_model
+from llama.checkpoint import describe, load_model
 from llama.generation import generate_greedy
 from llama.micro_step import MicroStep
 from llama.model import Llama
@@ -330,7 +330,8 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        load_adapter(job.start, model.adapter_tensors())
+        base = describe(job.checkpoint_folder, dtype)
+        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:
