@@ -35,6 +35,7 @@ from data.records import data_suffix
 from data.samples import Sample
 from data.tokenization import ROW, TOKEN, Counts, Piece, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from foreign.json_text import read_object
 
 _INDEX_FILE = "index.json"
 _IDS_FILE, _LABELS_FILE, _ROWS_FILE = "input_ids.bin", "labels.bin", "rows.bin"
@@ -263,7 +264,7 @@ def _write(folder: Path, name: str, pieces: Iterator[Piece], report: Callable[[i
 def _open(folder: Path, is_cached: bool) -> Tokens | None:
     """Open a folder of the cache, None if it is not there or not what its index says."""
     try:
-        index = json.loads((folder / _INDEX_FILE).read_bytes())
+        index = read_object(folder / _INDEX_FILE)
         hashes = {}
         for name in _FILES:
             with (folder / name).open("rb") as file:

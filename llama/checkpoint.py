@@ -25,7 +25,6 @@ and a line says so.
 """
 
 import difflib
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,6 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from foreign.json_text import read_object
 from hub.fetch import find_folder
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
@@ -145,16 +145,11 @@ def _about_pickled(names: Iterable[str]) -> str:
 
 def _read_index(index: Path) -> dict[str, str]:
     """Read which file of its folder an index gives for each tensor."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{index} must be JSON with a weight_map of tensor names to files: {error!r}"
-        ) from None
+    places = read_object(index, "download it again").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        raise ValueError(f"{index} must have a weight_map of tensor names to file names")
     for file in places.values():
-        if Path(file).name != file or file == "..":
+        if Path(file).name != file or file == ".." or "\0" in file:
             raise ValueError(f"{index} must name files of its own folder only: got {file!r}")
     return places
 
@@ -709,9 +704,12 @@ def describe_loading(folder: Path, compute_dtype: torch.dtype) -> list[str]:
         ValueError: the files contradict each other or config.json, or are in another format.
     """
     found = describe(folder, compute_dtype)
-    is_tied = found.model.config.tie_word_embeddings
-    head = found.embeddings if is_tied else found.stored[_HEAD]
-    if head.dtype == compute_dtype:
-        return found.remarks
-    kept = f"the head is stored in {head.dtype} and kept in {compute_dtype}, in which it is used"
-    return [*found.remarks, kept]
+    converted = {"embeddings": (EMBEDDINGS, found.embeddings)}
+    if not found.model.config.tie_word_embeddings:
+        converted["head"] = (_HEAD, found.stored[_HEAD])
+    lines = found.remarks
+    for what, (name, tensor) in converted.items():
+        kept = _kept_dtype(found.model, name, tensor.dtype)
+        if kept != tensor.dtype:
+            lines.append(f"{what}: stored in {tensor.dtype}, kept in {kept}, the compute dtype")
+    return lines

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreign.json_text import read_object
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.checkpoint import (
     COMPANIONS,
@@ -131,7 +132,7 @@ def write_quantized_copy(
     metadata = {MADE_FROM: identify(copy.source).own}
     write_shards(folder, copy.shards, _converted(copy, device, report), metadata)
     source = copy.source.folder
-    config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_object(source / CONFIG_NAME)
     text = json.dumps(config | _config_fields(copy, config), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     for path in chain.from_iterable(source.glob(pattern) for pattern in COMPANIONS):

@@ -15,6 +15,7 @@ from run.metrics import (
     Progress,
     Row,
     StepRows,
+    has_answer,
     peak_memory_bytes,
 )
 from run.trackers import Trackers
@@ -51,7 +52,8 @@ class RunLog:
         # the row that waits for its evaluation is of this step
         last_row = last - bool(state.unevaluated)
         self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
-        self._samples = StepRows(self._output / SAMPLES_FILE if writes else None, last)
+        answers = self._output / SAMPLES_FILE if writes else None
+        self._samples = StepRows(answers, last, has_answer)
         self._progress = Progress(num_steps, state.step, is_shown=writes)
         self._trackers = Trackers(config, state, self.say) if writes else None
         self._since, self._tokens_then = time.perf_counter(), state.tokens
