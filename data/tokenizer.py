@@ -54,6 +54,7 @@ class Tokenizer:
             letter.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
+        added_ids: of all added tokens, special or not, by their text.
         closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
@@ -92,7 +93,8 @@ class Tokenizer:
         own = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
-        special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.added_ids = {token.content: i for i, token in added.items()}
+        special = {i for i, t in added.items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
         self.special_ids = frozenset(special | named)
         # BOS opens a text: it cannot close a turn, unless it is EOS as well

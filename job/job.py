@@ -147,7 +147,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, llama_config, state)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, state)
     if config.inspect:
         return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
