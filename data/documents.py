@@ -29,7 +29,7 @@ import numpy as np
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
 
-_OVERLAP = 4096
+_OVERLAP = 2048
 _SPACE, _BREAKS = ord(" "), (ord("\n"), ord("\r"))
 
 

@@ -33,7 +33,7 @@ Refuse: TypeAlias = Callable[[ValueError], None]
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
-_TEXT_CHARACTERS = 1 << 18
+_TEXT_CHARACTERS = 1 << 16
 _PARQUET_ROWS = 1024
 
 
