@@ -18,14 +18,25 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from data.documents import (
+    Encoded,
+    Window,
+    cut,
+    encode_window,
+    first_window,
+    join,
+    next_window,
+)
 from data.fields import without
 from data.formats import (
+    DEFAULT_TEXT_FIELD,
     FORMATS,
     Conversation,
     Example,
@@ -35,7 +46,7 @@ from data.formats import (
     to_example,
 )
 from data.records import Record, Refuse, raise_it, read_records
-from data.samples import NO_LOSS, Sample, cut_document, to_sample
+from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
 
 TRAIN_ON = ("completions", "all")
@@ -69,7 +80,8 @@ class Recipe:
         vocab_size: rows of the model's embedding.
         now: the time that templates which write the date see. A resumed run gives the time of its
             first start and gets the same samples.
-        skip_bad_lines: leave out a record that is not what it must be, and count it.
+        skip_bad_lines: leave out a record that is not what it must be, and count it; a text file is
+            no line.
         ignored_fields: fields of a record and of its messages that are left out.
 
     Raises:
@@ -146,6 +158,11 @@ class Piece:
     counts: Counts
 
 
+# what a process is given at a time, and what it makes of it
+Task: TypeAlias = list[Record] | Window
+Result: TypeAlias = Piece | Encoded
+
+
 def tokenize_files(
     files: Sequence[Path],
     tokenizer: Tokenizer,
@@ -178,11 +195,16 @@ def tokenize_files(
         )
     name = _detect(first, recipe) if recipe.data_format == "auto" else recipe.data_format
 
-    def tokenize(chunk: list[Record]) -> Piece:
-        return tokenize_records(chunk, name, tokenizer, recipe)
+    def tokenize(task: Task) -> Result:
+        if isinstance(task, Window):
+            _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
+            return encode_window(task, tokenizer)
+        return tokenize_records(task, name, tokenizer, recipe)
 
-    chunks = _chunks(chain([first], records))
-    pieces = _in_turn(tokenize, chunks, num_processes or _worthwhile_processes(files))
+    is_text = name == "text" and DEFAULT_TEXT_FIELD not in recipe.ignored_fields
+    tasks = _tasks(chain([first], records), is_text)
+    results = _in_turn(tokenize, tasks, num_processes or _worthwhile_processes(files))
+    pieces = _with_documents(results, tokenizer, recipe)
     return name, chain(pieces, [_piece([], [], unread)])
 
 
@@ -222,10 +244,6 @@ def tokenize_records(
             counts.num_rendered_with_tools += example.tools is not None
         if not sample.num_target_tokens:
             counts.num_without_target += 1
-        elif isinstance(example, Text) and example.is_document:
-            parts = cut_document(sample, recipe.max_length)
-            samples += parts
-            truncated += [False] * len(parts)
         else:
             is_truncated = len(sample.input_ids) > recipe.max_length
             counts.num_truncated += is_truncated
@@ -337,19 +355,65 @@ def is_closed(sample: Sample, tokenizer: Tokenizer) -> bool:
     return False
 
 
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Group records; what was read before a fault is handed on before the fault."""
+def _tasks(records: Iterator[Record], is_text: bool) -> Iterator[Task]:
+    """Group records, and make windows of the parts of a document; what was read before a fault is
+    handed on before the fault."""
     chunk: list[Record] = []
+    window: Window | None = None
+    document = 0
     try:
         for record in records:
-            chunk.append(record)
-            if len(chunk) == _CHUNK_RECORDS:
-                yield chunk
-                chunk = []
+            if record.is_document and is_text:
+                if chunk:
+                    yield chunk
+                    chunk = []
+                part = str(record.fields["text"])
+                if record.part == 0 or window is None:
+                    document += 1
+                    window = first_window(document, record.location, part)
+                else:
+                    window = next_window(window, part)
+                yield window
+            # of a document that is refused, one part says why
+            elif not record.part:
+                chunk.append(record)
+                if len(chunk) == _CHUNK_RECORDS:
+                    yield chunk
+                    chunk = []
     except ValueError:
         yield chunk
         raise
     yield chunk
+
+
+def _with_documents(
+    results: Iterator[Result], tokenizer: Tokenizer, recipe: Recipe
+) -> Iterator[Piece]:
+    """The pieces in their order, those of documents made of their windows."""
+    for document, group in groupby(results, _document_of):
+        if document is None:
+            yield from (piece for piece in group if isinstance(piece, Piece))
+        else:
+            windows = (window for window in group if isinstance(window, Encoded))
+            yield from _document(windows, tokenizer, recipe)
+
+
+def _document_of(result: Result) -> int | None:
+    return result.window.document if isinstance(result, Encoded) else None
+
+
+def _document(windows: Iterator[Encoded], tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Piece]:
+    first = next(windows)
+    ids = join(chain([first], windows), tokenizer)
+    counts = Counts(num_records=1, num_without_target=1)
+    for samples in cut(ids, tokenizer, recipe.max_length):
+        for sample in samples:
+            what = f"{first.window.location}: a sample"
+            tokenizer.check_rows(sample.input_ids, recipe.vocab_size, what)
+        rows = [_row(sample, False, tokenizer) for sample in samples]
+        yield _piece(samples, rows, Counts())
+        counts.num_without_target = 0
+    yield _piece([], [], counts)
 
 
 def _worthwhile_processes(files: Sequence[Path]) -> int:
@@ -358,11 +422,11 @@ def _worthwhile_processes(files: Sequence[Path]) -> int:
 
 
 def _in_turn(
-    tokenize: Callable[[list[Record]], Piece], chunks: Iterator[list[Record]], num_processes: int
-) -> Iterator[Piece]:
-    """Tokenize chunks, this process alone or others for it, and yield the results in order."""
+    tokenize: Callable[[Task], Result], tasks: Iterator[Task], num_processes: int
+) -> Iterator[Result]:
+    """Do tasks, this process alone or others for it, and yield the results in order."""
     if num_processes == 1:
-        yield from map(tokenize, chunks)
+        yield from map(tokenize, tasks)
         return
     # a forked process has the tokenizer already, and imports nothing
     pool = ProcessPoolExecutor(
@@ -371,11 +435,11 @@ def _in_turn(
         initializer=_start_worker,
         initargs=(tokenize,),
     )
-    pending: deque[Future[Piece]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         try:
-            for chunk in chunks:
-                pending.append(pool.submit(_work, chunk))
+            for task in tasks:
+                pending.append(pool.submit(_work, task))
                 if len(pending) > 2 * num_processes:
                     yield pending.popleft().result()
         except ValueError:
@@ -395,10 +459,10 @@ def _in_turn(
 
 
 # the work of a forked process
-_tokenize: Callable[[list[Record]], Piece]
+_tokenize: Callable[[Task], Result]
 
 
-def _start_worker(tokenize: Callable[[list[Record]], Piece]) -> None:
+def _start_worker(tokenize: Callable[[Task], Result]) -> None:
     global _tokenize
     _tokenize = tokenize
     # Ctrl-C reaches them all; the parent ends this one
@@ -427,5 +491,5 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_and_end, daemon=True).start()
 
 
-def _work(chunk: list[Record]) -> Piece:
-    return _tokenize(chunk)
+def _work(task: Task) -> Result:
+    return _tokenize(task)

@@ -52,6 +52,9 @@ class Tokenizer:
         special_tokens: the tokens that the checkpoint names, "bos_token" and the like, as text.
         adds_bos: whether encode(..., add_special_tokens=True) starts with BOS, found by encoding a
             letter.
+        added_around: the ids that encode(..., add_special_tokens=True) puts before and behind those
+            of a text.
+        divides_words: whether a text is divided into words, each of which is encoded by itself.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
         added_ids: of all added tokens, special or not, by their text.
@@ -107,6 +110,10 @@ class Tokenizer:
         self._letter = self.encode("a", add_special_tokens=False)
         probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
+        size = len(self._letter)
+        before = next(i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        self.added_around = probe[:before], probe[before + size :]
+        self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
 
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str = "") -> "Tokenizer":
@@ -182,6 +189,12 @@ class Tokenizer:
         """
         encoding = self._encode(text, add_special_tokens)
         return encoding.ids, encoding.offsets
+
+    def encode_with_words(self, text: str) -> tuple[list[int], list[int], list[int | None]]:
+        """Token ids of a text alone, and for each the character it starts at and the number of its
+        word."""
+        encoding = self._encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         with self._encoding:
