@@ -45,6 +45,7 @@ from nf4.blockwise import check_block_size
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
+from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
 from run.terminal import guard_output, one_line
 
@@ -366,7 +367,8 @@ def describe_text(config: MergeConfig, windows: Sequence[Tensor], figures: TextF
 if __name__ == "__main__":
     guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError) as error:
         # what the user gave, or what the disk refused: the message is enough
         sys.exit(f"error: {one_line(error)}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llama.checkpoint import find_checkpoint
 from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from run.folder import check_new_folder, new_output
+from run.last_door import LastDoor
 from run.machine import choose_device
 from run.room import MB
 from run.terminal import guard_output, one_line
@@ -100,7 +101,8 @@ def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
 if __name__ == "__main__":
     guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError) as error:
         # what the user gave, or what the disk refused: the message is enough
         sys.exit(f"error: {one_line(error)}")

@@ -52,6 +52,7 @@ from run.checkpoint import (
 )
 from run.config import TrainConfig
 from run.folder import DEFAULT_PARENT, open_output
+from run.last_door import LastDoor
 from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
@@ -483,6 +484,7 @@ def save(run: Run, log: RunLog) -> Path:
     output = run.job.output
     path = output / checkpoint_name(run.state)
     if run.ranks.is_first and not path.exists():
+        log.flush()
         save_checkpoint(
             path,
             run.state,
@@ -652,6 +654,7 @@ def save_results(run: Run, log: RunLog) -> list[str]:
     if not (run.job.num_steps and run.ranks.is_first):
         return []
     output = run.job.output
+    log.flush()
     try:
         with new_files(output) as folder:
             write_adapter(folder, run)
@@ -724,7 +727,8 @@ def end(error: Exception) -> NoReturn:
 if __name__ == "__main__":
     guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError, CannotGoOn, RankError, KernelDoesNotFit) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
         end(error)

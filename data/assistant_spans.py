@@ -72,11 +72,10 @@ def render_with_spans(
     chosen = replies if targets is None else list(targets)
     # every rendering of this conversation sees the same clock
     seen = template.variables(tools=tools, variables=variables, now=now or datetime.now())
-    text = template.write(messages, seen)
     is_marked = template.has_marks()
     # marks that are all learned need no owner, so that loops may be as they like
     with_loops = not is_marked or chosen != replies
-    rendering = template.trace(messages, seen, with_loops=with_loops)
+    rendering = template.write_traced(messages, seen, with_loops=with_loops)
     if rendering is None:
         raise ValueError(
             f"{template.name} must write unchanged what its "
@@ -84,12 +83,12 @@ def render_with_spans(
             f"a filter or test applied to it; {_CORRECTION if is_marked else _WAY_OUT}"
         )
     if is_marked:
-        return text, _marked_spans(template, rendering, chosen, replies)
+        return rendering.text, _marked_spans(template, rendering, chosen, replies)
     turns = _reply_turns(template, rendering, replies)
-    return text, [
+    return rendering.text, [
         (
             _start_of_reply(template, messages, i, seen, rendering, turns[i]),
-            _end_of_reply(template, text, turns[i]),
+            _end_of_reply(template, rendering.text, turns[i]),
         )
         for i in chosen
     ]
@@ -150,12 +149,15 @@ def _start_of_reply(
 ) -> int:
     """Where the turn goes on after what the model is given."""
     written = rendering.text[turn.start : turn.end]
-    for opening in (
-        _generation_prompt(template, messages[:index], variables, rendering.text[: turn.start]),
-        _opening_of_content(template, messages, index, variables, rendering.text, turn.loop),
-    ):
-        if opening is not None and written.startswith(opening):
-            return turn.start + len(opening)
+    opening = _generation_prompt(
+        template, messages[:index], variables, rendering.text[: turn.start]
+    )
+    if opening is None or not written.startswith(opening):
+        opening = _opening_of_content(
+            template, messages, index, variables, rendering.text, turn.loop
+        )
+    if opening is not None and written.startswith(opening):
+        return turn.start + len(opening)
     raise ValueError(
         f"{template.name} must begin the turn of assistant message {index} with its generation "
         f"prompt, or as that of a message with nothing but content: got {written[:60]!r}; "

@@ -19,6 +19,7 @@ import numpy as np
 from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
+from foreign.json_text import read_object
 from run.terminal import AsIs, escaped, one_line
 
 AUDIT_FILE = "data.json"
@@ -198,7 +199,7 @@ def check_same(path: Path, audits: dict[str, dict[str, Any]]) -> None:
         ValueError: they are others, or the file is not what it must be.
     """
     try:
-        earlier = {name: facts["sha256"] for name, facts in json.loads(path.read_bytes()).items()}
+        earlier = {name: facts["sha256"] for name, facts in read_object(path).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume must find what the run learned from in {path}: got {error!r}; start a new "

@@ -10,9 +10,10 @@ is plain JSON, the tokenizer's special tokens and the variables of the call. Whe
 Left out: images and other parts that are not text, and functions in place of tools' JSON schemas.
 """
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -116,9 +117,23 @@ class ChatTemplate:
 
     def write(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """Render with all that the template sees; render() says what it raises."""
+        with self._refusing(messages, variables):
+            return self.attempt(messages, variables)
+
+    def write_traced(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], *, with_loops: bool
+    ) -> "Rendering | None":
+        """As trace(), with the errors of write()."""
+        with self._refusing(messages, variables):
+            return self.trace(messages, variables, with_loops=with_loops)
+
+    @contextlib.contextmanager
+    def _refusing(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> Iterator[None]:
         self.check_syntax()
         try:
-            return self.attempt(messages, variables)
+            yield
         except TEMPLATE_ERRORS as error:
             place = self._place_of(error, messages, variables)
             raise ValueError(
@@ -148,15 +163,20 @@ class ChatTemplate:
 
         Raises one of TEMPLATE_ERRORS where attempt() does.
         """
+        seen = [_as_seen(message) for message in messages]
+        marked = _compile_traced(self.text)
+        trace = Trace(absent_character(""), with_loops)
+        with contextlib.suppress(*TEMPLATE_ERRORS):
+            found = trace.read_alone(marked.render(messages=seen, **{**variables, TRACE: trace}))
+            if found is not None:
+                return Rendering(*found, seen)
         text = self.attempt(messages, variables)
         trace = Trace(absent_character(text), with_loops)
-        seen = [_as_seen(message) for message in messages]
         try:
-            marked = _compile_traced(self.text).render(messages=seen, **{**variables, TRACE: trace})
+            found = trace.read(marked.render(messages=seen, **{**variables, TRACE: trace}))
         except TEMPLATE_ERRORS:
             return None
-        unmarked, events = trace.read(marked)
-        return Rendering(text, events, seen) if unmarked == text else None
+        return Rendering(*found, seen) if found[0] == text else None
 
     def check_syntax(self) -> None:
         """Raise ValueError if the template is not Jinja."""
@@ -171,6 +191,7 @@ class ChatTemplate:
 
     def has_marks(self) -> bool:
         """Whether the template has {% generation %} marks."""
+        self.check_syntax()
         return _has_marks(self.text)
 
     def clock(self, now: datetime) -> list[str]:

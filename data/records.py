@@ -20,16 +20,17 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from foreign.json_text import check_value
+
 # what to do about a record that is not what it must be: raise, or count it
 Refuse: TypeAlias = Callable[[ValueError], None]
 
-# the escapes of U+D800 to U+DFFF: text only in pairs, but JSON lets one stand alone
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -129,8 +130,8 @@ class _Json:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            self._twice += [key for key in value if keys.count(key) > 1]
+            counts = Counter(key for key, _ in pairs)
+            self._twice += [key for key in value if counts[key] > 1]
         return value
 
     def decode(self, text: str) -> object:
@@ -154,14 +155,10 @@ class _Json:
                 f"{location}: {what} must name each field once: got {self._twice[0]!r} twice; "
                 "correct or delete the record"
             )
-        if _SURROGATE_ESCAPE.search(source):
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{location}: text must be valid Unicode: got half of a surrogate pair, "
-                    f"U+{ord(error.object[error.start]):04X}; correct or delete the record"
-                ) from error
+        try:
+            check_value(value, source)
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}; correct or delete the record") from None
         return Record(location, value)
 
 

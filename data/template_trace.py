@@ -7,8 +7,10 @@ text of its iteration does, however that text reaches the output: through macros
 or calls. What loops over messages is decided while rendering, by the values, never by names:
 whatever runs over objects with a role.
 
-The reader (ChatTemplate.trace) takes the markers out again and compares with the plain rendering:
-a template in which they change anything, by filtering or testing text that holds them, is refused.
+The reader (ChatTemplate.trace) takes the markers out again. A marker that goes straight to the
+output is seen by nothing on its way. One that the template collects first, in a macro, a {% set %}
+block or a {% filter %}, may be filtered or tested: the text without markers is then compared with
+the plain rendering, and a template in which they change anything is refused.
 
 Left out: recursive loops, which are not marked.
 """
@@ -46,29 +48,36 @@ class Event:
 
 
 class Trace:
-    """The events of one rendering, and the markers that hold their places in its text."""
+    """The events of one rendering, and the markers that hold their places in its text.
+
+    Attributes:
+        is_collected: a marker was in text that the template collected before it wrote it.
+    """
 
     def __init__(self, character: str, with_loops: bool) -> None:
         self._character = character
         self._with_loops = with_loops
         self._events: list[Event] = []
         self._running: set[int] = set()
+        self.is_collected = False
 
-    def _turn(self, loop: int, values: tuple[object, ...]) -> str:
+    def _turn(self, loop: int, is_collected: bool, values: tuple[object, ...]) -> str:
         message = next((v for v in values if isinstance(v, Mapping) and "role" in v), None)
         if message is None or not self._with_loops:
             return ""
         self._running.add(loop)
-        return self._marker(Event("turn", loop, message))
+        return self._marker(Event("turn", loop, message), is_collected)
 
     def _end(self, loop: int) -> str:
         if loop not in self._running:
             return ""
         self._running.remove(loop)
-        return self._marker(Event("end", loop))
+        # collected with the turns of its loop
+        return self._marker(Event("end", loop), self.is_collected)
 
-    def _marker(self, event: Event) -> str:
+    def _marker(self, event: Event, is_collected: bool) -> str:
         self._events.append(event)
+        self.is_collected |= is_collected
         return f"{self._character}{len(self._events) - 1}{self._character}"
 
     def read(self, marked: str) -> tuple[str, list[tuple[int, Event]]]:
@@ -81,6 +90,13 @@ class Trace:
             if number is not None:
                 places.append((position, self._events[int(number)]))
         return "".join(pieces[::2]), places
+
+    def read_alone(self, marked: str) -> tuple[str, list[tuple[int, Event]]] | None:
+        """As read(), or None where only a plain rendering can tell the text."""
+        # one that has the character itself can hold what looks like a marker
+        if self.is_collected or marked.count(self._character) != 2 * len(self._events):
+            return None
+        return self.read(marked)
 
 
 class TraceExtension(jinja2.ext.Extension):
@@ -99,15 +115,24 @@ class TraceExtension(jinja2.ext.Extension):
         return jinja2.nodes.Output([call]).set_lineno(line)
 
     @jinja2.pass_context
-    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+    def _mark(
+        self,
+        context: jinja2.runtime.Context,
+        is_collected: bool = False,
+        *,
+        caller: Callable[[], str],
+    ) -> str:
         trace, body = context.get(TRACE), caller()
         if trace is None:
             return body
-        return f"{trace._marker(Event('open'))}{body}{trace._marker(Event('close'))}"
+        opening, closing = (trace._marker(Event(kind), is_collected) for kind in ("open", "close"))
+        return f"{opening}{body}{closing}"
 
     @jinja2.pass_context
-    def _turn(self, context: jinja2.runtime.Context, loop: int, *values: object) -> str:
-        return context[TRACE]._turn(loop, values)
+    def _turn(
+        self, context: jinja2.runtime.Context, loop: int, is_collected: bool, *values: object
+    ) -> str:
+        return context[TRACE]._turn(loop, is_collected, values)
 
     @jinja2.pass_context
     def _end(self, context: jinja2.runtime.Context, loop: int) -> str:
@@ -138,6 +163,20 @@ class _LoopMarker(jinja2.visitor.NodeTransformer):
     def __init__(self, extension: TraceExtension) -> None:
         self._extension = extension
         self._num_loops = 0
+        self._is_collected = False
+
+    def _visit_collected(self, node: jinja2.nodes.Node) -> jinja2.nodes.Node:
+        before, self._is_collected = self._is_collected, True
+        self.generic_visit(node)
+        self._is_collected = before
+        return node
+
+    visit_Macro = visit_FilterBlock = visit_AssignBlock = _visit_collected
+
+    def visit_CallBlock(self, node: jinja2.nodes.CallBlock) -> jinja2.nodes.Node:
+        if getattr(node.call.node, "identifier", None) == TraceExtension.identifier:
+            node.call.args.append(jinja2.nodes.Const(self._is_collected))
+        return self._visit_collected(node)
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         self.generic_visit(node)
@@ -147,5 +186,7 @@ class _LoopMarker(jinja2.visitor.NodeTransformer):
         self._num_loops += 1
         targets = [node.target, *node.target.find_all(jinja2.nodes.Name)]
         names = [jinja2.nodes.Name(t.name, "load") for t in targets if hasattr(t, "name")]
-        node.body.insert(0, self._extension.output("_turn", node.lineno, loop, *names))
+        is_collected = jinja2.nodes.Const(self._is_collected)
+        turn = self._extension.output("_turn", node.lineno, loop, is_collected, *names)
+        node.body.insert(0, turn)
         return [node, self._extension.output("_end", node.lineno, loop)]

@@ -204,6 +204,11 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
+    if state.step > num_steps:
+        raise ValueError(
+            f"--resume must go on with a run that is not beyond its end: {start} is of step "
+            f"{state.step:,}, and the run has {num_steps:,}; start a new run in another --output"
+        )
     plan = None
     if device.type == "cuda" or config.plan:
         plan = plan_run(work, device, config.activations, config.max_memory_bytes)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from chat_cases import (
     CALL,
@@ -224,6 +225,39 @@ def test_some_targets_need_marks_in_their_turns() -> None:
     assert spoken(template, say("a", "b", "c", "d")) == ["a"]
     with pytest.raises(ValueError, match="got a mark elsewhere"):
         render_with_spans(make(template), say("a", "b", "c", "d"), targets=[3])
+
+
+@pytest.fixture
+def renders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of messages that each rendering is given."""
+    counts: list[int] = []
+    render = jinja2.Template.render
+
+    def counted(template: jinja2.Template, *args: Any, **kwargs: Any) -> str:
+        counts.append(len(kwargs["messages"]))
+        return render(template, *args, **kwargs)
+
+    monkeypatch.setattr(jinja2.Template, "render", counted)
+    return counts
+
+
+def test_a_turn_that_begins_with_its_prompt_needs_no_other_opening(renders: list[int]) -> None:
+    spoken_before = spoken(CHATML, say("a", "b"))
+    # spoken() renders once itself, to compare
+    assert (spoken_before, renders.pop()) == (["b<|im_end|>\n"], 2)
+    assert renders == [2, 1]
+
+
+def test_markers_that_the_template_collects_first_are_held_against_a_plain_rendering(
+    renders: list[int],
+) -> None:
+    block = "{% set x %}" + LOOP + "{% endset %}{{ x }}"
+    assert spoken(block, say("a", "b")) == ["b"]
+    assert len(renders) > len([2, 1]) + 1
+    renders.clear()
+    # so is a text with the characters of a marker
+    assert spoken(LOOP, say("a", "\ue0000\ue000")) == ["\ue0000\ue000"]
+    assert len(renders) > len([2, 1]) + 1
 
 
 def test_spans_are_those_of_trls_twins(assets: Path) -> None:

@@ -152,6 +152,26 @@ def test_malformed_files_are_value_errors_with_their_place(
     assert str(tmp_path / name) in str(caught.value)
 
 
+def test_keys_that_are_there_twice_are_counted_in_one_pass() -> None:
+    num_comparisons = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_comparisons
+            num_comparisons += 1
+            return str.__eq__(self, other)
+
+    decoder = records._Json()
+    pairs = [(Key(i), i) for i in range(1000)]
+    value = decoder._object([*pairs, *((Key(key), i) for key, i in pairs)])
+    # a dictionary compares what it finds under the same hash
+    assert num_comparisons < 10 * len(pairs)
+    with pytest.raises(ValueError, match="'0' twice"):
+        decoder.record(value, "", "x:1", "each line")
+
+
 def complaint(path: Path) -> str:
     try:
         list(read_records(path))
