@@ -18,6 +18,7 @@ from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
+from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
 from job.adapter import lora_config, lora_of_init_adapter
 from job.checkpoint import (
@@ -102,6 +103,23 @@ class Job:
     @property
     def device(self) -> torch.device:
         return torch.device(self.config.device)
+
+    @property
+    def is_base_local(self) -> bool:
+        """Whether --model is a folder."""
+        return self.checkpoint_folder == Path(self.config.model)
+
+    @property
+    def base_id(self) -> HubId | None:
+        """Of the base model on the hub; None where it is not from there."""
+        if self.is_base_local:
+            return snapshot_id(self.checkpoint_folder)
+        return parse_hub_id(self.config.model)
+
+    @property
+    def base_name(self) -> str:
+        """What others know the base model by: its id, or else the name of its folder alone."""
+        return str(self.base_id or self.checkpoint_folder.resolve().name)
 
     @property
     def output(self) -> Path:
