@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.confinement import Confinement, begin
 from data.fields import without
 from data.formats import (
     FORMATS,
@@ -36,6 +37,7 @@ from data.formats import (
 from data.records import Record, Refuse, raise_it, read_records
 from data.samples import NO_LOSS, Sample, cut_document, to_sample
 from data.tokenizer import Tokenizer
+from foreign.reading import Reading
 
 TRAIN_ON = ("completions", "all")
 TOKEN = np.dtype("<i4")
@@ -198,20 +200,23 @@ def tokenize_records(
     samples: list[Sample] = []
     truncated: list[bool] = []
     for record in records:
+        begin(record.location)
         try:
-            example = to_example(
-                record,
-                data_format,
-                text_field=recipe.text_field,
-                has_chat_template=tokenizer.has_chat_template,
-                ignored_fields=recipe.ignored_fields,
-            )
+            with Reading(record.location):
+                example = to_example(
+                    record,
+                    data_format,
+                    text_field=recipe.text_field,
+                    has_chat_template=tokenizer.has_chat_template,
+                    ignored_fields=recipe.ignored_fields,
+                )
         except ValueError as error:
             refuse(error)
             continue
         _check_tokenizer(example, tokenizer, recipe.train_on)
         try:
-            sample = _to_sample(example, record.location, tokenizer, recipe)
+            with Reading(record.location):
+                sample = _to_sample(example, record.location, tokenizer, recipe)
         except ValueError as error:
             refuse(error)
             continue
@@ -359,16 +364,18 @@ def _worthwhile_processes(files: Sequence[Path]) -> int:
 def _in_turn(
     tokenize: Callable[[list[Record]], Piece], chunks: Iterator[list[Record]], num_processes: int
 ) -> Iterator[Piece]:
-    """Tokenize chunks, this process alone or others for it, and yield the results in order."""
-    if num_processes == 1:
-        yield from map(tokenize, chunks)
-        return
+    """Let other processes tokenize chunks, and yield the results in order.
+
+    The chat template and the tokenizer are the model's programs: the processes are confined
+    (foreign/guest.py), a single one as well.
+    """
     # a forked process has the tokenizer already, and imports nothing
+    confinement = Confinement(num_processes)
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
-        initargs=(tokenize,),
+        initargs=(tokenize, confinement),
     )
     pending: deque[Future[Piece]] = deque()
     try:
@@ -385,10 +392,7 @@ def _in_turn(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "the processes that tokenize must live to the end: one was killed, perhaps for lack of "
-            "memory; run again with fewer of them (--dataset-num-proc 1)"
-        ) from error
+        raise confinement.explain() from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -397,9 +401,10 @@ def _in_turn(
 _tokenize: Callable[[list[Record]], Piece]
 
 
-def _start_worker(tokenize: Callable[[list[Record]], Piece]) -> None:
+def _start_worker(tokenize: Callable[[list[Record]], Piece], confinement: Confinement) -> None:
     global _tokenize
     _tokenize = tokenize
+    confinement.enter()
     # Ctrl-C reaches them all; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
