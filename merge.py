@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
+from foreign.guest import in_guest
 from llama.checkpoint import (
     COMPANIONS,
     INDEX_NAME,
@@ -288,8 +289,8 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
         text = config.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text must be UTF-8: {config.text}: {error}") from None
-    ids = Tokenizer.from_folder(config.tokenizer_folder).encode(text, add_special_tokens=True)
-    ids = ids[:MOST_TOKENS]
+    tokenizer = Tokenizer.from_folder(config.tokenizer_folder)
+    ids = in_guest(lambda: encode(tokenizer, text), "--text, tokenized,")
     if len(ids) < 2:
         raise ValueError(f"--text must have at least two tokens: {config.text} has {len(ids)}")
     if max(ids) >= llama_config.vocab_size:
@@ -298,6 +299,10 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
             f"{config.tokenizer_folder} gives {max(ids)}"
         )
     return windows_of(ids, min(WINDOW_TOKENS, llama_config.max_position_embeddings))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=True)[:MOST_TOKENS]
 
 
 def compare(config: MergeConfig, windows: Sequence[Tensor]) -> TextFigures:

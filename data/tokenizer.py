@@ -34,6 +34,7 @@ from data.template_files import (
     NamedText,
     choose_templates,
 )
+from foreign.guest import allow, in_guest
 from foreign.json_text import read_object
 from foreign.reading import Reading, is_panic
 
@@ -138,7 +139,9 @@ class Tokenizer:
         with _Library(folder, "reads"):
             backend = tokenizers.Tokenizer.from_file(str(path))
         config = _read_object(folder / CONFIG_FILE)
-        with Reading(f"the tokenizer of {folder}", "download it again"):
+        what = f"the tokenizer of {folder}"
+        in_guest(lambda: _try_out(backend, folder), what)
+        with Reading(what, "download it again"):
             _check_added_tokens(backend, config, folder)
             tokenizer = cls(
                 backend,
@@ -148,7 +151,8 @@ class Tokenizer:
                 is_template_override=bool(chat_template),
             )
         if chat_template:
-            tokenizer.chat_template().check_syntax()
+            template = tokenizer.chat_template()
+            in_guest(template.check_syntax, template.name)
         return tokenizer
 
     @property
@@ -197,6 +201,7 @@ class Tokenizer:
         return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        allow(len(text))
         with self._encoding:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
@@ -302,6 +307,13 @@ class _Library:
             raise ValueError(
                 f"{self._must}: got {error}; download it again or upgrade tokenizers"
             ) from error
+
+
+def _try_out(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Encode and decode a letter, which a normalizer or a decoder may make of any length."""
+    with _Library(folder, "tries out"):
+        for has_specials in (False, True):
+            backend.decode(backend.encode("a", add_special_tokens=has_specials).ids)
 
 
 def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:

@@ -22,7 +22,7 @@ FLOORS = {
     "bundled": {"llama", "lora", "data"},
     "train": {"job", "llama", "kernels", "lora", "optim", "run", "data", "hub"},
     "quantize": {"llama", "run"},
-    "merge": {"llama", "lora", "nf4", "run", "data"},
+    "merge": {"foreign", "llama", "lora", "nf4", "run", "data"},
 }
 
 # what is not ours, and the rooms or files that may know it
