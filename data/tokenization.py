@@ -199,6 +199,7 @@ def tokenize_files(
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
+            begin(task.location)
             _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe)
