@@ -32,6 +32,7 @@ from checkpoint.loading import (
 )
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
+from foreign.guest import in_guest
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         print(one_line(remark))
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
-    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors())
+    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors)
     check_base(config, base)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
@@ -289,8 +290,8 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
         text = config.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text must be UTF-8: {config.text}: {error}") from None
-    ids = Tokenizer.from_folder(config.tokenizer_folder).encode(text, add_special_tokens=True)
-    ids = ids[:MOST_TOKENS]
+    tokenizer = Tokenizer.from_folder(config.tokenizer_folder)
+    ids = in_guest(lambda: encode(tokenizer, text), "--text, tokenized,")
     if len(ids) < 2:
         raise ValueError(f"--text must have at least two tokens: {config.text} has {len(ids)}")
     if max(ids) >= llama_config.vocab_size:
@@ -299,6 +300,10 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
             f"{config.tokenizer_folder} gives {max(ids)}"
         )
     return windows_of(ids, min(WINDOW_TOKENS, llama_config.max_position_embeddings))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=True)[:MOST_TOKENS]
 
 
 def compare(config: MergeConfig, windows: Sequence[Tensor]) -> TextFigures:
@@ -320,8 +325,8 @@ def load_trained(config: MergeConfig) -> Llama:
     """Load the base as it was while the adapter trained, with the adapter beside it."""
     model = load_model(config.model, config.device, config.dtype, config.quantization)
     model.attach_lora(read_adapter_config(config.adapter), seed=0)
-    vocabulary = describe(config.model, config.dtype).vocabulary_tensors()
-    load_adapter(config.adapter, model.adapter_tensors(), vocabulary)
+    base = describe(config.model, config.dtype)
+    load_adapter(config.adapter, model.adapter_tensors(), base.vocabulary_tensors)
     return model
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,13 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.loading import load_model
+from checkpoint.loading import describe, load_model
 from data import audit
 from hub.push import push_folder
 from kernels.launch import KernelDoesNotFit
 from llama.generation import generate_greedy
 from llama.model import Llama
-from lora.adapter_file import load_adapter, save_adapter
+from lora.adapter_file import load_adapter, rename_base, save_adapter
 from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
@@ -38,7 +39,7 @@ from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
 from prepare.base import quantization_of
 from prepare.job import SAMPLE_TOKENS, Job, check
-from run.atomic import new_files, write_text
+from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
     RunState,
@@ -64,6 +65,8 @@ from step.preflight import limit_memory, memory_line, next_setting, preflight
 
 # what an int64 holds
 HASH_BYTES = 7
+# in the output folder: what is on its way to the hub
+HUB_FOLDER = "hub"
 
 
 class CannotGoOn(RuntimeError):
@@ -216,7 +219,7 @@ def train_and_save(run: Run, described: str) -> None:
             restore_best(run, log)
             # the adapter first: whatever comes after it only watches
             names = save_results(run, log)
-        write_card(run, log)
+        write_card(run, log, names)
         last_answer(run, log)
     if run.optimizer.describe() != described:
         log.say(f"optimizer: {run.optimizer.describe()}")
@@ -332,7 +335,8 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        load_adapter(job.start, model.adapter_tensors())
+        base = describe(job.checkpoint_folder, dtype)
+        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:
@@ -639,7 +643,9 @@ def is_of_device(error: BaseException) -> bool:
 
 def write_adapter(folder: Path, run: Run) -> None:
     job, tensors = run.job, run.model.adapter_tensors()
-    save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
+    # from wherever the adapter is read
+    base = str(job.checkpoint_folder.absolute()) if job.is_base_local else job.config.model
+    save_adapter(folder, tensors, job.lora, base, job.base.original)
 
 
 def save_results(run: Run, log: RunLog) -> list[str]:
@@ -669,11 +675,15 @@ def names_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def write_card(run: Run, log: RunLog) -> None:
-    """Write the model card of an adapter that was saved."""
-    if run.job.num_steps and run.ranks.is_first:
+def write_card(run: Run, log: RunLog, names: list[str]) -> None:
+    """Write the model card of an adapter that was saved, and count it among its files."""
+    job = run.job
+    if names:
         with Watching(CARD_FILE, log.say):
-            write_text(run.job.output / CARD_FILE, model_card(run.config, log.rows))
+            is_on_hub = job.base_id is not None
+            card = model_card(job.config, log.rows, names, job.base_name, is_on_hub=is_on_hub)
+            write_text(job.output / CARD_FILE, card)
+            names.append(CARD_FILE)
 
 
 def compared(prompt: str, before: str, after: str) -> str:
@@ -685,12 +695,23 @@ def compared(prompt: str, before: str, after: str) -> str:
 
 
 def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
-    """Send the saved files and their card to --push-to-hub."""
-    repository = run.config.push_to_hub
+    """Send the saved files and their card to --push-to-hub; where it refuses them, they stay in a
+    folder of their own."""
+    job, repository = run.job, run.config.push_to_hub
     if repository and names:
-        message = f"LoRA of {run.config.model} after {run.state.step:,} steps"
+        base = one_line(job.base_name)
         with Watching("--push-to-hub", log.say):
-            url = push_folder(run.job.output, [*names, CARD_FILE], repository, message)
+            folder = job.output / HUB_FOLDER
+            shutil.rmtree(folder, ignore_errors=True)
+            with new_folder(folder) as partial:
+                for name in names:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(job.output / name, partial / name)
+                # where the base lies on this disk is nobody else's business
+                rename_base(partial, base)
+            message = f"LoRA of {base} after {run.state.step:,} steps"
+            url = push_folder(folder, repository, message)
+            remove_folder(folder)
             log.say(f"pushed it: {url}")
 
 

@@ -517,12 +517,13 @@ class Description:
         back."""
         return [tensor for name, tensor in self.stored.items() if name in self.slots]
 
+    def vocabulary(self) -> dict[str, StoredTensor]:
+        """Find embeddings and head; where one is stored for both, it is both."""
+        return {name: self.stored.get(name, self.embeddings) for name in (EMBEDDINGS, _HEAD)}
+
     def vocabulary_tensors(self) -> dict[str, Tensor]:
-        """Read embeddings and head as they are stored; where one is stored for both, it is both."""
-        return {
-            name: read_tensor(self.stored.get(name, self.embeddings))
-            for name in (EMBEDDINGS, _HEAD)
-        }
+        """Read embeddings and head as they are stored."""
+        return {name: read_tensor(stored) for name, stored in self.vocabulary().items()}
 
     def check_tied_head(self) -> None:
         """Refuse a head that config.json ties to the embeddings, and that differs from them as they

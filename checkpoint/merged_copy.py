@@ -12,7 +12,7 @@ whole model, and says nothing of it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -67,12 +67,12 @@ class MergeFigures:
 def read_updates(
     folder: Path,
     shapes: Mapping[str, tuple[int, int]],
-    base: Mapping[str, Tensor] | None = None,
+    read_vocabulary: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> dict[str, LowRankUpdate]:
     """Read an adapter for a model with these projections.
 
     Args:
-        base: as `lora.adapter_file.load_adapter`.
+        read_vocabulary: as `lora.adapter_file.load_adapter`.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -86,7 +86,7 @@ def read_updates(
         updates[path] = LowRankUpdate(A, B, scaling)
     named = {f"{path}.lora_A.weight": update.A for path, update in updates.items()}
     named |= {f"{path}.lora_B.weight": update.B for path, update in updates.items()}
-    load_adapter(folder, named, base)
+    load_adapter(folder, named, read_vocabulary)
     if not any(bool(update.A.any()) and bool(update.B.any()) for update in updates.values()):
         raise ValueError(
             f"the adapter in {folder} must change something: every lora_B or lora_A of it is zero, "

@@ -21,6 +21,18 @@ _WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it load
 # what a weight's scales are called where bitsandbytes has quantized it to int8
 _INT8_SCALES = ".SCB"
 _NF4 = "bitsandbytes nf4"
+# how the names of tensors end that other formats store beside or in place of a weight; of two that
+# fit, the first
+_OTHER_FORMATS = {
+    ".g_idx": "GPTQ",
+    ".qweight": "AWQ or GPTQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".weight.absmax": "bitsandbytes in 4 bits, without its quant_state",
+}
 # what packed codes may be stored as: the bytes are the same
 _STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
@@ -155,15 +167,38 @@ def leftover_format(
         ValueError: the weights are quantized as it says, or in some other way.
     """
     said = number_format(folder)
-    if said is None or nf4.states:
+    if nf4.states:
         return ""
-    is_plain = all(tensor.dtype in FLOATS.values() for tensor in stored.values())
-    if not is_plain or stored.keys() != needed:
+    shown = _shown_format(stored, needed, is_said=said is not None)
+    if shown:
+        says = f"quantization_config says {said}" if said else "there is no quantization_config"
         raise ValueError(
-            f"{folder / CONFIG_NAME} must describe 16- or 32-bit weights, or {_NF4}: got a "
-            f"checkpoint quantized with {said}; {_WAY_OUT}"
+            f"{folder}: all weights must be in 16 or 32 bits, or in {_NF4}: {shown}, and {says}; "
+            f"{_WAY_OUT}"
         )
-    return said
+    return said or ""
+
+
+def _shown_format(stored: Mapping[str, StoredTensor], needed: Set[str], is_said: bool) -> str:
+    """Say what shows that weights are quantized; empty where nothing does.
+
+    Args:
+        is_said: config.json says so, too: then every tensor that is not as it is in 16 bits shows
+            it.
+    """
+    others = sorted(stored.keys() - needed)
+    for suffix, kind in _OTHER_FORMATS.items():
+        if found := [name for name in others if name.endswith(suffix)]:
+            return f"{found[0]} is of {kind}"
+    if not is_said:
+        return ""
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS.values():
+            return f"{name} is stored as {tensor.dtype}"
+    if others:
+        return f"{others[0]} is no tensor of the model"
+    missing = sorted(needed - stored.keys())
+    return f"{missing[0]} is missing" if missing else ""
 
 
 def as_bytes(stored: StoredTensor) -> StoredTensor:

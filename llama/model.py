@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
 from llama.config import LlamaConfig, LongRopeScaling
@@ -53,20 +54,28 @@ def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize
     Raises:
         ValueError: none does, or the head or the embeddings would.
     """
-    for path in ("lm_head", "model.embed_tokens"):
-        if lora.has_target(path):
-            raise ValueError(
-                "target_modules must be projections of the layers, head and embeddings stay as "
-                f"they are: {lora.target_modules!r} includes {path}"
-            )
     paths = list(paths)
-    sizes = {path: size for path in paths if (size := lora.update_size(path)) is not None}
+    # patterns come with an adapter, and may take for ever
+    if lora.has_patterns:
+        sizes = in_guest(lambda: _find_sizes(lora, paths), "the adapter's patterns of modules")
+    else:
+        sizes = _find_sizes(lora, paths)
     if not sizes:
         raise ValueError(
             f"target_modules must fit at least one projection of the model, such as {paths[0]}: "
             f"got {lora.target_modules!r}"
         )
     return sizes
+
+
+def _find_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
+    for path in ("lm_head", "model.embed_tokens"):
+        if lora.has_target(path):
+            raise ValueError(
+                "target_modules must be projections of the layers, head and embeddings stay as "
+                f"they are: {lora.target_modules!r} includes {path}"
+            )
+    return {path: size for path in paths if (size := lora.update_size(path)) is not None}
 
 
 class Decoder(nn.Module):

@@ -1,27 +1,39 @@
 """What a run learns from and is evaluated on, tokenized, said and judged."""
 
+from collections.abc import Collection
 from datetime import datetime
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from checkpoint.loading import describe
 from data import audit, template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from llama.config import LlamaConfig
+from llama.untrained_rows import untrained_rows
 from run.checkpoint import RunState
 from run.config import TrainConfig
 from run.terminal import one_line
 
 
 def load_data(
-    config: TrainConfig, tokenizer: Tokenizer, llama: LlamaConfig, state: RunState
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    checkpoint_folder: Path,
+    llama: LlamaConfig,
+    state: RunState,
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenize what is learned from and what is evaluated on, and say what it is.
 
     Raises:
         ValueError: data that cannot be read, or would teach the wrong thing.
     """
+
+    def find_untrained(ids: Collection[int], others: Collection[int]) -> set[int]:
+        return untrained_rows(describe(checkpoint_folder, torch.float32), ids, others)
 
     names = (name.strip() for name in config.ignore_fields.split(","))
     ignored_fields = tuple(name for name in names if name)
@@ -49,7 +61,7 @@ def load_data(
                 report=report,
             )
         print(f"{one_line(place)}: {audit.describe(dataset)}")
-        for warning in template_marks.warnings(dataset.counts, tokenizer):
+        for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
             print(one_line(warning))
         for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
             audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)

@@ -20,6 +20,7 @@ from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
+from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
 from llama.config import read_config
 from llama.model import projection_shapes, projections
@@ -104,6 +105,23 @@ class Job:
         return torch.device(self.config.device)
 
     @property
+    def is_base_local(self) -> bool:
+        """Whether --model is a folder."""
+        return self.checkpoint_folder == Path(self.config.model)
+
+    @property
+    def base_id(self) -> HubId | None:
+        """Of the base model on the hub; None where it is not from there."""
+        if self.is_base_local:
+            return snapshot_id(self.checkpoint_folder)
+        return parse_hub_id(self.config.model)
+
+    @property
+    def base_name(self) -> str:
+        """What others know the base model by: its id, or else the name of its folder alone."""
+        return str(self.base_id or self.checkpoint_folder.resolve().name)
+
+    @property
     def output(self) -> Path:
         return Path(self.config.output)
 
@@ -147,7 +165,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, llama_config, state)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, state)
     if config.inspect:
         return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})

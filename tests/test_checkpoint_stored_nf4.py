@@ -421,18 +421,52 @@ def test_a_quantization_config_is_left_over_where_all_weights_have_16_bits(
         "quantized: it is left over from another form, and ignored"
     ]
     load(tmp_path)
-    # each of these shows that some weight is quantized
+    # each of these shows that some weight is quantized, whatever the config says
     name = "model.layers.0.self_attn.q_proj.weight"
-    others: dict[str, dict[str, Tensor]] = {
-        "codes": {name: tensors[name].to(torch.int8)},
-        "fp8": {name: tensors[name].to(torch.float8_e4m3fn)},
-        "scales": {name.replace("weight", "weight_scale"): torch.ones(1)},
-        "packed": {name.replace("weight", "qweight"): torch.ones(4, 32, dtype=torch.int32)},
+    others: dict[str, tuple[str, Tensor]] = {
+        "is stored as torch.int8": (name, tensors[name].to(torch.int8)),
+        "is stored as torch.float8_e4m3fn": (name, tensors[name].to(torch.float8_e4m3fn)),
+        "is no tensor of the model": (name.replace("weight", "step"), torch.ones(1)),
     }
-    for changes in others.values():
-        write_checkpoint(tmp_path, fields, tensors | changes)
-        message = "must describe 16- or 32-bit weights, or bitsandbytes nf4: got a checkpoint "
-        with pytest.raises(ValueError, match=f"{message}quantized with {said}; use the original"):
+    for shown, (other, tensor) in others.items():
+        write_checkpoint(tmp_path, fields, tensors | {other: tensor})
+        message = f"16 or 32 bits, or in bitsandbytes nf4: {other} {shown}, and quantization_config"
+        with pytest.raises(ValueError, match=f"{message} says {said}; use the original"):
+            load(tmp_path)
+    del tensors[name]
+    write_checkpoint(tmp_path, fields, tensors)
+    with pytest.raises(ValueError, match=f"{name} is missing, and quantization_config says {said}"):
+        load(tmp_path)
+
+
+# the names of tensors of other formats in place of q_proj.weight or beside it
+OTHER_FORMATS = {
+    "GPTQ": ["qweight", "qzeros", "scales", "g_idx"],
+    "AWQ or GPTQ": ["qweight", "qzeros", "scales"],
+    "compressed-tensors": ["weight_packed", "weight_scale", "weight_shape"],
+    "FP8": ["weight", "weight_scale_inv"],
+    "FP8 or compressed-tensors": ["weight", "weight_scale"],
+    "HQQ": ["W_q", "meta"],
+    "AQLM": ["codes", "codebooks", "scales"],
+    "bitsandbytes in 4 bits, without its quant_state": ["weight", "weight.absmax"],
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_another_format_is_named_whether_the_config_says_so_or_not(
+    tmp_path: Path, kind: str
+) -> None:
+    tensors = random_tensors(FIELDS, torch.bfloat16)
+    prefix = "model.layers.0.self_attn.q_proj."
+    del tensors[f"{prefix}weight"]
+    tensors |= {prefix + end: torch.ones(4, dtype=torch.int32) for end in OTHER_FORMATS[kind]}
+    for config, said in (
+        ({}, "there is no quantization_config"),
+        ({"quant_method": "x"}, "quantization_config says x"),
+    ):
+        fields = FIELDS | ({"quantization_config": config} if config else {})
+        write_checkpoint(tmp_path, fields, tensors)
+        with pytest.raises(ValueError, match=rf"q_proj\.\S+ is of {kind}, and {said}; use the "):
             load(tmp_path)
 
 

@@ -35,7 +35,7 @@ FLOORS = {
         "step",
     },
     "quantize": {"checkpoint", "nf4", "run"},
-    "merge": {"checkpoint", "data", "llama", "lora", "nf4", "run"},
+    "merge": {"foreign", "checkpoint", "data", "llama", "lora", "nf4", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it

@@ -84,7 +84,7 @@ def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
         losses[name] = [row["loss"] for row in rows]
         adapters[name] = load_file(output / "adapter_model.safetensors")
         settings = json.loads((output / "config.json").read_text())
-        assert (settings["block_size"], settings["double_quant"]) == (32, False), name
+        assert (settings["block_size"], settings["double_quant"]) == Quantization(32, False), name
     assert losses["copy"] == losses["source"]
     for name, tensor in adapters["source"].items():
         assert_equal(adapters["copy"][name], tensor, name)
