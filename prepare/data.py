@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.loading import describe
+from checkpoint.untrained_rows import untrained_rows
 from data import audit, template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from llama.config import LlamaConfig
-from llama.untrained_rows import untrained_rows
 from run.checkpoint import RunState
 from run.config import TrainConfig
 from run.terminal import one_line

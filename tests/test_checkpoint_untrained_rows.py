@@ -1,4 +1,4 @@
-"""llama/untrained_rows.py: rows that are zero or another's are found, in whatever file they are."""
+"""checkpoint/untrained_rows.py: rows that are zero or another's are found, in whatever file they are."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from tiny_llama import FIELDS, random_tensors, write_checkpoint
 
 from checkpoint.loading import describe
-from llama.untrained_rows import untrained_rows
+from checkpoint.untrained_rows import untrained_rows
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = {"tie_word_embeddings": True}
