@@ -1,4 +1,5 @@
-"""checkpoint/untrained_rows.py: rows that are zero or another's are found, in whatever file they are."""
+"""checkpoint/untrained_rows.py: rows that are zero or another's are found, in whatever file they
+lie."""
 
 from pathlib import Path
 from typing import Any
