@@ -20,16 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.description import Description, describe
+from checkpoint.files import COMPANIONS, INDEX_NAME, SINGLE_NAME, find_checkpoint
 from checkpoint.identity import identify
-from checkpoint.loading import (
-    COMPANIONS,
-    INDEX_NAME,
-    SINGLE_NAME,
-    Description,
-    describe,
-    find_checkpoint,
-    load_model,
-)
+from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from foreign.guest import in_guest

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint.loading import find_checkpoint
+from checkpoint.files import find_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.loading import describe, load_model
+from checkpoint.description import describe
+from checkpoint.loading import load_model
 from data import audit
 from hub.push import push_folder
 from kernels.launch import KernelDoesNotFit

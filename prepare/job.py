@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from checkpoint.description import describe_loading
+from checkpoint.files import find_checkpoint
 from checkpoint.identity import Identity
-from checkpoint.loading import describe_loading, find_checkpoint
 from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
