@@ -58,7 +58,7 @@ from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
-from run.signals import StopRequest
+from run.signals import StopRequest, end_at_once
 from run.terminal import guard_output, one_line
 from run.watching import Watching
 
@@ -628,7 +628,7 @@ def answer(run: Run, log: RunLog) -> str:
 
 def last_answer(run: Run, log: RunLog) -> None:
     """Answer --sample-prompt after the last step, if the device still can."""
-    with Watching("--sample-prompt", log.say):
+    with Watching("--sample-prompt", log.say, is_last=True):
         if run.job.prompt:
             answer(run, log)
 
@@ -673,7 +673,7 @@ def names_in(folder: Path) -> list[str]:
 def write_card(run: Run, log: RunLog) -> None:
     """Write the model card of an adapter that was saved."""
     if run.job.num_steps and run.ranks.is_first:
-        with Watching(CARD_FILE, log.say):
+        with Watching(CARD_FILE, log.say, is_last=True):
             write_text(run.job.output / CARD_FILE, model_card(run.config, log.rows))
 
 
@@ -690,7 +690,7 @@ def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
     repository = run.config.push_to_hub
     if repository and names:
         message = f"LoRA of {run.config.model} after {run.state.step:,} steps"
-        with Watching("--push-to-hub", log.say):
+        with Watching("--push-to-hub", log.say, is_last=True):
             url = push_folder(run.job.output, [*names, CARD_FILE], repository, message)
             log.say(f"pushed it: {url}")
 
@@ -715,3 +715,5 @@ if __name__ == "__main__":
         end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")
+    finally:
+        end_at_once()
