@@ -97,14 +97,12 @@ def save_adapter(
         metadata={"format": "pt"} | ({_BASE: base_identity} if base_identity else {}),
     )
     _sort_metadata(folder / WEIGHTS_NAME)
-    hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
     targets, excluded = config.target_modules, config.exclude_modules
     layers = config.layers_to_transform
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_id.repository if hub_id else base_model,
-        "revision": hub_id.revision if hub_id else None,
+        **_base_fields(base_model),
         "r": config.r,
         "lora_alpha": _integer_if_whole(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
@@ -124,6 +122,25 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _base_fields(base_model: str) -> dict[str, str | None]:
+    hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
+    return {
+        "base_model_name_or_path": hub_id.repository if hub_id else base_model,
+        "revision": hub_id.revision if hub_id else None,
+    }
+
+
+def rename_base(folder: Path, base_model: str) -> None:
+    """Let an adapter name another place of its base model.
+
+    Args:
+        base_model: as `save_adapter`.
+    """
+    path = folder / CONFIG_NAME
+    fields = json.loads(path.read_bytes()) | _base_fields(base_model)
+    path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _sort_metadata(path: Path) -> None:

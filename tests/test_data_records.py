@@ -60,7 +60,7 @@ def test_csv_fields_may_be_long(tmp_path: Path) -> None:
 def test_a_text_file_is_one_document_unchanged(tmp_path: Path, name: str) -> None:
     (record,) = read(tmp_path, name, " a\r\n\ncaf\u00e9\n".encode())
     text: dict[str, object] = {"text": " a\r\n\ncaf\u00e9\n"}
-    assert record == Record(f"{tmp_path / name}:1", text, is_document=True)
+    assert record == Record(f"{tmp_path / name}:1", text, part=0)
 
 
 def test_escaped_surrogate_pairs_are_text(tmp_path: Path) -> None:
