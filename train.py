@@ -58,7 +58,7 @@ from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
-from run.signals import StopRequest
+from run.signals import StopRequest, end_at_once
 from run.terminal import guard_output, one_line
 from run.watching import Watching
 from step.micro_step import MicroStep
@@ -632,7 +632,7 @@ def answer(run: Run, log: RunLog) -> str:
 
 def last_answer(run: Run, log: RunLog) -> None:
     """Answer --sample-prompt after the last step, if the device still can."""
-    with Watching("--sample-prompt", log.say):
+    with Watching("--sample-prompt", log.say, is_last=True):
         if run.job.prompt:
             answer(run, log)
 
@@ -680,7 +680,7 @@ def write_card(run: Run, log: RunLog, names: list[str]) -> None:
     """Write the model card of an adapter that was saved, and count it among its files."""
     job = run.job
     if names:
-        with Watching(CARD_FILE, log.say):
+        with Watching(CARD_FILE, log.say, is_last=True):
             is_on_hub = job.base_id is not None
             card = model_card(job.config, log.rows, names, job.base_name, is_on_hub=is_on_hub)
             write_text(job.output / CARD_FILE, card)
@@ -701,7 +701,7 @@ def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
     job, repository = run.job, run.config.push_to_hub
     if repository and names:
         base = one_line(job.base_name)
-        with Watching("--push-to-hub", log.say):
+        with Watching("--push-to-hub", log.say, is_last=True):
             folder = job.output / HUB_FOLDER
             shutil.rmtree(folder, ignore_errors=True)
             with new_folder(folder) as partial:
@@ -736,3 +736,5 @@ if __name__ == "__main__":
         end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")
+    finally:
+        end_at_once()

@@ -74,7 +74,7 @@ class RunLog:
             if self._trackers:
                 self._trackers.finish()
             if self._writes and len(self.rows) > 1:
-                with Watching(CHART_FILE, self.say):
+                with Watching(CHART_FILE, self.say, is_last=True):
                     self._draw()
 
     def _draw(self) -> None:
