@@ -45,7 +45,9 @@ from nf4.blockwise import check_block_size
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
+from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
+from run.terminal import guard_output, one_line
 
 # beside the weights, for programs that read older tokenizers
 OTHER_TOKENIZER_FILES = (*OLD_FILES, "added_tokens.json")
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             "give the one it was made from, with --base nf4 to merge into what NF4 makes of it"
         )
     for remark in base.remarks:
-        print(remark)
+        print(one_line(remark))
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
     updates = read_updates(config.adapter, shapes, base.vocabulary_tensors())
@@ -363,8 +365,10 @@ def describe_text(config: MergeConfig, windows: Sequence[Tensor], figures: TextF
 
 
 if __name__ == "__main__":
+    guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError) as error:
         # what the user gave, or what the disk refused: the message is enough
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

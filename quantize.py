@@ -17,8 +17,10 @@ from tqdm import tqdm
 from llama.checkpoint import find_checkpoint
 from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from run.folder import check_new_folder, new_output
+from run.last_door import LastDoor
 from run.machine import choose_device
 from run.room import MB
+from run.terminal import guard_output, one_line
 
 # config.json, the tokenizer and what else goes along
 COMPANION_BYTES = 64 << 20
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
     check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
     for remark in copy.source.remarks:
-        print(remark)
+        print(one_line(remark))
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
@@ -97,8 +99,10 @@ def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError) as error:
         # what the user gave, or what the disk refused: the message is enough
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

@@ -51,6 +51,7 @@ from run.checkpoint import (
 )
 from run.config import TrainConfig
 from run.folder import DEFAULT_PARENT, open_output
+from run.last_door import LastDoor
 from run.log import RunLog
 from run.metrics import Row
 from run.model_card import CARD_FILE, model_card
@@ -58,6 +59,7 @@ from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
+from run.terminal import guard_output, one_line
 from run.watching import Watching
 
 # what an int64 holds
@@ -221,7 +223,7 @@ def train_and_save(run: Run, described: str) -> None:
     if job.plan:
         log.say(memory_line(job.plan))
     if len(answers := log.answers()) > 1:
-        log.say(f"\nprompt  {config.sample_prompt}\nbefore  {answers[0]}\nafter   {answers[-1]}")
+        log.say(compared(config.sample_prompt, answers[0], answers[-1]))
     push(run, log, names)
 
 
@@ -400,7 +402,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             else:
                 log.add(row)
         if is_sample_due:
-            log.say(f"step {state.step}: {config.sample_prompt} -> {answer(run, log)}")
+            log.say(one_line(f"step {state.step}: {config.sample_prompt} -> {answer(run, log)}"))
         if is_save_due and not run.is_over:
             with run.ranks.sharing_shortage():
                 save_if_disk_allows(run, log)
@@ -479,6 +481,7 @@ def save(run: Run, log: RunLog) -> Path:
     output = run.job.output
     path = output / checkpoint_name(run.state)
     if run.ranks.is_first and not path.exists():
+        log.flush()
         save_checkpoint(
             path,
             run.state,
@@ -646,6 +649,7 @@ def save_results(run: Run, log: RunLog) -> list[str]:
     if not (run.job.num_steps and run.ranks.is_first):
         return []
     output = run.job.output
+    log.flush()
     try:
         with new_files(output) as folder:
             write_adapter(folder, run)
@@ -672,6 +676,14 @@ def write_card(run: Run, log: RunLog) -> None:
             write_text(run.job.output / CARD_FILE, model_card(run.config, log.rows))
 
 
+def compared(prompt: str, before: str, after: str) -> str:
+    """Set an answer of the untrained model beside one of the trained, their lines indented so that
+    none of them reads as a message."""
+    named = {"prompt": prompt, "before": before, "after": after}
+    lines = [f"{name:<8}" + text.replace("\n", f"\n{'':8}") for name, text in named.items()]
+    return "\n".join(["", *lines])
+
+
 def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
     """Send the saved files and their card to --push-to-hub."""
     repository = run.config.push_to_hub
@@ -684,7 +696,7 @@ def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
 
 def end(error: Exception) -> NoReturn:
     """Leave with one line on stderr; at once where the GPU is lost, which torch's end would ask."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # a GPU that waits for a rank that has ended would not answer
     if not isinstance(error, RankError) and is_lost(torch.device("cuda")):
@@ -693,8 +705,10 @@ def end(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
+    guard_output()
     try:
-        main(sys.argv[1:])
+        with LastDoor():
+            main(sys.argv[1:])
     except (ValueError, OSError, CannotGoOn, RankError, KernelDoesNotFit) as error:
         # what the user gave, or what the disk or the device refused: the message is enough
         end(error)

@@ -19,6 +19,8 @@ import numpy as np
 from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
+from foreign.json_text import read_object
+from run.terminal import AsIs, escaped, one_line
 
 AUDIT_FILE = "data.json"
 MAX_SHARE_TRUNCATED = 0.5
@@ -40,7 +42,8 @@ def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
     "records" and "dropped" are those of the files, before a part was set aside.
     """
     sample = show(dataset.samples[0], tokenizer, in_colour=False, is_shortened=True)
-    return {**_count(dataset), "bad": dataset.counts.bad, "sample": sample}
+    bad = [one_line(error) for error in dataset.counts.bad]
+    return {**_count(dataset), "bad": bad, "sample": sample}
 
 
 def _count(dataset: Dataset) -> dict[str, Any]:
@@ -113,7 +116,8 @@ def describe(dataset: Dataset) -> str:
     if counts.num_bad:
         lost.append(f"{count(counts.num_bad, 'bad record')} skipped (--skip-bad-lines):")
         lost += [f"  {error}" for error in counts.bad]
-    return "\n".join([*lines, *lost, *_bars(facts)])
+    # names of templates and bad records are somebody else's
+    return "\n".join(map(one_line, [*lines, *lost, *_bars(facts)]))
 
 
 def _bars(facts: dict[str, Any]) -> Iterator[str]:
@@ -195,7 +199,7 @@ def check_same(path: Path, audits: dict[str, dict[str, Any]]) -> None:
         ValueError: they are others, or the file is not what it must be.
     """
     try:
-        earlier = {name: facts["sha256"] for name, facts in json.loads(path.read_bytes()).items()}
+        earlier = {name: facts["sha256"] for name, facts in read_object(path).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume must find what the run learned from in {path}: got {error!r}; start a new "
@@ -221,7 +225,7 @@ def show(
     """
     parts = []
     for is_learned, text in masked_text(sample, tokenizer):
-        text = _printable(text)
+        text = escaped(text)
         if is_shortened and len(text) > 3 * _SHOWN:
             left_out = f" ...{len(text) - 2 * _SHOWN:,} characters... "
             text = text[:_SHOWN] + left_out + text[-_SHOWN:]
@@ -233,18 +237,13 @@ def show(
     return "".join(parts)
 
 
-def say(text: str) -> None:
-    """Print what may hold text of the data, whatever the terminal can write."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def say_sample(dataset: Dataset, index: int, tokenizer: Tokenizer, *, is_shortened: bool) -> None:
     """Print a sample under a line that says which it is."""
     in_colour = sys.stdout.isatty()
     legend = "what is learned is green" if in_colour else "[[what is learned]]"
     text = show(dataset.samples[index], tokenizer, in_colour=in_colour, is_shortened=is_shortened)
-    say(f"sample {index + 1:,} of {len(dataset.samples):,}, {legend}:\n{text}\n")
+    print(f"sample {index + 1:,} of {len(dataset.samples):,}, {legend}:")
+    sys.stdout.write(AsIs(f"{text}\n\n"))
 
 
 def masked_text(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
@@ -272,10 +271,3 @@ def masked_text(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, st
 def _common(a: str, b: str) -> str:
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     return a[:length] if length is not None else min(a, b, key=len)
-
-
-def _printable(text: str) -> str:
-    """The text without what a terminal would obey."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )

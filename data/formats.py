@@ -25,7 +25,6 @@ say all of a sample themselves, fields are ignored.
 Left out: preference data, per-character masks, images and audio.
 """
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -34,6 +33,7 @@ from data.chat_template import GIVEN_VARIABLES
 from data.fields import Fields, check_objective, excerpt, kind_of, without
 from data.records import Record
 from data.tool_calls import decode_arguments
+from foreign.json_text import parse_json
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized")
 DEFAULT_TEXT_FIELD = "text"
@@ -228,13 +228,8 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     (name,) = given
     tools = fields.values[name]
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{fields.location}: {name!r} must be a list, or the JSON text of one: got "
-                f"{error}; correct it"
-            ) from error
+        what = f"{fields.location}: {name!r} must be a list, or the JSON text of one, which"
+        tools = parse_json(tools, what, "correct it")
     objects = _objects(tools, name, fields.location)
     if name == "tools":
         return objects

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from foreign.json_text import check_value
+
 # what to do about a record that is not what it must be: raise, or count it
 Refuse: TypeAlias = Callable[[ValueError], None]
 
-# the escapes of U+D800 to U+DFFF: text only in pairs, but JSON lets one stand alone
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
 _TEXT_CHARACTERS = 1 << 16
@@ -161,14 +161,10 @@ class _Json:
                 f"{location}: {what} must name each field once: got {self._twice[0]!r} twice; "
                 "correct or delete the record"
             )
-        if _SURROGATE_ESCAPE.search(source):
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{location}: text must be valid Unicode: got half of a surrogate pair, "
-                    f"U+{ord(error.object[error.start]):04X}; correct or delete the record"
-                ) from error
+        try:
+            check_value(value, source)
+        except ValueError as error:
+            raise ValueError(f"{location}: {error}; correct or delete the record") from None
         return Record(location, value)
 
 

@@ -8,10 +8,10 @@
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
 its templates, the settings, and the source code of this room, so that no version number can be
 forgotten. Files that change while they are read are refused, or their tokens would be found again
-for the content before. Samples are read through a memory map; in memory are their rows and where
-they start, 26 bytes each. A folder appears when it is whole. One that does not agree with its index
-is made again. While one process makes it the others wait, so that of the ranks of a run only one
-does the work.
+for the content before. Samples are read from the files as they are asked for; in memory are their
+rows and where they start, 26 bytes each. A folder appears when it is whole. One that does not agree
+with its index is made again. While one process makes it the others wait, so that of the ranks of a
+run only one does the work.
 
 Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
 folder is the whole of the housekeeping; nothing else remembers it.
@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,11 +35,35 @@ from data.records import data_suffix
 from data.samples import Sample
 from data.tokenization import ROW, TOKEN, Counts, Piece, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from foreign.json_text import read_object
 
 _INDEX_FILE = "index.json"
 _IDS_FILE, _LABELS_FILE, _ROWS_FILE = "input_ids.bin", "labels.bin", "rows.bin"
 _FILES = (_IDS_FILE, _LABELS_FILE, _ROWS_FILE)
 _READ_BYTES = 1 << 20
+
+
+class _TokenFile:
+    """The int32 of a file, read where a slice asks for them.
+
+    An open file stays when its name is removed. One that is cut while it is used ends in an error,
+    where the pages of a memory map would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __getitem__(self, place: slice) -> np.ndarray:  # (stop - start,) int32
+        num_bytes = (place.stop - place.start) * TOKEN.itemsize
+        content = os.pread(self._descriptor, num_bytes, place.start * TOKEN.itemsize)
+        if len(content) < num_bytes:
+            raise OSError(
+                f"{self._path} must stay as it is while a run reads it: it has been cut since; "
+                "start again, or go on with --resume, and the tokens are made again"
+            )
+        return np.frombuffer(content, TOKEN)
 
 
 class Samples(Sequence[Sample]):
@@ -50,8 +75,8 @@ class Samples(Sequence[Sample]):
 
     def __init__(
         self,
-        input_ids: np.ndarray,  # (num_tokens,) int32, of all samples
-        labels: np.ndarray,  # (num_tokens,) int32
+        input_ids: np.ndarray | _TokenFile,  # (num_tokens,) int32, of all samples
+        labels: np.ndarray | _TokenFile,  # (num_tokens,) int32
         rows: np.ndarray,  # (num_samples,) ROW
         starts: np.ndarray | None = None,  # (num_samples,) int64, by default end to end
     ) -> None:
@@ -239,7 +264,7 @@ def _write(folder: Path, name: str, pieces: Iterator[Piece], report: Callable[[i
 def _open(folder: Path, is_cached: bool) -> Tokens | None:
     """Open a folder of the cache, None if it is not there or not what its index says."""
     try:
-        index = json.loads((folder / _INDEX_FILE).read_bytes())
+        index = read_object(folder / _INDEX_FILE)
         hashes = {}
         for name in _FILES:
             with (folder / name).open("rb") as file:
@@ -253,14 +278,9 @@ def _open(folder: Path, is_cached: bool) -> Tokens | None:
     rows = np.fromfile(folder / _ROWS_FILE, ROW)
     digest = hashlib.sha256("".join(hashes[name] for name in _FILES).encode()).hexdigest()
     return Tokens(
-        Samples(_map(folder / _IDS_FILE), _map(folder / _LABELS_FILE), rows),
+        Samples(_TokenFile(folder / _IDS_FILE), _TokenFile(folder / _LABELS_FILE), rows),
         data_format,
         counts,
         digest,
         is_cached,
     )
-
-
-def _map(path: Path) -> np.ndarray:
-    # an empty file cannot be mapped
-    return np.memmap(path, TOKEN, "r") if path.stat().st_size else np.zeros(0, TOKEN)

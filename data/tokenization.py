@@ -6,6 +6,7 @@ than a few chunks in memory. Where datasets.map sends examples to processes that
 their own, there is one stream here and one writer (data/token_cache.py).
 """
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -466,15 +467,28 @@ def _start_worker(tokenize: Callable[[Task], Result]) -> None:
     _tokenize = tokenize
     # Ctrl-C reaches them all; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
-    # a process killed by SIGKILL says nothing to those that wait for its work
+    """End this process when its parent has, which SIGKILL leaves no time to say so."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    # a pipe that ends with the parent
+    sentinel = parent.sentinel
+    if hasattr(fcntl, "F_SETSIG"):
+        # Linux kills at once, also in the middle of a call that holds Python's lock
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+    def wait_and_end() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    # elsewhere, and where the parent has ended by now
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _work(task: Task) -> Result:

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 
 import tokenizers
 
@@ -33,6 +34,8 @@ from data.template_files import (
     NamedText,
     choose_templates,
 )
+from foreign.json_text import read_object
+from foreign.reading import Reading, is_panic
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -76,6 +79,8 @@ class Tokenizer:
         _keep_whole_offsets(backend)
         self._backend = backend
         self._folder = folder
+        self._encoding = _Library(folder, "encodes with")
+        self._decoding = _Library(folder, "decodes with")
         self._is_template_override = is_template_override
         self._templates = {
             name: ChatTemplate(text, origin, special_tokens)
@@ -104,7 +109,8 @@ class Tokenizer:
         probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
         size = len(self._letter)
-        before = next(i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        places = range(len(probe) + 1)
+        before = next((i for i in places if probe[i : i + size] == self._letter), 0)
         self.added_around = probe[:before], probe[before + size :]
         self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
 
@@ -128,23 +134,18 @@ class Tokenizer:
                 f"{folder} must hold a {TOKENIZER_FILE}: {_what_is_there(folder)}; "
                 f"{_how_to_get_one(folder)}"
             )
-        try:
+        with _Library(folder, "reads"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        # tokenizers raises Exception itself, no subclass, for every fault of the file
-        except Exception as error:
-            raise ValueError(
-                f"{path} must be a tokenizer that the tokenizers library {tokenizers.__version__} "
-                f"reads: got {error}; download it again or upgrade tokenizers"
-            ) from error
         config = _read_object(folder / CONFIG_FILE)
-        _check_added_tokens(backend, config, folder)
-        tokenizer = cls(
-            backend,
-            special_tokens=_special_tokens(config, _read_object(folder / SPECIAL_TOKENS_FILE)),
-            templates=choose_templates(chat_template, folder, config, folder / CONFIG_FILE),
-            folder=folder,
-            is_template_override=bool(chat_template),
-        )
+        with Reading(f"the tokenizer of {folder}", "download it again"):
+            _check_added_tokens(backend, config, folder)
+            tokenizer = cls(
+                backend,
+                special_tokens=_special_tokens(config, _read_object(folder / SPECIAL_TOKENS_FILE)),
+                templates=choose_templates(chat_template, folder, config, folder / CONFIG_FILE),
+                folder=folder,
+                is_template_override=bool(chat_template),
+            )
         if chat_template:
             tokenizer.chat_template().check_syntax()
         return tokenizer
@@ -175,7 +176,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; special tokens spelled out in the text become their ids."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode(text, add_special_tokens).ids
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool
@@ -185,14 +186,18 @@ class Tokenizer:
         Tokens that the post-processor adds have the empty range (0, 0). Tokens that share a
         character (the bytes of an emoji) all have the character's range.
         """
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encode(text, add_special_tokens)
         return encoding.ids, encoding.offsets
 
     def encode_with_words(self, text: str) -> tuple[list[int], list[int], list[int | None]]:
         """Token ids of a text alone, and for each the character it starts at and the number of its
         word."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text, False)
         return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        with self._encoding:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def is_blank(self, token_id: int) -> bool:
         """Whether a token is nothing but whitespace."""
@@ -237,7 +242,8 @@ class Tokenizer:
             )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with self._decoding:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files byte for byte; a template given in their place becomes the
@@ -273,6 +279,30 @@ class Tokenizer:
         return token_id
 
 
+class _Library:
+    """Turns what the tokenizers library raises over a file into a ValueError that names it."""
+
+    def __init__(self, folder: Path, does: str) -> None:
+        self._must = (
+            f"{folder / TOKENIZER_FILE} must be a tokenizer that the tokenizers library "
+            f"{tokenizers.__version__} {does}"
+        )
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # it raises Exception itself, no subclass, for every fault of the file, and panics
+        if kind is Exception or is_panic(error):
+            raise ValueError(
+                f"{self._must}: got {error}; download it again or upgrade tokenizers"
+            ) from error
+
+
 def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:
     processor = backend.post_processor
     if processor is None:
@@ -305,15 +335,7 @@ def _how_to_get_one(folder: Path) -> str:
 
 
 def _read_object(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: got {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object: got {type(content).__name__}")
-    return content
+    return read_object(path, "download it again") if path.is_file() else {}
 
 
 def _special_tokens(config: dict[str, object], older: dict[str, object]) -> dict[str, str]:

@@ -9,9 +9,10 @@ templates that join arguments to other text (DeepSeek's) are shown the object's 
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message
+from foreign.json_text import parse_json
 
 
 def decode_arguments(message: Message, where: str) -> Message:
@@ -61,8 +62,10 @@ def _decode_call(call: object, where: str) -> dict[str, Any]:
     came = f"{arguments!r:.60}"
     if isinstance(arguments, str):
         try:
-            value = _DECODER.decode(arguments)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(arguments, "the text")
+            # NaN and Infinity, which Python's decoder takes, are no JSON
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
             came += f", {error}"
         else:
             if isinstance(value, dict):
@@ -102,18 +105,3 @@ def _wants_text(template: str, special_tokens: tuple[tuple[str, str], ...]) -> b
         else:
             takes[type(arguments)] = True
     return takes[str] and not takes[dict]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key twice")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    # Python's decoder takes NaN and Infinity, which JSON has not
-    raise ValueError(f"the constant {name}")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)

@@ -11,6 +11,7 @@ from data.tokenizer import Tokenizer
 from llama.config import LlamaConfig
 from run.checkpoint import RunState
 from run.config import TrainConfig
+from run.terminal import one_line
 
 
 def load_data(
@@ -27,7 +28,7 @@ def load_data(
 
     def load(flag: str, place: str, use: Use) -> Dataset:
         files = find_data(place, flag, use)
-        audit.say(f"{flag}: {describe_files(files)}")
+        print(one_line(f"{flag}: {describe_files(files)}"))
         with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
 
             def report(num_records: int) -> None:
@@ -47,9 +48,9 @@ def load_data(
                 num_processes=config.dataset_num_proc,
                 report=report,
             )
-        audit.say(f"{place}: {audit.describe(dataset)}")
+        print(f"{one_line(place)}: {audit.describe(dataset)}")
         for warning in template_marks.warnings(dataset.counts, tokenizer):
-            audit.say(warning)
+            print(one_line(warning))
         for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
             audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
         audit.check(dataset, flag, allow_truncation=config.allow_truncation)

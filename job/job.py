@@ -44,6 +44,7 @@ from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_poin
 from run.machine import prepare
 from run.ranks import Ranks
 from run.resolve import resolve
+from run.terminal import one_line
 from run.trackers import tracker_names
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
@@ -137,7 +138,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
 
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
-        print(f"{complaint}; going back to the one before it")
+        print(one_line(f"{complaint}; going back to the one before it"))
     state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
     if resumed:
         start = resumed.path
@@ -185,11 +186,16 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
+    if state.step > num_steps:
+        raise ValueError(
+            f"--resume must go on with a run that is not beyond its end: {start} is of step "
+            f"{state.step:,}, and the run has {num_steps:,}; start a new run in another --output"
+        )
     plan = None
     if device.type == "cuda" or config.plan:
         plan = plan_run(work, device, config.activations, config.max_memory_bytes)
     for line in describe_loading(checkpoint_folder, work.dtype):
-        print(line)
+        print(one_line(line))
     if plan and config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))

@@ -101,10 +101,6 @@ class CachingAllocator:
         """Bytes that torch holds of the device, in blocks or free."""
         return sum(segment.end for segment in self._segments.values())
 
-    def reserved_by(self, pool: str) -> int:
-        """Bytes that torch holds for a pool."""
-        return sum(segment.end for (name, _), segment in self._segments.items() if name == pool)
-
     def in_use(self, pool: str) -> int:
         """Bytes of a pool's blocks, rounded up as torch counts them."""
         return self._in_use[pool]

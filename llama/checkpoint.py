@@ -5,7 +5,7 @@
     copies     | copy 1         | copy 2 ...       ring -> staging, or home if it is kept as it is
     kernels    | quantize 0     | quantize 1 ...   staging -> its group's buffer
 
-    on the CPU: shard's memory map -> quantized or copied -> its group's buffer
+    on the CPU: shard -> home, or memory of its own -> quantized -> its group's buffer
 
     what is NF4 in the file already is kept as it is: its codes and scales go home
 
@@ -25,7 +25,6 @@ and a line says so.
 """
 
 import difflib
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,10 +35,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from foreign.json_text import read_object
 from hub.fetch import find_folder
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config
 from llama.model import Llama
-from llama.shard_reader import FLOATS, StoredTensor, make_ring, read_header, stream
+from llama.shard_reader import (
+    FLOATS,
+    StoredTensor,
+    make_ring,
+    read_header,
+    read_tensor,
+    stream,
+)
 from llama.stored_nf4 import (
     StoredNF4,
     as_bytes,
@@ -64,7 +71,7 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # parts of the names of tensors that the text model does not need: rotary frequencies and their
 # cosines, which follow from config.json, and what sees or hears in front of the embeddings
@@ -92,7 +99,6 @@ class _Slot:
 
     Attributes:
         dtypes: it may be stored as.
-        load: takes the tensor, once it is known to be finite.
         home: finds, or makes, what holds the tensor's own bytes; None where it is quantized.
         quantize: takes a tensor without home, and returns scales that tell whether it is finite.
         settle: takes what has come home as bytes, and returns what is kept of it.
@@ -100,7 +106,6 @@ class _Slot:
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
-    load: Callable[[Tensor], None]
     home: Callable[[torch.dtype, torch.device], Tensor | None]
     quantize: Callable[[Tensor], Tensor]
     settle: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -140,16 +145,11 @@ def _about_pickled(names: Iterable[str]) -> str:
 
 def _read_index(index: Path) -> dict[str, str]:
     """Read which file of its folder an index gives for each tensor."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{index} must be JSON with a weight_map of tensor names to files: {error!r}"
-        ) from None
+    places = read_object(index, "download it again").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        raise ValueError(f"{index} must have a weight_map of tensor names to file names")
     for file in places.values():
-        if Path(file).name != file or file == "..":
+        if Path(file).name != file or file == ".." or "\0" in file:
             raise ValueError(f"{index} must name files of its own folder only: got {file!r}")
     return places
 
@@ -243,23 +243,17 @@ def _slots(model: Llama, states: Mapping[str, WeightState]) -> dict[str, _Slot]:
             owner.weight = nn.Parameter(weight, requires_grad=False)
             return weight
 
-        def load(tensor: Tensor) -> None:
-            check_finite(name, tensor)
-            # the tensor is a view of the whole file, which may change on the disk
-            home(_kept_dtype(model, name, tensor.dtype), tensor.device).copy_(tensor)
-
         def settle(tensor: Tensor) -> Tensor:
             dtype = _kept_dtype(model, name, tensor.dtype)
             return tensor if dtype == tensor.dtype else home(dtype, tensor.device).copy_(tensor)
 
-        slots[name] = _Slot(shape, floats, load, home, _never, settle)
+        slots[name] = _Slot(shape, floats, home, _never, settle)
 
     def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
         slots[name] = _Slot(
             shape,
             floats,
-            lambda tensor: group.load(member, tensor, name),
             lambda dtype, device: group.home(member),
             lambda tensor: group.quantize(member, tensor, name),
         )
@@ -268,11 +262,7 @@ def _slots(model: Llama, states: Mapping[str, WeightState]) -> dict[str, _Slot]:
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
             return stored_buffers(group.member(member))[suffix]
 
-        def load(tensor: Tensor) -> None:
-            check_finite(name + suffix, tensor)
-            home(tensor.dtype, tensor.device).copy_(tensor)
-
-        slots[name + suffix] = _Slot(tuple(like.shape), (like.dtype,), load, home, _never)
+        slots[name + suffix] = _Slot(tuple(like.shape), (like.dtype,), home, _never)
 
     for name, parameter in model.named_parameters():
         add_parameter(name, tuple(parameter.shape))
@@ -352,19 +342,21 @@ def _shared_dtype(
 
 
 def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, _Slot], report: Report) -> None:
-    """Load tensors from the shards' memory maps."""
-    done = 0
-    for path in dict.fromkeys(tensor.file for tensor in wanted):
-        with safe_open(path, framework="pt") as file:
-            for tensor in wanted:
-                if tensor.file == path:
-                    values = file.get_tensor(tensor.name)
-                    if values.dtype != tensor.dtype:
-                        # packed codes, stored as floats
-                        values = values.view(-1).view(tensor.dtype).view(tensor.shape)
-                    slots[tensor.name].load(values)
-                    done += 1
-                    report(done, len(wanted))
+    """Read one tensor after the other to its home, or quantize it."""
+    for done, stored in enumerate(wanted, start=1):
+        slot = slots[stored.name]
+        home = slot.home(stored.dtype, CPU)
+        if home is None:
+            matrix = read_tensor(stored)
+            if not bool(slot.quantize(matrix).isfinite().all()):
+                raise non_finite_weights(matrix, stored.name)
+            # gone before the next one is read
+            del matrix
+        else:
+            read_tensor(stored, home)
+            check_finite(stored.name, home)
+            slot.settle(home)
+        report(done, len(wanted))
 
 
 class _Staging:
@@ -461,8 +453,7 @@ def _load_on_gpu(
             continue
         if sink.homes[tensor.name] is not None:
             raise _non_finite_values(tensor.name)
-        with safe_open(tensor.file, framework="pt") as file:
-            raise non_finite_weights(file.get_tensor(tensor.name), tensor.name)
+        raise non_finite_weights(read_tensor(tensor), tensor.name)
 
 
 @dataclass(frozen=True)
@@ -528,12 +519,10 @@ class Description:
 
     def vocabulary_tensors(self) -> dict[str, Tensor]:
         """Read embeddings and head as they are stored; where one is stored for both, it is both."""
-        values = {}
-        for name in (EMBEDDINGS, _HEAD):
-            stored = self.stored.get(name, self.embeddings)
-            with safe_open(stored.file, framework="pt") as file:
-                values[name] = file.get_tensor(stored.name)
-        return values
+        return {
+            name: read_tensor(self.stored.get(name, self.embeddings))
+            for name in (EMBEDDINGS, _HEAD)
+        }
 
     def check_tied_head(self) -> None:
         """Refuse a head that config.json ties to the embeddings, and that differs from them as they
@@ -715,9 +704,12 @@ def describe_loading(folder: Path, compute_dtype: torch.dtype) -> list[str]:
         ValueError: the files contradict each other or config.json, or are in another format.
     """
     found = describe(folder, compute_dtype)
-    is_tied = found.model.config.tie_word_embeddings
-    head = found.embeddings if is_tied else found.stored[_HEAD]
-    if head.dtype == compute_dtype:
-        return found.remarks
-    kept = f"the head is stored in {head.dtype} and kept in {compute_dtype}, in which it is used"
-    return [*found.remarks, kept]
+    converted = {"embeddings": (EMBEDDINGS, found.embeddings)}
+    if not found.model.config.tie_word_embeddings:
+        converted["head"] = (_HEAD, found.stored[_HEAD])
+    lines = found.remarks
+    for what, (name, tensor) in converted.items():
+        kept = _kept_dtype(found.model, name, tensor.dtype)
+        if kept != tensor.dtype:
+            lines.append(f"{what}: stored in {tensor.dtype}, kept in {kept}, the compute dtype")
+    return lines

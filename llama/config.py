@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foreign.json_text import read_object
+from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
@@ -22,6 +24,11 @@ from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_ROPE_THETA = 10000.0
+# far beyond any model of today, and small enough to be laid out before the weights contradict
+_MOST_POSITIONS = 2**31 - 1
+_MOST_SIZE = 1 << 24
+_MOST_HEADS = _MOST_HEAD_DIM = 1 << 16
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,11 @@ class _Fields:
             raise ValueError(f"{self.path}: {key} must be {what}: got {value!r}")
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, most: int = _MOST_POSITIONS) -> int:
         value = self.values.get(key)
-        is_valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        return self._take(key, default, "a positive integer", is_valid)
+        is_positive = type(value) is int and value > 0
+        what = f"at most {most:,}" if is_positive else "a positive integer"
+        return self._take(key, default, what, type(value) is int and 0 < value <= most)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
@@ -128,13 +136,7 @@ class _Fields:
 
 
 def _read_fields(path: Path) -> _Fields:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object: got a {type(values).__name__}")
-    return _Fields(path, values)
+    return _Fields(path, read_object(path))
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
@@ -193,7 +195,7 @@ def _long_rope(fields: _Fields, scaling: _Fields) -> LongRopeScaling:
     """Read longrope's factors, and work out what they do to the cosines."""
     path = fields.path
     num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    num_pairs = fields.integer("head_dim", hidden_size // num_heads) // 2
+    num_pairs = fields.integer("head_dim", max(1, hidden_size // num_heads)) // 2
     factors = []
     for name in ("short_factor", "long_factor"):
         values = scaling.values.get(name)
@@ -229,7 +231,8 @@ def _family(fields: _Fields) -> Family:
     architectures = values.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     name = named[0] if len(named) == 1 else None
-    if name not in FAMILIES:
+    # a list or an object is no key of a table
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"{path} must describe one of the architectures {', '.join(FAMILIES)}: "
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
@@ -265,13 +268,16 @@ def _windows(fields: _Fields, family: Family, num_layers: int) -> tuple[int | No
     elif family.windows == "all":
         sees_window = [True] * num_layers
     else:
-        first = fields.values.get("max_window_layers", 28)
+        first = 28 if (first := values.get("max_window_layers")) is None else first
+        if type(first) is not int:
+            raise ValueError(f"{path}: max_window_layers must be an integer: got {first!r}")
         is_used = fields.boolean("use_sliding_window", False)
         sees_window = [is_used and layer >= first for layer in range(num_layers)]
     kinds = values.get("layer_types")
     if kinds is not None:
         named = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= set(named):
+        is_list = isinstance(kinds, list) and len(kinds) == num_layers
+        if not is_list or not all(kind in tuple(named) for kind in kinds):
             raise ValueError(
                 f"{path}: layer_types must name one of {', '.join(named)} for each of "
                 f"{num_layers} layers: got {kinds!r}"
@@ -327,7 +333,7 @@ def _activation(fields: _Fields, family: Family) -> Activation:
     name = fields.values.get(family.activation_field)
     if name is None:
         name = family.defaults.get(family.activation_field, "silu")
-    if name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise ValueError(
             f"{fields.path}: {family.activation_field} must be one of "
             f"{', '.join(ACTIVATION_NAMES)}: got {name!r}"
@@ -346,34 +352,41 @@ def read_config(folder: Path) -> LlamaConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"a checkpoint folder must hold {CONFIG_NAME}: none in {folder}")
-    fields = _read_fields(path)
+    with Reading(path):
+        return _checked(_read_fields(path))
+
+
+def _checked(fields: _Fields) -> LlamaConfig:
+    path = fields.path
     family = _family(fields)
     _check_function(fields)
     fields = _Fields(path, {**family.defaults, **fields.values})
-    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
+    hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
     if not has_head_dim and hidden_size % num_heads:
         raise ValueError(
             f"{path}: hidden_size must be a multiple of num_attention_heads where head_dim is not "
             f"given: got {hidden_size} and {num_heads}"
         )
-    generation_path = folder / GENERATION_CONFIG_NAME
+    generation_path = path.with_name(GENERATION_CONFIG_NAME)
     eos_token_ids = None
     if generation_path.is_file():
         eos_token_ids = _eos_token_ids(_read_fields(generation_path))
     if eos_token_ids is None:
         eos_token_ids = _eos_token_ids(fields)
     rope_theta, rope_scaling = _rope(fields)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
     bias = "attention_bias" in family.fields and fields.boolean("attention_bias", False)
-    head_dim = fields.integer("head_dim", family.head_dim or hidden_size // num_heads)
+    head_dim = family.head_dim or max(1, hidden_size // num_heads)
+    head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
     config = LlamaConfig(
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=fields.integer("vocab_size", most=_MOST_SIZE),
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.integer("intermediate_size", most=_MOST_SIZE),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", num_heads),
+        num_key_value_heads=fields.integer("num_key_value_heads", num_heads, _MOST_HEADS),
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=rope_theta,

@@ -1,6 +1,6 @@
 """A checkpoint in NF4, as transformers and bitsandbytes write it, made from one that is not.
 
-    shard's memory map -> one tensor at a time -> quantized, on the device -> its place in a shard
+    shard -> one tensor at a time -> quantized, on the device -> its place in a shard
 
 So of either checkpoint no more than a tensor is held. The linear layers of the decoder are
 quantized, each as the tensor that it is, also where a family has q, k and v in one; embeddings,
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from foreign.json_text import read_object
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.checkpoint import (
     COMPANIONS,
@@ -32,7 +32,7 @@ from llama.checkpoint import (
 )
 from llama.config import CONFIG_NAME
 from llama.identity import MADE_FROM, identify
-from llama.shard_reader import StoredTensor
+from llama.shard_reader import StoredTensor, read_tensor
 from llama.shard_writer import PlannedTensor, split_into_shards, write_shards
 from nf4.serialized import serialize
 from nf4.weight import NF4Weight, empty_weight
@@ -132,7 +132,7 @@ def write_quantized_copy(
     metadata = {MADE_FROM: identify(copy.source).own}
     write_shards(folder, copy.shards, _converted(copy, device, report), metadata)
     source = copy.source.folder
-    config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_object(source / CONFIG_NAME)
     text = json.dumps(config | _config_fields(copy, config), indent=2) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     for path in chain.from_iterable(source.glob(pattern) for pattern in COMPANIONS):
@@ -145,19 +145,12 @@ def _converted(
     copy: QuantizedCopy, device: torch.device, report: Report
 ) -> Iterator[tuple[str, Tensor]]:
     wanted = copy.source.needed()
-    done = 0
-    for path in dict.fromkeys(tensor.file for tensor in wanted):
-        with safe_open(path, framework="pt") as file:
-            for stored in wanted:
-                if stored.file != path:
-                    continue
-                tensor = file.get_tensor(stored.name)
-                if stored.name in copy.weights:
-                    yield from _quantized(copy, stored, tensor.to(device))
-                else:
-                    yield stored.name, _kept(copy, stored, tensor)
-                done += 1
-                report(done, len(wanted))
+    for done, stored in enumerate(wanted, start=1):
+        if stored.name in copy.weights:
+            yield from _quantized(copy, stored, read_tensor(stored).to(device))
+        else:
+            yield stored.name, _kept(copy, stored, read_tensor(stored))
+        report(done, len(wanted))
 
 
 def _quantized(

@@ -109,6 +109,8 @@ def write_shards(
             assert (tuple(tensor.shape), tensor.dtype) == (planned[name].shape, planned[name].dtype)
             file.seek(start)
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            # gone before the next one is made
+            del tensor
         assert not places, f"not written: {sorted(places)[:3]}"
     if len(shards) > 1:
         index = {

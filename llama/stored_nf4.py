@@ -5,17 +5,15 @@ Tables and JSON are a kilobyte or two a weight and read here; codes and scales a
 """
 
 from collections.abc import Callable, Mapping, Set
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llama.config import CONFIG_NAME, number_format
 from llama.model import Llama
-from llama.shard_reader import FLOATS, StoredTensor
+from llama.shard_reader import FLOATS, StoredTensor, read_tensor
 from nf4.serialized import FP4_STATE, STATE, WeightState, parse_state, stored_tables
 
 _WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it loads"
@@ -69,23 +67,18 @@ def read_stored_nf4(folder: Path, stored: dict[str, StoredTensor]) -> StoredNF4:
         return StoredNF4({}, frozenset())
     states: dict[str, WeightState] = {}
     read: set[str] = set()
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in dict.fromkeys(tensor.file for tensor in stored.values())
-        }
 
-        def get(name: str) -> Tensor:
-            if name not in stored:
-                raise ValueError(
-                    f"{folder} must hold {name} for a weight in NF4: no file does; "
-                    "download the checkpoint again"
-                )
-            read.add(name)
-            return files[stored[name].file].get_tensor(name)
+    def get(name: str) -> Tensor:
+        if name not in stored:
+            raise ValueError(
+                f"{folder} must hold {name} for a weight in NF4: no file does; "
+                "download the checkpoint again"
+            )
+        read.add(name)
+        return read_tensor(stored[name])
 
-        for name in names:
-            states[name] = _read_state(folder, name, get)
+    for name in names:
+        states[name] = _read_state(folder, name, get)
     for name, state in states.items():
         if state.quantization != states[names[0]].quantization:
             raise ValueError(

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foreign.json_text import read_object
+from foreign.reading import Reading
 from hub.fetch import find_folder, parse_hub_id
 from lora.config import LoRAConfig
 
@@ -243,13 +245,15 @@ def read_adapter_config(folder: Path) -> LoRAConfig:
         raise FileNotFoundError(
             f"an adapter folder must hold {CONFIG_NAME} and {WEIGHTS_NAME}: none in {folder}"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path} must describe a LORA adapter: got peft_type {found!r}")
+    with Reading(path):
+        return _checked(path, read_object(path))
+
+
+def _checked(path: Path, values: dict[str, Any]) -> LoRAConfig:
+    if values.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path} must describe a LORA adapter: got peft_type {values.get('peft_type')!r}"
+        )
     for key, value in values.items():
         if value and key not in _READ | _WITHOUT_EFFECT:
             raise ValueError(

@@ -34,7 +34,7 @@ from kernels.lora_extension import Update, extend_with_lora, make_lora_extension
 from kernels.lora_gradient import add_product, lora_gradient, make_lora_gradient_tables
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import make_nf4_matmul_tables, matmul_path, nf4_matmul
-from kernels.nf4_quantize import nf4_quantize_member, nf4_quantize_member_unchecked
+from kernels.nf4_quantize import nf4_quantize_member_unchecked
 from lora.config import UpdateSize
 from nf4.weight import NF4Weight, empty_weight, member
 
@@ -135,25 +135,6 @@ class LinearGroup(nn.Module):
         assert isinstance(self.weight, NF4Weight)
         index = self.names.index(name.rsplit(".", 1)[0])
         return nf4_quantize_member_unchecked(self.weight, index, tensor, checkpoint_name)
-
-    def load(self, name: str, tensor: Tensor, checkpoint_name: str) -> None:
-        """Take a member's weight or bias ("q_proj.weight") into the buffers, quantizing on arrival.
-
-        Raises:
-            ValueError: the tensor holds a NaN or an infinity; the message names `checkpoint_name`.
-        """
-        index = self.names.index(name.rsplit(".", 1)[0])
-        home = self.home(name)
-        if home is None:
-            assert isinstance(self.weight, NF4Weight)
-            nf4_quantize_member(self.weight, index, tensor, checkpoint_name)
-            return
-        # two numbers, where isfinite() would make a temporary
-        if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-            raise ValueError(f"{checkpoint_name} must hold finite values only: got NaN or infinity")
-        # copy_ would broadcast and round
-        assert (home.shape, home.dtype) == (tensor.shape, tensor.dtype)
-        home.copy_(tensor)
 
     def attach(
         self,

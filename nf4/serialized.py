@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreign.json_text import parse_json
 from nf4.blockwise import BLOCK_SIZES
 from nf4.double_quant import DYNAMIC_MAP, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import LEVELS
@@ -143,10 +144,7 @@ def parse_state(text: bytes, name: str) -> WeightState:
     Raises:
         ValueError: it is no JSON object, or a field is missing or not what NF4 has.
     """
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be JSON: {error}; download the checkpoint again") from None
+    fields = parse_json(text, name, "download the checkpoint again")
     if not isinstance(fields, dict):
         raise ValueError(f"{name} must hold a JSON object: got a {type(fields).__name__}")
     is_nested = any(key.startswith("nested_") for key in fields)

@@ -1,9 +1,10 @@
 """Files and folders that appear whole or not at all, whatever moment the process is killed at.
 
 Everything is written under a temporary name, flushed to the disk and renamed. A rename within a
-folder is atomic, so a reader sees the old state or the new one.
+folder is atomic, so a reader sees the old state or the new one, also after the power was lost.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,19 +23,33 @@ def half_written(path: Path) -> Path:
     return path.with_name(path.name + _SUFFIX)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or what a folder's entries are, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # CIFS and some FUSE file systems have no such call for folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it that are missing."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
 
 
 @contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
     partial = half_written(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial.parent)
+    partial.mkdir()
     try:
         yield partial
     except SafetensorError as error:
@@ -46,17 +61,17 @@ def _partial_folder(path: Path) -> Iterator[Path]:
 
 def _flush_files(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, replacing one of that name at once."""
     partial = half_written(path)
     partial.write_text(text)
-    _flush(partial)
+    flush(partial)
     partial.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 @contextmanager
@@ -72,7 +87,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
         _flush_files(partial)
         partial.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -87,16 +102,17 @@ def new_files(folder: Path) -> Iterator[Path]:
         _flush_files(partial)
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             place = folder / file.relative_to(partial)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             file.replace(place)
-            _flush(place.parent)
-        _flush(folder)
+            flush(place.parent)
+        flush(folder)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that it is never seen with a part of its files."""
     partial = half_written(path)
     path.rename(partial)
+    flush(path.parent)
     shutil.rmtree(partial)
 
 

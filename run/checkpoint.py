@@ -18,7 +18,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foreign.json_text import read_object
+from foreign.reading import Reading
 from run.atomic import new_folder, remove_folder
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -165,7 +168,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     try:
         _check_hashes(path)
-        state = RunState(**json.loads((path / STATE_FILE).read_text()))
+        state = read_state(path / STATE_FILE)
         best = path / BEST_FILE
         return Checkpoint(
             path,
@@ -182,6 +185,57 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path} must be a checkpoint of this version: got {error}, with the hashes that it "
             f"was written with; go on with the version that wrote it; {unchanged}"
         ) from error
+
+
+def read_state(path: Path) -> RunState:
+    """Read the state.json of a checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has other fields than RunState, or a value that no run comes to.
+    """
+    with Reading(path):
+        state = RunState(**read_object(path))
+        for f in fields(RunState):
+            _check_value(path, f.name, getattr(state, f.name))
+    if path.parent.name != checkpoint_name(state):
+        raise ValueError(f"{path}: step must be that of the folder's name: got {state.step:,}")
+    return state
+
+
+def _check_value(path: Path, name: str, value: Any) -> None:
+    """Hold a value of a state against its kind: RunState's default has it."""
+    # a device counts steps in 32 bits
+    most = (1 << 63 if name in ("tokens", "target_tokens") else 1 << 31) - 1
+    is_integer = type(value) is int and 0 <= value <= most
+    is_number = is_integer or (type(value) is float and math.isfinite(value))
+    if name == "started":
+        what, is_valid = "a date and time", isinstance(value, str) and _is_time(value)
+    elif name == "base":
+        what, is_valid = "text", isinstance(value, str)
+    elif name == "unevaluated":
+        what = "a row of metrics"
+        is_valid = isinstance(value, dict) and all(map(_is_figure, value.values()))
+    elif name == "best_eval_loss":
+        what, is_valid = "a finite number or null", value is None or is_number
+    elif name == "loss_scale":
+        what, is_valid = "a positive number", is_number and value > 0
+    else:
+        what, is_valid = f"an integer from 0 to {most:,}", is_integer
+    if not is_valid:
+        raise ValueError(f"{path}: {name} must be {what}: got {value!r:.60}")
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def set_aside(path: Path) -> Path:
@@ -201,9 +255,7 @@ def _check_hashes(path: Path) -> None:
         OSError: a file cannot be read.
     """
     try:
-        hashes = json.loads((path / MANIFEST_FILE).read_bytes())
-        if not isinstance(hashes, dict):
-            raise ValueError(f"{MANIFEST_FILE} without the files' hashes")
+        hashes = read_object(path / MANIFEST_FILE)
         for name, expected in hashes.items():
             if _sha256(path / name) != expected:
                 raise ValueError(f"{name} with another hash than {MANIFEST_FILE} has")

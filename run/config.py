@@ -16,6 +16,9 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from foreign.json_text import read_object
+from foreign.reading import Reading
+
 CONFIG_FILE = "config.json"
 
 # flags that a resumed run may change: they decide what is written and where, not what is computed
@@ -375,11 +378,12 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"--config must be the config.json of a run: there is no file {path}"
         )
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: got {error}") from None
-    if isinstance(values, dict) and isinstance(values.get("resume"), bool):
+    with Reading(path):
+        return _expand_home(_checked(path, read_object(path)))
+
+
+def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("resume"), bool):
         # a switch, in folders that version 0.1 began
         values["resume"] = "auto" if values["resume"] else ""
     defaults = {f.name: _default(f) for f in fields(TrainConfig)}
@@ -388,8 +392,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         name: (bool, type(None)) if default is None else (type(default),)
         for name, default in defaults.items()
     }
-    unknown = sorted(set(values) - set(kinds)) if isinstance(values, dict) else ["no JSON object"]
-    if unknown:
+    if unknown := sorted(set(values) - set(kinds)):
         raise ValueError(
             f"{path} must hold fields of a training run only: got {', '.join(unknown)}; "
             "give the config.json of an output folder"
@@ -399,7 +402,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             values[name] = float(value)
         elif type(value) not in kinds[name]:
             raise ValueError(f"{path}: {name} must be {kinds[name][0].__name__}: got {value!r}")
-    return _expand_home(values)
+    return values
 
 
 def to_json(config: TrainConfig) -> str:

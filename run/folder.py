@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from run.atomic import clean, is_partial, new_folder, write_text
+from run.atomic import clean, flush, is_partial, make_folder, new_folder, write_text
 from run.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -190,15 +190,16 @@ def open_output(
 def _make_folder(config: TrainConfig) -> TrainConfig:
     if config.output:
         # where a link leads to, which need not be there yet
-        Path(config.output).resolve().mkdir(parents=True, exist_ok=True)
+        make_folder(Path(config.output).resolve())
         return config
-    DEFAULT_PARENT.mkdir(exist_ok=True)
+    make_folder(DEFAULT_PARENT)
     for number in itertools.count(1):
         folder = DEFAULT_PARENT / f"run-{number}"
         try:
             folder.mkdir()
         except FileExistsError:
             continue
+        flush(DEFAULT_PARENT)
         return replace(config, output=str(folder))
     raise AssertionError("numbers do not end")
 
@@ -213,7 +214,7 @@ def new_output(folder: Path) -> Iterator[Path]:
         OSError: it is there already and not empty, or the disk refused.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     lock = folder.with_name(folder.name + LOCK_FILE)
     with locked(lock, f"--output {folder}"), new_folder(folder) as partial:
         yield partial

@@ -15,6 +15,7 @@ from run.metrics import (
     Progress,
     Row,
     StepRows,
+    has_answer,
     peak_memory_bytes,
 )
 from run.trackers import Trackers
@@ -51,7 +52,8 @@ class RunLog:
         # the row that waits for its evaluation is of this step
         last_row = last - bool(state.unevaluated)
         self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
-        self._samples = StepRows(self._output / SAMPLES_FILE if writes else None, last)
+        answers = self._output / SAMPLES_FILE if writes else None
+        self._samples = StepRows(answers, last, has_answer)
         self._progress = Progress(num_steps, state.step, is_shown=writes)
         self._trackers = Trackers(config, state, self.say) if writes else None
         self._since, self._tokens_then = time.perf_counter(), state.tokens
@@ -119,6 +121,15 @@ class RunLog:
         """Write down what --sample-prompt is answered after a step."""
         row = {"step": step, "prompt": self._prompt, "answer": answer}
         self._append(self._samples, SAMPLES_FILE, row)
+
+    def flush(self) -> None:
+        """Wait until rows and answers are on the disk: a checkpoint that the power's loss leaves
+        must not be without the rows of its steps."""
+        for file, name in ((self._metrics, METRICS_FILE), (self._samples, SAMPLES_FILE)):
+            try:
+                file.flush()
+            except OSError as error:
+                self.say(f"{name} may not be on the disk yet: {error}")
 
     def _append(self, file: StepRows, name: str, row: Row) -> None:
         try:

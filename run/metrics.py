@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
-from run.atomic import write_text
+from foreign.json_text import parse_json
+from run.atomic import flush, write_text
 
 # `tokens` and `target_tokens` count from the run's first step, padding left out
 METRICS_FILE = "metrics.jsonl"
@@ -23,6 +24,36 @@ GIB = 1 << 30
 Row: TypeAlias = dict[str, Any]
 
 
+def has_figures(row: Row) -> bool:
+    """Whether a row is one of metrics.jsonl: its values are numbers, or null for one that is not
+    finite."""
+    return all(value is None or type(value) in (int, float) for value in row.values())
+
+
+def has_answer(row: Row) -> bool:
+    """Whether a row is one of samples.jsonl."""
+    return all(isinstance(row.get(name), str) for name in ("prompt", "answer"))
+
+
+def _parse_row(line: str, is_row: Callable[[Row], bool]) -> Row | None:
+    """Read a line as a row of a step, None if it is none."""
+    try:
+        row = parse_json(line, "a row")
+    except ValueError:
+        return None
+    has_step = isinstance(row, dict) and type(row.get("step")) is int
+    return row if has_step and is_row(row) else None
+
+
+def _set_aside(path: Path, content: bytes) -> Path:
+    """Write what was in a file under a name that is free."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    aside.write_bytes(content)
+    return aside
+
+
 class StepRows:
     """A file of JSON lines, each of a step: metrics.jsonl and its like.
 
@@ -30,20 +61,38 @@ class StepRows:
         rows: all of them, from the run's first step on, whichever process added them.
     """
 
-    def __init__(self, path: Path | None, step: int) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        step: int,
+        is_row: Callable[[Row], bool] = has_figures,
+    ) -> None:
         """Open the file, dropping rows past `step`: a resumed run writes those steps' again.
+
+        A row is no reason to lose a run: where a line is damaged, the file as it was is kept under
+        another name, and the run goes on with the other rows.
 
         Args:
             path: None to write nothing.
+            is_row: whether a JSON object with a step is a row of this file.
         """
-        lines = path.read_text().splitlines() if path and path.is_file() else []
+        content = path.read_bytes() if path and path.is_file() else b""
+        lines = content.decode(errors="replace").splitlines()
+        found = [_parse_row(line, is_row) for line in lines]
         # the last line may be cut off, where the process was killed in the middle of it
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if path and lines != kept:
-            write_text(path, "".join(line + "\n" for line in kept))
+        if path and None in found[:-1]:
+            number = found.index(None) + 1
+            print(
+                f"{path}:{number} is not what a run has written: {_set_aside(path, content)} has "
+                "the file as it was, and the run goes on with the other rows"
+            )
+        pairs = zip(lines, found, strict=True)
+        kept = [(line, row) for line, row in pairs if row and row["step"] <= step]
+        if path and len(kept) < len(lines):
+            write_text(path, "".join(line + "\n" for line, _ in kept))
         self._path = path
         self._unwritten = ""
-        self.rows: list[Row] = [json.loads(line) for line in kept]
+        self.rows: list[Row] = [row for _, row in kept]
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, which has a `step`.
@@ -70,6 +119,16 @@ class StepRows:
                 os.truncate(self._path, size)
             raise
         self._unwritten = ""
+
+    def flush(self) -> None:
+        """Wait until the rows are on the disk.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if self._path and self._path.is_file():
+            flush(self._path)
+            flush(self._path.parent)
 
 
 # a terminal that was closed, a full disk under the output, a character that the terminal lacks

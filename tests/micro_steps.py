@@ -79,3 +79,18 @@ def gradients_of(
         assert parameter.grad is not None
         found[name] = parameter.grad.cpu().clone()
     return found
+
+
+def adapter_gradients(model: Llama) -> dict[str, Tensor]:
+    """The gradients of the parameters by the names of the adapter's tensors."""
+    found = {}
+    for prefix, group in model.groups():
+        if group.lora_A is None or group.lora_B is None:
+            continue
+        assert group.lora_A.grad is not None
+        assert group.lora_B.grad is not None
+        for (name, size), update in zip(group.sizes.items(), group.updates, strict=True):
+            grad_A, grad_B = group.lora_A.grad[update.A], group.lora_B.grad[update.B]
+            found[f"{prefix}{name}.lora_A.weight"] = grad_A[: size.rank]
+            found[f"{prefix}{name}.lora_B.weight"] = grad_B[:, : size.rank]
+    return found

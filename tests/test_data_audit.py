@@ -1,15 +1,12 @@
 """data/audit.py: what is counted, shown and refused before anything is learned."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chat_cases import say
-from conftest import ROOT
 from test_data_dataset import load
 from test_data_tokenizer import save_byte_level, save_metaspace
 
@@ -210,15 +207,3 @@ def test_real_conversations_are_shown_as_they_are(assets: Path, tmp_path: Path) 
     answer = json.loads(line)["messages"][-1]["content"]
     assert shown.endswith(f"[[{answer}<|eot_id|>]]")
     assert shown.count("<|begin_of_text|>") == 1
-
-
-def test_what_an_output_cannot_write_is_escaped() -> None:
-    code = "from data.audit import say; say('caf\\u00e9')"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        check=True,
-    )
-    assert done.stdout == b"caf\\xe9\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +223,30 @@ def test_a_cache_that_cannot_be_written_says_so(
     with pytest.raises(OSError, match=r"No space left on device.*make room"):
         tokens(path, tokenizer)
     assert made() == []
+
+
+def test_a_cache_that_is_deleted_while_it_is_used_is_read_to_its_end(
+    path: Path, tokenizer: Tokenizer
+) -> None:
+    samples = tokens(path, tokenizer).samples
+    before = list(samples)
+    shutil.rmtree(cache_folder())
+    assert list(samples) == before
+
+
+@pytest.mark.parametrize("name", ["input_ids.bin", "labels.bin"])
+def test_a_cache_that_is_cut_while_it_is_used_ends_in_a_message(
+    path: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    samples = tokens(path, tokenizer).samples
+    (folder,) = made()
+    os.truncate(folder / name, (folder / name).stat().st_size - 4)
+    assert samples[0].input_ids
+    with pytest.raises(OSError, match=rf"{name} must stay as it is .* cut since; start again"):
+        samples[len(samples) - 1]
+    again = tokens(path, tokenizer)
+    assert not again.is_cached
+    assert len(list(again.samples)) == len(RECORDS)
 
 
 def test_conversations_are_counted_for_their_templates(path: Path, tokenizer: Tokenizer) -> None:

@@ -154,7 +154,20 @@ def test_a_killed_process_is_no_traceback(tmp_path: Path, monkeypatch: pytest.Mo
         tokens_of(path, tokenizer, 2)
 
 
-def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
+# what a process does for a chunk that holds Python's lock for hours: backtracking in a pattern
+HOLD = """
+import re, threading
+from data import tokenization
+tokenization.tokenize_records = lambda *given: re.match("(a*)*$", "a" * 40 + "b")
+threading.Timer(2, print, ("started",), {"flush": True}).start()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+@pytest.mark.parametrize("before", ["", HOLD], ids=["at rest", "in a call that holds Python"])
+def test_a_killed_parent_leaves_no_process(
+    tmp_path: Path, before: str, number: signal.Signals
+) -> None:
     save_byte_level(tmp_path / "tokenizer")
     path = write(tmp_path / "x.jsonl", many(64 * 20))
     code = """
@@ -170,13 +183,13 @@ next(pieces)
 print("started", flush=True)
 time.sleep(60)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "tokenizer"), str(path)]
+    command = [sys.executable, "-c", before + code, str(tmp_path / "tokenizer"), str(path)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"started\n"
-        os.kill(parent.pid, signal.SIGKILL)
+        os.kill(parent.pid, number)
         parent.wait()
     for _ in range(200):
         try:

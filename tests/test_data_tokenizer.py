@@ -261,7 +261,7 @@ def test_unreadable_tokenizer_file_is_a_value_error(tmp_path: Path, content: str
     ("name", "content", "match"),
     [
         ("tokenizer_config.json", b"{", "must be JSON"),
-        ("tokenizer_config.json", b"[1]", "must hold a JSON object: got list"),
+        ("tokenizer_config.json", b"[1]", "must hold a JSON object: got a list"),
         ("special_tokens_map.json", b"\xff", "must be JSON"),
         ("chat_template.jinja", b"\xff", "must be UTF-8"),
         ("tokenizer_config.json", b'{"chat_template": 3}', "must be text or a list .* got int"),

@@ -9,14 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
-    "nf4": set(),
+    "foreign": set(),
+    "nf4": {"foreign"},
     "kernels": {"nf4"},
-    "lora": {"hub", "kernels", "nf4"},
+    "lora": {"foreign", "hub", "kernels", "nf4"},
     "optim": {"kernels"},
-    "run": set(),
+    "run": {"foreign"},
     "hub": set(),
-    "data": {"hub"},
-    "llama": {"lora", "hub", "kernels", "nf4"},
+    "data": {"foreign", "hub", "run"},
+    "llama": {"foreign", "lora", "hub", "kernels", "nf4"},
     "job": {"llama", "lora", "optim", "run", "data", "hub"},
     "bundled": {"llama", "lora", "data"},
     "train": {"job", "llama", "kernels", "lora", "optim", "run", "data", "hub"},

@@ -45,6 +45,7 @@ from nf4.serialized import serialize
 from nf4.weight import NF4Weight, dequantize, member, quantize
 
 NF4 = (64, True)
+FP32, BF16 = torch.float32, torch.bfloat16
 QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -230,6 +231,32 @@ def test_of_two_checkpoints_in_a_folder_the_one_file_is_read_as_transformers_doe
     assert done.stdout.split() == [SINGLE_NAME], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("is_tied", "stored", "compute", "converted"),
+    [
+        (False, BF16, BF16, []),
+        # rows that are looked up become larger one by one
+        (False, BF16, FP32, ["head"]),
+        (False, FP32, BF16, ["embeddings", "head"]),
+        (True, BF16, BF16, []),
+        (True, BF16, FP32, ["embeddings"]),
+        (True, FP32, BF16, ["embeddings"]),
+    ],
+)
+def test_what_is_kept_in_another_dtype_is_said(
+    tmp_path: Path,
+    is_tied: bool,
+    stored: torch.dtype,
+    compute: torch.dtype,
+    converted: list[str],
+) -> None:
+    fields = FIELDS | {"tie_word_embeddings": is_tied}
+    write_checkpoint(tmp_path, fields, random_tensors(fields, stored))
+    assert describe_loading(tmp_path, compute) == [
+        f"{what}: stored in {stored}, kept in {compute}, the compute dtype" for what in converted
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize(
     "name",
@@ -405,22 +432,22 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
     "index-without-map": (
         change_index(lambda index: index.pop("weight_map")),
         ValueError,
-        "must be JSON with a weight_map",
+        "must have a weight_map of tensor names to file names",
     ),
     "index-not-json": (
         lambda folder: (folder / INDEX_NAME).write_text("{"),
         ValueError,
-        "must be JSON with a weight_map",
+        "must be JSON: got Expecting property name",
     ),
     "index-a-list": (
         lambda folder: (folder / INDEX_NAME).write_text("[]"),
         ValueError,
-        "must be JSON with a weight_map",
+        "must hold a JSON object: got a list",
     ),
     "index-maps-to-numbers": (
         change_index(lambda index: index["weight_map"].update(x=1)),
         ValueError,
-        "weight_map must map tensor names to file names",
+        "must have a weight_map of tensor names to file names",
     ),
     "index-lists-what-no-shard-has": (
         change_index(lambda index: index["weight_map"].update(x=SHARD)),
@@ -971,6 +998,21 @@ def test_cuda_names_a_tensor_that_is_not_finite(
     for _ in range(2):
         with pytest.raises(ValueError, match=re.escape(message)):
             load_model(tmp_path, CUDA, torch.float32, quantization)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["as stored", "NF4"])
+def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(
+    tmp_path: Path, quantization: tuple[int, bool] | None
+) -> None:
+    fields = FIELDS | {"hidden_size": 256, "num_attention_heads": 8}
+    write_checkpoint(tmp_path, fields, random_tensors(fields))
+
+    def cut(done: int, total: int) -> None:
+        # pages behind the end of a file are a memory map's SIGBUS
+        os.truncate(tmp_path / "model.safetensors", 1 << 14)
+
+    with pytest.raises(ValueError, match="it was truncated while it was read, download it again"):
+        load_model(tmp_path, CPU, torch.float32, quantization, cut)
 
 
 @pytest.mark.gpu

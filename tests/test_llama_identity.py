@@ -21,7 +21,8 @@ from torch import Tensor
 import quantize
 from job.job import BUNDLED
 from llama.checkpoint import describe
-from llama.identity import Identity, identify, sample_of
+from llama.identity import PAGE_BYTES, Identity, identify, sample_of
+from llama.shard_reader import StoredTensor, read_bytes
 
 LLAMA_3_8B = FIELDS | {
     "vocab_size": 128256,
@@ -164,8 +165,8 @@ def test_one_retrained_token_shows(large: Path, name: str, token: int) -> None:
 
 def test_a_large_matrix_is_looked_at_from_its_first_to_its_last_rows_in_all_columns() -> None:
     rows, columns = 1024, 4096
-    places = torch.arange(rows * columns, dtype=torch.int32).view(-1).view(torch.uint8)
-    seen = sample_of(places, num_rows=0).contiguous().view(torch.int32).view(-1)
+    starts, num_bytes = sample_of(4 * rows * columns, num_rows=0)
+    seen = torch.cat([torch.arange(start // 4, (start + num_bytes) // 4) for start in starts])
     assert seen.min() == 0
     assert seen.max() // columns >= rows - 1
     assert set((seen % columns).tolist()) == set(range(columns))
@@ -200,22 +201,41 @@ def test_what_no_model_reads_does_not_count(tmp_path: Path) -> None:
 def test_less_than_a_hundredth_of_an_8b_model_is_read() -> None:
     total = sampled = 0
     for shape in shapes(LLAMA_3_8B).values():
-        data = torch.empty(2 * torch.Size(shape).numel(), dtype=torch.uint8, device="meta")
-        num_rows = shape[0] if shape[0] == LLAMA_3_8B["vocab_size"] else 0
-        total += len(data)
-        sampled += sample_of(data, num_rows).numel()
+        num_bytes = 2 * torch.Size(shape).numel()
+        starts, size = sample_of(num_bytes, shape[0] if shape[0] == LLAMA_3_8B["vocab_size"] else 0)
+        total += num_bytes
+        sampled += len(starts) * size
     assert total == 16_060_522_496
     # 64 bytes of 2 x 128,256 rows; 64 or 112 pages of 7 x 32 matrices; 65 norms
     pages = 32 * (4 * 64 + 3 * 112)
     assert sampled == 2 * 128256 * 64 + pages * 4096 + 65 * 8192
 
 
-def test_the_sample_is_a_view_so_what_it_leaves_out_is_not_read() -> None:
-    data = torch.zeros(1 << 20, dtype=torch.uint8)
-    for num_rows in (0, 1024):
-        sample = sample_of(data, num_rows)
-        assert sample.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
-        assert sample.numel() < data.numel()
+@pytest.mark.parametrize("at_once", [1, 4096, 1 << 30])
+def test_how_much_is_read_at_once_does_not_matter(
+    large: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = own(large)
+    monkeypatch.setattr("llama.identity.BYTES_AT_ONCE", at_once)
+    assert own(large) == expected
+
+
+def test_of_a_large_matrix_what_the_sample_leaves_out_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = LARGE | {"intermediate_size": 65536}
+    folder = write_checkpoint(tmp_path / "wide", wide, random_tensors(wide, torch.bfloat16))
+    num_read: list[int] = []
+
+    def counted(stored: StoredTensor, start: int, file: int, target: torch.Tensor) -> None:
+        if "mlp" in stored.name:
+            num_read.append(len(target))
+        read_bytes(stored, start, file, target)
+
+    monkeypatch.setattr("llama.identity.read_bytes", counted)
+    own(folder)
+    # three matrices of 64 MiB
+    assert sum(num_read) == 3 * 64 * PAGE_BYTES
 
 
 def test_an_identity_stays_what_it_is() -> None:

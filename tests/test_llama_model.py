@@ -18,8 +18,15 @@ from llama_peers import (
     stories_peer,
     tiny_peer,
 )
-from micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, tokens
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
+from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, tokens
+from tiny_llama import (
+    FIELDS,
+    VARIANTS,
+    float32_error,
+    random_tensors,
+    write_checkpoint,
+    write_variant,
+)
 from torch import Tensor
 
 from llama.checkpoint import load_model
@@ -49,27 +56,10 @@ def load(
     return load_model(folder, device, dtype, quantization)
 
 
-def float32_error(truth: Tensor, num_operations: int) -> Tensor:
-    """What float32 may lose on a path of `num_operations` rounded sums of at most 96 terms.
-
-    Each errs by sqrt(96) half units at random, and so do they together.
-    """
-    return math.sqrt(num_operations * 96) * EPS * truth.abs().max()
-
-
 def projection_gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The gradients of the loss by the names of the adapter's tensors."""
     gradients_of(MicroStep(model, KEEP), input_ids, labels)
-    found = {}
-    for prefix, group in model.groups():
-        if group.lora_A is None or group.lora_B is None:
-            continue
-        assert group.lora_A.grad is not None
-        assert group.lora_B.grad is not None
-        for name, update in zip(group.sizes, group.updates, strict=True):
-            found[f"{prefix}{name}.lora_A.weight"] = group.lora_A.grad[update.A]
-            found[f"{prefix}{name}.lora_B.weight"] = group.lora_B.grad[update.B]
-    return found
+    return adapter_gradients(model)
 
 
 def test_logits_equal_transformers_in_float32(peer: Peer) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from equality import assert_equal
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llama import shard_reader as module
-from llama.shard_reader import StoredTensor, make_ring, read_header, stream
+from llama.shard_reader import StoredTensor, make_ring, read_header, read_tensor, stream
 
 # bytes of tensors: none, one, a prime, a round number and its neighbours, many
 SIZES = (13, 0, 64, 1, 63, 65, 0, 997, 128)
@@ -189,6 +190,10 @@ def test_a_header_tells_where_every_tensor_lies(tmp_path: Path) -> None:
         assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
         content = expected.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert bytes_of(tensor) == content
+        assert_equal(read_tensor(tensor), expected)
+        home = torch.zeros_like(expected)
+        read_tensor(tensor, home)
+        assert_equal(home, expected)
 
 
 def write_header(path: Path, header: bytes, data: bytes = bytes(64)) -> Path:

@@ -13,14 +13,10 @@ from equality import assert_equal, assert_no_worse_than
 from live_bytes import LiveBytes
 from llama_peers import CPU
 from peer_process import run_peer
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-import llama.checkpoint
-import llama.stored_nf4
 import quantize
 from llama.checkpoint import describe, load_model, load_sizes, stored_quantization
 from llama.model import Llama
@@ -469,33 +465,8 @@ def test_only_a_checkpoint_in_nf4_has_a_stored_quantization(base: Path) -> None:
     assert stored_quantization(base / "double-quantized" / "source") is None
 
 
-class UncountedFile:
-    """A safetensors file whose tensors are not counted: they are the file itself, mapped."""
-
-    def __init__(self, path: Path, framework: str) -> None:
-        self.file = safe_open(path, framework=framework)
-
-    def __enter__(self) -> "UncountedFile":
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.__exit__(*error)
-
-    def keys(self) -> list[str]:
-        return list(self.file.keys())
-
-    def get_tensor(self, name: str) -> Tensor:
-        with _disable_current_modes():
-            return self.file.get_tensor(name)
-
-
 @pytest.mark.parametrize("case", ["double-quantized", "single-bfloat16", "mixed"])
-def test_loading_takes_no_more_memory_than_the_model(
-    base: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (llama.checkpoint, llama.stored_nf4):
-        monkeypatch.setattr(module, "safe_open", UncountedFile)
+def test_loading_takes_no_more_memory_than_the_model(base: Path, case: str) -> None:
     folder = base / case / "theirs"
     sizes = load_sizes(folder, torch.float32, stored_quantization(folder))
     held = sum(tensor.nbytes for tensor in sizes.frozen_tensors())
@@ -504,7 +475,10 @@ def test_loading_takes_no_more_memory_than_the_model(
     assert held == held_bytes(model) + model.frequencies.nbytes
     # what finds a value that is not finite: two numbers, stacked, and one truth value for each
     extremes = 4 * 4 + 2 * 4 + 2 + 1
-    assert live.peak <= held + extremes
+    # the head as it is stored, while it is converted
+    head = describe(folder, torch.float32).stored["lm_head.weight"]
+    converted = head.num_bytes if head.dtype != torch.float32 else 0
+    assert live.peak <= held + converted + extremes
 
 
 def held_bytes(model: Llama) -> int:

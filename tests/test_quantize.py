@@ -4,6 +4,7 @@ That bitsandbytes reads its weights is tested in test_llama_stored_nf4.py.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +208,18 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(tmp_path: Path, name: st
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(tmp_path / "source", tmp_path / "copy", flags)
     assert {path.name for path in tmp_path.iterdir()} <= {"source"}
+
+
+def test_a_source_that_is_cut_while_it_is_read_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = write_variant(tmp_path / "source", "grouped-query")
+    copy = plan_quantized_copy(source, (64, True), None)
+    os.truncate(source / "model.safetensors", 1 << 14)
+    with (
+        pytest.raises(ValueError, match="it was truncated while it was read, download it again"),
+        new_output(tmp_path / "copy") as partial,
+    ):
+        write_quantized_copy(copy, partial, CPU, lambda done, total: None)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_a_folder_with_anything_in_it_is_not_written_to(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
     ("content", "complaint"),
     [
         ("{", "must be JSON"),
-        ("[]", "fields of a training run only"),
+        ("[]", "must hold a JSON object: got a list"),
         ('{"lerning_rate": 1}', "fields of a training run only: got lerning_rate"),
         ('{"epochs": "3"}', "epochs must be float: got '3'"),
         ('{"batch_size": true}', "batch_size must be int: got True"),

@@ -4,6 +4,9 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from conftest import ROOT
 from equality import assert_equal
 from safetensors.torch import save_file
 
-from run.atomic import clean, is_partial, new_files, new_folder, write_text
+from run.atomic import clean, is_partial, make_folder, new_files, new_folder, write_text
 from run.checkpoint import (
     BEST_FILE,
     MANIFEST_FILE,
@@ -41,7 +44,7 @@ from run.folder import (
     resume_point,
 )
 from run.lock import LOCK_FILE, check_unlocked, locked
-from run.metrics import METRICS_FILE, StepRows, describe
+from run.metrics import METRICS_FILE, SAMPLES_FILE, StepRows, describe, has_answer
 from run.room import checkpoint_bytes, num_checkpoints, reserved
 from run.trackers import run_name
 
@@ -104,6 +107,47 @@ def test_new_files_go_into_folders_that_are_there_already(tmp_path: Path) -> Non
     assert (tmp_path / "inner" / "both").read_text() == "new"
 
 
+def fsync_of_files_alone(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the disk refuse to flush folders."""
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr("run.atomic.os.fsync", refuse)
+
+
+def test_a_disk_that_cannot_flush_folders_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync_of_files_alone(monkeypatch, errno.EINVAL)
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+    assert names(tmp_path / "a") == ["file"]
+    fsync_of_files_alone(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "b", "x")
+
+
+def test_a_folder_is_on_the_disk_before_what_is_written_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr("run.atomic.os.fsync", noted)
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert flushed == [str(tmp_path / inner) for inner in ("", "a", "a/b")]
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(flushed) == 3
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     (tmp_path / "film.partial").write_text("somebody else's")
@@ -130,6 +174,15 @@ def save(folder: Path, step: int, best: dict[str, torch.Tensor] | None = None) -
     path = folder / f"checkpoint-{step}"
     save_checkpoint(path, state, moments, lambda f: write_text(f / "adapter", "a"), best)
     return path
+
+
+def rewrite_state(path: Path, changes: dict[str, Any]) -> None:
+    """Change a checkpoint's state, and its hash with it."""
+    state = json.loads((path / STATE_FILE).read_text()) | changes
+    (path / STATE_FILE).write_text(json.dumps(state))
+    hashes = json.loads((path / MANIFEST_FILE).read_text())
+    hashes[STATE_FILE] = hashlib.sha256((path / STATE_FILE).read_bytes()).hexdigest()
+    (path / MANIFEST_FILE).write_text(json.dumps(hashes))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -189,7 +242,7 @@ def deny(path: Path, *args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("refuse", [stale, deny])
-@pytest.mark.parametrize("method", ["open", "read_bytes", "read_text"])
+@pytest.mark.parametrize("method", ["open", "read_bytes"])
 def test_a_file_that_cannot_be_read_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., None], method: str
 ) -> None:
@@ -206,14 +259,46 @@ def test_a_file_that_cannot_be_read_is_no_damage(
 
 def test_a_state_of_another_version_is_no_damage(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    path = save(tmp_path, 3)
-    state = json.loads((path / STATE_FILE).read_text()) | {"temperature": 1.0}
-    (path / STATE_FILE).write_text(json.dumps(state))
-    hashes = json.loads((path / MANIFEST_FILE).read_text())
-    hashes[STATE_FILE] = hashlib.sha256((path / STATE_FILE).read_bytes()).hexdigest()
-    (path / MANIFEST_FILE).write_text(json.dumps(hashes))
+    rewrite_state(save(tmp_path, 3), {"temperature": 1.0})
     with pytest.raises(ValueError, match=r"-3 must be a checkpoint of this version: .*temperature"):
         load_newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 10**9}, r"step must be that of the folder's name: got 1,000,000,000"),
+        ({"step": "3"}, r"step must be an integer from 0 to .*: got '3'"),
+        ({"step": True}, r"step must be an integer from 0 to .*: got True"),
+        ({"tokens": -1}, r"tokens must be an integer from 0 to .*: got -1"),
+        ({"num_updates": 10**400}, r"num_updates must be an integer"),
+        ({"num_updates": 1 << 31}, r"num_updates must be an integer from 0 to 2,147,483,647: got"),
+        ({"num_ranks": []}, r"num_ranks must be an integer"),
+        ({"loss_scale": math.inf}, r"loss_scale must be a positive number: got inf"),
+        ({"loss_scale": 0}, r"loss_scale must be a positive number: got 0"),
+        ({"best_eval_loss": math.nan}, r"best_eval_loss must be a finite number or null: got nan"),
+        ({"started": "yesterday"}, r"started must be a date and time: got 'yesterday'"),
+        ({"started": 5}, r"started must be a date and time: got 5"),
+        ({"base": {}}, r"base must be text: got \{\}"),
+        ({"unevaluated": [1]}, r"unevaluated must be a row of metrics: got \[1\]"),
+        ({"unevaluated": {"loss": "x"}}, r"unevaluated must be a row of metrics"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_state_that_no_run_comes_to_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    rewrite_state(save(tmp_path, 3), changes)
+    with pytest.raises(ValueError, match=rf"checkpoint-3/state.json: {message}"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_a_state_has_figures_that_are_not_finite_in_a_row_that_waits(tmp_path: Path) -> None:
+    row = {"loss": math.nan, "grad_norm": math.inf, "eval_loss": None, "tokens": 7}
+    rewrite_state(save(tmp_path, 3), {"unevaluated": row})
+    newest, _ = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert repr(newest.state.unevaluated) == repr(row)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_kept(
@@ -470,6 +555,43 @@ def test_metrics_past_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) 
         {"step": 2, "loss": 0.5},
         {"step": 3, "loss": None},
     ]
+
+
+DAMAGED_ROWS = (
+    b"",
+    b"{",
+    b'{"loss": 1.0}',
+    b'{"step": "2", "loss": 1.0}',
+    b'{"step": 2, "loss": "low"}',
+    b'{"step": 2, "loss": 1.0, "loss": 2.0}',
+    b'{"step": 2, "a": ' + b"[" * 5000 + b"}",
+    b"[2]",
+    b"\xff\x00\x00",
+)
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_ROWS, ids=range(len(DAMAGED_ROWS)))
+def test_a_damaged_row_costs_no_other_and_the_file_is_kept(
+    damaged: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / METRICS_FILE
+    content = b'{"step": 1, "loss": 1.0}\n' + damaged + b'\n{"step": 3, "loss": 0.5}\n'
+    path.write_bytes(content)
+    (tmp_path / "metrics.jsonl.damaged-1").write_text("of another time")
+    rows = StepRows(path, 3).rows
+    assert [row["step"] for row in rows] == [1, 3]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert (tmp_path / "metrics.jsonl.damaged-2").read_bytes() == content
+    said = capsys.readouterr().out
+    assert f"{path}:2 is not what a run has written: {path}.damaged-2 has the file" in said
+
+
+def test_an_answer_without_its_prompt_is_a_damaged_row(tmp_path: Path) -> None:
+    path = tmp_path / SAMPLES_FILE
+    good = {"step": 0, "prompt": "who", "answer": "me"}
+    lines = [{**good, "answer": 5}, {"step": 0, "answer": "me"}, good]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert StepRows(path, 0, has_answer).rows == [good]
 
 
 def test_metrics_survive_where_dropping_rows_fails(

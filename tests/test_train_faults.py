@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from micro_steps import in_runs
+from test_run_folder import rewrite_state
 from train_process import ROOT, TrainProcess
 
 import train
@@ -298,6 +299,34 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(
     train.main([*config, "--save-total-limit", "1", "--max-steps", "2"])
 
 
+def test_rows_are_on_the_disk_before_their_checkpoint_and_before_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    flushed: dict[str, int] = {}
+    seen = []
+
+    def flushing(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(
+            descriptor
+        ).st_size
+
+    def renaming(self: Path, target: Path) -> Path:
+        is_result = target.name.startswith("checkpoint-") or target.name == ADAPTER
+        for name in ("metrics.jsonl", "samples.jsonl") if is_result else ():
+            assert flushed[name] == (target.parent / name).stat().st_size, target
+            seen.append(target.name)
+        return (rename if self.is_dir() else replace)(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(Path, "replace", renaming)
+    config = flags(tmp_path, "--max-steps", "3", "--sample-prompt", "hello", "--sample-steps", "1")
+    train.main(["--output", str(tmp_path / "out"), *config])
+    assert set(seen) == {"checkpoint-1", "checkpoint-2", ADAPTER}
+
+
 def test_a_tokenizer_that_is_gone_at_the_end_costs_only_its_copy(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,6 +483,28 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         train.main([*config, "--resume"])
     data.write_text("\n".join(lines) + "\n")
     train.main([*config, "--resume"])
+
+
+def test_a_state_beyond_the_runs_end_does_not_train_for_ever(tmp_path: Path) -> None:
+    config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
+    train.main(config)
+    path = list_checkpoints(tmp_path / "out")[-1].rename(tmp_path / "out" / "checkpoint-1000000000")
+    rewrite_state(path, {"step": 10**9})
+    with pytest.raises(ValueError, match=r"is of step 1,000,000,000, and the run has 3; start a"):
+        train.main([*config, "--resume"])
+
+
+def test_a_damaged_row_of_metrics_does_not_end_the_run(tmp_path: Path) -> None:
+    config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
+    config += ["--sample-prompt", "who"]
+    train.main(config)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = tmp_path / "out" / name
+        path.write_text("{}\n" + path.read_text())
+    steps = [row["step"] for row in rows(tmp_path / "out")[1:]]
+    train.main([*config, "--resume"])
+    assert [row["step"] for row in rows(tmp_path / "out")] == steps
+    assert (tmp_path / "out" / "samples.jsonl.damaged-1").is_file()
 
 
 def test_an_error_of_the_user_is_one_line_and_no_traceback(tmp_path: Path) -> None:

@@ -179,3 +179,11 @@ def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32
     """Write the checkpoint of one of VARIANTS."""
     fields = FIELDS | VARIANTS[variant]
     return write_checkpoint(folder, fields, random_tensors(fields, dtype))
+
+
+def float32_error(truth: Tensor, num_operations: int) -> Tensor:
+    """What float32 may lose on a path of `num_operations` rounded sums of at most 96 terms.
+
+    Each errs by sqrt(96) half units at random, and so do they together.
+    """
+    return math.sqrt(num_operations * 96) * torch.finfo(torch.float32).eps * truth.abs().max()

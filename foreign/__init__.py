@@ -1,0 +1,1 @@
+"""What comes from others, files and the programs in them, read and run within bounds."""

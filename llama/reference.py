@@ -1,0 +1,214 @@
+"""The Llama family in plain torch, under autograd: the function that the rest of `llama/` computes.
+
+A layer here has the order and the names of `llama/decoder_layer.py`, where forward and backward
+passes are written out and kernels do the work. Here every operation is one of torch's, weights are
+plain matrices, and autograd finds the gradients. Tests hold the written-out passes against this
+module in float64, and `bundled/` trains the demo's model with it.
+
+    B batch, T tokens, D hidden_size, H heads, V vocab_size
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.config import LlamaConfig, LongRopeScaling
+from llama.model import Llama
+from llama.rope import rope_frequencies, rope_tables
+from nf4.weight import NF4Weight, dequantize
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
+
+
+class Projection(nn.Linear):
+    """A projection, and its low-rank update once it has one.
+
+        y = x W^T + b + s (x A^T) B^T
+
+    LoRA (Hu et al. 2021) section 4.1.
+    """
+
+    def attach(self, rank: int, scaling: float) -> None:
+        """Give the projection an update of a rank, whose values are for the caller to set."""
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+        self.scaling = scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.scaling * self.lora_B(self.lora_A(x)) if hasattr(self, "lora_A") else y
+
+
+class RMSNorm(nn.Module):
+    """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019."""
+
+    def __init__(self, width: int, config: LlamaConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight + self.offset) * x * (x.square().mean(-1, True) + self.eps).rsqrt()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
+    """Turn dimension i and dimension i + head_dim / 2 together, Su et al. 2021."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v of rotated queries and keys, several queries to a key."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, head_dim = config.hidden_size, config.head_dim
+        self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
+        rows = {
+            n: c * head_dim
+            for n, c in zip(("q_proj", "k_proj", "v_proj"), self.counts, strict=True)
+        }
+        self.inputs = {"qkv_proj": sum(rows.values())} if config.is_fused else rows
+        for name, num_rows in self.inputs.items():
+            self.add_module(name, Projection(D, num_rows, config.qkv_bias))
+        self.o_proj = Projection(self.counts[0] * head_dim, D, config.o_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_seen: Tensor) -> Tensor:
+        qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
+        heads = qkv.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H, T, head_dim)
+        query, key, value = heads.split(self.counts, dim=1)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        num_sharing = self.counts[0] // self.counts[1]
+        key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))
+        scores = query @ key.mT / math.sqrt(self.config.query_pre_attn_scalar)
+        if cap := self.config.attn_logit_softcapping:
+            scores = cap * torch.tanh(scores / cap)
+        mixed = scores.masked_fill(~is_seen, -math.inf).softmax(dim=-1) @ value
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) up(x)), Shazeer 2020."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        rows = {"gate_proj": width, "up_proj": width}
+        self.inputs = {"gate_up_proj": 2 * width} if config.is_fused else rows
+        for name, num_rows in self.inputs.items():
+            self.add_module(name, Projection(D, num_rows, config.mlp_bias))
+        self.down_proj = Projection(width, D, config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too."""
+
+    def __init__(self, config: LlamaConfig, window: int | None) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.norms, self.window = config.norms, window
+        for name in filter(None, config.norms):
+            self.add_module(name, RMSNorm(config.hidden_size, config))
+
+    def norm(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else self.get_submodule(name)(x)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, distance: Tensor) -> Tensor:
+        is_seen = (distance >= 0) & (distance < (self.window or math.inf))
+        delta = self.self_attn(self.norm(self.norms.before_attention, x), cos, sin, is_seen)
+        x = x + self.norm(self.norms.behind_attention, delta)
+        delta = self.mlp(self.norm(self.norms.before_mlp, x))
+        return x + self.norm(self.norms.behind_mlp, delta)
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and the last norm: `model.` in a checkpoint."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, window) for window in config.windows)
+        self.norm = RMSNorm(config.hidden_size, config)
+
+
+class Reference(nn.Module):
+    """A causal language model whose parameters have the checkpoint's and PEFT's names."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Compute next-token logits, (B, T) to (B, T, V).
+
+        Args:
+            positions: (B, T), of the tokens in their samples, where rows hold several.
+        """
+        T, config = input_ids.shape[1], self.config
+        order = torch.arange(T)
+        if positions is None:
+            positions = order.expand_as(input_ids)
+        # how far token j lies before token i; less than nothing where i must not see it
+        sample = (positions == 0).cumsum(1)
+        is_same = (sample[:, :, None] == sample[:, None, :])[:, None]
+        distance = torch.where(is_same, order[:, None] - order, -1)  # (B, 1, T, T)
+
+        scaling = config.rope_scaling
+        is_long = (
+            isinstance(scaling, LongRopeScaling) and scaling.original_max_position_embeddings < T
+        )
+        factor = scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+        tables = rope_tables(rope_frequencies(config, is_long), positions.flatten(), factor)
+        x = self.model.embed_tokens(input_ids) * config.embedding_scale
+        cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, distance)
+        head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
+        logits = self.model.norm(x) @ head.weight.T
+        cap = config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def loss(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Sum the cross-entropy of each label (-100: none) given the tokens before it."""
+        logits = self(input_ids, positions)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def reference_of(model: Llama, dtype: torch.dtype = torch.float64) -> Reference:
+    """Copy a model and its adapter, which alone trains: NF4 expanded, groups taken apart."""
+    reference = Reference(model.config)
+    tensors = {n: p for n, p in model.named_parameters() if not n.endswith(("lora_A", "lora_B"))}
+    for prefix, group in model.groups():
+        weight = group.weight
+        if isinstance(weight, NF4Weight):
+            weight = dequantize(weight, torch.float32)
+        stacked = (
+            {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
+        )
+        for kind, tensor in stacked.items():
+            parts = tensor.split(group.rows)
+            tensors |= {f"{prefix}{n}.{kind}": p for n, p in zip(group.names, parts, strict=True)}
+        for name, size in group.sizes.items():
+            projection = reference.get_submodule(prefix + name)
+            assert isinstance(projection, Projection)
+            projection.attach(*size)
+    reference.to(dtype).load_state_dict(tensors | model.adapter_tensors())
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return reference

@@ -1,0 +1,75 @@
+"""llama/reference.py: the passes that are written out compute its loss and its gradients, in every
+family."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, tokens
+from tiny_llama import VARIANTS, float32_error
+from torch import Tensor
+
+from llama.micro_step import MicroStep
+from llama.model import Llama, projections
+from llama.reference import reference_of
+
+# rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
+SAMPLES = torch.tensor(
+    [[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5, 0, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0]]
+)
+
+
+def load(folder: Path, variant: str, quantization: tuple[int, bool] | None) -> Llama:
+    """A model with an update of every projection, none of them zero."""
+    model = load_tiny(folder, None, quantization, variant=variant)
+    model.attach_lora(replace(LORA, target_modules=projections(model.config)), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.adapter_tensors().items():
+        if "lora_B" in name:
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def results_of_autograd(
+    model: Llama, ids: Tensor, labels: Tensor, positions: Tensor | None
+) -> dict[str, Tensor]:
+    """The reference's loss, and its gradients by PEFT's names."""
+    reference = reference_of(model)
+    loss = reference.loss(ids, labels, positions)
+    named = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()))
+    return {"loss": loss.detach()} | dict(zip(named, grads, strict=True))
+
+
+@pytest.mark.parametrize("quantization", [NF4, None], ids=["nf4", "unquantized"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_the_references(
+    tmp_path: Path, variant: str, is_packed: bool, quantization: tuple[int, bool] | None
+) -> None:
+    positions = SAMPLES if is_packed else None
+    ids = tokens(2, SAMPLES.shape[1] if is_packed else 40)
+    labels = ids.masked_fill(
+        torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.2, -100
+    )
+    if positions is not None:
+        labels = labels.masked_fill(positions == 0, -100)
+    model = load(tmp_path, variant, quantization)
+    loss = gradients_of(MicroStep(model, KEEP), ids, labels, positions=positions)["loss"]
+    actual = {"loss": loss} | adapter_gradients(model)
+    truth = results_of_autograd(model, ids, labels, positions)
+    assert actual.keys() == truth.keys()
+    assert len(truth) == 1 + 2 * len(projections(model.config)) * 2
+    for name, expected in truth.items():
+        assert expected.dtype == torch.float64
+        # two layers forward and back, about 20 sums each way
+        assert (actual[name] - expected).abs().max() <= float32_error(expected, 80), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_the_references(tmp_path: Path, variant: str) -> None:
+    model, ids = load(tmp_path, variant, NF4), tokens(2, 40)
+    with torch.no_grad():
+        expected = reference_of(model)(ids)
+    assert (model.logits(ids) - expected).abs().max() <= float32_error(expected, 40)
