@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_run_leaves_text_of_its_data_to_those_who_may_read_the_data(
     # the second step is one that cannot be learned from
     take, steps = AdamW.step, []
 
-    def spoiled(self: AdamW, *given: float) -> torch.Tensor:
+    def spoiled(self: AdamW, *given: Any) -> torch.Tensor:
         steps.append(None)
         if len(steps) == 2:
             self.gradients.fill_(float("nan"))
