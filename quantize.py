@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama.checkpoint import find_checkpoint
-from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from checkpoint.loading import find_checkpoint
+from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device(choose_device(flags.device))
     folder = find_checkpoint(flags.model)
     dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
+    copy = plan_quantized_copy(folder, Quantization(flags.block_size, flags.double_quant), dtype)
     check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
     for remark in copy.source.remarks:
         print(one_line(remark))

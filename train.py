@@ -25,22 +25,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.loading import describe, load_model
 from data import audit
 from hub.push import push_folder
-from job.checkpoint import quantization_of
-from job.job import SAMPLE_TOKENS, Job, check
 from kernels.launch import KernelDoesNotFit
-from llama.checkpoint import load_model
 from llama.generation import generate_greedy
-from llama.micro_step import MicroStep
 from llama.model import Llama
-from llama.preflight import limit_memory, memory_line, next_setting, preflight
 from lora.adapter_file import load_adapter, rename_base, save_adapter
 from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
+from prepare.base import quantization_of
+from prepare.job import SAMPLE_TOKENS, Job, check
 from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
@@ -62,6 +60,8 @@ from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest
 from run.terminal import guard_output, one_line
 from run.watching import Watching
+from step.micro_step import MicroStep
+from step.preflight import limit_memory, memory_line, next_setting, preflight
 
 # what an int64 holds
 HASH_BYTES = 7
@@ -340,7 +340,8 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        load_adapter(job.start, model.adapter_tensors())
+        base = describe(job.checkpoint_folder, dtype)
+        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:

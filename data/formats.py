@@ -101,7 +101,6 @@ class PromptCompletion:
 @dataclass(frozen=True)
 class Text:
     text: str
-    is_document: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,7 @@ def to_example(
                 raise ValueError(f"{record.location}: {error}") from error
             return _ANSWERS[data_format](fields, has_chat_template)
         case "text":
-            name = DEFAULT_TEXT_FIELD if record.is_document else text_field
-            return Text(fields.text(name), record.is_document)
+            return Text(fields.text(DEFAULT_TEXT_FIELD if record.is_document else text_field))
         case "tokenized":
             return _token_ids(fields)
     raise ValueError(f"--data-format must be auto or {', '.join(FORMATS)}: got {data_format!r}")

@@ -8,8 +8,8 @@ file that was cut off) ends the reading.
 
 Nulls of JSON stay. A field of parquet that is null is one that the record has not.
 
-Files are read piece by piece, but for a text, which is one document. Left out: Zstandard, which
-Python can read from 3.14 on, and anything that is not UTF-8.
+Files are read piece by piece; a text, which is one document, is a record for each. Left out:
+Zstandard, which Python can read from 3.14 on, and anything that is not UTF-8.
 """
 
 import codecs
@@ -33,6 +33,7 @@ Refuse: TypeAlias = Callable[[ValueError], None]
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
+_TEXT_CHARACTERS = 1 << 16
 _PARQUET_ROWS = 1024
 
 
@@ -43,12 +44,17 @@ class Record:
     Attributes:
         location: file:line, or file[index] for an element of a JSON list or a row of a parquet
             file.
-        is_document: the record is a whole text file, to be cut into pieces rather than truncated.
+        part: the number of a part of a text file, None for any other record. Those of one file
+            follow each other, and are one document when put together.
     """
 
     location: str
     fields: dict[str, object]
-    is_document: bool = False
+    part: int | None = None
+
+    @property
+    def is_document(self) -> bool:
+        return self.part is not None
 
 
 def raise_it(error: ValueError) -> NoReturn:
@@ -59,7 +65,7 @@ def read_records(path: Path, refuse: Refuse = raise_it) -> Iterator[Record]:
     """Yield the records of a data file, in its order.
 
     By the end of its name: .jsonl, .json, .csv, .parquet, .txt, .text or .md; all but parquet may
-    be compressed, as .jsonl.gz. A text file is one record {"text": all of it}. A .json file that
+    be compressed, as .jsonl.gz. A text file is records {"text": a part of it}. A .json file that
     holds JSON lines is read as such.
 
     Args:
@@ -347,6 +353,9 @@ def _read_csv(path: Path, refuse: Refuse) -> Iterator[Record]:
 
 def _header(row: list[str], location: str) -> list[str]:
     names = [name.strip() for name in row]
+    # pandas writes its index so, and gives it this name in parquet
+    if names[0] == "" and len(names) > 1:
+        names[0] = "__index_level_0__"
     if "" in names or len(set(names)) != len(names):
         raise ValueError(
             f"{location}: the first row must name each column once: got "
@@ -396,9 +405,37 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _read_text(path: Path, refuse: Refuse) -> Iterator[Record]:
-    text = _decode(b"".join(line for _, line in _lines(path)), path)
-    if text.strip():
-        yield Record(f"{path}:1", {"text": text}, is_document=True)
+    # a text of blanks is none
+    if any(part.strip() for part in _text_parts(path)):
+        for number, part in enumerate(_text_parts(path)):
+            yield Record(f"{path}:1", {"text": part}, number)
+
+
+def _text_parts(path: Path) -> Iterator[str]:
+    """The text of a file in parts of a fixed length or more, but for the last."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    pieces: list[str] = []
+    with _open(path) as file:
+        while True:
+            try:
+                # one read of the file or of its compressed stream: what precedes a fault counts
+                content = file.read1(_TEXT_CHARACTERS)
+            except _GZIP_ERRORS as error:
+                raise _broken_gzip(path, line, error) from error
+            try:
+                text = decoder.decode(content, final=not content)
+            except UnicodeDecodeError as error:
+                lines = error.object.count(b"\n", 0, error.start)
+                raise _not_utf8(path, line + lines, error) from error
+            line += text.count("\n")
+            pieces.append(text)
+            is_whole = not content
+            if any(pieces) and (is_whole or sum(map(len, pieces)) >= _TEXT_CHARACTERS):
+                yield "".join(pieces)
+                pieces.clear()
+            if is_whole:
+                return
 
 
 _READERS: dict[str, Callable[[Path, Refuse], Iterator[Record]]] = {

@@ -68,23 +68,6 @@ def to_sample(
     return _text_sample(example.text, 0, tokenizer)
 
 
-def cut_document(sample: Sample, max_length: int) -> list[Sample]:
-    """Cut a document into pieces of at most max_length tokens.
-
-    Each piece starts with the last token of the piece before it, unlabelled. The first token of a
-    sample is never predicted, so without that overlap one token per piece would be lost; with it
-    every token but the document's first is predicted exactly once.
-    """
-    step = max_length - 1
-    pieces = []
-    for start in range(0, max(len(sample.input_ids) - 1, 1), step):
-        labels = sample.labels[start : start + max_length]
-        if start:
-            labels[0] = NO_LOSS
-        pieces.append(Sample(sample.input_ids[start : start + max_length], labels))
-    return pieces
-
-
 def _text_sample(text: str, start: int, tokenizer: Tokenizer) -> Sample:
     """BOS, the text, EOS; learned from the character at `start` on."""
     tokens = _Tokens(text, tokenizer, add_special_tokens=True)

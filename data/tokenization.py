@@ -18,14 +18,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from data.confinement import Confinement, begin
+from data.documents import (
+    Encoded,
+    Window,
+    cut,
+    encode_window,
+    first_window,
+    join,
+    next_window,
+)
 from data.fields import without
 from data.formats import (
+    DEFAULT_TEXT_FIELD,
     FORMATS,
     Conversation,
     Example,
@@ -35,8 +47,9 @@ from data.formats import (
     to_example,
 )
 from data.records import Record, Refuse, raise_it, read_records
-from data.samples import NO_LOSS, Sample, cut_document, to_sample
+from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
+from foreign.reading import Reading
 
 TRAIN_ON = ("completions", "all")
 TOKEN = np.dtype("<i4")
@@ -69,7 +82,8 @@ class Recipe:
         vocab_size: rows of the model's embedding.
         now: the time that templates which write the date see. A resumed run gives the time of its
             first start and gets the same samples.
-        skip_bad_lines: leave out a record that is not what it must be, and count it.
+        skip_bad_lines: leave out a record that is not what it must be, and count it; a text file is
+            no line.
         ignored_fields: fields of a record and of its messages that are left out.
 
     Raises:
@@ -146,6 +160,11 @@ class Piece:
     counts: Counts
 
 
+# what a process is given at a time, and what it makes of it
+Task: TypeAlias = list[Record] | Window
+Result: TypeAlias = Piece | Encoded
+
+
 def tokenize_files(
     files: Sequence[Path],
     tokenizer: Tokenizer,
@@ -178,11 +197,17 @@ def tokenize_files(
         )
     name = _detect(first, recipe) if recipe.data_format == "auto" else recipe.data_format
 
-    def tokenize(chunk: list[Record]) -> Piece:
-        return tokenize_records(chunk, name, tokenizer, recipe)
+    def tokenize(task: Task) -> Result:
+        if isinstance(task, Window):
+            begin(task.location)
+            _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
+            return encode_window(task, tokenizer)
+        return tokenize_records(task, name, tokenizer, recipe)
 
-    chunks = _chunks(chain([first], records))
-    pieces = _in_turn(tokenize, chunks, num_processes or _worthwhile_processes(files))
+    is_text = name == "text" and DEFAULT_TEXT_FIELD not in recipe.ignored_fields
+    tasks = _tasks(chain([first], records), is_text)
+    results = _in_turn(tokenize, tasks, num_processes or _worthwhile_processes(files))
+    pieces = _with_documents(results, tokenizer, recipe)
     return name, chain(pieces, [_piece([], [], unread)])
 
 
@@ -199,20 +224,23 @@ def tokenize_records(
     samples: list[Sample] = []
     truncated: list[bool] = []
     for record in records:
+        begin(record.location)
         try:
-            example = to_example(
-                record,
-                data_format,
-                text_field=recipe.text_field,
-                has_chat_template=tokenizer.has_chat_template,
-                ignored_fields=recipe.ignored_fields,
-            )
+            with Reading(record.location):
+                example = to_example(
+                    record,
+                    data_format,
+                    text_field=recipe.text_field,
+                    has_chat_template=tokenizer.has_chat_template,
+                    ignored_fields=recipe.ignored_fields,
+                )
         except ValueError as error:
             refuse(error)
             continue
         _check_tokenizer(example, tokenizer, recipe.train_on)
         try:
-            sample = _to_sample(example, record.location, tokenizer, recipe)
+            with Reading(record.location):
+                sample = _to_sample(example, record.location, tokenizer, recipe)
         except ValueError as error:
             refuse(error)
             continue
@@ -222,10 +250,6 @@ def tokenize_records(
             counts.num_rendered_with_tools += example.tools is not None
         if not sample.num_target_tokens:
             counts.num_without_target += 1
-        elif isinstance(example, Text) and example.is_document:
-            parts = cut_document(sample, recipe.max_length)
-            samples += parts
-            truncated += [False] * len(parts)
         else:
             is_truncated = len(sample.input_ids) > recipe.max_length
             counts.num_truncated += is_truncated
@@ -337,19 +361,65 @@ def is_closed(sample: Sample, tokenizer: Tokenizer) -> bool:
     return False
 
 
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Group records; what was read before a fault is handed on before the fault."""
+def _tasks(records: Iterator[Record], is_text: bool) -> Iterator[Task]:
+    """Group records, and make windows of the parts of a document; what was read before a fault is
+    handed on before the fault."""
     chunk: list[Record] = []
+    window: Window | None = None
+    document = 0
     try:
         for record in records:
-            chunk.append(record)
-            if len(chunk) == _CHUNK_RECORDS:
-                yield chunk
-                chunk = []
+            if record.is_document and is_text:
+                if chunk:
+                    yield chunk
+                    chunk = []
+                part = str(record.fields["text"])
+                if record.part == 0 or window is None:
+                    document += 1
+                    window = first_window(document, record.location, part)
+                else:
+                    window = next_window(window, part)
+                yield window
+            # of a document that is refused, one part says why
+            elif not record.part:
+                chunk.append(record)
+                if len(chunk) == _CHUNK_RECORDS:
+                    yield chunk
+                    chunk = []
     except ValueError:
         yield chunk
         raise
     yield chunk
+
+
+def _with_documents(
+    results: Iterator[Result], tokenizer: Tokenizer, recipe: Recipe
+) -> Iterator[Piece]:
+    """The pieces in their order, those of documents made of their windows."""
+    for document, group in groupby(results, _document_of):
+        if document is None:
+            yield from (piece for piece in group if isinstance(piece, Piece))
+        else:
+            windows = (window for window in group if isinstance(window, Encoded))
+            yield from _document(windows, tokenizer, recipe)
+
+
+def _document_of(result: Result) -> int | None:
+    return result.window.document if isinstance(result, Encoded) else None
+
+
+def _document(windows: Iterator[Encoded], tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Piece]:
+    first = next(windows)
+    ids = join(chain([first], windows), tokenizer)
+    counts = Counts(num_records=1, num_without_target=1)
+    for samples in cut(ids, tokenizer, recipe.max_length):
+        for sample in samples:
+            what = f"{first.window.location}: a sample"
+            tokenizer.check_rows(sample.input_ids, recipe.vocab_size, what)
+        rows = [_row(sample, False, tokenizer) for sample in samples]
+        yield _piece(samples, rows, Counts())
+        counts.num_without_target = 0
+    yield _piece([], [], counts)
 
 
 def _worthwhile_processes(files: Sequence[Path]) -> int:
@@ -358,24 +428,26 @@ def _worthwhile_processes(files: Sequence[Path]) -> int:
 
 
 def _in_turn(
-    tokenize: Callable[[list[Record]], Piece], chunks: Iterator[list[Record]], num_processes: int
-) -> Iterator[Piece]:
-    """Tokenize chunks, this process alone or others for it, and yield the results in order."""
-    if num_processes == 1:
-        yield from map(tokenize, chunks)
-        return
+    tokenize: Callable[[Task], Result], tasks: Iterator[Task], num_processes: int
+) -> Iterator[Result]:
+    """Let other processes do tasks, and yield the results in order.
+
+    The chat template and the tokenizer are the model's programs: the processes are confined
+    (foreign/guest.py), a single one as well.
+    """
     # a forked process has the tokenizer already, and imports nothing
+    confinement = Confinement(num_processes)
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
-        initargs=(tokenize,),
+        initargs=(tokenize, confinement),
     )
-    pending: deque[Future[Piece]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         try:
-            for chunk in chunks:
-                pending.append(pool.submit(_work, chunk))
+            for task in tasks:
+                pending.append(pool.submit(_work, task))
                 if len(pending) > 2 * num_processes:
                     yield pending.popleft().result()
         except ValueError:
@@ -386,21 +458,19 @@ def _in_turn(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "the processes that tokenize must live to the end: one was killed, perhaps for lack of "
-            "memory; run again with fewer of them (--dataset-num-proc 1)"
-        ) from error
+        raise confinement.explain() from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 # the work of a forked process
-_tokenize: Callable[[list[Record]], Piece]
+_tokenize: Callable[[Task], Result]
 
 
-def _start_worker(tokenize: Callable[[list[Record]], Piece]) -> None:
+def _start_worker(tokenize: Callable[[Task], Result], confinement: Confinement) -> None:
     global _tokenize
     _tokenize = tokenize
+    confinement.enter()
     # Ctrl-C reaches them all; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
@@ -427,5 +497,5 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait_and_end, daemon=True).start()
 
 
-def _work(chunk: list[Record]) -> Piece:
-    return _tokenize(chunk)
+def _work(task: Task) -> Result:
+    return _tokenize(task)

@@ -34,6 +34,7 @@ from data.template_files import (
     NamedText,
     choose_templates,
 )
+from foreign.guest import allow, in_guest
 from foreign.json_text import read_object
 from foreign.reading import Reading, is_panic
 
@@ -52,8 +53,12 @@ class Tokenizer:
         special_tokens: the tokens that the checkpoint names, "bos_token" and the like, as text.
         adds_bos: whether encode(..., add_special_tokens=True) starts with BOS, found by encoding a
             letter.
+        added_around: the ids that encode(..., add_special_tokens=True) puts before and behind those
+            of a text.
+        divides_words: whether a text is divided into words, each of which is encoded by itself.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
+        added_ids: of all added tokens, special or not, by their text.
         closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
@@ -92,7 +97,8 @@ class Tokenizer:
         own = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
-        special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.added_ids = {token.content: i for i, token in added.items()}
+        special = {i for i, t in added.items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
         self.special_ids = frozenset(special | named)
         # BOS opens a text: it cannot close a turn, unless it is EOS as well
@@ -105,6 +111,10 @@ class Tokenizer:
         self._letter = self.encode("a", add_special_tokens=False)
         probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
+        size = len(self._letter)
+        before = next(i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        self.added_around = probe[:before], probe[before + size :]
+        self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
 
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str = "") -> "Tokenizer":
@@ -129,7 +139,9 @@ class Tokenizer:
         with _Library(folder, "reads"):
             backend = tokenizers.Tokenizer.from_file(str(path))
         config = _read_object(folder / CONFIG_FILE)
-        with Reading(f"the tokenizer of {folder}", "download it again"):
+        what = f"the tokenizer of {folder}"
+        in_guest(lambda: _try_out(backend, folder), what)
+        with Reading(what, "download it again"):
             _check_added_tokens(backend, config, folder)
             tokenizer = cls(
                 backend,
@@ -139,7 +151,8 @@ class Tokenizer:
                 is_template_override=bool(chat_template),
             )
         if chat_template:
-            tokenizer.chat_template().check_syntax()
+            template = tokenizer.chat_template()
+            in_guest(template.check_syntax, template.name)
         return tokenizer
 
     @property
@@ -181,7 +194,14 @@ class Tokenizer:
         encoding = self._encode(text, add_special_tokens)
         return encoding.ids, encoding.offsets
 
+    def encode_with_words(self, text: str) -> tuple[list[int], list[int], list[int | None]]:
+        """Token ids of a text alone, and for each the character it starts at and the number of its
+        word."""
+        encoding = self._encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
+
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        allow(len(text))
         with self._encoding:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
@@ -287,6 +307,13 @@ class _Library:
             raise ValueError(
                 f"{self._must}: got {error}; download it again or upgrade tokenizers"
             ) from error
+
+
+def _try_out(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Encode and decode a letter, which a normalizer or a decoder may make of any length."""
+    with _Library(folder, "tries out"):
+        for has_specials in (False, True):
+            backend.decode(backend.encode("a", add_special_tokens=has_specials).ids)
 
 
 def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:

@@ -338,13 +338,15 @@ def read_base_identity(folder: Path) -> str:
 
 
 def load_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    read_vocabulary: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> None:
     """Copy an adapter's values into the model's adapter tensors, in place.
 
     Args:
-        base: the base's embeddings and head by their names, which embedding layers of the file must
-            equal; without them such a file is refused.
+        read_vocabulary: reads the base's embeddings and head, by their names. Embedding layers of
+            the file must equal them; it is not called where there are none.
 
     Raises:
         FileNotFoundError: the folder has no adapter_model.safetensors.
@@ -356,9 +358,10 @@ def load_adapter(
         saved = load_file(path)
     except SafetensorError as error:
         raise _damaged(path, error) from None
-    for name in _EMBEDDING_LAYERS:
-        if (layer := saved.pop(_PREFIX + name, None)) is not None:
-            _check_embedding_layer(path, name, layer, (base or {}).get(name))
+    layers = {n: saved.pop(_PREFIX + n) for n in _EMBEDDING_LAYERS if _PREFIX + n in saved}
+    base = read_vocabulary() if layers else {}
+    for name, layer in layers.items():
+        _check_embedding_layer(path, name, layer, base.get(name))
     targets = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
     if missing or extra:

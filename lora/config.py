@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
+_LONGEST_PATTERN = 10_000
 
 
 class UpdateSize(NamedTuple):
@@ -77,18 +78,29 @@ class LoRAConfig:
                 "layers_to_transform and layers_pattern must come with a list of target_modules: "
                 f"got {self.target_modules!r}"
             )
-        one_text = [
-            modules
-            for modules in (self.target_modules, self.exclude_modules)
-            if isinstance(modules, str)
-        ]
-        for pattern in (*one_text, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
+        for pattern in self._patterns():
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(
+                    f"a pattern of modules must have at most {_LONGEST_PATTERN:,} characters: got "
+                    f"{len(pattern):,}"
+                )
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"a pattern of modules must be a regular expression: got {pattern!r}: {error}"
                 ) from None
+
+    def _patterns(self) -> list[str]:
+        """The regular expressions, "all-linear" among them."""
+        modules = (self.target_modules, self.exclude_modules)
+        one_text = [text for text in modules if isinstance(text, str)]
+        return [*one_text, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern]
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether a regular expression decides about modules."""
+        return any(pattern.lower() != ALL_LINEAR for pattern in self._patterns())
 
     def has_target(self, path: str) -> bool:
         """Whether a module gets an update, by the rules of PEFT's check_target_module_exists.

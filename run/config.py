@@ -255,6 +255,8 @@ class TrainConfig:
         self._require(
             "max_length", self.max_length == 0 or self.max_length >= 2, "at least 2, or 0"
         )
+        # what torch.Generator takes
+        self._require("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
         self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
         self._require(
             "group_by_length",

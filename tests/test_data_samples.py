@@ -7,7 +7,7 @@ from chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
 from test_data_tokenizer import save_byte_level, save_metaspace
 
 from data.formats import Conversation, PromptCompletion, Text, TokenIds
-from data.samples import NO_LOSS, Sample, cut_document, to_sample
+from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
 
 IM_END = {"bos_token": None, "eos_token": "<|im_end|>"}
@@ -229,17 +229,6 @@ def test_token_ids_are_taken_as_they_are(byte_level: Tokenizer) -> None:
     assert sample == Sample([5, 6, 7], [9, NO_LOSS, 7])
     # the label at position 0 is never predicted
     assert sample.num_target_tokens == 1
-
-
-@pytest.mark.parametrize("length", [2, 3, 4, 9, 10, 11])
-def test_pieces_of_a_document_predict_every_token_once(length: int) -> None:
-    ids = list(range(10, 20))
-    pieces = cut_document(Sample(ids, [NO_LOSS, *ids[1:]]), length)
-    assert all(2 <= len(piece.input_ids) <= length for piece in pieces)
-    assert all(piece.labels == [NO_LOSS, *piece.input_ids[1:]] for piece in pieces)
-    assert [label for piece in pieces for label in piece.labels[1:]] == ids[1:]
-    starts = [piece.input_ids[0] for piece in pieces[1:]]
-    assert starts == [piece.input_ids[-1] for piece in pieces[:-1]]
 
 
 def test_tools_and_variables_reach_the_template_and_choose_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from job.job import BUNDLED
+from prepare.job import BUNDLED
 from run.terminal import AsIs, escaped, guard_output, one_line, without_secrets
 from run.watching import Watching
 

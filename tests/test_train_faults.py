@@ -28,10 +28,10 @@ from train_process import ROOT, TrainProcess
 
 import train
 from data.tokenizer import Tokenizer
-from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
 from run.signals import StopRequest
+from step.micro_step import MicroStep
 
 NUM_STEPS = 30
 NUM_KILLS = 20

@@ -129,7 +129,7 @@ def train_and_push(
             raise ConnectionError("the hub refused")
         return "an address"
 
-    monkeypatch.setattr("job.job.check_push", lambda repository: None)
+    monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
     monkeypatch.setattr("train.push_folder", push)
     data = folder / "data.jsonl"
     shutil.copyfile(BUNDLED / "eval.jsonl", data)
