@@ -15,7 +15,7 @@ from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
 from data.chat_template import ChatTemplate
-from data.confinement import Confinement, begin
+from data.confinement import Confinement, begin_record
 from data.prompt import encode_prompt
 from data.template_marks import marks_without_token
 from data.tokenization import Recipe, tokenize_files
@@ -126,14 +126,16 @@ def test_a_template_beyond_reason_is_not_read(tmp_path: Path) -> None:
         with_template(tmp_path, "x" * 600_000)
 
 
-def test_the_slow_record_is_named_among_many_processes(tmp_path: Path) -> None:
+# while others go on, and when they have nothing left to do
+@pytest.mark.parametrize("number", [70, 300])
+def test_the_slow_record_is_named_among_many_processes(number: int, tmp_path: Path) -> None:
     slow = "{% if messages[0].content == 'slow' %}" + WITHOUT_END["loops"] + "{% endif %}"
     tokenizer = with_template(tmp_path, slow + CHAT)
     path = chat_data(tmp_path, num_records=300)
     lines = path.read_text().splitlines()
-    lines[199] = lines[199].replace("hi", "slow")
+    lines[number - 1] = lines[number - 1].replace("hi", "slow")
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"data.jsonl:200: a record must be tokenized within 1 "):
+    with pytest.raises(ValueError, match=rf"data.jsonl:{number}: a record must be tokenized with"):
         tokenize(path, tokenizer, num_processes=3)
 
 
@@ -236,7 +238,7 @@ def test_a_tokenizer_that_takes_for_ever_is_ended_and_its_record_named(
 
 def test_outside_of_a_confined_process_nothing_is_limited() -> None:
     Confinement(1)
-    begin("x:1")
+    begin_record("x:1")
     end = time.process_time() + 1.5
     while time.process_time() < end:
         pass
