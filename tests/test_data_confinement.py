@@ -242,3 +242,9 @@ def test_outside_of_a_confined_process_nothing_is_limited() -> None:
     end = time.process_time() + 1.5
     while time.process_time() < end:
         pass
+
+
+def test_a_prompt_with_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    # so Python gives an argument that is not UTF-8
+    with pytest.raises(ValueError, match=r"a prompt must be valid Unicode: got h\\udcffi; write"):
+        encode_prompt("h\udcffi", with_template(tmp_path, CHAT), 1000)
