@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from data.confinement import Confinement, begin
+from data.confinement import Confinement, begin_record, end_record
 from data.documents import (
     Encoded,
     Window,
@@ -199,7 +199,7 @@ def tokenize_files(
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
-            begin(task.location)
+            begin_record(task.location)
             _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe)
@@ -224,7 +224,7 @@ def tokenize_records(
     samples: list[Sample] = []
     truncated: list[bool] = []
     for record in records:
-        begin(record.location)
+        begin_record(record.location)
         try:
             with Reading(record.location):
                 example = to_example(
@@ -498,4 +498,6 @@ def _end_with_parent() -> None:
 
 
 def _work(task: Task) -> Result:
-    return _tokenize(task)
+    result = _tokenize(task)
+    end_record()
+    return result
