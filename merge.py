@@ -20,16 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.description import Description, describe
+from checkpoint.files import COMPANIONS, INDEX_NAME, SINGLE_NAME, find_checkpoint
 from checkpoint.identity import identify
-from checkpoint.loading import (
-    COMPANIONS,
-    INDEX_NAME,
-    SINGLE_NAME,
-    Description,
-    describe,
-    find_checkpoint,
-    load_model,
-)
+from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from foreign.guest import in_guest
@@ -37,6 +31,7 @@ from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
 from lora.adapter_file import (
+    WEIGHTS_NAME,
     find_adapter,
     load_adapter,
     read_adapter_config,
@@ -49,6 +44,7 @@ from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
+from run.privacy import as_private_as
 from run.terminal import guard_output, one_line
 
 # beside the weights, for programs that read older tokenizers
@@ -114,10 +110,12 @@ def main(arguments: Sequence[str]) -> None:
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
     check_new_folder(config.output, sum(path.stat().st_size for path in (*shards, *files.values())))
+    weights = (*shards, config.adapter / WEIGHTS_NAME)
     windows = load_text(config, llama_config) if config.text else []
 
     # only now, when nothing that was given can be wrong any more, is anything written
     with (
+        as_private_as(weights),
         new_output(config.output) as folder,
         tqdm(desc="merging", unit="tensor", disable=None, leave=False) as bar,
     ):

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint.loading import find_checkpoint
+from checkpoint.files import find_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
+from run.privacy import as_private_as
 from run.room import MB
 from run.terminal import guard_output, one_line
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
+        as_private_as(tensor.file for tensor in copy.source.needed()),
         new_output(output) as partial,
     ):
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.loading import describe, load_model
+from checkpoint.description import describe
+from checkpoint.loading import load_model
 from data import audit
 from hub.push import push_folder
 from kernels.launch import KernelDoesNotFit
@@ -159,7 +160,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         if not is_first:
             train_and_save(run, described)
             return
-        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits), job.data_mode)
         with reserved(job.output, size_of_checkpoint(job)) as run.make_room:
             train_and_save(run, described)
 
@@ -192,7 +193,12 @@ def train_and_save(run: Run, described: str) -> None:
     """
     job, ranks, config, state = run.job, run.ranks, run.config, run.state
     log = RunLog(
-        config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
+        config,
+        state,
+        job.num_steps,
+        data_mode=job.data_mode,
+        is_resumed=job.resumed is not None,
+        writes=ranks.is_first,
     )
     stopped_by = shortage = ""
     with log:
@@ -467,7 +473,7 @@ def leave_batch(run: Run, step: int, figures: Row) -> Path:
         batches = epochs.micro_batches(step - 1)
         indices = [index for rows in batches for row in rows for index in row]
         samples = {index: epochs.samples[index] for index in indices}
-        write_bad_batch(path, step, figures, samples, run.job.tokenizer)
+        write_bad_batch(path, step, figures, samples, run.job.tokenizer, run.job.data_mode)
     return path
 
 

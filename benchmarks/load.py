@@ -39,7 +39,8 @@ from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from benchmarks.measure import measure, quantiles
 from benchmarks.record import head, write
 from benchmarks.tables import Row, aligned, load_table
-from checkpoint.loading import INDEX_NAME, load_model
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
 from checkpoint.shard_reader import StoredTensor, make_ring, read_header, stream
 from llama.config import CONFIG_NAME, read_config
 from llama.model import Llama

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from checkpoint.loading import Description
+from checkpoint.description import Description
 from checkpoint.shard_reader import NUM_THREADS, StoredTensor, read_bytes
 from llama.config import LlamaConfig
 

@@ -19,16 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.description import EMBEDDINGS, META, Description, describe
+from checkpoint.files import COMPANIONS
 from checkpoint.identity import MADE_FROM, identify
-from checkpoint.loading import (
-    COMPANIONS,
-    EMBEDDINGS,
-    META,
-    Description,
-    Report,
-    check_finite,
-    describe,
-)
+from checkpoint.loading import Report, check_finite
 from checkpoint.shard_reader import StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
 from foreign.json_text import read_object

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint.loading import INDEX_NAME, SINGLE_NAME
+from checkpoint.files import INDEX_NAME, SINGLE_NAME
 from checkpoint.shard_reader import DTYPES
 
 # decimal, as transformers' "5GB"

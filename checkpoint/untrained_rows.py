@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint.loading import Description
+from checkpoint.description import Description
 from checkpoint.shard_reader import StoredTensor, read_tensor
 
 

@@ -112,7 +112,8 @@ class Tokenizer:
         probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
         size = len(self._letter)
-        before = next(i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        places = range(len(probe) + 1)
+        before = next((i for i in places if probe[i : i + size] == self._letter), 0)
         self.added_around = probe[:before], probe[before + size :]
         self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
 

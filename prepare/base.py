@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.description import describe, settle_quantization
 from checkpoint.identity import Identity, identify
-from checkpoint.loading import describe, load_sizes, settle_quantization
+from checkpoint.loading import load_sizes
 from data.epochs import Epochs
 from llama.config import LlamaConfig, LongRopeScaling
 from lora.adapter_file import read_base_identity

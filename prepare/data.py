@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint.loading import describe
+from checkpoint.description import describe
 from checkpoint.untrained_rows import untrained_rows
 from data import audit, template_marks
 from data.dataset import Dataset, load_dataset

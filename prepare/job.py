@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from checkpoint.description import describe_loading
+from checkpoint.files import find_checkpoint
 from checkpoint.identity import Identity
-from checkpoint.loading import describe_loading, find_checkpoint
 from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
@@ -76,6 +77,7 @@ class Job:
         start: the adapter to begin with, if any.
         resumed: the checkpoint to go on from, if any.
         damaged: later checkpoints, and what is wrong with them.
+        data_mode: permissions of what holds text of the data.
         evaluation: the batches of an evaluation, if there is one.
         prompt: the tokens of --sample-prompt, if there is one.
         plan: of the memory, on a GPU.
@@ -92,6 +94,7 @@ class Job:
     state: RunState
     tokenizer: Tokenizer
     audits: dict[str, dict[str, Any]]
+    data_mode: int
     epochs: Epochs
     evaluation: Epochs | None
     prompt: list[int] | None
@@ -231,6 +234,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         state,
         tokenizer,
         audits,
+        train_data.mode & (eval_data or train_data).mode,
         epochs,
         evaluation,
         prompt,

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from types import TracebackType
 
+from run.terminal import one_line
+
 
 def _is_spared(error: BaseException) -> bool:
     return False
@@ -46,5 +48,5 @@ class Watching:
         if not isinstance(error, (Exception, SystemExit)) or self._is_spared(error):
             return False
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        self._say(f"{self._what} has failed, the run goes on without it: {why}")
+        self._say(one_line(f"{self._what} has failed, the run goes on without it: {why}"))
         return True

@@ -20,8 +20,8 @@ from tiny_llama import (
 from torch import Tensor
 
 import quantize
+from checkpoint.description import describe
 from checkpoint.identity import PAGE_BYTES, Identity, identify, sample_of
-from checkpoint.loading import describe
 from checkpoint.shard_reader import StoredTensor, read_bytes
 from prepare.job import BUNDLED
 

@@ -26,16 +26,9 @@ from torch import Tensor
 
 import checkpoint.loading
 import checkpoint.shard_reader
-from checkpoint.loading import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    _DeviceSink,
-    _load_on_gpu,
-    describe_loading,
-    find_checkpoint,
-    load_model,
-    load_sizes,
-)
+from checkpoint.description import describe_loading
+from checkpoint.files import INDEX_NAME, SINGLE_NAME, find_checkpoint
+from checkpoint.loading import _DeviceSink, _load_on_gpu, load_model, load_sizes
 from checkpoint.shard_reader import make_ring, stream
 from kernels.nf4_dequantize import nf4_dequantize
 from llama.model import Llama
@@ -554,7 +547,7 @@ def test_structure_is_checked_before_a_weight_is_read(
     write_checkpoint(tmp_path, FIELDS, random_tensors(FIELDS), num_shards=3)
     truncate(-1)(tmp_path)
     monkeypatch.setattr(
-        checkpoint.loading.LinearGroup, "allocate", lambda *_: pytest.fail("too late")
+        LinearGroup, "allocate", lambda *_: pytest.fail("too late")
     )
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
         load(tmp_path)
@@ -588,7 +581,7 @@ def test_what_is_no_folder_and_no_hub_id_is_refused(model: str) -> None:
 
 
 def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
-    code = "import sys; from checkpoint.loading import find_checkpoint as f; print(f(sys.argv[1]))"
+    code = "import sys; from checkpoint.files import find_checkpoint as f; print(f(sys.argv[1]))"
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     small = ("config.json", "tokenizer.json", "additional_chat_templates/tools.jinja")
     needed = {

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import merged_copy
-from checkpoint.loading import describe, load_model
+from checkpoint.description import describe
+from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from llama.config import read_config
 from llama.model import projection_shapes, update_sizes

@@ -9,7 +9,7 @@ from equality import assert_equal
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint.loading import INDEX_NAME, SINGLE_NAME
+from checkpoint.files import INDEX_NAME, SINGLE_NAME
 from checkpoint.shard_reader import read_header
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
 

@@ -19,7 +19,8 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 import quantize
-from checkpoint.loading import describe, load_model, load_sizes, stored_quantization
+from checkpoint.description import describe, stored_quantization
+from checkpoint.loading import load_model, load_sizes
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import STATE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_llama import FIELDS, random_tensors, write_checkpoint
 
-from checkpoint.loading import describe
+from checkpoint.description import describe
 from checkpoint.untrained_rows import untrained_rows
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,7 +11,7 @@ from chat_cases import CHATML, say
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level
 
-from checkpoint.loading import describe
+from checkpoint.description import describe
 from checkpoint.untrained_rows import untrained_rows
 from data.dataset import load_dataset
 from data.template_marks import FindUntrained, warnings

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
+from checkpoint.description import describe
 from checkpoint.identity import identify
-from checkpoint.loading import describe, load_model
+from checkpoint.loading import load_model
 from llama.config import read_config
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from lora.adapter_file import (

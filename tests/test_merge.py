@@ -20,7 +20,8 @@ from torch import Tensor
 import merge
 import quantize
 import train
-from checkpoint.loading import INDEX_NAME, load_model
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
 from data.tokenizer import Tokenizer
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config

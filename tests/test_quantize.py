@@ -21,7 +21,9 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write
 import checkpoint.quantized_copy
 import quantize
 import train
-from checkpoint.loading import INDEX_NAME, load_model, stored_quantization
+from checkpoint.description import stored_quantization
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
 from checkpoint.quantized_copy import plan_quantized_copy, write_quantized_copy
 from checkpoint.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax

@@ -17,8 +17,8 @@ from train_process import train_ranks
 import prepare.job
 import quantize
 import train
+from checkpoint.description import describe
 from checkpoint.identity import Identity, identify
-from checkpoint.loading import describe
 from prepare.job import BUNDLED
 from run.checkpoint import MANIFEST_FILE, STATE_FILE
 
