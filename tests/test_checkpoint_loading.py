@@ -546,9 +546,7 @@ def test_structure_is_checked_before_a_weight_is_read(
 ) -> None:
     write_checkpoint(tmp_path, FIELDS, random_tensors(FIELDS), num_shards=3)
     truncate(-1)(tmp_path)
-    monkeypatch.setattr(
-        LinearGroup, "allocate", lambda *_: pytest.fail("too late")
-    )
+    monkeypatch.setattr(LinearGroup, "allocate", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
         load(tmp_path)
 
