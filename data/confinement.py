@@ -34,7 +34,7 @@ class Confinement:
     def explain(self) -> Exception:
         """What to raise when one of the processes has ended before its time."""
         places = [place.value.decode(errors="replace").partition(" ") for place in self._places]
-        # the one that has been at its record for the longest
+        # the process that has been at its record for the longest
         since, location = min((float(began or "inf"), location) for began, _, location in places)
         if time.monotonic() - since >= guest.SECONDS:
             return ValueError(
@@ -53,9 +53,15 @@ class Confinement:
 _place = None
 
 
-def begin(location: str) -> None:
+def begin_record(location: str) -> None:
     """Give this process, where it is confined, the time for a record."""
     if _place is not None:
         text = f"{time.monotonic():.1f} {location}".encode(errors="replace")
         _place.value = text[: _PLACE_BYTES - 1]
     guest.allow()
+
+
+def end_record() -> None:
+    """Note that this process is at no record."""
+    if _place is not None:
+        _place.value = b""

@@ -14,6 +14,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[in
         ValueError: the template refuses it, it takes too long, or the model does not know one of
             its tokens.
     """
+    if (shown := prompt.encode(errors="backslashreplace").decode()) != prompt:
+        raise ValueError(f"a prompt must be valid Unicode: got {shown}; write it again in UTF-8")
     what = "the prompt, written by the chat template and tokenized,"
     ids = in_guest(lambda: _encode(prompt, tokenizer), what)
     tokenizer.check_rows(ids, vocab_size, "a prompt")

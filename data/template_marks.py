@@ -14,6 +14,7 @@ from typing import TypeAlias
 from data.chat_template import ChatTemplate
 from data.tokenization import Counts
 from data.tokenizer import Tokenizer
+from foreign.guest import in_guest
 
 # <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, and <start_of_turn>
 _MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s'\"{}]+[|\uff5c]>|<[a-z]+_of_[a-z]+>")
@@ -25,7 +26,11 @@ FindUntrained: TypeAlias = Callable[[Collection[int], Collection[int]], set[int]
 def marks_without_token(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
     """The marks in a template's text that are several tokens, and how many, in their order."""
     marks = dict.fromkeys(_MARK.findall(template.text))
-    sizes = {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks}
+
+    def count() -> dict[str, int]:
+        return {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks}
+
+    sizes = in_guest(count, f"{template.name}, whose marks are tokenized,")
     return {mark: size for mark, size in sizes.items() if size > 1}
 
 

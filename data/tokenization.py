@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from data.confinement import Confinement, begin
+from data.confinement import Confinement, begin_record, end_record
 from data.documents import (
     Encoded,
     Window,
@@ -197,7 +197,7 @@ def tokenize_files(
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
-            begin(task.location)
+            begin_record(task.location)
             _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe)
@@ -222,7 +222,7 @@ def tokenize_records(
     samples: list[Sample] = []
     truncated: list[bool] = []
     for record in records:
-        begin(record.location)
+        begin_record(record.location)
         try:
             with Reading(record.location):
                 example = to_example(
@@ -475,4 +475,6 @@ def _start_worker(tokenize: Callable[[Task], Result], confinement: Confinement) 
 
 
 def _work(task: Task) -> Result:
-    return _tokenize(task)
+    result = _tokenize(task)
+    end_record()
+    return result

@@ -19,7 +19,7 @@ tokens.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from data.template_files import (
     choose_templates,
 )
 from foreign.guest import allow, in_guest
-from foreign.json_text import read_object
+from foreign.json_text import parse_json, read_object
 from foreign.reading import Reading, is_panic
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -81,6 +81,9 @@ class Tokenizer:
         _keep_whole_offsets(backend)
         self._backend = backend
         self._folder = folder
+        self._name = f"the tokenizer of {folder}"
+        decoder = backend.decoder and parse_json(backend.decoder.__getstate__(), self._name)
+        self._decodes_at_once = _is_bounded(decoder)
         self._encoding = _Library(folder, "encodes with")
         self._decoding = _Library(folder, "decodes with")
         self._is_template_override = is_template_override
@@ -105,17 +108,29 @@ class Tokenizer:
         closing = self.special_ids - ({self.bos_token_id} - {self.eos_token_id})
         self.closing_ids = closing
         self.closing_tokens = tuple(t for i in closing if (t := backend.id_to_token(i)) is not None)
-        spelled = self.encode(self.eos_token or "", add_special_tokens=False)
+        # a normalizer may make a letter of any length
+        spelled, self._letter, probe, words = in_guest(self._probes, self._name)
         self.has_eos_as_one_token = spelled == [self.eos_token_id]
         self._is_blank: dict[int, bool] = {}
-        self._letter = self.encode("a", add_special_tokens=False)
-        probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
         size = len(self._letter)
-        places = range(len(probe) + 1)
-        before = next((i for i in places if probe[i : i + size] == self._letter), 0)
+        places = (i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        if (before := next(places, None)) is None:
+            raise ValueError(
+                f"{folder / TOKENIZER_FILE} must add special tokens around a text: got the tokens "
+                f"{probe[:8]} for a letter that is {self._letter[:8]} without them"
+            )
         self.added_around = probe[:before], probe[before + size :]
-        self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
+        self.divides_words = len(set(words)) > 1
+
+    def _probes(self) -> tuple[list[int], list[int], list[int], Sequence[int | None]]:
+        """EOS spelled out, a letter, a letter with special tokens, the words of a text."""
+        return (
+            self.encode(self.eos_token or "", add_special_tokens=False),
+            self.encode("a", add_special_tokens=False),
+            self.encode("a", add_special_tokens=True),
+            self.encode_with_words("a a\na")[2],
+        )
 
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str = "") -> "Tokenizer":
@@ -140,9 +155,7 @@ class Tokenizer:
         with _Library(folder, "reads"):
             backend = tokenizers.Tokenizer.from_file(str(path))
         config = _read_object(folder / CONFIG_FILE)
-        what = f"the tokenizer of {folder}"
-        in_guest(lambda: _try_out(backend, folder), what)
-        with Reading(what, "download it again"):
+        with Reading(f"the tokenizer of {folder}", "download it again"):
             _check_added_tokens(backend, config, folder)
             tokenizer = cls(
                 backend,
@@ -249,8 +262,11 @@ class Tokenizer:
             )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        with self._decoding:
-            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        def decode() -> str:
+            with self._decoding:
+                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        return decode() if self._decodes_at_once else in_guest(decode, self._name)
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files byte for byte; a template given in their place becomes the
@@ -310,11 +326,16 @@ class _Library:
             ) from error
 
 
-def _try_out(backend: tokenizers.Tokenizer, folder: Path) -> None:
-    """Encode and decode a letter, which a normalizer or a decoder may make of any length."""
-    with _Library(folder, "tries out"):
-        for has_specials in (False, True):
-            backend.decode(backend.encode("a", add_special_tokens=has_specials).ids)
+def _is_bounded(decoder: object) -> bool:
+    """Whether what a decoder makes of tokens is as long as they are, and found at once."""
+    if decoder is None:
+        return True
+    assert isinstance(decoder, dict)
+    if decoder["type"] == "Sequence":
+        return all(map(_is_bounded, decoder["decoders"]))
+    # Llama 2's writes a space for U+2581
+    replaced = decoder.get("pattern", {}).get("String", "")
+    return decoder["type"] != "Replace" or len(decoder["content"]) <= len(replaced)
 
 
 def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:

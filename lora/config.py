@@ -7,12 +7,15 @@ only; adapters that PEFT made may pick paths by patterns and give each another s
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
 _LONGEST_PATTERN = 10_000
+# the sides of any matrix of today are shorter
+_MOST_RANK = 1 << 16
 
 
 class UpdateSize(NamedTuple):
@@ -67,8 +70,10 @@ class LoRAConfig:
         for rank in (self.r, *self.rank_pattern.values()):
             if rank < 1:
                 raise ValueError(f"--lora-r must be at least 1: got {rank}")
+            if rank > _MOST_RANK:
+                raise ValueError(f"--lora-r must be at most {_MOST_RANK:,}: got {str(rank)[:20]}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not math.isfinite(alpha) or alpha <= 0:
+            if not 0 < alpha <= sys.float_info.max:
                 raise ValueError(f"--lora-alpha must be positive: got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1): got {self.lora_dropout}")

@@ -269,6 +269,9 @@ class TrainConfig:
             self._require(f.name, not choices or value in choices, f"one of {choices}")
             is_finite = not isinstance(value, float) or math.isfinite(value)
             self._require(f.name, is_finite, "finite")
+            # the seed has bounds of its own
+            is_counted = f.name != "seed" and type(value) is int
+            self._require(f.name, not is_counted or value < 1 << 63, "less than 2^63")
 
         self._require(
             "max_memory",

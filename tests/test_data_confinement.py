@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,8 +14,10 @@ from test_data_tokenizer import save_byte_level
 from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-from data.confinement import Confinement, begin
+from data.chat_template import ChatTemplate
+from data.confinement import Confinement, begin_record
 from data.prompt import encode_prompt
+from data.template_marks import marks_without_token
 from data.tokenization import Recipe, tokenize_files
 from data.tokenizer import Tokenizer
 from foreign import guest
@@ -123,14 +126,16 @@ def test_a_template_beyond_reason_is_not_read(tmp_path: Path) -> None:
         with_template(tmp_path, "x" * 600_000)
 
 
-def test_the_slow_record_is_named_among_many_processes(tmp_path: Path) -> None:
+# while others go on, and when they have nothing left to do
+@pytest.mark.parametrize("number", [70, 300])
+def test_the_slow_record_is_named_among_many_processes(number: int, tmp_path: Path) -> None:
     slow = "{% if messages[0].content == 'slow' %}" + WITHOUT_END["loops"] + "{% endif %}"
     tokenizer = with_template(tmp_path, slow + CHAT)
     path = chat_data(tmp_path, num_records=300)
     lines = path.read_text().splitlines()
-    lines[199] = lines[199].replace("hi", "slow")
+    lines[number - 1] = lines[number - 1].replace("hi", "slow")
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"data.jsonl:200: a record must be tokenized within 1 "):
+    with pytest.raises(ValueError, match=rf"data.jsonl:{number}: a record must be tokenized with"):
         tokenize(path, tokenizer, num_processes=3)
 
 
@@ -159,21 +164,53 @@ def split(pattern: str) -> Change:
     return change
 
 
-def decode_doubled(backend: tokenizers.Tokenizer) -> None:
-    steps = [decoders.Replace("a", "aa") for _ in range(60)]
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), *steps])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [normalize(*[normalizers.Replace("a", "aa")] * 60), decode_doubled],
-    ids=["normalizer", "decoder"],
-)
-def test_a_tokenizer_that_doubles_a_letter_without_end_is_not_read(
-    change: Change, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_doubles_a_letter_without_end_is_not_read(tmp_path: Path) -> None:
+    change = normalize(*[normalizers.Replace("a", "aa")] * 60)
     with pytest.raises(ValueError, match=r"the tokenizer of .*/model must come to an end: it has"):
         with_backend(tmp_path, change)
+
+
+@pytest.mark.parametrize("pattern", ["h", Regex("h|x")], ids=["text", "regular-expression"])
+def test_a_decoder_that_doubles_a_letter_without_end_is_ended(pattern: str, tmp_path: Path) -> None:
+    def change(backend: tokenizers.Tokenizer) -> None:
+        steps = [decoders.Replace(pattern, "hh") for _ in range(60)]
+        backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), *steps])
+
+    tokenizer = with_backend(tmp_path, change)
+    assert tokenizer.decode(tokenizer.encode("yo", add_special_tokens=False)) == "yo"
+    with pytest.raises(ValueError, match=r"the tokenizer of .*/model must come to an end: it has"):
+        tokenizer.decode(tokenizer.encode("hi", add_special_tokens=False))
+
+
+def test_a_decoder_of_the_usual_kind_needs_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [
+        decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1)]
+        ),
+        decoders.ByteLevel(),
+        decoders.Metaspace(),
+        decoders.WordPiece(),
+        None,
+    ]
+    for decoder in usual:
+
+        def change(backend: tokenizers.Tokenizer, decoder: Any = decoder) -> None:
+            backend.decoder = decoder
+
+        tokenizer = with_backend(tmp_path, change)
+        with monkeypatch.context() as patch:
+            patch.setattr("data.tokenizer.in_guest", lambda *_: pytest.fail("it was forked"))
+            assert tokenizer.decode([5, 6])
+
+
+def test_marks_of_a_template_that_grow_without_end_are_refused(tmp_path: Path) -> None:
+    change = normalize(*[normalizers.Replace("q", "qq")] * 60)
+    tokenizer = with_backend(tmp_path, change)
+    template = ChatTemplate("<|question|>", "the template", {})
+    with pytest.raises(ValueError, match="the template, whose marks are tokenized, must come to"):
+        marks_without_token(template, tokenizer)
 
 
 BACKTRACKS = {
@@ -201,7 +238,13 @@ def test_a_tokenizer_that_takes_for_ever_is_ended_and_its_record_named(
 
 def test_outside_of_a_confined_process_nothing_is_limited() -> None:
     Confinement(1)
-    begin("x:1")
+    begin_record("x:1")
     end = time.process_time() + 1.5
     while time.process_time() < end:
         pass
+
+
+def test_a_prompt_with_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    # so Python gives an argument that is not UTF-8
+    with pytest.raises(ValueError, match=r"a prompt must be valid Unicode: got h\\udcffi; write"):
+        encode_prompt("h\udcffi", with_template(tmp_path, CHAT), 1000)

@@ -1,5 +1,6 @@
 """foreign/guest.py: a guest's result comes back, and a guest that takes too much is ended."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -58,8 +59,6 @@ def backtrack() -> None:
 
 
 def ignore_signals_and_spin() -> None:
-    import signal
-
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
     spin()
@@ -114,6 +113,55 @@ def test_a_long_text_has_more_time_and_room() -> None:
         return len(bytearray(1 << 30))
 
     assert in_guest(work, "x") == 1 << 30
+
+
+def test_a_guest_ends_where_its_parent_is_interrupted() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    before = children()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            in_guest(lambda: time.sleep(PATIENCE_S), "x")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert children() == before
+
+
+def test_a_guest_does_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
+    def work() -> None:
+        (tmp_path / "guest").write_text(str(os.getpid()))
+        spin()
+
+    parent = multiprocessing.get_context("fork").Process(target=in_guest, args=(work, "x"))
+    parent.start()
+    place = tmp_path / "guest"
+    wait_until(lambda: place.is_file() and place.read_text() != "")
+    assert parent.pid is not None
+    # stopped first, so that it cannot end its guest
+    os.kill(parent.pid, signal.SIGSTOP)
+    parent.kill()
+    parent.join()
+    wait_until(lambda: has_ended(int(place.read_text())))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    # whoever takes orphans in may leave it unread
+    return state == "Z"
 
 
 def test_every_call_has_its_own_time() -> None:

@@ -46,6 +46,8 @@ def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
         ("--max-length 1", "--max-length must be at least 2, or 0"),
         ("--max-steps -5", "--max-steps must be at least 0"),
         ("--epochs 0", "--epochs must be positive"),
+        (f"--max-steps {10**400}", r"--max-steps must be less than 2\^63: got 1000"),
+        (f"--lora-r {1 << 63}", r"--lora-r must be less than 2\^63: got 92233720"),
         (
             "--seed 18446744073709551616",
             r"--seed must be in \[-2\^63, 2\^64\): got 1844674407370955",

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import merge
 import quantize
 import train
-from job.job import BUNDLED
 from optim.adamw import AdamW
+from prepare.job import BUNDLED
 from run.atomic import new_files, new_folder, write_text
 from run.metrics import SAMPLES_FILE, StepRows, has_answer
 from run.privacy import as_private_as, shared_mode
