@@ -6,12 +6,10 @@ than a few chunks in memory. Where datasets.map sends examples to processes that
 their own, there is one stream here and one writer (data/token_cache.py).
 """
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import chain, groupby, islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeAlias
 
@@ -49,6 +46,7 @@ from data.formats import (
 from data.records import Record, Refuse, raise_it, read_records
 from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
+from foreign.guest import end_with_parent
 from foreign.reading import Reading
 
 TRAIN_ON = ("completions", "all")
@@ -473,28 +471,7 @@ def _start_worker(tokenize: Callable[[Task], Result], confinement: Confinement) 
     confinement.enter()
     # Ctrl-C reaches them all; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent has, which SIGKILL leaves no time to say so."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # a pipe that ends with the parent
-    sentinel = parent.sentinel
-    if hasattr(fcntl, "F_SETSIG"):
-        # Linux kills at once, also in the middle of a call that holds Python's lock
-        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
-        flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
-        fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-
-    def wait_and_end() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    # elsewhere, and where the parent has ended by now
-    threading.Thread(target=wait_and_end, daemon=True).start()
+    end_with_parent()
 
 
 def _work(task: Task) -> Result:

@@ -4,17 +4,18 @@ A chat template is a program, and so are the normalizers and the regular express
 and the patterns of an adapter. Whether one comes to an end no look at it can tell, and code in C
 that does not is deaf to signals' handlers and to other threads. So these programs run in forked
 processes with two limits of the kernel's: seconds of a processor, after which it ends the process,
-and bytes of memory, beyond which it gives none. A process that waits for nobody but a processor
-cannot outlive its parent by more than those seconds.
+and bytes of memory, beyond which it gives none. They end with their parent, however that ends.
 """
 
+import fcntl
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,27 @@ def allow(num_characters: int = 0) -> None:
         _limit(resource.RLIMIT_AS, _most_bytes + BYTES_A_CHARACTER * num_characters)
 
 
+def end_with_parent() -> None:
+    """End this process when its parent has, which SIGKILL leaves no time to say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # a pipe that ends with the parent
+    sentinel = parent.sentinel
+    if hasattr(fcntl, "F_SETSIG"):
+        # Linux kills at once, also in the middle of a call that holds Python's lock
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+    def wait_and_end() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    # elsewhere, and where the parent has ended by now
+    threading.Thread(target=wait_and_end, daemon=True).start()
+
+
 def in_guest(work: Callable[[], T], what: str) -> T:
     """Do a piece of work in a forked, confined process, and return its result.
 
@@ -93,6 +115,7 @@ def in_guest(work: Callable[[], T], what: str) -> T:
 def _serve(work: Callable[[], Any], pipe: Connection) -> None:
     confine()
     allow()
+    end_with_parent()
     try:
         outcome = "done", work()
     except ValueError as error:

@@ -4,11 +4,14 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from foreign import guest
 from foreign.guest import in_guest
@@ -179,3 +182,30 @@ def test_nothing_is_limited_outside() -> None:
     end = time.process_time() + 1
     while time.process_time() < end:
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+def test_a_guest_ends_with_its_parent(number: signal.Signals) -> None:
+    code = """
+import re, threading
+from foreign.guest import in_guest
+threading.Timer(1, print, ("started",), {"flush": True}).start()
+in_guest(lambda: re.match("(a+)+$", "a" * 50 + "b"), "x")
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"started\n"
+        os.kill(parent.pid, number)
+        parent.wait()
+    # long before the seconds that it may take
+    for _ in range(200):
+        try:
+            os.killpg(parent.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGKILL)
+    pytest.fail("the guest outlived its parent by 10 s")
