@@ -125,7 +125,7 @@ class Tokenizer:
         if (before := next(places, None)) is None or not size:
             raise ValueError(
                 f"{folder / TOKENIZER_FILE} must make tokens of a text and add special tokens "
-                f"around them: got {self._letter[:8]} for a letter, and {probe[:8]} with special tokens"
+                f"around them: got {self._letter[:8]} for a letter, {probe[:8]} with special tokens"
             )
         self.added_around = probe[:before], probe[before + size :]
         self.divides_words = len(set(words)) > 1
