@@ -25,22 +25,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.description import describe
+from checkpoint.loading import load_model
 from data import audit
 from hub.push import push_folder
-from job.checkpoint import quantization_of
-from job.job import SAMPLE_TOKENS, Job, check
 from kernels.launch import KernelDoesNotFit
-from llama.checkpoint import describe, load_model
 from llama.generation import generate_greedy
-from llama.micro_step import MicroStep
 from llama.model import Llama
-from llama.preflight import limit_memory, memory_line, next_setting, preflight
 from lora.adapter_file import load_adapter, rename_base, save_adapter
 from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
+from prepare.base import quantization_of
+from prepare.job import SAMPLE_TOKENS, Job, check
 from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
@@ -59,9 +58,11 @@ from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
-from run.signals import StopRequest
+from run.signals import StopRequest, end_at_once
 from run.terminal import guard_output, one_line
 from run.watching import Watching
+from step.micro_step import MicroStep
+from step.preflight import limit_memory, memory_line, next_setting, preflight
 
 # what an int64 holds
 HASH_BYTES = 7
@@ -159,7 +160,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         if not is_first:
             train_and_save(run, described)
             return
-        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits), job.data_mode)
         with reserved(job.output, size_of_checkpoint(job)) as run.make_room:
             train_and_save(run, described)
 
@@ -192,7 +193,12 @@ def train_and_save(run: Run, described: str) -> None:
     """
     job, ranks, config, state = run.job, run.ranks, run.config, run.state
     log = RunLog(
-        config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
+        config,
+        state,
+        job.num_steps,
+        data_mode=job.data_mode,
+        is_resumed=job.resumed is not None,
+        writes=ranks.is_first,
     )
     stopped_by = shortage = ""
     with log:
@@ -467,7 +473,7 @@ def leave_batch(run: Run, step: int, figures: Row) -> Path:
         batches = epochs.micro_batches(step - 1)
         indices = [index for rows in batches for row in rows for index in row]
         samples = {index: epochs.samples[index] for index in indices}
-        write_bad_batch(path, step, figures, samples, run.job.tokenizer)
+        write_bad_batch(path, step, figures, samples, run.job.tokenizer, run.job.data_mode)
     return path
 
 
@@ -631,7 +637,7 @@ def answer(run: Run, log: RunLog) -> str:
 
 def last_answer(run: Run, log: RunLog) -> None:
     """Answer --sample-prompt after the last step, if the device still can."""
-    with Watching("--sample-prompt", log.say):
+    with Watching("--sample-prompt", log.say, is_last=True):
         if run.job.prompt:
             answer(run, log)
 
@@ -679,7 +685,7 @@ def write_card(run: Run, log: RunLog, names: list[str]) -> None:
     """Write the model card of an adapter that was saved, and count it among its files."""
     job = run.job
     if names:
-        with Watching(CARD_FILE, log.say):
+        with Watching(CARD_FILE, log.say, is_last=True):
             is_on_hub = job.base_id is not None
             card = model_card(job.config, log.rows, names, job.base_name, is_on_hub=is_on_hub)
             write_text(job.output / CARD_FILE, card)
@@ -700,7 +706,7 @@ def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
     job, repository = run.job, run.config.push_to_hub
     if repository and names:
         base = one_line(job.base_name)
-        with Watching("--push-to-hub", log.say):
+        with Watching("--push-to-hub", log.say, is_last=True):
             folder = job.output / HUB_FOLDER
             shutil.rmtree(folder, ignore_errors=True)
             with new_folder(folder) as partial:
@@ -735,3 +741,5 @@ if __name__ == "__main__":
         end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")
+    finally:
+        end_at_once()

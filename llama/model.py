@@ -7,7 +7,7 @@ which has the compute dtype as activations do; norms, rotations and the loss wor
 round once, where transformers rounds a norm before its weight is applied and rounds the cosines and
 sines.
 
-Nothing here has a graph of autograd: `llama.micro_step` runs the layers forward and back.
+Nothing here has a graph of autograd: `step.micro_step` runs the layers forward and back.
 
     B batch, T tokens, D hidden_size, V vocab_size
 """
@@ -22,7 +22,7 @@ from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
 from llama.config import LlamaConfig, LongRopeScaling
-from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
+from llama.layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
@@ -295,7 +295,7 @@ class Llama(nn.Module):
 
             loss = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
 
-        over t > 0 with labels[b, t] != -100. No gradient, no dropout: `llama.micro_step` trains.
+        over t > 0 with labels[b, t] != -100. No gradient, no dropout: `step.micro_step` trains.
 
         Args:
             positions: of the tokens in their samples, where rows hold several; each begins with a

@@ -11,12 +11,12 @@ from chat_cases import CHATML, say
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level
 
+from checkpoint.description import describe
+from checkpoint.untrained_rows import untrained_rows
 from data.dataset import load_dataset
 from data.template_marks import FindUntrained, warnings
 from data.tokenization import Counts
 from data.tokenizer import Tokenizer
-from llama.checkpoint import describe
-from llama.untrained_rows import untrained_rows
 
 WRITTEN = Counts(num_rendered=3)
 

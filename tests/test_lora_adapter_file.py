@@ -11,15 +11,17 @@ import torch
 from equality import assert_equal
 from llama_peers import CPU, OUR_LORA, PEFT_LORA, Peer, tiny_peer, write_our_adapter
 from merge_cases import write_adapter
+from micro_steps import NF4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
+from checkpoint.description import describe
+from checkpoint.identity import identify
+from checkpoint.loading import load_model
 from foreign import guest
-from llama.checkpoint import describe, load_model
 from llama.config import read_config
-from llama.identity import identify
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from lora.adapter_file import (
     CONFIG_NAME,
@@ -51,7 +53,10 @@ def adapter(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Llama:
     """The adapter's base model, with a fresh adapter of its shape."""
     model = load_model(
-        write_variant(tmp_path / "model", "grouped-query"), CPU, torch.float32, (64, True)
+        write_variant(tmp_path / "model", "grouped-query"),
+        CPU,
+        torch.float32,
+        NF4,
     )
     model.attach_lora(OUR_LORA, seed=99)
     return model

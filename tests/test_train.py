@@ -19,15 +19,16 @@ from micro_steps import in_runs
 from safetensors.torch import load_file, save_file
 
 import train
+from checkpoint.loading import load_model
 from data.batches import collate, epoch_order
 from data.packing import collate_packed
 from data.samples import Sample
-from job.job import BUNDLED
-from llama.checkpoint import load_model
-from llama.micro_step import MicroStep
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from optim.adamw import AdamW
+from prepare.job import BUNDLED
 from run.ranks import Ranks
+from step.micro_step import MicroStep
 
 FEW = (
     "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4 "
@@ -154,7 +155,7 @@ def trained() -> tuple[MicroStep, AdamW]:
 )
 def test_micro_batches_of_all_ranks_add_up_to_the_gradient_of_the_whole_window(
     trained: tuple[MicroStep, AdamW],
-    samples: list[list[tuple[int, bool]]],
+    samples: list[list[Quantization]],
     batch_size: int,
     num_ranks: int,
     packed: bool,

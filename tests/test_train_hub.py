@@ -129,7 +129,7 @@ def train_and_push(
             raise ConnectionError("the hub refused")
         return "an address"
 
-    monkeypatch.setattr("job.job.check_push", lambda repository: None)
+    monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
     monkeypatch.setattr("train.push_folder", push)
     data = folder / "data.jsonl"
     shutil.copyfile(BUNDLED / "eval.jsonl", data)
@@ -186,16 +186,17 @@ def test_a_base_that_is_gone_at_the_end_does_not_become_an_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
 ) -> None:
     save = train.save_results
+    # a relative path that is written like an id
+    base = private_base.rename(private_base.parent / "base")
 
     def save_then_lose(*given: Any) -> list[str]:
         names = save(*given)
-        shutil.rmtree(private_base)
+        shutil.rmtree(base)
         return names
 
     monkeypatch.setattr("train.save_results", save_then_lose)
     monkeypatch.chdir(tmp_path)
-    # as an id would be written
-    files, _ = train_and_push(monkeypatch, tmp_path, Path("private/my base"))
+    files, _ = train_and_push(monkeypatch, tmp_path, Path("private/base"))
     assert b"base_model:" not in files["README.md"]
     assert b"private" not in files["README.md"] + files["adapter_config.json"]
 
