@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.template_ending import Watched
 from data.template_trace import (
+    MARK,
     TRACE,
     Event,
     Trace,
@@ -167,7 +168,7 @@ class ChatTemplate:
         """
         seen = [_as_seen(message) for message in messages]
         marked = _compile_traced(self.text)
-        trace = Trace(absent_character(""), with_loops)
+        trace = Trace(MARK, with_loops)
         watched = Watched(seen, trace.sight) if _compile_ending(self.text) else seen
         with contextlib.suppress(*TEMPLATE_ERRORS):
             found = trace.read_alone(marked.render(messages=watched, **{**variables, TRACE: trace}))

@@ -40,6 +40,10 @@ def absent_character(text: str) -> str:
     return next(character for character in private_use if character not in text)
 
 
+# what markers begin and end with, where the text is not known yet
+MARK = absent_character("")
+
+
 @dataclass(frozen=True)
 class Event:
     """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark.
