@@ -20,33 +20,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.description import Description, describe
+from checkpoint.files import COMPANIONS, INDEX_NAME, SINGLE_NAME, find_checkpoint
+from checkpoint.identity import identify
+from checkpoint.loading import load_model
+from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
-from llama.checkpoint import (
-    COMPANIONS,
-    INDEX_NAME,
-    SINGLE_NAME,
-    Description,
-    describe,
-    find_checkpoint,
-    load_model,
-)
+from foreign.guest import in_guest
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
-from llama.identity import identify
-from llama.merged_checkpoint import MergeFigures, read_updates, write_merged_shards
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
 from lora.adapter_file import (
+    WEIGHTS_NAME,
     find_adapter,
     load_adapter,
     read_adapter_config,
     read_base_identity,
 )
 from nf4.blockwise import check_block_size
+from nf4.weight import Quantization
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
+from run.privacy import as_private_as
 from run.terminal import guard_output, one_line
 
 # beside the weights, for programs that read older tokenizers
@@ -61,7 +59,7 @@ class MergeConfig:
     """The command line, resolved.
 
     Attributes:
-        quantization: (block_size, double_quant) that the adapter was trained with; None: none.
+        quantization: what the adapter was trained with; None: 16 or 32 bits.
         where: what says so.
         other_base: whether the model may be another one than the adapter was trained on.
     """
@@ -73,7 +71,7 @@ class MergeConfig:
     text: Path | None
     device: torch.device
     dtype: torch.dtype
-    quantization: tuple[int, bool] | None
+    quantization: Quantization | None
     where: str
     other_base: bool
 
@@ -107,15 +105,17 @@ def main(arguments: Sequence[str]) -> None:
         print(one_line(remark))
     llama_config, stored = base.model.config, list(base.stored.values())
     shapes = projection_shapes(llama_config)
-    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors())
+    updates = read_updates(config.adapter, shapes, base.vocabulary_tensors)
     check_base(config, base)
     files = files_beside_the_weights(config)
     shards = {tensor.file for tensor in stored}
     check_new_folder(config.output, sum(path.stat().st_size for path in (*shards, *files.values())))
+    weights = (*shards, config.adapter / WEIGHTS_NAME)
     windows = load_text(config, llama_config) if config.text else []
 
     # only now, when nothing that was given can be wrong any more, is anything written
     with (
+        as_private_as(weights),
         new_output(config.output) as folder,
         tqdm(desc="merging", unit="tensor", disable=None, leave=False) as bar,
     ):
@@ -154,7 +154,7 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
     text = Path(given.text).expanduser() if given.text else None
     if text and not text.is_file():
         raise FileNotFoundError(f"--text must be a file: there is none at {given.text}")
-    quantization, where = quantization_of(adapter, given.block_size, given.double_quant)
+    quantization, where = trained_quantization(adapter, given.block_size, given.double_quant)
     if given.base == "nf4" and quantization is None:
         raise ValueError(
             "--base nf4 must be for an adapter that was trained beside NF4 weights: "
@@ -238,9 +238,9 @@ def run_folder(adapter: Path) -> Path:
     return adapter.parent if is_checkpoint else adapter
 
 
-def quantization_of(
+def trained_quantization(
     adapter: Path, block_size: int | None, double_quant: bool | None
-) -> tuple[tuple[int, bool] | None, str]:
+) -> tuple[Quantization | None, str]:
     """Find the number format that the adapter was trained beside, and what says so: the flags,
     over config.json of its run, over the usual.
 
@@ -254,11 +254,11 @@ def quantization_of(
         run, where = TrainConfig(**read_fields(path)), str(path)
     if block_size is None and double_quant is None:
         is_nf4 = run.quant == "nf4"
-        return ((run.block_size, run.double_quant) if is_nf4 else None), where
+        return Quantization(run.block_size, run.double_quant) if is_nf4 else None, where
     block_size = run.block_size if block_size is None else block_size
     check_block_size(block_size)
     double_quant = run.double_quant if double_quant is None else double_quant
-    return (block_size, double_quant), "the command line"
+    return Quantization(block_size, double_quant), "the command line"
 
 
 def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
@@ -288,8 +288,8 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
         text = config.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text must be UTF-8: {config.text}: {error}") from None
-    ids = Tokenizer.from_folder(config.tokenizer_folder).encode(text, add_special_tokens=True)
-    ids = ids[:MOST_TOKENS]
+    tokenizer = Tokenizer.from_folder(config.tokenizer_folder)
+    ids = in_guest(lambda: encode(tokenizer, text), "--text, tokenized,")
     if len(ids) < 2:
         raise ValueError(f"--text must have at least two tokens: {config.text} has {len(ids)}")
     if max(ids) >= llama_config.vocab_size:
@@ -298,6 +298,10 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
             f"{config.tokenizer_folder} gives {max(ids)}"
         )
     return windows_of(ids, min(WINDOW_TOKENS, llama_config.max_position_embeddings))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=True)[:MOST_TOKENS]
 
 
 def compare(config: MergeConfig, windows: Sequence[Tensor]) -> TextFigures:
@@ -319,8 +323,8 @@ def load_trained(config: MergeConfig) -> Llama:
     """Load the base as it was while the adapter trained, with the adapter beside it."""
     model = load_model(config.model, config.device, config.dtype, config.quantization)
     model.attach_lora(read_adapter_config(config.adapter), seed=0)
-    vocabulary = describe(config.model, config.dtype).vocabulary_tensors()
-    load_adapter(config.adapter, model.adapter_tensors(), vocabulary)
+    base = describe(config.model, config.dtype)
+    load_adapter(config.adapter, model.adapter_tensors(), base.vocabulary_tensors)
     return model
 
 

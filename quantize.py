@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama.checkpoint import find_checkpoint
-from llama.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from checkpoint.files import find_checkpoint
+from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
+from run.privacy import as_private_as
 from run.room import MB
 from run.terminal import guard_output, one_line
 
@@ -32,13 +34,14 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device(choose_device(flags.device))
     folder = find_checkpoint(flags.model)
     dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    copy = plan_quantized_copy(folder, (flags.block_size, flags.double_quant), dtype)
+    copy = plan_quantized_copy(folder, Quantization(flags.block_size, flags.double_quant), dtype)
     check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
     for remark in copy.source.remarks:
         print(one_line(remark))
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
+        as_private_as(tensor.file for tensor in copy.source.needed()),
         new_output(output) as partial,
     ):
 

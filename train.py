@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,23 +25,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint.description import describe
+from checkpoint.loading import load_model
 from data import audit
 from hub.push import push_folder
-from job.checkpoint import quantization_of
-from job.job import SAMPLE_TOKENS, Job, check
 from kernels.launch import KernelDoesNotFit
-from llama.checkpoint import load_model
 from llama.generation import generate_greedy
-from llama.micro_step import MicroStep
 from llama.model import Llama
-from llama.preflight import limit_memory, memory_line, next_setting, preflight
-from lora.adapter_file import load_adapter, save_adapter
+from lora.adapter_file import load_adapter, rename_base, save_adapter
 from optim.adamw import AdamW, moment_bytes_per_element
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
-from run.atomic import new_files, write_text
+from prepare.base import quantization_of
+from prepare.job import SAMPLE_TOKENS, Job, check
+from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
     RunState,
@@ -58,12 +58,16 @@ from run.model_card import CARD_FILE, model_card
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
-from run.signals import StopRequest
+from run.signals import StopRequest, end_at_once
 from run.terminal import guard_output, one_line
 from run.watching import Watching
+from step.micro_step import MicroStep
+from step.preflight import limit_memory, memory_line, next_setting, preflight
 
 # what an int64 holds
 HASH_BYTES = 7
+# in the output folder: what is on its way to the hub
+HUB_FOLDER = "hub"
 
 
 class CannotGoOn(RuntimeError):
@@ -156,7 +160,7 @@ def carry_out(job: Job, ranks: Ranks) -> None:
         if not is_first:
             train_and_save(run, described)
             return
-        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits))
+        write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits), job.data_mode)
         with reserved(job.output, size_of_checkpoint(job)) as run.make_room:
             train_and_save(run, described)
 
@@ -189,7 +193,12 @@ def train_and_save(run: Run, described: str) -> None:
     """
     job, ranks, config, state = run.job, run.ranks, run.config, run.state
     log = RunLog(
-        config, state, job.num_steps, is_resumed=job.resumed is not None, writes=ranks.is_first
+        config,
+        state,
+        job.num_steps,
+        data_mode=job.data_mode,
+        is_resumed=job.resumed is not None,
+        writes=ranks.is_first,
     )
     stopped_by = shortage = ""
     with log:
@@ -216,7 +225,7 @@ def train_and_save(run: Run, described: str) -> None:
             restore_best(run, log)
             # the adapter first: whatever comes after it only watches
             names = save_results(run, log)
-        write_card(run, log)
+        write_card(run, log, names)
         last_answer(run, log)
     if run.optimizer.describe() != described:
         log.say(f"optimizer: {run.optimizer.describe()}")
@@ -332,7 +341,8 @@ def load_run(job: Job, ranks: Ranks) -> Run:
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        load_adapter(job.start, model.adapter_tensors())
+        base = describe(job.checkpoint_folder, dtype)
+        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:
@@ -463,7 +473,7 @@ def leave_batch(run: Run, step: int, figures: Row) -> Path:
         batches = epochs.micro_batches(step - 1)
         indices = [index for rows in batches for row in rows for index in row]
         samples = {index: epochs.samples[index] for index in indices}
-        write_bad_batch(path, step, figures, samples, run.job.tokenizer)
+        write_bad_batch(path, step, figures, samples, run.job.tokenizer, run.job.data_mode)
     return path
 
 
@@ -627,7 +637,7 @@ def answer(run: Run, log: RunLog) -> str:
 
 def last_answer(run: Run, log: RunLog) -> None:
     """Answer --sample-prompt after the last step, if the device still can."""
-    with Watching("--sample-prompt", log.say):
+    with Watching("--sample-prompt", log.say, is_last=True):
         if run.job.prompt:
             answer(run, log)
 
@@ -639,7 +649,9 @@ def is_of_device(error: BaseException) -> bool:
 
 def write_adapter(folder: Path, run: Run) -> None:
     job, tensors = run.job, run.model.adapter_tensors()
-    save_adapter(folder, tensors, job.lora, job.config.model, job.base.original)
+    # from wherever the adapter is read
+    base = str(job.checkpoint_folder.absolute()) if job.is_base_local else job.config.model
+    save_adapter(folder, tensors, job.lora, base, job.base.original)
 
 
 def save_results(run: Run, log: RunLog) -> list[str]:
@@ -669,11 +681,15 @@ def names_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def write_card(run: Run, log: RunLog) -> None:
-    """Write the model card of an adapter that was saved."""
-    if run.job.num_steps and run.ranks.is_first:
-        with Watching(CARD_FILE, log.say):
-            write_text(run.job.output / CARD_FILE, model_card(run.config, log.rows))
+def write_card(run: Run, log: RunLog, names: list[str]) -> None:
+    """Write the model card of an adapter that was saved, and count it among its files."""
+    job = run.job
+    if names:
+        with Watching(CARD_FILE, log.say, is_last=True):
+            is_on_hub = job.base_id is not None
+            card = model_card(job.config, log.rows, names, job.base_name, is_on_hub=is_on_hub)
+            write_text(job.output / CARD_FILE, card)
+            names.append(CARD_FILE)
 
 
 def compared(prompt: str, before: str, after: str) -> str:
@@ -685,12 +701,23 @@ def compared(prompt: str, before: str, after: str) -> str:
 
 
 def push(run: Run, log: RunLog, names: Sequence[str]) -> None:
-    """Send the saved files and their card to --push-to-hub."""
-    repository = run.config.push_to_hub
+    """Send the saved files and their card to --push-to-hub; where it refuses them, they stay in a
+    folder of their own."""
+    job, repository = run.job, run.config.push_to_hub
     if repository and names:
-        message = f"LoRA of {run.config.model} after {run.state.step:,} steps"
-        with Watching("--push-to-hub", log.say):
-            url = push_folder(run.job.output, [*names, CARD_FILE], repository, message)
+        base = one_line(job.base_name)
+        with Watching("--push-to-hub", log.say, is_last=True):
+            folder = job.output / HUB_FOLDER
+            shutil.rmtree(folder, ignore_errors=True)
+            with new_folder(folder) as partial:
+                for name in names:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(job.output / name, partial / name)
+                # where the base lies on this disk is nobody else's business
+                rename_base(partial, base)
+            message = f"LoRA of {base} after {run.state.step:,} steps"
+            url = push_folder(folder, repository, message)
+            remove_folder(folder)
             log.say(f"pushed it: {url}")
 
 
@@ -714,3 +741,5 @@ if __name__ == "__main__":
         end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted: what is not in a checkpoint is lost")
+    finally:
+        end_at_once()

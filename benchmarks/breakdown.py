@@ -39,6 +39,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import llama.layer
 from benchmarks import rms_norm, rope
 from benchmarks.cross_entropy import cross_entropy_bytes
 from benchmarks.glu import glu_bytes
@@ -48,13 +49,13 @@ from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import parse_shape, random_ids
 from benchmarks.tables import Row, aligned, breakdown_table
-from llama import decoder_layer, micro_step
 from llama.config import LlamaConfig
-from llama.micro_step import MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from lora.linear_group import LinearGroup
 from run.machine import prepare
+from step import micro_step
+from step.micro_step import MicroStep, Policy
 
 FAMILIES = (
     "base products, forward",
@@ -90,8 +91,8 @@ REGIONS: tuple[tuple[Any, str, str], ...] = (
     (LinearGroup, "forward", "quatrain: group forward"),
     (LinearGroup, "backward", "quatrain: group backward"),
     (LinearGroup, "accumulate_grad_A", "quatrain: update backward"),
-    (decoder_layer, "attention", "quatrain: attention forward"),
-    (decoder_layer, "attention_backward", "quatrain: attention backward"),
+    (llama.layer, "attention", "quatrain: attention forward"),
+    (llama.layer, "attention_backward", "quatrain: attention backward"),
     (micro_step, "linear_cross_entropy_with_gradient", "quatrain: loss"),
 )
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")

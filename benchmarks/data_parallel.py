@@ -25,12 +25,12 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import ROOT, head, write
 from benchmarks.step_timing import parse_shape, random_ids, synchronize
 from benchmarks.tables import Row, aligned, data_parallel_table
-from llama.micro_step import MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
 from run.machine import prepare
 from run.ranks import Ranks, join_ranks
+from step.micro_step import MicroStep, Policy
 
 RANK = 16
 LEARNING_RATE = 1e-4

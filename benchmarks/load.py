@@ -39,10 +39,12 @@ from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from benchmarks.measure import measure, quantiles
 from benchmarks.record import head, write
 from benchmarks.tables import Row, aligned, load_table
-from llama.checkpoint import INDEX_NAME, load_model
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
+from checkpoint.shard_reader import StoredTensor, make_ring, read_header, stream
 from llama.config import CONFIG_NAME, read_config
 from llama.model import Llama
-from llama.shard_reader import StoredTensor, make_ring, read_header, stream
+from nf4.weight import Quantization
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -251,7 +253,7 @@ def rows_of(folder: Path, device: torch.device, limit_gbps: float, repetitions: 
     size = sum(stored.num_bytes for stored in tensors)
     # fills the page cache
     read(tensors)
-    nf4 = partial(load_model, folder, device, torch.bfloat16, (BLOCK_SIZE, True))
+    nf4 = partial(load_model, folder, device, torch.bfloat16, Quantization(BLOCK_SIZE, True))
     as_stored = partial(load_model, folder, device, torch.bfloat16, None)
     return [
         row_of("limit", "copy", [size / limit_gbps / 1e6], size, 0),

@@ -28,11 +28,11 @@ from benchmarks.tables import Row, aligned, packed_step_table
 from data.epochs import Epochs
 from data.token_cache import Samples
 from data.tokenization import ROW
-from llama.micro_step import MicroStep, Policy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
 from run.machine import prepare
+from step.micro_step import MicroStep, Policy
 
 RANK = 16
 LEARNING_RATE = 1e-4

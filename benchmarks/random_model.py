@@ -10,7 +10,7 @@ from llama.config import LlamaConfig
 from llama.families import LLAMA_NORMS
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
-from nf4.weight import NF4Weight
+from nf4.weight import NF4Weight, Quantization
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256,
@@ -69,7 +69,7 @@ def random_model(
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.weight = nn.Parameter(weight, requires_grad=False)
     for _, group in model.groups():
-        group.allocate(device, None, None, (BLOCK_SIZE, True))
+        group.allocate(device, None, None, Quantization(BLOCK_SIZE, True))
         weight = group.weight
         assert isinstance(weight, NF4Weight)
         assert isinstance(weight.absmax, QuantizedAbsmax)

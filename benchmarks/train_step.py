@@ -43,7 +43,7 @@ from benchmarks.load import SHAPES, write_checkpoint
 from benchmarks.record import ROOT, head, write
 from benchmarks.step_timing import parse_shape
 from benchmarks.tables import Row, aligned, train_step_lines
-from llama.checkpoint import INDEX_NAME, SINGLE_NAME
+from checkpoint.files import INDEX_NAME, SINGLE_NAME
 
 HERE = Path(__file__).resolve().parent
 # what the peers expect of a config.json beyond what the shape needs

@@ -19,19 +19,20 @@ import train
 from benchmarks.layers import BLOCK_SIZE
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
-from job.adapter import lora_config
-from llama.checkpoint import load_model, load_sizes
-from llama.memory_plan import MemoryPlan, plan_memory
-from llama.micro_step import POLICIES, MicroStep, Policy
+from checkpoint.loading import load_model, load_sizes
 from llama.model import PROJECTIONS, Llama
-from llama.preflight import plan_run
-from llama.workload import Workload
+from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
+from prepare.adapter import lora_config
 from run.config import TrainConfig
 from run.machine import prepare
+from step.memory_plan import MemoryPlan, plan_memory
+from step.micro_step import POLICIES, MicroStep, Policy
+from step.preflight import plan_run
+from step.workload import Workload
 
 SEED = 0
-QUANTIZATION = (BLOCK_SIZE, True)
+QUANTIZATION = Quantization(BLOCK_SIZE, True)
 
 
 def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:

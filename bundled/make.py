@@ -23,7 +23,7 @@ from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from data.template_files import BUNDLED_TEMPLATES
 from llama.config import read_config
-from llama.decoder_layer import RMSNorm
+from llama.layer import RMSNorm
 from llama.model import Llama
 from llama.rope import rope_tables
 from lora.linear_group import LinearGroup

@@ -39,16 +39,19 @@ from data.template_trace import (
 
 Message = dict[str, Any]
 
-# what template code can raise besides Jinja's own errors: 'a' + none, 1 / 0, endless recursion
+# what template code can raise besides Jinja's own errors: 'a' + none, 1 / 0, endless recursion, a
+# text beyond the memory of a confined process (foreign/guest.py)
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RuntimeError,
     TypeError,
     ValueError,
 )
+_LONGEST_REASON = 500
 # the variables that a call itself gives, which none of its own may replace
 GIVEN_VARIABLES = ("messages", "tools", "add_generation_prompt", "strftime_now")
 # the names under which data sets keep a message's reasoning, the one that templates read first
@@ -197,7 +200,8 @@ class ChatTemplate:
         """Raise ValueError if the template is not Jinja."""
         try:
             _compile(self.text)
-        except (jinja2.TemplateError, RecursionError) as error:
+        # Python reads what Jinja makes of it, and refuses too many blocks in each other
+        except (jinja2.TemplateError, MemoryError, RecursionError, SyntaxError) as error:
             line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(
                 f"{self.name} must be valid Jinja: got {line}{_reason(error)}; correct it or "
@@ -248,7 +252,8 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    # what a template raises may be as long as it likes
+    return str(error)[:_LONGEST_REASON] or type(error).__name__
 
 
 def _as_seen(message: Message) -> Message:
@@ -344,10 +349,13 @@ def _fields_read(template: str) -> frozenset[str]:
 @functools.lru_cache(maxsize=16)
 def _clock_formats(template: str) -> list[str] | None:
     """The constants that strftime_now is called with, None if it is used in another way."""
-    try:
-        tree = _environment().parse(template)
-    except jinja2.TemplateSyntaxError:
-        return None
+    # rendering says what is wrong with the template
+    with contextlib.suppress(jinja2.TemplateSyntaxError, RecursionError):
+        return _constant_formats(_environment().parse(template))
+    return None
+
+
+def _constant_formats(tree: jinja2.nodes.Template) -> list[str] | None:
     uses = {id(n) for n in tree.find_all(jinja2.nodes.Name) if n.name == "strftime_now"}
     formats = []
     for node in tree.find_all((jinja2.nodes.Call, jinja2.nodes.Test)):

@@ -20,6 +20,7 @@ from data.samples import Sample
 from data.token_cache import Samples, cached_tokens
 from data.tokenization import Counts, Recipe
 from data.tokenizer import Tokenizer
+from run.privacy import shared_mode
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Dataset:
         templates: names of the chat templates that wrote the conversations.
         sha256: of the files' samples.
         is_cached: they had been made by an earlier run.
+        mode: permissions of what is written of the files' text.
     """
 
     samples: Samples
@@ -43,6 +45,7 @@ class Dataset:
     templates: tuple[str, ...]
     sha256: str
     is_cached: bool
+    mode: int
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +137,7 @@ def load_dataset(
         templates=_templates(counts, tokenizer),
         sha256=tokens.sha256,
         is_cached=tokens.is_cached,
+        mode=shared_mode(files),
     )
 
 

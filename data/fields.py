@@ -18,7 +18,9 @@ from typing import Any
 # fields of a record or a message that say nothing that an answer depends on
 IGNORED_FIELDS = frozenset(
     (
-        *("id", "_id", "uid", "uuid", "idx", "index", "hash", "__index_level_0__"),
+        *("id", "_id", "uid", "uuid", "idx", "index", "hash"),
+        # pandas' index in parquet, and in a CSV that was read and written again
+        *("__index_level_0__", "Unnamed: 0"),
         *("prompt_id", "conversation_id", "message_id", "session_id", "user_id"),
         *("source", "sources", "data_source", "dataset", "origin", "split", "url", "license"),
         *("created", "created_at", "timestamp", "date", "author", "generator"),

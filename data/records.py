@@ -353,6 +353,9 @@ def _read_csv(path: Path, refuse: Refuse) -> Iterator[Record]:
 
 def _header(row: list[str], location: str) -> list[str]:
     names = [name.strip() for name in row]
+    # pandas writes its index so, and gives it this name in parquet
+    if names[0] == "" and len(names) > 1:
+        names[0] = "__index_level_0__"
     if "" in names or len(set(names)) != len(names):
         raise ValueError(
             f"{location}: the first row must name each column once: got "

@@ -12,6 +12,8 @@ from typing import NamedTuple
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"
+# ten times the longest that there is
+MOST_CHARACTERS = 500_000
 BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -31,8 +33,21 @@ def checkpoint_templates(
         config: the content of tokenizer_config.json.
 
     Raises:
-        ValueError: a template is not text, or the list of them not as it should be.
+        ValueError: a template is not text or too long, or the list of them not as it should be.
     """
+    templates = _checkpoint_templates(folder, config, config_path)
+    for text, name in templates.values():
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} must have at most {MOST_CHARACTERS:,} characters: got {len(text):,}; "
+                "choose another with --chat-template"
+            )
+    return templates
+
+
+def _checkpoint_templates(
+    folder: Path, config: Mapping[str, object], config_path: Path
+) -> dict[str, NamedText]:
     files = {}
     if (folder / TEMPLATE_FILE).is_file():
         files[DEFAULT] = folder / TEMPLATE_FILE

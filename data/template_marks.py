@@ -1,25 +1,36 @@
-"""What a chat template writes and the tokenizer does not know: a template of another model.
+"""What a chat template writes and the model does not know: a template of another model.
 
 ChatML on a base model whose vocabulary lacks it makes six or more tokens of `<|im_start|>`, in
-every turn, and leaves the BOS away that the tokenizer sets in front of a text. Some models are
-trained so on purpose (Zephyr's `<|user|>` is no token), so both are warnings.
+every turn, and leaves the BOS away that the tokenizer sets in front of a text. A base model may
+also have the tokens of its chat variant, and rows of the embeddings for them that were never
+trained. Some models are trained so on purpose (Zephyr's `<|user|>` is no token), so all of this is
+warned of and nothing refused.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeAlias
 
 from data.chat_template import ChatTemplate
 from data.tokenization import Counts
 from data.tokenizer import Tokenizer
+from foreign.guest import in_guest
 
 # <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, and <start_of_turn>
 _MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s'\"{}]+[|\uff5c]>|<[a-z]+_of_[a-z]+>")
+
+# finds those of some tokens that a model was never trained on, comparing their rows with others'
+FindUntrained: TypeAlias = Callable[[Collection[int], Collection[int]], set[int]]
 
 
 def marks_without_token(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
     """The marks in a template's text that are several tokens, and how many, in their order."""
     marks = dict.fromkeys(_MARK.findall(template.text))
-    sizes = {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks}
+
+    def count() -> dict[str, int]:
+        return {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks}
+
+    sizes = in_guest(count, f"{template.name}, whose marks are tokenized,")
     return {mark: size for mark, size in sizes.items() if size > 1}
 
 
@@ -30,7 +41,17 @@ def lacks_bos(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
     return "bos_token" not in template.text and tokenizer.bos_token not in template.text
 
 
-def warnings(counts: Counts, tokenizer: Tokenizer) -> Iterator[str]:
+def marks_written(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
+    """The added tokens that a template writes, but for BOS, and their ids."""
+    named = {t for name, t in tokenizer.special_tokens.items() if name in template.text}
+    return {
+        token: i
+        for token, i in tokenizer.added_ids.items()
+        if (token in template.text or token in named) and token != tokenizer.bos_token
+    }
+
+
+def warnings(counts: Counts, tokenizer: Tokenizer, find_untrained: FindUntrained) -> Iterator[str]:
     """Say of each chat template that wrote records what shows that it is another model's."""
     with_tools = counts.num_rendered_with_tools
     used: dict[str, tuple[ChatTemplate, int]] = {}
@@ -49,4 +70,13 @@ def warnings(counts: Counts, tokenizer: Tokenizer) -> Iterator[str]:
             yield (
                 f"warning: {name} does not write {tokenizer.bos_token}, with which the tokenizer "
                 f"begins a text; records written with it: {number:,}"
+            )
+        written = marks_written(template, tokenizer)
+        untrained = find_untrained(written.values(), tokenizer.added_ids.values())
+        if marks := [mark for mark, i in written.items() if i in untrained]:
+            yield (
+                f"warning: {name} writes tokens that the model was never trained on, whose rows of "
+                f"the embeddings or the head are zero or equal: {', '.join(marks)}; records "
+                f"written with it: {number:,}; an adapter leaves these rows as they are: take the "
+                "model's chat variant, or a template of tokens that it knows"
             )

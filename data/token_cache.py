@@ -240,7 +240,8 @@ def _write(folder: Path, name: str, pieces: Iterator[Piece], report: Callable[[i
     counts, cache = Counts(), folder.parent
     with contextlib.ExitStack() as stack:
         with _writing_to(cache):
-            folder.mkdir()
+            # whoever may read the data, this user may
+            folder.mkdir(mode=0o700)
             files = [stack.enter_context((folder / f).open("w+b")) for f in _FILES]
         for piece in pieces:
             arrays = (piece.input_ids, piece.labels, piece.rows)

@@ -25,6 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from data.confinement import Confinement, begin_record, end_record
 from data.documents import (
     Encoded,
     Window,
@@ -48,6 +49,7 @@ from data.formats import (
 from data.records import Record, Refuse, raise_it, read_records
 from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
+from foreign.reading import Reading
 
 TRAIN_ON = ("completions", "all")
 TOKEN = np.dtype("<i4")
@@ -197,6 +199,7 @@ def tokenize_files(
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
+            begin_record(task.location)
             _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe)
@@ -221,20 +224,23 @@ def tokenize_records(
     samples: list[Sample] = []
     truncated: list[bool] = []
     for record in records:
+        begin_record(record.location)
         try:
-            example = to_example(
-                record,
-                data_format,
-                text_field=recipe.text_field,
-                has_chat_template=tokenizer.has_chat_template,
-                ignored_fields=recipe.ignored_fields,
-            )
+            with Reading(record.location):
+                example = to_example(
+                    record,
+                    data_format,
+                    text_field=recipe.text_field,
+                    has_chat_template=tokenizer.has_chat_template,
+                    ignored_fields=recipe.ignored_fields,
+                )
         except ValueError as error:
             refuse(error)
             continue
         _check_tokenizer(example, tokenizer, recipe.train_on)
         try:
-            sample = _to_sample(example, record.location, tokenizer, recipe)
+            with Reading(record.location):
+                sample = _to_sample(example, record.location, tokenizer, recipe)
         except ValueError as error:
             refuse(error)
             continue
@@ -424,16 +430,18 @@ def _worthwhile_processes(files: Sequence[Path]) -> int:
 def _in_turn(
     tokenize: Callable[[Task], Result], tasks: Iterator[Task], num_processes: int
 ) -> Iterator[Result]:
-    """Do tasks, this process alone or others for it, and yield the results in order."""
-    if num_processes == 1:
-        yield from map(tokenize, tasks)
-        return
+    """Let other processes do tasks, and yield the results in order.
+
+    The chat template and the tokenizer are the model's programs: the processes are confined
+    (foreign/guest.py), a single one as well.
+    """
     # a forked process has the tokenizer already, and imports nothing
+    confinement = Confinement(num_processes)
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
-        initargs=(tokenize,),
+        initargs=(tokenize, confinement),
     )
     pending: deque[Future[Result]] = deque()
     try:
@@ -450,10 +458,7 @@ def _in_turn(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "the processes that tokenize must live to the end: one was killed, perhaps for lack of "
-            "memory; run again with fewer of them (--dataset-num-proc 1)"
-        ) from error
+        raise confinement.explain() from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -462,9 +467,10 @@ def _in_turn(
 _tokenize: Callable[[Task], Result]
 
 
-def _start_worker(tokenize: Callable[[Task], Result]) -> None:
+def _start_worker(tokenize: Callable[[Task], Result], confinement: Confinement) -> None:
     global _tokenize
     _tokenize = tokenize
+    confinement.enter()
     # Ctrl-C reaches them all; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
@@ -492,4 +498,6 @@ def _end_with_parent() -> None:
 
 
 def _work(task: Task) -> Result:
-    return _tokenize(task)
+    result = _tokenize(task)
+    end_record()
+    return result

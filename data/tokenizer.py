@@ -19,7 +19,7 @@ tokens.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,8 @@ from data.template_files import (
     NamedText,
     choose_templates,
 )
-from foreign.json_text import read_object
+from foreign.guest import allow, in_guest
+from foreign.json_text import parse_json, read_object
 from foreign.reading import Reading, is_panic
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -57,6 +58,7 @@ class Tokenizer:
         divides_words: whether a text is divided into words, each of which is encoded by itself.
         special_ids: the ids of the added tokens that tokenizer.json marks as special, and BOS and
             EOS.
+        added_ids: of all added tokens, special or not, by their text.
         closing_ids, closing_tokens: the special tokens, BOS left out, that can end a turn.
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
@@ -79,6 +81,9 @@ class Tokenizer:
         _keep_whole_offsets(backend)
         self._backend = backend
         self._folder = folder
+        self._name = f"the tokenizer of {folder}"
+        decoder = backend.decoder and parse_json(backend.decoder.__getstate__(), self._name)
+        self._decodes_at_once = _is_bounded(decoder)
         self._encoding = _Library(folder, "encodes with")
         self._decoding = _Library(folder, "decodes with")
         self._is_template_override = is_template_override
@@ -95,24 +100,37 @@ class Tokenizer:
         own = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
-        special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.added_ids = {token.content: i for i, token in added.items()}
+        special = {i for i, t in added.items() if t.special}
         named = {i for i in (self.bos_token_id, self.eos_token_id) if i is not None}
         self.special_ids = frozenset(special | named)
         # BOS opens a text: it cannot close a turn, unless it is EOS as well
         closing = self.special_ids - ({self.bos_token_id} - {self.eos_token_id})
         self.closing_ids = closing
         self.closing_tokens = tuple(t for i in closing if (t := backend.id_to_token(i)) is not None)
-        spelled = self.encode(self.eos_token or "", add_special_tokens=False)
+        # a normalizer may make a letter of any length
+        spelled, self._letter, probe, words = in_guest(self._probes, self._name)
         self.has_eos_as_one_token = spelled == [self.eos_token_id]
         self._is_blank: dict[int, bool] = {}
-        self._letter = self.encode("a", add_special_tokens=False)
-        probe = self.encode("a", add_special_tokens=True)
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
         size = len(self._letter)
-        places = range(len(probe) + 1)
-        before = next((i for i in places if probe[i : i + size] == self._letter), 0)
+        places = (i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
+        if (before := next(places, None)) is None:
+            raise ValueError(
+                f"{folder / TOKENIZER_FILE} must add special tokens around a text: got the tokens "
+                f"{probe[:8]} for a letter that is {self._letter[:8]} without them"
+            )
         self.added_around = probe[:before], probe[before + size :]
-        self.divides_words = len(set(self.encode_with_words("a a\na")[2])) > 1
+        self.divides_words = len(set(words)) > 1
+
+    def _probes(self) -> tuple[list[int], list[int], list[int], Sequence[int | None]]:
+        """EOS spelled out, a letter, a letter with special tokens, the words of a text."""
+        return (
+            self.encode(self.eos_token or "", add_special_tokens=False),
+            self.encode("a", add_special_tokens=False),
+            self.encode("a", add_special_tokens=True),
+            self.encode_with_words("a a\na")[2],
+        )
 
     @classmethod
     def from_folder(cls, folder: Path, chat_template: str = "") -> "Tokenizer":
@@ -147,7 +165,8 @@ class Tokenizer:
                 is_template_override=bool(chat_template),
             )
         if chat_template:
-            tokenizer.chat_template().check_syntax()
+            template = tokenizer.chat_template()
+            in_guest(template.check_syntax, template.name)
         return tokenizer
 
     @property
@@ -192,10 +211,11 @@ class Tokenizer:
     def encode_with_words(self, text: str) -> tuple[list[int], list[int], list[int | None]]:
         """Token ids of a text alone, and for each the character it starts at and the number of its
         word."""
-        encoding = self._encode(text, False)
+        encoding = self._encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        allow(len(text))
         with self._encoding:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
@@ -242,8 +262,11 @@ class Tokenizer:
             )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        with self._decoding:
-            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        def decode() -> str:
+            with self._decoding:
+                return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        return decode() if self._decodes_at_once else in_guest(decode, self._name)
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files byte for byte; a template given in their place becomes the
@@ -301,6 +324,18 @@ class _Library:
             raise ValueError(
                 f"{self._must}: got {error}; download it again or upgrade tokenizers"
             ) from error
+
+
+def _is_bounded(decoder: object) -> bool:
+    """Whether what a decoder makes of tokens is as long as they are, and found at once."""
+    if decoder is None:
+        return True
+    assert isinstance(decoder, dict)
+    if decoder["type"] == "Sequence":
+        return all(map(_is_bounded, decoder["decoders"]))
+    # Llama 2's writes a space for U+2581
+    replaced = decoder.get("pattern", {}).get("String", "")
+    return decoder["type"] != "Replace" or len(decoder["content"]) <= len(replaced)
 
 
 def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:

@@ -31,6 +31,8 @@ Kind = Literal["model", "dataset"]
 # from the names in a repository, and a function that fetches one of them, to those that are needed
 Choose = Callable[[Collection[str], Callable[[str], Path]], Iterable[str]]
 
+# a repository's folder in the hub's cache; neither part of an id may have two hyphens in a row
+_CACHED = re.compile(r"models--(.+?)--(.+)")
 _ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -48,6 +50,16 @@ def parse_hub_id(text: str) -> HubId | None:
     """Read `owner/name` or `owner/name@revision`; None if it is neither."""
     found = _ID.fullmatch(text)
     return None if found is None or ".." in text else HubId(*found.groups())
+
+
+def snapshot_id(folder: Path) -> HubId | None:
+    """The id of the model that a folder of the hub's cache is a commit of; None for any other
+    folder."""
+    folder = folder.resolve()
+    found = _CACHED.fullmatch(folder.parent.parent.name)
+    if found is None or folder.parent.name != "snapshots":
+        return None
+    return parse_hub_id(f"{found[1]}/{found[2]}@{folder.name}")
 
 
 def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:

@@ -1,6 +1,6 @@
 """From a folder here to a repository of the hub."""
 
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -32,8 +32,8 @@ def check_push(repository: str) -> None:
         raise ConnectionError(f"--push-to-hub must reach the hub: {first_line(error)}") from None
 
 
-def push_folder(folder: Path, names: Sequence[str], repository: str, message: str) -> str:
-    """Upload a folder's files of these names in one commit, and return the commit's address.
+def push_folder(folder: Path, repository: str, message: str) -> str:
+    """Upload all of a folder in one commit, and return the commit's address.
 
     A repository that is not there yet is made, private.
 
@@ -43,15 +43,10 @@ def push_folder(folder: Path, names: Sequence[str], repository: str, message: st
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=list(names),
-            commit_message=message,
-        )
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:
         raise ConnectionError(
             f"{repository} could not be pushed to: {first_line(error)}; the files are in {folder}: "
-            f"`hf upload {repository} {folder} .` sends them"
+            f"`hf upload {repository} {shlex.quote(str(folder))} . --private` sends them"
         ) from None
     return commit.commit_url

@@ -4,7 +4,7 @@
 
 Three things that every launch needs stand here once: the device of the tensors, which need not be
 the current one; tensors of torch's meta device, which have sizes and no values, so that there is
-nothing to compute (`llama/step_walk.py` walks through a step with such tensors); and a plain
+nothing to compute (`step/walk.py` walks through a step with such tensors); and a plain
 error where a GPU has not what a kernel takes.
 """
 

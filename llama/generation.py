@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from llama.decoder_layer import KeyValueCache
+from llama.layer import KeyValueCache
 from llama.model import Llama
 
 

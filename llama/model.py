@@ -7,7 +7,7 @@ which has the compute dtype as activations do; norms, rotations and the loss wor
 round once, where transformers rounds a norm before its weight is applied and rounds the cosines and
 sines.
 
-Nothing here has a graph of autograd: `llama.micro_step` runs the layers forward and back.
+Nothing here has a graph of autograd: `step.micro_step` runs the layers forward and back.
 
     B batch, T tokens, D hidden_size, V vocab_size
 """
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
 from llama.config import LlamaConfig, LongRopeScaling
-from llama.decoder_layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
+from llama.layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
@@ -53,20 +54,28 @@ def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize
     Raises:
         ValueError: none does, or the head or the embeddings would.
     """
-    for path in ("lm_head", "model.embed_tokens"):
-        if lora.has_target(path):
-            raise ValueError(
-                "target_modules must be projections of the layers, head and embeddings stay as "
-                f"they are: {lora.target_modules!r} includes {path}"
-            )
     paths = list(paths)
-    sizes = {path: size for path in paths if (size := lora.update_size(path)) is not None}
+    # patterns come with an adapter, and may take for ever
+    if lora.has_patterns:
+        sizes = in_guest(lambda: _find_sizes(lora, paths), "the adapter's patterns of modules")
+    else:
+        sizes = _find_sizes(lora, paths)
     if not sizes:
         raise ValueError(
             f"target_modules must fit at least one projection of the model, such as {paths[0]}: "
             f"got {lora.target_modules!r}"
         )
     return sizes
+
+
+def _find_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
+    for path in ("lm_head", "model.embed_tokens"):
+        if lora.has_target(path):
+            raise ValueError(
+                "target_modules must be projections of the layers, head and embeddings stay as "
+                f"they are: {lora.target_modules!r} includes {path}"
+            )
+    return {path: size for path in paths if (size := lora.update_size(path)) is not None}
 
 
 class Decoder(nn.Module):
@@ -286,7 +295,7 @@ class Llama(nn.Module):
 
             loss = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
 
-        over t > 0 with labels[b, t] != -100. No gradient, no dropout: `llama.micro_step` trains.
+        over t > 0 with labels[b, t] != -100. No gradient, no dropout: `step.micro_step` trains.
 
         Args:
             positions: of the tokens in their samples, where rows hold several; each begins with a

@@ -1,6 +1,6 @@
 """The Llama family in plain torch, under autograd: the function that the rest of `llama/` computes.
 
-A layer here has the order and the names of `llama/decoder_layer.py`, where forward and backward
+A layer here has the order and the names of `llama/layer.py`, where forward and backward
 passes are written out and kernels do the work. Here every operation is one of torch's, weights are
 plain matrices, and autograd finds the gradients. Tests hold the written-out passes against this
 module in float64, and `bundled/` trains the demo's model with it.

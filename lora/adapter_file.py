@@ -97,14 +97,12 @@ def save_adapter(
         metadata={"format": "pt"} | ({_BASE: base_identity} if base_identity else {}),
     )
     _sort_metadata(folder / WEIGHTS_NAME)
-    hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
     targets, excluded = config.target_modules, config.exclude_modules
     layers = config.layers_to_transform
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub_id.repository if hub_id else base_model,
-        "revision": hub_id.revision if hub_id else None,
+        **_base_fields(base_model),
         "r": config.r,
         "lora_alpha": _integer_if_whole(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
@@ -124,6 +122,25 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _base_fields(base_model: str) -> dict[str, str | None]:
+    hub_id = None if Path(base_model).exists() else parse_hub_id(base_model)
+    return {
+        "base_model_name_or_path": hub_id.repository if hub_id else base_model,
+        "revision": hub_id.revision if hub_id else None,
+    }
+
+
+def rename_base(folder: Path, base_model: str) -> None:
+    """Let an adapter name another place of its base model.
+
+    Args:
+        base_model: as `save_adapter`.
+    """
+    path = folder / CONFIG_NAME
+    fields = json.loads(path.read_bytes()) | _base_fields(base_model)
+    path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _sort_metadata(path: Path) -> None:
@@ -321,13 +338,15 @@ def read_base_identity(folder: Path) -> str:
 
 
 def load_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    read_vocabulary: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> None:
     """Copy an adapter's values into the model's adapter tensors, in place.
 
     Args:
-        base: the base's embeddings and head by their names, which embedding layers of the file must
-            equal; without them such a file is refused.
+        read_vocabulary: reads the base's embeddings and head, by their names. Embedding layers of
+            the file must equal them; it is not called where there are none.
 
     Raises:
         FileNotFoundError: the folder has no adapter_model.safetensors.
@@ -339,9 +358,10 @@ def load_adapter(
         saved = load_file(path)
     except SafetensorError as error:
         raise _damaged(path, error) from None
-    for name in _EMBEDDING_LAYERS:
-        if (layer := saved.pop(_PREFIX + name, None)) is not None:
-            _check_embedding_layer(path, name, layer, (base or {}).get(name))
+    layers = {n: saved.pop(_PREFIX + n) for n in _EMBEDDING_LAYERS if _PREFIX + n in saved}
+    base = read_vocabulary() if layers else {}
+    for name, layer in layers.items():
+        _check_embedding_layer(path, name, layer, base.get(name))
     targets = {_PREFIX + name: tensor for name, tensor in tensors.items()}
     missing, extra = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
     if missing or extra:

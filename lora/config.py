@@ -7,11 +7,15 @@ only; adapters that PEFT made may pick paths by patterns and give each another s
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
+_LONGEST_PATTERN = 10_000
+# the sides of any matrix of today are shorter
+_MOST_RANK = 1 << 16
 
 
 class UpdateSize(NamedTuple):
@@ -66,8 +70,10 @@ class LoRAConfig:
         for rank in (self.r, *self.rank_pattern.values()):
             if rank < 1:
                 raise ValueError(f"--lora-r must be at least 1: got {rank}")
+            if rank > _MOST_RANK:
+                raise ValueError(f"--lora-r must be at most {_MOST_RANK:,}: got {str(rank)[:20]}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not math.isfinite(alpha) or alpha <= 0:
+            if not 0 < alpha <= sys.float_info.max:
                 raise ValueError(f"--lora-alpha must be positive: got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1): got {self.lora_dropout}")
@@ -77,18 +83,29 @@ class LoRAConfig:
                 "layers_to_transform and layers_pattern must come with a list of target_modules: "
                 f"got {self.target_modules!r}"
             )
-        one_text = [
-            modules
-            for modules in (self.target_modules, self.exclude_modules)
-            if isinstance(modules, str)
-        ]
-        for pattern in (*one_text, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
+        for pattern in self._patterns():
+            if len(pattern) > _LONGEST_PATTERN:
+                raise ValueError(
+                    f"a pattern of modules must have at most {_LONGEST_PATTERN:,} characters: got "
+                    f"{len(pattern):,}"
+                )
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"a pattern of modules must be a regular expression: got {pattern!r}: {error}"
                 ) from None
+
+    def _patterns(self) -> list[str]:
+        """The regular expressions, "all-linear" among them."""
+        modules = (self.target_modules, self.exclude_modules)
+        one_text = [text for text in modules if isinstance(text, str)]
+        return [*one_text, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern]
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether a regular expression decides about modules."""
+        return any(pattern.lower() != ALL_LINEAR for pattern in self._patterns())
 
     def has_target(self, path: str) -> bool:
         """Whether a module gets an update, by the rules of PEFT's check_target_module_exists.

@@ -36,7 +36,7 @@ from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import make_nf4_matmul_tables, matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member_unchecked
 from lora.config import UpdateSize
-from nf4.weight import NF4Weight, empty_weight, member
+from nf4.weight import NF4Weight, Quantization, empty_weight, member
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
@@ -92,14 +92,14 @@ class LinearGroup(nn.Module):
         device: torch.device,
         weight_dtype: torch.dtype | None,
         bias_dtype: torch.dtype | None,
-        quantization: tuple[int, bool] | None,
+        quantization: Quantization | None,
     ) -> None:
         """Allocate what `load` fills: the frozen weight and, where there is one, the bias.
 
         Args:
             weight_dtype: of a weight that is not quantized.
             bias_dtype: of the bias, which is never quantized.
-            quantization: (block_size, double_quant) of NF4, or None for a weight as stored.
+            quantization: to NF4, or None for a weight as stored.
         """
         if quantization is None:
             self.weight = torch.empty(

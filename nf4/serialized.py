@@ -24,7 +24,7 @@ from foreign.json_text import parse_json
 from nf4.blockwise import BLOCK_SIZES
 from nf4.double_quant import DYNAMIC_MAP, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import LEVELS
-from nf4.weight import NF4Weight
+from nf4.weight import NF4Weight, Quantization
 
 # what follows X.weight in a name
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -45,9 +45,8 @@ class WeightState:
     absmax_mean: float | None  # None: the scales are not quantized
 
     @property
-    def quantization(self) -> tuple[int, bool]:
-        """(block_size, double_quant)."""
-        return self.block_size, self.absmax_mean is not None
+    def quantization(self) -> Quantization:
+        return Quantization(self.block_size, self.absmax_mean is not None)
 
 
 def stored_buffers(weight: NF4Weight) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ tensor subclass: the code that uses it says so.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from nf4.blockwise import (
     quantize_blockwise,
 )
 from nf4.double_quant import GROUP_SIZE, QuantizedAbsmax, dequantize_absmax, quantize_absmax
+
+
+class Quantization(NamedTuple):
+    """How a weight is quantized to NF4.
+
+    Attributes:
+        block_size: consecutive weights that share a scale.
+        double_quant: whether the scales are quantized too.
+    """
+
+    block_size: int
+    double_quant: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from run.privacy import READABLE, opener
 
 # ends the name of what is not whole yet, and nobody else gives a file such a name; `clean` removes
 # what a killed process left
@@ -59,16 +61,30 @@ def _partial_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush_files(folder: Path) -> None:
+def _finish_files(folder: Path) -> None:
+    """Flush a folder's files, and let those read them who may read the folder: safetensors makes
+    files for their owner alone, whatever the umask."""
+    mode = folder.stat().st_mode & READABLE
     for path in folder.rglob("*"):
+        # a file system without permissions may refuse to change them
+        with suppress(OSError):
+            if path.is_file():
+                path.chmod(mode)
         flush(path)
     flush(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, replacing one of that name at once."""
+def write_text(path: Path, text: str, mode: int = READABLE) -> None:
+    """Write a file, replacing one of that name at once.
+
+    Args:
+        mode: its permissions, of which the umask takes some away.
+    """
     partial = half_written(path)
-    partial.write_text(text)
+    # one that is there would keep its own
+    partial.unlink(missing_ok=True)
+    with open(partial, "w", encoding="utf-8", opener=opener(mode)) as file:
+        file.write(text)
     flush(partial)
     partial.replace(path)
     flush(path.parent)
@@ -85,7 +101,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with _partial_folder(path) as partial:
         yield partial
-        _flush_files(partial)
+        _finish_files(partial)
         partial.rename(path)
         flush(path.parent)
 
@@ -99,7 +115,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     """
     with _partial_folder(folder / "files") as partial:
         yield partial
-        _flush_files(partial)
+        _finish_files(partial)
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             place = folder / file.relative_to(partial)
             make_folder(place.parent)

@@ -29,12 +29,14 @@ def write_bad_batch(
     figures: Mapping[str, float],
     samples: Mapping[int, _Sample],
     tokenizer: _Tokenizer,
+    mode: int,
 ) -> None:
     """Write a step's samples.
 
     Args:
         figures: of the step, which need not be finite.
         samples: by their place in the data.
+        mode: the file's permissions.
     """
     record = {
         "step": step,
@@ -50,4 +52,4 @@ def write_bad_batch(
             for index, sample in samples.items()
         ],
     }
-    write_text(path, json.dumps(record) + "\n")
+    write_text(path, json.dumps(record) + "\n", mode)

@@ -255,6 +255,8 @@ class TrainConfig:
         self._require(
             "max_length", self.max_length == 0 or self.max_length >= 2, "at least 2, or 0"
         )
+        # what torch.Generator takes
+        self._require("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
         self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
         self._require(
             "group_by_length",
@@ -267,6 +269,9 @@ class TrainConfig:
             self._require(f.name, not choices or value in choices, f"one of {choices}")
             is_finite = not isinstance(value, float) or math.isfinite(value)
             self._require(f.name, is_finite, "finite")
+            # the seed has bounds of its own
+            is_counted = f.name != "seed" and type(value) is int
+            self._require(f.name, not is_counted or value < 1 << 63, "less than 2^63")
 
         self._require(
             "max_memory",

@@ -18,6 +18,7 @@ from run.metrics import (
     has_answer,
     peak_memory_bytes,
 )
+from run.privacy import READABLE
 from run.trackers import Trackers
 from run.watching import Watching
 
@@ -35,12 +36,14 @@ class RunLog:
         state: RunState,
         num_steps: int,
         *,
+        data_mode: int = READABLE,
         is_resumed: bool = False,
         writes: bool = True,
     ) -> None:
         """Begin after the steps done; what was written past them goes, because it comes again.
 
         Args:
+            data_mode: permissions of what holds text that was learned.
             writes: anywhere at all, which only one of a run's ranks does.
         """
         self._device = torch.device(config.device)
@@ -53,7 +56,7 @@ class RunLog:
         last_row = last - bool(state.unevaluated)
         self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
         answers = self._output / SAMPLES_FILE if writes else None
-        self._samples = StepRows(answers, last, has_answer)
+        self._samples = StepRows(answers, last, has_answer, data_mode)
         self._progress = Progress(num_steps, state.step, is_shown=writes)
         self._trackers = Trackers(config, state, self.say) if writes else None
         self._since, self._tokens_then = time.perf_counter(), state.tokens
@@ -74,7 +77,7 @@ class RunLog:
             if self._trackers:
                 self._trackers.finish()
             if self._writes and len(self.rows) > 1:
-                with Watching(CHART_FILE, self.say):
+                with Watching(CHART_FILE, self.say, is_last=True):
                     self._draw()
 
     def _draw(self) -> None:

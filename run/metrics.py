@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from foreign.json_text import parse_json
 from run.atomic import flush, write_text
+from run.privacy import READABLE, opener
 
 # `tokens` and `target_tokens` count from the run's first step, padding left out
 METRICS_FILE = "metrics.jsonl"
@@ -45,12 +46,13 @@ def _parse_row(line: str, is_row: Callable[[Row], bool]) -> Row | None:
     return row if has_step and is_row(row) else None
 
 
-def _set_aside(path: Path, content: bytes) -> Path:
+def _set_aside(path: Path, content: bytes, mode: int) -> Path:
     """Write what was in a file under a name that is free."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
-    aside.write_bytes(content)
+    with open(aside, "wb", opener=opener(mode)) as file:
+        file.write(content)
     return aside
 
 
@@ -66,6 +68,7 @@ class StepRows:
         path: Path | None,
         step: int,
         is_row: Callable[[Row], bool] = has_figures,
+        mode: int = READABLE,
     ) -> None:
         """Open the file, dropping rows past `step`: a resumed run writes those steps' again.
 
@@ -75,6 +78,7 @@ class StepRows:
         Args:
             path: None to write nothing.
             is_row: whether a JSON object with a step is a row of this file.
+            mode: the file's permissions, of which the umask takes some away.
         """
         content = path.read_bytes() if path and path.is_file() else b""
         lines = content.decode(errors="replace").splitlines()
@@ -82,15 +86,17 @@ class StepRows:
         # the last line may be cut off, where the process was killed in the middle of it
         if path and None in found[:-1]:
             number = found.index(None) + 1
+            aside = _set_aside(path, content, mode)
             print(
-                f"{path}:{number} is not what a run has written: {_set_aside(path, content)} has "
-                "the file as it was, and the run goes on with the other rows"
+                f"{path}:{number} is not what a run has written: {aside} has the file as it was, "
+                "and the run goes on with the other rows"
             )
         pairs = zip(lines, found, strict=True)
         kept = [(line, row) for line, row in pairs if row and row["step"] <= step]
-        if path and len(kept) < len(lines):
-            write_text(path, "".join(line + "\n" for line, _ in kept))
-        self._path = path
+        is_too_open = lines and path and path.stat().st_mode & READABLE & ~mode
+        if path and (len(kept) < len(lines) or is_too_open):
+            write_text(path, "".join(line + "\n" for line, _ in kept), mode)
+        self._path, self._opener = path, opener(mode)
         self._unwritten = ""
         self.rows: list[Row] = [row for _, row in kept]
 
@@ -111,7 +117,7 @@ class StepRows:
         self._unwritten += json.dumps(clean) + "\n"
         size = self._path.stat().st_size if self._path.is_file() else 0
         try:
-            with self._path.open("a") as file:
+            with open(self._path, "a", encoding="utf-8", opener=self._opener) as file:
                 file.write(self._unwritten)
         except OSError:
             # a part of it may be there

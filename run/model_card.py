@@ -1,8 +1,10 @@
 """README.md of an adapter folder: the front matter that the hub reads, as PEFT writes it, and how
 the adapter came to be."""
 
+import html
 import math
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -10,12 +12,25 @@ from pathlib import Path
 
 from run.config import FREE_ON_RESUME, TrainConfig
 from run.metrics import GIB, Row
+from run.terminal import one_line
 
 CARD_FILE = "README.md"
 # flags that did not make the adapter what it is
 _LEFT_OUT = FREE_ON_RESUME | {"model", "sample_prompt", "device"}
-_PATHS = ("data", "eval_data", "init_adapter")
+_PATHS = ("data", "eval_data", "chat_template", "init_adapter")
 _LIBRARIES = ("torch", "triton", "safetensors", "tokenizers")
+# to whom adapter_config.json has come without the base model's folder
+_ADVICE = """The base model was read from a folder of that name: write the folder's place into
+`adapter_config.json`, as `base_model_name_or_path`, where it has the name alone.
+
+"""
+# what means something in Markdown inside a line; a bar ends a table's cell
+_MARKS = re.compile(r"[\\`*\[\]|]")
+
+
+def _text(value: object) -> str:
+    """A name or a value as text alone: no Markdown, no HTML, one line."""
+    return _MARKS.sub(r"\\\g<0>", html.escape(one_line(value), quote=False))
 
 
 def _front_matter(config: TrainConfig, base: str | None) -> str:
@@ -32,9 +47,7 @@ def _front_matter(config: TrainConfig, base: str | None) -> str:
 
 def _table(names: tuple[str, str], rows: dict[str, object]) -> str:
     lines = [f"| {names[0]} | {names[1]} |", "|---|---|"]
-    # a bar would end the cell
-    cells = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in cells.items())])
+    return "\n".join([*lines, *(f"| {name} | {_text(value)} |" for name, value in rows.items())])
 
 
 def _known(rows: Sequence[Row], name: str) -> list[float]:
@@ -72,25 +85,28 @@ def _recipe(config: TrainConfig) -> dict[str, object]:
     return found
 
 
-def model_card(config: TrainConfig, rows: Sequence[Row]) -> str:
+def model_card(
+    config: TrainConfig, rows: Sequence[Row], files: Sequence[str], base: str, *, is_on_hub: bool
+) -> str:
     """Compose the card: what the adapter belongs to, how it was trained, what came out.
 
     Args:
         rows: of metrics.jsonl, at least one.
+        files: names of those that belong to the adapter.
+        base: what others know the base model by: a hub id, with @revision if there is one, or the
+            name of a folder.
     """
-    # what is no folder here was found on the hub, by an id that may have a revision
-    is_local = Path(config.model).is_dir()
-    base = None if is_local else config.model.partition("@")[0]
-    place = "path/to/the/base" if is_local else config.model
-    name = base or Path(config.model).resolve().name
+    name = base.partition("@")[0] if is_on_hub else base
+    place = base if is_on_hub else "path/to/the/base"
+    advice = "" if is_on_hub else _ADVICE
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
-    return f"""{_front_matter(config, base)}
+    return f"""{_front_matter(config, name if is_on_hub else None)}
 
-# LoRA adapter for {name}
+# LoRA adapter for {_text(name)}
 
-Trained by Quatrain with the base model frozen {frozen}. `config.json` has every setting,
-`metrics.jsonl` every step.
+Trained by Quatrain with the base model frozen {frozen}. The adapter's files are
+{", ".join(map(_text, sorted(files)))} and this card.
 
 ## Results
 
@@ -102,7 +118,7 @@ Trained by Quatrain with the base model frozen {frozen}. `config.json` has every
 
 ## Use
 
-With PEFT:
+{advice}With PEFT:
 
 ```python
 from peft import AutoPeftModelForCausalLM

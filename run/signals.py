@@ -61,3 +61,10 @@ class StopRequest:
         with suppress(OSError):
             # what was interrupted may be a print
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+
+def end_at_once() -> None:
+    """Let Ctrl-C end the process from now on as it ends any other, without a traceback of what
+    libraries do at the exit."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

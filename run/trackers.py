@@ -133,8 +133,8 @@ class Trackers:
 
     def finish(self) -> None:
         for name, tracker in self._open.items():
-            with self._watching(name):
+            with self._watching(name, is_last=True):
                 tracker.finish()
 
-    def _watching(self, name: str) -> Watching:
-        return Watching(f"--report-to {name}", self._say)
+    def _watching(self, name: str, is_last: bool = False) -> Watching:
+        return Watching(f"--report-to {name}", self._say, is_last=is_last)

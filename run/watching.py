@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from types import TracebackType
 
+from run.terminal import one_line
+
 
 def _is_spared(error: BaseException) -> bool:
     return False
@@ -21,12 +23,16 @@ class Watching:
         what: str,
         say: Callable[[str], None],
         is_spared: Callable[[BaseException], bool] = _is_spared,
+        *,
+        is_last: bool = False,
     ) -> None:
         """Args:
         what: such as "loss.png", for the line.
         is_spared: whether a failure is somebody else's to handle, and passes.
+        is_last: there is nothing left to save: Ctrl-C ends this alone.
         """
-        self._what, self._say, self._is_spared = what, say, is_spared
+        self._what, self._say = what, say
+        self._is_spared, self._is_last = is_spared, is_last
 
     def __enter__(self) -> None: ...
 
@@ -36,8 +42,11 @@ class Watching:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
+        if self._is_last and isinstance(error, KeyboardInterrupt):
+            self._say(f"{self._what} is left out: interrupted")
+            return True
         if not isinstance(error, (Exception, SystemExit)) or self._is_spared(error):
             return False
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        self._say(f"{self._what} has failed, the run goes on without it: {why}")
+        self._say(one_line(f"{self._what} has failed, the run goes on without it: {why}"))
         return True

@@ -6,8 +6,8 @@ import random
 import torch
 from torch import Tensor
 
-from llama.allocations import Event
-from llama.caching_allocator import CachingAllocator
+from step.allocations import Event
+from step.caching_allocator import CachingAllocator
 
 MIB = 1 << 20
 UNITS = (512, 4096, MIB // 3, MIB, 3 * MIB, 30 * MIB)

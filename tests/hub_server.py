@@ -59,12 +59,13 @@ class Request:
 
 @dataclass
 class Hub:
-    """The repositories of a server, by "models/owner/name", and what it was asked."""
+    """The repositories of a server, by "models/owner/name", and what it was asked and told."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def downloads(self) -> list[str]:
         """Names of the files that were sent, in turn."""
@@ -213,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     value = entry["value"]
                     repository.files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "header":
+                    self.hub.messages.append(entry["value"]["summary"])
             url = f"{self.hub.url}/{found[2]}/commit/{repository.sha}"
             self._send_json({"commitUrl": url, "commitOid": repository.sha})
         else:

@@ -19,8 +19,9 @@ from peer_process import run_peer
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import describe, load_model
-from llama.identity import identify
+from checkpoint.description import describe
+from checkpoint.identity import identify
+from checkpoint.loading import load_model
 from llama.model import PROJECTIONS, projections
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig

@@ -8,12 +8,13 @@ import torch
 from tiny_llama import FIELDS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import load_model
-from llama.micro_step import MicroStep, Policy
+from checkpoint.loading import load_model
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
+from step.micro_step import MicroStep, Policy
 
-NF4 = (64, True)
+NF4 = Quantization(64, True)
 LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
 CPU = torch.device("cpu")
 # of both layers
@@ -23,7 +24,7 @@ KEEP: tuple[Policy, ...] = ("keep", "keep")
 def load_tiny(
     folder: Path,
     lora: LoRAConfig | None = LORA,
-    quantization: tuple[int, bool] | None = NF4,
+    quantization: Quantization | None = NF4,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     variant: str = "grouped-query",

@@ -14,11 +14,11 @@ from benchmarks.random_model import LLAMA_3_8B, random_model
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.generation import generate_greedy
-from llama.memory_plan import CONTEXT_BYTES, plan_memory
-from llama.micro_step import POLICIES, MicroStep, Policy
 from llama.model import PROJECTIONS
-from llama.workload import Workload
 from lora.config import LoRAConfig
+from step.memory_plan import CONTEXT_BYTES, plan_memory
+from step.micro_step import POLICIES, MicroStep, Policy
+from step.workload import Workload
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)

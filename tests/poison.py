@@ -17,7 +17,7 @@ from torch.utils._device import _device_constructors
 # knows them as they are, and those that are poisoned call them
 _device_constructors()
 
-ROOMS = {"nf4", "kernels", "lora", "optim", "llama", "data", "run", "job"}
+ROOMS = {"nf4", "kernels", "lora", "optim", "llama", "checkpoint", "step", "data", "run", "prepare"}
 DOORS = {"train", "generate", "merge", "quantize"}
 
 ALLOCATORS = (

@@ -11,39 +11,27 @@ from this one, which has imported everything, so that a trial takes a second.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import torch._dynamo
 
-import job.job
-import merge
-import quantize
-import train
+import prepare.job
+import run.log
 from run.checkpoint import list_checkpoints
+from tests.door_process import ROOT, Process
 from tests.file_events import FileEvents
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "bundled" / "model"
-# imported before the first fork
-DOORS = {door.__name__: door for door in (train, merge, quantize)}
-DEADLINE_S = 120
 NUM_PAIRS, DELAY_S = 12, 0.1
 NUM_SIZES = 28
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -56,27 +44,6 @@ TRAIN = (
     "--gradient-accumulation-steps 1 --learning-rate 1e-2 --lora-r 2 --lora-dropout 0.1 "
     "--target-modules q_proj,down_proj --save-total-limit 1 --sample-prompt hello --sample-steps 2"
 ).split()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A process that has ended.
-
-    Attributes:
-        code: its exit code, or the negative number of a signal.
-        events: names of what it did to its folder, unless it was killed.
-    """
-
-    code: int
-    said: str
-    events: list[str]
-
-    def check_message(self) -> None:
-        """See that a process that has failed says why, in a line."""
-        assert self.code in (0, 1), f"code {self.code}: {self.said}"
-        assert "Traceback" not in self.said, self.said
-        if self.code:
-            assert "error: " in self.said.strip().splitlines()[-1], self.said
 
 
 @dataclass(frozen=True)
@@ -97,11 +64,15 @@ class Case:
 
 @dataclass
 class Tally:
-    """What was tried, and what did not hold."""
+    """What was tried, and what did not hold.
+
+    Attributes:
+        num_whole: of trials with a disk too small, those in which the door ended well all the same.
+    """
 
     what: str
     num_tried: int = 0
-    num_ended: int = 0
+    num_whole: int | None = None
     failures: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -113,78 +84,8 @@ class Tally:
             self.failures.append(f"{self.what}, {name}: {error}")
 
     def __str__(self) -> str:
-        return f"{self.what:58} {self.num_tried:5} tried {len(self.failures):4} failed"
-
-
-class Process:
-    """A door at work in a folder."""
-
-    def __init__(
-        self,
-        door: str,
-        arguments: Sequence[str],
-        folder: Path,
-        begin: Callable[[FileEvents], None] = FileEvents.watch,
-        *,
-        last: int = 0,
-        loses_power: bool = False,
-    ) -> None:
-        """Args:
-        begin: what the process does first.
-        last, loses_power: as FileEvents.
-        """
-        self._said = Path(tempfile.mkstemp()[1])
-        read, write = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(read)
-            events = FileEvents(folder, last, loses_power=loses_power)
-            self._be(door, arguments, folder, begin, events, write)
-        os.close(write)
-        self._events = os.fdopen(read)
-
-    def _be(
-        self,
-        door: str,
-        arguments: Sequence[str],
-        folder: Path,
-        begin: Callable[[FileEvents], None],
-        events: FileEvents,
-        report: int,
-    ) -> NoReturn:
-        code = 1
-        try:
-            said = os.open(self._said, os.O_WRONLY | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-            os.chdir(folder)
-            sys.argv = [f"{door}.py", *arguments]
-            begin(events)
-            runpy.run_path(str(ROOT / f"{door}.py"), run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            if isinstance(error.code, str):
-                print(error.code)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with os.fdopen(report, "w") as file:
-            json.dump(events.names, file)
-        os._exit(code)
-
-    def finish(self) -> Ended:
-        """Wait for the end; one that does not come is made."""
-        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(self._pid, signal.SIGKILL))
-        signal.alarm(DEADLINE_S)
-        with self._events as file:
-            events = file.read()
-        _, status = os.waitpid(self._pid, 0)
-        signal.alarm(0)
-        said = self._said.read_text(errors="replace")
-        self._said.unlink()
-        return Ended(os.waitstatus_to_exitcode(status), said, json.loads(events or "[]"))
+        whole = "" if self.num_whole is None else f", {self.num_whole} with all results"
+        return f"{self.what:50} {self.num_tried:4} tried, {len(self.failures)} failed{whole}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -241,6 +142,7 @@ class Soak:
         self._cases += [Case("merge", "merge", begun, merging, merging)]
         self._cases += [Case("quantize", "quantize", begun, quantizing, quantizing)]
         self._wholes = {case.name: self._undisturbed(case) for case in self._cases}
+        self._fresh = [case for case in self._cases if case.start == begun]
 
     def run(self) -> None:
         for case in self._cases:
@@ -249,14 +151,12 @@ class Soak:
         for case in self._cases:
             self._start_twice(case)
         self._start_twice_without_output()
-        if can_mount(self._folder):
-            for case in self._cases:
-                if case.start != self._cases[0].start:
-                    continue
-                self._fill_disk(case, is_told=True)
-                self._fill_disk(case, is_told=False)
-        else:
+        if not can_mount(self._folder):
             self._say("disk sizes are not tried: no disk can be mounted here")
+            return
+        for case in self._fresh:
+            self._fill_disk(case, is_told=True)
+            self._fill_disk(case, is_told=False)
 
     def _begin(self, case: Case) -> Path:
         self._num_folders += 1
@@ -287,10 +187,12 @@ class Soak:
                 ).finish()
                 assert killed.code == -signal.SIGKILL, f"code {killed.code}: {killed.said}"
                 assert last_step(folder / "out") >= before, "a checkpoint is gone"
-                # a copy that has its name is whole
                 if case.door == "train" or not (folder / "out").exists():
                     again = Process(case.door, case.again, folder).finish()
                     assert again.code == 0, again.said
+                else:
+                    # a copy that has its name is whole; a lock that nobody holds stops nobody
+                    (folder / "out.quatrain.lock").unlink(missing_ok=True)
                 check_same(folder / "out", whole)
                 assert_nothing_left(folder)
                 shutil.rmtree(folder)
@@ -339,6 +241,7 @@ class Soak:
         """
         when = "at the start" if is_told else "while it runs"
         tally = self._tally(f"{case.name}, a disk too small {when}")
+        tally.num_whole = 0
         whole, _ = self._wholes[case.name]
         enough = 2 * sum(path.stat().st_blocks * 512 for path in whole.rglob("*"))
 
@@ -368,7 +271,7 @@ class Soak:
                     check_same(folder / "out", whole)
                 else:
                     assert not left, "a copy that is not whole"
-                tally.num_ended += ended.code == 0
+                tally.num_whole += ended.code == 0
                 shutil.rmtree(folder)
         self._say(str(tally))
 
@@ -406,11 +309,9 @@ def main(arguments: Sequence[str]) -> int:
     every = parser.parse_args(arguments).every
     # a process that is forked has one thread
     torch.set_num_threads(1)
-    # an answer of any length is written at once
-    job.job.SAMPLE_TOKENS = 4
-    if importlib.util.find_spec("matplotlib"):
-        importlib.import_module("matplotlib.figure")
-        importlib.import_module("matplotlib.backends.backend_agg")
+    # an answer of any length is written at once, and the chart is nothing that a run goes on from
+    prepare.job.SAMPLE_TOKENS = 4
+    run.log.can_draw = lambda: False
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder).resolve(), every, lambda text: print(text, flush=True))

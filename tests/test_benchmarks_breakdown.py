@@ -26,7 +26,7 @@ from benchmarks.breakdown import (
     span_ms,
 )
 from benchmarks.tables import breakdown_table
-from llama.micro_step import Policy
+from step.micro_step import Policy
 
 SHAPE = (2, 6)
 FORWARD, BACKWARD = "quatrain: group forward", "quatrain: group backward"

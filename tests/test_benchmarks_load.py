@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import NF4
 from safetensors.torch import load_file
 from stand_in_gpu import install
 from tiny_llama import FIELDS, shapes
@@ -21,7 +22,7 @@ from benchmarks.load import (
     write_checkpoint,
 )
 from benchmarks.tables import aligned, load_table
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_a_written_checkpoint_is_one_of_random_weights(
         assert tensor.isfinite().all(), name
         assert tensor.dim() == 2 or bool((tensor == 1).all()), name
         assert tensor.dim() == 1 or tensor.unique().numel() > 8, name
-    load_model(folder, CPU, torch.bfloat16, (64, True))
+    load_model(folder, CPU, torch.bfloat16, NF4)
 
 
 def test_tensors_are_listed_layer_by_layer(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro_steps import NF4
 from stand_in_gpu import install
 from tiny_llama import FIELDS
 
@@ -35,7 +36,7 @@ from benchmarks.train_step import (
     some_of,
     without_checkout,
 )
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 from llama.config import read_config
 from run.config import TrainConfig
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_written_once_and_is_one_of_ours(checkpoint: Path) -> No
     before = (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns
     prepare_checkpoint(checkpoint, PEER_FIELDS)
     assert (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns == before
-    load_model(checkpoint, CPU, torch.bfloat16, (64, True))
+    load_model(checkpoint, CPU, torch.bfloat16, NF4)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         json.loads((checkpoint / name).read_text())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from micro_steps import NF4
 from safetensors.torch import save_file
 
 from bundled import make
@@ -16,9 +17,9 @@ from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from bundled.make import BOS, EOS, SEED
 from bundled.valley import animals
+from checkpoint.loading import load_model
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
-from llama.checkpoint import load_model
 from llama.model import Llama
 
 FOLDER = Path(__file__).parents[1] / "bundled"
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return load_model(MODEL, torch.device("cpu"), torch.float32, (64, True))
+    return load_model(MODEL, torch.device("cpu"), torch.float32, NF4)
 
 
 def read_lines(name: str) -> list[dict]:

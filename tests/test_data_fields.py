@@ -40,6 +40,13 @@ def test_a_field_that_repeats_a_message_is_not_lost() -> None:
         convert({"prompt": "h", **LAYOUTS["messages"]}, "messages")
 
 
+def test_the_index_of_pandas_says_nothing() -> None:
+    fields: dict[str, object] = {"prompt": "p", "completion": "c"}
+    beside = {"__index_level_0__": "7", "Unnamed: 0": "3", **fields}
+    expected = convert(fields, "prompt-completion")
+    assert convert(beside, "prompt-completion") == expected
+
+
 def test_ignored_fields_of_messages_go_too() -> None:
     noted = [{**USER, "mood": "m"}, {**ASSISTANT, "mood": "m", "tags": ["mood"]}]
     for data_format, name in (("messages", "messages"), ("sharegpt", "conversations")):

@@ -46,6 +46,11 @@ def test_csv_gives_text_and_the_line_where_a_row_starts(tmp_path: Path) -> None:
     ]
 
 
+def test_the_index_that_pandas_writes_without_a_name_is_a_column(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, "x.csv", b",text\n7,a\n")
+    assert record == Record(f"{tmp_path / 'x.csv'}:2", {"__index_level_0__": "7", "text": "a"})
+
+
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
     (record,) = read(tmp_path, "x.csv", b"text\n" + b"a" * 200_000)
     assert record.fields == {"text": "a" * 200_000}
@@ -129,6 +134,8 @@ MALFORMED = {
     "csv-text-after-quote": ("x.csv", b'a\n"b"c\n', ":2: each row must be comma"),
     "csv-twice-a-column": ("x.csv", b"a,a\n1,2\n", ":1: the first row must name"),
     "csv-nameless-column": ("x.csv", b"a,\n1,2\n", ":1: the first row must name"),
+    "csv-nothing-but-an-index": ("x.csv", b'""\n1\n', ":1: the first row must name"),
+    "csv-two-nameless-columns": ("x.csv", b",a,\n1,2,3\n", ":1: the first row must name"),
     "csv-latin-1": ("x.csv", b"a\nb\n\xe9\n", ":3: the file must be UTF-8"),
     "csv-header-only": ("x.csv", b"a,b\n", " must hold at least one record"),
     "csv-empty": ("x.csv", b"", " must hold at least one record"),

@@ -1,24 +1,39 @@
 """data/template_marks.py: a template of another model is known by what it writes."""
 
 import json
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from chat_cases import CHATML, say
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level
 
+from checkpoint.description import describe
+from checkpoint.untrained_rows import untrained_rows
 from data.dataset import load_dataset
-from data.template_marks import warnings
+from data.template_marks import FindUntrained, warnings
 from data.tokenization import Counts
 from data.tokenizer import Tokenizer
 
 WRITTEN = Counts(num_rendered=3)
 
 
-def said(folder: Path, template: str, counts: Counts = WRITTEN, adds_bos: bool = False) -> str:
+def all_trained(ids: Collection[int], others: Collection[int]) -> set[int]:
+    return set()
+
+
+def said(
+    folder: Path,
+    template: str,
+    counts: Counts = WRITTEN,
+    adds_bos: bool = False,
+    find_untrained: FindUntrained = all_trained,
+) -> str:
     save_byte_level(folder, template=template, adds_bos=adds_bos)
-    return "\n".join(warnings(counts, Tokenizer.from_folder(folder)))
+    return "\n".join(warnings(counts, Tokenizer.from_folder(folder), find_untrained))
 
 
 @pytest.mark.parametrize(
@@ -58,18 +73,46 @@ def test_each_template_counts_its_own_records(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("<|c_d|>")
     tokenizer = Tokenizer.from_folder(tmp_path)
     counts = Counts(num_rendered=5, num_rendered_with_tools=2)
-    plain, tools = warnings(counts, tokenizer)
+    plain, tools = warnings(counts, tokenizer, all_trained)
     assert "<|a_b|> is" in plain
     assert "it: 3;" in plain
     assert "<|c_d|> is" in tools
     assert "it: 2;" in tools
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").unlink()
-    (only,) = warnings(counts, Tokenizer.from_folder(tmp_path))
+    (only,) = warnings(counts, Tokenizer.from_folder(tmp_path), all_trained)
     assert "it: 5;" in only
 
 
 def test_the_bundled_model_has_its_templates_tokens() -> None:
-    assert list(warnings(WRITTEN, Tokenizer.from_folder(ROOT / "bundled" / "model"))) == []
+    folder = ROOT / "bundled" / "model"
+    find_untrained = partial(untrained_rows, describe(folder, torch.float32))
+    assert list(warnings(WRITTEN, Tokenizer.from_folder(folder), find_untrained)) == []
+
+
+def test_tokens_that_the_model_was_never_trained_on_are_named(tmp_path: Path) -> None:
+    written = []
+
+    def find_untrained(ids: Collection[int], others: Collection[int]) -> set[int]:
+        written.append({token for token, i in tokenizer.added_ids.items() if i in ids})
+        assert set(ids) <= set(others) == set(tokenizer.added_ids.values())
+        return {tokenizer.added_ids["<|im_end|>"]}
+
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path))
+    template = "{{ bos_token }}<|im_start|>{{ messages }}<|im_end|>"
+    line = said(tmp_path, template, find_untrained=find_untrained)
+    assert (
+        "never trained on, whose rows of the embeddings or the head are zero or equal: <|im_"
+        in line
+    )
+    assert "equal: <|im_end|>; records written with it: 3;" in line
+    # EOS by its name; BOS is in every text that a model has seen
+    said(tmp_path, template + "{{ eos_token }}", find_untrained=find_untrained)
+    assert written == [
+        {"<|im_start|>", "<|im_end|>"},
+        {"<|im_start|>", "<|im_end|>", "<|end_of_text|>"},
+    ]
+    assert said(tmp_path, template, Counts(), find_untrained=find_untrained) == ""
+    assert len(written) == 2
 
 
 def test_conversations_need_an_eos_that_is_one_token(

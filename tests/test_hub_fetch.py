@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from hub_server import TOKEN, Hub, Repository, files_of, serving
 
-from hub.fetch import HubId, parse_hub_id
+from hub.fetch import HubId, parse_hub_id, snapshot_id
 
 # the choice is the smallest that reads a file first, as that of a checkpoint does
 FETCH = """
@@ -56,6 +56,25 @@ def test_an_id_is_told_from_a_path(text: str, expected: HubId | None) -> None:
     assert parse_hub_id(text) == expected
     if expected:
         assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("hub/models--owner--a-b.c/snapshots/0123abcd", HubId("owner/a-b.c", "0123abcd")),
+        ("models--owner--a/snapshots/0123abcd/", HubId("owner/a", "0123abcd")),
+        ("hub/datasets--owner--a/snapshots/0123abcd", None),
+        ("hub/models--gpt2/snapshots/0123abcd", None),
+        ("hub/models--owner--a/blobs/0123abcd", None),
+        ("hub/models--owner--a b/snapshots/0123abcd", None),
+        ("models--owner--a", None),
+        ("/", None),
+    ],
+)
+def test_a_folder_of_the_hubs_cache_says_whose_commit_it_is(
+    tmp_path: Path, place: str, expected: HubId | None
+) -> None:
+    assert snapshot_id(tmp_path / place) == expected
 
 
 def test_only_needed_files_are_fetched_once_and_found_again_offline(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kernels.device import H200, meta_stands_for
-from llama.allocations import Allocations
 from llama.attention import Scores, attention, attention_backward
+from step.allocations import Allocations
 
 B, H, H_KV, T, HEAD_DIM = 2, 8, 2, 192, 64
 PLAIN = Scores(0.125, None, None)

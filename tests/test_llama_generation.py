@@ -8,7 +8,7 @@ import torch
 from llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer, tiny_peer
 from tiny_llama import VARIANTS, write_variant
 
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig

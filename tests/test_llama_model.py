@@ -29,12 +29,13 @@ from tiny_llama import (
 )
 from torch import Tensor
 
-from llama.checkpoint import load_model
-from llama.decoder_layer import KeyValueCache
-from llama.micro_step import MicroStep
+from checkpoint.loading import load_model
+from llama.layer import KeyValueCache
 from llama.model import PROJECTIONS, Llama, projections
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
+from nf4.weight import Quantization
+from step.micro_step import MicroStep
 
 EPS = torch.finfo(torch.float32).eps
 # what the issue promises of float32 logits of order one
@@ -50,7 +51,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def load(
     folder: Path,
     dtype: torch.dtype = torch.float32,
-    quantization: tuple[int, bool] | None = None,
+    quantization: Quantization | None = None,
     device: torch.device = CPU,
 ) -> Llama:
     return load_model(folder, device, dtype, quantization)
@@ -278,13 +279,13 @@ def test_group_members_bear_the_checkpoints_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 def test_bf16_logits_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_the_cpu(
-    tmp_path: Path, quantization: tuple[int, bool] | None, variant: str
+    tmp_path: Path, quantization: Quantization | None, variant: str
 ) -> None:
     folder = write_variant(tmp_path, variant, torch.bfloat16)
     input_ids, labels = tokens(2, 33), tokens(2, 33)
 
     def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        # quantized on the CPU's arithmetic or the GPU's: tests/test_llama_checkpoint.py counts
+        # quantized on the CPU's arithmetic or the GPU's: tests/test_checkpoint_loading.py counts
         model = load_model(folder, torch.device(device), dtype, quantization)
         model.attach_lora(LORA, seed=0)
         for name, tensor in model.adapter_tensors().items():

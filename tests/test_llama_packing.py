@@ -13,9 +13,9 @@ from torch import Tensor
 from data.batches import Batch, collate
 from data.packing import collate_packed
 from data.samples import NO_LOSS, Sample
-from llama.micro_step import MicroStep, Policy
 from llama.model import Llama, samples_of
 from lora.config import LoRAConfig
+from step.micro_step import MicroStep, Policy
 
 CUDA = torch.device("cuda")
 # of two rows: windows of 8 are shorter than some; a single token teaches nothing

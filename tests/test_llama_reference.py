@@ -10,9 +10,10 @@ from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_t
 from tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
-from llama.micro_step import MicroStep
 from llama.model import Llama, projections
 from llama.reference import reference_of
+from nf4.weight import Quantization
+from step.micro_step import MicroStep
 
 # rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
 SAMPLES = torch.tensor(
@@ -20,7 +21,7 @@ SAMPLES = torch.tensor(
 )
 
 
-def load(folder: Path, variant: str, quantization: tuple[int, bool] | None) -> Llama:
+def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama:
     """A model with an update of every projection, none of them zero."""
     model = load_tiny(folder, None, quantization, variant=variant)
     model.attach_lora(replace(LORA, target_modules=projections(model.config)), seed=0)
@@ -46,7 +47,7 @@ def results_of_autograd(
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_are_the_references(
-    tmp_path: Path, variant: str, is_packed: bool, quantization: tuple[int, bool] | None
+    tmp_path: Path, variant: str, is_packed: bool, quantization: Quantization | None
 ) -> None:
     positions = SAMPLES if is_packed else None
     ids = tokens(2, SAMPLES.shape[1] if is_packed else 40)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 import torch
 from equality import assert_equal
 from llama_peers import CPU, OUR_LORA, PEFT_LORA, Peer, tiny_peer, write_our_adapter
+from merge_cases import write_adapter
+from micro_steps import NF4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from llama.checkpoint import describe, load_model
+from checkpoint.description import describe
+from checkpoint.identity import identify
+from checkpoint.loading import load_model
+from foreign import guest
 from llama.config import read_config
-from llama.identity import identify
 from llama.model import Llama, projection_shapes, projections, update_sizes
 from lora.adapter_file import (
     CONFIG_NAME,
@@ -48,7 +53,10 @@ def adapter(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Llama:
     """The adapter's base model, with a fresh adapter of its shape."""
     model = load_model(
-        write_variant(tmp_path / "model", "grouped-query"), CPU, torch.float32, (64, True)
+        write_variant(tmp_path / "model", "grouped-query"),
+        CPU,
+        torch.float32,
+        NF4,
     )
     model.attach_lora(OUR_LORA, seed=99)
     return model
@@ -268,17 +276,22 @@ def test_saved_embedding_layers_must_be_the_bases(
     saved = {key: tensor.clone() for key, tensor in load_file(path).items()}
     save_file(saved | {f"base_model.model.{name}": layer}, path)
     base = {name: layer.to(dtype)}
-    load_adapter(adapter, model.adapter_tensors(), base)
+    load_adapter(adapter, model.adapter_tensors(), lambda: base)
     for key, tensor in model.adapter_tensors().items():
         assert_equal(tensor, saved[f"base_model.model.{key}"], key)
     message = re.escape(f"{path}: {name} must equal the base's, which alone is used: ")
-    for given in ({}, None):
-        with pytest.raises(ValueError, match=f"{message}there is none to compare with; if the"):
-            load_adapter(adapter, model.adapter_tensors(), given)
+    with pytest.raises(ValueError, match=f"{message}there is none to compare with; if the"):
+        load_adapter(adapter, model.adapter_tensors())
     base[name][-1, -1] += 1
-    for other in (base[name], base[name][:-1]):
+    for other in (base, {name: base[name][:-1]}):
         with pytest.raises(ValueError, match=f"{message}it differs; if the base's embeddings"):
-            load_adapter(adapter, model.adapter_tensors(), {name: other})
+            load_adapter(adapter, model.adapter_tensors(), lambda: other)  # noqa: B023
+
+
+def test_without_embedding_layers_those_of_the_base_are_not_read(
+    adapter: Path, model: Llama
+) -> None:
+    load_adapter(adapter, model.adapter_tensors(), lambda: pytest.fail("gigabytes were read"))
 
 
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -309,3 +322,67 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_copied(
     assert str(adapter / WEIGHTS_NAME) in str(raised.value)
     for name, tensor in model.adapter_tensors().items():
         assert_equal(tensor, before[name], name)
+
+
+NONE = {"x": torch.zeros(1)}
+PATHS = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(32) for name in "qkvo"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "([a-z_.0-9]+)+X"},
+        {"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*(.*)*X"},
+        {"exclude_modules": "(.|[a-z_.0-9])*X"},
+        {"target_modules": ["q_proj"], "rank_pattern": {"([a-z_.0-9]+)+X": 8}},
+        {"target_modules": ["q_proj"], "alpha_pattern": {"(.+)+(.+)+X": 8}},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0],
+            "layers_pattern": ["([a-z_.]+)+([a-z_.0-9]+)+X"],
+        },
+    ],
+    ids=lambda value: next(reversed(value)),
+)
+def test_a_pattern_that_backtracks_for_ever_is_refused(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "SECONDS", 0.5)
+    write_adapter(tmp_path / "a", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, NONE)
+    change_config(tmp_path / "a", **changes)
+    config = read_adapter_config(tmp_path / "a")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the adapter's patterns of modules must come to an end"):
+        update_sizes(config, PATHS)
+    # of a machine that others use as well
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x" * 10_001, "at most 10,000 characters: got 10,001"),
+        ("(" * 5000 + ")" * 5000, "must be a regular expression"),
+        ("a{99999999999999999999}", "must be a regular expression"),
+        ("(?P<a>", "must be a regular expression"),
+    ],
+    ids=["long", "deep", "many", "open"],
+)
+def test_a_pattern_beyond_reason_is_refused(pattern: str, message: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", {"r": 4, "lora_alpha": 8, "target_modules": pattern}, NONE)
+    with pytest.raises(ValueError, match=rf"adapter_config.json: .*{message}"):
+        read_adapter_config(tmp_path / "a")
+
+
+def test_names_alone_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.model.in_guest", lambda *_: pytest.fail("it was forked"))
+    for targets in (("q_proj",), "all-linear"):
+        assert update_sizes(LoRAConfig(4, 8, 0.0, targets), PATHS)
+
+
+def test_patterns_find_in_a_process_what_they_find_here() -> None:
+    config = LoRAConfig(4, 8, 0.0, r".*\.[0-4]\.self_attn\.(q|v)_proj", rank_pattern={"v_proj": 2})
+    assert config.has_patterns
+    expected = {p: s for p in PATHS if (s := config.update_size(p)) is not None}
+    assert len(expected) == 10
+    assert update_sizes(config, PATHS) == expected

@@ -36,6 +36,9 @@ def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
     ("changes", "message"),
     [
         ({"r": 0}, "--lora-r must be at least 1: got 0"),
+        ({"r": 10**18}, "--lora-r must be at most 65,536: got 1000000000000000000"),
+        ({"rank_pattern": {"q_proj": 10**18}}, "--lora-r must be at most 65,536"),
+        ({"lora_alpha": 10**400}, "--lora-alpha must be positive"),
         ({"lora_alpha": 0}, "--lora-alpha must be positive: got 0"),
         ({"lora_alpha": float("nan")}, "--lora-alpha must be positive: got nan"),
         ({"lora_alpha": float("inf")}, "--lora-alpha must be positive: got inf"),

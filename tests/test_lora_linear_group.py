@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import assert_equal, assert_no_worse_than
+from micro_steps import NF4
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,7 @@ from kernels.dropout import dropout
 from lora import linear_group
 from lora.config import UpdateSize
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
-from nf4.weight import NF4Weight, dequantize, quantize
+from nf4.weight import NF4Weight, Quantization, dequantize, quantize
 from optim.adamw import AdamW
 
 CPU = torch.device("cpu")
@@ -37,7 +38,11 @@ TARGETS = {
 }
 # one member without an update between two of other ranks and factors
 MIXED = {"v_proj": UpdateSize(5, 0.25), "q_proj": UpdateSize(2, 10 / 3)}
-QUANTIZATIONS = {"unquantized": None, "nf4": (64, False), "nf4-dq": (64, True)}
+QUANTIZATIONS = {
+    "unquantized": None,
+    "nf4": Quantization(64, False),
+    "nf4-dq": NF4,
+}
 
 
 class Case(NamedTuple):
@@ -62,7 +67,7 @@ def load(group: LinearGroup, name: str, tensor: torch.Tensor) -> None:
 
 def make(
     targets: tuple[str, ...] | dict[str, UpdateSize] = NAMES,
-    quantization: tuple[int, bool] | None = None,
+    quantization: Quantization | None = None,
     has_bias: bool = True,
     dropout: float = 0.0,
     device: torch.device = CPU,
@@ -270,7 +275,7 @@ def test_members_of_other_ranks_and_factors_equal_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("is_8bit", [False, True], ids=["32bit", "8bit"])
 def test_the_room_beyond_a_members_rank_is_never_trained(is_8bit: bool, dtype: torch.dtype) -> None:
-    group = make(MIXED, (64, True), dropout=0.4, dtype=dtype).group
+    group = make(MIXED, NF4, dropout=0.4, dtype=dtype).group
     assert group.lora_A is not None
     assert group.lora_B is not None
     room_A, room_B = group.lora_A[2:5], group.lora_B[: ROWS[0], 2:]
@@ -317,7 +322,7 @@ def test_a_product_by_the_packed_weight_equals_float64(
 ) -> None:
     # what a GPU does with few rows
     monkeypatch.setattr(LinearGroup, "_decodes_inside", lambda *_: True)
-    case = make(TARGETS[targets], (64, True), has_bias)
+    case = make(TARGETS[targets], NF4, has_bias)
     x, grad_y = draw(3)
     out = case.group.empty_output(3, x)[:, : sum(ROWS)] if has_out else None
     assert_equal_to_float64(case, x, grad_y, out=out)
@@ -325,12 +330,12 @@ def test_a_product_by_the_packed_weight_equals_float64(
 
 @pytest.mark.parametrize("targets", ["first", "outer", "all"])
 def test_gradients_are_added_to_what_there_is(targets: str) -> None:
-    assert_equal_to_float64(make(TARGETS[targets], (64, True)), *draw(), start=3.0)
+    assert_equal_to_float64(make(TARGETS[targets], NF4), *draw(), start=3.0)
 
 
 @pytest.mark.parametrize("targets", ["first", "outer", "all"])
 def test_dropout_is_on_the_updates_input_alone(targets: str) -> None:
-    case = make(TARGETS[targets], (64, True), dropout=0.4)
+    case = make(TARGETS[targets], NF4, dropout=0.4)
     x, grad_y = draw()
     seed = seed_on(CPU)
     # the one mask that all members share
@@ -432,7 +437,7 @@ def test_tails_hold_h_and_its_gradient(targets: str, dropout: float) -> None:
 
 @torch.no_grad()
 def test_an_expanded_weight_has_its_updates_behind_it() -> None:
-    case = make(TARGETS["outer"], (64, True))
+    case = make(TARGETS["outer"], NF4)
     group, K, N = case.group, IN_FEATURES, sum(ROWS)
     W_ext = group.expand(torch.float32)
     assert W_ext.shape == (N + TAIL_MULTIPLE, K + TAIL_MULTIPLE)
@@ -477,7 +482,7 @@ def test_a_tail_is_a_whole_number_of_vectors(rank: int, num_targets: int, tail: 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("targets", ["none", "outer"])
 def test_an_output_may_be_part_of_wider_rows(targets: str, has_bias: bool) -> None:
-    group = make(TARGETS[targets], (64, True), has_bias).group
+    group = make(TARGETS[targets], NF4, has_bias).group
     x, grad_y = draw()
     wide = torch.full((NUM_TOKENS, sum(ROWS) + 3), torch.nan)
     passed = run(group, x, grad_y, out=wide[:, : sum(ROWS)])
@@ -502,7 +507,7 @@ def products() -> Iterator[list[tuple[tuple[int, ...], ...]]]:
 
 @pytest.mark.parametrize("targets", ["none", "first", "outer", "all"])
 def test_an_input_without_gradient_costs_no_product(targets: str) -> None:
-    group = make(TARGETS[targets], (64, True), dropout=0.4).group
+    group = make(TARGETS[targets], NF4, dropout=0.4).group
     x, grad_y = draw()
     expected = run(group, x, grad_y, seed_on(CPU))
     with products() as found:
@@ -522,7 +527,7 @@ def test_an_input_without_gradient_costs_no_product(targets: str) -> None:
 
 @pytest.mark.parametrize("targets", ["none", "all"])
 def test_base_and_updates_share_each_product(targets: str) -> None:
-    group = make(TARGETS[targets], (64, True)).group
+    group = make(TARGETS[targets], NF4).group
     M, N, K, T = NUM_TOKENS, sum(ROWS), IN_FEATURES, group.tail
     with products() as found:
         run(group, *draw())
@@ -581,7 +586,7 @@ def test_what_is_kept_as_it_is_has_a_home() -> None:
 
 def test_a_bias_keeps_its_dtype_beside_a_quantized_weight() -> None:
     group = LinearGroup(("o_proj",), (8,), 64, has_bias=True)
-    group.allocate(CPU, None, torch.float16, (64, True))
+    group.allocate(CPU, None, torch.float16, NF4)
     bias: Any = torch.randn(8).half()
     load(group, "o_proj.weight", torch.randn(8, 64))
     load(group, "o_proj.bias", bias)

@@ -20,10 +20,12 @@ from torch import Tensor
 import merge
 import quantize
 import train
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
 from data.tokenizer import Tokenizer
-from llama.checkpoint import INDEX_NAME, load_model
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
+from nf4.weight import Quantization
 from run.config import TrainConfig, to_json
 
 ROOT = Path(merge.__file__).parent
@@ -86,7 +88,7 @@ def read_text(model: Llama, text: Path) -> Read:
     return Read(math.exp(torch.cat(losses).mean()), torch.cat(logits))
 
 
-def with_adapter(adapter: Path, quantization: tuple[int, bool] | None) -> Llama:
+def with_adapter(adapter: Path, quantization: Quantization | None) -> Llama:
     model = load_model(MODEL, CPU, torch.float32, quantization)
     model.attach_lora(read_adapter_config(adapter), seed=0)
     load_adapter(adapter, model.adapter_tensors())
@@ -106,7 +108,7 @@ def test_the_report_on_a_text_is_what_the_models_make_of_it(
     output = run(adapter, "--text", text, "--base", base)
     said = capsys.readouterr().out
     table = table_of(said)
-    trained = read_text(with_adapter(adapter, (64, True)), text)
+    trained = read_text(with_adapter(adapter, Quantization(64, True)), text)
     models = {
         "base": read_text(load_model(MODEL, CPU, torch.float32, None), text),
         "merged": read_text(load_model(output, CPU, torch.float32, None), text),
@@ -357,6 +359,7 @@ def test_every_flag_that_is_a_path_knows_the_home_folder(
 # says when all weights are written, and waits before the rest is
 WAITING = """
 import sys, time, merge
+from nf4.weight import Quantization
 def wait(*paths):
     print("written", flush=True)
     time.sleep(600)

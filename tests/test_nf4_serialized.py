@@ -1,5 +1,5 @@
 """nf4/serialized.py: the JSON, the names and the bytes; what bitsandbytes makes of them is tested
-in test_llama_stored_nf4.py."""
+in test_checkpoint_stored_nf4.py."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ from nf4.serialized import (
     serialize,
     stored_buffers,
 )
-from nf4.weight import dequantize, empty_weight, quantize
+from nf4.weight import Quantization, dequantize, empty_weight, quantize
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -46,7 +46,7 @@ def test_a_weight_survives_being_stored(shape: tuple[int, int], double_quant: bo
     stored = serialize(weight, torch.float32)
     state = parse_state(bytes(stored[STATE].tolist()), "x")
     assert (state.shape, state.dtype) == (shape, "float32")
-    assert state.quantization == (64, double_quant)
+    assert state.quantization == Quantization(64, double_quant)
     assert_equal(stored[".quant_map"], LEVELS)
     if double_quant:
         assert_equal(stored[".nested_quant_map"], DYNAMIC_MAP)

@@ -1,6 +1,6 @@
 """quantize.py: what it writes, how much it holds meanwhile, and what it refuses.
 
-That bitsandbytes reads its weights is tested in test_llama_stored_nf4.py.
+That bitsandbytes reads its weights is tested in test_checkpoint_stored_nf4.py.
 """
 
 import json
@@ -14,19 +14,22 @@ import torch
 from equality import assert_equal
 from live_bytes import LiveBytes
 from llama_peers import CPU
+from micro_steps import NF4
 from safetensors.torch import load_file
 from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 
-import llama.quantized_copy
+import checkpoint.quantized_copy
 import quantize
 import train
-from job.checkpoint import follow_checkpoint
-from job.job import BUNDLED
-from llama.checkpoint import INDEX_NAME, load_model, stored_quantization
-from llama.quantized_copy import plan_quantized_copy, write_quantized_copy
-from llama.shard_writer import PlannedTensor, split_into_shards
+from checkpoint.description import stored_quantization
+from checkpoint.files import INDEX_NAME
+from checkpoint.loading import load_model
+from checkpoint.quantized_copy import plan_quantized_copy, write_quantized_copy
+from checkpoint.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax
-from nf4.weight import NF4Weight
+from nf4.weight import NF4Weight, Quantization
+from prepare.base import follow_checkpoint
+from prepare.job import BUNDLED
 from run.config import parse_config
 from run.folder import new_output
 
@@ -83,7 +86,7 @@ def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
         losses[name] = [row["loss"] for row in rows]
         adapters[name] = load_file(output / "adapter_model.safetensors")
         settings = json.loads((output / "config.json").read_text())
-        assert (settings["block_size"], settings["double_quant"]) == (32, False), name
+        assert (settings["block_size"], settings["double_quant"]) == Quantization(32, False), name
     assert losses["copy"] == losses["source"]
     for name, tensor in adapters["source"].items():
         assert_equal(adapters["copy"][name], tensor, name)
@@ -112,7 +115,7 @@ def test_flags_that_agree_with_a_copy_are_accepted(tmp_path: Path, flags: str) -
     copy = run(MODEL, tmp_path / "copy", "--block-size 32")
     config = parse_config(f"--model {copy} --data x {flags}".split(), {})
     config = follow_checkpoint(config, copy)
-    assert train.quantization_of(config) == (32, True)
+    assert train.quantization_of(config) == Quantization(32, True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -122,8 +125,8 @@ def test_dtype_is_that_of_what_is_not_quantized(tmp_path: Path, dtype: str) -> N
     config = json.loads((copy / "config.json").read_text())
     assert config["torch_dtype"] == dtype
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == dtype
-    model = load_model(copy, CPU, getattr(torch, dtype), (64, True))
-    expected = load_model(source, CPU, torch.float32, (64, True))
+    model = load_model(copy, CPU, getattr(torch, dtype), NF4)
+    expected = load_model(source, CPU, torch.float32, NF4)
     for (name, ours), (_, theirs) in zip(
         model.named_parameters(), expected.named_parameters(), strict=True
     ):
@@ -139,16 +142,18 @@ def test_dtype_is_that_of_what_is_not_quantized(tmp_path: Path, dtype: str) -> N
 
 def test_a_large_copy_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        llama.quantized_copy, "split_into_shards", lambda units: split_into_shards(units, 30_000)
+        checkpoint.quantized_copy,
+        "split_into_shards",
+        lambda units: split_into_shards(units, 30_000),
     )
     source = write_checkpoint(tmp_path / "source", FIELDS, random_tensors(FIELDS), num_shards=3)
     copy = run(source, tmp_path / "copy")
     shards = list(copy.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert (copy / INDEX_NAME).is_file()
-    assert stored_quantization(copy) == (64, True)
-    ours = load_model(copy, CPU, torch.float32, (64, True)).logits(torch.arange(9)[None])
-    theirs = load_model(source, CPU, torch.float32, (64, True)).logits(torch.arange(9)[None])
+    assert stored_quantization(copy) == NF4
+    ours = load_model(copy, CPU, torch.float32, NF4).logits(torch.arange(9)[None])
+    theirs = load_model(source, CPU, torch.float32, NF4).logits(torch.arange(9)[None])
     assert_equal(ours, theirs)
 
 
@@ -162,7 +167,7 @@ def test_writing_holds_a_tensor_at_a_time(tmp_path: Path) -> None:
         "num_key_value_heads": 4,
     }
     source = write_checkpoint(tmp_path / "a", fields, random_tensors(fields, torch.bfloat16))
-    copy = plan_quantized_copy(source, (64, True), None)
+    copy = plan_quantized_copy(source, NF4, None)
     (tmp_path / "b").mkdir()
     with LiveBytes() as live:
         write_quantized_copy(copy, tmp_path / "b", CPU, lambda done, total: None)
@@ -212,7 +217,7 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(tmp_path: Path, name: st
 
 def test_a_source_that_is_cut_while_it_is_read_leaves_nothing_behind(tmp_path: Path) -> None:
     source = write_variant(tmp_path / "source", "grouped-query")
-    copy = plan_quantized_copy(source, (64, True), None)
+    copy = plan_quantized_copy(source, NF4, None)
     os.truncate(source / "model.safetensors", 1 << 14)
     with (
         pytest.raises(ValueError, match="it was truncated while it was read, download it again"),
@@ -264,7 +269,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_size_is_known_before_a_weight_is_read(tmp_path: Path) -> None:
     source = write_variant(tmp_path / "source", "qwen2", torch.bfloat16)
-    plan = plan_quantized_copy(source, (64, True), None)
+    plan = plan_quantized_copy(source, NF4, None)
     copy = run(source, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     assert plan.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -285,7 +290,7 @@ def test_cuda_quantizes_as_it_does_while_it_loads(
     source = write_checkpoint(tmp_path / "source", fields, random_tensors(fields, dtype))
     flags = "--device cuda" + ("" if double_quant else " --no-double-quant")
     copy = run(source, tmp_path / "copy", flags)
-    cuda, quantization = torch.device("cuda"), (64, double_quant)
+    cuda, quantization = torch.device("cuda"), Quantization(64, double_quant)
     expected = load_model(source, cuda, dtype, quantization)
     for device in (CPU, cuda):
         actual = load_model(copy, device, dtype, quantization)

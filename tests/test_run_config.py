@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from run.config import TrainConfig, build_parser, differences, parse_config, read_fields, to_json
 
@@ -45,11 +46,27 @@ def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
         ("--max-length 1", "--max-length must be at least 2, or 0"),
         ("--max-steps -5", "--max-steps must be at least 0"),
         ("--epochs 0", "--epochs must be positive"),
+        (f"--max-steps {10**400}", r"--max-steps must be less than 2\^63: got 1000"),
+        (f"--lora-r {1 << 63}", r"--lora-r must be less than 2\^63: got 92233720"),
+        (
+            "--seed 18446744073709551616",
+            r"--seed must be in \[-2\^63, 2\^64\): got 1844674407370955",
+        ),
+        (
+            "--seed -9223372036854775809",
+            r"--seed must be in \[-2\^63, 2\^64\): got -922337203685477",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(line: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse(line)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**64 - 1])
+def test_a_seed_that_is_taken_draws_an_adapter(seed: int) -> None:
+    assert parse(f"--seed {seed}").seed == seed
+    torch.Generator().manual_seed(seed)
 
 
 def test_every_flag_that_is_a_path_knows_the_home_folder(

@@ -1,7 +1,6 @@
 """run/model_card.py: the hub reads its front matter, which is PEFT's; its figures are the run's."""
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,12 +29,21 @@ ROWS = [
     row(2, 2000, 900, 1, loss=1.0, tokens_per_second=500.0),
     row(3, 3500, 1200, 1, loss=1.25, eval_loss=2.0, tokens_per_second=300.0),
 ]
-HUB: dict[str, Any] = {"model": "owner/base-1B", "data": "/somewhere/private/chats.jsonl"}
+FLAGS: dict[str, Any] = {"model": "/somewhere/else", "data": "/somewhere/private/chats.jsonl"}
+FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"]
 
 
-def card_of(rows: list[Row] = ROWS, **changes: Any) -> tuple[dict[str, Any], str]:
+def card_of(
+    rows: list[Row] = ROWS,
+    base: str = "owner/base-1B",
+    files: list[str] = FILES,
+    *,
+    is_on_hub: bool = True,
+    **changes: Any,
+) -> tuple[dict[str, Any], str]:
     """The front matter as the hub parses it, and the text after it."""
-    card = ModelCard(model_card(TrainConfig(**(HUB | changes)), rows))
+    config = TrainConfig(**(FLAGS | changes))
+    card = ModelCard(model_card(config, rows, files, base, is_on_hub=is_on_hub))
     return card.data.to_dict(), card.text
 
 
@@ -56,20 +64,47 @@ def test_qlora_has_a_tag_of_its_own() -> None:
 
 
 def test_a_revision_is_no_part_of_the_hubs_id() -> None:
-    ours, text = card_of(model="owner/base-1B@v2")
+    ours, text = card_of(base="owner/base-1B@v2")
     assert ours["base_model"] == "owner/base-1B"
     assert "base_model:adapter:owner/base-1B" in ours["tags"]
     assert "python merge.py --model owner/base-1B@v2 --adapter" in text
+    assert "base_model_name_or_path" not in text
 
 
-def test_a_base_model_from_the_disk_is_not_given_to_the_hub(tmp_path: Path) -> None:
-    folder = tmp_path / "private" / "my base"
-    folder.mkdir(parents=True)
-    ours, text = card_of(model=str(folder))
+def test_a_base_model_from_the_disk_is_not_given_to_the_hub() -> None:
+    ours, text = card_of(base="my base", is_on_hub=False)
     assert "base_model" not in ours
     assert ours["tags"] == ["lora", "qlora", "transformers"]
     assert "# LoRA adapter for my base\n" in text
-    assert "private" not in text
+    assert "python merge.py --model path/to/the/base --adapter" in text
+    # who has the adapter alone reads what to do about it
+    assert "The base model was read from a folder of that name: write the folder's place" in text
+
+
+def test_the_card_names_the_adapters_files() -> None:
+    _, text = card_of()
+    assert "adapter_config.json, adapter_model.safetensors, tokenizer.json and this card" in text
+    # what is not pushed is not spoken of
+    assert not {"config.json has", "metrics.jsonl"} & set(text.split("`"))
+
+
+def test_no_name_is_more_than_text_in_the_card() -> None:
+    name = "a\n---\nlicense: mit\n# b<img src=x onerror=y>|[c](d)`e`*f*&\x1b"
+    shown = r"a\\n---\\nlicense: mit\\n# b&lt;img src=x onerror=y&gt;\|\[c\](d)\`e\`\*f\*&amp;\\x1b"
+    ours, text = card_of(
+        base=name, is_on_hub=False, files=[name], data=f"/x/{name}", text_field=name
+    )
+    plain, _ = card_of(is_on_hub=False)
+    assert ours == plain
+    for line in (
+        f"# LoRA adapter for {shown}",
+        f"{shown} and this card.",
+        f"| `--data` | {shown} |",
+        f"| `--text-field` | {shown} |",
+    ):
+        assert f"\n{line}\n" in text
+    for mark in ("<img", "\x1b", "\nlicense"):
+        assert mark not in text
 
 
 def test_the_figures_are_those_of_the_run() -> None:

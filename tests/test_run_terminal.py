@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from job.job import BUNDLED
+from prepare.job import BUNDLED
 from run.terminal import AsIs, escaped, guard_output, one_line, without_secrets
+from run.watching import Watching
 
 # a title, a cleared screen, a line written over, a colour of C1, text turned round, text unseen
 ATTACK = "\x1b]0;owned\x07\x1b[2J\rerror: none\x9b31m\x7f\u202e\u200b"
@@ -393,6 +394,14 @@ def test_no_command_prints_megabytes(tmp_path: Path, capsys: Capture) -> None:
     text = command(capsys, *train(tmp_path, model=model))
     assert text.startswith("error: ")
     assert "characters more) ..." in text
+    assert len(text) < 2_500
+
+
+def test_no_library_that_watches_makes_a_message_long(capsys: Capture) -> None:
+    with Watching("a tracker", print):
+        raise ValueError("x" * 5_000_000)
+    text = said(capsys)
+    assert text.startswith("a tracker has failed, the run goes on without it: xxx")
     assert len(text) < 2_500
 
 

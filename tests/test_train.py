@@ -16,18 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import write_adapter
 from micro_steps import in_runs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
+from checkpoint.loading import load_model
 from data.batches import collate, epoch_order
 from data.packing import collate_packed
 from data.samples import Sample
-from job.job import BUNDLED
-from llama.checkpoint import load_model
-from llama.micro_step import MicroStep
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from optim.adamw import AdamW
+from prepare.job import BUNDLED
 from run.ranks import Ranks
+from step.micro_step import MicroStep
 
 FEW = (
     "--device cpu --batch-size 2 --gradient-accumulation-steps 2 --max-steps 4 --lora-r 4 "
@@ -154,7 +155,7 @@ def trained() -> tuple[MicroStep, AdamW]:
 )
 def test_micro_batches_of_all_ranks_add_up_to_the_gradient_of_the_whole_window(
     trained: tuple[MicroStep, AdamW],
-    samples: list[list[tuple[int, bool]]],
+    samples: list[list[Quantization]],
     batch_size: int,
     num_ranks: int,
     packed: bool,
@@ -569,6 +570,25 @@ def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> N
         run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
     first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
     assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
+
+
+def test_an_adapter_with_the_bases_embeddings_goes_on_and_with_others_does_not(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, "", "first")
+    expected = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "second")
+    path = tmp_path / "first" / "adapter_model.safetensors"
+    saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    embeddings = load_file(BUNDLED / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    # as PEFT saves them where the vocabulary was resized
+    saved["base_model.model.model.embed_tokens.weight"] = embeddings.clone()
+    save_file(saved, path)
+    rows = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    saved["base_model.model.model.embed_tokens.weight"][0, 0] += 1
+    save_file(saved, path)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight must equal the base's"):
+        run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "fourth")
 
 
 def test_an_adapter_with_patterns_goes_on_with_them(tmp_path: Path) -> None:

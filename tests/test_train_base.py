@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from train_process import train_ranks
 
-import job.job
+import prepare.job
 import quantize
 import train
-from job.job import BUNDLED
-from llama.checkpoint import describe
-from llama.identity import Identity, identify
+from checkpoint.description import describe
+from checkpoint.identity import Identity, identify
+from prepare.job import BUNDLED
 from run.checkpoint import MANIFEST_FILE, STATE_FILE
 
 WEIGHTS = "model.safetensors"
@@ -132,7 +132,7 @@ def test_a_state_without_a_base_goes_on_unchecked_and_says_so(
 def test_a_plan_reads_no_weight(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.checkpoint.identify", lambda _: pytest.fail("read"))
+    monkeypatch.setattr("prepare.base.identify", lambda _: pytest.fail("read"))
     train.main([*flags(tmp_path, "--plan"), "--output", str(tmp_path / "out")])
 
 
@@ -149,7 +149,7 @@ def test_ranks_with_different_bases_do_not_begin(tmp_path: Path, model: Path) ->
 def find_another() -> None:
     """Let the second rank find other files under the same name."""
     if os.environ["RANK"] == "1":
-        setattr(job.job, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
+        setattr(prepare.job, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
 
 
 def test_an_adapter_names_its_base(output: Path, model: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_train import BUNDLED, FEW, rows_of, small_data
 
 import train
@@ -48,6 +50,22 @@ def test_it_is_said_which_files_are_read_and_that_a_template_is_another_models(
     assert said.splitlines()[0] == f"--data: reading {data}"
     warning = "warning: the chat template .*other.jinja has marks that are no tokens of this "
     assert re.search(rf"{warning}tokenizer: <\|two\|> is \d tokens; records .* it: 3;", said), said
+
+
+def test_a_chat_token_that_a_base_model_was_never_trained_on_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(BUNDLED / "model", tmp_path / "base"))
+    end = Tokenizer.from_folder(model).added_ids["<|im_end|>"]
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][end] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    data = small_data(tmp_path)
+    line = f"--model {model} --data {data} --output {tmp_path / 'out'} --inspect 1 --device cpu"
+    train.main(line.split())
+    said = capsys.readouterr().out
+    assert re.search(r"warning: .*never trained on, .* equal: <\|im_end\|>; records", said), said
 
 
 def test_fields_are_lost_only_where_a_flag_names_them(tmp_path: Path) -> None:

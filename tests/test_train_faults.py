@@ -14,24 +14,27 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 import weakref
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from micro_steps import in_runs
 from test_run_folder import rewrite_state
-from train_process import ROOT, TrainProcess
+from train_process import DEADLINE_S, ROOT, TrainProcess
 
 import train
 from data.tokenizer import Tokenizer
-from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
 from run.signals import StopRequest
+from step.micro_step import MicroStep
 
 NUM_STEPS = 30
 NUM_KILLS = 20
@@ -205,6 +208,43 @@ def test_asked_twice_it_stops_at_once(tmp_path: Path) -> None:
     assert said.endswith("interrupted: what is not in a checkpoint is lost\n")
     assert "Traceback" not in said
     assert last_step(output) == 0
+
+
+def follow_slowly() -> None:
+    """Let the tracker wandb take long at the end of a run, and its thread at the exit."""
+
+    def wait(what: str) -> None:
+        print(what, flush=True)
+        time.sleep(DEADLINE_S)
+
+    def leave() -> None:
+        threading.main_thread().join()
+        wait("the tracker leaves")
+
+    tracker: Any = ModuleType("wandb")
+    tracker.__spec__ = ModuleSpec("wandb", None)
+    tracker.init = lambda **given: tracker
+    tracker.log = lambda figures, step: None
+    tracker.finish = lambda: wait("the tracker sends")
+    sys.modules["wandb"] = tracker
+    threading.Thread(target=leave).start()
+
+
+def test_ctrl_c_at_a_trackers_end_costs_the_tracker_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    given = flags(tmp_path, "--max-steps", "2", "--report-to", "wandb")
+    process = TrainProcess(output, *given, before=follow_slowly)
+    process.wait_until(lambda: "the tracker sends" in process.said())
+    os.kill(process.pid, signal.SIGINT)
+    process.wait_until(lambda: "the tracker leaves" in process.said())
+    os.kill(process.pid, signal.SIGINT)
+    code, said = process.finish()
+    assert code == -signal.SIGINT, said
+    assert "--report-to wandb is left out: interrupted\n" in said
+    assert "Traceback" not in said
+    assert "lost" not in said
+    for name in (ADAPTER, "README.md", "loss.png"):
+        assert (output / name).is_file(), name
 
 
 def limit_files(process: TrainProcess, size: int) -> None:

@@ -1,11 +1,16 @@
-"""train.py with nothing but hub ids, as a process, against a hub on 127.0.0.1."""
+"""train.py with nothing but hub ids, as a process, against a hub on 127.0.0.1; and what leaves for
+the hub of a run with a base from the disk."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 from hub_server import TOKEN, Repository, files_of, serving
+
+import train
 
 BUNDLED = ROOT / "bundled"
 FEW = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --max-steps 2 --lora-r 4"
@@ -31,7 +36,12 @@ def test_model_and_data_come_from_the_hub_and_the_adapter_goes_there(tmp_path: P
         fetched = hub.downloads()
         assert sorted(fetched) == sorted([*files_of(BUNDLED / "model"), "train.jsonl"])
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= pushed.files.keys()
-    assert not {"metrics.jsonl", "config.json"} & pushed.files.keys()
+    # what the card names, and nothing else
+    card = pushed.files["README.md"].decode()
+    named = card.partition("The adapter's files are\n")[2].partition(" and this card")[0]
+    assert sorted([*named.split(", "), "README.md"]) == sorted(pushed.files)
+    assert hub.messages == ["LoRA of owner/base@v1 after 2 steps"]
+    assert not (output / "hub").exists()
     for name, content in pushed.files.items():
         assert (output / name).read_bytes() == content, name
     # and back
@@ -105,3 +115,110 @@ def test_a_data_set_of_parquet_files_is_read_split_by_split(tmp_path: Path) -> N
     shown = [line.partition("[[")[2] for line in done.stdout.splitlines() if "[[" in line]
     texts = [text.partition("<")[0] for text in shown if not text.startswith("what is learned")]
     assert texts == ["one", "two", "three", "four"]
+
+
+def train_and_push(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, model: Path, *flags: str, refused: bool = False
+) -> tuple[dict[str, bytes], str]:
+    """Run with data that lies in a folder: what would be pushed, and the commit's message."""
+    sent: list[tuple[dict[str, bytes], str]] = []
+
+    def push(pushed: Path, repository: str, message: str) -> str:
+        sent.append((files_of(pushed), message))
+        if refused:
+            raise ConnectionError("the hub refused")
+        return "an address"
+
+    monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
+    monkeypatch.setattr("train.push_folder", push)
+    data = folder / "data.jsonl"
+    shutil.copyfile(BUNDLED / "eval.jsonl", data)
+    given = ["--model", str(model), "--data", str(data), "--output", str(folder / "out")]
+    train.main([*given, "--push-to-hub", "owner/adapter", *FEW.split(), *flags])
+    (found,) = sent
+    return found
+
+
+@pytest.fixture
+def private_base(tmp_path: Path) -> Path:
+    base = tmp_path / "private" / "my base"
+    shutil.copytree(BUNDLED / "model", base)
+    return base
+
+
+def test_no_path_of_the_disk_leaves_with_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    shutil.copyfile(ROOT / "data" / "templates" / "chatml.jinja", template)
+    monkeypatch.chdir(private_base.parent)
+    flags = ("--eval-data", str(tmp_path / "data.jsonl"), "--chat-template", str(template))
+    files, message = train_and_push(monkeypatch, tmp_path, Path("my base"), *flags)
+    assert message == "LoRA of my base after 2 steps"
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+        assert b"private" not in content, name
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "my base"
+    # but here PEFT finds the base from any folder, and Quatrain reads the rest as it is
+    output = tmp_path / "out"
+    kept = json.loads((output / "adapter_config.json").read_bytes())
+    assert kept["base_model_name_or_path"] == str(private_base)
+    assert kept | {"base_model_name_or_path": "my base"} == json.loads(files["adapter_config.json"])
+    for name in files.keys() - {"adapter_config.json"}:
+        assert (output / name).read_bytes() == files[name]
+
+
+def test_a_base_that_lies_in_the_hubs_cache_leaves_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
+) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    private_base.rename(snapshot)
+    files, message = train_and_push(monkeypatch, tmp_path, snapshot)
+    described = json.loads(files["adapter_config.json"])
+    assert described["base_model_name_or_path"] == "owner/base"
+    assert described["revision"] == "0123abcd"
+    assert message == "LoRA of owner/base@0123abcd after 2 steps"
+    assert b"\nbase_model: owner/base\n" in files["README.md"]
+
+
+def test_a_base_that_is_gone_at_the_end_does_not_become_an_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
+) -> None:
+    save = train.save_results
+    # a relative path that is written like an id
+    base = private_base.rename(private_base.parent / "base")
+
+    def save_then_lose(*given: Any) -> list[str]:
+        names = save(*given)
+        shutil.rmtree(base)
+        return names
+
+    monkeypatch.setattr("train.save_results", save_then_lose)
+    monkeypatch.chdir(tmp_path)
+    files, _ = train_and_push(monkeypatch, tmp_path, Path("private/base"))
+    assert b"base_model:" not in files["README.md"]
+    assert b"private" not in files["README.md"] + files["adapter_config.json"]
+
+
+def test_a_refused_push_leaves_its_files_alone_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
+) -> None:
+    files, _ = train_and_push(monkeypatch, tmp_path, private_base, refused=True)
+    left = files_of(tmp_path / "out" / "hub")
+    assert left == files
+    assert not {"data.json", "metrics.jsonl", "config.json", "samples.jsonl"} & left.keys()
+    assert not any("checkpoint" in name for name in left)
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["listening", "closed"])
+def test_a_password_in_the_hubs_address_is_not_printed(tmp_path: Path, is_there: bool) -> None:
+    with serving(models__owner__gated=Repository({}, is_gated=True)) as hub:
+        address = hub.url if is_there else "http://127.0.0.1:9"
+        secret = {"HF_ENDPOINT": address.replace("//", "//me:pa%40ssword@"), "HF_TOKEN": TOKEN}
+        flags = f"--model owner/gated --data owner/verses {FEW}"
+        done = hub.run(["train.py", *flags.split()], tmp_path, **secret)
+    assert done.returncode == 1
+    assert "http://***@127.0.0.1" in done.stderr
+    for word in ("pa%40ssword", "pa@ssword", TOKEN):
+        assert word not in done.stdout + done.stderr

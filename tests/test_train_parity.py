@@ -9,17 +9,18 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 import torch
+from micro_steps import NF4
 from peer_process import run_peer
 from torch import Tensor
 
 import train
-from job.job import BUNDLED
-from llama.checkpoint import load_model
+from checkpoint.loading import load_model
 from llama.model import PROJECTIONS, Llama
 from lora.adapter_file import load_adapter, save_adapter
 from lora.config import LoRAConfig
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, member
+from prepare.job import BUNDLED
 
 SCRIPT = Path(__file__).with_name("qlora_peer.py")
 NUM_STEPS, NUM_MICRO, BATCH_SIZE = 20, 2, 2
@@ -28,7 +29,7 @@ LORA = LoRAConfig(8, 16.0, 0.0, PROJECTIONS)
 
 
 def quantized_model(checkpoint: Path) -> Llama:
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32, (64, True))
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32, NF4)
     model.attach_lora(LORA, seed=7)
     return model
 

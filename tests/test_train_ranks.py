@@ -18,9 +18,9 @@ from micro_steps import in_runs
 from train_process import ROOT, TrainProcess, train_ranks
 
 import train
-from llama.micro_step import MicroStep
 from optim.adamw import AdamW
 from run.checkpoint import list_checkpoints
+from step.micro_step import MicroStep
 
 ADAPTER = "adapter_model.safetensors"
 CLOCK = ("tokens_per_second", "peak_memory_bytes")

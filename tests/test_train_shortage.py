@@ -14,13 +14,13 @@ from test_train_faults import ADAPTER, assert_equals, flags, last_step
 from test_train_ranks import flags as rank_flags
 from train_process import TrainProcess, train_ranks
 
-import llama.checkpoint
+import checkpoint.loading
 import llama.generation
 import train
 from kernels.launch import KernelDoesNotFit
-from llama.decoder_layer import DecoderLayer
-from llama.micro_step import MicroStep
+from llama.layer import DecoderLayer
 from optim.adamw import AdamW
+from step.micro_step import MicroStep
 
 # what an allocator says, and what CUDA's runtime says of memory that torch's allocator has not
 ALLOCATOR = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -235,7 +235,7 @@ def test_memory_that_ends_on_one_rank_before_step_1_is_known_to_all(tmp_path: Pa
 
 def refuse_second_ranks_model() -> None:
     if os.environ["RANK"] == "1":
-        at_call(1, functools.partial(refuse, ALLOCATOR), llama.checkpoint, "load_model")
+        at_call(1, functools.partial(refuse, ALLOCATOR), checkpoint.loading, "load_model")
 
 
 def end_on_second_rank(place: str, number: int) -> None:

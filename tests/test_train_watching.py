@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import run.log
 import train
-from job.job import BUNDLED
-from llama.micro_step import MicroStep
 from optim.adamw import AdamW
+from prepare.job import BUNDLED
 from run.metrics import Progress
+from step.micro_step import MicroStep
 
 ADAPTER = "adapter_model.safetensors"
 CLOCK = ("tokens_per_second", "peak_memory_bytes")
@@ -338,7 +338,7 @@ def test_what_only_watches_costs_no_byte_of_a_result(
 ) -> None:
     plain = train_small(tmp_path, "", "plain")
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
-    monkeypatch.setattr("job.job.check_push", lambda repository: None)
+    monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
     monkeypatch.setattr("train.push_folder", lambda *args: "an address")
     monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
     where, how, words = DECORATIONS[place]

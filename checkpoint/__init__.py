@@ -1,0 +1,1 @@
+"""A checkpoint folder: opened, loaded, stored in NF4, merged, written."""

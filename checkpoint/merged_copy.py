@@ -1,0 +1,204 @@
+"""A checkpoint with an adapter's updates merged into its weights, one tensor at a time.
+
+    W' = round(W + s B A)        W as stored, or what NF4 makes of it
+
+Every file of weights is written again under its name: its header byte for byte, then the tensors in
+their order, so shards, index, names, dtypes and metadata are those of the input. What is held is
+one tensor, as stored and, where NF4 stands in, in float32; and a few of its rows in float32.
+
+Rounding to 16 bits takes a part of an update away: of a weight that the update moves by less than
+half a unit in the last place, all of it. How much is counted. PEFT's merge_and_unload holds the
+whole model, and says nothing of it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint.loading import Report
+from checkpoint.shard_reader import StoredTensor, read_header
+from kernels.nf4_dequantize import nf4_dequantize
+from kernels.nf4_quantize import nf4_quantize_member
+from llama.model import update_sizes
+from lora.adapter_file import load_adapter, read_adapter_config
+from nf4.weight import Quantization, empty_weight
+
+# of the rows that are in float32 at once
+BLOCK_ELEMENTS = 1 << 24
+COPY_BYTES = 8 << 20
+
+
+class LowRankUpdate(NamedTuple):
+    """What an adapter adds to one projection's weight: scaling * B A."""
+
+    A: Tensor  # (rank, in_features) float32
+    B: Tensor  # (rows, rank) float32
+    scaling: float
+
+
+@dataclass
+class MergeFigures:
+    """What a merge did, summed over the projections with an update.
+
+    Attributes:
+        num_changed: weights that are not what they would be without the update.
+        update_squares: of the update's values, the sum of their squares.
+        lost_squares: of what rounding took from or added to them.
+    """
+
+    num_tensors: int = 0
+    num_weights: int = 0
+    num_changed: int = 0
+    update_squares: float = 0.0
+    lost_squares: float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """The norm of the rounding error over that of the update."""
+        return math.sqrt(self.lost_squares / self.update_squares)
+
+
+def read_updates(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    read_vocabulary: Callable[[], Mapping[str, Tensor]] = dict,
+) -> dict[str, LowRankUpdate]:
+    """Read an adapter for a model with these projections.
+
+    Args:
+        read_vocabulary: as `lora.adapter_file.load_adapter`.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: it is no plain LoRA, belongs to another model, or changes nothing.
+    """
+    sizes = update_sizes(read_adapter_config(folder), shapes)
+    updates = {}
+    for path, (rank, scaling) in sizes.items():
+        rows, in_features = shapes[path]
+        A, B = torch.empty(rank, in_features), torch.empty(rows, rank)
+        updates[path] = LowRankUpdate(A, B, scaling)
+    named = {f"{path}.lora_A.weight": update.A for path, update in updates.items()}
+    named |= {f"{path}.lora_B.weight": update.B for path, update in updates.items()}
+    load_adapter(folder, named, read_vocabulary)
+    if not any(bool(update.A.any()) and bool(update.B.any()) for update in updates.values()):
+        raise ValueError(
+            f"the adapter in {folder} must change something: every lora_B or lora_A of it is zero, "
+            "as before the first step of training"
+        )
+    return updates
+
+
+def write_merged_shards(
+    stored: Iterable[StoredTensor],
+    shapes: Mapping[str, tuple[int, int]],
+    updates: Mapping[str, LowRankUpdate],
+    quantization: Quantization | None,
+    device: torch.device,
+    folder: Path,
+    report: Report = lambda done, total: None,
+) -> MergeFigures:
+    """Write the files of a checkpoint into a folder, with the updates in their weights.
+
+    Args:
+        stored: all tensors of the checkpoint.
+        shapes: of its projections.
+        quantization: by which every projection's weight is first replaced by what NF4 makes of
+            it, as it was while the adapter trained; None for those as stored.
+        device: where a tensor is merged.
+        report: called as `report(done, total)` after each tensor.
+
+    Raises:
+        ValueError: a weight is not finite, or would not be with its update.
+    """
+    figures = MergeFigures()
+    tensors = {tensor.name: tensor for tensor in stored}
+    done = 0
+    for path in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        with path.open("rb") as source, (folder / path.name).open("wb") as target:
+            for tensor in read_header(path):
+                _copy(source, target, tensor.start - source.tell())
+                projection = tensor.name.removesuffix(".weight")
+                update = updates.get(projection)
+                if update is not None or (quantization and projection in shapes):
+                    W = _read(source, tensor).to(device)
+                    merged = _merged(W, tensor.name, update, quantization, figures)
+                    target.write(merged.cpu().view(-1).view(torch.uint8).numpy().data)
+                else:
+                    _copy(source, target, tensor.num_bytes)
+                done += 1
+                report(done, len(tensors))
+    return figures
+
+
+def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
+    while num_bytes:
+        piece = source.read(min(num_bytes, COPY_BYTES))
+        if not piece:
+            raise _truncated(source)
+        target.write(piece)
+        num_bytes -= len(piece)
+
+
+def _read(source: BufferedReader, tensor: StoredTensor) -> Tensor:
+    data = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+    # a buffered file reads all there is
+    if source.readinto(data.numpy().data) != tensor.num_bytes:
+        raise _truncated(source)
+    return data.view(tensor.dtype).view(tensor.shape)
+
+
+def _truncated(source: BinaryIO) -> ValueError:
+    return ValueError(f"{source.name} was truncated while it was read; download it again")
+
+
+def _row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS // shape[1])
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _merged(
+    W: Tensor,  # (N, K) as stored
+    name: str,
+    update: LowRankUpdate | None,
+    quantization: Quantization | None,
+    figures: MergeFigures,
+) -> Tensor:  # (N, K) W's dtype
+    """Add an update to a weight, in float32 and rounded once, and count what came of it."""
+    N, K = W.shape
+    base = W
+    if quantization is not None:
+        weight = empty_weight((N,), K, *quantization, W.device)
+        nf4_quantize_member(weight, 0, W, name)
+        base = nf4_dequantize(weight, torch.float32)
+    if update is None:
+        return base.to(W.dtype)
+    A, B = update.A.to(W.device), update.B.to(W.device)
+    merged = torch.empty_like(W)
+    for rows in _row_blocks((N, K)):
+        before = base[rows].float()
+        change = (B[rows] @ A).mul_(update.scaling)
+        merged[rows] = before + change
+        if not bool(merged[rows].isfinite().all()):
+            raise ValueError(
+                f"{name} must stay finite with its update: a weight is NaN or infinite in "
+                f"{W.dtype}; the base or the adapter is damaged, or the update too large for it"
+            )
+        figures.num_changed += int((merged[rows] != base[rows].to(W.dtype)).sum())
+        figures.update_squares += _squares(change)
+        # what arrived, then what did not: both differences are exact but for float32's last bit
+        figures.lost_squares += _squares((merged[rows].float() - before).sub_(change))
+    figures.num_tensors += 1
+    figures.num_weights += W.numel()
+    return merged
+
+
+def _squares(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

@@ -1,0 +1,201 @@
+"""A checkpoint in NF4, as transformers and bitsandbytes write it, made from one that is not.
+
+    shard -> one tensor at a time -> quantized, on the device -> its place in a shard
+
+So of either checkpoint no more than a tensor is held. The linear layers of the decoder are
+quantized, each as the tensor that it is, also where a family has q, k and v in one; embeddings,
+norms, biases and the head are copied.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.description import EMBEDDINGS, META, Description, describe
+from checkpoint.files import COMPANIONS
+from checkpoint.identity import MADE_FROM, identify
+from checkpoint.loading import Report, check_finite
+from checkpoint.shard_reader import StoredTensor, read_tensor
+from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
+from foreign.json_text import read_object
+from kernels.nf4_quantize import nf4_quantize_member
+from llama.config import CONFIG_NAME
+from nf4.serialized import serialize
+from nf4.weight import NF4Weight, Quantization, empty_weight
+
+
+@dataclass(frozen=True)
+class QuantizedCopy:
+    """What is to be made of a checkpoint.
+
+    Attributes:
+        weights: the names of the tensors that are quantized.
+        quantization: of its weights.
+        dtype: of the other tensors; None: as they are.
+    """
+
+    source: Description
+    weights: frozenset[str]
+    quantization: Quantization
+    dtype: torch.dtype | None
+    shards: list[list[PlannedTensor]]
+
+    @property
+    def num_weights(self) -> int:
+        """Quantized weights, counted as numbers."""
+        return sum(math.prod(self.source.stored[name].shape) for name in self.weights)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Of the quantized weights, with all that is stored beside them."""
+        return sum(t.num_bytes for t in self._tensors() if t.name.startswith(tuple(self.weights)))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the copy's tensors."""
+        return sum(tensor.num_bytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[PlannedTensor]:
+        return chain.from_iterable(self.shards)
+
+
+def plan_quantized_copy(
+    folder: Path, quantization: Quantization, dtype: torch.dtype | None
+) -> QuantizedCopy:
+    """Lay a copy out, without reading a weight.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json, or are quantized already; or
+            there is no such block size.
+    """
+    source = describe(folder, torch.float32)
+    if source.nf4.states:
+        raise ValueError(
+            f"--model must be a checkpoint in 16 or 32 bits: {folder} is in NF4 already; "
+            "give the original one"
+        )
+    weights = frozenset(
+        f"{prefix}{name}.weight" for prefix, group in source.model.groups() for name in group.names
+    )
+    units = [
+        _plan_tensor(tensor, tensor.name in weights, quantization, dtype)
+        for tensor in source.needed()
+    ]
+    return QuantizedCopy(source, weights, quantization, dtype, split_into_shards(units))
+
+
+def _empty(shape: Sequence[int], quantization: Quantization, device: torch.device) -> NF4Weight:
+    num_rows, in_features = shape
+    return empty_weight((num_rows,), in_features, *quantization, device)
+
+
+def _plan_tensor(
+    tensor: StoredTensor, is_weight: bool, quantization: Quantization, dtype: torch.dtype | None
+) -> list[PlannedTensor]:
+    dtype = dtype or tensor.dtype
+    if not is_weight:
+        return [PlannedTensor(tensor.name, tensor.shape, dtype)]
+    parts = serialize(_empty(tensor.shape, quantization, META), dtype)
+    return [
+        PlannedTensor(tensor.name + suffix, tuple(part.shape), part.dtype)
+        for suffix, part in parts.items()
+    ]
+
+
+def write_quantized_copy(
+    copy: QuantizedCopy, folder: Path, device: torch.device, report: Report
+) -> None:
+    """Write a copy into a folder, quantizing on a device.
+
+    Args:
+        report: called as `report(done, total)` after each tensor.
+
+    Raises:
+        ValueError: a tensor holds a NaN or an infinity, or what the copy's dtype cannot hold; or
+            the head is tied to embeddings that it does not equal.
+    """
+    metadata = {MADE_FROM: identify(copy.source).own}
+    write_shards(folder, copy.shards, _converted(copy, device, report), metadata)
+    source = copy.source.folder
+    config = read_object(source / CONFIG_NAME)
+    text = json.dumps(config | _config_fields(copy, config), indent=2) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    for path in chain.from_iterable(source.glob(pattern) for pattern in COMPANIONS):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _converted(
+    copy: QuantizedCopy, device: torch.device, report: Report
+) -> Iterator[tuple[str, Tensor]]:
+    wanted = copy.source.needed()
+    for done, stored in enumerate(wanted, start=1):
+        if stored.name in copy.weights:
+            yield from _quantized(copy, stored, read_tensor(stored).to(device))
+        else:
+            yield stored.name, _kept(copy, stored, read_tensor(stored))
+        report(done, len(wanted))
+
+
+def _quantized(
+    copy: QuantizedCopy, stored: StoredTensor, matrix: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    weight = _empty(stored.shape, copy.quantization, matrix.device)
+    nf4_quantize_member(weight, 0, matrix, stored.name)
+    for suffix, part in serialize(weight, copy.dtype or stored.dtype).items():
+        yield stored.name + suffix, part.cpu()
+
+
+def _kept(copy: QuantizedCopy, stored: StoredTensor, tensor: Tensor) -> Tensor:
+    check_finite(stored.name, tensor)
+    if stored.name == EMBEDDINGS:
+        copy.source.check_tied_head()
+    if copy.dtype is None:
+        return tensor
+    converted = tensor.to(copy.dtype)
+    if not bool(torch.stack(converted.aminmax()).isfinite().all()):
+        raise ValueError(
+            f"{stored.name} must fit the range of --dtype: its values overflow "
+            f"{_name(copy.dtype)}; choose bfloat16, or auto to keep them as they are"
+        )
+    return converted
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _config_fields(copy: QuantizedCopy, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of a copy has and that of its source has not."""
+    fields: dict[str, Any] = {}
+    if copy.dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        fields |= dict.fromkeys(keys, _name(copy.dtype))
+    compute_dtype = copy.dtype or copy.source.embeddings.dtype
+    # all that transformers writes; the block size is in the quant_state of each weight
+    fields["quantization_config"] = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": _name(compute_dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": copy.quantization[1],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    return fields

@@ -1,0 +1,87 @@
+"""What a run learns from and is evaluated on, tokenized, said and judged."""
+
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint.description import describe
+from checkpoint.untrained_rows import untrained_rows
+from data import audit, template_marks
+from data.dataset import Dataset, load_dataset
+from data.sources import Use, describe_files, find_data
+from data.tokenizer import Tokenizer
+from llama.config import LlamaConfig
+from run.checkpoint import RunState
+from run.config import TrainConfig
+from run.terminal import one_line
+
+
+def load_data(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    checkpoint_folder: Path,
+    llama: LlamaConfig,
+    state: RunState,
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenize what is learned from and what is evaluated on, and say what it is.
+
+    Raises:
+        ValueError: data that cannot be read, or would teach the wrong thing.
+    """
+
+    def find_untrained(ids: Collection[int], others: Collection[int]) -> set[int]:
+        return untrained_rows(describe(checkpoint_folder, torch.float32), ids, others)
+
+    names = (name.strip() for name in config.ignore_fields.split(","))
+    ignored_fields = tuple(name for name in names if name)
+
+    def load(flag: str, place: str, use: Use) -> Dataset:
+        files = find_data(place, flag, use)
+        print(one_line(f"{flag}: {describe_files(files)}"))
+        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
+
+            def report(num_records: int) -> None:
+                bar.update(num_records - bar.n)
+
+            dataset = load_dataset(
+                files,
+                tokenizer,
+                data_format=config.data_format,
+                text_field=config.text_field,
+                max_length=config.max_length,
+                train_on=config.train_on,
+                vocab_size=llama.vocab_size,
+                now=datetime.fromisoformat(state.started),
+                skip_bad_lines=config.skip_bad_lines,
+                ignored_fields=ignored_fields,
+                num_processes=config.dataset_num_proc,
+                report=report,
+            )
+        print(f"{one_line(place)}: {audit.describe(dataset)}")
+        for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
+            print(one_line(warning))
+        for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
+            audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
+        audit.check(dataset, flag, allow_truncation=config.allow_truncation)
+        return dataset
+
+    train_data = load("--data", config.data, "train")
+    if config.eval_fraction:
+        train_data, eval_data = train_data.split(config.eval_fraction)
+        print(
+            f"--eval-fraction {config.eval_fraction:g}: {len(train_data.samples):,} samples to "
+            f"learn from, {len(eval_data.samples):,} to evaluate on"
+        )
+        return train_data, eval_data
+    if not config.eval_data:
+        return train_data, None
+    eval_data = load("--eval-data", config.eval_data, "eval")
+    if shared := audit.num_shared(train_data, eval_data):
+        print(
+            f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
+            "to learn from"
+        )
+    return train_data, eval_data

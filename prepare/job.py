@@ -1,0 +1,245 @@
+"""A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
+
+No model is loaded yet, and nothing written into the output folder, so whatever is wrong costs
+nothing but the tokens, which are kept.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.description import describe_loading
+from checkpoint.files import find_checkpoint
+from checkpoint.identity import Identity
+from data import audit
+from data.epochs import Epochs
+from data.prompt import encode_prompt
+from data.tokenizer import Tokenizer
+from hub.fetch import HubId, parse_hub_id, snapshot_id
+from hub.push import check_push
+from llama.config import read_config
+from llama.model import projection_shapes, projections
+from lora.adapter_file import find_adapter
+from lora.config import LoRAConfig
+from prepare.adapter import lora_config, lora_of_init_adapter
+from prepare.base import (
+    evaluated_at_once,
+    follow_checkpoint,
+    identify_base,
+    packable_length,
+    workload,
+)
+from prepare.data import load_data
+from run.checkpoint import Checkpoint, RunState
+from run.config import TrainConfig, parse_config
+from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
+from run.machine import prepare
+from run.ranks import Ranks
+from run.resolve import resolve
+from run.terminal import one_line
+from run.trackers import tracker_names
+from step.memory_plan import MemoryPlan
+from step.micro_step import Policy
+from step.preflight import cpu_policies, describe_plan, plan_run
+from step.workload import Workload
+
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+# the fields of a run that names neither a model nor data
+BUNDLED_RUN = {
+    "model": str(BUNDLED / "model"),
+    "data": str(BUNDLED / "data.jsonl"),
+    "eval_data": str(BUNDLED / "eval.jsonl"),
+    "learning_rate": 2e-3,
+    "batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "epochs": 6.0,
+    # rows of several would leave a data set as small as this one too few steps
+    "packing": False,
+    "sample_prompt": "Write a verse about Ember.",
+}
+# the most tokens of an answer to --sample-prompt
+SAMPLE_TOKENS = 100
+
+
+@dataclass
+class Job:
+    """What a run shall do, checked, and the state from which it goes on.
+
+    Attributes:
+        config: its output may be empty until the folder is made.
+        base: which checkpoint the model is.
+        start: the adapter to begin with, if any.
+        resumed: the checkpoint to go on from, if any.
+        damaged: later checkpoints, and what is wrong with them.
+        data_mode: permissions of what holds text of the data.
+        evaluation: the batches of an evaluation, if there is one.
+        prompt: the tokens of --sample-prompt, if there is one.
+        plan: of the memory, on a GPU.
+        policies: what every layer does with its activations.
+    """
+
+    config: TrainConfig
+    checkpoint_folder: Path
+    base: Identity
+    lora: LoRAConfig
+    start: Path | None
+    resumed: Checkpoint | None
+    damaged: dict[Path, str]
+    state: RunState
+    tokenizer: Tokenizer
+    audits: dict[str, dict[str, Any]]
+    data_mode: int
+    epochs: Epochs
+    evaluation: Epochs | None
+    prompt: list[int] | None
+    num_steps: int
+    work: Workload
+    plan: MemoryPlan | None
+    policies: tuple[Policy, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    @property
+    def is_base_local(self) -> bool:
+        """Whether --model is a folder."""
+        return self.checkpoint_folder == Path(self.config.model)
+
+    @property
+    def base_id(self) -> HubId | None:
+        """Of the base model on the hub; None where it is not from there."""
+        if self.is_base_local:
+            return snapshot_id(self.checkpoint_folder)
+        return parse_hub_id(self.config.model)
+
+    @property
+    def base_name(self) -> str:
+        """What others know the base model by: its id, or else the name of its folder alone."""
+        return str(self.base_id or self.checkpoint_folder.resolve().name)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+
+def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
+    """Look at everything that was given, and say what it is; None where that was all to do.
+
+    Raises:
+        FileNotFoundError, ValueError: something is not as it must be.
+    """
+    config = parse_config(arguments, without_model=BUNDLED_RUN)
+    checkpoint_folder = find_checkpoint(config.model)
+    llama_config = read_config(checkpoint_folder)
+    lora = lora_config(config, projections(llama_config))
+    start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
+    if start:
+        lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
+    config = resolve(
+        follow_checkpoint(config, checkpoint_folder),
+        llama_config.max_position_embeddings,
+        packable_length(llama_config),
+        ranks.local_rank,
+    )
+    check_output(config)
+    if ranks.is_first and not (config.plan or config.inspect):
+        check_writable(Path(config.output or DEFAULT_PARENT))
+    tracker_names(config)
+    if config.push_to_hub and not config.plan and ranks.is_first:
+        check_push(config.push_to_hub)
+    device = torch.device(config.device)
+    prepare(device, ranks.local_rank, config.deterministic)
+
+    resumed, damaged = resume_point(config, ranks.size)
+    for complaint in damaged.values():
+        print(one_line(f"{complaint}; going back to the one before it"))
+    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
+    if resumed:
+        start = resumed.path
+        print(f"resumed from {start}: {state.step:,} steps done")
+    elif config.resume:
+        print(f"nothing to resume in {config.output}: starting from the first step")
+
+    tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, state)
+    if config.inspect:
+        return None
+    sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
+    audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
+    if resumed:
+        audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
+    prompt = None
+    if config.sample_prompt:
+        prompt = encode_prompt(config.sample_prompt, tokenizer, llama_config.vocab_size)
+
+    row_length = config.max_length if config.packing else 0
+    num_own = config.gradient_accumulation_steps
+    epochs = Epochs(
+        train_data.samples,
+        config.seed,
+        config.shuffle,
+        config.batch_size,
+        num_own * ranks.size,
+        row_length=row_length,
+        group_by_length=config.group_by_length,
+    )
+    if config.packing:
+        print(epochs.describe())
+    if ranks.size > 1:
+        print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
+    work = workload(config, lora, checkpoint_folder, epochs, ranks.size)
+    if prompt:
+        work = replace(work, prompt_tokens=len(prompt) + SAMPLE_TOKENS)
+    evaluation = None
+    if eval_data:
+        fixed_order = partial(Epochs, eval_data.samples, config.seed, False)
+        evaluation = fixed_order(config.batch_size, 1, row_length=row_length)
+        num_rows = evaluated_at_once(work, evaluation, config.batch_size)
+        work = replace(work, evaluation=(num_rows, evaluation.row_length))
+        evaluation = fixed_order(num_rows, 1, row_length=row_length)
+    num_steps = config.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.epochs * epochs.num_steps)
+    if state.step > num_steps:
+        raise ValueError(
+            f"--resume must go on with a run that is not beyond its end: {start} is of step "
+            f"{state.step:,}, and the run has {num_steps:,}; start a new run in another --output"
+        )
+    plan = None
+    if device.type == "cuda" or config.plan:
+        plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    for line in describe_loading(checkpoint_folder, work.dtype):
+        print(one_line(line))
+    if plan and config.plan:
+        num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
+        print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
+        return None
+    base = identify_base(config, checkpoint_folder, resumed, start)
+    state.base = base.own
+    return Job(
+        config,
+        checkpoint_folder,
+        base,
+        lora,
+        start,
+        resumed,
+        damaged,
+        state,
+        tokenizer,
+        audits,
+        train_data.mode & (eval_data or train_data).mode,
+        epochs,
+        evaluation,
+        prompt,
+        num_steps,
+        work,
+        plan,
+        plan.policies if plan else cpu_policies(config.activations, llama_config.num_hidden_layers),
+    )

@@ -1,0 +1,1 @@
+"""The training step without the optimizer: its passes, its memory and its time."""

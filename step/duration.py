@@ -1,0 +1,88 @@
+"""How long a micro-step will take, from its products and the bytes that it moves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora.linear_group import LinearGroup
+from step.micro_step import Policy
+from step.workload import Workload
+
+# attention's products run at about this share of a large product's rate, with the mask's half
+# left out, forward and backward together
+ATTENTION_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is: FLOP and bytes a second."""
+
+    product: float
+    memory: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Time a few large products and copies on a GPU, about a tenth of a second.
+
+    Note:
+        Synchronizes with the device, and takes 400 MB of it in passing.
+    """
+    a = torch.randn(8192, 4096, device=device).to(dtype)
+    b = torch.randn(4096, 8192, device=device).to(dtype)
+    copied = torch.empty_like(a)
+
+    def seconds(work: Callable[[], object], repetitions: int) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        work()
+        start.record()
+        for _ in range(repetitions):
+            work()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / repetitions
+
+    product = 2 * 8192 * 4096 * 8192 / seconds(lambda: a @ b, 30)
+    return Rates(product, 2 * a.nbytes / seconds(lambda: copied.copy_(a), 30))
+
+
+def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> float:
+    """Estimate a micro-step's time from its products and the bytes it moves.
+
+    products: every weight forward and back, and again but for down_proj where a layer is computed
+    again and its output is not normalized; the head twice. Bytes, in rows of D and of F numbers: 12
+    and 4 forward, 22 and 10 back, 2 and 3 of D more for each norm behind a half.
+    """
+    config, M, e = work.config, work.M, work.dtype.itemsize
+    D, F = config.hidden_size, config.intermediate_size
+    shapes = {
+        name: module.num_rows * module.in_features
+        for name, module in work.model.layers[0].named_modules()
+        if isinstance(module, LinearGroup)
+    }
+    weights = sum(shapes.values())
+    again = weights - (0 if config.norms.behind_mlp else shapes["mlp.down"])
+    num_behind = sum(
+        name is not None for name in (config.norms.behind_attention, config.norms.behind_mlp)
+    )
+    width = config.num_attention_heads * config.head_dim
+    # q k^T and its product with v, the lower triangle of each; five such products back, seven by
+    # our own kernels
+    passes = 4.5 if work.is_masked else 3.5
+    attention = 2 * M * (work.sample_tokens or work.tokens) * width
+    flops, attended, num_bytes = 0.0, 0.0, 0.0
+    for policy in policies:
+        is_again = policy != "keep"
+        flops += 2 * M * (2 * weights + is_again * again)
+        attended += attention * (passes + is_again)
+        expanded = 2 * weights + is_again * again
+        num_bytes += (e + 0.516) * expanded
+        num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind) * D + (4 + 10) * F)
+        num_bytes += is_again * M * e * ((12 + 2 * num_behind) * D + 2 * F)
+    flops += 4 * M * config.vocab_size * D
+    num_bytes += 3 * M * e * config.vocab_size
+    return (
+        flops / rates.product
+        + attended / (rates.product * ATTENTION_SHARE)
+        + num_bytes / rates.memory
+    )

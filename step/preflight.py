@@ -1,0 +1,135 @@
+"""Whether and how a run fits its machine: chosen, said and tried before its first step.
+
+On a CPU nothing is planned for: each layer keeps its activations unless told otherwise.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from step.duration import measure_rates, step_seconds
+from step.memory_plan import (
+    CONTEXT_BYTES,
+    GIB,
+    MemoryPlan,
+    choose_policies,
+    nearest_that_fits,
+    plan_memory,
+    plan_within,
+)
+from step.micro_step import POLICIES, MicroStep, Policy
+from step.workload import Workload
+
+# of what a plan took: the next one after it must make do with less
+LEANER_PERCENT = 90
+
+
+def cpu_policies(activations: str, num_layers: int) -> tuple[Policy, ...]:
+    """Choose what every layer does with its activations on a CPU, whose memory is not planned."""
+    return (POLICIES.get(activations, POLICIES["keep"]),) * num_layers
+
+
+def plan_run(
+    work: Workload, device: torch.device, activations: str, max_memory: int | None
+) -> MemoryPlan:
+    """Plan a run: on a GPU with what every layer does with its activations chosen so that it fits.
+
+    Args:
+        activations: a policy for all layers, or auto.
+        max_memory: bytes of the GPU, None for what is free on it.
+
+    Raises:
+        ValueError: it does not fit; the message names the nearest settings that would.
+    """
+    if device.type == "cpu":
+        return plan_memory(work, cpu_policies(activations, work.config.num_hidden_layers))
+    return plan_within(work, POLICIES.get(activations), memory_budget(max_memory))
+
+
+def memory_budget(max_memory: int | None) -> int:
+    """Count what the process may take of the GPU: what is free on it, or less where asked for."""
+    # the context is there already; a plan has been 2 % too low
+    available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
+    return min(max_memory or available, available)
+
+
+def describe_plan(
+    work: Workload,
+    plan: MemoryPlan,
+    device: torch.device,
+    num_gpus: int,
+    num_steps: int,
+    num_tokens: float,
+) -> str:
+    """Say what the run will take: memory of each GPU, tokens and, where there is one, time."""
+    text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
+    text += f"\n{num_steps:,} steps over about {num_tokens:,.0f} tokens"
+    if device.type == "cuda":
+        seconds = step_seconds(work, plan.policies, measure_rates(device, work.dtype))
+        speed = num_gpus * work.M / seconds
+        text += f", {speed:,.0f} tokens/s: about {num_tokens / speed / 60:,.0f} min without padding"
+    return text
+
+
+def preflight(
+    micro_step: MicroStep,
+    input_ids: Tensor,  # (B, T), the longest micro-batch of the run
+    labels: Tensor,  # (B, T)
+    positions: Tensor | None,  # (B, T), where rows hold several samples
+    lengths: Tensor,  # (B, T), of every token's sample
+    factor: Tensor,  # ()
+) -> str:
+    """Run a micro-batch on a GPU, launched and then captured, and say how long that took.
+
+    What does not fit fails before step 1, with what torch raises. Gradients are added to: zeros, or
+    what is not finite.
+    """
+    start = time.perf_counter()
+    for _ in range(2):
+        micro_step(input_ids, labels, factor * 0, positions=positions, lengths=lengths)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
+    return f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled and captured"
+
+
+def limit_memory(plan: MemoryPlan, device: torch.device, max_memory: int | None) -> None:
+    """Let torch's allocator refuse what is beyond a plan's budget.
+
+    Otherwise the driver would move the optimizer's moments out of the way of whatever is asked for
+    last: on a full GPU no kernel could reach them any more.
+
+    Args:
+        max_memory: bytes of the GPU, None for what is free on it.
+    """
+    limit = max(memory_budget(max_memory) - (plan.device - plan.reserved), plan.reserved)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """Hold the plan against the allocator's peak."""
+    return (
+        f"layers: {plan.layers()}; memory {torch.cuda.max_memory_reserved() / GIB:.2f} GiB, "
+        f"planned {plan.reserved / GIB:.2f}"
+    )
+
+
+def next_setting(work: Workload, policies: Sequence[Policy], device: torch.device) -> str:
+    """Name what to try when a plan turned out not to fit: the next leaner setting."""
+    if device.type == "cpu" and "keep" in policies:
+        return "--resume --activations recompute"
+    budget = plan_memory(work, policies).device * LEANER_PERCENT // 100
+    if device.type == "cuda" and choose_policies(work, budget) is not None:
+        return f"--resume --activations auto --max-memory {budget / GIB:.2f}GiB"
+    nearest = nearest_that_fits(work, budget)
+    if nearest is None:
+        return (
+            "--resume where the GPU has more memory free: nothing smaller fits beside the weights"
+        )
+    size = f"--batch-size {nearest.batch}"
+    if nearest.tokens < work.tokens:
+        size += f" --max-length {nearest.tokens}"
+    return f"a new run with {size}, from this checkpoint by --init-adapter"

@@ -1,0 +1,77 @@
+"""The sizes of a run's largest micro-batch: what `step/memory_plan.py` and `step/duration.py`
+reckon with.
+
+M = B T rows
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.device import H200, Properties, properties
+from llama.attention import holds_no_scores
+from llama.config import LlamaConfig
+from llama.model import Llama
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is for.
+
+    Attributes:
+        model: on the meta device, as it will lie on the GPU, with its adapter.
+        moment_bytes: what both moments of a number of the adapter take of the device.
+        batch: rows of the largest micro-batch.
+        tokens: of each row, with its padding.
+        sample_tokens: where rows hold several samples, of that which a token is in, on average.
+        has_noise: whether NEFTune adds noise to the embeddings.
+        evaluation: rows and tokens of the largest batch that is evaluated, if one is.
+        prompt_tokens: of the longest text that is sampled, answer included; 0 where none is.
+        num_shapes: of micro-batches that may be captured as graphs.
+        num_ranks: processes that train together, a GPU each.
+        device: on which the run takes place.
+    """
+
+    model: Llama
+    moment_bytes: float
+    batch: int
+    tokens: int
+    sample_tokens: float | None = None
+    has_noise: bool = False
+    evaluation: tuple[int, int] | None = None
+    prompt_tokens: int = 0
+    num_shapes: int = 1
+    num_ranks: int = 1
+    device: torch.device = CPU
+
+    @property
+    def gpu(self) -> Properties:
+        """The facts of the GPU, an H200 where there is none."""
+        return properties(self.device) if self.device.type == "cuda" else H200
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.model.compute_dtype
+
+    @property
+    def M(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention is `kernels.masked_attention`'s, at least in some layers."""
+        is_capped = self.config.attn_logit_softcapping is not None
+        is_packed = self.sample_tokens is not None
+        return is_capped or is_packed or not holds_no_scores(self.gpu, self.dtype)
+
+    @property
+    def num_adapted(self) -> int:
+        """Numbers of the adapter, with the room that its parameters have for more."""
+        return sum(parameter.numel() for parameter in self.model.trainable_parameters())

@@ -1,0 +1,249 @@
+"""step/memory_plan.py: what a run takes of the memory; mixes; refusals; and all of it on a GPU."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from micro_steps import KEEP, LORA, NF4
+from on_gpu import measure
+from tiny_llama import VARIANTS, write_variant
+
+from benchmarks.random_model import LLAMA_3_8B, random_model
+from checkpoint.loading import load_model, load_sizes
+from llama.config import LlamaConfig
+from llama.families import FAMILIES
+from llama.model import PROJECTIONS
+from lora.config import LoRAConfig
+from nf4.weight import Quantization
+from step.memory_plan import (
+    CONTEXT_BYTES,
+    GIB,
+    GRAPHS_BYTES_PER_LAYER,
+    MIB,
+    NCCL_BYTES,
+    choose_policies,
+    evaluated_rows,
+    mix,
+    nearest_that_fits,
+    plan_memory,
+    plan_within,
+)
+from step.micro_step import POLICIES
+from step.workload import Workload
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+NUM_LAYERS = LLAMA_3_8B.num_hidden_layers
+
+
+def work_for(
+    config: LlamaConfig = LLAMA_3_8B,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Workload:
+    """Four rows of 2,048 tokens through a model with an adapter of rank 16."""
+    model = random_model(config, META, dtype)
+    model.attach_lora(LoRAConfig(16, 32.0, dropout, PROJECTIONS), seed=0)
+    return Workload(model, moment_bytes=8, batch=4, tokens=2048)
+
+
+WORK = work_for()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", [None, NF4, Quantization(128, False)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_are_those_of_the_loaded_model(
+    tmp_path: Path, variant: str, quantization: Quantization | None, dtype: torch.dtype
+) -> None:
+    folder = write_variant(tmp_path, variant, torch.bfloat16)
+    loaded = load_model(folder, CPU, dtype, quantization)
+    sizes = load_sizes(folder, dtype, quantization)
+    found = [(tensor.shape, tensor.dtype) for tensor in sizes.frozen_tensors()]
+    assert found == [(tensor.shape, tensor.dtype) for tensor in loaded.frozen_tensors()]
+    assert all(tensor.device == META for tensor in sizes.frozen_tensors())
+    assert sizes.head.dtype == dtype
+    # as an allocator counts them
+    sizes.attach_lora(LORA, seed=0)
+    plan = plan_memory(Workload(sizes, 8, 1, 64), KEEP)
+    expected = sum(-(-tensor.nbytes // 512) * 512 for tensor in loaded.frozen_tensors())
+    assert plan.weights == expected
+
+
+def test_members_of_other_ranks_are_planned_with_room_for_the_largest(tmp_path: Path) -> None:
+    patterns = {"q_proj": 40, "0.self_attn.o_proj": 80}
+    lora = replace(LORA, rank_pattern=patterns, exclude_modules=("layers.1.mlp.up_proj",))
+    folder = write_variant(tmp_path, "grouped-query")
+    model = load_model(folder, CPU, torch.float32, NF4)
+    sizes = load_sizes(folder, torch.float32, NF4)
+    for one in (model, sizes):
+        one.attach_lora(lora, seed=0)
+    work = Workload(sizes, 8, 1, 64)
+    assert work.num_adapted == sum(p.numel() for p in model.trainable_parameters())
+    plan = plan_memory(work, KEEP)
+    assert plan.adapter == plan.gradients == 4 * work.num_adapted
+    trainable, _ = model.num_parameters()
+    assert trainable == sum(t.numel() for t in model.adapter_tensors().values())
+    assert trainable < work.num_adapted
+
+
+def test_each_policy_needs_less_than_the_one_before() -> None:
+    keep, recompute, offload = (
+        plan_memory(WORK, (policy,) * NUM_LAYERS) for policy in POLICIES.values()
+    )
+    assert keep.device > recompute.device > offload.device
+    # what a layer keeps, as llama/layer.py counts it: 4.5 D + 2 F numbers a token, and the
+    # few columns of the updates and 4 bytes a row and head of the softmax
+    numbers = 4.5 * 4096 + 2 * 14336
+    assert keep.kept_per_layer == pytest.approx(2 * WORK.M * numbers, rel=0.02)
+    assert recompute.input_per_layer == pytest.approx(2 * WORK.M * 4096, rel=0.02)
+    assert (keep.host, recompute.host) == (0, 0)
+    assert offload.host == NUM_LAYERS * 2 * WORK.M * 4096
+    assert keep.moments == 8 * WORK.num_adapted == 8 * 41_943_040
+
+
+def test_pinned_memory_is_rounded_up_to_a_power_of_two() -> None:
+    plan = plan_memory(replace(WORK, tokens=2112), ("offload",) * NUM_LAYERS)
+    assert plan.host == NUM_LAYERS * (128 << 20)
+
+
+def test_norms_behind_the_halves_keep_what_those_gave() -> None:
+    norms = FAMILIES["Gemma2ForCausalLM"].norms
+    plan = plan_memory(work_for(replace(LLAMA_3_8B, norms=norms)), ("keep",) * NUM_LAYERS)
+    other = plan_memory(WORK, ("keep",) * NUM_LAYERS)
+    more = 2 * WORK.M * (2 * 4096 + 4)
+    assert plan.kept_per_layer - other.kept_per_layer == more
+    assert plan.input_per_layer == other.input_per_layer
+    # and one layer's pass differs by a few rows at its peak, whatever all others keep
+    assert abs(plan.step - other.step - NUM_LAYERS * more) <= 4 * 2 * WORK.M * 4096
+
+
+def test_norms_of_heads_keep_what_they_normalize() -> None:
+    plan = plan_memory(work_for(replace(LLAMA_3_8B, qk_norm=True)), ("keep",) * NUM_LAYERS)
+    other = plan_memory(WORK, ("keep",) * NUM_LAYERS)
+    # 32 heads of queries and 8 of keys, and a float32 for each
+    assert plan.kept_per_layer - other.kept_per_layer == WORK.M * 40 * (2 * 128 + 4)
+
+
+def test_the_loss_holds_a_gradient_in_float32_beside_its_logits() -> None:
+    plan = plan_memory(WORK, ("recompute",) * NUM_LAYERS)
+    # hidden states of all rows, and again of those with a label; logits of a chunk, and its
+    # gradient in float32
+    rows = (128 << 20) // (2 * 128256) // 128 * 128
+    expected = (2 * WORK.M - WORK.batch) * 4096 * 2 + rows * (2 * 128256 + 4 * 4096)
+    assert expected <= plan.loss <= expected + (1 << 20)
+
+
+def test_the_products_behind_a_layers_norms_hold_their_expanded_weights() -> None:
+    # of an MLP that is wide beside a token's numbers, the expanded gates and ups are the peak
+    narrow = replace(WORK, batch=1, tokens=64)
+    plan = plan_memory(narrow, ("recompute",) * NUM_LAYERS)
+    expanded = 2 * (2 * 14336 + 64) * (4096 + 64)
+    least = expanded + NUM_LAYERS * plan.input_per_layer
+    assert least <= plan.step <= least + plan.kept_per_layer + (4 << 20)
+
+
+def test_dropout_takes_a_dropped_copy() -> None:
+    plan = plan_memory(work_for(dropout=0.1), ("recompute",) * NUM_LAYERS)
+    other = plan_memory(WORK, ("recompute",) * NUM_LAYERS)
+    assert plan.step >= other.step + 2 * WORK.M * 4096
+
+
+def test_attention_in_float32_holds_no_scores() -> None:
+    plans = [
+        plan_memory(
+            replace(work_for(dtype=torch.float32), batch=1, tokens=tokens),
+            ("recompute",) * NUM_LAYERS,
+        )
+        for tokens in (8192, 16384, 32768)
+    ]
+    first, second = (b.step - a.step for a, b in itertools.pairwise(plans))
+    # twice the tokens, twice the memory, whatever part of it is that of weights
+    assert second == pytest.approx(2 * first, rel=0.01)
+
+
+def test_what_a_run_takes_outside_of_the_allocator_is_counted() -> None:
+    policies = ("recompute",) * NUM_LAYERS
+    alone = plan_memory(WORK, policies)
+    several = plan_memory(replace(WORK, num_ranks=2, num_shapes=5), policies)
+    assert alone.device == alone.reserved + alone.moments + alone.graphs + CONTEXT_BYTES
+    assert several.device - alone.device == NCCL_BYTES + 4 * NUM_LAYERS * GRAPHS_BYTES_PER_LAYER
+    assert "NCCL" in several.table()
+    assert "NCCL" not in alone.table()
+
+
+def test_evaluation_and_sampling_are_planned_for() -> None:
+    policies = ("recompute",) * NUM_LAYERS
+    alone = plan_memory(WORK, policies)
+    # as large as what is trained on: the passes have room
+    assert plan_memory(replace(WORK, evaluation=(4, 2048)), policies).device == alone.device
+    assert plan_memory(replace(WORK, evaluation=(4, 8192)), policies).device > alone.device
+    sampling = plan_memory(replace(WORK, prompt_tokens=2048), policies)
+    # keys and values of 8 heads of 128 in 32 layers
+    assert sampling.sampling > 32 * 2048 * 2 * 8 * 128 * 2
+    assert sampling.device > alone.device
+
+
+def test_no_more_rows_are_evaluated_at_once_than_training_has_memory_for() -> None:
+    assert evaluated_rows(WORK, 4, 2048) == 4
+    rows = evaluated_rows(WORK, 16, 2048)
+    assert 4 <= rows < 16
+    leanest = mix(NUM_LAYERS, 0, 0)
+    least = plan_memory(WORK, leanest).device
+    assert plan_memory(replace(WORK, evaluation=(rows, 2048)), leanest).device <= least
+    assert plan_memory(replace(WORK, evaluation=(rows + 1, 2048)), leanest).device > least
+    # one row, if that is more already
+    assert evaluated_rows(WORK, 4, 65536) == 1
+
+
+@pytest.mark.parametrize("gib", [9, 10, 12, 16, 24, 32, 80])
+def test_the_mix_fills_the_budget_and_stays_within_it(gib: int) -> None:
+    plan = choose_policies(WORK, gib * GIB)
+    assert plan is not None
+    assert plan.device <= gib * GIB
+    counts = [plan.policies.count(policy) for policy in ("offload", "recompute", "keep")]
+    assert plan.policies == mix(NUM_LAYERS, counts[2], counts[1])
+    # one more layer that keeps more would not fit
+    if counts[2] < NUM_LAYERS:
+        assert plan_memory(WORK, mix(NUM_LAYERS, counts[2] + 1, 0)).device > gib * GIB
+    if counts[0]:
+        more = mix(NUM_LAYERS, counts[2], counts[1] + 1)
+        assert plan_memory(WORK, more).device > gib * GIB
+    assert plan.layers() in plan.table()
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    work = replace(WORK, batch=64)
+    assert choose_policies(work, 16 * GIB) is None
+    nearest = nearest_that_fits(work, 16 * GIB)
+    assert nearest is not None
+    assert choose_policies(nearest, 16 * GIB) is not None
+    assert choose_policies(replace(nearest, batch=nearest.batch + 1), 16 * GIB) is None
+    advice = f"--batch-size {nearest.batch} --max-length 2048 fits"
+    with pytest.raises(ValueError, match=rf"must fit 16\.00 GiB.* at the least; .*{advice}"):
+        plan_within(work, None, 16 * GIB)
+    with pytest.raises(ValueError, match="with --batch-size"):
+        plan_within(WORK, "keep", 16 * GIB)
+    # a batch of one must be shorter, and so what is evaluated
+    single = replace(WORK, batch=2, tokens=65536, evaluation=(1, 65536))
+    with pytest.raises(ValueError, match=r"--batch-size 1 --max-length \d+ fits"):
+        plan_within(single, None, 9 * GIB)
+    with pytest.raises(ValueError, match="no micro-batch fits beside the weights"):
+        plan_within(WORK, None, 5 * GIB)
+
+
+# alone on its GPU, of which it counts what is taken
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_gpu_holds_what_was_planned() -> None:
+    rows = measure("plans_on_gpu.py", "17", "40")
+    assert len(rows) == 40
+    off = []
+    for row in rows:
+        shares = [row["reserved"] / row["planned"], row["used"] / row["used_planned"]]
+        line = "  ".join(f"{share - 1:+.1%}" for share in shares)
+        line += f"  of {row['planned'] / MIB:,.0f} MiB  {row['given']}"
+        if not all(0.95 <= share <= 1.02 for share in shares):
+            off.append(line)
+    assert not off, "\n".join(off)
