@@ -6,11 +6,13 @@ stands in memory that it shares with its parent.
 """
 
 import multiprocessing
-import time
+import os
+import signal
+from multiprocessing.process import BaseProcess
 
 from foreign import guest
 
-# of a location and the time before it
+# of a process's number and a location
 _PLACE_BYTES = 512
 
 _FORK = multiprocessing.get_context("fork")
@@ -22,6 +24,7 @@ class Confinement:
     def __init__(self, num_processes: int) -> None:
         self._places = [_FORK.RawArray("c", _PLACE_BYTES) for _ in range(num_processes)]
         self._next = _FORK.Value("i", 0)
+        self._processes: dict[int | None, BaseProcess] = {}
 
     def enter(self) -> None:
         """Confine this process, one of those."""
@@ -29,19 +32,30 @@ class Confinement:
         with self._next.get_lock():
             _place = self._places[self._next.value]
             self._next.value += 1
+        end_record()
         guest.confine()
 
+    def watch(self) -> None:
+        """Take note of the processes while they live, for how they end."""
+        self._processes |= {each.pid: each for each in multiprocessing.active_children()}
+
     def explain(self) -> Exception:
-        """What to raise when one of the processes has ended before its time."""
-        places = [place.value.decode(errors="replace").partition(" ") for place in self._places]
-        # the process that has been at its record for the longest
-        since, location = min((float(began or "inf"), location) for began, _, location in places)
-        if time.monotonic() - since >= guest.SECONDS:
-            return ValueError(
-                f"{location}: a record must be tokenized within {guest.SECONDS:g} seconds of a "
-                "processor: this one was not; its text, the model's chat template "
-                "(--chat-template) or its tokenizer takes too long; correct or delete it"
-            )
+        """What to raise once all processes have ended, one of them before its time."""
+        for place in self._places:
+            number, _, location = place.value.decode(errors="replace").partition(" ")
+            process = self._processes.get(int(number or 0))
+            if process is not None and process.exitcode == -signal.SIGPROF:
+                return ValueError(
+                    f"{location or 'the data'}: a record must be tokenized within "
+                    f"{guest.SECONDS:g} seconds of a processor: this one was not; its text, the "
+                    "model's chat template (--chat-template) or its tokenizer takes too long; "
+                    "correct or delete it"
+                )
+            # the others are ended by SIGTERM
+            if process is not None and process.exitcode not in (0, -signal.SIGTERM):
+                break
+        else:
+            location = ""
         return ChildProcessError(
             "the processes that tokenize must live to the end: one was killed, perhaps for lack of "
             f"memory{location and f', at about {location}'}; run again with fewer of them "
@@ -55,13 +69,16 @@ _place = None
 
 def begin_record(location: str) -> None:
     """Give this process, where it is confined, the time for a record."""
-    if _place is not None:
-        text = f"{time.monotonic():.1f} {location}".encode(errors="replace")
-        _place.value = text[: _PLACE_BYTES - 1]
+    _note(location)
     guest.allow()
 
 
 def end_record() -> None:
     """Note that this process is at no record."""
+    _note("")
+
+
+def _note(location: str) -> None:
     if _place is not None:
-        _place.value = b""
+        text = f"{os.getpid()} {location}".encode(errors="replace")
+        _place.value = text[: _PLACE_BYTES - 1]

@@ -446,6 +446,7 @@ def _in_turn(
         try:
             for task in tasks:
                 pending.append(pool.submit(_work, task))
+                confinement.watch()
                 if len(pending) > 2 * num_processes:
                     yield pending.popleft().result()
         except ValueError:
@@ -456,6 +457,8 @@ def _in_turn(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
+        # once they have ended it is known how
+        pool.shutdown(cancel_futures=True)
         raise confinement.explain() from error
     finally:
         pool.shutdown(cancel_futures=True)
