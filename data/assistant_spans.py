@@ -42,6 +42,7 @@ class _Turn:
 
     loop: int
     message: Mapping[str, Any]
+    index: int | None
     start: int
     end: int
 
@@ -85,9 +86,10 @@ def render_with_spans(
     if is_marked:
         return rendering.text, _marked_spans(template, rendering, chosen, replies)
     turns = _reply_turns(template, rendering, replies)
+    ending = template.ending(seen)
     return rendering.text, [
         (
-            _start_of_reply(template, messages, i, seen, rendering, turns[i]),
+            _start_of_reply(template, messages, i, seen, rendering, turns[i], ending),
             _end_of_reply(template, rendering.text, turns[i]),
         )
         for i in chosen
@@ -97,14 +99,15 @@ def render_with_spans(
 def _turns(events: Sequence[tuple[int, Event]]) -> list[_Turn]:
     """The iterations of the loops over messages, in the order in which they start."""
     turns = []
-    for index, (start, event) in enumerate(events):
-        if event.kind != "turn":
-            continue
-        assert event.message is not None
-        # the next iteration of the same loop, or its end
-        end = next(p for p, other in events[index + 1 :] if other.loop == event.loop)
-        turns.append(_Turn(event.loop, event.message, start, end))
-    return turns
+    # the next iteration of each loop, or its end
+    ends: dict[int, int] = {}
+    for start, event in reversed(events):
+        if event.kind == "turn":
+            assert event.message is not None
+            end = ends[event.loop]
+            turns.append(_Turn(event.loop, event.message, event.index, start, end))
+        ends[event.loop] = start
+    return turns[::-1]
 
 
 def _reply_turns(
@@ -146,12 +149,16 @@ def _start_of_reply(
     variables: Mapping[str, Any],
     rendering: Rendering,
     turn: _Turn,
+    ending: str | None,
 ) -> int:
     """Where the turn goes on after what the model is given."""
     written = rendering.text[turn.start : turn.end]
-    opening = _generation_prompt(
-        template, messages[:index], variables, rendering.text[: turn.start]
-    )
+    # templates look at their first message without asking whether there is one
+    opening = ending if turn.index == index and index else None
+    if opening is None:
+        opening = _generation_prompt(
+            template, messages[:index], variables, rendering.text[: turn.start]
+        )
     if opening is None or not written.startswith(opening):
         opening = _opening_of_content(
             template, messages, index, variables, rendering.text, turn.loop
@@ -219,10 +226,19 @@ def _opening_of_content(
 def _end_of_reply(template: ChatTemplate, text: str, turn: _Turn) -> int:
     """Where the turn ends: behind an EOS that the template writes right after it, if it does."""
     eos = template.special_tokens.get("eos_token")
-    rest = text[turn.end :].lstrip()
-    if not eos or not rest.startswith(eos) or text[: turn.end].rstrip().endswith(eos):
+    last, rest = turn.end, skip_blanks(text, turn.end)
+    while last and text[last - 1].isspace():
+        last -= 1
+    if not eos or not text.startswith(eos, rest) or text.endswith(eos, 0, last):
         return turn.end
-    return len(text) - len(rest) + len(eos)
+    return rest + len(eos)
+
+
+def skip_blanks(text: str, position: int) -> int:
+    """The position of the next character that is no whitespace, or the end of the text."""
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position
 
 
 def _attempt(

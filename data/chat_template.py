@@ -24,12 +24,15 @@ import jinja2.nodes
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.template_ending import Watched
 from data.template_trace import (
+    MARK,
     TRACE,
     Event,
     Trace,
     TraceExtension,
     absent_character,
+    compile_ending,
     compile_traced,
     has_generation_marks,
 )
@@ -168,9 +171,10 @@ class ChatTemplate:
         """
         seen = [_as_seen(message) for message in messages]
         marked = _compile_traced(self.text)
-        trace = Trace(absent_character(""), with_loops)
+        trace = Trace(MARK, with_loops)
+        watched = Watched(seen, trace.sight) if _compile_ending(self.text) else seen
         with contextlib.suppress(*TEMPLATE_ERRORS):
-            found = trace.read_alone(marked.render(messages=seen, **{**variables, TRACE: trace}))
+            found = trace.read_alone(marked.render(messages=watched, **{**variables, TRACE: trace}))
             if found is not None:
                 return Rendering(*found, seen)
         text = self.attempt(messages, variables)
@@ -180,6 +184,17 @@ class ChatTemplate:
         except TEMPLATE_ERRORS:
             return None
         return Rendering(*found, seen) if found[0] == text else None
+
+    def ending(self, variables: Mapping[str, Any]) -> str | None:
+        """What is written behind the last loop where a prompt for the assistant is asked for, None
+        where that is not the same for all conversations."""
+        template = _compile_ending(self.text)
+        if template is None:
+            return None
+        try:
+            return template.render(**{**variables, "add_generation_prompt": True})
+        except TEMPLATE_ERRORS:
+            return None
 
     def check_syntax(self) -> None:
         """Raise ValueError if the template is not Jinja."""
@@ -306,6 +321,11 @@ def _compile(template: str) -> jinja2.Template:
 @functools.lru_cache(maxsize=16)
 def _compile_traced(template: str) -> jinja2.Template:
     return compile_traced(_environment(), template)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile_ending(template: str) -> jinja2.Template | None:
+    return compile_ending(_environment(), template)
 
 
 @functools.lru_cache(maxsize=16)

@@ -74,7 +74,8 @@ class Fields:
         others = [
             name
             for name, value in self.values.items()
-            if name not in {*taken, *IGNORED_FIELDS}
+            if name not in taken
+            and name not in IGNORED_FIELDS
             and value not in (None, "", [], {})
             and value not in texts
         ]

@@ -17,6 +17,7 @@ What differs from the peers, where models that never stop and doubled BOS are co
 
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 from data.assistant_spans import Span, render_with_spans
 from data.formats import Conversation, Example, PromptCompletion, TokenIds
@@ -159,18 +160,19 @@ class _Tokens:
 
     def learn_spans(self, spans: list[Span]) -> None:
         """Label the tokens of the spans, which are ascending; the module docstring says which."""
-        current = 0
-        for i in range(self.num_bos, len(self.ids)):
-            start, end = self._offsets[i]
-            while current < len(spans) and spans[current][1] <= start:
-                current += 1
-            if current == len(spans):
-                return
-            span_start, span_end = spans[current]
-            # whitespace beside a special token can be part of it (lstrip, rstrip)
-            is_special = self.ids[i] in self._tokenizer.special_ids
-            is_inside = start >= span_start if is_special else end <= span_end
-            self._is_target[i] = start < end and end > span_start and is_inside
+        special_ids = self._tokenizer.special_ids
+        rest = iter(spans)
+        span_start, span_end = next(rest)
+        for i, (start, end) in islice(enumerate(self._offsets), self.num_bos, None):
+            while span_end <= start:
+                span = next(rest, None)
+                if span is None:
+                    return
+                span_start, span_end = span
+            if span_start < end and start < end:
+                # whitespace beside a special token can be part of it (lstrip, rstrip)
+                is_special = self.ids[i] in special_ids
+                self._is_target[i] = start >= span_start if is_special else end <= span_end
 
     def append_eos(self) -> None:
         assert self._tokenizer.eos_token_id is not None

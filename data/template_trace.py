@@ -28,6 +28,8 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.visitor
 
+from data.template_ending import Ending, Sight, Watched, ending_of
+
 # the variable under which a trace travels to the marked places of the template
 TRACE = "trace_of_this_rendering"
 
@@ -38,13 +40,23 @@ def absent_character(text: str) -> str:
     return next(character for character in private_use if character not in text)
 
 
+# what markers begin and end with, where the text is not known yet
+MARK = absent_character("")
+
+
 @dataclass(frozen=True)
 class Event:
-    """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark."""
+    """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark.
+
+    Attributes:
+        index: of the message at a turn, where all before it would be written were it the end
+            (data/template_ending.py), else None.
+    """
 
     kind: str
     loop: int = -1
     message: Mapping[str, Any] | None = None
+    index: int | None = None
 
 
 class Trace:
@@ -60,13 +72,17 @@ class Trace:
         self._events: list[Event] = []
         self._running: set[int] = set()
         self.is_collected = False
+        self.sight = Sight()
 
-    def _turn(self, loop: int, is_collected: bool, values: tuple[object, ...]) -> str:
+    def _turn(
+        self, loop: int, is_last: bool, is_collected: bool, values: tuple[object, ...]
+    ) -> str:
         message = next((v for v in values if isinstance(v, Mapping) and "role" in v), None)
         if message is None or not self._with_loops:
             return ""
         self._running.add(loop)
-        return self._marker(Event("turn", loop, message), is_collected)
+        index = self.sight.current if is_last and self.sight.is_clear else None
+        return self._marker(Event("turn", loop, message, index), is_collected)
 
     def _end(self, loop: int) -> str:
         if loop not in self._running:
@@ -130,13 +146,26 @@ class TraceExtension(jinja2.ext.Extension):
 
     @jinja2.pass_context
     def _turn(
-        self, context: jinja2.runtime.Context, loop: int, is_collected: bool, *values: object
+        self,
+        context: jinja2.runtime.Context,
+        loop: int,
+        is_last: bool,
+        is_collected: bool,
+        *values: object,
     ) -> str:
-        return context[TRACE]._turn(loop, is_collected, values)
+        return context[TRACE]._turn(loop, is_last, is_collected, values)
 
     @jinja2.pass_context
     def _end(self, context: jinja2.runtime.Context, loop: int) -> str:
         return context[TRACE]._end(loop)
+
+    def _turns(self, values: object) -> object:
+        return values.turns() if isinstance(values, Watched) else values
+
+    @jinja2.pass_context
+    def _ahead(self, context: jinja2.runtime.Context, value: object) -> object:
+        context[TRACE].sight.look_at_next()
+        return value
 
 
 def compile_traced(environment: jinja2.Environment, template: str) -> jinja2.Template:
@@ -144,7 +173,17 @@ def compile_traced(environment: jinja2.Environment, template: str) -> jinja2.Tem
     tree = environment.parse(template)
     extension = environment.extensions[TraceExtension.identifier]
     assert isinstance(extension, TraceExtension)
-    _LoopMarker(extension).visit(tree)
+    _LoopMarker(extension, ending_of(tree)).visit(tree)
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def compile_ending(environment: jinja2.Environment, template: str) -> jinja2.Template | None:
+    """Compile what a template writes behind its last loop, None where that is not to be told."""
+    ending = ending_of(environment.parse(template))
+    if ending is None:
+        return None
+    tree = jinja2.nodes.Template(ending.behind, lineno=1)
     tree.set_environment(environment)
     return environment.from_string(tree)
 
@@ -160,8 +199,10 @@ class _LoopMarker(jinja2.visitor.NodeTransformer):
     Not at the end of the body: {% continue %} and {% break %} would leave it out.
     """
 
-    def __init__(self, extension: TraceExtension) -> None:
+    def __init__(self, extension: TraceExtension, ending: Ending | None) -> None:
         self._extension = extension
+        self._last_loop = ending and ending.loop
+        self._ahead = {id(node) for node in ending.ahead} if ending else set()
         self._num_loops = 0
         self._is_collected = False
 
@@ -178,6 +219,10 @@ class _LoopMarker(jinja2.visitor.NodeTransformer):
             node.call.args.append(jinja2.nodes.Const(self._is_collected))
         return self._visit_collected(node)
 
+    def visit_Getattr(self, node: jinja2.nodes.Getattr) -> jinja2.nodes.Expr:
+        self.generic_visit(node)
+        return self._extension.call_method("_ahead", [node]) if id(node) in self._ahead else node
+
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         self.generic_visit(node)
         if node.recursive:
@@ -186,7 +231,11 @@ class _LoopMarker(jinja2.visitor.NodeTransformer):
         self._num_loops += 1
         targets = [node.target, *node.target.find_all(jinja2.nodes.Name)]
         names = [jinja2.nodes.Name(t.name, "load") for t in targets if hasattr(t, "name")]
-        is_collected = jinja2.nodes.Const(self._is_collected)
-        turn = self._extension.output("_turn", node.lineno, loop, is_collected, *names)
+        is_last, is_collected = node is self._last_loop, self._is_collected
+        known = map(jinja2.nodes.Const, (is_last, is_collected))
+        turn = self._extension.output("_turn", node.lineno, loop, *known, *names)
+        if is_last:
+            assert isinstance(node.iter, jinja2.nodes.Expr)
+            node.iter = self._extension.call_method("_turns", [node.iter])
         node.body.insert(0, turn)
         return [node, self._extension.output("_end", node.lineno, loop)]

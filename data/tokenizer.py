@@ -41,6 +41,8 @@ from foreign.reading import Reading, is_panic
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+# the library counts up to the largest id, and no embedding has as many rows
+_MOST_IDS = 1 << 24
 _FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 # sentencepiece's, Mistral's, tiktoken's and GPT-2's
 OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
@@ -97,6 +99,11 @@ class Tokenizer:
         self.bos_token_id = self._named_id("bos_token", self.bos_token)
         self.eos_token_id = self._named_id("eos_token", self.eos_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.vocab_size > _MOST_IDS:
+            raise ValueError(
+                f"{folder / TOKENIZER_FILE} must have ids below {_MOST_IDS:,}: got "
+                f"{self.vocab_size - 1:,}; download it again"
+            )
         own = backend.get_vocab(with_added_tokens=False)
         added = backend.get_added_tokens_decoder()
         self.own_vocab_size = 1 + max((i for i in own.values() if i not in added), default=-1)
@@ -115,10 +122,10 @@ class Tokenizer:
         self.adds_bos = self.bos_token_id is not None and probe[:1] == [self.bos_token_id]
         size = len(self._letter)
         places = (i for i in range(len(probe) + 1) if probe[i : i + size] == self._letter)
-        if (before := next(places, None)) is None:
+        if (before := next(places, None)) is None or not size:
             raise ValueError(
-                f"{folder / TOKENIZER_FILE} must add special tokens around a text: got the tokens "
-                f"{probe[:8]} for a letter that is {self._letter[:8]} without them"
+                f"{folder / TOKENIZER_FILE} must make tokens of a text and add special tokens "
+                f"around them: got {self._letter[:8]} for a letter, {probe[:8]} with special tokens"
             )
         self.added_around = probe[:before], probe[before + size :]
         self.divides_words = len(set(words)) > 1
@@ -403,8 +410,10 @@ def _check_added_tokens(
         )
     for key, token in listed.items():
         text = _token_text(token)
-        if text is None or not key.isdecimal() or backend.id_to_token(int(key)) != text:
-            known = backend.id_to_token(int(key)) if key.isdecimal() else None
+        # more digits than an id has are none to the library, and a number to nobody
+        is_id = key.isdecimal() and len(key) < 10
+        known = backend.id_to_token(int(key)) if is_id else None
+        if text is None or known != text:
             raise ValueError(
                 f"the added tokens of {folder / CONFIG_FILE} must be those of {TOKENIZER_FILE}: "
                 f"got {text!r} for id {key}, which there is {known!r}; save the tokenizer again, "

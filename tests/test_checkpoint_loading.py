@@ -437,6 +437,16 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
         ValueError,
         "must hold a JSON object: got a list",
     ),
+    "index-with-a-tensor-twice": (
+        lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
+        ValueError,
+        "got the key 'a' twice in one object",
+    ),
+    "index-with-a-nul": (
+        lambda folder: (folder / INDEX_NAME).write_text('{"weight_map": {"a": "b\\u0000"}}'),
+        ValueError,
+        "must name files of its own folder only",
+    ),
     "index-maps-to-numbers": (
         change_index(lambda index: index["weight_map"].update(x=1)),
         ValueError,

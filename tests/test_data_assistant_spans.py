@@ -27,6 +27,7 @@ from chat_cases import (
 )
 
 from data.assistant_spans import render_with_spans
+from data.template_ending import Watched
 
 
 def spoken(template: str, messages: list[dict[str, Any]], **options: Any) -> list[str]:
@@ -229,12 +230,14 @@ def test_some_targets_need_marks_in_their_turns() -> None:
 
 @pytest.fixture
 def renders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of messages that each rendering is given."""
+    """The number of messages that each rendering is given, none for what ends a template."""
     counts: list[int] = []
     render = jinja2.Template.render
 
     def counted(template: jinja2.Template, *args: Any, **kwargs: Any) -> str:
-        counts.append(len(kwargs["messages"]))
+        messages = kwargs.get("messages", [])
+        # to ask for its length is to look ahead
+        counts.append(len(messages._messages if isinstance(messages, Watched) else messages))
         return render(template, *args, **kwargs)
 
     monkeypatch.setattr(jinja2.Template, "render", counted)
@@ -245,7 +248,12 @@ def test_a_turn_that_begins_with_its_prompt_needs_no_other_opening(renders: list
     spoken_before = spoken(CHATML, say("a", "b"))
     # spoken() renders once itself, to compare
     assert (spoken_before, renders.pop()) == (["b<|im_end|>\n"], 2)
-    assert renders == [2, 1]
+    assert renders == [2, 0]
+    renders.clear()
+    # the prompt depends on the messages
+    messages = say("a", "b", "c", "d")
+    spans = render_with_spans(make(TEMPLATES["in-the-loop"]), messages)[1]
+    assert (len(spans), renders) == (2, [4, 1, 3])
 
 
 def test_markers_that_the_template_collects_first_are_held_against_a_plain_rendering(
@@ -253,11 +261,19 @@ def test_markers_that_the_template_collects_first_are_held_against_a_plain_rende
 ) -> None:
     block = "{% set x %}" + LOOP + "{% endset %}{{ x }}"
     assert spoken(block, say("a", "b")) == ["b"]
-    assert len(renders) > len([2, 1]) + 1
+    assert renders[:3] == [2, 2, 2]
     renders.clear()
     # so is a text with the characters of a marker
     assert spoken(LOOP, say("a", "\ue0000\ue000")) == ["\ue0000\ue000"]
-    assert len(renders) > len([2, 1]) + 1
+    assert renders[:3] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "inst", "marked"])
+def test_a_long_conversation_is_rendered_once(template: str, renders: list[int]) -> None:
+    messages = say(*(f"message {i}" for i in range(600)))
+    _, spans = render_with_spans(make(TEMPLATES[template]), messages)
+    assert len(spans) == 300
+    assert (renders[0], sum(renders)) == (600, 600)
 
 
 def test_spans_are_those_of_trls_twins(assets: Path) -> None:

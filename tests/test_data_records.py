@@ -90,6 +90,11 @@ MALFORMED = {
     "line-half-surrogate-key": ("x.jsonl", b'{"\\uDFFF": 1}', ":1: text must be valid"),
     "line-half-surrogate-deep": ("x.jsonl", b'{"a": [{"b": "\\udc00"}]}', ":1: text must be"),
     "line-deep": ("x.jsonl", b'{"a": ' + b"[" * 200_000, ":1: each line"),
+    "line-nested": (
+        "x.jsonl",
+        GOOD + b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+        ":2: lists and objects must nest at most 100 deep",
+    ),
     "line-huge-integer": ("x.jsonl", b'{"a": ' + b"9" * 5000 + b"}", ":1: each line"),
     "line-latin-1": ("x.jsonl", GOOD + b'{"a": "caf\xe9"}', ":2: the file must be UTF-8"),
     "line-utf-16": ("x.jsonl", '{"a": 1}'.encode("utf-16"), ":1: the file must be UTF-8"),
@@ -111,6 +116,11 @@ MALFORMED = {
     "json-list-of-text": ("x.json", b'["a"]', r"\[0\]: each element must be"),
     "json-null-element": ("x.json", b'[{"a": 1}, null]', r"\[1\]: each element must be"),
     "json-half-surrogate": ("x.json", b'[{}, {"a": "\\uD800"}]', r"\[1\]: text must be valid"),
+    "json-nested": (
+        "x.json",
+        b'[{}, {"a": ' + b"[" * 100 + b"]" * 100 + b"}]",
+        r"\[1\]: lists and objects must nest at most 100 deep",
+    ),
     "json-second-line-bad": ("x.json", GOOD + b'{"a": ', ":2: each line"),
     "json-list-twice": ("x.json", b'[{"a": 1}]\n[2]', ":2: .*got '\\[2\\]' after its end"),
     "json-no-comma": ("x.json", b'[{"a": 1}\n{"a": 1}]', ":2: .*after element 0, where a comma"),

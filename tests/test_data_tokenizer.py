@@ -1,6 +1,8 @@
 """data/tokenizer.py, and the small tokenizers that the other data tests share."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +277,55 @@ def test_unreadable_files_beside_it_are_value_errors(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         Tokenizer.from_folder(tmp_path)
+
+
+def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "an-id-beyond-reason": (
+        lambda content: content["model"]["vocab"].update(zz=1 << 31),
+        "must have ids below 16,777,216: got 2,147,483,648",
+    ),
+    "a-post-processor-of-no-token": (
+        lambda content: content.update(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [], "tokens": []}},
+            }
+        ),
+        "must make tokens of a text and add special tokens",
+    ),
+    "no-unknown-token": (
+        lambda content: content.update(
+            model={"type": "WordLevel", "vocab": dict(BEGIN), "unk_token": "[UNK]"}
+        ),
+        "encodes with: got WordLevel error: Missing",
+    ),
+}
+BEGIN = {"<|begin|>": 0, "<|end_of_text|>": 1}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_cannot_encode_is_a_value_error(case: str, tmp_path: Path) -> None:
+    change, message = TOKENIZERS[case]
+    change_tokenizer(save_byte_level(tmp_path), change)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json must .*{message}|{message}"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [[1], "x", {"x": {"content": "a"}}, {"9" * 5000: {"content": "a"}}, {"5": []}, {"-1": {}}],
+    ids=lambda value: str(value)[:20],
+)
+def test_added_tokens_of_no_tokenizer_are_a_value_error(added: object, tmp_path: Path) -> None:
+    config = {"added_tokens_decoder": added}
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        Tokenizer.from_folder(save_byte_level(tmp_path, config=config))
