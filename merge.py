@@ -27,6 +27,7 @@ from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
 from foreign.guest import in_guest
+from foreign.terminal import guard_output, one_line
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
@@ -45,7 +46,6 @@ from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
 from run.privacy import as_private_as
-from run.terminal import guard_output, one_line
 
 # beside the weights, for programs that read older tokenizers
 OTHER_TOKENIZER_FILES = (*OLD_FILES, "added_tokens.json")

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from checkpoint.files import find_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from foreign.terminal import guard_output, one_line
 from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
 from run.privacy import as_private_as
 from run.room import MB
-from run.terminal import guard_output, one_line
 
 # config.json, the tokenizer and what else goes along
 COMPANION_BYTES = 64 << 20

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from checkpoint.description import describe
 from checkpoint.loading import load_model
 from data import audit
+from foreign.terminal import guard_output, one_line
 from hub.push import push_folder
 from kernels.launch import KernelDoesNotFit
 from llama.generation import generate_greedy
@@ -59,7 +60,6 @@ from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
 from run.shortage import is_device_failure, is_lost, is_shortage
 from run.signals import StopRequest, end_at_once
-from run.terminal import guard_output, one_line
 from run.watching import Watching
 from step.micro_step import MicroStep
 from step.preflight import limit_memory, memory_line, next_setting, preflight

@@ -20,7 +20,7 @@ from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
 from foreign.json_text import read_object
-from run.terminal import AsIs, escaped, one_line
+from foreign.terminal import AsIs, escaped, one_line
 
 AUDIT_FILE = "data.json"
 MAX_SHARE_TRUNCATED = 0.5

@@ -1,1 +1,1 @@
-"""What comes from others, files and the programs in them, read and run within bounds."""
+"""What comes from others: files, the programs in them and their text, within bounds."""

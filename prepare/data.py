@@ -13,10 +13,10 @@ from data import audit, template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
+from foreign.terminal import one_line
 from llama.config import LlamaConfig
 from run.checkpoint import RunState
 from run.config import TrainConfig
-from run.terminal import one_line
 
 
 def load_data(

@@ -21,6 +21,7 @@ from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
+from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
 from llama.config import read_config
@@ -42,7 +43,6 @@ from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_poin
 from run.machine import prepare
 from run.ranks import Ranks
 from run.resolve import resolve
-from run.terminal import one_line
 from run.trackers import tracker_names
 from step.memory_plan import MemoryPlan
 from step.micro_step import Policy

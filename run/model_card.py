@@ -10,9 +10,9 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
+from foreign.terminal import one_line
 from run.config import FREE_ON_RESUME, TrainConfig
 from run.metrics import GIB, Row
-from run.terminal import one_line
 
 CARD_FILE = "README.md"
 # flags that did not make the adapter what it is

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from types import TracebackType
 
-from run.terminal import one_line
+from foreign.terminal import one_line
 
 
 def _is_spared(error: BaseException) -> bool:

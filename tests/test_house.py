@@ -20,11 +20,23 @@ FLOORS = {
     "llama": {"foreign", "kernels", "lora", "nf4"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
     "step": {"kernels", "llama", "lora", "nf4"},
-    "prepare": {"checkpoint", "data", "hub", "llama", "lora", "nf4", "optim", "run", "step"},
+    "prepare": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "hub",
+        "llama",
+        "lora",
+        "nf4",
+        "optim",
+        "run",
+        "step",
+    },
     "bundled": {"data", "llama", "lora"},
     "train": {
         "checkpoint",
         "data",
+        "foreign",
         "hub",
         "kernels",
         "llama",
@@ -34,8 +46,8 @@ FLOORS = {
         "run",
         "step",
     },
-    "quantize": {"checkpoint", "nf4", "run"},
-    "merge": {"foreign", "checkpoint", "data", "llama", "lora", "nf4", "run"},
+    "quantize": {"checkpoint", "foreign", "nf4", "run"},
+    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it

@@ -1,4 +1,4 @@
-"""run/terminal.py: whoever prints, nothing leaves that a terminal would obey, and no secret."""
+"""foreign/terminal.py: whoever prints, nothing leaves that a terminal would obey, and no secret."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
+from foreign.terminal import AsIs, escaped, guard_output, one_line, without_secrets
 from prepare.job import BUNDLED
-from run.terminal import AsIs, escaped, guard_output, one_line, without_secrets
 from run.watching import Watching
 
 # a title, a cleared screen, a line written over, a colour of C1, text turned round, text unseen
