@@ -5,7 +5,8 @@ the template writes while its loop over the messages is at an assistant message,
 rendering keeps a trace (data/template_trace.py). A turn is learned
 
 - from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
-  before it: what the model is given at inference, and what it has to go on with;
+  before it: what the model is given at inference, and what it has to go on with. Where a template
+  ends in that prompt, it is known without rendering these messages (data/template_ending.py);
 - to the end of the iteration, so that the token that ends the turn is learned, and with it an EOS
   that the template writes right after, before the next turn or at the end of the conversation.
 

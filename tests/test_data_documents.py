@@ -248,7 +248,9 @@ from pathlib import Path
 from data.tokenizer import Tokenizer
 from data.dataset import load_dataset
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# of this process, and of those that tokenize for it
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+def peak(): return max(resource.getrusage(who).ru_maxrss for who in WHO) * 1024
 before = peak()
 dataset = load_dataset([Path(sys.argv[2])], tokenizer, vocab_size=1000, num_processes=1)
 print(dataset.num_tokens, peak() - before)
