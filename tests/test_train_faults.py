@@ -27,7 +27,7 @@ import pytest
 import torch
 from micro_steps import in_runs
 from test_run_folder import rewrite_state
-from train_process import DEADLINE_S, ROOT, TrainProcess
+from train_process import DEADLINE_S, ROOT, TrainProcess, heed_signals
 
 import train
 from data.tokenizer import Tokenizer
@@ -145,6 +145,11 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(
     never_saving = flags(tmp_path, "--save-steps", "0")
     ours, theirs = os.openpty()
     command = [sys.executable, "train.py", "--output", str(output), *never_saving]
+
+    def begin() -> None:
+        heed_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -152,7 +157,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=begin,
     ) as process:
         os.close(theirs)
         os.set_blocking(ours, False)

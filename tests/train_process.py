@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])
 
 
+def heed_signals() -> None:
+    """Let this process be told to stop, also where the tests were started by nohup or in a shell's
+    background: there such signals are ignored, and train.py leaves them so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _train(
     arguments: list[str],
     pipe: Path,
@@ -28,6 +36,7 @@ def _train(
     before: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
+    heed_signals()
     if before:
         before()
     descriptor = os.open(pipe, os.O_WRONLY)
