@@ -1,1 +1,1 @@
-"""The Llama family as found in a checkpoint directory: config, model, loss, loading, generation."""
+"""The Llama family: its config, its function in plain torch, and the same written out by hand."""
