@@ -35,6 +35,7 @@ from llama.generation import generate_greedy
 from llama.model import Llama
 from lora.adapter_file import load_adapter, rename_base, save_adapter
 from optim.adamw import AdamW, moment_bytes_per_element
+from optim.arena import GradientArena
 from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
@@ -264,8 +265,7 @@ def begin(job: Job, ranks: Ranks) -> Run:
 def try_micro_batch(run: Run) -> None:
     """Take the longest micro-batch on a GPU, launched and captured, and fetch the moments."""
     batch = run.job.epochs.largest_batch()
-    given = (batch.input_ids, batch.labels, batch.positions, batch.lengths)
-    print(preflight(run.micro_step, *given, run.loss_scale.scale))
+    print(preflight(run.micro_step, batch, run.loss_scale.scale))
     run.optimizer.prefetch()
 
 
@@ -276,8 +276,8 @@ def try_step(run: Run) -> None:
     and moments alone where a gradient is not finite. A rank that fails in here ends, and the others
     with it: while they wait for its gradients they cannot be told.
     """
-    run.optimizer.gradients.fill_(math.nan)
-    run.ranks.add_up(run.optimizer.gradients)
+    run.optimizer.gradients.values.fill_(math.nan)
+    run.ranks.add_up(run.optimizer.gradients.values)
     run.optimizer.step(0.0)
     torch.cuda.synchronize()
 
@@ -349,7 +349,9 @@ def load_run(job: Job, ranks: Ranks) -> Run:
         optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
     captures = job.device.type == "cuda"
-    micro_step = MicroStep(model, job.policies, config.neftune_noise_alpha, captures)
+    micro_step = MicroStep(
+        model, optimizer.gradients, job.policies, config.neftune_noise_alpha, captures
+    )
     if captures:
         # what loading has left: an allocation in the pool of the passes does not get it back
         torch.cuda.empty_cache()
@@ -366,9 +368,8 @@ def make_optimizer(model: Llama, config: TrainConfig) -> AdamW:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     paged = functools.partial(paged_memory, residency=config.optimizer_residency)
     return AdamW(
-        parameters,
+        GradientArena(parameters, is_8bit=config.optim == "paged_adamw_8bit"),
         weight_decay=config.weight_decay,
-        is_8bit=config.optim == "paged_adamw_8bit",
         memory=OrdinaryMemory if config.optim == "adamw" else paged,
         rate_factors={
             name: config.loraplus_lr_ratio for name in parameters if name.endswith("lora_B")
@@ -530,7 +531,7 @@ def train_step(run: Run) -> PendingStep:
         config.learning_rate,
         config.lr_scheduler,
     )
-    optimizer.zero_grad()
+    optimizer.gradients.zero_()
     total_loss = torch.zeros((), device=run.model.device)
     own = run.ranks.share(micro_batches)
     with run.ranks.sharing_shortage():
@@ -541,13 +542,11 @@ def train_step(run: Run) -> PendingStep:
                 optimizer.prefetch()
             seed = dropout_seed(config.seed, state.step, index)
             factor = scale.scale / num_targets
-            total_loss += run.micro_step(
-                batch.input_ids, batch.labels, factor, seed, batch.positions, batch.lengths
-            )
+            total_loss += run.micro_step(batch, factor, seed)
         if not own:
             # what can be refused is refused before any rank takes the step
             optimizer.prefetch()
-    run.ranks.add_up(optimizer.gradients)
+    run.ranks.add_up(optimizer.gradients.values)
     run.ranks.add_up(total_loss)
     total_loss /= num_targets
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
@@ -599,8 +598,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
                 break
             (rows,) = evaluation.micro_batches(step)
             batch = evaluation.batch(rows)
-            loss = run.micro_step.evaluate(batch.input_ids, batch.labels, batch.positions)
-            total += float(loss)
+            total += float(run.micro_step.evaluate(batch))
     total = ranks.sum_of(total)
     return None if ranks.largest(is_cut) else total / evaluation.num_target_tokens
 

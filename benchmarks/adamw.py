@@ -26,6 +26,7 @@ from benchmarks.measure import Operation
 from benchmarks.tables import Row, adamw_table, aligned
 from kernels.adamw import MOMENT_BLOCK, _launch_adamw, _launch_adamw_plan
 from optim.adamw import AdamW
+from optim.arena import GradientArena
 from optim.state_memory import OrdinaryMemory, StateMemory
 from optim.unified_memory import ManagedMemory
 
@@ -75,7 +76,7 @@ def ours(device: torch.device, is_8bit: bool, memory: Memory = OrdinaryMemory) -
     """Make our optimizer, after a first step."""
     parameters = parameters_on(device)
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    optimizer = AdamW(parameters, weight_decay=WEIGHT_DECAY, is_8bit=is_8bit, memory=memory)
+    optimizer = AdamW(GradientArena(parameters, is_8bit), weight_decay=WEIGHT_DECAY, memory=memory)
     for name, parameter in parameters.items():
         own, gradient = parameter.grad, gradients[name]
         assert own is not None

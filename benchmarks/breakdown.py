@@ -53,9 +53,11 @@ from llama.config import LlamaConfig
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from lora.linear_group import LinearGroup
+from optim.arena import GradientArena
 from run.machine import prepare
 from step import micro_step
 from step.micro_step import MicroStep, Policy
+from tokens.batch import Batch
 
 FAMILIES = (
     "base products, forward",
@@ -424,14 +426,13 @@ def profiled_events(
     model: Llama, policies: Sequence[Policy], shape: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """Profile a micro-step after two that warm up."""
-    for parameter in model.trainable_parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    step = MicroStep(model, policies, captures=False)
+    adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    step = MicroStep(model, GradientArena(adapter), policies, captures=False)
     ids = random_ids(shape, model.config.vocab_size, 0)
     factor = torch.full((), 1 / ids.numel(), device=model.device)
 
     def call() -> None:
-        step(ids, ids, factor, 0)
+        step(Batch(ids, ids), factor)
 
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):

@@ -28,9 +28,11 @@ from benchmarks.tables import Row, aligned, data_parallel_table
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
+from optim.arena import GradientArena
 from run.machine import prepare
 from run.ranks import Ranks, join_ranks
 from step.micro_step import MicroStep, Policy
+from tokens.batch import Batch
 
 RANK = 16
 LEARNING_RATE = 1e-4
@@ -57,7 +59,7 @@ def learner(model: Llama) -> AdamW:
     """Put an adapter beside a model, and an optimizer over it."""
     model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), SEED)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return AdamW(parameters, weight_decay=0.0)
+    return AdamW(GradientArena(parameters), weight_decay=0.0)
 
 
 def measure(
@@ -70,16 +72,18 @@ def measure(
 ) -> Row:
     """Measure a shape on the ranks there are."""
     policies: list[Policy] = ["keep"] * len(model.layers)
-    micro_step = MicroStep(model, policies, captures=model.device.type == "cuda")
+    micro_step = MicroStep(
+        model, optimizer.gradients, policies, captures=model.device.type == "cuda"
+    )
     factor = torch.ones((), device=model.device) / (shape[0] * shape[1])
 
     def step() -> None:
-        optimizer.zero_grad()
+        optimizer.gradients.zero_()
         with ranks.sharing_shortage():
             for index in range(num_micro_batches):
                 ids = random_ids(shape, model.config.vocab_size, index)
-                micro_step(ids, ids, factor, SEED)
-        ranks.add_up(optimizer.gradients)
+                micro_step(Batch(ids, ids), factor, SEED)
+        ranks.add_up(optimizer.gradients.values)
         optimizer.step(LEARNING_RATE, max_norm=1.0)
 
     def block() -> None:
@@ -89,7 +93,9 @@ def measure(
     for _ in range(NUM_WARM_UPS):
         seconds_of(ranks, step)
     seconds = sorted(seconds_of(ranks, block) / num_steps for _ in range(NUM_BLOCKS))
-    sums = [seconds_of(ranks, lambda: ranks.add_up(optimizer.gradients)) for _ in range(NUM_SUMS)]
+    sums = [
+        seconds_of(ranks, lambda: ranks.add_up(optimizer.gradients.values)) for _ in range(NUM_SUMS)
+    ]
     num_tokens = ranks.size * num_micro_batches * shape[0] * shape[1]
     return {
         "provider": "ours",
@@ -101,7 +107,7 @@ def measure(
         "ms_max": round(1e3 * seconds[-1], 3),
         "tokens_per_second": round(num_tokens / median(seconds), 1),
         "sum_ms_p50": round(1e3 * median(sums), 3),
-        "sum_bytes": optimizer.gradients.nbytes,
+        "sum_bytes": optimizer.gradients.values.nbytes,
     }
 
 

@@ -31,6 +31,7 @@ from data.tokenization import ROW
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
+from optim.arena import GradientArena
 from run.machine import prepare
 from step.micro_step import MicroStep, Policy
 
@@ -84,9 +85,9 @@ def measure(mode: str, epochs: Epochs, micro_step: MicroStep, optimizer: AdamW) 
     def take(step: int) -> int:
         (rows,) = epochs.micro_batches(step)
         batch = epochs.batch(rows)
-        optimizer.zero_grad()
+        optimizer.gradients.zero_()
         optimizer.prefetch()
-        micro_step(batch.input_ids, batch.labels, factor, SEED, batch.positions, batch.lengths)
+        micro_step(batch, factor, SEED)
         optimizer.step(LEARNING_RATE, max_norm=1.0)
         return batch.input_ids.numel()
 
@@ -116,9 +117,11 @@ def measure_all(model: Llama, epochs: dict[str, Epochs]) -> list[Row]:
     """Measure every kind, after an adapter is put beside the model."""
     model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), SEED)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = AdamW(parameters, weight_decay=0.0)
+    optimizer = AdamW(GradientArena(parameters), weight_decay=0.0)
     policies: list[Policy] = ["keep"] * len(model.layers)
-    micro_step = MicroStep(model, policies, captures=model.device.type == "cuda")
+    micro_step = MicroStep(
+        model, optimizer.gradients, policies, captures=model.device.type == "cuda"
+    )
     return [measure(mode, some, micro_step, optimizer) for mode, some in epochs.items()]
 
 

@@ -30,6 +30,7 @@ from step.memory_plan import MemoryPlan, plan_memory
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.preflight import plan_run
 from step.workload import Workload
+from tokens.batch import Batch
 
 SEED = 0
 QUANTIZATION = Quantization(BLOCK_SIZE, True)
@@ -68,14 +69,16 @@ def make_step(
     model: Llama, config: TrainConfig, policies: Sequence[Policy], optimizer: train.AdamW
 ) -> Step:
     """Make a training step of one micro-batch, in which every token has a label."""
-    micro_step = MicroStep(model, policies, captures=model.device.type == "cuda")
+    micro_step = MicroStep(
+        model, optimizer.gradients, policies, captures=model.device.type == "cuda"
+    )
 
     def step(ids: Tensor) -> Tensor:
         num_targets = ids.shape[0] * (ids.shape[1] - 1)
         factor = torch.full((), 1 / num_targets, device=model.device)
-        optimizer.zero_grad()
+        optimizer.gradients.zero_()
         optimizer.prefetch()
-        loss = micro_step(ids, ids, factor, SEED)
+        loss = micro_step(Batch(ids, ids), factor, SEED)
         optimizer.step(config.learning_rate, config.max_grad_norm)
         return loss / num_targets
 

@@ -7,36 +7,16 @@ epoch and step.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from data.samples import NO_LOSS, Sample
+from tokens.batch import Batch
 
 T = TypeVar("T")
 # of a stretch within which samples are sorted by length
 GROUPED_MICRO_BATCHES = 50
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one micro-batch, padded on the right.
-
-    Attributes:
-        num_tokens: tokens without the padding.
-        num_target_tokens: labels that a loss sees, those at positions >= 1.
-        lengths: of the sample that a token is of, 0 for padding.
-        positions: of every token in its sample, where rows hold several; None: one sample a row.
-    """
-
-    input_ids: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64, -100 where there is no loss
-    num_tokens: int
-    num_target_tokens: int
-    lengths: Tensor  # (B, T) int64
-    positions: Tensor | None = None  # (B, T) int64
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -59,13 +39,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
         lengths[row, : len(sample.input_ids)] = len(sample.input_ids)
-    return Batch(
-        input_ids,
-        labels,
-        num_tokens=sum(len(sample.input_ids) for sample in samples),
-        num_target_tokens=sum(sample.num_target_tokens for sample in samples),
-        lengths=lengths,
-    )
+    return Batch(input_ids, labels, lengths=lengths)
 
 
 def epoch_order(num_samples: int, epoch: int, seed: int, shuffle: bool) -> list[int]:

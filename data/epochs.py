@@ -10,7 +10,6 @@ from typing import TypeAlias
 import numpy as np
 
 from data.batches import (
-    Batch,
     collate,
     epoch_order,
     epoch_steps,
@@ -19,6 +18,7 @@ from data.batches import (
 )
 from data.packing import Packing, collate_packed, mean_sample_tokens
 from data.token_cache import Samples
+from tokens.batch import Batch
 
 # the samples of each of its rows
 MicroBatch: TypeAlias = list[list[int]]

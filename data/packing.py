@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from data.batches import Batch, epoch_order
+from data.batches import epoch_order
 from data.samples import NO_LOSS, Sample
+from tokens.batch import Batch
 
 
 def pack(
@@ -118,12 +119,4 @@ def collate_packed(rows: Sequence[Sequence[Sample]], row_length: int) -> Batch:
             positions[row, start:stop] = torch.arange(stop - start)
             lengths[row, start:stop] = stop - start
             start = stop
-    samples = [sample for row in rows for sample in row]
-    return Batch(
-        input_ids,
-        labels,
-        num_tokens=sum(len(sample.input_ids) for sample in samples),
-        num_target_tokens=sum(sample.num_target_tokens for sample in samples),
-        lengths=lengths,
-        positions=positions,
-    )
+    return Batch(input_ids, labels, positions, lengths)

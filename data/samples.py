@@ -24,8 +24,7 @@ from data.formats import Conversation, Example, PromptCompletion, TokenIds
 from data.tokenizer import Tokenizer
 from data.tool_calls import show_arguments
 from data.unwritten import check_written
-
-NO_LOSS = -100
+from tokens.batch import NO_LOSS
 
 
 @dataclass(frozen=True)

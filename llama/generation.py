@@ -5,13 +5,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from llama.layer import KeyValueCache
+from llama.cache import KeyValueCache
 from llama.model import Llama
 
 
 @torch.no_grad()
 def most_probable(model: Llama, ids: Tensor, cache: KeyValueCache) -> Tensor:  # (1, T) -> ()
-    """Find the most probable token behind those that a cache holds and those that are given."""
+    """Find the most probable token after the cached tokens and the given ones."""
     hidden = model.hidden_states(ids, cache)[:, -1]
     # a cap on logits leaves their order as it is
     return (hidden @ model.head.T).argmax()

@@ -1,13 +1,13 @@
-"""Llama (Touvron et al. 2023) and its family as a checkpoint has them, with a linear group wherever
-projections share an input.
+"""The model: Llama (Touvron et al. 2023) and its family, in linear groups of projections that share
+an input.
 
-Modules bear the checkpoint's names; a group adds its members' (`model.layers.0.self_attn.qkv` holds
-`model.layers.0.self_attn.q_proj`). Frozen tensors stay in the checkpoint's dtype, but for the head,
-which has the compute dtype as activations do; norms, rotations and the loss work in float32 and
-round once, where transformers rounds a norm before its weight is applied and rounds the cosines and
-sines.
+Modules have the checkpoint's names, and a group knows those of its members: the group
+`model.layers.0.self_attn.qkv` holds `model.layers.0.self_attn.q_proj`. Frozen tensors stay in the
+checkpoint's dtype; only the head has the compute dtype, as activations do. Norms, rotations and the
+loss work in float32 and round once; transformers rounds a norm before it applies the weight, and
+rounds the cosines and sines.
 
-Nothing here has a graph of autograd: `step.micro_step` runs the layers forward and back.
+No autograd graph is built here: `step.micro_step` runs the layers forward and backward.
 
     B batch, T tokens, D hidden_size, V vocab_size
 """
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
+from llama.cache import KeyValueCache
 from llama.config import LlamaConfig, LongRopeScaling
-from llama.layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
+from llama.layer import DecoderLayer, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
+from tokens.batch import NO_LOSS, Batch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -55,7 +57,7 @@ def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize
         ValueError: none does, or the head or the embeddings would.
     """
     paths = list(paths)
-    # patterns come with an adapter, and may take for ever
+    # patterns come with an adapter, and matching one may take for ever
     if lora.has_patterns:
         sizes = in_guest(lambda: _find_sizes(lora, paths), "the adapter's patterns of modules")
     else:
@@ -89,15 +91,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.norm = RMSNorm(config.hidden_size, config)
 
 
 class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    # (2, head_dim / 2) float32, for sequences of the usual length and for long ones; they follow
-    # from the config
+    # (2, head_dim / 2) float32, for sequences of the usual length and for long ones; computed from
+    # the config
     frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
@@ -154,7 +156,7 @@ class Llama(nn.Module):
             group.attach(own, config.lora_dropout, self.device, generator, site)
 
     def make_tables(self) -> None:
-        """Make what the kernels of every pass look up on the device, before the first pass."""
+        """Copy the tables that kernels read to the device, before the first pass."""
         for _, group in self.groups():
             group.make_tables(self.compute_dtype)
 
@@ -174,7 +176,7 @@ class Llama(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def frozen_tensors(self) -> Iterator[Tensor]:
-        """What a model holds on its device that does not train."""
+        """The tensors on the device that do not train."""
         yield from (parameter for parameter in self.parameters() if not parameter.requires_grad)
         yield from self.buffers()
         for _, group in self.groups():
@@ -196,7 +198,7 @@ class Llama(nn.Module):
         )
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) on the device -> (B T, D)
-        """Look up the tokens' embeddings."""
+        """Look up the embeddings of tokens, scaled where the family scales them."""
         embedded = self.model.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
@@ -229,7 +231,7 @@ class Llama(nn.Module):
         return Shared(positions, cos, sin, dropout_seed, samples)
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
-        """Whether a sequence that grows from one length to another has other frequencies then."""
+        """Tell whether rotary frequencies change when a sequence grows between two lengths."""
         scaling = self.config.rope_scaling
         return (
             isinstance(scaling, LongRopeScaling)
@@ -247,8 +249,8 @@ class Llama(nn.Module):
         """Run the decoder: token ids (B, T) to normalized hidden states (B, T, D).
 
         Attention is causal, so padding on the right changes no real token. With a cache the ids
-        continue what it holds: any number of tokens into an empty one, one token at a time from
-        then on. Without dropout, whatever mode the model is in.
+        follow the cached tokens: an empty cache takes any number of tokens, later one at a time.
+        There is no dropout.
 
         Args:
             samples: where rows hold several; not with a cache.
@@ -287,26 +289,20 @@ class Llama(nn.Module):
     @torch.no_grad()
     def loss(
         self,
-        input_ids: Tensor,  # (B, T) int64, on the CPU
-        labels: Tensor,  # (B, T) int64, on the CPU, -100 where nothing is to be predicted
-        positions: Tensor | None = None,  # (B, T) int64, on the CPU
+        batch: Batch,
     ) -> Tensor:  # () float32
         """Sum the cross-entropy of every label given the tokens before it.
 
             loss = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
 
         over t > 0 with labels[b, t] != -100. No gradient, no dropout: `step.micro_step` trains.
-
-        Args:
-            positions: of the tokens in their samples, where rows hold several; each begins with a
-                token at position 0, which has no label.
         """
-        rows, targets = target_rows(labels)
+        rows, targets = target_rows(batch.labels)
         samples = None
-        if positions is not None:
-            places = (place.to(self.device) for place in samples_of(positions))
+        if batch.positions is not None:
+            places = (place.to(self.device) for place in samples_of(batch.positions))
             samples = Samples(*places)
-        ids = input_ids.to(self.device, non_blocking=True)
+        ids = batch.input_ids.to(self.device, non_blocking=True)
         hidden = self.hidden_states(ids, samples=samples).flatten(0, 1)
         picked = hidden[rows.to(self.device, non_blocking=True)]
         targets = targets.to(self.device, non_blocking=True)
@@ -315,9 +311,9 @@ class Llama(nn.Module):
 
 
 def samples_of(positions: Tensor) -> Samples:  # (B, T) int64
-    """Tell from every token's position in its sample how many of it remain.
+    """Count how many tokens of its sample follow each token, from the positions in the samples.
 
-    A sample begins where positions start again.
+    A sample begins at each position 0.
     """
     T = positions.shape[1]
     starts = torch.where(positions == 0, torch.arange(T, device=positions.device), T)
@@ -328,10 +324,10 @@ def samples_of(positions: Tensor) -> Samples:  # (B, T) int64
 
 
 def target_rows(labels: Tensor) -> tuple[Tensor, Tensor]:  # (B, T) on the CPU
-    """Find the rows of (B T, D) hidden states that have something to predict, and what.
+    """Find the rows of the (B T, D) hidden states that predict a label, and their labels.
 
-    Labels stay on the CPU until then, so the device is never waited for.
+    The labels are still on the CPU, so nothing waits for the device.
     """
-    next_labels = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-    rows = (next_labels != -100).nonzero().squeeze(1)
+    next_labels = F.pad(labels[:, 1:], (0, 1), value=NO_LOSS).reshape(-1)
+    rows = (next_labels != NO_LOSS).nonzero().squeeze(1)
     return rows, next_labels[rows]

@@ -18,6 +18,7 @@ from llama.config import LlamaConfig, LongRopeScaling
 from llama.model import Llama
 from llama.rope import rope_frequencies, rope_tables
 from nf4.weight import NF4Weight, dequantize
+from tokens.batch import Batch
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
 
@@ -110,7 +111,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate_up = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        inner = self.activation(gate) * up
+        return self.down_proj(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -128,10 +130,11 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, distance: Tensor) -> Tensor:
         is_seen = (distance >= 0) & (distance < (self.window or math.inf))
-        delta = self.self_attn(self.norm(self.norms.before_attention, x), cos, sin, is_seen)
-        x = x + self.norm(self.norms.behind_attention, delta)
-        delta = self.mlp(self.norm(self.norms.before_mlp, x))
-        return x + self.norm(self.norms.behind_mlp, delta)
+        r1 = x
+        delta = self.self_attn(self.norm(self.norms.before_attention, r1), cos, sin, is_seen)
+        r2 = r1 + self.norm(self.norms.behind_attention, delta)
+        delta = self.mlp(self.norm(self.norms.before_mlp, r2))
+        return r2 + self.norm(self.norms.behind_mlp, delta)
 
 
 class Decoder(nn.Module):
@@ -184,10 +187,10 @@ class Reference(nn.Module):
         cap = config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Sum the cross-entropy of each label (-100: none) given the tokens before it."""
-        logits = self(input_ids, positions)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        logits = self(batch.input_ids, batch.positions)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
 
 
 def reference_of(model: Llama, dtype: torch.dtype = torch.float64) -> Reference:

@@ -2,10 +2,10 @@
 
 torch.optim keeps two tensors per parameter and walks them one by one; bitsandbytes pages each
 tensor by itself, and only those of 100,000 elements or more, which is hardly any LoRA matrix. Here
-the model's parameters and their .grad become views of two arenas in ordinary memory, the moments
-lie in one buffer beside them, so that a step, a norm, a memset or a page's way to the host is one
-call for everything. `kernels/adamw.py` holds the arithmetic; where the buffer's pages are is the
-business of `optim/unified_memory.py`.
+the model's parameters become views of an arena that is laid out as that of their gradients
+(`optim/arena.py`), and the moments lie in one buffer beside them, so a step, a norm, or a page's
+way to the host is one call for everything. `kernels/adamw.py` holds the arithmetic, and
+`optim/unified_memory.py` says where the buffer's pages are.
 
 Nothing here asks the device for a value except `num_steps`, `checksum`, `state_tensors` and
 `load_state`, which are for checkpoints.
@@ -14,23 +14,19 @@ Nothing here asks the device for a value except `num_steps`, `checksum`, `state_
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.adamw import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
     SUM_PROGRAMS,
-    TILE_BLOCKS,
     ZERO_CODES,
     Arenas,
-    Moments,
     adamw,
     make_adamw_tables,
 )
+from optim.arena import GradientArena
 from optim.state_memory import OrdinaryMemory, StateMemory
-
-# smaller tensors keep float32 moments: bitsandbytes' min_8bit_size
-SMALLEST_8BIT = 4096
 
 
 def moment_bytes_per_element(is_8bit: bool) -> float:
@@ -39,89 +35,20 @@ def moment_bytes_per_element(is_8bit: bool) -> float:
     return 2 + 8 / MOMENT_BLOCK if is_8bit else 8
 
 
-class Layout:
-    """Which elements of the arenas a parameter has.
-
-        | parameters with 8-bit moments | ... | those with float32 moments | ... |
-
-    Each starts with a block of 256, each region with a tile of blocks; the rest is padding.
-
-    Attributes:
-        shapes: of every parameter, by name.
-        starts: the first element of every parameter.
-    """
-
-    def __init__(self, shapes: Mapping[str, torch.Size], is_8bit: bool) -> None:
-        self.shapes = dict(shapes)
-        self.starts: dict[str, int] = {}
-        large = [name for name in shapes if is_8bit and shapes[name].numel() >= SMALLEST_8BIT]
-        small = [name for name in shapes if name not in set(large)]
-        self.num_8bit_blocks = self._place(large, 0)
-        self.num_blocks = self._place(small, self.num_8bit_blocks)
-
-    def _place(self, names: list[str], block: int) -> int:
-        for name in names:
-            self.starts[name] = block * MOMENT_BLOCK
-            block += self.blocks_of(name)
-        return block + -block % TILE_BLOCKS
-
-    def blocks_of(self, name: str) -> int:
-        return -(-self.shapes[name].numel() // MOMENT_BLOCK)
-
-    def is_8bit(self, name: str) -> bool:
-        return self.starts[name] < self.num_8bit_blocks * MOMENT_BLOCK
-
-    def first_block(self, name: str) -> int:
-        """Count the blocks before a parameter in its region."""
-        block = self.starts[name] // MOMENT_BLOCK
-        return block if self.is_8bit(name) else block - self.num_8bit_blocks
-
-    @property
-    def num_elements(self) -> int:
-        return self.num_blocks * MOMENT_BLOCK
-
-    def view(self, arena: Tensor, name: str) -> Tensor:
-        """A parameter's elements of an arena over both regions."""
-        start, shape = self.starts[name], self.shapes[name]
-        return arena[start : start + shape.numel()].view(shape)
-
-    def _moment_sizes(self) -> list[tuple[int, torch.dtype]]:
-        """What the buffer holds, in the order of `Moments`: elements and dtype."""
-        codes = (self.num_8bit_blocks * MOMENT_BLOCK, torch.uint8)
-        absmax = (self.num_8bit_blocks, torch.float32)
-        rest = ((self.num_blocks - self.num_8bit_blocks) * MOMENT_BLOCK, torch.float32)
-        return [codes, codes, absmax, absmax, rest, rest]
-
-    def moment_bytes(self) -> int:
-        """The size of the buffer that holds both moments."""
-        sizes = (count * dtype.itemsize for count, dtype in self._moment_sizes())
-        return sum(size + -size % MOMENT_BLOCK for size in sizes)
-
-    def carve(self, buffer: Tensor) -> Moments:  # (moment_bytes,) uint8
-        """Cut the buffer into the moments, each aligned to 256 bytes, as views."""
-        parts, start = [], 0
-        for count, dtype in self._moment_sizes():
-            size = count * dtype.itemsize
-            parts.append(buffer[start : start + size].view(dtype))
-            start += size + -size % MOMENT_BLOCK
-        return Moments(*parts)
-
-
 class AdamW:
     """AdamW with decoupled weight decay, its moments in float32 or in 8 bits.
 
     The algorithm, in equations and in torch, is that of `kernels/adamw.py`.
 
     Attributes:
-        gradients: the arena that every parameter's .grad is a view of; what lies between is zero.
+        gradients: what a step reads.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        gradients: GradientArena,
         *,
         weight_decay: float,
-        is_8bit: bool = False,
         memory: Callable[[int, torch.device], StateMemory] = OrdinaryMemory,
         rate_factors: Mapping[str, float] | None = None,
         copy_dtype: torch.dtype | None = None,
@@ -129,35 +56,26 @@ class AdamW:
         """Move the parameters into an arena, in place: their tensors become views of it.
 
         Args:
-            parameters: float32, all on one device, by name.
-            is_8bit: quantize the moments of tensors of 4,096 elements or more.
+            gradients: of the parameters to train.
             memory: allocates the moments: takes bytes and a device.
             rate_factors: by which a parameter's learning rate differs from the step's; 1 for those
                 that are not named.
             copy_dtype: of a rounded copy of the parameters that every step writes too.
 
         Raises:
-            ValueError: no parameters, one that is not float32 on the device of the first, or a
-                factor for one that is not there.
+            ValueError: no parameters, or a factor for one that is not there.
             RuntimeError: the device refused the memory.
         """
+        parameters, device = gradients.parameters, gradients.values.device
         if not parameters:
             raise ValueError("an optimizer must have at least one parameter: got none")
-        device = next(iter(parameters.values())).device
-        for name, parameter in parameters.items():
-            if parameter.dtype != torch.float32 or parameter.device != device:
-                raise ValueError(
-                    f"parameters to train must be float32 on {device}: "
-                    f"got {name} as {parameter.dtype} on {parameter.device}"
-                )
         factors = dict(rate_factors or {})
         unknown = sorted(factors.keys() - parameters.keys())
         if unknown:
             raise ValueError(
                 f"factors of the learning rate must be for parameters to train: got {unknown[0]}"
             )
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._layout = layout = Layout(shapes, is_8bit)
+        self._layout = layout = gradients.layout
         self._memory = memory(layout.moment_bytes(), device)
         group_of_block, groups = self._groups(factors, weight_decay)
         moments = layout.carve(self._memory.buffer)
@@ -171,7 +89,7 @@ class AdamW:
         )
         self._arenas = Arenas(
             parameters=torch.zeros(num_elements, device=device),
-            gradients=torch.zeros(num_elements, device=device),
+            gradients=gradients.values,
             compute_copy=copy,
             moments=moments,
             group_of_block=group_of_block.to(device),
@@ -182,14 +100,13 @@ class AdamW:
         )
         if device.type != "cpu":
             make_adamw_tables(self._arenas.parameters.device)
-        self.gradients = self._arenas.gradients
+        self.gradients = gradients
         self._unscaled = torch.ones((), device=device)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 view = layout.view(self._arenas.parameters, name)
                 view.copy_(parameter)
                 parameter.data = view
-                parameter.grad = layout.view(self.gradients, name)
             if copy is not None:
                 copy.copy_(self._arenas.parameters)
 
@@ -213,9 +130,6 @@ class AdamW:
         share = num_8bit / self._layout.num_blocks
         kind = f", {100 * share:.0f} % of them in 8 bits" if num_8bit else ""
         return f"moments of {num_bytes / (1 << 20):.1f} MiB{kind} in {self._memory.describe()}"
-
-    def zero_grad(self) -> None:
-        self.gradients.zero_()
 
     def prefetch(self) -> None:
         """Start bringing the moments to the device; call it while the device has other work.

@@ -1,17 +1,18 @@
 """One micro-batch, forward and backward: the loss, and the adapter's gradients added up.
 
-    embed -> layers -> norm -> cross-entropy, with its gradient -> norm' -> layers' -> (nothing)
+    embed -> layers -> norm -> cross-entropy, with its gradient -> norm' -> layers'
 
-Each layer keeps its activations for the backward pass; or only its input, from which they are
-computed again; or not even that, because the input waits on the host.
+Each layer keeps its activations for the backward pass; or only its input, to compute them again; or
+its input waits in host memory.
 
 On a GPU a shape that comes again is captured into two CUDA graphs, one before the loss and one
 after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than the GPU needs
-for the work. The loss is left between them, because how many tokens have one differs from batch to
-batch. All passes, captured or not, take turns in one pool of memory, so that however many shapes
-there are, it is as large as the largest needs. To torch's allocator, what a captured pass keeps
-there is free, and a replay writes over it: so nothing that outlives a pass is made in the pool.
-Tables of kernels and cuBLAS's workspaces are made before the first pass, results outside of it.
+for the work. The loss is between the graphs, because the number of tokens with a label differs from
+batch to batch. All passes, captured or not, take turns in one pool of memory, which is as large as
+the largest shape needs, however many shapes there are. torch's allocator takes the tensors that a
+captured pass keeps in the pool for free memory, and a replay overwrites them: so nothing that
+outlives a pass is made in the pool. Tables of kernels and cuBLAS's workspaces are made before the
+first pass, results outside of the pool.
 
     M = B T rows, D hidden_size
 """
@@ -20,19 +21,20 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.constants import no_new_constants
 from kernels.masked_attention import Samples
 from kernels.neftune import neftune_, noise_scale
-from llama.layer import Activations, DecoderLayer, LayerInput, Shared
+from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
+from optim.arena import GradientArena
 from step.host_stash import HostStash
+from tokens.batch import Batch
 
 Policy = Literal["keep", "recompute", "offload"]
 POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}
@@ -43,32 +45,17 @@ PADDED_TOKENS = 64
 
 
 def padded_tokens(num_tokens: int, device: torch.device) -> int:
-    """Count the tokens that samples of a length are computed with.
-
-    The padding comes last, so no real token sees it, and it has no loss.
-    """
+    """Count the tokens of a row after it is padded for a device."""
     return num_tokens if device.type == "cpu" else num_tokens + -num_tokens % PADDED_TOKENS
 
 
-class _Offloaded(NamedTuple):
-    """What is left of a layer's input while the rest waits on the host."""
-
-    h_down: Tensor  # (M, T of the group)
-
-
-@dataclass
-class _Kept:
-    """What the backward pass needs of the forward pass."""
-
-    shared: Shared
-    layers: list[Activations | LayerInput | _Offloaded]
-    r: Tensor  # (M, D), what the last norm was taken of
-    rstd: Tensor  # (M,) float32
+# for the backward pass: what the layers share, what each keeps, and the last norm's r and rstd
+_Kept = tuple[Shared, list[Activations], Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A shape's two graphs, and the memory through which one talks to them."""
+    """The two graphs of a shape, and the memory that they read and write."""
 
     given: tuple[Tensor, ...]  # (B, T) each, as `_forward` takes them
     hidden: Tensor  # (M, D), of the step's buffer
@@ -81,12 +68,14 @@ class MicroStep:
     """The training step of a model without the optimizer.
 
     Attributes:
+        gradients: what every micro-batch adds to; captured graphs hold on to its address.
         policies: what each layer does with its activations.
     """
 
     def __init__(
         self,
         model: Llama,
+        gradients: GradientArena,
         policies: Sequence[Policy],
         noise_alpha: float = 0.0,
         captures: bool = False,
@@ -94,11 +83,15 @@ class MicroStep:
         """Prepare for micro-batches of any shape.
 
         Args:
+            gradients: of the model's adapter.
             noise_alpha: NEFTune's, of the noise on embeddings; 0: none.
             captures: on a GPU, replay a shape that comes again as CUDA graphs.
         """
         assert len(policies) == len(model.layers)
+        adapted = zip(model.trainable_parameters(), gradients.parameters.values(), strict=True)
+        assert all(own is given for own, given in adapted)
         self.model = model
+        self.gradients = gradients
         self.policies = tuple(policies)
         self._noise_alpha = noise_alpha
         self._captures = captures
@@ -120,37 +113,30 @@ class MicroStep:
     @torch.no_grad()
     def __call__(
         self,
-        input_ids: Tensor,  # (B, T) int64, on the CPU
-        labels: Tensor,  # (B, T) int64, on the CPU, -100 where nothing is to be predicted
+        batch: Batch,
         factor: Tensor,  # () float32, on the model's device
         dropout_seed: int = 0,
-        positions: Tensor | None = None,  # (B, T) int64, on the CPU
-        lengths: Tensor | None = None,  # (B, T) int64, on the CPU
     ) -> Tensor:  # () float32
-        """Compute the micro-batch's summed loss, and add its gradients to the adapter's.
+        """Compute the micro-batch's summed loss, and add its gradients to the arena.
 
-            loss  = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
-            .grad += factor d loss / d adapter
-
-        Args:
-            positions: of the tokens in their samples, if a row holds several; each begins with a
-                token at position 0, which has no label.
-            lengths: of the sample that a token is of, 0 for padding; needed for noise only.
+            loss       = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
+            gradients += factor d loss / d adapter
 
         Note:
             Does not wait for the device.
         """
         self._seed.fill_(dropout_seed)
         device = self.model.device
-        num_padding = padded_tokens(input_ids.shape[1], device) - input_ids.shape[1]
-        given = [F.pad(input_ids, (0, num_padding))]
-        if positions is not None:
-            given += samples_of(F.pad(positions, (0, num_padding)))
+        num_tokens = batch.input_ids.shape[1]
+        batch = batch.padded(padded_tokens(num_tokens, device) - num_tokens)
+        given = [batch.input_ids]
+        if batch.positions is not None:
+            given += samples_of(batch.positions)
         if self._noise_alpha:
-            assert lengths is not None
-            scale = noise_scale(lengths, self._noise_alpha, self.model.config.hidden_size)
-            given.append(F.pad(scale, (0, num_padding)))
-        rows, targets = target_rows(F.pad(labels, (0, num_padding), value=-100))
+            assert batch.lengths is not None
+            D = self.model.config.hidden_size
+            given.append(noise_scale(batch.lengths, self._noise_alpha, D))
+        rows, targets = target_rows(batch.labels)
         if device.type == "cpu":
             return self._launch(given, rows, targets, factor)
         *given, rows, targets = [self._send(t) for t in (*given, rows, targets)]
@@ -172,15 +158,13 @@ class MicroStep:
             tensor = tensor.pin_memory()
         return tensor.to(self.model.device, non_blocking=True)
 
-    def evaluate(
-        self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> Tensor:  # () float32
+    def evaluate(self, batch: Batch) -> Tensor:  # () float32
         """Compute a batch's summed loss without dropout, in the memory that training takes."""
         model = self.model
         if model.device.type == "cpu":
-            return model.loss(input_ids, labels, positions)
-        places = [] if positions is None else samples_of(positions)
-        given = (input_ids, *places, *target_rows(labels))
+            return model.loss(batch)
+        places = [] if batch.positions is None else samples_of(batch.positions)
+        given = (batch.input_ids, *places, *target_rows(batch.labels))
         ids, *places, rows, targets = [self._send(tensor) for tensor in given]
         with self._on_stream():
             hidden = self._hidden_states(ids)
@@ -206,7 +190,7 @@ class MicroStep:
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
-        """Run on the stream that the pool's memory belongs to, in turn with the caller's."""
+        """Run on the stream of the pool, after the caller's stream, which then waits in turn."""
         if self.model.device.type != "cuda":
             yield
             return
@@ -227,14 +211,14 @@ class MicroStep:
             kept = self._forward(given, hidden)
         loss = self._loss(hidden, rows, targets, factor)
         with self._pooled():
-            self._backward(hidden, kept)
+            self._backward(hidden, *kept)
         return loss
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
         """View the rows of the buffer for hidden states, later their gradient.
 
-        One for all shapes: between the passes it is all that the loss and they have in common. A
-        captured shape knows where it is, and holds on to it where a larger one takes its place.
+        All shapes share the buffer, through which passes and loss talk to each other. A captured
+        shape holds on to its buffer, also when a larger one replaces it.
         """
         M, D = input_ids.numel(), self.model.config.hidden_size
         if self._hidden.numel() < M * D:
@@ -243,10 +227,10 @@ class MicroStep:
 
     @contextmanager
     def _pooled(self) -> Iterator[None]:
-        """Take memory from the pool that the captured passes have theirs from, on a GPU.
+        """Allocate from the pool of all passes, on a GPU.
 
-        Not for the loss: to the allocator, what a captured forward pass keeps for the backward pass
-        is free.
+        Not for the loss: the allocator takes the tensors that a captured forward pass keeps for the
+        backward pass for free memory.
         """
         if self.model.device.type != "cuda":
             yield
@@ -274,16 +258,16 @@ class MicroStep:
         with self._recording(forward):
             kept = self._forward(given, hidden)
         with self._recording(backward):
-            self._backward(hidden, kept)
+            self._backward(hidden, *kept)
         host = self._stash.held() if self._stash else []
         return _Captured(tuple(given), hidden, host, forward, backward)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Record into a graph what this stream is given.
+        """Record the launches on this stream into a graph.
 
-        A pass that fails is ended as any other: where copies of the stash were not awaited the
-        capture could not end, and torch's allocator would take it for running ever after.
+        A pass that fails still waits for the stash's copies: without that the capture could not
+        end, and torch's allocator would believe it was running ever after.
         """
         # the stubs of torch 2.13 want a type that its own pools do not have
         pool: Any = self._pool.id
@@ -299,7 +283,7 @@ class MicroStep:
         """Write the hidden states, and return what the backward pass needs.
 
         Args:
-            given: tokens; where rows hold several samples, their two places; noise if there is any.
+            given: tokens; both tensors of Samples where rows hold several; noise if there is any.
         """
         model, stash = self.model, self._stash
         input_ids, *places = given
@@ -311,19 +295,18 @@ class MicroStep:
             neftune_(x, noise.flatten(), self._seed)
         if stash is not None:
             stash.reserve(x)
-        layers: list[Activations | LayerInput | _Offloaded] = []
+        kept: list[Activations] = []
         for layer, policy in zip(model.layers, self.policies, strict=True):
-            x, delta, kept = layer.forward(x, delta, shared, has_backward=policy == "keep")
+            x, delta, own = layer.forward(x, delta, shared, has_backward=policy == "keep")
             if policy == "offload":
                 assert stash is not None
-                assert isinstance(kept, LayerInput)
-                stash.put(layer.index, kept.r1)
-                kept = _Offloaded(kept.h_down)
-            layers.append(kept)
+                stash.put(layer.index, own.r1)
+                del own.r1
+            kept.append(own)
         if stash is not None:
             stash.settle()
         _, r, rstd = model.model.norm(x, delta, out=hidden)
-        return _Kept(shared, layers, r, rstd)
+        return shared, kept, r, rstd
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Compute the loss, and turn the hidden states into their gradient."""
@@ -335,32 +318,34 @@ class MicroStep:
         hidden.zero_().index_copy_(0, rows, grad)
         return loss
 
-    def _backward(self, grad_hidden: Tensor, kept: _Kept) -> None:
-        layers, shared, stash = self.model.layers, kept.shared, self._stash
+    def _backward(
+        self,
+        grad_hidden: Tensor,  # (M, D)
+        shared: Shared,
+        kept: list[Activations],
+        r: Tensor,  # (M, D)
+        rstd: Tensor,  # (M,) float32
+    ) -> None:
+        """Add the adapter's gradients up, from the last layer to the first; `kept` is used up."""
+        layers, stash = self.model.layers, self._stash
         M, D = grad_hidden.shape
         tail = max(layer.grad_tail for layer in layers)
         grad_ext = grad_hidden.new_empty(M, D + tail)
         norm = self.model.model.norm
-        norm.backward(grad_hidden, None, kept.r, kept.rstd, out=grad_ext[:, :D])
+        norm.backward(grad_hidden, None, r, rstd, out=grad_ext[:, :D])
         if stash is not None:
             stash.fetch_next(grad_hidden)
-        for layer in reversed(layers):
-            activations = self._activations(layer, kept.layers.pop(), shared)
-            layer.backward(grad_ext, activations, shared, needs_grad_x=layer.index > 0)
-            del activations
-
-    def _activations(
-        self, layer: DecoderLayer, kept: Activations | LayerInput | _Offloaded, shared: Shared
-    ) -> Activations:
-        if isinstance(kept, Activations):
-            return kept
-        if isinstance(kept, _Offloaded):
-            assert self._stash is not None
-            r1 = self._stash.take(layer.index)
-            # the one that is needed next comes beside this one's computation
-            self._stash.fetch_next(r1)
-            kept = LayerInput(r1, kept.h_down)
-        return layer.recompute(kept, shared)
+        for layer, policy in zip(reversed(layers), reversed(self.policies), strict=True):
+            own = kept.pop()
+            if policy == "offload":
+                assert stash is not None
+                own.r1 = stash.take(layer.index)
+                # the input of the layer below comes while this layer is computed
+                stash.fetch_next(own.r1)
+            if policy != "keep":
+                own = layer.recompute(own, shared)
+            layer.backward(grad_ext, own, shared, needs_grad_x=layer.index > 0)
+            del own
 
 
 def _make_workspaces(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:

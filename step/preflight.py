@@ -1,6 +1,6 @@
-"""Whether and how a run fits its machine: chosen, said and tried before its first step.
+"""Before a run's first step: choose how it fits its machine, say what it will take, and try it.
 
-On a CPU nothing is planned for: each layer keeps its activations unless told otherwise.
+On a CPU there is no plan: each layer keeps its activations unless told otherwise.
 """
 
 import time
@@ -21,8 +21,9 @@ from step.memory_plan import (
 )
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.workload import Workload
+from tokens.batch import Batch
 
-# of what a plan took: the next one after it must make do with less
+# of the memory of a plan that did not fit: the budget of the next one
 LEANER_PERCENT = 90
 
 
@@ -75,11 +76,8 @@ def describe_plan(
 
 def preflight(
     micro_step: MicroStep,
-    input_ids: Tensor,  # (B, T), the longest micro-batch of the run
-    labels: Tensor,  # (B, T)
-    positions: Tensor | None,  # (B, T), where rows hold several samples
-    lengths: Tensor,  # (B, T), of every token's sample
-    factor: Tensor,  # ()
+    batch: Batch,  # the longest micro-batch of the run
+    factor: Tensor,  # () float32
 ) -> str:
     """Run a micro-batch on a GPU, launched and then captured, and say how long that took.
 
@@ -88,10 +86,11 @@ def preflight(
     """
     start = time.perf_counter()
     for _ in range(2):
-        micro_step(input_ids, labels, factor * 0, positions=positions, lengths=lengths)
+        micro_step(batch, factor * 0)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    shape = f"{len(input_ids)} x {input_ids.shape[1]:,} tokens"
+    num_rows, num_tokens = batch.input_ids.shape
+    shape = f"{num_rows} x {num_tokens:,} tokens"
     return f"longest micro-batch: {shape} in {seconds:.1f} s with what is compiled and captured"
 
 

@@ -10,19 +10,21 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from kernels.constants import no_new_constants
 from kernels.device import meta_stands_for
+from llama.cache import KeyValueCache
 from llama.generation import most_probable
-from llama.layer import DecoderLayer, KeyValueCache
+from llama.layer import DecoderLayer
 from llama.model import Llama
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight
+from optim.arena import GradientArena
 from step.allocations import Allocations, Event
 from step.micro_step import MicroStep, Policy
 from step.repeated_calls import RepeatedCalls
 from step.workload import Workload
+from tokens.batch import Batch
 
 META = torch.device("meta")
 # what a run takes memory from: weights and adapter lie in the allocator's own pool; hidden states
@@ -37,10 +39,11 @@ class _WalkedStep(MicroStep):
         self,
         recorded: Allocations,
         model: Llama,
+        gradients: GradientArena,
         policies: Sequence[Policy],
         noise_alpha: float,
     ) -> None:
-        super().__init__(model, policies, noise_alpha)
+        super().__init__(model, gradients, policies, noise_alpha)
         self._recorded = recorded
 
     @contextmanager
@@ -73,8 +76,8 @@ class StepWalk:
         assert model.device == META
         self._work = work
         self._calls = RepeatedCalls() if repeats else None
-        for parameter in model.trainable_parameters():
-            parameter.grad = torch.empty_like(parameter)
+        adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._gradients = GradientArena(adapter)
         recorded = Allocations()
         with meta_stands_for(work.gpu):
             model.make_tables()
@@ -101,16 +104,14 @@ class StepWalk:
         """
         work, recorded = self._work, Allocations(num_blocks=self._num_blocks)
         is_packed, noise_alpha = work.sample_tokens is not None, float(work.has_noise)
-        ids, positions = _batch(work.batch, work.tokens, is_packed)
-        step = _WalkedStep(recorded, work.model, policies, noise_alpha)
+        step = _WalkedStep(recorded, work.model, self._gradients, policies, noise_alpha)
         with meta_stands_for(work.gpu), self._repeating(recorded), recorded:
             factor = torch.zeros((), device=META)
-            step(ids, ids, factor, positions=positions, lengths=torch.ones_like(ids))
+            step(_batch(work.batch, work.tokens, is_packed), factor)
             # captured graphs hold on to it, where an evaluation needs a larger one
             hidden = step._hidden
             if work.evaluation:
-                ids, positions = _batch(*work.evaluation, is_packed)
-                step.evaluate(ids, ids, positions)
+                step.evaluate(_batch(*work.evaluation, is_packed))
             del hidden
         return recorded.events
 
@@ -169,7 +170,8 @@ def _form_of(group: LinearGroup) -> Hashable:
     return form, bias_dtype, str(group.updates), group.dropout
 
 
-def _batch(num_rows: int, num_tokens: int, is_packed: bool) -> tuple[Tensor, Tensor | None]:
-    """Make tokens and, of rows of several samples, their positions, on the CPU."""
+def _batch(num_rows: int, num_tokens: int, is_packed: bool) -> Batch:
+    """Make rows in which every token has a label; packed: with positions."""
     ids = torch.zeros(num_rows, num_tokens, dtype=torch.int64)
-    return ids, torch.arange(num_tokens).expand_as(ids) if is_packed else None
+    positions = torch.arange(num_tokens).expand_as(ids) if is_packed else None
+    return Batch(ids, ids, positions, torch.ones_like(ids))

@@ -1,8 +1,9 @@
 """Tiny models with an adapter, and the gradients that a micro-step adds to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tiny_llama import FIELDS, write_variant
@@ -12,13 +13,16 @@ from checkpoint.loading import load_model
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
+from optim.arena import GradientArena
 from step.micro_step import MicroStep, Policy
+from tokens.batch import Batch
 
 NF4 = Quantization(64, True)
 LORA = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=PROJECTIONS)
 CPU = torch.device("cpu")
 # of both layers
 KEEP: tuple[Policy, ...] = ("keep", "keep")
+_GRADIENTS: WeakKeyDictionary[Llama, GradientArena] = WeakKeyDictionary()
 
 
 def load_tiny(
@@ -53,6 +57,16 @@ def in_runs(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return called
 
 
+def step_of(
+    model: Llama, policies: Sequence[Policy], noise_alpha: float = 0.0, captures: bool = False
+) -> MicroStep:
+    """A training step of a model; all steps of one model add to the same gradients."""
+    if model not in _GRADIENTS:
+        adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _GRADIENTS[model] = GradientArena(adapter)
+    return MicroStep(model, _GRADIENTS[model], policies, noise_alpha, captures)
+
+
 def tokens(*shape: int, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, FIELDS["vocab_size"], shape, generator=generator)
@@ -68,15 +82,11 @@ def gradients_of(
     lengths: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The gradients of one micro-batch, and its loss, on the CPU."""
-    parameters = {n: p for n, p in step.model.named_parameters() if p.requires_grad}
-    for parameter in parameters.values():
-        # a captured step knows where they lie
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.zero_()
+    step.gradients.zero_()
     scale = torch.tensor(factor, device=step.model.device)
-    found = {"loss": step(input_ids, labels, scale, dropout_seed, positions, lengths).cpu()}
-    for name, parameter in parameters.items():
+    batch = Batch(input_ids, labels, positions, lengths)
+    found = {"loss": step(batch, scale, dropout_seed).cpu()}
+    for name, parameter in step.gradients.parameters.items():
         assert parameter.grad is not None
         found[name] = parameter.grad.cpu().clone()
     return found

@@ -16,9 +16,11 @@ from llama.families import FAMILIES
 from llama.generation import generate_greedy
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
+from optim.arena import GradientArena
 from step.memory_plan import CONTEXT_BYTES, plan_memory
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.workload import Workload
+from tokens.batch import Batch
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
@@ -121,21 +123,20 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     reserved_before, used_before = torch.cuda.memory_reserved(), used()
     model = random_model(config, CUDA, given["dtype"])
     model.attach_lora(lora, seed=0)
-    for parameter in model.trainable_parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    gradients = GradientArena({n: p for n, p in model.named_parameters() if p.requires_grad})
     factor = torch.tensor(1.0, device=CUDA)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = MicroStep(model, policies, given["noise"], captures=True)
+    step = MicroStep(model, gradients, policies, given["noise"], captures=True)
     for _ in range(3):
         ids, positions = batch(given["batch"], given["tokens"], given["is_packed"])
         lengths = torch.full_like(ids, given["tokens"])
-        step(ids, ids, factor, positions=positions, lengths=lengths)
+        step(Batch(ids, ids, positions, lengths), factor)
     if given["evaluation"]:
         num_rows, num_tokens = given["evaluation"]
         ids, positions = batch(num_rows, num_tokens, given["is_packed"])
-        step.evaluate(ids, ids, positions)
+        step.evaluate(Batch(ids, ids, positions))
     if given["prompt"]:
         generate_greedy(model, [1] * given["prompt"], NEW_TOKENS, ())
     torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from benchmarks import adamw as module
 from benchmarks.adamw import adapter_shapes, step_bytes
 from benchmarks.command import Machine
 from kernels.adamw import Arenas
-from optim.adamw import Layout
+from optim.arena import Layout
 from optim.state_memory import OrdinaryMemory
 
 MACHINE = Machine(torch.device("cpu"), copy_gbps=3000, matmul_tflops=800, peer=None)

@@ -21,6 +21,7 @@ from checkpoint.loading import load_model
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
 from llama.model import Llama
+from tokens.batch import Batch
 
 FOLDER = Path(__file__).parents[1] / "bundled"
 MODEL = FOLDER / "model"
@@ -130,13 +131,13 @@ def test_what_is_pretrained_is_what_the_model_computes(
     loaded = load_model(tmp_path, torch.device("cpu"), torch.float32, None)
     ids = torch.randint(0, make.VOCAB_SIZE, (2, 33))
     with torch.no_grad():
-        expected = make._hidden_states(trained, ids)
-    error = (loaded.hidden_states(ids) - expected).abs().max() / expected.abs().max()
+        expected = trained(ids)
+    error = (loaded.logits(ids) - expected).abs().max() / expected.abs().max()
     # float32: each number is a sum of a few hundred products in another order
     assert error < 300 * 2**-24
     # ten steps are better than guessing
     window = next(make._windows(tokenizer))
-    loss = float(loaded.loss(window, window)) / window[:, 1:].numel()
+    loss = float(loaded.loss(Batch(window, window))) / window[:, 1:].numel()
     assert loss < math.log(make.VOCAB_SIZE) - 0.5
 
 
@@ -149,6 +150,6 @@ def test_quantized_model_predicts_text_it_was_not_trained_on(
     for text in islice(documents(SEED + 1), 20):
         ids = torch.tensor([tokenizer.encode(text + EOS, add_special_tokens=True)])
         with torch.no_grad():
-            total += model.loss(ids, ids).item()
+            total += model.loss(Batch(ids, ids)).item()
         count += ids.shape[1] - 1
     assert total / count < bound

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from data.epochs import Epochs
+from data.samples import NO_LOSS
 from data.token_cache import Samples
 from data.tokenization import ROW
+from tokens.batch import Batch
 
 LENGTHS = [5, 30, 7, 64, 12, 9, 33, 5, 20, 41, 18]
 KINDS = pytest.mark.parametrize(
@@ -27,6 +29,12 @@ def samples() -> Samples:
 
 def make(kind: dict[str, Any], batch_size: int = 2, micro_batches_per_step: int = 100) -> Epochs:
     return Epochs(samples(), 1, True, batch_size, micro_batches_per_step, **kind)
+
+
+def num_tokens_of(batch: Batch) -> int:
+    """Count the tokens of a batch without its padding."""
+    assert batch.lengths is not None
+    return int((batch.lengths > 0).sum())
 
 
 def rows_of(epochs: Epochs, epoch: int) -> list[list[int]]:
@@ -64,7 +72,7 @@ def test_no_batch_is_larger_than_the_largest(kind: dict[str, Any]) -> None:
     micro_batches = epochs.micro_batches(0)
     batches = [epochs.batch(rows) for rows in micro_batches]
     assert all(batch.input_ids.numel() <= largest.input_ids.numel() for batch in batches)
-    assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS) == epochs.num_tokens
+    assert sum(num_tokens_of(batch) for batch in batches) == sum(LENGTHS) == epochs.num_tokens
     assert (largest.positions is not None) == ("row_length" in kind)
 
 
@@ -89,7 +97,8 @@ def test_what_is_counted_is_what_the_batches_have(kind: dict[str, Any]) -> None:
         micro_batches = epochs.micro_batches(step)
         assert 1 <= len(micro_batches) <= 2
         batches = [epochs.batch(rows) for rows in micro_batches]
-        num_targets = sum(batch.num_target_tokens for batch in batches)
-        assert epochs.count(micro_batches) == (sum(b.num_tokens for b in batches), num_targets)
+        num_tokens = sum(num_tokens_of(batch) for batch in batches)
+        num_targets = sum(int((batch.labels[:, 1:] != NO_LOSS).sum()) for batch in batches)
+        assert epochs.count(micro_batches) == (num_tokens, num_targets)
         total += num_targets
     assert total == 2 * epochs.num_target_tokens == 2 * (sum(LENGTHS) - len(LENGTHS))

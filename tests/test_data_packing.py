@@ -74,6 +74,7 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
     rows = [[sample_of(length, 10 * i + 1) for i, length in enumerate(row)] for row in lengths]
     batch = collate_packed(rows, 48)
     assert batch.positions is not None
+    assert batch.lengths is not None
     assert batch.input_ids.shape == batch.labels.shape == batch.positions.shape == (len(rows), 48)
     for index, samples in enumerate(rows):
         start = 0
@@ -88,8 +89,9 @@ def test_a_batch_holds_the_samples_and_their_places(lengths: list[list[int]]) ->
         assert not batch.positions[index, start:].any()
         assert not batch.lengths[index, start:].any()
         assert (batch.labels[index, start:] == NO_LOSS).all()
-    assert batch.num_tokens == sum(sum(row) for row in lengths)
-    assert batch.num_target_tokens == int((batch.labels != NO_LOSS).sum())
+    assert int((batch.lengths > 0).sum()) == sum(sum(row) for row in lengths)
+    num_target_tokens = sum(sample.num_target_tokens for row in rows for sample in row)
+    assert num_target_tokens == int((batch.labels != NO_LOSS).sum())
 
 
 def test_an_epoch_has_its_rows_whenever_it_is_asked_for() -> None:

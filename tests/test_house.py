@@ -10,16 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     "foreign": set(),
+    "tokens": set(),
     "nf4": {"foreign"},
     "kernels": {"nf4"},
     "lora": {"foreign", "hub", "kernels", "nf4"},
     "optim": {"kernels"},
     "run": {"foreign"},
     "hub": set(),
-    "data": {"foreign", "hub", "run"},
-    "llama": {"foreign", "kernels", "lora", "nf4"},
+    "data": {"foreign", "hub", "run", "tokens"},
+    "llama": {"foreign", "kernels", "lora", "nf4", "tokens"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
-    "step": {"kernels", "llama", "lora", "nf4"},
+    "step": {"kernels", "llama", "lora", "nf4", "optim", "tokens"},
     "prepare": {
         "checkpoint",
         "data",

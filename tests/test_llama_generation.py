@@ -12,6 +12,7 @@ from checkpoint.loading import load_model
 from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
+from tokens.batch import Batch
 
 # what the issue promises of float32 logits and losses of order one
 PROMISED = 1e-4
@@ -65,7 +66,7 @@ def test_mean_loss_of_real_text_equals_transformers(
     peer = stories_peer(tmp_path_factory, assets)
     chunks = peer.inputs["chunks"]
     assert chunks.shape == (NUM_CHUNKS, CHUNK_LENGTH)
-    total = sum(float(stories.loss(part, part)) for part in chunks.split(20))
+    total = sum(float(stories.loss(Batch(part, part))) for part in chunks.split(20))
     actual = total / (NUM_CHUNKS * (CHUNK_LENGTH - 1))
     assert abs(actual - peer.facts["mean_loss"]) <= PROMISED
     # a trained model on its own text: far below the log(512) = 6.2 of guessing

@@ -18,7 +18,7 @@ from llama_peers import (
     stories_peer,
     tiny_peer,
 )
-from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, tokens
+from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, step_of, tokens
 from tiny_llama import (
     FIELDS,
     VARIANTS,
@@ -30,12 +30,12 @@ from tiny_llama import (
 from torch import Tensor
 
 from checkpoint.loading import load_model
-from llama.layer import KeyValueCache
+from llama.cache import KeyValueCache
 from llama.model import PROJECTIONS, Llama, projections
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
 from nf4.weight import Quantization
-from step.micro_step import MicroStep
+from tokens.batch import Batch
 
 EPS = torch.finfo(torch.float32).eps
 # what the issue promises of float32 logits of order one
@@ -59,7 +59,7 @@ def load(
 
 def projection_gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The gradients of the loss by the names of the adapter's tensors."""
-    gradients_of(MicroStep(model, KEEP), input_ids, labels)
+    gradients_of(step_of(model, KEEP), input_ids, labels)
     return adapter_gradients(model)
 
 
@@ -194,7 +194,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(tmp_path: Path) -> None:
     labels = input_ids.masked_fill(torch.rand(3, 17) < 0.4, -100)
     logits = model.logits(input_ids)[:, :-1].double().flatten(0, 1)
     expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").item()
-    actual = model.loss(input_ids, labels)
+    actual = model.loss(Batch(input_ids, labels))
     assert actual.dtype == torch.float32
     # the logits are the same numbers: a sum of at most 48 losses, each of a few rounded steps
     assert abs(actual.item() - expected) <= 48 * EPS * abs(expected)
@@ -208,13 +208,13 @@ def test_padding_on_the_right_changes_nothing(tmp_path: Path) -> None:
     other[:, 7:] = 0
     # the same shapes and the same numbers at every real token: equal to the bit
     assert_equal(model.logits(other)[:, :7], model.logits(input_ids)[:, :7])
-    assert_equal(model.loss(other, labels), model.loss(input_ids, labels))
+    assert_equal(model.loss(Batch(other, labels)), model.loss(Batch(input_ids, labels)))
     expected = projection_gradients(model, input_ids, labels)
     for name, grad in projection_gradients(model, other, labels).items():
         assert_equal(grad, expected[name], name)
     # without padding the products have other shapes
-    short = model.loss(input_ids[:, :7], labels[:, :7])
-    assert (model.loss(input_ids, labels) - short).abs() <= float32_error(short, 40)
+    short = model.loss(Batch(input_ids[:, :7], labels[:, :7]))
+    assert (model.loss(Batch(input_ids, labels)) - short).abs() <= float32_error(short, 40)
 
 
 @pytest.mark.parametrize("prompt_length", [1, 2, 9])

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from equality import assert_equal
-from micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, tokens
+from micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
 from tiny_llama import FIELDS, VARIANTS
 from torch import Tensor
 
-from data.batches import Batch, collate
+from data.batches import collate
 from data.packing import collate_packed
 from data.samples import NO_LOSS, Sample
 from llama.model import Llama, samples_of
 from lora.config import LoRAConfig
 from step.micro_step import MicroStep, Policy
+from tokens.batch import Batch
 
 CUDA = torch.device("cuda")
 # of two rows: windows of 8 are shorter than some; a single token teaches nothing
@@ -66,7 +67,7 @@ def test_packed_samples_give_the_loss_and_the_gradients_that_they_give_alone(
 ) -> None:
     lengths, row_length = rows_for(variant)
     rows = rows_of_samples(lengths)
-    step = MicroStep(load_tiny(tmp_path, lora_for(variant), None, variant=variant), KEEP)
+    step = step_of(load_tiny(tmp_path, lora_for(variant), None, variant=variant), KEEP)
     packed = gradients_of_batch(step, collate_packed(rows, row_length))
     for name, expected in alone(step, rows).items():
         # a few hundred sums in another order, each rounded once
@@ -76,7 +77,7 @@ def test_packed_samples_give_the_loss_and_the_gradients_that_they_give_alone(
 
 @pytest.mark.parametrize("variant", ["grouped-query", "mistral", "gemma2"])
 def test_no_sample_sees_another(tmp_path: Path, variant: str) -> None:
-    step = MicroStep(load_tiny(tmp_path, variant=variant), KEEP)
+    step = step_of(load_tiny(tmp_path, variant=variant), KEEP)
     rows = rows_of_samples(ROWS)
     # of one sample of each row nothing else is learned
     for samples in rows:
@@ -97,15 +98,15 @@ def test_no_sample_sees_another(tmp_path: Path, variant: str) -> None:
 def test_policies_give_the_same_bits(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, variant="gemma2")
     batch = collate_packed(rows_of_samples(ROWS), ROW_LENGTH)
-    expected = gradients_of_batch(MicroStep(model, KEEP), batch)
+    expected = gradients_of_batch(step_of(model, KEEP), batch)
     policies: tuple[Policy, ...] = ("recompute", "keep")
-    found = gradients_of_batch(MicroStep(model, policies), batch)
+    found = gradients_of_batch(step_of(model, policies), batch)
     for name, tensor in expected.items():
         assert_equal(found[name], tensor, name)
 
 
 def test_frequencies_that_depend_on_a_samples_length_are_refused(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path, lora_for("phi3"), variant="phi3"), KEEP)
+    step = step_of(load_tiny(tmp_path, lora_for("phi3"), variant="phi3"), KEEP)
     with pytest.raises(ValueError, match=r"are for, 16 tokens: got 37; lower --max-length"):
         gradients_of_batch(step, collate_packed(rows_of_samples(ROWS), ROW_LENGTH))
 
@@ -131,8 +132,8 @@ def test_gpu_packed_samples_err_no_more_than_twice_as_much_as_alone(
     lengths, row_length = rows_for(variant)
     rows = rows_of_samples(lengths)
     lora = lora_for(variant)
-    truth = alone(MicroStep(load_tiny(tmp_path, lora, variant=variant), KEEP), rows)
-    step = MicroStep(load_on_gpu(tmp_path, variant, torch.bfloat16), KEEP, captures=True)
+    truth = alone(step_of(load_tiny(tmp_path, lora, variant=variant), KEEP), rows)
+    step = step_of(load_on_gpu(tmp_path, variant, torch.bfloat16), KEEP, captures=True)
     baseline = alone(step, rows)
     batch = collate_packed(rows, row_length)
     first = gradients_of_batch(step, batch)
@@ -146,7 +147,7 @@ def test_gpu_packed_samples_err_no_more_than_twice_as_much_as_alone(
     again = gradients_of_batch(step, batch)
     for name, tensor in first.items():
         assert_equal(again[name], tensor, name)
-    uncaptured = MicroStep(step.model, KEEP)
+    uncaptured = step_of(step.model, KEEP)
     gradients_of_batch(step, batch)
     for name, tensor in gradients_of_batch(uncaptured, other).items():
         assert_equal(gradients_of_batch(step, other)[name], tensor, name)

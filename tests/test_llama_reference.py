@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, tokens
+from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, step_of, tokens
 from tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
 from llama.model import Llama, projections
 from llama.reference import reference_of
 from nf4.weight import Quantization
-from step.micro_step import MicroStep
+from tokens.batch import Batch
 
 # rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
 SAMPLES = torch.tensor(
@@ -37,7 +37,7 @@ def results_of_autograd(
 ) -> dict[str, Tensor]:
     """The reference's loss, and its gradients by PEFT's names."""
     reference = reference_of(model)
-    loss = reference.loss(ids, labels, positions)
+    loss = reference.loss(Batch(ids, labels, positions))
     named = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()))
     return {"loss": loss.detach()} | dict(zip(named, grads, strict=True))
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_the_references(
     if positions is not None:
         labels = labels.masked_fill(positions == 0, -100)
     model = load(tmp_path, variant, quantization)
-    loss = gradients_of(MicroStep(model, KEEP), ids, labels, positions=positions)["loss"]
+    loss = gradients_of(step_of(model, KEEP), ids, labels, positions=positions)["loss"]
     actual = {"loss": loss} | adapter_gradients(model)
     truth = results_of_autograd(model, ids, labels, positions)
     assert actual.keys() == truth.keys()

@@ -7,6 +7,7 @@ import pytest
 from micro_steps import load_tiny, tokens
 
 from llama.text_figures import logit_change, read_text, windows_of
+from tokens.batch import Batch
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
@@ -17,7 +18,7 @@ def test_figures_are_those_of_the_models_loss_and_logits(tmp_path: Path, variant
     assert [ids.shape[1] for ids in windows] == [20, 20, 10]
     readings = {model: read_text(model, windows) for model in (base, trained)}
     for model, reading in readings.items():
-        loss = sum(float(model.loss(ids, ids)) for ids in windows) / (50 - 3)
+        loss = sum(float(model.loss(Batch(ids, ids))) for ids in windows) / (50 - 3)
         assert reading.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     change = logit_change(base, readings[base], readings[trained])
     apart = [(base.logits(ids) - trained.logits(ids)).abs() for ids in windows]

@@ -18,6 +18,7 @@ from lora.config import UpdateSize
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
 from nf4.weight import NF4Weight, Quantization, dequantize, quantize
 from optim.adamw import AdamW
+from optim.arena import GradientArena
 
 CPU = torch.device("cpu")
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -280,10 +281,10 @@ def test_the_room_beyond_a_members_rank_is_never_trained(is_8bit: bool, dtype: t
     assert group.lora_B is not None
     room_A, room_B = group.lora_A[2:5], group.lora_B[: ROWS[0], 2:]
     before = [tensor.clone() for _, tensor in group.adapter_tensors()]
-    optimizer = AdamW(dict(group.named_parameters()), weight_decay=0.1, is_8bit=is_8bit)
+    optimizer = AdamW(GradientArena(dict(group.named_parameters()), is_8bit), weight_decay=0.1)
     for seed in range(5):
         x, grad_y = (tensor.to(dtype) for tensor in draw())
-        optimizer.zero_grad()
+        optimizer.gradients.zero_()
         x_ext = group.extended(x)
         with torch.no_grad():
             group(x_ext, seed_on(CPU) + seed)

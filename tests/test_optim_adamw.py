@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from nf4.double_quant import (
     UNSIGNED_DYNAMIC_MAP_MIDPOINTS,
 )
 from optim import staged_memory
-from optim.adamw import SMALLEST_8BIT, AdamW, Layout, moment_bytes_per_element
+from optim.adamw import AdamW, moment_bytes_per_element
+from optim.arena import SMALLEST_8BIT, GradientArena, Layout
 from optim.staged_memory import StagedMemory
 from optim.state_memory import OrdinaryMemory, StateMemory
 from optim.unified_memory import ManagedMemory, paged_memory
@@ -54,6 +56,10 @@ def make_parameters(device: str = "cpu") -> dict[str, nn.Parameter]:
     }
 
 
+def optimizer_of(parameters: dict[str, nn.Parameter], is_8bit: bool = False, **given: Any) -> AdamW:
+    return AdamW(GradientArena(parameters, is_8bit), **given)
+
+
 def gradients(step: int, device: str = "cpu") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     return {n: torch.randn(s, generator=generator).to(device) for n, s in SHAPES.items()}
@@ -79,7 +85,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: st
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no-decay", "decay"])
 def test_parameters_equal_torchs_bit_for_bit_on_the_cpu(weight_decay: float) -> None:
     ours, theirs = make_parameters(), make_parameters()
-    optimizer = AdamW(ours, weight_decay=weight_decay)
+    optimizer = optimizer_of(ours, weight_decay=weight_decay)
     reference = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=weight_decay, foreach=False)
     for step in range(100):
         # a rate that changes, as a schedule's does
@@ -101,7 +107,7 @@ def test_a_step_whose_moments_have_no_room_changes_nothing() -> None:
 
     ours = make_parameters()
     before = {name: parameter.detach().clone() for name, parameter in ours.items()}
-    optimizer = AdamW(ours, weight_decay=0.0, memory=Full)
+    optimizer = optimizer_of(ours, weight_decay=0.0, memory=Full)
     set_gradients(ours, 0)
     with pytest.raises(torch.OutOfMemoryError, match="64 MiB"):
         optimizer.step(0.1)
@@ -113,7 +119,7 @@ def test_a_step_whose_moments_have_no_room_changes_nothing() -> None:
 def test_norm_and_clipping_equal_torchs() -> None:
     for max_norm in (0.5, 1e6):
         ours, theirs = make_parameters(), make_parameters()
-        optimizer = AdamW(ours, weight_decay=0.0)
+        optimizer = optimizer_of(ours, weight_decay=0.0)
         set_gradients(ours, 3)
         for name, gradient in gradients(3).items():
             theirs[name].grad = gradient / 8
@@ -132,7 +138,7 @@ def test_norm_and_clipping_equal_torchs() -> None:
 
 def test_gradients_of_next_to_nothing_are_clipped_as_torch_does() -> None:
     ours, theirs = make_parameters(), make_parameters()
-    optimizer = AdamW(ours, weight_decay=0.0)
+    optimizer = optimizer_of(ours, weight_decay=0.0)
     for name, gradient in gradients(0).items():
         # a norm of the size of what torch adds to it
         theirs[name].grad = gradient * 2.0**-27
@@ -150,7 +156,7 @@ def test_gradients_of_next_to_nothing_are_clipped_as_torch_does() -> None:
 
 def test_a_max_norm_of_zero_does_not_clip() -> None:
     parameters = make_parameters()
-    optimizer = AdamW(parameters, weight_decay=0.0)
+    optimizer = optimizer_of(parameters, weight_decay=0.0)
     set_gradients(parameters, 0)
     assert optimizer.step(0.0, 0.0) > 1
     for name, gradient in gradients(0).items():
@@ -161,7 +167,7 @@ def test_a_max_norm_of_zero_does_not_clip() -> None:
 @BITS
 def test_a_step_that_is_not_finite_changes_nothing(is_8bit: bool) -> None:
     parameters = make_parameters()
-    optimizer = AdamW(parameters, weight_decay=0.1, is_8bit=is_8bit)
+    optimizer = optimizer_of(parameters, weight_decay=0.1, is_8bit=is_8bit)
     set_gradients(parameters, 0)
     optimizer.step(1e-2)
     values = values_of(parameters)
@@ -179,13 +185,13 @@ def test_a_step_that_is_not_finite_changes_nothing(is_8bit: bool) -> None:
 
 def test_backward_accumulates_into_the_arena() -> None:
     parameters = make_parameters()
-    optimizer = AdamW(parameters, weight_decay=0.0)
+    optimizer = optimizer_of(parameters, weight_decay=0.0)
     for _ in range(2):
         torch.stack([(p * 3).sum() for p in parameters.values()]).sum().backward()
     num_elements = sum(parameter.numel() for parameter in parameters.values())
-    assert float(optimizer.gradients.sum()) == 6 * num_elements
-    assert int((optimizer.gradients == 6).sum()) == num_elements
-    optimizer.zero_grad()
+    assert float(optimizer.gradients.values.sum()) == 6 * num_elements
+    assert int((optimizer.gradients.values == 6).sum()) == num_elements
+    optimizer.gradients.zero_()
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         assert float(parameter.grad.abs().sum()) == 0, name
@@ -193,7 +199,7 @@ def test_backward_accumulates_into_the_arena() -> None:
 
 def test_moving_into_the_arena_keeps_the_values() -> None:
     parameters = make_parameters()
-    AdamW(parameters, weight_decay=0.0)
+    optimizer_of(parameters, weight_decay=0.0)
     assert_same(values_of(parameters), values_of(make_parameters()))
 
 
@@ -216,8 +222,8 @@ def test_every_parameter_starts_with_a_block_and_every_region_with_a_tile(is_8bi
 def test_a_learning_rate_has_its_factor(is_8bit: bool) -> None:
     plain, split = make_parameters(), make_parameters()
     factors = {name: 16.0 for name in SHAPES if name.endswith("lora_B")}
-    whole = AdamW(plain, weight_decay=0.01, is_8bit=is_8bit)
-    loraplus = AdamW(split, weight_decay=0.01, is_8bit=is_8bit, rate_factors=factors)
+    whole = optimizer_of(plain, weight_decay=0.01, is_8bit=is_8bit)
+    loraplus = optimizer_of(split, weight_decay=0.01, is_8bit=is_8bit, rate_factors=factors)
     for step in range(3):
         set_gradients(plain, step)
         set_gradients(split, step)
@@ -244,26 +250,26 @@ def test_a_learning_rate_has_its_factor(is_8bit: bool) -> None:
 
 def test_factors_must_be_for_parameters_that_are_there() -> None:
     with pytest.raises(ValueError, match=r"parameters to train: got a\.lora_C"):
-        AdamW(make_parameters(), weight_decay=0.0, rate_factors={"a.lora_C": 2.0})
+        optimizer_of(make_parameters(), weight_decay=0.0, rate_factors={"a.lora_C": 2.0})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @BITS
 def test_a_copy_follows_the_parameters(is_8bit: bool, dtype: torch.dtype) -> None:
     parameters = make_parameters()
-    optimizer = AdamW(parameters, weight_decay=0.0, is_8bit=is_8bit, copy_dtype=dtype)
+    optimizer = optimizer_of(parameters, weight_decay=0.0, is_8bit=is_8bit, copy_dtype=dtype)
     for step in range(2):
         copies = {name: copy.clone() for name, copy in optimizer.compute_copies().items()}
         assert_same(copies, {name: p.detach().to(dtype) for name, p in parameters.items()})
         set_gradients(parameters, step)
         optimizer.step(1e-2)
-    assert AdamW(make_parameters(), weight_decay=0.0).compute_copies() == {}
+    assert optimizer_of(make_parameters(), weight_decay=0.0).compute_copies() == {}
 
 
 @BITS
 def test_a_restored_optimizer_goes_on_bit_for_bit(is_8bit: bool, tmp_path: Path) -> None:
     whole, broken = make_parameters(), make_parameters()
-    first = AdamW(whole, weight_decay=0.01, is_8bit=is_8bit)
+    first = optimizer_of(whole, weight_decay=0.01, is_8bit=is_8bit)
     for step in range(4):
         set_gradients(whole, step)
         first.step(1e-2)
@@ -274,7 +280,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(is_8bit: bool, tmp_path: Path)
     state = load_file(tmp_path / "state.safetensors")
     kinds = {tensor.dtype for tensor in state.values()}
     assert kinds == ({torch.float32, torch.uint8} if is_8bit else {torch.float32})
-    second = AdamW(broken, weight_decay=0.01, is_8bit=is_8bit)
+    second = optimizer_of(broken, weight_decay=0.01, is_8bit=is_8bit)
     with torch.no_grad():
         for name, value in values.items():
             broken[name].copy_(value)
@@ -287,7 +293,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(is_8bit: bool, tmp_path: Path)
 
 
 def test_a_state_of_another_model_is_refused_and_nothing_copied() -> None:
-    optimizer = AdamW(make_parameters(), weight_decay=0.0)
+    optimizer = optimizer_of(make_parameters(), weight_decay=0.0)
     state = {name: tensor + 1 for name, tensor in optimizer.state_tensors().items()}
     missing = {name: t for name, t in state.items() if name != "exp_avg.a.lora_A"}
     with pytest.raises(ValueError, match=r"1 differ, the first is exp_avg\.a\.lora_A"):
@@ -298,7 +304,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_copied() -> None:
     rounded = state | {"exp_avg_sq.b.lora_B": torch.ones(7).half()}
     with pytest.raises(ValueError, match=r"the first is exp_avg_sq\.b\.lora_B"):
         optimizer.load_state(rounded, 5)
-    in_8bit = AdamW(make_parameters(), weight_decay=0.0, is_8bit=True).state_tensors()
+    in_8bit = optimizer_of(make_parameters(), weight_decay=0.0, is_8bit=True).state_tensors()
     with pytest.raises(ValueError, match=r"of this --optim: 12 differ"):
         optimizer.load_state(in_8bit, 5)
     assert optimizer.num_steps == 0
@@ -307,10 +313,10 @@ def test_a_state_of_another_model_is_refused_and_nothing_copied() -> None:
 
 def test_parameters_must_be_float32_on_one_device() -> None:
     with pytest.raises(ValueError, match="at least one parameter"):
-        AdamW({}, weight_decay=0.0)
+        optimizer_of({}, weight_decay=0.0)
     half = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(2).half())}
     with pytest.raises(ValueError, match=r"got b as torch\.float16"):
-        AdamW(half, weight_decay=0.0)
+        optimizer_of(half, weight_decay=0.0)
 
 
 def test_moments_in_8_bits_take_a_quarter_of_the_memory() -> None:
@@ -346,7 +352,7 @@ def peer(device: str) -> dict[str, Tensor]:
 def our_steps(is_8bit: bool, device: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """The parameters after each step of the peer's run, and the state after the first."""
     parameters = make_parameters(device)
-    optimizer = AdamW(parameters, weight_decay=PEER_DECAY, is_8bit=is_8bit)
+    optimizer = optimizer_of(parameters, weight_decay=PEER_DECAY, is_8bit=is_8bit)
     values, state = [], {}
     for step in range(PEER_STEPS):
         set_gradients(parameters, step, device)
@@ -459,7 +465,7 @@ EVERYWHERE = pytest.mark.parametrize("place", PLACES)
 
 
 def gpu_run(place: str, is_8bit: bool, steps: range, between: Callable = lambda _: None) -> AdamW:
-    optimizer = AdamW(
+    optimizer = optimizer_of(
         parameters := make_parameters("cuda"),
         weight_decay=0.1,
         is_8bit=is_8bit,
@@ -482,7 +488,7 @@ def state_of(optimizer: AdamW) -> dict[str, Tensor]:
 @EVERYWHERE
 def test_gpu_steps_equal_torchs(place: str) -> None:
     ours, theirs = make_parameters("cuda"), make_parameters("cuda")
-    optimizer = AdamW(ours, weight_decay=0.1, memory=PLACES[place])
+    optimizer = optimizer_of(ours, weight_decay=0.1, memory=PLACES[place])
     reference = torch.optim.AdamW(theirs.values(), lr=1e-3, weight_decay=0.1, foreach=False)
     for step in range(100):
         set_gradients(ours, step, "cuda")
@@ -531,7 +537,7 @@ def test_gpu_evicted_moments_come_back_bit_for_bit(is_8bit: bool) -> None:
 @BITS
 @EVERYWHERE
 def test_gpu_steps_do_not_wait_for_the_device(place: str, is_8bit: bool) -> None:
-    optimizer = AdamW(
+    optimizer = optimizer_of(
         parameters := make_parameters("cuda"),
         weight_decay=0.1,
         is_8bit=is_8bit,
@@ -549,7 +555,7 @@ def test_gpu_steps_do_not_wait_for_the_device(place: str, is_8bit: bool) -> None
         for _ in range(3):
             optimizer.prefetch()
             norm = optimizer.step(1e-3, 1.0, scale)
-            optimizer.zero_grad()
+            optimizer.gradients.zero_()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert float(norm) == 0
@@ -563,7 +569,7 @@ def test_gpu_restored_state_goes_on_bit_for_bit_where_it_was(place: str, is_8bit
     whole = gpu_run(place, is_8bit, range(6))
     first = gpu_run(place, is_8bit, range(3))
     saved = {name: tensor.cpu().clone() for name, tensor in first.state_tensors().items()}
-    second = AdamW(
+    second = optimizer_of(
         parameters := make_parameters("cuda"),
         weight_decay=0.1,
         is_8bit=is_8bit,
@@ -583,7 +589,7 @@ def test_gpu_restored_state_goes_on_bit_for_bit_where_it_was(place: str, is_8bit
 def test_gpu_step_that_is_not_finite_changes_nothing(place: str) -> None:
     def spoil(optimizer: AdamW) -> None:
         before = state_of(optimizer)
-        optimizer.gradients[300] = float("nan")
+        optimizer.gradients.values[300] = float("nan")
         assert not optimizer.step(1e-3, 1.0).isfinite()
         assert_same(state_of(optimizer), before)
 
@@ -595,7 +601,7 @@ def test_gpu_step_that_is_not_finite_changes_nothing(place: str) -> None:
 def test_gpu_paged_memory_says_where_it_is() -> None:
     for residency, home in (("device", "resident on the device"), ("host", "between steps")):
         memory = partial(paged_memory, residency=residency)
-        optimizer = AdamW(make_parameters("cuda"), weight_decay=0.0, memory=memory)
+        optimizer = optimizer_of(make_parameters("cuda"), weight_decay=0.0, memory=memory)
         assert home in optimizer.describe()
         optimizer.step(1e-3)
         assert "MiB prefetched to the device" in optimizer.describe()

@@ -10,7 +10,7 @@ from lagging_streams import lag
 
 from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Moments, adamw_reference
 from optim import staged_memory
-from optim.adamw import Layout
+from optim.arena import Layout
 from optim.staged_memory import StagedMemory, _laid_out, cut, moments_of, spans
 
 

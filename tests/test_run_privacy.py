@@ -148,7 +148,7 @@ def test_a_run_leaves_text_of_its_data_to_those_who_may_read_the_data(
     def spoiled(self: AdamW, *given: Any) -> torch.Tensor:
         steps.append(None)
         if len(steps) == 2:
-            self.gradients.fill_(float("nan"))
+            self.gradients.values.fill_(float("nan"))
         return take(self, *given)
 
     monkeypatch.setattr(AdamW, "step", spoiled)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import gradients_of, load_tiny, tokens
+from micro_steps import gradients_of, load_tiny, step_of, tokens
 from test_step_memory_plan import WORK
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora.linear_group import LinearGroup
 from nf4.weight import quantize
 from step.duration import ATTENTION_SHARE, Rates, step_seconds
-from step.micro_step import MicroStep, Policy
+from step.micro_step import Policy
 from step.workload import Workload
 
 B, T = 2, 40
@@ -44,7 +44,7 @@ def test_products_are_those_of_a_micro_step(
     model = load_tiny(tmp_path, lora=None, variant=variant)
     input_ids = tokens(B, T)
     with FlopCounterMode(display=False) as counter:
-        gradients_of(MicroStep(model, policies), input_ids, input_ids)
+        gradients_of(step_of(model, policies), input_ids, input_ids)
     work = replace(WORK, model=model, batch=B, tokens=T, sample_tokens=NO_ATTENTION)
     qkv = model.layers[0].self_attn.qkv
     # the embeddings are frozen, and the last token of a row has no label

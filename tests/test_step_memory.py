@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from micro_steps import gradients_of
+from micro_steps import gradients_of, step_of
 from torch import Tensor
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
@@ -14,6 +14,7 @@ from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from step.micro_step import POLICIES, MicroStep
+from tokens.batch import Batch
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -89,7 +90,7 @@ def every_path(
         if turn or not trains_first:
             for B, T in EVALUATED:
                 ids = some_ids(B, T)
-                yield f"evaluated {B, T}", step.evaluate(ids, ids).cpu()
+                yield f"evaluated {B, T}", step.evaluate(Batch(ids, ids)).cpu()
             yield "answered", generate_greedy(step.model, some_ids(1, 40)[0].tolist(), 8, ())
 
 
@@ -104,10 +105,10 @@ def test_every_path_leaves_the_pool_empty_and_comes_again_bit_for_bit(
     # as in a process of its own: what earlier tests made would hide who makes it
     constants._tables.clear()
     model = some_model(dropout)
-    step = MicroStep(model, (POLICIES[policies],) * 2, captures=True)
+    step = step_of(model, (POLICIES[policies],) * 2, captures=True)
     if not trains_first:
         ids = some_ids(1, 100)
-        step.evaluate(ids, ids)
+        step.evaluate(Batch(ids, ids))
     first: dict[str, object] = {}
     for name, result in every_path(step, is_packed, trains_first):
         assert live_in_pool(step) == [], name
@@ -130,7 +131,7 @@ def test_a_table_that_was_forgotten_is_an_error_and_no_wrong_number(
 ) -> None:
     constants._tables.clear()
     monkeypatch.setattr(Llama, "make_tables", lambda self: None)
-    step = MicroStep(some_model(0.0), (POLICIES["keep"],) * 2, captures=True)
+    step = step_of(some_model(0.0), (POLICIES["keep"],) * 2, captures=True)
     with pytest.raises(RuntimeError, match="tables of kernels must be made before a pass"):
         train(step, 1, 64, is_packed=False)
 
@@ -141,7 +142,7 @@ def test_what_a_failed_pass_took_is_given_back_and_the_next_is_right(
     policies: str, inside: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = some_model(0.0)
-    step = MicroStep(model, (POLICIES[policies],) * 2, captures=True)
+    step = step_of(model, (POLICIES[policies],) * 2, captures=True)
     expected = train(step, 2, 512, is_packed=False)
     if inside == "launched":
         step.release()

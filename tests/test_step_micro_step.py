@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import assert_equal
-from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, tokens
+from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
 from tiny_llama import write_variant
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from llama.model import PROJECTIONS, projections
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from step.micro_step import MicroStep, Policy, padded_tokens
+from tokens.batch import Batch
 
 CUDA = torch.device("cuda")
 POLICIES: dict[str, tuple[Policy, Policy]] = {
@@ -59,7 +60,7 @@ def test_gradients_with_dropout_are_the_slopes_of_the_loss(
     tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
     model = load_tiny(tmp_path, adapter(0.3, targets))
-    step = MicroStep(model, KEEP)
+    step = step_of(model, KEEP)
     input_ids = tokens(4, 9)
 
     def run() -> dict[str, Tensor]:
@@ -93,9 +94,9 @@ def test_every_policy_gives_the_same_bits(
     model = load_tiny(tmp_path, adapter(dropout, targets), device=device)
     input_ids = tokens(2, 65)
     labels = some_labels(input_ids)
-    expected = gradients_of(MicroStep(model, KEEP), input_ids, labels, 0.25, 7)
+    expected = gradients_of(step_of(model, KEEP), input_ids, labels, 0.25, 7)
     assert all(grad.any() for grad in expected.values())
-    actual = gradients_of(MicroStep(model, POLICIES[policies]), input_ids, labels, 0.25, 7)
+    actual = gradients_of(step_of(model, POLICIES[policies]), input_ids, labels, 0.25, 7)
     assert_same(actual, expected)
 
 
@@ -107,22 +108,22 @@ def test_every_family_is_recomputed_bit_for_bit(
     model = load_model(write_variant(tmp_path, variant), device, torch.float32, NF4)
     model.attach_lora(LoRAConfig(4, 6, 0.3, projections(model.config)), seed=0)
     input_ids = tokens(2, 65)
-    expected = gradients_of(MicroStep(model, KEEP), input_ids, some_labels(input_ids), 0.25, 7)
+    expected = gradients_of(step_of(model, KEEP), input_ids, some_labels(input_ids), 0.25, 7)
     recompute: tuple[Policy, Policy] = ("recompute", "recompute")
-    step = MicroStep(model, recompute)
+    step = step_of(model, recompute)
     assert_same(gradients_of(step, input_ids, some_labels(input_ids), 0.25, 7), expected)
 
 
 @DEVICES
 def test_gradients_are_added_and_scaled(tmp_path: Path, device: torch.device) -> None:
     model = load_tiny(tmp_path, device=device)
-    step = MicroStep(model, KEEP)
+    step = step_of(model, KEEP)
     input_ids = tokens(2, 9)
     once = gradients_of(step, input_ids, input_ids)
     quarter = gradients_of(step, input_ids, input_ids, 0.25)
     assert_equal(quarter["loss"], once["loss"])
     # on top of the quarter that is there
-    step(input_ids, input_ids, torch.tensor(0.25, device=device))
+    step(Batch(input_ids, input_ids), torch.tensor(0.25, device=device))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None
@@ -134,14 +135,14 @@ def test_gradients_are_added_and_scaled(tmp_path: Path, device: torch.device) ->
 
 @DROPOUTS
 def test_a_dropout_seed_decides_the_masks(tmp_path: Path, dropout: float) -> None:
-    step = MicroStep(load_tiny(tmp_path, adapter(dropout)), KEEP)
+    step = step_of(load_tiny(tmp_path, adapter(dropout)), KEEP)
     input_ids = tokens(2, 9)
     first, again, other = (gradients_of(step, input_ids, input_ids, 1.0, s) for s in (1, 1, 2))
     assert_same(again, first)
     for name, grad in other.items():
         assert torch.equal(grad, first[name]) == (dropout == 0), name
     # evaluation has none
-    loss = step.model.loss(input_ids, input_ids)
+    loss = step.model.loss(Batch(input_ids, input_ids))
     assert torch.equal(loss, first["loss"]) == (dropout == 0)
 
 
@@ -159,9 +160,9 @@ def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
     # each token once, so that each has an embedding of its own
     input_ids = torch.randperm(model.config.vocab_size)[:66].view(2, 33)
     lengths = some_lengths(2, 33)
-    noisy = MicroStep(model, POLICIES[policies], noise_alpha=5.0)
+    noisy = step_of(model, POLICIES[policies], noise_alpha=5.0)
     actual = gradients_of(noisy, input_ids, input_ids, 0.25, 7, lengths=lengths)
-    plain = MicroStep(model, KEEP)
+    plain = step_of(model, KEEP)
     assert not torch.equal(
         gradients_of(plain, input_ids, input_ids, 0.25, 7)["loss"], actual["loss"]
     )
@@ -178,26 +179,34 @@ def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
 
 
 def test_a_seed_decides_the_noise_and_evaluation_has_none(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path), KEEP, noise_alpha=5.0)
+    step = step_of(load_tiny(tmp_path), KEEP, noise_alpha=5.0)
     input_ids, lengths = tokens(2, 9), some_lengths(2, 9)
     first, again, other = (
         gradients_of(step, input_ids, input_ids, 1.0, seed, lengths=lengths) for seed in (1, 1, 2)
     )
     assert_same(again, first)
     assert not torch.equal(other["loss"], first["loss"])
-    assert_equal(step.evaluate(input_ids, input_ids), step.model.loss(input_ids, input_ids))
+    assert_equal(
+        step.evaluate(Batch(input_ids, input_ids)), step.model.loss(Batch(input_ids, input_ids))
+    )
 
 
 @DEVICES
 def test_evaluation_is_the_models_loss(tmp_path: Path, device: torch.device) -> None:
-    step = MicroStep(load_tiny(tmp_path, adapter(0.3), device=device), KEEP)
+    step = step_of(load_tiny(tmp_path, adapter(0.3), device=device), KEEP)
     input_ids = tokens(2, 64)
-    loss = step.evaluate(input_ids, some_labels(input_ids))
-    assert_equal(loss, step.model.loss(input_ids, some_labels(input_ids)))
+    loss = step.evaluate(Batch(input_ids, some_labels(input_ids)))
+    assert_equal(loss, step.model.loss(Batch(input_ids, some_labels(input_ids))))
+
+
+def test_a_step_takes_the_gradients_of_its_own_model(tmp_path: Path) -> None:
+    own, other = (step_of(load_tiny(tmp_path), KEEP) for _ in range(2))
+    with pytest.raises(AssertionError):
+        MicroStep(own.model, other.gradients, KEEP)
 
 
 def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path), ("keep", "recompute"))
+    step = step_of(load_tiny(tmp_path), ("keep", "recompute"))
     labels = torch.full((2, 9), -100)
     # the first token of a sequence has nothing before it
     labels[:, 0] = 3
@@ -220,8 +229,8 @@ def test_gpu_captured_steps_give_the_same_bits(
     variant: str,
 ) -> None:
     model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype, variant)
-    launched = MicroStep(model, KEEP)
-    captured = MicroStep(model, GPU_POLICIES[policies], captures=True)
+    launched = step_of(model, KEEP)
+    captured = step_of(model, GPU_POLICIES[policies], captures=True)
     # two shapes, each three times: launched, captured, replayed; other tokens and seeds each time
     for turn in range(3):
         for shape in ((2, 40), (3, 65)):
@@ -238,8 +247,8 @@ def test_gpu_captured_steps_have_the_same_noise(
     tmp_path: Path, policies: str, is_packed: bool
 ) -> None:
     model = load_tiny(tmp_path, adapter(0.3), device=CUDA, dtype=torch.bfloat16)
-    launched = MicroStep(model, KEEP, noise_alpha=5.0)
-    captured = MicroStep(model, GPU_POLICIES[policies], noise_alpha=5.0, captures=True)
+    launched = step_of(model, KEEP, noise_alpha=5.0)
+    captured = step_of(model, GPU_POLICIES[policies], noise_alpha=5.0, captures=True)
     positions = torch.arange(64).expand(2, 64) % 32 if is_packed else None
     for turn in range(3):
         input_ids, lengths = tokens(2, 64, seed=turn), some_lengths(2, 64) - turn
@@ -252,7 +261,7 @@ def test_gpu_captured_steps_have_the_same_noise(
 
 @pytest.mark.gpu
 def test_gpu_a_step_without_labels_may_be_captured(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path, device=CUDA), KEEP, captures=True)
+    step = step_of(load_tiny(tmp_path, device=CUDA), KEEP, captures=True)
     input_ids = tokens(2, 9)
     expected = gradients_of(step, input_ids, input_ids)
     for _ in range(3):
@@ -275,7 +284,7 @@ def test_gpu_what_is_not_kept_takes_no_memory(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, LORA, device=CUDA)
     policies: tuple[Policy, ...] = ("keep", "recompute", "offload")
     keep, recompute, offload = (
-        peak_of(MicroStep(model, (policy, policy)), tokens(8, 512)) for policy in policies
+        peak_of(step_of(model, (policy, policy)), tokens(8, 512)) for policy in policies
     )
     # of two layers the one whose input is on the host has a place for it all the same
     assert keep > recompute >= offload
@@ -283,7 +292,7 @@ def test_gpu_what_is_not_kept_takes_no_memory(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_gpu_shapes_share_one_pool(tmp_path: Path) -> None:
-    step = MicroStep(load_tiny(tmp_path, LORA, device=CUDA), KEEP, captures=True)
+    step = step_of(load_tiny(tmp_path, LORA, device=CUDA), KEEP, captures=True)
     sizes = []
     # the largest first; each launched, captured and replayed
     for num_tokens in (512, 256, 384):

@@ -120,6 +120,14 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
     del kept
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layer_that_is_computed_again_keeps_its_input_alone(tmp_path: Path, variant: str) -> None:
+    work = sizes_of(tmp_path, variant, torch.float32)
+    # and the few columns that the low-rank update of down_proj makes of the gates
+    width = work.config.hidden_size + work.model.layers[-1].mlp.down.tail
+    assert kept_bytes(StepWalk(work).kept_by("recompute")) == 4 * work.M * width
+
+
 def test_calls_alike_take_and_give_back_alike() -> None:
     recorded, calls, made = Allocations(), RepeatedCalls(), []
 

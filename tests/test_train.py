@@ -22,10 +22,11 @@ import train
 from checkpoint.loading import load_model
 from data.batches import collate, epoch_order
 from data.packing import collate_packed
-from data.samples import Sample
+from data.samples import NO_LOSS, Sample
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from optim.adamw import AdamW
+from optim.arena import GradientArena
 from prepare.job import BUNDLED
 from run.ranks import Ranks
 from step.micro_step import MicroStep
@@ -139,7 +140,9 @@ def trained() -> tuple[MicroStep, AdamW]:
             # a new one is zero, and lets nothing through to lora_A
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return MicroStep(model, ["keep" for _ in model.layers]), AdamW(parameters, weight_decay=0.0)
+    gradients = GradientArena(parameters)
+    micro_step = MicroStep(model, gradients, ["keep" for _ in model.layers])
+    return micro_step, AdamW(gradients, weight_decay=0.0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -168,22 +171,22 @@ def test_micro_batches_of_all_ranks_add_up_to_the_gradient_of_the_whole_window(
         for some in samples
     ]
     whole = collate(window)
-    num_targets = whole.num_target_tokens
+    num_targets = int((whole.labels[:, 1:] != NO_LOSS).sum())
     factor = torch.tensor(1 / num_targets)
-    optimizer.zero_grad()
-    loss = float(micro_step(whole.input_ids, whole.labels, factor))
-    expected = optimizer.gradients.clone()
-    optimizer.zero_grad()
+    optimizer.gradients.zero_()
+    loss = float(micro_step(whole, factor))
+    expected = optimizer.gradients.values.clone()
+    optimizer.gradients.zero_()
     parts = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
     total = 0.0
     for rank in range(num_ranks):
         for _, part in Ranks(rank, num_ranks).share(parts):
             batch = collate_packed([part], 50) if packed else collate(part)
-            total += float(micro_step(batch.input_ids, batch.labels, factor, 0, batch.positions))
+            total += float(micro_step(batch, factor))
     # float32: each element is a sum of a few hundred products in another order
     assert total == pytest.approx(loss, rel=300 * 2**-24)
     assert expected.abs().max() > 0
-    error = (optimizer.gradients - expected).abs().max() / expected.abs().max()
+    error = (optimizer.gradients.values - expected).abs().max() / expected.abs().max()
     assert error < 300 * 2**-24
 
 
@@ -246,7 +249,8 @@ def test_no_two_micro_batches_have_one_dropout_seed(
     compute, seeds = MicroStep.__call__, list[int]()
 
     def recorded(self: MicroStep, *args: Any) -> torch.Tensor:
-        seeds.append(args[3])
+        _, _, seed = args
+        seeds.append(seed)
         return compute(self, *args)
 
     monkeypatch.setattr(MicroStep, "__call__", in_runs(recorded, "__call__"))
@@ -391,7 +395,7 @@ def overflow_in(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
     def overflow(self: AdamW, *args: Any) -> torch.Tensor:
         calls.append(len(calls))
         if len(calls) in steps:
-            self.gradients.fill_(float("inf"))
+            self.gradients.values.fill_(float("inf"))
         return step(self, *args)
 
     monkeypatch.setattr(AdamW, "step", overflow)

@@ -21,6 +21,7 @@ from optim.adamw import AdamW
 from prepare.job import BUNDLED
 from run.metrics import Progress
 from step.micro_step import MicroStep
+from tokens.batch import Batch
 
 ADAPTER = "adapter_model.safetensors"
 CLOCK = ("tokens_per_second", "peak_memory_bytes")
@@ -207,12 +208,10 @@ def evaluate_to(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     left = list(losses)
     seen: list[int] = []
 
-    def scripted(
-        self: MicroStep, input_ids: torch.Tensor, labels: torch.Tensor, positions: None
-    ) -> torch.Tensor:
+    def scripted(self: MicroStep, batch: Batch) -> torch.Tensor:
         loss = left[0]
-        num_targets = int((labels[:, 1:] != -100).sum())
-        seen.append(len(input_ids))
+        num_targets = int((batch.labels[:, 1:] != -100).sum())
+        seen.append(len(batch.input_ids))
         # the last batch of an evaluation
         if sum(seen) == 12:
             left.pop(0)

@@ -1,0 +1,1 @@
+"""What the data and the model both know: rows of tokens."""
