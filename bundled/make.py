@@ -1,8 +1,7 @@
 """Write everything else in this room: `python -m bundled.make`, some minutes on two CPU cores.
 
-The model is the product's own Llama in float32, with a trainable product in each linear group's
-place, run by torch's autograd: the product's own passes know no gradient of a frozen weight. The
-same machine writes the same bytes every time.
+The model is `llama/reference.py` in float32, trained by torch's autograd: the passes of
+`llama/layer.py` compute no gradient of a weight. The same machine writes the same bytes every time.
 """
 
 import json
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,10 +21,8 @@ from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
 from data.template_files import BUNDLED_TEMPLATES
 from llama.config import read_config
-from llama.layer import RMSNorm
-from llama.model import Llama
-from llama.rope import rope_tables
-from lora.linear_group import LinearGroup
+from llama.reference import Reference
+from tokens.batch import Batch
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
@@ -45,47 +41,6 @@ LEARNING_RATE = 4e-3
 WARMUP_STEPS = 50
 WEIGHT_DECAY = 0.05
 INIT_STD = 0.02
-
-
-class _TrainableGroup(nn.Module):
-    """A LinearGroup whose weight has a gradient: y = x W^T, of all members."""
-
-    def __init__(self, group: LinearGroup) -> None:
-        super().__init__()
-        self.names, self.rows = group.names, group.rows
-        self.weight = nn.Parameter(torch.empty(sum(group.rows), group.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., sum of rows)
-        return F.linear(x, self.weight)
-
-
-def _normalize(x: Tensor, norm: RMSNorm) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _hidden_states(model: Llama, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-    """Run the decoder as `Llama.hidden_states` does, through torch's operations, which have a graph
-    of autograd."""
-    config = model.config
-    tables = rope_tables(model.frequencies[0], torch.arange(input_ids.shape[1]))
-    num_heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-    x = model.model.embed_tokens(input_ids)
-    for layer in model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = attention.qkv(_normalize(x, layer.norm(layer.norms.before_attention)))
-        heads = qkv.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        query, key, value = heads.split(num_heads, dim=1)
-        query, key = _rotate(query, *tables), _rotate(key, *tables)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        x = x + attention.o(mixed.transpose(1, 2).flatten(2))
-        gate, up = mlp.gate_up(_normalize(x, layer.norm(layer.norms.before_mlp))).chunk(2, dim=-1)
-        x = x + mlp.down(F.silu(gate) * up)
-    return _normalize(x, model.model.norm)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -175,21 +130,17 @@ def _learning_rate(step: int) -> float:
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pretrain(tokenizer: tokenizers.Tokenizer) -> Llama:
+def pretrain(tokenizer: tokenizers.Tokenizer) -> Reference:
     """Train a Llama of config.json's shape on the corpus."""
     torch.manual_seed(SEED)
-    model = Llama(read_config(MODEL), torch.float32)
-    for name, group in [(n, m) for n, m in model.named_modules() if isinstance(m, LinearGroup)]:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, _TrainableGroup(group))
-    model.requires_grad_(True)
+    model = Reference(read_config(MODEL))
     num_residuals = 2 * model.config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
             # what adds to the residual stream starts smaller, as in GPT-2
-            is_residual = name.endswith((".o.weight", ".down.weight"))
+            is_residual = name.endswith((".o_proj.weight", ".down_proj.weight"))
             nn.init.normal_(
                 parameter, std=INIT_STD / math.sqrt(num_residuals if is_residual else 1)
             )
@@ -206,8 +157,7 @@ def pretrain(tokenizer: tokenizers.Tokenizer) -> Llama:
     for step, window in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step)
-        hidden = _hidden_states(model, window[:, :-1])
-        loss = F.cross_entropy((hidden @ model.head.T).flatten(0, 1), window[:, 1:].flatten())
+        loss = model.loss(Batch(window, window)) / window[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -216,19 +166,9 @@ def pretrain(tokenizer: tokenizers.Tokenizer) -> Llama:
     return model
 
 
-def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
-    """The model's weights under the checkpoint's names, in bfloat16."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        prefix, _, _ = name.removesuffix(".weight").rpartition(".")
-        owner = model.get_submodule(name.removesuffix(".weight"))
-        if isinstance(owner, _TrainableGroup):
-            parts = parameter.detach().split(owner.rows)
-            names = [f"{prefix}.{member}.weight" for member in owner.names]
-            tensors |= dict(zip(names, parts, strict=True))
-        else:
-            tensors[name] = parameter.detach()
-    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+def checkpoint_tensors(model: Reference) -> dict[str, Tensor]:
+    """The model's weights in bfloat16; their names are the checkpoint's."""
+    return {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
 
 
 def main() -> None:

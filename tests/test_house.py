@@ -33,7 +33,7 @@ FLOORS = {
         "run",
         "step",
     },
-    "bundled": {"data", "llama", "lora"},
+    "bundled": {"data", "llama", "tokens"},
     "train": {
         "checkpoint",
         "data",
