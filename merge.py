@@ -30,7 +30,7 @@ from foreign.guest import in_guest
 from foreign.terminal import guard_output, one_line
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
 from llama.model import Llama, projection_shapes
-from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
+from llama.text_figures import LogitChange, ReadText, logit_change, read_text, windows_of
 from lora.adapter_file import (
     WEIGHTS_NAME,
     find_adapter,
@@ -86,9 +86,9 @@ class MergeConfig:
 class TextFigures:
     """What the three models make of a text; changes are from base + adapter, as it was trained."""
 
-    base: Reading
-    trained: Reading
-    merged: Reading
+    base: ReadText
+    trained: ReadText
+    merged: ReadText
     base_change: LogitChange
     merged_change: LogitChange
 

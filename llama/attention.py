@@ -1,16 +1,16 @@
-"""Causal grouped-query attention, forward and back, by the fastest exact product there is.
+"""Causal grouped-query attention, forward and backward, by the fastest exact kernel there is.
 
     mixed = softmax(scale q k^T + mask) v
 
     mask    token i sees j <= i, with a window of W tokens j > i - W, and only its own sample
 
-On a GPU torch chooses between cuDNN's and FlashAttention's product; each keeps one number a row and
-head for the backward pass, not the scores. Its graph holds that number, so here alone a graph of
-autograd lives inside a layer's pass that is otherwise written out. `kernels.masked_attention` does
-what torch does not, or only by a mask or scores of T^2 numbers: capped scores, windows shorter than
-the rows, rows of several samples, float32, and every dtype on a GPU before compute capability 8.0.
+On a GPU torch chooses between the kernels of cuDNN and FlashAttention. Each keeps one number a row
+and head for the backward pass, not the scores. torch holds that number in an autograd graph, the
+only one in a layer's passes. `kernels.masked_attention` does the rest, for which torch has no
+kernel or needs a mask or scores of T^2 numbers: capped scores, windows shorter than the rows, rows
+of several samples, float32, and every dtype on a GPU before compute capability 8.0.
 
-On the meta device, torch's product allocates what it allocates on a GPU, and computes nothing.
+On the meta device this file allocates what torch allocates on a GPU, and computes nothing.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from kernels.masked_attention import (
     masked_attention_backward,
 )
 
-# the first GPUs that FlashAttention has a product for, and those on which torch prefers cuDNN's
+# the first GPUs that FlashAttention has a kernel for, and those on which torch prefers cuDNN's
 FLASH_CAPABILITY = (8, 0)
 CUDNN_CAPABILITY = (9, 0)
 # rows and columns of FlashAttention's tiles, to which its scratch memory is rounded up
@@ -34,11 +34,11 @@ FLASH_ROWS, FLASH_COLUMNS = 128, 32
 
 
 class Scores(NamedTuple):
-    """How a layer scores the tokens that one sees."""
+    """How a layer computes its attention scores."""
 
     scale: float  # of q k^T
-    cap: float | None  # softcap(scale q k^T) takes its place; None: it does not
-    window: int | None  # tokens that each sees, itself included; None: all
+    cap: float | None  # of softcap(scale q k^T); None: the scores are not capped
+    window: int | None  # tokens that a token sees, itself included; None: all before it
 
 
 class Mixed(NamedTuple):
@@ -49,7 +49,7 @@ class Mixed(NamedTuple):
     output: Tensor
     scores: Scores
     lse: Tensor | None  # (B, H, T) float32; None where the graph holds it, or nothing needs it
-    is_masked: bool  # by our own kernel, not by torch's product
+    is_masked: bool  # computed by kernels.masked_attention, not by torch
     samples: Samples | None
 
 
@@ -96,10 +96,10 @@ def attention(
 
 
 def holds_no_scores(gpu: Properties, dtype: torch.dtype) -> bool:
-    """Whether torch has a product for plain causal attention that writes no scores out.
+    """Tell whether torch has a kernel for plain causal attention that writes no scores out.
 
-    cuDNN's and FlashAttention's write none. For heads of keys that queries share, torch has no
-    other but the one that expands the keys and writes T^2 scores out.
+    The kernels of cuDNN and FlashAttention write none. Where queries share the heads of keys, the
+    only other way in torch expands the keys and writes T^2 scores out.
     """
     return dtype in (torch.bfloat16, torch.float16) and gpu.capability >= FLASH_CAPABILITY
 
@@ -114,15 +114,15 @@ def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tens
         )
     if grad.device.type == "meta":
         return _backward_sizes(*mixed.inputs)
-    # in this thread: autograd's own thread knows nothing of the pool that a pass takes its memory
-    # from, and would take what the backward pass needs from another
+    # in this thread: autograd's own thread does not know the pool that a pass allocates from, and
+    # would allocate from another
     with torch.autograd.set_multithreading_enabled(False):
         query, key, value = torch.autograd.grad(mixed.output, mixed.inputs, grad)
     return query, key, value
 
 
 def _heads_beside(like: Tensor, num_heads: int) -> Tensor:
-    """Allocate (B, num_heads, T, head_dim) heads, those of a token beside each other."""
+    """Allocate (B, num_heads, T, head_dim) heads; the heads of a token lie side by side."""
     B, _, T, head_dim = like.shape
     return like.new_empty(B, T, num_heads, head_dim).transpose(1, 2)
 
@@ -136,11 +136,11 @@ def _forward_sizes(query: Tensor) -> tuple[Tensor, Tensor]:
 def _backward_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate on the meta device what torch's backward pass allocates on a GPU.
 
-    The gradient of the queries is added up in float32, by FlashAttention in rounded tiles and,
-    where equal runs must give equal bits, in as many parts as keep the GPU busy. The gradients of
-    shared keys and values are written for every query head, and added up behind the kernel. Source:
-    for FlashAttention `mha_bwd` of torch 2.11; for cuDNN's product what an H200 took with heads of
-    64 to 256, to the byte.
+    The gradient of the queries is added up in float32: by FlashAttention in rounded tiles and, in
+    deterministic runs, in as many parts as keep the GPU busy. The gradients of shared keys and
+    values are written for every query head and added up after the kernel. Sources: for
+    FlashAttention `mha_bwd` of torch 2.11; for cuDNN the bytes that an H200 allocated for heads of
+    64 to 256.
     """
     B, H, T, head_dim = query.shape
     gpu, is_deterministic = properties(query.device), torch.are_deterministic_algorithms_enabled()

@@ -1,8 +1,8 @@
 """The model families that share one model here, and how each differs from Llama.
 
-A family is what transformers calls an architecture. Its differences are fields, so the model asks
-what a layer has and never whose it is. What is in no family's list of fields is refused where it is
-set, because nobody knows whether it changes the function.
+A family is what transformers calls an architecture. Its differences are fields: the model asks what
+a layer has, never which family it is. A field of config.json that no list here names is refused if
+it is set, because it might change the function.
 """
 
 from collections.abc import Mapping
@@ -40,11 +40,11 @@ class Family:
             from the first on, or, where `use_sliding_window` is set, those from `max_window_layers`
             on.
         activation_field: what names the activation of the gates.
-        norm_offset: what the weights of all norms are stored less.
-        scales_embeddings: by the root of hidden_size.
-        defaults: of fields that the file does not have, where they are not Llama's; null in the
-            file is none.
-        fields: of config.json that this family has and Llama has not.
+        norm_offset: added to the stored weights of all norms.
+        scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
+        defaults: for fields missing in the file, where they differ from Llama's; null in the file
+            stays null.
+        fields: of config.json that this family has beside Llama's.
     """
 
     model_type: str

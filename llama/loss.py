@@ -3,12 +3,11 @@
 The logits of 8,192 tokens over a vocabulary of 128,256 take 2 GiB in bfloat16 and 4 GiB in float32,
 and their gradient as much again. The head is frozen, so the gradient with respect to the hidden
 states is all that is needed, and it can be formed chunk by chunk while the logits are at hand: one
-product for the logits, one for the gradient, nothing computed again. Of the logits one chunk is
-held, whose place their gradient takes; the gradient of the hidden states takes theirs. Rows without
-a label never reach the head.
+product for the logits, one for the gradient, nothing computed again. One chunk of logits is held at
+a time. Its gradient overwrites it, and the gradient of the hidden states overwrites the hidden
+states. Rows without a label never reach the head.
 
-What is left out: autograd. The training step is written out, and asks for loss and gradient at
-once.
+What is left out: autograd. The training step asks for loss and gradient at once.
 """
 
 from collections.abc import Iterator

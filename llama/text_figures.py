@@ -1,8 +1,8 @@
-"""What models make of a text: its perplexity, and how far their logits are apart.
+"""The perplexity of a text under a model, and how far the logits of two models are apart.
 
-Models that are compared need not fit the memory together: of each its hidden states are kept, D
-numbers a token, and the logits, V numbers a token, are formed from them chunk by chunk where two
-are compared. That takes one head for all, which no adapter here changes.
+Two models need not fit the memory together. Each leaves its hidden states, D numbers a token; the
+comparison computes the logits from them, V numbers a token, chunk by chunk. Both must have the same
+head, which no adapter here changes.
 """
 
 import math
@@ -17,8 +17,8 @@ from llama.model import Llama
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A model's way through a text."""
+class ReadText:
+    """What a model computes of a text."""
 
     perplexity: float
     hidden: list[Tensor]  # of each window (T, D), on the CPU
@@ -40,8 +40,8 @@ def windows_of(ids: list[int], length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def read_text(model: Llama, windows: Sequence[Tensor]) -> Reading:
-    """Compute a model's perplexity on windows of a text, each read for itself, and its hidden
+def read_text(model: Llama, windows: Sequence[Tensor]) -> ReadText:
+    """Compute the perplexity of a model on windows of a text, each window by itself, and the hidden
     states.
 
         perplexity = exp(mean of -log p(token | those before it in the window))
@@ -54,14 +54,14 @@ def read_text(model: Llama, windows: Sequence[Tensor]) -> Reading:
         total += float(linear_cross_entropy(states[:-1], model.head, ids[0, 1:], cap))
         num_tokens += ids.shape[1] - 1
         hidden.append(states.cpu())
-    return Reading(math.exp(total / num_tokens), hidden)
+    return ReadText(math.exp(total / num_tokens), hidden)
 
 
 @torch.no_grad()
-def logit_change(model: Llama, reading: Reading, other: Reading) -> LogitChange:
-    """Compare the logits that two models with the head of `model` have on the same windows."""
+def logit_change(model: Llama, read: ReadText, other: ReadText) -> LogitChange:
+    """Compare the logits of two models on the same windows; both have the head of `model`."""
     largest, total, count = 0.0, 0.0, 0
-    for states, other_states in zip(reading.hidden, other.hidden, strict=True):
+    for states, other_states in zip(read.hidden, other.hidden, strict=True):
         num_rows = chunk_rows(model.config.vocab_size, torch.float32, len(states))
         pairs = zip(states.split(num_rows), other_states.split(num_rows), strict=True)
         for rows, other_rows in pairs:

@@ -3,8 +3,8 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   (r, in_features)
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight   (out_features, r)
 
-Never pickle. PEFT warns about a field it does not know or a tensor it does not find and goes on;
-here both are errors, because either means another function than the one that was trained.
+Never pickle. PEFT warns about an unknown field or a missing tensor and goes on; here both are
+errors, because with either the adapter computes something else than what was trained.
 """
 
 import json
@@ -82,8 +82,8 @@ def save_adapter(
 
     Args:
         tensors: by the model's names ("model.layers.0.self_attn.q_proj.lora_A.weight").
-        base_model: what PEFT shall load the base model from, a path or a hub id, with @revision if
-            there is one.
+        base_model: path or hub id from which PEFT loads the base model, with @revision if there is
+            one.
         base_identity: of the base model in 16 or 32 bits; empty where it is not known.
 
     Note:
@@ -133,7 +133,7 @@ def _base_fields(base_model: str) -> dict[str, str | None]:
 
 
 def rename_base(folder: Path, base_model: str) -> None:
-    """Let an adapter name another place of its base model.
+    """Write another path or hub id of the base model into an adapter.
 
     Args:
         base_model: as `save_adapter`.
@@ -388,7 +388,7 @@ def load_adapter(
 
 
 def _check_embedding_layer(path: Path, name: str, layer: Tensor, base: Tensor | None) -> None:
-    """Refuse an embedding layer that would replace the base's by another."""
+    """Refuse an embedding layer that differs from the base model's."""
     same_shape = base is not None and base.shape == layer.shape
     # the base may be kept in fewer bits than either was saved in
     if base is None or not same_shape or not torch.equal(layer.to(base), base):

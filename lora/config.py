@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
 _LONGEST_PATTERN = 10_000
-# the sides of any matrix of today are shorter
+# larger than any dimension of a matrix today
 _MOST_RANK = 1 << 16
 
 
@@ -46,13 +46,13 @@ class LoRAConfig:
             expression.
 
     Attributes:
-        target_modules: projections by name, path or the end of one; or as one text: a regular
-            expression of whole paths, or "all-linear".
-        exclude_modules: the same of those that get none.
-        layers_to_transform: the layers whose projections get one, where targets are names.
-        layers_pattern: what the list of layers is called, as regular expressions; none: anything.
-        rank_pattern: r by a regular expression of a path's end, the first that fits.
-        alpha_pattern: lora_alpha, the same way.
+        target_modules: projections by name, by path or by the end of a path; or one text: a regular
+            expression for whole paths, or "all-linear".
+        exclude_modules: projections without an update, given as target_modules are.
+        layers_to_transform: the layers whose projections get an update, if targets are names.
+        layers_pattern: regular expressions for the name of the list of layers; none: any name.
+        rank_pattern: r by regular expressions for the end of a path; the first that fits counts.
+        alpha_pattern: lora_alpha by the same rule.
     """
 
     r: int
@@ -108,9 +108,9 @@ class LoRAConfig:
         return any(pattern.lower() != ALL_LINEAR for pattern in self._patterns())
 
     def has_target(self, path: str) -> bool:
-        """Whether a module gets an update, by the rules of PEFT's check_target_module_exists.
+        """Tell whether a module gets an update, by the rules of PEFT's check_target_module_exists.
 
-        Of "all-linear" a path must tell that it is one of the layers' projections.
+        "all-linear" fits the paths of the layers.
         """
         excluded, targets = self.exclude_modules, self.target_modules
         if isinstance(excluded, str):

@@ -94,7 +94,7 @@ class LinearGroup(nn.Module):
         bias_dtype: torch.dtype | None,
         quantization: Quantization | None,
     ) -> None:
-        """Allocate what `load` fills: the frozen weight and, where there is one, the bias.
+        """Allocate the frozen weight and the bias, if there is one; loading fills them.
 
         Args:
             weight_dtype: of a weight that is not quantized.
@@ -112,8 +112,8 @@ class LinearGroup(nn.Module):
         )
 
     def home(self, name: str) -> Tensor | None:
-        """Find the rows that hold a member's weight or bias ("q_proj.weight") as the checkpoint has
-        it; None for a weight that is quantized."""
+        """Find the rows of the buffer for a member's weight or bias ("q_proj.weight"), stored as in
+        the checkpoint; None for a quantized weight."""
         member_name, kind = name.rsplit(".", 1)
         if kind == "weight" and isinstance(self.weight, NF4Weight):
             return None
@@ -179,10 +179,11 @@ class LinearGroup(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_rows, room, device=device))
 
     def make_tables(self, dtype: torch.dtype) -> None:
-        """Make what the kernels of a pass in a dtype look up on the device, before the first pass.
+        """Copy the tables that kernels read in passes of a dtype to the device, before the first
+        pass.
 
         Note:
-            Once the group has its weight and its updates.
+            After the group got its weight and its updates.
         """
         device = self.weight.device
         if device.type == "cpu":
@@ -202,7 +203,7 @@ class LinearGroup(nn.Module):
             yield f"{name}.lora_B.weight", self.lora_B.detach()[update.B][:, : size.rank]
 
     def frozen_tensors(self) -> Iterator[Tensor]:
-        """What holds the weight and, where there is one, the bias."""
+        """The tensors of the weight and the bias, if there is one."""
         yield from self.weight.tensors if isinstance(self.weight, NF4Weight) else (self.weight,)
         if self.bias is not None:
             yield self.bias
@@ -281,7 +282,7 @@ class LinearGroup(nn.Module):
         return seed is not None and self.dropout > 0
 
     def _decodes_inside(self, x: Tensor, seed: Tensor | None) -> bool:
-        """Whether so few rows are faster on the packed weight."""
+        """Tell whether x has so few rows that the packed weight is faster than the expanded one."""
         if not isinstance(self.weight, NF4Weight) or x.device.type == "cpu" or self._drops(seed):
             return False
         return matmul_path(x.shape[0], self.weight, x.dtype, False).name != "expand"

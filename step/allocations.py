@@ -1,4 +1,4 @@
-"""The memory that code takes and gives back, event by event, without a GPU.
+"""Record the memory that code allocates and frees, event by event, without a GPU.
 
     with Allocations() as recorded:         tensors on torch's meta device have sizes and no values,
         step(...)                           so the code runs through and computes nothing
@@ -36,7 +36,7 @@ class Allocations(TorchDispatchMode):
 
     Attributes:
         events: so far, in order.
-        num_blocks: that were taken so far; each is numbered by its place among them.
+        num_blocks: taken so far; they are numbered in this order.
     """
 
     def __init__(self, device_type: str = "meta", num_blocks: int = 0) -> None:
@@ -56,7 +56,7 @@ class Allocations(TorchDispatchMode):
 
     @contextmanager
     def taking_from(self, pool: str) -> Iterator[None]:
-        """Take new blocks from a pool; every block goes back to the pool that it is of."""
+        """Take new blocks from a pool; every block goes back to the pool that it came from."""
         before, self._pool = self._pool, pool
         try:
             yield
@@ -65,7 +65,7 @@ class Allocations(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing for a while; for the one that entered last."""
+        """Record nothing for a while; only the recorder that was entered last may pause."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -83,7 +83,7 @@ class Allocations(TorchDispatchMode):
             if address in self._taken:
                 self.note(tensor)
         for tensor in self._tensors(result):
-            # what lies where an argument does is as new as that
+            # a result in the storage of an argument is a view
             if tensor.untyped_storage()._cdata not in given:
                 self.note(tensor)
         return result
@@ -119,18 +119,18 @@ class Allocations(TorchDispatchMode):
         self.events.append(taken._replace(num_bytes=0))
 
     def adopt(self, tensor: Tensor, taken: Event) -> None:
-        """Let a tensor's storage be a block that was taken: the block goes with it."""
+        """Tie a block that was taken to a tensor's storage: the block is given back with it."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         self._taken[address] = taken
         self._watched[address] = weakref.ref(storage, lambda _: self._went(address))
 
     def block_of(self, tensor: Tensor) -> Event | None:
-        """Find the block that a tensor lies in; None of a tensor that was there before."""
+        """Find the block that a tensor lies in; None if the tensor was there before."""
         return self._taken.get(tensor.untyped_storage()._cdata)
 
     def disown(self, tensor: Tensor) -> Event:
-        """Let a tensor's storage be no block any more, and return the block that it was."""
+        """Untie a tensor's storage from its block, and return the block."""
         address = tensor.untyped_storage()._cdata
         del self._watched[address]
         return self._taken.pop(address)

@@ -20,17 +20,17 @@ from torch import Tensor
 
 
 class _Copy(NamedTuple):
-    """A matrix on the device, and when the copy from or to it is done."""
+    """A matrix on the device, and the event after the copy from or to it."""
 
     matrix: Tensor
     done: torch.cuda.Event | None  # None: there was nothing to copy
 
 
 class HostStash:
-    """Keeps a matrix for each of a few layers on the host: last in, first out.
+    """Keeps a matrix for each of some layers on the host: last in, first out.
 
     Attributes:
-        layers: which may put one.
+        layers: the layers that may put one.
     """
 
     def __init__(self, layers: Sequence[int], device: torch.device) -> None:
@@ -54,7 +54,7 @@ class HostStash:
             }
 
     def held(self) -> list[Tensor]:
-        """The host memory: a captured graph knows its place, so whoever captures holds on to it."""
+        """The host memory, for those who capture: a graph holds its address only."""
         return list(self._host.values())
 
     def _room(self, layer: int, like: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class HostStash:
         self._on_host.clear()
 
     def fetch_next(self, like: Tensor) -> None:
-        """Start copying the matrix back that was put last, if one is left, into one of a shape."""
+        """Start copying the matrix that was put last back, if one is left; its shape is like's."""
         if not self._on_host:
             return
         layer = self._on_host.pop()

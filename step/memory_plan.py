@@ -1,10 +1,9 @@
-"""What a run will need of the memory, and which layers may keep their activations.
+"""How much memory a run will need, and which layers may keep their activations.
 
-Nothing here knows what a layer allocates. `step/walk.py` walks through the code of a run's
-passes on the meta device, `step/caching_allocator.py` takes and gives back what that recorded as
-torch's allocator would, and this file adds what neither can see, each a measured constant. So the
-answer comes before the checkpoint is loaded; a mix of policies takes some hundredths of a second
-to try.
+Nothing here knows what a layer allocates. `step/walk.py` runs the code of a run's passes on the
+meta device, `step/caching_allocator.py` computes what torch's allocator would hold for that, and
+this file adds measured constants for what neither can see. So the answer comes before the
+checkpoint is loaded; trying a mix of policies takes some hundredths of a second.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ class MemoryPlan:
     Attributes:
         step: activations and scratch of the passes, at the most.
         loss: hidden states, logits and inputs, at the most.
-        sampling: of the text that is sampled, at the most.
+        sampling: for sampled text, at the most.
         reserved: by torch's allocator, holes included.
         graphs, nccl: outside of torch's allocator.
         kept_per_layer: of a layer that keeps its activations.

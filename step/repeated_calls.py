@@ -1,10 +1,10 @@
-"""Calls that take and give back the same memory as an earlier one, told again instead of made.
+"""Record the memory events of a call once, and repeat them for later calls that are alike.
 
 A model has tens of layers that are alike, and walking through one on the meta device takes ten
-milliseconds of Python. So the first call records its events; a later call of a function that is
-like it, with arguments of the same form, repeats them: it takes blocks of the same sizes, gives the
-same blocks back, and returns tensors of the same form in them. What becomes of those is up to the
-caller, as with a call that was made.
+milliseconds of Python. So the first call records its events. A later call of a like function, with
+arguments of the same form, repeats the events: it takes blocks of the same sizes, gives the same
+blocks back, and returns tensors of the same form in them. The caller uses the results as those of
+a real call.
 
 Arguments and results may be tensors, constants, and tuples, lists and objects of them.
 """
@@ -70,7 +70,7 @@ class _Call:
 
 
 class RepeatedCalls:
-    """Makes the first call of each kind, and repeats from then on what it took and gave back."""
+    """Makes the first call of each kind, and repeats its memory events for the later ones."""
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, _Call] = {}
@@ -78,7 +78,7 @@ class RepeatedCalls:
     def of(
         self, function: Callable[..., Any], kind: Hashable, recorded: Allocations
     ) -> Callable[..., Any]:
-        """Make of a function one that repeats an earlier call of its kind if there was one.
+        """Wrap a function so that it repeats an earlier call of its kind if there was one.
 
         Args:
             kind: equal for functions that do the same with arguments of the same form.

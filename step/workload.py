@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan is for.
+    """The model, the batches and the machine that a plan is for.
 
     Attributes:
         model: on the meta device, as it will lie on the GPU, with its adapter.
-        moment_bytes: what both moments of a number of the adapter take of the device.
+        moment_bytes: on the device, of both moments of one number of the adapter.
         batch: rows of the largest micro-batch.
         tokens: of each row, with its padding.
-        sample_tokens: where rows hold several samples, of that which a token is in, on average.
+        sample_tokens: the mean length of the sample that a token is in, where rows hold several.
         has_noise: whether NEFTune adds noise to the embeddings.
         evaluation: rows and tokens of the largest batch that is evaluated, if one is.
         prompt_tokens: of the longest text that is sampled, answer included; 0 where none is.
