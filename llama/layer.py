@@ -6,7 +6,9 @@
     gate | up = gate_up(norm(r2))
     x, delta = r2, down(activation(gate) up)
 
-In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added.
+In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. The
+reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate`, `_inner` and
+`_project`, each with the norms before and behind it.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -125,7 +127,8 @@ class Attention(nn.Module):
             What they were before, and rstd.
         """
         kept = []
-        for norm, part in zip(self.head_norms, self._heads(qkv), strict=False):
+        parts = self._heads(qkv) if self.head_norms else ()
+        for norm, part in zip(self.head_norms, parts, strict=False):
             heads = _own(part).view(-1, norm.weight.shape[0])
             y, _, rstd = norm(heads)
             part.copy_(y.view(part.shape))
@@ -134,7 +137,7 @@ class Attention(nn.Module):
 
     def normalize_heads_backward(self, grad_qkv: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
         """Turn the gradients of normalized queries and keys into theirs, in place."""
-        parts = self._heads(grad_qkv)
+        parts = self._heads(grad_qkv) if self.head_norms else ()
         for norm, part, (heads, rstd) in zip(self.head_norms, parts, kept, strict=False):
             grad = _own(part).view(heads.shape)
             norm.backward(grad, None, heads, rstd, out=grad)
