@@ -3,7 +3,7 @@
 Nothing in a run fails where every label is masked, where no answer ends in EOS or most of them are
 cut before they end: the loss falls, and the model is useless. The audit counts these, shows a
 sample with what is learned of it made visible, and refuses what cannot be meant. Two more of the
-kind are refused where a sample is made: two BOS (data/tokenization.py), no target at all
+kind are refused where a sample is made: two BOS (data/tokens/tokenization.py), no target at all
 (data/dataset.py).
 """
 

@@ -4,8 +4,8 @@ The faults that make the peers train on nothing without a word are errors here, 
 loaded: no EOS token, no target tokens, a tokenizer or ids beyond the model's vocabulary. What is
 cut or dropped is counted, for data/audit.py to say and to judge.
 
-The tokens lie on the disk (data/token_cache.py); a data set is its samples' lengths and hashes in
-memory, and makes a sample when it is asked for.
+The tokens lie on the disk (data/tokens/token_cache.py). A data set holds the lengths and hashes of
+its samples in memory, and reads a sample when it is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats import DEFAULT_TEXT_FIELD
+from data.formats.layouts import DEFAULT_TEXT_FIELD
 from data.samples import Sample
-from data.token_cache import Samples, cached_tokens
-from data.tokenization import Counts, Recipe
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
+from data.tokens.recipe import Recipe
+from data.tokens.stored_samples import StoredSamples
+from data.tokens.token_cache import cached_tokens
 from run.privacy import shared_mode
 
 
@@ -37,7 +39,7 @@ class Dataset:
         mode: permissions of what is written of the files' text.
     """
 
-    samples: Samples
+    samples: StoredSamples
     format: str
     is_detected: bool
     max_length: int
@@ -98,7 +100,7 @@ def load_dataset(
     """Read data files, tokenize them and label what is learned, or find that done in the cache.
 
     Args:
-        data_format to ignored_fields: as data.tokenization.Recipe.
+        data_format to ignored_fields: as data.tokens.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 

@@ -18,7 +18,7 @@ from data.batches import (
     step_micro_batches,
 )
 from data.packing import Packing, collate_packed, mean_sample_tokens
-from data.token_cache import Samples
+from data.tokens.stored_samples import StoredSamples
 
 # the samples of each of its rows
 MicroBatch: TypeAlias = list[list[int]]
@@ -29,7 +29,7 @@ class Epochs:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: StoredSamples,
         seed: int,
         shuffle: bool,
         batch_size: int,

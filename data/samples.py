@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
-from data.assistant_spans import Span, render_with_spans
-from data.formats import Conversation, Example, PromptCompletion, TokenIds
+from data.chat.assistant_spans import Span, render_with_spans
+from data.chat.unwritten import check_written
+from data.formats.examples import Conversation, Example, PromptCompletion, TokenIds
+from data.formats.tool_calls import show_arguments
 from data.tokenizer import Tokenizer
-from data.tool_calls import show_arguments
-from data.unwritten import check_written
 
 NO_LOSS = -100
 

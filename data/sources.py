@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from data.records import data_suffix, is_structured
+from data.reading.files import data_suffix, is_structured
 from hub.fetch import find_folder, parse_hub_id
 
 Use = Literal["train", "eval"]

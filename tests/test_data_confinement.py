@@ -1,5 +1,5 @@
-"""data/confinement.py: templates and tokenizers that take all time or all memory end in a message
-that names the record, and in no process that stays."""
+"""data/tokens/confinement.py: templates and tokenizers that take all time or all memory end in a
+message that names the record, and in no process that stays."""
 
 import json
 import time
@@ -15,13 +15,15 @@ from test_data_tokenizer import save_byte_level
 from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-from data import workers
-from data.chat_template import ChatTemplate
-from data.confinement import Confinement, begin_record
+from data.chat.template import ChatTemplate
+from data.chat.template_marks import marks_without_token
 from data.prompt import encode_prompt
-from data.template_marks import marks_without_token
-from data.tokenization import Counts, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from data.tokens import workers
+from data.tokens.confinement import Confinement, begin_record
+from data.tokens.pieces import Counts
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files
 from foreign import guest
 
 # wall clock, on a machine that others use as well

@@ -1,8 +1,8 @@
 """Tasks done by confined processes, several at once, with their results in the order of the tasks.
 
-A process that exceeds a limit ends, and with it the whole pool (concurrent.futures knows no other
-way). What it was at is known (data/confinement.py): where that record may be left out, the tasks
-that have no result yet go to new processes without it.
+A process that exceeds a limit ends, and the whole pool with it (concurrent.futures knows no other
+way). The record that it was at is known (data/tokens/confinement.py): where that record may be left
+out, the tasks that have no result yet go to new processes without it.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
-from data.confinement import Confinement, TakesTooMuch, end_record
+from data.tokens.confinement import Confinement, TakesTooMuch, end_record
 from foreign.guest import end_with_parent
 
 Task = TypeVar("Task")

@@ -8,8 +8,8 @@ Every part of a conversation therefore gets a mark of its own at its end, and th
 the conversation once more, marks and all: a part whose mark is not in the text was left out.
 
 One such rendering stands for all conversations of its shape: the shapes of their messages
-(data/message_shapes.py), the options and the number of tools. So a million chats need a few hundred
-renderings more.
+(data/chat/message_shapes.py), the options and the number of tools. So a million chats need a few
+hundred renderings more.
 
 Three things may be left out:
 
@@ -28,9 +28,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.chat_template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
-from data.fields import IGNORED_FIELDS
-from data.message_shapes import END_OF_THOUGHT, shape_of, shape_until
+from data.chat.message_shapes import END_OF_THOUGHT, shape_of, shape_until
+from data.chat.template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
+from data.formats.fields import IGNORED_FIELDS
 
 # judged elsewhere, or an id
 _UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))

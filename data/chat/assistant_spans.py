@@ -2,12 +2,13 @@
 
 Where a template has {% generation %} marks, what they enclose. Else the assistant's turns are what
 the template writes while its loop over the messages is at an assistant message, of which the
-rendering keeps a trace (data/template_trace.py). A turn is learned
+rendering keeps a trace (data/chat/template_trace.py). A turn is learned
 
 - from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
-  before it: what the model is given at inference, and what it has to go on with. Where a template
-  ends in that prompt, it is known without rendering these messages (data/template_ending.py), or
-  after rendering them once for all turns that follow messages of the same shape;
+  before it: the model is given this prompt at inference, and has to go on from there. Where a
+  template ends in that prompt, it is known without rendering these messages
+  (data/chat/template_ending.py), or after one rendering for all turns that follow messages of the
+  same shape;
 - to the end of the iteration, so that the token that ends the turn is learned, and with it an EOS
   that the template writes right after, before the next turn or at the end of the conversation.
 
@@ -26,9 +27,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
-from data.message_shapes import shape_until
-from data.template_trace import Event, absent_character
+from data.chat.message_shapes import shape_until
+from data.chat.template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
+from data.chat.template_trace import Event, absent_character
 
 Span: TypeAlias = tuple[int, int]  # half-open range of characters
 

@@ -8,7 +8,7 @@ what is found out with one message or conversation, by a rendering, holds for al
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from data.chat_template import REASONING_FIELDS, Message
+from data.chat.template import REASONING_FIELDS, Message
 
 Shape: TypeAlias = tuple[object, ...]
 

@@ -28,7 +28,7 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.visitor
 
-from data.template_ending import Ending, Sight, Watched, ending_of
+from data.chat.template_ending import Ending, Sight, Watched, ending_of
 
 # the variable under which a trace travels to the marked places of the template
 TRACE = "trace_of_this_rendering"
@@ -50,7 +50,7 @@ class Event:
 
     Attributes:
         index: of the message at a turn, where all before it would be written were it the end
-            (data/template_ending.py), else None.
+            (data/chat/template_ending.py), else None.
     """
 
     kind: str

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
-from data.chat_template import ChatTemplate
-from data.tokenization import Counts
+from data.chat.template import ChatTemplate
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
 from foreign.guest import in_guest
 
 # <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, and <start_of_turn>

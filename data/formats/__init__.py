@@ -1,0 +1,1 @@
+"""Layouts of records, and what a record of each means."""

@@ -1,0 +1,32 @@
+"""One record of a data file, and what to do about one that cannot be read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TypeAlias
+
+# what to do about a record that is not what it must be: raise, or count it
+Refuse: TypeAlias = Callable[[ValueError], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example as the file has it.
+
+    Attributes:
+        location: file:line, or file[index] for an element of a JSON list or a row of a parquet
+            file.
+        part: the number of a part of a text file, None for any other record. Those of one file
+            follow each other, and are one document when put together.
+    """
+
+    location: str
+    fields: dict[str, object]
+    part: int | None = None
+
+    @property
+    def is_document(self) -> bool:
+        return self.part is not None
+
+
+def raise_it(error: ValueError) -> NoReturn:
+    raise error
