@@ -9,5 +9,5 @@ samples        an example as token ids, and which of them are learned
 tokens/        all examples of a data set as samples, in confined processes, kept on disk
 dataset        samples and their counts; audit shows and judges them
 epochs         their order; packing and batches lay them into rows
-prompt         a prompt as a checkpoint wants to be asked
+prompt         a prompt as a checkpoint expects it
 """

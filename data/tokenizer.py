@@ -69,8 +69,8 @@ class Tokenizer:
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
-        own_vocab_size: the same without added tokens, of which a model may have no rows: a token to
-            pad with, which no text has.
+        own_vocab_size: the same without added tokens; a model may have no row for an added token
+            that no text has, such as a token for padding.
     """
 
     def __init__(
@@ -234,10 +234,10 @@ class Tokenizer:
         return self._is_blank[token_id]
 
     def fingerprint(self, now: datetime) -> str:
-        """What decides the tokens of a text or a conversation, as a SHA-256 in hexadecimal.
+        """The SHA-256, in hexadecimal, of all that decides the tokens of a text or a conversation.
 
         Args:
-            now: counts as far as the templates can read it.
+            now: the part of it that the templates can read.
         """
         parts = {
             "library": tokenizers.__version__,

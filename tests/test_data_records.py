@@ -181,7 +181,7 @@ def test_keys_that_are_there_twice_are_counted_in_one_pass() -> None:
             num_comparisons += 1
             return str.__eq__(self, other)
 
-    decoder = json_files._Json()
+    decoder = json_files._Decoder()
     pairs = [(Key(i), i) for i in range(1000)]
     value = decoder._object([*pairs, *((Key(key), i) for key, i in pairs)])
     # a dictionary compares what it finds under the same hash

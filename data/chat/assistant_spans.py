@@ -1,8 +1,9 @@
-"""Which characters of a rendered conversation the assistant says, found without searching for them.
+"""The characters of a rendered conversation that the assistant says, located by a trace of the
+rendering and never by a search for their text.
 
-Where a template has {% generation %} marks, what they enclose. Else the assistant's turns are what
-the template writes while its loop over the messages is at an assistant message, of which the
-rendering keeps a trace (data/chat/template_trace.py). A turn is learned
+Where a template has {% generation %} marks, the assistant says what they enclose. Otherwise a turn
+of the assistant is the text that the template writes while its loop over the messages is at an
+assistant message (data/chat/template_trace.py). A turn is learned
 
 - from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
   before it: the model is given this prompt at inference, and has to go on from there. Where a
@@ -18,7 +19,7 @@ of a plain message, found by rendering it with a character in the content's plac
 nowhere else. Earlier turns of the same conversation may be written differently while they are the
 last (reasoning is dropped, the tools move): renderings are compared up to a traced position only.
 
-What cannot be found in one of these ways is an error that says what to do, never a guess.
+A turn that cannot be located in one of these ways is an error that says what to do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -144,7 +145,7 @@ def _reply_turns(
 
 
 class _Openings:
-    """What the turns of a conversation begin with that the model is given."""
+    """The text at the beginning of each turn that the model is given and does not learn."""
 
     def __init__(
         self,
@@ -178,8 +179,8 @@ class _Openings:
         )
 
     def _prompt(self, index: int, turn: _Turn) -> str | None:
-        """What add_generation_prompt adds to the messages before a turn, None where that is not to
-        be told."""
+        """What add_generation_prompt adds to the messages before a turn, None where that cannot be
+        known."""
         # templates look at their first message without asking whether there is one
         if not index:
             return None

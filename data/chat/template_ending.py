@@ -1,4 +1,4 @@
-"""What a chat template writes last, behind its loop over the messages: the generation prompt.
+"""The generation prompt, where a chat template writes it behind its last loop over the messages.
 
 Given the messages before an answer and add_generation_prompt, most templates write what they write
 of these messages in the whole conversation, and then the nodes behind their last loop, which read
@@ -30,8 +30,8 @@ class Sight:
     """How far into the messages a template has looked.
 
     Attributes:
-        furthest: index of the furthest message that was asked for, but by the turns of the last
-            loop.
+        furthest: index of the furthest message that was asked for; the turns of the last loop do
+            not count.
         current: index of the message that the last loop has come to.
     """
 
@@ -52,9 +52,10 @@ class Sight:
 
 
 class Watched(Sequence[Any]):
-    """A list of messages, from some message on, that notes what is asked of it.
+    """A list of messages, from some message on, that notes which of them are asked for.
 
-    What a list can do and this cannot is a TypeError, and no other text.
+    What a list can do and this class cannot is a TypeError: it never writes another text than a
+    list.
     """
 
     def __init__(self, messages: list[Any], sight: Sight, start: int = 0) -> None:
@@ -119,8 +120,8 @@ class Ending:
 
 
 def ending_of(tree: nodes.Template) -> Ending | None:
-    """The ending of a template, None where it may depend on messages or the prompt on another
-    part of the template."""
+    """The ending of a template, None where the ending may depend on messages, or the prompt on
+    another part of the template."""
     loops = [i for i, node in enumerate(tree.body) if isinstance(node, nodes.For)]
     if not loops or any(tree.find_all(_OTHER_TEMPLATES)):
         return None
@@ -151,7 +152,7 @@ def ending_of(tree: nodes.Template) -> Ending | None:
 
 
 def _is_default(node: nodes.Node) -> bool:
-    """Whether a node gives add_generation_prompt a value where it has none: it always has."""
+    """Whether a node only gives add_generation_prompt a value if it has none: here it has one."""
     is_defined = nodes.Test(nodes.Name(_PROMPT, "load"), "defined", [], [], None, None)
     if not isinstance(node, nodes.If) or node.elif_ or node.else_:
         return False

@@ -1,16 +1,16 @@
-"""Where in the text of a rendering its loops and {% generation %} marks wrote.
+"""A trace of a rendering: which part of the text each loop and each {% generation %} mark wrote.
 
 A copy of the template, rewritten as a syntax tree, also writes a marker where an iteration of a
 loop over messages begins, where such a loop ends, and around what {% generation %} encloses. A
 marker is a number between two characters that occur nowhere in the text, so it lands where the
 text of its iteration does, however that text reaches the output: through macros, {% set %} blocks
-or calls. What loops over messages is decided while rendering, by the values, never by names:
-whatever runs over objects with a role.
+or calls. Whether a loop runs over messages is decided while rendering, by its values and never by
+names: it does if they are objects with a role.
 
 The reader (ChatTemplate.trace) takes the markers out again. A marker that goes straight to the
-output is seen by nothing on its way. One that the template collects first, in a macro, a {% set %}
-block or a {% filter %}, may be filtered or tested: the text without markers is then compared with
-the plain rendering, and a template in which they change anything is refused.
+output is seen by nothing on its way. A marker that the template collects first, in a macro, a
+{% set %} block or a {% filter %}, may be filtered or tested: the text without markers is then
+compared with the plain rendering, and a template in which markers change anything is refused.
 
 Left out: recursive loops, which are not marked.
 """
@@ -179,7 +179,7 @@ def compile_traced(environment: jinja2.Environment, template: str) -> jinja2.Tem
 
 
 def compile_ending(environment: jinja2.Environment, template: str) -> jinja2.Template | None:
-    """Compile what a template writes behind its last loop, None where that is not to be told."""
+    """Compile what a template writes behind its last loop, None where that cannot be known."""
     ending = ending_of(environment.parse(template))
     if ending is None:
         return None

@@ -1,8 +1,8 @@
-"""What a chat template leaves out of a conversation: it would be lost without a word.
+"""The parts of a conversation that a chat template does not write, which would be lost silently.
 
-A template writes what its author thought of. A role that it does not know (developer, tool), the
-reasoning before an answer, a call, a speaker's name may not appear in its text at all, and two
-samples with opposite instructions become one prompt with two answers.
+A template writes what its author thought of. A role that the template does not know (developer,
+tool), the reasoning before an answer, a call or a speaker's name may be missing from its text, and
+two samples with opposite instructions become one prompt with two answers.
 
 Every part of a conversation therefore gets a mark of its own at its end, and the template writes
 the conversation once more, marks and all: a part whose mark is not in the text was left out.
@@ -35,7 +35,7 @@ from data.formats.fields import IGNORED_FIELDS
 # judged elsewhere, or an id
 _UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))
 _RESULT_ROLES = ("tool", "function", "ipython")
-# a template must write these; others it may use in another way
+# a template must write these; it may use other fields without writing them
 _WRITTEN_FIELDS = frozenset(
     ("content", "name", "tool_calls", "function_call", "tools", *REASONING_FIELDS)
 )

@@ -1,4 +1,4 @@
-"""What a record means: a conversation, a prompt with its completion, a text, or token ids.
+"""The layouts of records, and the example that a record of each layout is read as.
 
 Each format is recognized by its field names, in the first record, and then required of every
 record:
@@ -17,8 +17,9 @@ schemas, or their JSON text), "documents" and "chat_template_kwargs", which the 
 sees. A message and a turn keep all their fields. Arguments of tool calls may be JSON text and
 become objects (data/formats/tool_calls.py).
 
-These are the layouts of OpenAI's and TRL's, FastChat's and Stanford Alpaca's files. The peers cast
-what does not fit (a number as content, a null) or drop it; here it is an error with its location.
+These are the layouts of OpenAI's and TRL's, FastChat's and Stanford Alpaca's files. Other trainers
+cast a value that does not fit (a number as content, a null) or drop it; here it is an error with
+its location.
 So is a field that a format does not take (data/formats/fields.py); but beside a text or token ids,
 which say all of a sample themselves, other fields are ignored.
 
@@ -63,8 +64,8 @@ ALPACA_PROMPT = (
 def detect_format(fields: dict[str, object], text_field: str = DEFAULT_TEXT_FIELD) -> str:
     """Name the format that a record's field names belong to.
 
-    Where several fit, the more specific one: an Alpaca file often carries the assembled "text"
-    too. A text_field other than the default is the user's choice and comes first.
+    Where several fit, the more specific one is named: an Alpaca file often carries the assembled
+    "text" too. A text_field other than the default is the user's choice and comes first.
 
     Raises:
         ValueError: none fits, or the record is preference data.

@@ -25,7 +25,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
 
 
-class _Json:
+class _Decoder:
     """Python's JSON decoder, which also tells of keys that an object has twice: all but the last
     value would be lost."""
 
@@ -69,7 +69,7 @@ class _Json:
 
 
 def read_json_lines(path: Path, refuse: Refuse) -> Iterator[Record]:
-    decoder = _Json()
+    decoder = _Decoder()
     for number, line in lines_of(path):
         location = f"{path}:{number}"
         try:
@@ -81,7 +81,7 @@ def read_json_lines(path: Path, refuse: Refuse) -> Iterator[Record]:
             refuse(error)
 
 
-def _json_line(decoder: _Json, text: str, location: str) -> Record:
+def _json_line(decoder: _Decoder, text: str, location: str) -> Record:
     try:
         value = decoder.decode(text)
     # RecursionError: nested too deep; ValueError without a position: an integer too long
@@ -93,7 +93,7 @@ def _json_line(decoder: _Json, text: str, location: str) -> Record:
     return decoder.record(value, text, location, "each line")
 
 
-class _Window:
+class _TextReader:
     """A text file read piece by piece: the piece in sight, and the line that it starts in."""
 
     def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
@@ -139,12 +139,12 @@ class _Window:
 
 def read_json(path: Path, refuse: Refuse) -> Iterator[Record]:
     with open_content(path) as file:
-        window = _Window(file, path)
-        position = window.skip_blanks(0)
-        if window.text.startswith("[", position):
-            yield from _read_json_list(window, position + 1, path, refuse)
+        reader = _TextReader(file, path)
+        position = reader.skip_blanks(0)
+        if reader.text.startswith("[", position):
+            yield from _read_json_list(reader, position + 1, path, refuse)
             return
-        if position == len(window.text):
+        if position == len(reader.text):
             return
     # a complete value and then another one: JSON lines under another name
     lines = (line for _, line in lines_of(path) if line.strip())
@@ -169,45 +169,47 @@ def read_json(path: Path, refuse: Refuse) -> Iterator[Record]:
     )
 
 
-def _read_json_list(window: _Window, position: int, path: Path, refuse: Refuse) -> Iterator[Record]:
+def _read_json_list(
+    reader: _TextReader, position: int, path: Path, refuse: Refuse
+) -> Iterator[Record]:
     """Yield the elements of a list whose opening bracket was read."""
-    decoder = _Json()
+    decoder = _Decoder()
     index = 0
-    position = window.skip_blanks(position)
-    is_open = not window.text.startswith("]", position)
+    position = reader.skip_blanks(position)
+    is_open = not reader.text.startswith("]", position)
     while is_open:
         start = position
         try:
-            value, end = decoder.decode_at(window.text, start)
+            value, end = decoder.decode_at(reader.text, start)
         except (ValueError, RecursionError) as error:
             # it may go on in what is not read yet
-            if isinstance(error, json.JSONDecodeError) and not window.is_whole:
-                window.more(start)
+            if isinstance(error, json.JSONDecodeError) and not reader.is_whole:
+                reader.more(start)
                 position = 0
                 continue
             at = error.pos if isinstance(error, json.JSONDecodeError) else start
-            raise _no_json_list(path, window.line_of(at), str(error)) from error
+            raise _no_json_list(path, reader.line_of(at), str(error)) from error
         try:
-            source = window.text[start:end]
+            source = reader.text[start:end]
             yield decoder.record(value, source, f"{path}[{index}]", "each element")
         except ValueError as error:
             refuse(error)
         index += 1
-        position = window.skip_blanks(end)
-        is_open = window.text.startswith(",", position)
+        position = reader.skip_blanks(end)
+        is_open = reader.text.startswith(",", position)
         if is_open:
-            position = window.skip_blanks(position + 1)
-        elif not window.text.startswith("]", position):
+            position = reader.skip_blanks(position + 1)
+        elif not reader.text.startswith("]", position):
             raise _no_json_list(
                 path,
-                window.line_of(position),
-                f"{excerpt(window.text[position:][:40])!r} after element {index - 1}, where a "
+                reader.line_of(position),
+                f"{excerpt(reader.text[position:][:40])!r} after element {index - 1}, where a "
                 "comma or the closing bracket was due",
             )
-    end = window.skip_blanks(position + 1)
-    if end < len(window.text):
+    end = reader.skip_blanks(position + 1)
+    if end < len(reader.text):
         raise _no_json_list(
-            path, window.line_of(end), f"{excerpt(window.text[end:][:40])!r} after its end"
+            path, reader.line_of(end), f"{excerpt(reader.text[end:][:40])!r} after its end"
         )
 
 

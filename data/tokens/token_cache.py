@@ -14,7 +14,7 @@ that does not agree with its index is made again. While one process makes a fold
 so that of the ranks of a run only one does the work.
 
 Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
-folder is the whole of the housekeeping; nothing else remembers it.
+folder removes everything that is stored.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Records to arrays of token ids, on as many processes as wanted: the arrays do not depend on it.
+"""Records to arrays of token ids, by several processes; the arrays do not depend on their number.
 
-One process reads the file, the others tokenize chunks of records; what comes back is taken in the
-records' order, so that the first fault of the file is the one that is reported. At no time are more
-than a few chunks in memory. Where datasets.map sends examples to processes that write files of
-their own, there is one stream here and one writer (data/tokens/token_cache.py).
+One process reads the file, the others tokenize chunks of records. The results are taken in the
+order of the records, so that the first fault of the file is reported. At no time are more than a
+few chunks in memory. Where datasets.map sends examples to processes that write files of their own,
+there is one stream here and one writer (data/tokens/token_cache.py).
 """
 
 import os
@@ -37,7 +37,7 @@ from foreign.reading import Reading
 _CHUNK_RECORDS = 64
 # a process takes about a tenth of a second to be there
 _BYTES_WORTH_A_PROCESS = 1 << 19
-# what a process is given at a time, and what it makes of it
+# what a process is given at a time, and what the process makes of it
 Task: TypeAlias = list[Record] | Window
 Result: TypeAlias = Piece | Encoded
 
@@ -183,7 +183,7 @@ def _detect(record: Record, recipe: Recipe) -> str:
 
 
 def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> None:
-    """Refuse what is wrong with every record alike."""
+    """Refuse faults that every record has: of the tokenizer, or of --train-on."""
     if isinstance(example, TokenIds):
         if train_on == "all":
             raise ValueError(
