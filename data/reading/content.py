@@ -18,10 +18,7 @@ def open_content(path: Path) -> io.BufferedIOBase:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number the lines of a file that may be compressed.
-
-    As bytes, because lines of text would also end at separators that are legal inside JSON strings.
-    """
+    """The lines of a file, with their numbers from 1."""
     number = 0
     try:
         with open_content(path) as file:
@@ -55,5 +52,5 @@ def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> ValueError:
     )
 
 
-def excerpt(text: str, length: int = 40) -> str:
+def shortened(text: str, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[:length]}..."

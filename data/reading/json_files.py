@@ -13,10 +13,10 @@ from data.reading.content import (
     GZIP_ERRORS,
     broken_gzip,
     decode,
-    excerpt,
     lines_of,
     not_utf8,
     open_content,
+    shortened,
 )
 from data.reading.record import Record, Refuse
 from foreign.json_text import check_value
@@ -53,7 +53,7 @@ class _Decoder:
         if not isinstance(value, dict):
             raise ValueError(
                 f"{location}: {what} must be a JSON object: got {_kind(value)} "
-                f"{excerpt(repr(value))}; "
+                f"{shortened(repr(value))}; "
                 'write {"field": value, ...}'
             )
         if self._twice:
@@ -87,7 +87,7 @@ def _json_line(decoder: _Decoder, text: str, location: str) -> Record:
     # RecursionError: nested too deep; ValueError without a position: an integer too long
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{location}: each line must be one JSON object: got {excerpt(text)}, "
+            f"{location}: each line must be one JSON object: got {shortened(text)}, "
             f"{error}; correct or delete the line"
         ) from error
     return decoder.record(value, text, location, "each line")
@@ -203,13 +203,13 @@ def _read_json_list(
             raise _no_json_list(
                 path,
                 reader.line_of(position),
-                f"{excerpt(reader.text[position:][:40])!r} after element {index - 1}, where a "
+                f"{shortened(reader.text[position:][:40])!r} after element {index - 1}, where a "
                 "comma or the closing bracket was due",
             )
     end = reader.skip_blanks(position + 1)
     if end < len(reader.text):
         raise _no_json_list(
-            path, reader.line_of(end), f"{excerpt(reader.text[end:][:40])!r} after its end"
+            path, reader.line_of(end), f"{shortened(reader.text[end:][:40])!r} after its end"
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
-# what to do about a record that is not what it must be: raise, or count it
+# takes the error of a record that cannot be used: raises it, or counts the record
 Refuse: TypeAlias = Callable[[ValueError], None]
 
 
@@ -15,8 +15,8 @@ class Record:
     Attributes:
         location: file:line, or file[index] for an element of a JSON list or a row of a parquet
             file.
-        part: the number of a part of a text file, None for any other record. Those of one file
-            follow each other, and are one document when put together.
+        part: the number of a part of a text file, None for any other record. The parts of a file
+            follow each other and are one document together.
     """
 
     location: str

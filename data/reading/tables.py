@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.reading.content import decode, excerpt, lines_of
+from data.reading.content import decode, lines_of, shortened
 from data.reading.record import Record, Refuse
 
 _PARQUET_ROWS = 1024
@@ -82,7 +82,7 @@ def read_parquet(path: Path, refuse: Refuse) -> Iterator[Record]:
     except (ValueError, OSError, OverflowError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{path}[{index}]: the file must be parquet that pyarrow {pyarrow.__version__} reads: "
-            f"got {excerpt(str(error), 200)}; download or write it again"
+            f"got {shortened(str(error), 200)}; download or write it again"
         ) from error
 
 

@@ -10,7 +10,7 @@ from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
 
 TOKEN = np.dtype("<i4")
-# what is known of a sample without its tokens; packed, so that it is the same in a file
+# the facts of a sample without its tokens; packed, so that memory and file have the same bytes
 ROW = np.dtype(
     [
         ("length", "<i4"),
@@ -26,15 +26,17 @@ _NUM_QUOTED = 3
 
 @dataclass
 class Counts:
-    """What became of the records.
+    """The numbers of records, by what became of them.
 
     Attributes:
-        num_records: all that the files have.
-        num_bad: left out by --skip-bad-lines; `bad` quotes the first of them.
-        num_without_target: left out because nothing in them is to be learned.
-        num_cut_before_target: left out because it is beyond their first max_length tokens.
-        num_truncated: cut to max_length, those left out by that included.
-        num_rendered, num_rendered_with_tools: written by the chat template, and those with tools.
+        num_records: all records of the files.
+        num_bad: records left out by --skip-bad-lines; `bad` quotes the errors of the first.
+        num_without_target: records left out because they have no token to learn.
+        num_cut_before_target: records left out because their first token to learn is beyond
+            max_length tokens.
+        num_truncated: records cut to max_length; includes num_cut_before_target.
+        num_rendered: records written by the chat template.
+        num_rendered_with_tools: those of them with tools.
     """
 
     num_records: int = 0
@@ -64,7 +66,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Piece:
-    """Samples end to end, a row for each, and what was counted on the way."""
+    """Samples end to end, a row for each, and the counts of the records that they were made of."""
 
     input_ids: np.ndarray  # (num_tokens,) int32
     labels: np.ndarray  # (num_tokens,) int32, -100 where there is no loss
@@ -82,7 +84,7 @@ def piece_of(samples: Sequence[Sample], rows: Sequence[tuple], counts: Counts) -
 
 
 def row_of(sample: Sample, is_truncated: bool, tokenizer: Tokenizer) -> tuple:
-    # not of the labels: the same text with another mask must not be on both sides of a split
+    # the hash leaves out the labels: a text must not be on both sides of a split with two masks
     content = np.array(sample.input_ids, TOKEN).tobytes()
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return (
@@ -95,7 +97,7 @@ def row_of(sample: Sample, is_truncated: bool, tokenizer: Tokenizer) -> tuple:
 
 
 def is_closed(sample: Sample, tokenizer: Tokenizer) -> bool:
-    """Whether the last thing learned, whitespace apart, is EOS or a token that ends a turn."""
+    """Whether the last learned token that is not whitespace is EOS or a token that ends a turn."""
     for label in reversed(sample.labels[1:]):
         if label in tokenizer.closing_ids:
             return True

@@ -1,4 +1,4 @@
-"""All that decides what a record becomes, besides the tokenizer."""
+"""The settings that decide, with the tokenizer, which tokens a record becomes."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ TRAIN_ON = ("completions", "all")
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a record becomes, besides the tokenizer.
+    """The settings that decide, with the tokenizer, which tokens a record becomes.
 
     Attributes:
         data_format: one of FORMATS, or "auto" to recognize it in the first record.
@@ -18,10 +18,10 @@ class Recipe:
             pieces.
         train_on: "completions", or "all" for every token but BOS.
         vocab_size: rows of the model's embedding.
-        now: the time that templates which write the date see. A resumed run gives the time of its
-            first start and gets the same samples.
-        skip_bad_lines: leave out a record that is not what it must be, and count it; a text file is
-            no line.
+        now: the time for templates that write the date. A resumed run gives the time of its first
+            start and gets the same samples.
+        skip_bad_lines: leave out and count a record that is malformed or takes too much; a text
+            file is no line.
         ignored_fields: fields of a record and of its messages that are left out.
 
     Raises:

@@ -35,7 +35,7 @@ from data.tokens.workers import in_turn
 from foreign.reading import Reading
 
 _CHUNK_RECORDS = 64
-# a process takes about a tenth of a second to be there
+# a process takes about 0.1 s to start
 _BYTES_WORTH_A_PROCESS = 1 << 19
 # what a process is given at a time, and what the process makes of it
 Task: TypeAlias = list[Record] | Window
