@@ -31,7 +31,7 @@ def pack(
         ValueError: a sample is longer than a row.
     """
     order = epoch_order(len(lengths), epoch, seed, shuffle)
-    # stable, so what is equally long stays in the epoch's order
+    # stable: samples of one length stay in the epoch's order
     order.sort(key=lambda index: -lengths[index])
     if order and lengths[order[0]] > row_length:
         raise ValueError(

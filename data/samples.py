@@ -50,7 +50,7 @@ def to_sample(
     train_on: str,
     now: datetime | None = None,
 ) -> Sample:
-    """Tokenize an example and label what is learned.
+    """Tokenize an example and label the tokens to learn.
 
     Args:
         train_on: "completions", or "all" for every token but BOS.

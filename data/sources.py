@@ -116,7 +116,7 @@ def choose_files(names: Collection[str], place: str, what: str, use: Use) -> lis
     for name in sorted(data):
         of_split.setdefault(split_of(name), []).append(name)
     wanted = next((s for s in (*_SPLITS_OF_USE[use], "") if s in of_split), None)
-    # what has no split's name beside files that have one is not the split asked for
+    # files without a split's name, beside files with one, are not the split asked for
     if wanted is None or (wanted == "" and len(of_split) > 1):
         raise ValueError(
             f"{what} must have files of the split {' or '.join(_SPLITS_OF_USE[use])}: {place} has "

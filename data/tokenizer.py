@@ -148,8 +148,8 @@ class Tokenizer:
         """Read tokenizer.json and the files beside it.
 
         Args:
-            chat_template: what takes the place of the checkpoint's templates: a bundled one, the
-                path of a file, or the name of one of the checkpoint's.
+            chat_template: the template to use in place of the checkpoint's: the name of a bundled
+                template, the path of a file, or the name of one of the checkpoint's.
 
         Raises:
             FileNotFoundError: the folder has no tokenizer.json.
@@ -309,7 +309,7 @@ class Tokenizer:
 
 
 def _is_bounded(decoder: object) -> bool:
-    """Whether what a decoder makes of tokens is as long as they are, and found at once."""
+    """Whether a decoder is fast and its text no longer than the tokens."""
     if decoder is None:
         return True
     assert isinstance(decoder, dict)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's tokenizer: what they must hold, and what the library says of them."""
+"""The files of a checkpoint's tokenizer, and the errors about their content."""
 
 from pathlib import Path
 from types import TracebackType

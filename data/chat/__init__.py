@@ -1,1 +1,1 @@
-"""Chat templates: what they write, what they leave out, and where in it the assistant speaks."""
+"""Chat templates: their text, the parts that they leave out, and where the assistant speaks."""

@@ -5,7 +5,7 @@ Where a template has {% generation %} marks, the assistant says what they enclos
 of the assistant is the text that the template writes while its loop over the messages is at an
 assistant message (data/chat/template_trace.py). A turn is learned
 
-- from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
+- from the end of the generation prompt on, the text that add_generation_prompt adds to the messages
   before it: the model is given this prompt at inference, and has to go on from there. Where a
   template ends in that prompt, it is known without rendering these messages
   (data/chat/template_ending.py), or after one rendering for all turns that follow messages of the
@@ -61,7 +61,7 @@ def render_with_spans(
     variables: Mapping[str, object] | None = None,
     now: datetime | None = None,
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and locate what its assistant messages contribute to the text.
+    """Render a conversation and locate the text of its assistant messages.
 
     Args:
         targets: indices of the assistant messages to locate, ascending; all of them if None.
@@ -161,7 +161,7 @@ class _Openings:
         self._shapes: set[object] = set()
 
     def end(self, index: int, turn: _Turn) -> int:
-        """Where the turn of an assistant message goes on after what the model is given.
+        """Where the text that the model is given ends, in the turn of an assistant message.
 
         Raises:
             ValueError: neither the generation prompt nor the opening of a plain message begins it.

@@ -1,7 +1,7 @@
-"""Jinja as transformers sets it up for chat templates, and what can be told of a template's text.
+"""Jinja as transformers sets it up for chat templates, and facts from the text of a template.
 
-The same sandboxed environment with the same globals, filters and tags. Everything is compiled or
-parsed once for each template.
+The environment is transformers': sandboxed, with the same globals, filters and tags. Each template
+is compiled and parsed once.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def fields_read(template: str) -> frozenset[str]:
 @functools.lru_cache(maxsize=16)
 def clock_formats(template: str) -> list[str] | None:
     """The constants that strftime_now is called with, None if it is used in another way."""
-    # rendering says what is wrong with the template
+    # rendering raises the error of an invalid template
     with contextlib.suppress(jinja2.TemplateSyntaxError, RecursionError):
         return _constant_formats(_environment().parse(template))
     return None

@@ -1,7 +1,7 @@
 """A conversation as text, exactly as transformers' apply_chat_template(tokenize=False) writes it.
 
-The same sandboxed Jinja environment with the same globals, filters and tags; what a template sees
-is plain JSON, the tokenizer's special tokens and the variables of the call. Where it differs:
+The Jinja environment is the same (data/chat/environment.py). A template sees plain JSON, the
+tokenizer's special tokens and the variables of the call. Two things differ:
 
 - An error says which template, where it came from, which message it stumbled over, and why.
 - The text can be traced (data/chat/template_trace.py): which part was written for which message.
@@ -23,7 +23,7 @@ from data.chat.template_ending import Watched
 from data.chat.template_trace import MARK, TRACE, Event, Trace, absent_character
 
 Message = dict[str, Any]
-# what template code can raise besides Jinja's own errors: 'a' + none, 1 / 0, endless recursion, a
+# the errors of template code, Jinja's own and others: 'a' + none, 1 / 0, endless recursion, a
 # text beyond the memory of a confined process (foreign/guest.py)
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -38,7 +38,7 @@ TEMPLATE_ERRORS = (
 _LONGEST_REASON = 500
 # the variables that a call itself gives, which none of its own may replace
 GIVEN_VARIABLES = ("messages", "tools", "add_generation_prompt", "strftime_now")
-# the names under which data sets keep a message's reasoning, the one that templates read first
+# the names under which data sets keep a message's reasoning; templates read the first of them
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -54,7 +54,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, what errors call it, and the special tokens that it may write.
+    """A template, its name in errors, and the special tokens that it may write.
 
     Attributes:
         special_tokens: "bos_token" and the like to the token. One that is absent is undefined to
@@ -78,8 +78,8 @@ class ChatTemplate:
 
         Args:
             tools: JSON schemas of the functions that the model may call.
-            variables: more of what the template reads: documents, enable_thinking.
-            now: what strftime_now formats; the time of the call if None.
+            variables: other variables of the template: documents, enable_thinking.
+            now: the time that strftime_now formats; the time of the call if None.
 
         Raises:
             ValueError: the template is not valid, or it refuses the conversation; the message says
@@ -106,7 +106,7 @@ class ChatTemplate:
         }
 
     def write(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-        """Render with all that the template sees; render() says what it raises."""
+        """Render with all variables of the template; raises the same errors as render()."""
         with self._refusing(messages, variables):
             return self.attempt(messages, variables)
 
@@ -151,7 +151,7 @@ class ChatTemplate:
             with_loops: False leaves the turns out.
 
         Returns:
-            None where the template does not write what its loops and marks enclose unchanged.
+            None where the template changes the text inside its loops or marks before writing it.
 
         Raises one of TEMPLATE_ERRORS where attempt() does.
         """
@@ -186,7 +186,7 @@ class ChatTemplate:
         """Raise ValueError if the template is not Jinja."""
         try:
             environment.compiled(self.text)
-        # Python reads what Jinja makes of it, and refuses too many blocks in each other
+        # Jinja translates a template to Python, which refuses blocks nested too deep
         except (jinja2.TemplateError, MemoryError, RecursionError, SyntaxError) as error:
             line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(
@@ -238,12 +238,12 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    # what a template raises may be as long as it likes
+    # a template may raise a text of any length
     return str(error)[:_LONGEST_REASON] or type(error).__name__
 
 
 def _as_seen(message: Message) -> Message:
-    """The message as transformers shows it to a template: no nulls, reasoning under one name."""
+    """The message as transformers gives it to a template: no nulls, reasoning under one name."""
     seen = {key: value for key, value in message.items() if value is not None}
     reasoning = next((seen[name] for name in REASONING_FIELDS if name in seen), None)
     if reasoning is not None:

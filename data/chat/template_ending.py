@@ -1,16 +1,17 @@
 """The generation prompt, where a chat template writes it behind its last loop over the messages.
 
-Given the messages before an answer and add_generation_prompt, most templates write what they write
-of these messages in the whole conversation, and then the nodes behind their last loop, which read
-nothing but the variables of the call. Where both hold, the generation prompt of every answer is
-known from one rendering of the whole conversation and one of those nodes. To render the beginning
-of the conversation for each answer takes a time that grows with the square of its length.
+Given the messages before an answer and add_generation_prompt, most templates write these messages
+as in the whole conversation, and then the nodes behind their last loop, which read nothing but the
+variables of the call. Where both hold, two renderings give the generation prompt of every answer:
+one of the whole conversation and one of those nodes. To render the beginning of the conversation
+for each answer takes a time that grows with the square of the conversation's length.
 
 - The nodes behind the loop are judged by the template's syntax tree (ending_of).
-- What comes before them is judged while rendering. The template is given its messages as Watched,
-  which notes how far into them it has looked. If nothing has looked at a message, or behind it,
-  when the loop comes to it, all that is written so far is what would be written were that the end.
-  A loop looks ahead of itself by loop.last and the like, which the traced template notes as well.
+- The text before them is judged while rendering. The template is given its messages as Watched,
+  which notes how far the template has looked into them. If the template has not looked at a message
+  or behind it when the loop comes to it, the text so far would be the same if the conversation
+  ended before that message. A loop looks ahead by loop.last and the like, which the traced template
+  notes as well.
 """
 
 import operator
@@ -42,7 +43,7 @@ class Sight:
         self.furthest = max(self.furthest, index)
 
     def look_at_next(self) -> None:
-        """Note that the last loop has been asked for what is ahead, for which it went on."""
+        """Note a look at the message behind the current one, by loop.last and the like."""
         self.look_at(self.current)
 
     @property
@@ -112,7 +113,7 @@ class Watched(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Ending:
-    """The last loop of a template, what it looks ahead with, and the nodes behind it."""
+    """The last loop of a template, the nodes with which it looks ahead, and those behind it."""
 
     loop: nodes.For
     ahead: list[nodes.Getattr]

@@ -18,7 +18,7 @@ BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
 
 
 class NamedText(NamedTuple):
-    """A template's text, and what errors call it."""
+    """A template's text, and its name in errors."""
 
     text: str
     name: str
@@ -88,8 +88,8 @@ def choose_templates(
     """The checkpoint's templates, or the one template that --chat-template names.
 
     Args:
-        choice: a bundled template, the path of a file, one of the checkpoint's by name, or "" for
-            the checkpoint's.
+        choice: the name of a bundled template, the path of a file, the name of one of the
+            checkpoint's templates, or "" for all of the checkpoint's.
 
     Raises:
         ValueError: there is no such template, or it is not UTF-8; as checkpoint_templates().

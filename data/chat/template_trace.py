@@ -40,7 +40,7 @@ def absent_character(text: str) -> str:
     return next(character for character in private_use if character not in text)
 
 
-# what markers begin and end with, where the text is not known yet
+# the first and last character of a marker, where the text is not known yet
 MARK = absent_character("")
 
 
@@ -49,8 +49,8 @@ class Event:
     """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark.
 
     Attributes:
-        index: of the message at a turn, where all before it would be written were it the end
-            (data/chat/template_ending.py), else None.
+        index: of the message at a turn, if the text before the turn would be the same without the
+            messages from this one on (data/chat/template_ending.py), else None.
     """
 
     kind: str
@@ -109,7 +109,7 @@ class Trace:
 
     def read_alone(self, marked: str) -> tuple[str, list[tuple[int, Event]]] | None:
         """As read(), or None where only a plain rendering can tell the text."""
-        # one that has the character itself can hold what looks like a marker
+        # a text that has the character itself may have a part that looks like a marker
         if self.is_collected or marked.count(self._character) != 2 * len(self._events):
             return None
         return self.read(marked)

@@ -48,7 +48,7 @@ class _Part:
 
     Attributes:
         field: the message's field that it is in.
-        name: what an error calls it.
+        name: of the part, in errors.
     """
 
     index: int | None
@@ -63,7 +63,7 @@ _Mark = Callable[[_Part], str]
 
 @dataclass(frozen=True)
 class _Probe:
-    """A conversation that stands for all of its shape, to each of which it is equal."""
+    """A conversation that stands for all conversations of its shape: they compare equal."""
 
     template_text: str
     shape: tuple[object, ...]
@@ -80,11 +80,11 @@ def check_written(
     text: str,
     targets: Sequence[int],
 ) -> None:
-    """Refuse a conversation of which the template leaves out what a target may depend on.
+    """Refuse a conversation of which the template leaves out a part that a target may depend on.
 
     Args:
         variables: as ChatTemplate.variables() gives them.
-        text: what the template writes.
+        text: the conversation as the template writes it.
         targets: indices of the messages that are learned, ascending.
 
     Raises:

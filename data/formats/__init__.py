@@ -1,1 +1,1 @@
-"""Layouts of records, and what a record of each means."""
+"""Layouts of records, and the examples that records are read as."""

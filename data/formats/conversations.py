@@ -1,8 +1,8 @@
 """A record's messages as a conversation, with the system prompt, the tools and the variables that
 stand beside them in the record.
 
-Roles, contents and calls are what a chat template can take, or an error that says where they are
-not; a message keeps all its fields.
+Roles, contents and calls that no chat template can take are errors with their place; a message
+keeps all its fields.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from data.formats.fields import Fields, excerpt, kind_of
 from data.formats.tool_calls import decode_arguments
 from foreign.json_text import parse_json
 
-# what a record may have beside its messages
+# the fields that a record may have beside its messages
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONVERSATION_FIELDS = (
     *SYSTEM_FIELDS,
@@ -81,7 +81,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     objects = _objects(tools, name, fields.location)
     if name == "tools":
         return objects
-    # OpenAI's older form, without what says that it is a function
+    # OpenAI's older form, without the wrapper of type "function"
     return [f if "function" in f else {"type": "function", "function": f} for f in objects]
 
 

@@ -1,4 +1,4 @@
-"""What a record means: a conversation, a prompt with its completion, a text, or token ids."""
+"""The kinds of examples: a conversation, a prompt with its completion, a text, or token ids."""
 
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ class Conversation:
     Attributes:
         tools: JSON schemas of the functions that the assistant may call; an empty list and None are
             different to templates.
-        variables: what else the record gives the template by name.
+        variables: other variables that the record gives the template.
     """
 
     messages: list[dict[str, Any]]

@@ -69,7 +69,7 @@ class Fields:
         """Refuse fields that are not taken and would be lost.
 
         Args:
-            texts: what the fields taken say.
+            texts: the texts of the fields that are taken.
         """
         others = [
             name

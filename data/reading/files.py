@@ -1,10 +1,10 @@
 """Records of a data file, each with the place it came from.
 
 Where datasets.load_dataset infers a schema over all rows and reports a bad one by its Arrow type,
-these readers hand on what the file says, record by record, so that every later complaint can name
-file and line. Every fault of the file is a ValueError that names them too. A fault of one record
-goes to the caller, who may count it and go on; a fault that leaves the rest in doubt (an open
-quote, a file that was cut off) ends the reading.
+these readers hand on the values as the file has them, record by record, so that every later error
+can name file and line. Every fault of the file is a ValueError that names both too. A fault of one
+record goes to the caller, who may count it and go on; a fault that leaves the rest in doubt (an
+open quote, a file that was cut off) ends the reading.
 
 Files are read piece by piece; a text, which is one document, is a record for each piece.
 """

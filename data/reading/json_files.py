@@ -26,8 +26,8 @@ _READ_BYTES = 1 << 20
 
 
 class _Decoder:
-    """Python's JSON decoder, which also tells of keys that an object has twice: all but the last
-    value would be lost."""
+    """Python's JSON decoder, which also notes keys that an object has twice: all values but the
+    last would be lost."""
 
     def __init__(self) -> None:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
@@ -94,7 +94,7 @@ def _json_line(decoder: _Decoder, text: str, location: str) -> Record:
 
 
 class _TextReader:
-    """A text file read piece by piece: the piece in sight, and the line that it starts in."""
+    """A text file read piece by piece: the current piece, and the line that the piece starts in."""
 
     def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
         self._file, self._path = file, path
@@ -105,7 +105,7 @@ class _TextReader:
         self.is_whole = False
 
     def more(self, start: int) -> None:
-        """Leave what is before `start` behind and read on, more each time nothing was left."""
+        """Drop the text before `start` and read on; twice as much each time nothing was dropped."""
         self.line += self.text.count("\n", 0, start)
         self._read_bytes = _READ_BYTES if start else 2 * self._read_bytes
         try:
@@ -182,7 +182,7 @@ def _read_json_list(
         try:
             value, end = decoder.decode_at(reader.text, start)
         except (ValueError, RecursionError) as error:
-            # it may go on in what is not read yet
+            # the value may go on in text that is not read yet
             if isinstance(error, json.JSONDecodeError) and not reader.is_whole:
                 reader.more(start)
                 position = 0

@@ -1,4 +1,4 @@
-"""One record of a data file, and what to do about one that cannot be read."""
+"""One record of a data file, and how to treat a record that cannot be read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

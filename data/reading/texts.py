@@ -25,7 +25,7 @@ def _text_parts(path: Path) -> Iterator[str]:
     with open_content(path) as file:
         while True:
             try:
-                # one read of the file or of its compressed stream: what precedes a fault counts
+                # one read of the file or its compressed stream: the text before a fault is kept
                 content = file.read1(_TEXT_CHARACTERS)
             except GZIP_ERRORS as error:
                 raise broken_gzip(path, line, error) from error

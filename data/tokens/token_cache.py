@@ -2,7 +2,7 @@
 
     ~/.cache/quatrain/tokens/KEY/     or under XDG_CACHE_HOME
         input_ids.bin  labels.bin     int32, little-endian: all samples end to end
-        rows.bin                      a row for each sample: its length, what is learned, a hash
+        rows.bin                      a row for each sample: its length, its targets, a hash
         index.json                    format, counts, the SHA-256 of the files above
 
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
@@ -93,7 +93,7 @@ def cached_tokens(
         found = _open(folder, is_cached=True)
         if found is not None:
             return found
-        # what a killed process left, or what does not agree with its index
+        # left by a killed process, or a folder that does not agree with its index
         partial = folder.with_name(f"{key}.partial")
         for leftover in (partial, folder):
             shutil.rmtree(leftover, ignore_errors=True)
