@@ -141,7 +141,7 @@ def _of_turns(fields: Fields, has_chat_template: bool) -> Example:
                 f'{where} must be an object with "from" and "value": got {kind_of(turn)}; '
                 "correct it"
             )
-        # the same field name is in use for turns written as messages
+        # some files have messages under the same field name
         role, content = (
             next((turn[name] for name in names if turn.get(name) is not None), None)
             for names in (("from", "role"), ("value", "content"))
@@ -164,7 +164,7 @@ def _of_turns(fields: Fields, has_chat_template: bool) -> Example:
 def _of_instruction(fields: Fields, has_chat_template: bool) -> Example:
     instruction, output = fields.text("instruction"), fields.text("output")
     context = fields.optional_text("input")
-    # with the text that the three are assembled to
+    # a file may also have the text that was assembled of the three
     own = ("instruction", "input", "output", "text")
     if has_chat_template:
         request = f"{instruction}\n\n{context}" if context else instruction

@@ -46,7 +46,7 @@ def read_csv(path: Path, refuse: Refuse) -> Iterator[Record]:
 
 def _header(row: list[str], location: str) -> list[str]:
     names = [name.strip() for name in row]
-    # pandas writes its index so, and gives it this name in parquet
+    # pandas writes its index without a name, and under this name in parquet
     if names[0] == "" and len(names) > 1:
         names[0] = "__index_level_0__"
     if "" in names or len(set(names)) != len(names):

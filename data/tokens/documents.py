@@ -183,7 +183,7 @@ def _closed(parts: Iterable[list[int]], tokenizer: Tokenizer) -> Iterator[list[i
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert eos is not None
     prefix, suffix = tokenizer.added_around
-    # what may have to go: a BOS at the beginning, and EOS at the end
+    # tokens that may have to go: a BOS at the beginning, and EOS at the end
     begin: list[int] = []
     num_eos = 0
     has_begun = False

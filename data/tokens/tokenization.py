@@ -196,7 +196,7 @@ def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> N
             "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
             "name it in tokenizer_config.json"
         )
-    # a chat template writes it as text, where other samples get its id
+    # a chat template writes EOS as text, where other samples get its id
     if isinstance(example, Conversation) and not tokenizer.has_eos_as_one_token:
         raise ValueError(
             f"the eos_token {tokenizer.eos_token} must be one token of a text, or answers do not "
@@ -235,7 +235,7 @@ def _tasks(records: Iterator[Record], is_text: bool) -> Iterator[Task]:
                 else:
                     window = next_window(window, part)
                 yield window
-            # of a document that is refused, one part says why
+            # a document of another format is refused once, by its first part
             elif not record.part:
                 chunk.append(record)
                 if len(chunk) == _CHUNK_RECORDS:
