@@ -136,6 +136,17 @@ def test_slow_records_are_left_out_and_counted_where_bad_lines_are(
     assert places <= {":1:", ":70:", ":300:", ":301:"}
 
 
+def test_a_record_beyond_the_memory_is_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = with_backend(tmp_path, normalize(*[normalizers.Replace("q", "qq")] * 60))
+    path = chat_data(tmp_path, num_records=3)
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace("hi", "q")
+    path.write_text("\n".join(lines))
+    counts = tokenize(path, tokenizer, skip_bad_lines=True)
+    assert (counts.num_records, counts.num_bad) == (3, 1)
+    assert counts.bad[0].startswith(f"{path}:2: a record must be tokenized within ")
+
+
 def test_a_template_that_never_ends_is_not_tried_with_every_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,8 +212,8 @@ def test_processes_that_want_the_same_make_it_once(path: Path, tmp_path: Path) -
 import sys
 from datetime import datetime
 from pathlib import Path
+from data.tokens.recipe import Recipe
 from data.tokens.token_cache import cached_tokens
-from data.tokens.tokenization import Recipe
 from data.tokenizer import Tokenizer
 recipe = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))

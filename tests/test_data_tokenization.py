@@ -188,7 +188,8 @@ import sys, time
 from datetime import datetime
 from pathlib import Path
 from data.tokenizer import Tokenizer
-from data.tokens.tokenization import Recipe, tokenize_files
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
 recipe = Recipe("auto", "text", 64, "completions", 1000, datetime.now(), False)
 _, pieces = tokenize_files([Path(sys.argv[2])], tokenizer, recipe, 2)
