@@ -21,9 +21,9 @@ from torch import Tensor
 
 from checkpoint.files import COMPANIONS
 from checkpoint.identity import MADE_FROM, identify
-from checkpoint.loading import Report, check_finite
+from checkpoint.loading import check_finite
 from checkpoint.opening import Checkpoint
-from checkpoint.shard_reader import StoredTensor, read_tensor
+from checkpoint.shard_reader import Report, StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
 from checkpoint.slots import EMBEDDINGS, META
 from kernels.nf4_quantize import nf4_quantize_member
