@@ -116,8 +116,9 @@ def write_quantized_copy(
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        ValueError: a tensor holds a NaN or an infinity, or what the copy's dtype cannot hold; or
-            the head is tied to embeddings that it does not equal.
+        FileNotFoundError, ValueError: as `Shard.check_unchanged`; or a tensor holds a NaN, an
+            infinity or a value that overflows the copy's dtype; or the head is tied to embeddings
+            that it does not equal.
     """
     source = copy.source
     source.check_unchanged()
