@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
-from data.template_files import BUNDLED_TEMPLATES
+from data.chat.template_files import BUNDLED_TEMPLATES
 from llama.config import read_config
 from llama.reference import Reference
-from tokens.batch import Batch
+from rows.batch import Batch
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from data.samples import NO_LOSS, Sample
-from tokens.batch import Batch
+from rows.batch import Batch
 
 T = TypeVar("T")
 # of a stretch within which samples are sorted by length

@@ -22,13 +22,14 @@ from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
 from llama.cache import KeyValueCache
-from llama.config import LlamaConfig, LongRopeScaling
+from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
+from llama.rope_scaling import LongRopeScaling
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
-from tokens.batch import NO_LOSS, Batch
+from rows.batch import NO_LOSS, Batch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

@@ -33,8 +33,8 @@ from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
 from optim.arena import GradientArena
+from rows.batch import Batch
 from step.host_stash import HostStash
-from tokens.batch import Batch
 
 Policy = Literal["keep", "recompute", "offload"]
 POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rows.batch import Batch
 from step.duration import measure_rates, step_seconds
 from step.memory_plan import (
     CONTEXT_BYTES,
@@ -21,7 +22,6 @@ from step.memory_plan import (
 )
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.workload import Workload
-from tokens.batch import Batch
 
 # of the memory of a plan that did not fit: the budget of the next one
 LEANER_PERCENT = 90

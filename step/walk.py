@@ -20,11 +20,11 @@ from llama.model import Llama
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight
 from optim.arena import GradientArena
+from rows.batch import Batch
 from step.allocations import Allocations, Event
 from step.micro_step import MicroStep, Policy
 from step.repeated_calls import RepeatedCalls
 from step.workload import Workload
-from tokens.batch import Batch
 
 META = torch.device("meta")
 # what a run takes memory from: weights and adapter lie in the allocator's own pool; hidden states

@@ -17,10 +17,10 @@ from llama.generation import generate_greedy
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
 from optim.arena import GradientArena
+from rows.batch import Batch
 from step.memory_plan import CONTEXT_BYTES, plan_memory
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.workload import Workload
-from tokens.batch import Batch
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)

@@ -10,17 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = {
     "foreign": set(),
-    "tokens": set(),
+    "rows": set(),
     "nf4": {"foreign"},
     "kernels": {"nf4"},
     "lora": {"foreign", "hub", "kernels", "nf4"},
     "optim": {"kernels"},
     "run": {"foreign"},
     "hub": set(),
-    "data": {"foreign", "hub", "run", "tokens"},
-    "llama": {"foreign", "kernels", "lora", "nf4", "tokens"},
+    "data": {"foreign", "hub", "run", "rows"},
+    "llama": {"foreign", "kernels", "lora", "nf4", "rows"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
-    "step": {"kernels", "llama", "lora", "nf4", "optim", "tokens"},
+    "step": {"kernels", "llama", "lora", "nf4", "optim", "rows"},
     "prepare": {
         "checkpoint",
         "data",
@@ -33,7 +33,7 @@ FLOORS = {
         "run",
         "step",
     },
-    "bundled": {"data", "llama", "tokens"},
+    "bundled": {"data", "llama", "rows"},
     "train": {
         "checkpoint",
         "data",
@@ -48,7 +48,7 @@ FLOORS = {
         "step",
     },
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "run"},
+    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -59,7 +59,7 @@ THEIRS = {
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "numpy": {"data", "optim/unified_memory.py"},
-    "pyarrow": {"data/records.py"},
+    "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},

@@ -15,8 +15,8 @@ from data.packing import collate_packed
 from data.samples import NO_LOSS, Sample
 from llama.model import Llama, samples_of
 from lora.config import LoRAConfig
+from rows.batch import Batch
 from step.micro_step import MicroStep, Policy
-from tokens.batch import Batch
 
 CUDA = torch.device("cuda")
 # of two rows: windows of 8 are shorter than some; a single token teaches nothing

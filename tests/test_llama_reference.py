@@ -13,7 +13,7 @@ from torch import Tensor
 from llama.model import Llama, projections
 from llama.reference import reference_of
 from nf4.weight import Quantization
-from tokens.batch import Batch
+from rows.batch import Batch
 
 # rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
 SAMPLES = torch.tensor(

@@ -7,7 +7,7 @@ import pytest
 from micro_steps import load_tiny, tokens
 
 from llama.text_figures import logit_change, read_text, windows_of
-from tokens.batch import Batch
+from rows.batch import Batch
 
 
 @pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])

@@ -13,8 +13,8 @@ from kernels import constants
 from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
+from rows.batch import Batch
 from step.micro_step import POLICIES, MicroStep
-from tokens.batch import Batch
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -19,9 +19,9 @@ import run.log
 import train
 from optim.adamw import AdamW
 from prepare.job import BUNDLED
+from rows.batch import Batch
 from run.metrics import Progress
 from step.micro_step import MicroStep
-from tokens.batch import Batch
 
 ADAPTER = "adapter_model.safetensors"
 CLOCK = ("tokens_per_second", "peak_memory_bytes")

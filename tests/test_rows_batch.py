@@ -1,8 +1,8 @@
-"""tokens/batch.py: padding is on the right, and nothing is learned from it."""
+"""rows/batch.py: padding is on the right, and nothing is learned from it."""
 
 import torch
 
-from tokens.batch import NO_LOSS, Batch
+from rows.batch import NO_LOSS, Batch
 
 
 def test_padding_has_no_label_no_length_and_is_no_part_of_a_sample() -> None:
