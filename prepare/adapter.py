@@ -1,4 +1,4 @@
-"""The adapter that a run trains: its shape, from the flags or from the one it starts with."""
+"""The shape of the adapter that a run trains: from the flags, or from --init-adapter."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -7,14 +7,14 @@ from pathlib import Path
 from llama.model import update_sizes
 from lora.adapter_file import read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
-from run.config import TrainConfig
+from run.flags import AdapterFlags
 
 
-def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
+def lora_config(config: AdapterFlags, names: Sequence[str]) -> LoRAConfig:
     """The adapter's shape, from the flags.
 
     Args:
-        names: of the model's projections.
+        names: the names of the model's projections.
 
     Raises:
         ValueError: an unknown target module, or a number out of range.
@@ -30,15 +30,15 @@ def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
 
 
 def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
-    """The shape of the adapter to start from, which may have patterns that no flag can say.
+    """The shape of the adapter to start from, which may have patterns that no flag can express.
 
     Args:
-        lora: what the flags ask for.
-        paths: of the model's projections.
+        lora: the shape that the flags ask for.
+        paths: the paths of the model's projections.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: it is no plain LoRA of this model, or the flags contradict it.
+        ValueError: it is not a plain LoRA of this model, or the flags contradict it.
     """
     given = read_adapter_config(folder)
     names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}
