@@ -15,7 +15,6 @@ from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from llama.config import LlamaConfig
-from run.checkpoint import RunState
 from run.config import TrainConfig
 
 
@@ -24,9 +23,12 @@ def load_data(
     tokenizer: Tokenizer,
     checkpoint_folder: Path,
     llama: LlamaConfig,
-    state: RunState,
+    started: str,
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenize what is learned from and what is evaluated on, and say what it is.
+
+    Args:
+        started: ISO time of the run's first start, which chat templates may print.
 
     Raises:
         ValueError: data that cannot be read, or would teach the wrong thing.
@@ -54,7 +56,7 @@ def load_data(
                 max_length=config.max_length,
                 train_on=config.train_on,
                 vocab_size=llama.vocab_size,
-                now=datetime.fromisoformat(state.started),
+                now=datetime.fromisoformat(started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
                 num_processes=config.dataset_num_proc,

@@ -1,7 +1,7 @@
-"""A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
+"""A run before it begins: its flags, checkpoint, adapter, data, batches and plan, checked.
 
-No model is loaded yet, and nothing written into the output folder, so whatever is wrong costs
-nothing but the tokens, which are kept.
+No model is loaded yet, and nothing is written into the output folder: a mistake costs seconds. The
+tokens of the data are kept for the next start.
 """
 
 import math
@@ -37,7 +37,7 @@ from prepare.base import (
     workload,
 )
 from prepare.data import load_data
-from run.checkpoint import Checkpoint, RunState
+from run.checkpoint import Checkpoint
 from run.config import TrainConfig, parse_config
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import prepare
@@ -67,20 +67,21 @@ BUNDLED_RUN = {
 SAMPLE_TOKENS = 100
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """What a run shall do, checked, and the state from which it goes on.
+    """What a run will do, checked.
 
     Attributes:
-        config: its output may be empty until the folder is made.
-        base: which checkpoint the model is.
+        config: its output is empty until the output folder is made, unless --output names one.
+        base: the identity of the model's checkpoint.
         start: the adapter to begin with, if any.
         resumed: the checkpoint to go on from, if any.
-        damaged: later checkpoints, and what is wrong with them.
-        data_mode: permissions of what holds text of the data.
-        evaluation: the batches of an evaluation, if there is one.
+        damaged: later checkpoints of the same run, and what is wrong with each.
+        started: ISO time of the run's first start, which chat templates may print.
+        data_mode: permissions of files that hold text of the data.
+        evaluation: the batches of an evaluation, if there is evaluation data.
         prompt: the tokens of --sample-prompt, if there is one.
-        plan: of the memory, on a GPU.
+        plan: the memory plan, on a GPU.
         policies: what every layer does with its activations.
     """
 
@@ -91,7 +92,7 @@ class Job:
     start: Path | None
     resumed: Checkpoint | None
     damaged: dict[Path, str]
-    state: RunState
+    started: str
     tokenizer: Tokenizer
     audits: dict[str, dict[str, Any]]
     data_mode: int
@@ -114,15 +115,20 @@ class Job:
 
     @property
     def base_id(self) -> HubId | None:
-        """Of the base model on the hub; None where it is not from there."""
+        """The base model's id on the hub; None if it is not from there."""
         if self.is_base_local:
             return snapshot_id(self.checkpoint_folder)
         return parse_hub_id(self.config.model)
 
     @property
     def base_name(self) -> str:
-        """What others know the base model by: its id, or else the name of its folder alone."""
+        """The base model's public name: its hub id, or else the name of its folder alone."""
         return str(self.base_id or self.checkpoint_folder.resolve().name)
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps before this start of the run."""
+        return self.resumed.state.step if self.resumed else 0
 
     @property
     def output(self) -> Path:
@@ -130,10 +136,13 @@ class Job:
 
 
 def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
-    """Look at everything that was given, and say what it is; None where that was all to do.
+    """Check everything that the user gave, and print what it is.
+
+    Returns:
+        The job; None where --inspect or --plan asked for no more than that.
 
     Raises:
-        FileNotFoundError, ValueError: something is not as it must be.
+        FileNotFoundError, ValueError: a flag, the data or the checkpoint is wrong.
     """
     config = parse_config(arguments, without_model=BUNDLED_RUN)
     checkpoint_folder = find_checkpoint(config.model)
@@ -160,15 +169,15 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
-    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
+    started = resumed.state.started if resumed else now.isoformat()
     if resumed:
         start = resumed.path
-        print(f"resumed from {start}: {state.step:,} steps done")
+        print(f"resumed from {start}: {resumed.state.step:,} steps done")
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, state)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, started)
     if config.inspect:
         return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
@@ -207,10 +216,11 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
-    if state.step > num_steps:
+    if resumed and resumed.state.step > num_steps:
         raise ValueError(
             f"--resume must go on with a run that is not beyond its end: {start} is of step "
-            f"{state.step:,}, and the run has {num_steps:,}; start a new run in another --output"
+            f"{resumed.state.step:,}, and the run has {num_steps:,}; start a new run in another "
+            "--output"
         )
     plan = None
     if device.type == "cuda" or config.plan:
@@ -221,25 +231,27 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
-    base = identify_base(config, checkpoint_folder, resumed, start)
-    state.base = base.own
     return Job(
-        config,
-        checkpoint_folder,
-        base,
-        lora,
-        start,
-        resumed,
-        damaged,
-        state,
-        tokenizer,
-        audits,
-        train_data.mode & (eval_data or train_data).mode,
-        epochs,
-        evaluation,
-        prompt,
-        num_steps,
-        work,
-        plan,
-        plan.policies if plan else cpu_policies(config.activations, llama_config.num_hidden_layers),
+        config=config,
+        checkpoint_folder=checkpoint_folder,
+        base=identify_base(config, checkpoint_folder, resumed, start),
+        lora=lora,
+        start=start,
+        resumed=resumed,
+        damaged=damaged,
+        started=started,
+        tokenizer=tokenizer,
+        audits=audits,
+        data_mode=train_data.mode & (eval_data or train_data).mode,
+        epochs=epochs,
+        evaluation=evaluation,
+        prompt=prompt,
+        num_steps=num_steps,
+        work=work,
+        plan=plan,
+        policies=(
+            plan.policies
+            if plan
+            else cpu_policies(config.activations, llama_config.num_hidden_layers)
+        ),
     )
