@@ -1,1 +1,1 @@
-"""What a run shall do: everything that was given, looked at before a model is loaded."""
+"""What a run will do: flags, data and checkpoint, checked before a model is loaded."""
