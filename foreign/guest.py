@@ -47,18 +47,20 @@ def confine() -> None:
 
 
 def _silence() -> None:
-    """Keep off the terminal what a library in C or Rust says of its own end: the parent's message
-    tells of it, and errors of Python travel to the parent."""
+    """Close stderr: a library in C or Rust prints there when it ends the process.
+
+    Nothing is lost: the parent's message says why the process ended, and the parent gets errors of
+    Python through the pipe.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
 
 
 def _bytes_in_use() -> int:
-    """The virtual memory of this process.
+    """The virtual memory of this process; 0 on a system without /proc, such as macOS.
 
-    0 where there is no /proc to tell, as on macOS, whose kernel holds no process to a limit of its
-    memory either: there the limit of time alone holds.
+    The kernel of macOS enforces no limit of memory anyway: there only the limit of time holds.
     """
     status = Path("/proc/self/statm")
     if not status.exists():

@@ -59,7 +59,7 @@ BUNDLED_RUN = {
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
     "epochs": 6.0,
-    # rows of several would leave a data set as small as this one too few steps
+    # packing would leave a data set as small as this one too few steps
     "packing": False,
     "sample_prompt": "Write a verse about Ember.",
 }
