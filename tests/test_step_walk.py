@@ -93,8 +93,12 @@ def test_a_repeated_walk_says_the_same_again(tmp_path: Path) -> None:
 
 def test_rows_take_what_rows_that_are_padded_take(tmp_path: Path) -> None:
     work = sizes_of(tmp_path, "grouped-query", torch.bfloat16)
-    padded, full = (StepWalk(replace(work, tokens=tokens)) for tokens in (100, 128))
-    assert padded.events(MIXES["keep"]) == full.events(MIXES["keep"])
+    walks = [StepWalk(replace(work, tokens=tokens)) for tokens in (100, 128)]
+    # padding has no labels, so the loss takes less
+    padded, full = (
+        [event for event in walk.events(MIXES["keep"]) if event.pool == PASSES] for walk in walks
+    )
+    assert padded == full
 
 
 def kept_bytes(events: list[Event]) -> int:
