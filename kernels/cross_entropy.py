@@ -43,6 +43,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_dtype,
+    check_one_device,
+    check_rows_are_apart,
+    check_rows_are_contiguous,
+)
 from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
@@ -260,12 +266,12 @@ def _launch_cross_entropy(
         launch(
             _cross_entropy_kernel,
             (M,),
-            losses,
-            logits,
-            targets.contiguous(),
-            V,
-            1.0 if cap is None else cap,
-            logits.stride(0),
+            losses_ptr=losses,
+            logits_ptr=logits,
+            targets_ptr=targets.contiguous(),
+            V=V,
+            cap=1.0 if cap is None else cap,
+            stride_m=logits.stride(0),
             HAS_CAP=cap is not None,
             WRITES=writes,
             # multiply-adds round less
@@ -278,21 +284,16 @@ def _launch_cross_entropy(
 def _check(logits: Tensor, targets: Tensor, cap: float | None) -> None:
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"the cap must be a positive number: got {cap}")
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"logits must be bfloat16, float16 or float32: got {logits.dtype}")
+    check_dtype("logits", logits.dtype)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be rows of values: got shape {tuple(logits.shape)}")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"logits must have contiguous rows: got strides {logits.stride()}")
+    check_rows_are_contiguous("logits", logits)
     if targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
         raise ValueError(
             f"targets must be one int64 for each row: got {targets.dtype} {tuple(targets.shape)} "
             f"beside logits of {tuple(logits.shape)}"
         )
-    if targets.device != logits.device:
-        raise ValueError(
-            f"logits and targets must be on one device: got {logits.device} and {targets.device}"
-        )
+    check_one_device({"logits": logits, "targets": targets})
 
 
 def cross_entropy(
@@ -338,9 +339,7 @@ def cross_entropy_(
             overlap.
     """
     _check(logits, targets, cap)
-    M, V = logits.shape
-    if M > 1 and logits.stride(0) < V:
-        raise ValueError(f"logits that are overwritten must not overlap: got {logits.stride()}")
+    check_rows_are_apart("logits", logits)
     if logits.device.type == "cpu":
         return cross_entropy_reference_(logits, targets, cap)
     return _launch_cross_entropy(logits, targets, writes=True, cap=cap)

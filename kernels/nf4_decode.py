@@ -45,14 +45,17 @@ def member_table(
     ).to(device)
 
 
-def scale_tensors(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """List the three scale buffers in the kernels' order.
+def scale_tensors(weight: NF4Weight) -> dict[str, Tensor]:
+    """Name the three scale buffers as the kernels do.
 
     Without double quantization the first stands for all three; a kernel reads that one only.
     """
-    if isinstance(weight.absmax, QuantizedAbsmax):
-        return weight.absmax.codes, weight.absmax.group_absmax, weight.absmax.mean
-    return weight.absmax, weight.absmax, weight.absmax
+    scales = weight.absmax
+    if isinstance(scales, QuantizedAbsmax):
+        buffers = (scales.codes, scales.group_absmax, scales.mean)
+    else:
+        buffers = (scales, scales, scales)
+    return dict(zip(("absmax_ptr", "group_absmax_ptr", "absmax_mean_ptr"), buffers, strict=True))
 
 
 @triton.jit

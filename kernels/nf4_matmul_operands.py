@@ -71,10 +71,10 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     launch(
         _sum_partials_kernel,
         grid,
-        total,
-        partial,
-        total.numel(),
-        num_partials,
+        out_ptr=total,
+        partial_ptr=partial,
+        num_elements=total.numel(),
+        num_partials=num_partials,
         ELEMENTS=SUM_ELEMENTS,
     )
     return total
@@ -91,21 +91,33 @@ def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
     return ""
 
 
+def rows_obstacle(weight: NF4Weight, rows: int) -> str:
+    """Say what keeps a weight from programs of so many of its rows, which take whole steps of
+    columns; an empty string if nothing does."""
+    columns = QUANT_BLOCK.value * BLOCKS_PER_STEP.value
+    if weight.in_features % columns:
+        return f"in_features {weight.in_features} is no multiple of {columns}"
+    if any(num_rows % rows for num_rows in weight.rows):
+        return f"rows {weight.rows} are no multiples of {rows}"
+    return ""
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """Copy rows that do not begin on 16 bytes, which the vector loads need."""
     is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """List the weight's tensors in the kernels' order, packed_ptr to member_table_ptr."""
-    return (
-        weight.packed.view(torch.int32),
-        *scale_tensors(weight),
-        device_constant("dynamic_map", weight.device),
-        level_planes(dtype, weight.device),
-        member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
-    )
+def weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name the weight's tensors as the kernels do."""
+    table = member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
+    return {
+        "packed_ptr": weight.packed.view(torch.int32),
+        **scale_tensors(weight),
+        "dynamic_map_ptr": device_constant("dynamic_map", weight.device),
+        "planes_ptr": level_planes(dtype, weight.device),
+        "member_table_ptr": table,
+    }
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -38,6 +38,7 @@ from kernels.nf4_matmul_operands import (
     aligned_rows,
     member_of_row,
     operand_obstacle,
+    rows_obstacle,
     sum_partials,
     triton_dtype,
     weight_arguments,
@@ -175,23 +176,11 @@ def _nf4_matmul_warpgroup_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :])
 
 
-def warpgroup_obstacle(
-    weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int], transposed: bool
-) -> str:
+def warpgroup_obstacle(weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int]) -> str:
     """Say what keeps a weight from the warpgroup kernel; an empty string if nothing does."""
-    columns = QUANT_BLOCK.value * BLOCKS_PER_STEP.value
-    if transposed:
-        return "the warpgroup kernel multiplies by W^T only"
     if capability != CAPABILITY:
         return f"the warpgroup kernel runs on compute capability 9.0, not {capability}"
-    obstacle = operand_obstacle(weight, dtype)
-    if obstacle:
-        return obstacle
-    if weight.in_features % columns:
-        return f"in_features {weight.in_features} is no multiple of {columns}"
-    if any(num_rows % BLOCK_N for num_rows in weight.rows):
-        return f"rows {weight.rows} are no multiples of {BLOCK_N}"
-    return ""
+    return operand_obstacle(weight, dtype) or rows_obstacle(weight, BLOCK_N)
 
 
 def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
@@ -202,10 +191,10 @@ def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     launch(
         _renumber_columns_kernel,
         (triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows),
-        renumbered,
-        pairs,
-        pairs.stride(0),
-        words_per_row,
+        out_ptr=renumbered,
+        x_ptr=pairs,
+        stride_xm=pairs.stride(0),
+        words_per_row=words_per_row,
         WORDS=RENUMBERED_WORDS,
         BLOCK_WORDS=QUANT_BLOCK.value // 2,
     )
@@ -240,13 +229,13 @@ def _launch_nf4_matmul_warpgroup(x: Tensor, weight: NF4Weight) -> Tensor:
     launch(
         _nf4_matmul_warpgroup_kernel,
         (tiles_n, tiles_m, splits),
-        y,
-        x_renumbered,
-        *weight_arguments(weight, x.dtype),
-        M,
-        N,
-        K,
-        blocks // splits,
+        y_ptr=y,
+        x_ptr=x_renumbered,
+        **weight_arguments(weight, x.dtype),
+        M=M,
+        N=N,
+        K=K,
+        blocks_per_split=blocks // splits,
         NUM_MEMBERS=len(weight.rows),
         DOUBLE_QUANT=weight.is_double_quantized,
         DTYPE=triton_dtype(x.dtype),

@@ -50,18 +50,6 @@ def _load_int(INSTRUCTION: tl.constexpr, ptr):
 
 
 @triton.jit
-def _load_two_words(INSTRUCTION: tl.constexpr, ptr):
-    return tl.inline_asm_elementwise(
-        INSTRUCTION,
-        "=r,=r,l",
-        [ptr.to(tl.int64)],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def load_byte(ptr):
     if HAS_PTX:
         return _load_int("ld.global.nc.u8 $0, [$1];", ptr)
@@ -93,17 +81,16 @@ def load_float(ptr):
 
 
 @triton.jit
-def load_two_words(ptr):  # 8-byte aligned
-    if HAS_PTX:
-        return _load_two_words("ld.global.nc.v2.b32 {$0, $1}, [$2];", ptr)
-    else:
-        return tl.load(ptr), tl.load(ptr + 1)
-
-
-@triton.jit
 def stream_two_words(ptr):  # 8-byte aligned; read once, so past the first-level cache
     if HAS_PTX:
-        return _load_two_words("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];", ptr)
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         return tl.load(ptr), tl.load(ptr + 1)
 
@@ -221,55 +208,6 @@ def decode_word(word, planes):
             second = _level_bits((word >> (8 * byte)) & 15, planes)
             pairs = pairs + (first | second << 16,)  # noqa: RUF005, triton knows no star
         return pairs
-
-
-@triton.jit
-def scale_pair(pair, scale, DTYPE: tl.constexpr):
-    # multiply two 16-bit numbers by a float32 and round once
-    if HAS_PTX:
-        if DTYPE.is_bf16():
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 first, second;
-                shl.b32 first, $1, 16;
-                and.b32 second, $1, 0xFFFF0000;
-                mul.f32 first, first, $2;
-                mul.f32 second, second, $2;
-                cvt.rn.bf16x2.f32 $0, second, first;
-                }
-                """,
-                "=r,r,f",
-                [pair, scale],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b16 low, high;
-                .reg .f32 first, second;
-                mov.b32 {low, high}, $1;
-                cvt.f32.f16 first, low;
-                cvt.f32.f16 second, high;
-                mul.f32 first, first, $2;
-                mul.f32 second, second, $2;
-                cvt.rn.f16x2.f32 $0, second, first;
-                }
-                """,
-                "=r,r,f",
-                [pair, scale],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        first = (_half(pair, 0, DTYPE).to(tl.float32) * scale).to(DTYPE).to(tl.int16, bitcast=True)
-        second = (_half(pair, 16, DTYPE).to(tl.float32) * scale).to(DTYPE)
-        second = second.to(tl.int16, bitcast=True)
-        return (first.to(tl.int32) & 0xFFFF) | second.to(tl.int32) << 16
 
 
 @triton.jit

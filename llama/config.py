@@ -17,7 +17,7 @@ from typing import Any
 from foreign.json_text import read_object
 from foreign.reading import Reading
 from kernels.glu import Activation
-from kernels.masked_attention import MAX_HEAD
+from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 

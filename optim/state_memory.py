@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.adamw import Arenas
+from kernels.adamw_arenas import Arenas
 
 
 class StateMemory(Protocol):

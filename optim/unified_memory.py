@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.adamw import Arenas
+from kernels.adamw_arenas import Arenas
 from optim.staged_memory import StagedMemory
 from optim.state_memory import OrdinaryMemory, StateMemory
 
