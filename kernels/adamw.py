@@ -118,7 +118,7 @@ def _expand_moments(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _store_moments(moments: Moments, m: Tensor, v: Tensor) -> None:
-    """Quantize the blocks in 8 bit; those in float32 are stored already where they are all."""
+    """Quantize the blocks in 8 bit; without any, m and v are the moments themselves."""
     num_8bit = moments.exp_avg_codes.numel()
     if num_8bit == 0:
         return
@@ -189,13 +189,13 @@ def _adamw_kernel(
     if is_8bit:
         m_code = tl.load(exp_avg_codes_ptr + offs).to(tl.int32)
         v_code = tl.load(exp_avg_sq_codes_ptr + offs).to(tl.int32)
-        # these bypass the cache of what a kernel writes: each is read before it is written
+        # past the cache of written data: each scale is read before this kernel writes it
         m = load_float(map_ptr + m_code) * load_float(exp_avg_absmax_ptr + row)
         v = load_float(unsigned_map_ptr + v_code) * load_float(exp_avg_sq_absmax_ptr + row)
         p, m, v = _step(p, g, m, v, decay, step_size, factor, correction2)
         m_scaled, m_absmax = scaled_to_absmax(m)
         magnitude = nearest_magnitude(tl.abs(m_scaled), thresholds_ptr, 1)
-        # -1 is no level, and what is negative does not become zero
+        # -1 is no level, and a negative moment does not become zero
         negative = tl.minimum(tl.maximum(magnitude, 1), ZERO_CODE)
         is_negative = m.to(tl.int32, bitcast=True) < 0
         m_code = ZERO_CODE + tl.where(is_negative, -negative, magnitude)
@@ -261,7 +261,7 @@ def adamw(
         norm = |gradients| / loss_scale
         g    = gradients min(1, max_norm / (norm + 1e-6)) / loss_scale
 
-    and then AdamW, whose learning rate and weight decay a block's group has.
+    and then AdamW, with the learning rate and the weight decay of each block's group.
 
     Args:
         max_norm: clip to this norm; 0 does not clip.

@@ -18,7 +18,8 @@ TILE_BLOCKS = 4
 # programs that add up squares, whatever the GPU: so the order of the sum is always the same
 SUM_PROGRAMS = 1024
 
-# what the plan leaves for the update: these, then decay and step size of each group
+# the scalars that the plan writes and the update reads: these four, then decay and step size of
+# each group
 NORM, IS_FINITE, FACTOR, CORRECTION2 = (tl.constexpr(index) for index in range(4))
 NUM_SHARED_SCALARS = tl.constexpr(4)
 

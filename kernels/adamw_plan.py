@@ -46,7 +46,7 @@ PLAN_WARPS = 4
 def corrections(device: torch.device) -> Tensor:  # (num_steps, 2) float64
     """Tabulate 1 - b1^t and sqrt(1 - b2^t) from t = 0, until float32 knows no difference from 1.
 
-    A GPU's power function would round otherwise than Python's. Row 0 is never used.
+    A GPU's power function would round differently from Python's. Row 0 is never used.
     """
     rows = [(1.0, 1.0)]
     while len(rows) == 1 or rows[-1][0] < 1 or rows[-1][1] < 1 - 2**-26:
@@ -89,7 +89,7 @@ def _adamw_plan_kernel(
     NUM_GROUPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    # one program, alone, computes what the step needs to know, in float64
+    # one program computes the scalars of the step, in float64
     learning_rate = learning_rate_bits.to(tl.int64).to(tl.float64, bitcast=True)
     max_norm = max_norm_bits.to(tl.int64).to(tl.float64, bitcast=True)
     squares = tl.sum(tl.load(partial_sums_ptr + tl.arange(0, PROGRAMS)), 0)

@@ -13,8 +13,8 @@
     2 <-       read again and overwritten, from the end of the row
 
 One program per row. A row of a large vocabulary (250 KB for 128,256 values in bf16) fits neither
-registers nor shared memory, so the second pass reads it from the L2 cache: it starts with what was
-read last, and a program has the more warps the longer its row is, so that the rows under way on all
+registers nor shared memory, so the second pass reads it from the L2 cache. It starts with the
+values that were read last, and a longer row gets more warps, so that the rows under way on all
 multiprocessors fit that cache. With V values in S bytes each, a row moves
 
     loss                 V S + 12
@@ -22,10 +22,10 @@ multiprocessors fit that cache. With V values in S bytes each, a row moves
 
 and a value costs 12 instructions for the loss and 25 with the gradient, two of them exponentials,
 where in 16 bit an H100 issues 18 and 36 in the time that memory takes: bandwidth is the limit,
-except where logits are capped, which adds half as many. The
-arithmetic is float32, the gradient rounded once. The order of the sum depends on V, the dtype and
-where rows start, so a row's loss is always the same bits. Rows of any V are read in vectors if they
-start on 16 values: only the rest of a row is masked.
+except where logits are capped, which adds half as many instructions. The arithmetic is float32, the
+gradient rounded once. The order of the sum depends on V, the dtype and where rows start, so a row's
+loss is always the same bits. Rows of any V are read in vectors if they start on 16 values: only the
+rest of a row is masked.
 
 Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 """
@@ -54,12 +54,12 @@ from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
 VECTOR_BYTES = 16
-# of a group, whose loads are all under way before the first is worked on
+# chunks of a group; all their loads are under way before the first chunk is worked on
 CHUNKS = 4
-# where logits are capped: that takes registers, and longer than one chunk's way from memory
+# the same where logits are capped: capping takes registers, and more time than a chunk's load
 CAPPED_CHUNKS = 1
-# of a row, to every warp: 32 warps fill a multiprocessor, whose rows then have 256 KB together, and
-# those of an H100's 132 have 34 MB of its 50 MB of L2
+# bytes of a row for every warp: 32 warps fill a multiprocessor, so the rows under way on it are
+# 256 KB, and the rows on an H100's 132 multiprocessors 34 MB of its 50 MB of L2
 WARP_BYTES = 8 << 10
 MIN_WARPS, MAX_WARPS = 4, 32
 
@@ -113,7 +113,7 @@ def _load_group(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    # nobody needs what was read for the last time, others read theirs again
+    # values that are read for the last time may leave the cache before those that are read again
     policy: tl.constexpr = "evict_first" if IS_LAST_USE else ""
     tiles = ()
     for chunk in tl.static_range(CHUNKS):

@@ -1,4 +1,4 @@
-"""Drop values at random, by a mask that is computed wherever it is needed, on the GPU.
+"""Drop values at random, by a mask that is computed again instead of saved, on the GPU.
 
     z     = x keep / (1 - p)                      and back: total += x keep / (1 - p)
     keep  = word >= round(p 2^32)
@@ -8,8 +8,8 @@
     4 words of Philox  ->  elements 4 (e // 4) .. 4 (e // 4) + 3
 
 The mask is a pure function of seed, site and place. So nothing is saved for the backward pass, a
-layer that is computed again drops the same values, and a captured graph drops others each time the
-seed, which it reads from the device, is another. torch's own dropout saves a mask of a byte a
+layer that is computed again drops the same values, and a captured graph, which reads the seed from
+the device, drops other values under another seed. torch's own dropout saves a mask of a byte a
 value, and its random state belongs to the device. The reference computes the same mask bit for bit.
 With S bytes a value, M rows move
 
@@ -88,7 +88,7 @@ def dropout_reference(x: Tensor, seed: Tensor, site: int, p: float) -> Tensor:  
 
 
 def _threshold(p: float) -> int:
-    """Compute what a word must reach for its value to be kept."""
+    """Compute the smallest word whose value is kept."""
     return round(p * WORD)
 
 
@@ -196,7 +196,7 @@ def dropout(
         z = x * keep(seed, site) / (1 - p)
 
     Args:
-        site: which of a model's masks under one seed; no two places that drop should share one.
+        site: the mask's number among those under one seed; each place that drops has its own.
         p: the probability, at least 0 and less than 1, to 32 bits.
         out: takes the result; may be x.
 
@@ -218,7 +218,7 @@ def dropout_add_(
     site: int,
     p: float,
 ) -> Tensor:  # total
-    """Add a dropped matrix to a sum: the gradient of `dropout`, added to what there is.
+    """Add a dropped matrix to a sum: the gradient of `dropout`, accumulated.
 
         total = total + x * keep(seed, site) / (1 - p)
 

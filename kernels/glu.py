@@ -11,9 +11,9 @@
     grad_gate_up   | grad_gate 0 .. F-1 | grad_up 0 .. F-1 |     writes it and wants it back
     h              | h 0 .. F-1         |
 
-The backward pass asks for gate_up alone: neither the halves apart nor s nor h. Its kernel reads a
-value and writes its gradient in the same thread, so the gradient takes gate_up's place, and h,
-which the gradient of what follows needs again, that of grad_h. With M rows and S bytes a value:
+The backward pass needs gate_up and grad_h alone. A thread reads a value and writes its gradient, so
+the gradient is written over gate_up, and h, which the gradient of a low-rank update on h needs
+again, over grad_h. With M rows and S bytes a value:
 
     forward     3 M F S       two read, one written
     backward    6 M F S       three read, three written: h again
@@ -23,11 +23,12 @@ memory bandwidth is the limit. The arithmetic is float32, each result rounded on
 rounds gate s before it is multiplied.
 
 gelu_tanh is gate (1 + tanh(z / 2)) / 2, an approximation of GELU (Hendrycks and Gimpel 2016) that
-Gemma was trained with; that tanh and the logistic function are one curve spares a branch.
+Gemma was trained with. tanh and the logistic function are the same curve, so both activations take
+the same path through the kernel.
 
-Two functions and no autograd between them: who calls them has a backward pass of its own. A matrix
-may be the first columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is
-a multiple of 16 values.
+Autograd records neither function: the layer writes its backward pass out. A matrix may be the first
+columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is a multiple of 16
+values.
 
 SwiGLU and GEGLU: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
 """
@@ -63,7 +64,7 @@ CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 NUM_WARPS = 4
 # the widest access of a thread
 VECTOR_BYTES = 16
-# of a program, whose loads are all under way before the first is worked on
+# chunks of a program; all their loads are under way before the first chunk is worked on
 CHUNKS = 2
 
 

@@ -6,13 +6,13 @@ GPU.
 
                   K columns  T columns                 T = R num_updates, rounded up
 
-The updates of a weight's members lie side by side: A is stacked, B is block-diagonal, a block for
-each member that has an update, and what no update fills is zero. The corner is never read. All have
-R ranks of room; one of a lower rank has zeros there. Each has its own scaling s. One
-launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a value of
-the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB beside the
-235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the result
-rounded once.
+The updates of a weight's members lie side by side: A is stacked, B is block-diagonal with a block
+for each member that has an update, and the rest is zero. The corner is never read. Every update has
+room for R ranks; an update of a lower rank has zeros in the rest. Each update has its own scaling
+s. One launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a
+value of the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB
+beside the 235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the
+result rounded once.
 
 LoRA: Hu et al. 2021, section 4.1.
 """
@@ -41,8 +41,7 @@ TABLE_COLUMNS = tl.constexpr(3)
 
 
 class Update(NamedTuple):
-    """Where one member's update lies: its rows of y, of the stacked A, of the stacked B; its
-    factor."""
+    """The update of one member: its rows of y, of the stacked A and B, and its factor."""
 
     y: slice
     A: slice

@@ -1,4 +1,4 @@
-"""Compute, from y's gradient, that of h = z A^T and that of B, reading it once, on the GPU.
+"""Compute the gradients of h = z A^T and of B from y's gradient, read once, on the GPU.
 
     grad_h   = grad_y s B               (M, T), R columns an update
     grad_B  += s grad_y^T h             (rows of the updates, R)
@@ -11,7 +11,7 @@
 
 Two products would read grad_y twice: 0.9 GB for a Llama-3-8B gate and up at 8,192 rows. One pass
 has to add over columns for grad_h and over rows for grad_B. So a program takes a rectangle and
-leaves a part of either in float32, and a second launch adds the parts up in a fixed order: equal
+writes its part of both sums in float32; a second launch adds the parts up in a fixed order: equal
 runs give equal bits. At rank 16, parts are 32 / BLOCK_N + 32 / rows of a group of grad_y's bytes,
 written and read again, mostly from L2. The FLOPs, 4 M N R, take a tenth of the bytes' time.
 
@@ -52,7 +52,7 @@ from kernels.lora_gradient_products import lora_gradient_by_products
 
 lora_gradient_reference = lora_gradient_by_products
 
-# the ranks of an update, and at least what a product of tiles takes
+# the most ranks of an update, and the least width of a product of tiles
 MAX_RANK = tl.constexpr(16)
 # three tiles under way fill the shared memory of a multiprocessor of sm_90; one fits everywhere
 BLOCK_M = 64
@@ -60,7 +60,7 @@ BLOCK_N = 512
 NUM_WARPS = 8
 NUM_STAGES = 3
 MAX_GROUPS = 32
-# what a program's first and last tile take longer, because nothing is under way beside them
+# the extra time of a program's first and last tile, in tiles: nothing is under way beside them
 TILES_TO_FILL = 2
 # the launch that adds parts up: numbers a program writes, parts that it reads at once
 SUM_VALUES = 256
@@ -350,7 +350,7 @@ def lora_gradient(
     grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
     updates: tuple[Update, ...],
 ) -> None:
-    """Compute h's gradient, and add B's to what there is.
+    """Compute h's gradient, and add B's gradient to a sum.
 
         grad_h   = grad_y s B
         grad_B  += s grad_y^T h

@@ -1,11 +1,11 @@
-"""Compute, from y's gradient, that of h = z A^T and that of B by dense products.
+"""Compute the gradients of h = z A^T and of B from y's gradient by dense products.
 
     grad_h   = grad_y s B               one product
     grad_B  += s grad_y^T h             one product for each update
 
 Each product reads grad_y, so its 2 M N bytes in 16 bit are moved twice; `lora_gradient.py` reads
-grad_y once. These products serve what the one pass does not: CPUs, where they are its reference;
-GPUs whose tensor cores Triton does not know; float32; and ranks above 16.
+grad_y once. The products serve the cases that the one pass does not: CPUs, where they are also its
+reference, GPUs whose tensor cores Triton does not know, float32, and ranks above 16.
 """
 
 import torch

@@ -56,7 +56,7 @@ from kernels.masked_attention_tiles import (
 )
 from kernels.softcap import softcap
 
-# below every score that is no infinity, and finite: a row whose tile it sees nothing of stays at 0
+# finite, and below every finite score: the sum of a row that sees nothing of a tile stays at 0
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -91,8 +91,8 @@ def _masked_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # one program computes the results of BLOCK_M queries of one head; those that see most start
-    # first
+    # one program computes the results of BLOCK_M queries of one head; the queries that see the most
+    # keys start first
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -238,7 +238,7 @@ def masked_attention(
     window: int | None = None,
     samples: Samples | None = None,
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, head_dim), lse (B, H, T) float32
-    """Let every token mix the values of itself and of those before it.
+    """Compute attention: a token mixes its own value with those of the tokens before it.
 
         out = softmax(softcap(scale q k^T)) v
 
@@ -246,8 +246,9 @@ def masked_attention(
 
     Args:
         cap: of the scores; None: they are not capped.
-        window: tokens that each sees, itself included; None: all.
-        samples: a token sees those of its own alone; None: a row is one sample.
+        window: how many tokens a token sees, itself included; None: all.
+        samples: where the samples of a row lie: a token sees its own sample alone; None: a row is
+            one sample.
 
     Returns:
         out: a token's heads side by side, so its rows may be viewed as a matrix.

@@ -194,7 +194,7 @@ def _masked_attention_grad_kv_kernel(
         if CAPPED:
             s = softcap(s, cap)
         distance = rows[None, :] - columns[:, None]
-        # in a sample whoever sees a token is one of its followers
+        # in a sample, the tokens that see a token are its followers
         is_seen = (distance >= 0) & (distance <= followers[:, None])
         p = tl.where(is_seen, tl.exp(s - lse[None, :]), 0.0)
         acc_v = tl.dot(p.to(grad.dtype), grad, acc_v, input_precision=PRECISION)

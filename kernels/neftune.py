@@ -1,4 +1,4 @@
-"""Add noise to embeddings, by words that are computed where they are needed, on the GPU.
+"""Add uniform noise to embeddings, from random words that the kernel computes, on the GPU.
 
     x[m, k] += scale[m] u        u = 2^-23 (word >> 8) - 1, uniform in [-1, 1)
 
@@ -6,10 +6,10 @@
     key      | low, high word of the seed |
 
 With scale = alpha / sqrt(L D) for a sample of L tokens and embeddings of D values this is the noise
-of Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", section 2. As a
-dropout mask (kernels/dropout.py) it is a pure function of seed and place, so a resumed run has it
-again, and a captured graph draws another each time the seed, which it reads from the device, is
-another. M rows move 2 M D values, once a micro-step.
+of Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", section 2. Like a
+dropout mask (kernels/dropout.py) the noise is a pure function of seed and place: a resumed run adds
+the same noise, and a captured graph, which reads the seed from the device, adds other noise under
+another seed. M rows move 2 M D values, once a micro-step.
 """
 
 import torch
@@ -28,7 +28,7 @@ from kernels.dropout import VECTOR_BYTES, VECTORS, WORD, philox_reference
 from kernels.launch import launch
 
 NUM_WARPS = 4
-# which of a model's drawings under one seed; dropout's count from 0
+# the noise's number among what is drawn under one seed; the numbers of dropout count from 0
 SITE = 2**31 - 1
 
 
@@ -37,7 +37,7 @@ def noise_scale(
     alpha: float,
     D: int,
 ) -> Tensor:  # (...,) float32
-    """Compute the most that is added to a token's embedding.
+    """Compute the largest noise of each token's embedding.
 
     scale = alpha / sqrt(L D), 0 for padding
     """

@@ -60,7 +60,7 @@ MAX_VECTOR = 8
 CHUNKS = 4
 # more ends of rows than this in a program, and a division is cheaper than comparing with each
 MAX_ROW_ENDS = 4
-# what the widest access, 16 bytes, needs every start and length to be a multiple of
+# the widest access, 16 bytes, needs starts and lengths that are multiples of this
 ALIGNMENT = tl.constexpr(16)
 
 
@@ -169,7 +169,7 @@ def _launch_nf4_dequantize(
     row_stride = out.stride(0) if has_gaps else in_features
     program_elements = 2 * CHUNKS * CHUNK_BYTES
     row_ends = triton.cdiv(program_elements, in_features)
-    # a row and what a program goes on to are counted in 32 bits
+    # a kernel counts a row and the elements of a program behind it in 32 bits
     assert not has_gaps or in_features + program_elements < 2**31
     table = member_table(weight.rows, in_features, weight.block_size, weight.device)
     sizes = [rows * in_features for rows in weight.rows]

@@ -7,9 +7,9 @@
                             a dense product reads 2 more and runs at the tensor cores' full rate
 
 2 M N K FLOP in each. The numbers of rows where the next becomes faster are measured, not reasoned:
-`matmul_path` looks them up in a table by device and says why it chose. Expanded weights are rounded
-to x's dtype, decoded ones are not or differently, so the paths differ by about what each errs. The
-product is that of QLoRA section 3, "QLoRA", without the adapter's term.
+`matmul_path` looks them up in a table by device and says why it chose. The expand path rounds
+weights to x's dtype, the others apply exact scales to rounded levels, so two paths differ by about
+the error of each. The product is that of QLoRA section 3, "QLoRA", without the adapter's term.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -57,7 +57,7 @@ CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
         Crossover(0, fused=128, warpgroup=0),
     ),
 }
-# of a device that nobody measured: where the fused product wins by far on all known
+# of a device without measurements: so far the fused product wins clearly on every known device
 DEFAULT_CROSSOVERS = (Crossover(0, fused=16, warpgroup=0),)
 
 

@@ -14,8 +14,8 @@ applied to exact products of rounded levels, so the result errs about as much as
 expanded 16-bit weight.
 
 Which index lies where. A tensor core's operand takes neighbours of the summed index from the four
-lanes of a quad in turn. Columns are renumbered so that what a lane has to give are 16 weights of
-one row in one piece, 8 bytes; x is renumbered alike, and the sum does not mind. Triton decides how
+lanes of a quad in turn. Columns are renumbered so that a lane gives 16 weights of one row in one
+piece, 8 bytes; x is renumbered in the same way, which leaves the sum as it is. Triton decides how
 many neighbours a lane gives at a time (NEIGHBOURS); with another number the products stay right,
 but their operands would travel through shared memory.
 """
@@ -58,7 +58,7 @@ from kernels.ptx import (
 )
 from nf4.weight import NF4Weight
 
-# what triton's compiler chooses for an operand that is joined from 32-bit loads
+# the number that triton's compiler chooses for an operand that is joined from 32-bit loads
 NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
@@ -145,7 +145,7 @@ def _nf4_matmul_fused_kernel(
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
     acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks, STEP):
-        # what the next step decodes is under way while this one computes; the last has no next
+        # the loads of the next step are under way while this step computes; the last has no next
         k_next = tl.minimum(k + STEP, blocks - STEP)
         next_words = ()
         for block in tl.static_range(BLOCKS_PER_STEP):

@@ -1,7 +1,7 @@
 """What products that decode a weight in registers share: its arguments, its members, partial sums.
 
-No product: device functions, launch arguments, and the kernel that adds up what programs with the
-same rows and other parts of the sum have each written.
+It holds no product: device functions, launch arguments, and the kernel that adds up the partial
+sums of programs that share the rows of a product and split its columns.
 """
 
 # triton's annotations do not know static_range
@@ -18,7 +18,7 @@ from kernels.ptx import level_planes
 from nf4.double_quant import GROUP_SIZE
 from nf4.weight import NF4Weight
 
-# the kernels know this block size only: it is what everyone runs
+# the only block size that the kernels know: the usual one
 QUANT_BLOCK = tl.constexpr(64)
 QUANT_GROUP = tl.constexpr(GROUP_SIZE)
 # blocks of a row that a warp works on in one step: their codes are one word
@@ -81,7 +81,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
-    """Say what keeps a weight from being decoded inside any product; an empty string if nothing."""
+    """Say what keeps a weight from being decoded in a product; an empty string if nothing does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"products that decode W multiply in bfloat16 or float16, not in {dtype}"
     if weight.block_size != QUANT_BLOCK.value:
@@ -92,8 +92,8 @@ def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
 
 
 def rows_obstacle(weight: NF4Weight, rows: int) -> str:
-    """Say what keeps a weight from programs of so many of its rows, which take whole steps of
-    columns; an empty string if nothing does."""
+    """Say what keeps a weight from programs of `rows` rows and whole steps of columns; an empty
+    string if nothing does."""
     columns = QUANT_BLOCK.value * BLOCKS_PER_STEP.value
     if weight.in_features % columns:
         return f"in_features {weight.in_features} is no multiple of {columns}"

@@ -10,8 +10,8 @@ for 32. Reads 0.516 bytes a weight and does 2 M N K FLOP. Where few tiles of y w
 multiprocessors idle, programs split the columns, and a second kernel adds their sums up in order.
 
 A lane has 16 weights of one row in one piece, 8 bytes, and its quad the whole block; a tensor core
-wants neighbours from the four lanes in turn. So columns are renumbered, and as shared memory holds
-what a copy brings, x is brought into the new order first:
+wants neighbours from the four lanes in turn. So columns are renumbered. Shared memory holds x in
+the order in which it was copied, so a small kernel renumbers the columns of x first:
 
     pairs of a block of x  | 0 .. 7 | 8 .. 15 | 16 .. 23 | 24 .. 31 |    lane 0, 1, 2, 3
     renumbered             | 0 8 16 24 | 1 9 17 25 | ...                a pair of each in turn
@@ -144,7 +144,7 @@ def _nf4_matmul_warpgroup_kernel(
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks_per_split, BLOCKS_PER_STEP, num_stages=NUM_STAGES):
-        # what the next step decodes is under way while this one computes; the last has no next
+        # the loads of the next step are under way while this step computes; the last has no next
         k_next = tl.minimum(k + BLOCKS_PER_STEP, blocks_per_split - BLOCKS_PER_STEP)
         next_words = ()
         for block in tl.static_range(BLOCKS_PER_STEP):

@@ -1,4 +1,4 @@
-"""What the fused products need and Triton's language has no word for, as inline PTX.
+"""Instructions that the fused products need and Triton's language lacks, as inline PTX.
 
 Loads: `tl.load` fixes which thread holds which element, and moving a decoded weight from there to
 where the tensor cores want it costs more than decoding it. An inline instruction is elementwise, so
@@ -8,8 +8,8 @@ Decoding: PRMT picks 4 bytes out of 8 by 4 selectors of 3 bits, so it looks up 4
 table at once. The 16 levels, rounded to 16 bits, are split into a plane of low and a plane of high
 bytes, 4 registers each; 14 PRMT and 7 other instructions decode the 8 codes of a word.
 
-Triton's interpreter knows no PTX: there, the plain Triton beside each instruction runs and says
-what it does. The tests on a GPU hold the two together.
+Triton's interpreter knows no PTX: there, the plain Triton beside each instruction runs, which also
+shows a reader what the instruction does. The tests on a GPU compare the two.
 """
 
 # triton's annotations know neither tuples of tensors nor that a number serves as a constexpr
@@ -34,8 +34,8 @@ QUAD = tl.constexpr(4)
 def level_planes(dtype: torch.dtype, device: torch.device) -> Tensor:  # (QUAD, 8) int32
     """Split the levels, rounded to bf16 or fp16, into 16 low and 16 high bytes, 4 a word.
 
-    One copy for each lane of a quad: what is the same in all threads would be kept in the uniform
-    registers and be copied from there before each PRMT.
+    One copy for each lane of a quad: values that are the same in all threads would be kept in
+    uniform registers and copied from there before each PRMT.
     """
     bits = LEVELS.to(dtype).view(torch.int16).int() & 0xFFFF
     planes = torch.cat((bits & 0xFF, bits >> 8)).to(torch.uint8).view(torch.int32)

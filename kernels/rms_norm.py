@@ -5,7 +5,7 @@
 
     grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r          g = w * grad_y
 
-    w    = weight + offset                           where weights are stored less 1, offset is 1
+    w    = weight + offset                           offset is 1 where a model stores weights less 1
 
     row of D | chunk 0   | chunk 1   | ...       16 bytes a thread and chunk: 8 values in 16 bit
                  sum of squares                  over the chunks in registers, then once across
@@ -19,15 +19,15 @@ twice, the second time from L2. With D values in S bytes each, a row moves
 
 and costs about 4 D FLOPs forward, 8 D backward: memory bandwidth is the limit. The weights are
 frozen: no gradient of theirs, and no pass to add it up over the rows. They come from L2, and so do
-not count. The backward pass asks for r, which is the residual stream and lives anyway, and rstd;
-not for y.
+not count. The backward pass needs r, which is the residual stream and is kept anyway, and rstd, but
+not y.
 
-Two functions and no autograd between them: who calls them has a backward pass of its own, and says
-where results go. A matrix may be the first columns of wider rows; accesses stay 16 bytes wide where
-its row stride is a multiple of 16 values.
+Autograd records neither function: the layer writes its backward pass out, and says where results
+go. A matrix may be the first columns of wider rows; accesses stay 16 bytes wide where its row
+stride is a multiple of 16 values.
 
 The arithmetic is float32, rounded once, where transformers rounds r * rstd before the weight is
-applied. r is rounded to x's dtype before it is normalized, as an addition of its own would be.
+applied. r is rounded to x's dtype before it is normalized, as by a separate addition.
 
 Root mean square layer normalization: Zhang and Sennrich 2019, equation 4.
 """
@@ -173,9 +173,9 @@ def rms_norm(
         y    = (weight + offset) * r * rstd
 
     Args:
-        out: what to write y into, for instance the first D columns of a wider matrix, whose other
+        out: the matrix that takes y, for instance the first D columns of a wider one, whose other
             columns stay as they are; shares no memory with x or residual. A new tensor if None.
-        offset: what the weights are stored less, added in float32.
+        offset: added to the weights, in float32.
 
     Returns:
         y: out, if that is given.

@@ -119,7 +119,7 @@ def _launch_rms_norm_backward(
 ) -> Tensor:  # (M, D)
     M, D = r.shape
     grad = torch.empty((M, D), dtype=r.dtype, device=r.device) if out is None else out
-    # the kernel does not read or write what stands for a matrix that is not there
+    # stand-ins for matrices that were not given: the kernel neither reads nor writes them
     addend = grad_y if grad_r is None else grad_r
     again = grad if y is None else y
     shape = shape_of(r)
@@ -165,11 +165,11 @@ def rms_norm_backward(
         grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r
 
     Args:
-        grad_r: what reaches r past the norm, along the residual stream; nothing if None.
-        out: what to write into and return. May be grad_y or grad_r, which is then overwritten;
-            shares no other memory with what is read. A new tensor if None.
-        y: what to write the norm's result into again, bit for bit, for whoever did not keep it: the
-            gradient of a low-rank update needs it. May be grad_y, if out is not.
+        grad_r: the gradient that reaches r along the residual stream; None: zero.
+        out: the matrix that is written and returned. It may be grad_y or grad_r, which is then
+            overwritten, and shares no other memory with the inputs. A new tensor if None.
+        y: takes the norm's result again, bit for bit, for a caller that did not keep it: the
+            gradient of a low-rank update needs it. It may be grad_y, unless out is grad_y.
         offset: that of the forward pass.
 
     Raises:

@@ -51,7 +51,7 @@ def _rms_norm_long_kernel(
     rstd = rstd_of(squares, D, eps)
     tl.store(rstd_ptr + row, rstd)
     if HAS_RESIDUAL:
-        # what the other threads have stored of r
+        # the next loop reads values of r that other threads have stored
         tl.debug_barrier()
         again_ptr = r_ptr
     else:
@@ -84,8 +84,8 @@ def _rms_norm_backward_long_kernel(
     WRITES_Y: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # one program computes the gradient of one row. It may write over grad_y or grad_r: the sum
-    # between ends the first reading for all threads, and each chunk is read again before it is
+    # one program computes the gradient of one row. It may write over grad_y or grad_r: the sum over
+    # the row ends the first reading for all threads, and each chunk is read again before it is
     # written
     row = tl.program_id(0).to(tl.int64)
     grad_y_ptr += row * stride_grad_ym

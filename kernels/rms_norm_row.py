@@ -1,4 +1,4 @@
-"""What the kernels of RMSNorm share: the arithmetic of a row, its chunks, and what is refused.
+"""What the kernels of RMSNorm share: the arithmetic of a row, its chunks, and the checks.
 
     row of D | chunk 0   | chunk 1   | ...       16 bytes a thread and chunk: 8 values in 16 bit
 

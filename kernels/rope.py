@@ -7,8 +7,9 @@
                     x1 | x2    x1 | x2    ...   x1 | x2          as it is
 
 Queries and keys are one run of heads, so one launch rotates both, and a token's cosines and sines
-are read once a program for all heads of it. In place, because nothing else holds the buffer: the
-linear group that wrote it saves its input. Queries, keys and values are views of it.
+are read once a program for all heads of it. The rotation is in place, because nothing else holds
+the buffer: the linear group that wrote it keeps its own input for the backward pass. Queries, keys
+and values are views of the buffer.
 
 The backward pass is another function (`rope_backward.py`), and autograd records neither: the layer
 writes its backward pass out. Accesses stay 16 bytes wide where strides are multiples of 16 values.
@@ -43,7 +44,7 @@ from kernels.launch import launch
 MAX_WARPS = 4
 # the widest access of a thread
 VECTOR_BYTES = 16
-# tiles of heads per program, whose loads are all under way before the first is worked on
+# tiles of heads in a program; all their loads are under way before the first tile is worked on
 MAX_TILES = 4
 
 
@@ -141,7 +142,7 @@ def load_angle(
     COLUMNS: tl.constexpr,
 ):
     position = tl.load(positions_ptr).to(tl.int64)
-    # one that is not in the tables gives NaN instead of what lies beside them
+    # a position outside the tables gives NaN instead of the memory beside them
     is_known = (position >= 0) & (position < num_positions)
     column = tl.arange(0, COLUMNS)
     offs = tl.where(is_known, position, 0) * HALF + column
@@ -287,7 +288,7 @@ def rope(
 
     Args:
         qkv: consumed: on a GPU it is overwritten, and the results are views of it.
-        positions: on a GPU, one that is not in the tables gives NaN.
+        positions: on a GPU, a position outside the tables gives NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something

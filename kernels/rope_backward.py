@@ -177,10 +177,10 @@ def rope_backward(
         grad_x2 = grad_y2 cos - grad_y1 sin
 
     Args:
-        positions: those that were given to `rope`, and so the tables.
-        out: what to write into and return, for instance the first columns of a wider buffer, whose
-            other columns stay as they are; shares no memory with the gradients. A new tensor if
-            None.
+        positions, cos, sin: as they were given to `rope`.
+        out: the buffer that is written and returned, for instance the first columns of a wider
+            buffer, whose other columns stay as they are; shares no memory with the gradients. A new
+            tensor if None.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a head of a gradient or a row of out is
