@@ -49,7 +49,7 @@ FLOORS = {
         "step",
     },
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "run"},
+    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
