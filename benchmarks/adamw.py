@@ -24,7 +24,9 @@ from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main
 from benchmarks.layers import LAYERS
 from benchmarks.measure import Operation
 from benchmarks.tables import Row, adamw_table, aligned
-from kernels.adamw import MOMENT_BLOCK, _launch_adamw, _launch_adamw_plan
+from kernels.adamw import _launch_adamw
+from kernels.adamw_arenas import MOMENT_BLOCK
+from kernels.adamw_plan import _launch_adamw_plan
 from optim.adamw import AdamW
 from optim.arena import GradientArena
 from optim.state_memory import OrdinaryMemory, StateMemory

@@ -26,7 +26,9 @@ from torch import Tensor
 from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main, measured_rows
 from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, masked_attention_table
-from kernels.masked_attention import Samples, masked_attention, masked_attention_backward
+from kernels.masked_attention import masked_attention
+from kernels.masked_attention_backward import masked_attention_backward
+from kernels.masked_attention_mask import Samples
 from llama.model import samples_of
 
 SEED = 0

@@ -2,10 +2,10 @@
 
     python -m benchmarks.nf4_matmul --json benchmarks/results/nf4_matmul.h100.json
 
-Forward is y = x W^T, transposed is grad_x = grad_y W. Our paths are timed beside what the dispatch
-chooses, and where each is overtaken by the next is looked for between the listed numbers of rows:
-the dispatch table is filled from that. Few rows are limited by the weight's bytes, many by
-arithmetic.
+Forward is y = x W^T. Our paths are timed beside what the dispatch chooses, and where each is
+overtaken by the next is looked for between the listed numbers of rows: the dispatch table is filled
+from that. Transposed is grad_x = grad_y W, which training computes with the expanded weight. Few
+rows are limited by the weight's bytes, many by arithmetic.
 """
 
 import sys
@@ -28,7 +28,6 @@ from kernels.nf4_matmul import (
     Path,
     matmul_path,
     nf4_matmul,
-    nf4_matmul_transposed,
     path_obstacle,
 )
 from nf4.weight import NF4Weight, quantize
@@ -86,7 +85,6 @@ def operand(layer: str, machine: Machine) -> Operand:
 
 def products(mode: str, paths: Sequence[Path], peer: Bitsandbytes | None) -> dict[str, Product]:
     """Name the ways to multiply in a mode: what ours chooses, some of its paths, the peers."""
-    ours = nf4_matmul if mode == "forward" else nf4_matmul_transposed
 
     def torch_product(x: Tensor, operand: Operand) -> Tensor:
         return x @ (operand.expanded.T if mode == "forward" else operand.expanded)
@@ -98,9 +96,15 @@ def products(mode: str, paths: Sequence[Path], peer: Bitsandbytes | None) -> dic
             return peer.matmul(x, *operand.theirs)
         return x @ peer.dequantize(*operand.theirs)
 
-    found: dict[str, Product] = {"ours": lambda x, operand: ours(x, operand.weight)}
-    for path in paths:
-        found[f"ours-{path}"] = lambda x, operand, path=path: ours(x, operand.weight, path=path)
+    found: dict[str, Product] = {}
+    if mode == "forward":
+        found["ours"] = lambda x, operand: nf4_matmul(x, operand.weight)
+        for path in paths:
+            found[f"ours-{path}"] = lambda x, operand, path=path: nf4_matmul(
+                x, operand.weight, path=path
+            )
+    else:
+        found["ours"] = lambda x, operand: x @ nf4_dequantize(operand.weight, DTYPE)
     if peer:
         found["bitsandbytes"] = peer_product
     return found | {"torch": torch_product}
@@ -144,11 +148,11 @@ class LayerBench:
         operands = self.operands[:num_sets]
         inputs = [torch.randn(m, num_columns, dtype=DTYPE, device=machine.device) for _ in operands]
         rows = {} if only else {"limit": limit_row(work, machine) | {"path": None}}
-        weight, transposed = operands[0].weight, mode == "transposed"
+        weight = operands[0].weight
         paths: list[Path] = [
             path
             for path in DECODING
-            if m <= DECODING_MOST_ROWS and not path_obstacle(path, weight, DTYPE, transposed)
+            if m <= DECODING_MOST_ROWS and not path_obstacle(path, weight, DTYPE)
         ]
         ways = products(mode, [*paths, "expand"], machine.peer)
         expected = ways["torch"](inputs[0], operands[0])
@@ -169,7 +173,9 @@ class LayerBench:
         measured = measured_rows(candidates, machine)
         rows |= {row["provider"]: row | {"path": None} for row in measured}
         if "ours" in rows:
-            rows["ours"]["path"] = matmul_path(m, weight, DTYPE, transposed).name
+            is_forward = mode == "forward"
+            path = matmul_path(m, weight, DTYPE).name if is_forward else "expand"
+            rows["ours"]["path"] = path
         return rows
 
 

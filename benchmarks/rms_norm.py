@@ -27,7 +27,8 @@ from benchmarks.layer_operations import (
 )
 from benchmarks.measure import num_input_sets
 from benchmarks.tables import Row, aligned, operation_table
-from kernels.rms_norm import _launch_rms_norm, _launch_rms_norm_backward, rms_norm_reference
+from kernels.rms_norm import _launch_rms_norm, rms_norm_reference
+from kernels.rms_norm_backward import _launch_rms_norm_backward
 
 EPS = 1e-5
 INPUT, POST_ATTENTION = "llama-3-8b.input_layernorm", "llama-3-8b.post_attention_layernorm"

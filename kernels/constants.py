@@ -1,8 +1,8 @@
 """Tables that kernels read, made once for a device and kept as long as the process.
 
-A table outlives the pass that asks for it first. It must not lie in that pass's memory: captured
-graphs write there, and to torch's allocator their memory is free. So every table is made before the
-first pass, by whoever puts a model on a device, and while a pass runs making one is an error.
+Every pass reads the tables, so no table may lie in the memory of one pass: captured graphs write
+that memory again, and torch's allocator takes it for free. So the code that puts a model on a
+device makes every table before the first pass; making a table during a pass is an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ _passes_running = 0
 
 
 def constant(make: Callable[P, T]) -> Callable[P, T]:
-    """Keep what a function makes on a device for its arguments, which are given by place.
+    """Keep a function's result for its arguments, which must be positional.
 
     Raises:
-        RuntimeError: it is asked for the first time while a pass runs; on each such call.
+        RuntimeError: a result that was not made yet is asked for while a pass runs.
     """
 
     @wraps(make)
@@ -43,7 +43,7 @@ def constant(make: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def no_new_constants() -> Iterator[None]:
-    """Let a pass run, which takes tables and makes none."""
+    """Let a pass run, which reads tables and makes none."""
     global _passes_running
     _passes_running += 1
     try:

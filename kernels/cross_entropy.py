@@ -13,8 +13,8 @@
     2 <-       read again and overwritten, from the end of the row
 
 One program per row. A row of a large vocabulary (250 KB for 128,256 values in bf16) fits neither
-registers nor shared memory, so the second pass reads it from the L2 cache: it starts with what was
-read last, and a program has the more warps the longer its row is, so that the rows under way on all
+registers nor shared memory, so the second pass reads it from the L2 cache. It starts with the
+values that were read last, and a longer row gets more warps, so that the rows under way on all
 multiprocessors fit that cache. With V values in S bytes each, a row moves
 
     loss                 V S + 12
@@ -22,10 +22,10 @@ multiprocessors fit that cache. With V values in S bytes each, a row moves
 
 and a value costs 12 instructions for the loss and 25 with the gradient, two of them exponentials,
 where in 16 bit an H100 issues 18 and 36 in the time that memory takes: bandwidth is the limit,
-except where logits are capped, which adds half as many. The
-arithmetic is float32, the gradient rounded once. The order of the sum depends on V, the dtype and
-where rows start, so a row's loss is always the same bits. Rows of any V are read in vectors if they
-start on 16 values: only the rest of a row is masked.
+except where logits are capped, which adds half as many instructions. The arithmetic is float32, the
+gradient rounded once. The order of the sum depends on V, the dtype and where rows start, so a row's
+loss is always the same bits. Rows of any V are read in vectors if they start on 16 values: only the
+rest of a row is masked.
 
 Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 """
@@ -43,17 +43,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_dtype,
+    check_one_device,
+    check_rows_are_apart,
+    check_rows_are_contiguous,
+)
 from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
 VECTOR_BYTES = 16
-# of a group, whose loads are all under way before the first is worked on
+# chunks of a group; all their loads are under way before the first chunk is worked on
 CHUNKS = 4
-# where logits are capped: that takes registers, and longer than one chunk's way from memory
+# the same where logits are capped: capping takes registers, and more time than a chunk's load
 CAPPED_CHUNKS = 1
-# of a row, to every warp: 32 warps fill a multiprocessor, whose rows then have 256 KB together, and
-# those of an H100's 132 have 34 MB of its 50 MB of L2
+# bytes of a row for every warp: 32 warps fill a multiprocessor, so the rows under way on it are
+# 256 KB, and the rows on an H100's 132 multiprocessors 34 MB of its 50 MB of L2
 WARP_BYTES = 8 << 10
 MIN_WARPS, MAX_WARPS = 4, 32
 
@@ -107,7 +113,7 @@ def _load_group(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    # nobody needs what was read for the last time, others read theirs again
+    # values that are read for the last time may leave the cache before those that are read again
     policy: tl.constexpr = "evict_first" if IS_LAST_USE else ""
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
@@ -260,12 +266,12 @@ def _launch_cross_entropy(
         launch(
             _cross_entropy_kernel,
             (M,),
-            losses,
-            logits,
-            targets.contiguous(),
-            V,
-            1.0 if cap is None else cap,
-            logits.stride(0),
+            losses_ptr=losses,
+            logits_ptr=logits,
+            targets_ptr=targets.contiguous(),
+            V=V,
+            cap=1.0 if cap is None else cap,
+            stride_m=logits.stride(0),
             HAS_CAP=cap is not None,
             WRITES=writes,
             # multiply-adds round less
@@ -278,21 +284,16 @@ def _launch_cross_entropy(
 def _check(logits: Tensor, targets: Tensor, cap: float | None) -> None:
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"the cap must be a positive number: got {cap}")
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"logits must be bfloat16, float16 or float32: got {logits.dtype}")
+    check_dtype("logits", logits.dtype)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be rows of values: got shape {tuple(logits.shape)}")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"logits must have contiguous rows: got strides {logits.stride()}")
+    check_rows_are_contiguous("logits", logits)
     if targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
         raise ValueError(
             f"targets must be one int64 for each row: got {targets.dtype} {tuple(targets.shape)} "
             f"beside logits of {tuple(logits.shape)}"
         )
-    if targets.device != logits.device:
-        raise ValueError(
-            f"logits and targets must be on one device: got {logits.device} and {targets.device}"
-        )
+    check_one_device({"logits": logits, "targets": targets})
 
 
 def cross_entropy(
@@ -338,9 +339,7 @@ def cross_entropy_(
             overlap.
     """
     _check(logits, targets, cap)
-    M, V = logits.shape
-    if M > 1 and logits.stride(0) < V:
-        raise ValueError(f"logits that are overwritten must not overlap: got {logits.stride()}")
+    check_rows_are_apart("logits", logits)
     if logits.device.type == "cpu":
         return cross_entropy_reference_(logits, targets, cap)
     return _launch_cross_entropy(logits, targets, writes=True, cap=cap)

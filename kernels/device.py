@@ -1,7 +1,7 @@
-"""What kernels ask of the GPU that they run on: a record of three facts.
+"""The facts about a GPU on which kernels' choices depend.
 
-On the meta device, where tensors have sizes and no values, the facts are those of the GPU that the
-meta device stands for: what a kernel allocates there is what it would allocate on that GPU.
+On the meta device, whose tensors have sizes and no values, the facts are those of a GPU that the
+meta device stands for: a launcher allocates there as much as it would allocate on that GPU.
 """
 
 from collections.abc import Iterator

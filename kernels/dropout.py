@@ -1,4 +1,4 @@
-"""Drop values at random, by a mask that is computed wherever it is needed, on the GPU.
+"""Drop values at random, by a mask that is computed again instead of saved, on the GPU.
 
     z     = x keep / (1 - p)                      and back: total += x keep / (1 - p)
     keep  = word >= round(p 2^32)
@@ -8,8 +8,8 @@
     4 words of Philox  ->  elements 4 (e // 4) .. 4 (e // 4) + 3
 
 The mask is a pure function of seed, site and place. So nothing is saved for the backward pass, a
-layer that is computed again drops the same values, and a captured graph drops others each time the
-seed, which it reads from the device, is another. torch's own dropout saves a mask of a byte a
+layer that is computed again drops the same values, and a captured graph, which reads the seed from
+the device, drops other values under another seed. torch's own dropout saves a mask of a byte a
 value, and its random state belongs to the device. The reference computes the same mask bit for bit.
 With S bytes a value, M rows move
 
@@ -29,6 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_dtype,
+    check_like,
+    check_one_device,
+    check_rows_are_contiguous,
+    check_seed,
+)
 from kernels.launch import launch
 
 NUM_WARPS = 4
@@ -81,7 +88,7 @@ def dropout_reference(x: Tensor, seed: Tensor, site: int, p: float) -> Tensor:  
 
 
 def _threshold(p: float) -> int:
-    """Compute what a word must reach for its value to be kept."""
+    """Compute the smallest word whose value is kept."""
     return round(p * WORD)
 
 
@@ -142,15 +149,15 @@ def _launch_dropout(
         launch(
             _dropout_kernel,
             (M * programs_per_row,),
-            z,
-            x,
-            seed,
-            site,
-            K,
-            programs_per_row,
-            z.stride(0),
-            x.stride(0),
-            1 / (1 - p),
+            z_ptr=z,
+            x_ptr=x,
+            seed_ptr=seed,
+            site=site,
+            K=K,
+            programs_per_row=programs_per_row,
+            stride_zm=z.stride(0),
+            stride_xm=x.stride(0),
+            scale=1 / (1 - p),
             THRESHOLD=_threshold(p),
             ADDS=adds,
             IS_ALIGNED=is_aligned,
@@ -162,24 +169,14 @@ def _launch_dropout(
 
 
 def _check(x: Tensor, z: Tensor, seed: Tensor, site: int, p: float) -> None:
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x must be bfloat16, float16 or float32: got {x.dtype}")
-    if x.dim() != 2 or (z.shape, z.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            "x must be a matrix, and the result have its shape and dtype: "
-            f"got {x.dtype} {tuple(x.shape)} and {z.dtype} {tuple(z.shape)}"
-        )
-    if x.shape[1] > 1 and (x.stride(1) != 1 or z.stride(1) != 1):
-        raise ValueError(
-            f"x and the result must have contiguous rows: got strides {x.stride()} and {z.stride()}"
-        )
-    if seed.dtype != torch.int64 or seed.shape != (1,):
-        raise ValueError(f"the seed must be one int64: got {seed.dtype} {tuple(seed.shape)}")
-    if not x.device == z.device == seed.device:
-        raise ValueError(
-            "x, the result and the seed must be on one device: "
-            f"got {x.device}, {z.device} and {seed.device}"
-        )
+    check_dtype("x", x.dtype)
+    if x.dim() != 2:
+        raise ValueError(f"x must be a matrix: got shape {tuple(x.shape)}")
+    check_like("the result", z, "x", x)
+    check_rows_are_contiguous("x", x)
+    check_rows_are_contiguous("the result", z)
+    check_seed(seed)
+    check_one_device({"x": x, "the result": z, "the seed": seed})
     if not 0 <= site < 2**31:
         raise ValueError(f"the site must be from 0 to 2^31 - 1: got {site}")
     # a threshold is a word
@@ -199,7 +196,7 @@ def dropout(
         z = x * keep(seed, site) / (1 - p)
 
     Args:
-        site: which of a model's masks under one seed; no two places that drop should share one.
+        site: the mask's number among those under one seed; each place that drops has its own.
         p: the probability, at least 0 and less than 1, to 32 bits.
         out: takes the result; may be x.
 
@@ -221,7 +218,7 @@ def dropout_add_(
     site: int,
     p: float,
 ) -> Tensor:  # total
-    """Add a dropped matrix to a sum: the gradient of `dropout`, added to what there is.
+    """Add a dropped matrix to a sum: the gradient of `dropout`, accumulated.
 
         total = total + x * keep(seed, site) / (1 - p)
 

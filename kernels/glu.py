@@ -11,9 +11,9 @@
     grad_gate_up   | grad_gate 0 .. F-1 | grad_up 0 .. F-1 |     writes it and wants it back
     h              | h 0 .. F-1         |
 
-The backward pass asks for gate_up alone: neither the halves apart nor s nor h. Its kernel reads a
-value and writes its gradient in the same thread, so the gradient takes gate_up's place, and h,
-which the gradient of what follows needs again, that of grad_h. With M rows and S bytes a value:
+The backward pass needs gate_up and grad_h alone. A thread reads a value and writes its gradient, so
+the gradient is written over gate_up, and h, which the gradient of a low-rank update on h needs
+again, over grad_h. With M rows and S bytes a value:
 
     forward     3 M F S       two read, one written
     backward    6 M F S       three read, three written: h again
@@ -23,11 +23,12 @@ memory bandwidth is the limit. The arithmetic is float32, each result rounded on
 rounds gate s before it is multiplied.
 
 gelu_tanh is gate (1 + tanh(z / 2)) / 2, an approximation of GELU (Hendrycks and Gimpel 2016) that
-Gemma was trained with; that tanh and the logistic function are one curve spares a branch.
+Gemma was trained with. tanh and the logistic function are the same curve, so both activations take
+the same path through the kernel.
 
-Two functions and no autograd between them: who calls them has a backward pass of its own. A matrix
-may be the first columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is
-a multiple of 16 values.
+Autograd records neither function: the layer writes its backward pass out. A matrix may be the first
+columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is a multiple of 16
+values.
 
 SwiGLU and GEGLU: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
 """
@@ -45,6 +46,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.checks import (
+    check_dtype,
+    check_not_recorded,
+    check_one_device,
+    check_rows_are_apart,
+    check_rows_are_contiguous,
+)
 from kernels.launch import launch
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -56,7 +64,7 @@ CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 NUM_WARPS = 4
 # the widest access of a thread
 VECTOR_BYTES = 16
-# of a program, whose loads are all under way before the first is worked on
+# chunks of a program; all their loads are under way before the first chunk is worked on
 CHUNKS = 2
 
 
@@ -208,12 +216,12 @@ def _launch_glu(
         launch(
             _glu_kernel,
             (M * programs_per_row,),
-            h,
-            gate_up,
-            width,
-            programs_per_row,
-            h.stride(0),
-            gate_up.stride(0),
+            h_ptr=h,
+            gate_up_ptr=gate_up,
+            width=width,
+            programs_per_row=programs_per_row,
+            stride_hm=h.stride(0),
+            stride_m=gate_up.stride(0),
             ACTIVATION=activation,
             # multiply-adds round less
             enable_fp_fusion=True,
@@ -236,16 +244,16 @@ def _launch_glu_backward(
         launch(
             _glu_backward_kernel,
             (M * programs_per_row,),
-            grad_gate_up,
-            h,
-            grad_h,
-            gate_up,
-            width,
-            programs_per_row,
-            grad_gate_up.stride(0),
-            h.stride(0),
-            grad_h.stride(0),
-            gate_up.stride(0),
+            grad_gate_up_ptr=grad_gate_up,
+            h_ptr=h,
+            grad_h_ptr=grad_h,
+            gate_up_ptr=gate_up,
+            width=width,
+            programs_per_row=programs_per_row,
+            stride_grad_m=grad_gate_up.stride(0),
+            stride_hm=h.stride(0),
+            stride_grad_hm=grad_h.stride(0),
+            stride_m=gate_up.stride(0),
             ACTIVATION=activation,
             enable_fp_fusion=True,
             **shape,
@@ -257,15 +265,13 @@ def _check(gate_up: Tensor, activation: Activation) -> None:
         raise ValueError(
             f"the activation must be one of {', '.join(ACTIVATIONS)}: got {activation!r}"
         )
-    if gate_up.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"gate_up must be bfloat16, float16 or float32: got {gate_up.dtype}")
+    check_dtype("gate_up", gate_up.dtype)
     if gate_up.dim() != 2 or gate_up.shape[1] == 0 or gate_up.shape[1] % 2 != 0:
         raise ValueError(
             f"gate_up must be a matrix of rows of two halves: got shape {tuple(gate_up.shape)}"
         )
-    if gate_up.stride(1) != 1:
-        raise ValueError(f"gate_up must have contiguous rows: got strides {gate_up.stride()}")
-    _check_is_not_recorded(gate_up)
+    check_rows_are_contiguous("gate_up", gate_up)
+    check_not_recorded({"gate_up": gate_up}, "glu_backward")
 
 
 def _check_half(name: str, half: Tensor, gate_up: Tensor) -> None:
@@ -276,29 +282,10 @@ def _check_half(name: str, half: Tensor, gate_up: Tensor) -> None:
             f"{name} must have half of gate_up's columns and its dtype: got {half.dtype} "
             f"{tuple(half.shape)} beside {gate_up.dtype} {tuple(gate_up.shape)}"
         )
-    if half.device != gate_up.device:
-        raise ValueError(
-            f"{name} and gate_up must be on one device: got {half.device} and {gate_up.device}"
-        )
-    if half.stride(1) != 1 and width > 1:
-        raise ValueError(f"{name} must have contiguous rows: got strides {half.stride()}")
-    _check_rows_are_apart(name, half)
-    _check_is_not_recorded(half)
-
-
-def _check_rows_are_apart(name: str, matrix: Tensor) -> None:
-    if matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]:
-        raise ValueError(
-            f"{name} must have rows that do not overlap: got strides {matrix.stride()}"
-        )
-
-
-def _check_is_not_recorded(matrix: Tensor) -> None:
-    if matrix.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "nothing is recorded for autograd: got a matrix that requires a gradient; "
-            "call under torch.no_grad(), and glu_backward for the gradient"
-        )
+    check_one_device({name: half, "gate_up": gate_up})
+    check_rows_are_contiguous(name, half)
+    check_rows_are_apart(name, half)
+    check_not_recorded({name: half}, "glu_backward")
 
 
 def glu(
@@ -355,7 +342,7 @@ def glu_backward(
     """
     _check(gate_up, activation)
     _check_half("grad_h", grad_h, gate_up)
-    _check_rows_are_apart("gate_up", gate_up)
+    check_rows_are_apart("gate_up", gate_up)
     if gate_up.device.type == "cpu":
         grad_gate_up, h = glu_backward_reference(grad_h, gate_up, activation)
         return gate_up.copy_(grad_gate_up), grad_h.copy_(h)

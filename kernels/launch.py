@@ -1,11 +1,11 @@
 """The one door through which kernels are launched.
 
-    launch(kernel, grid, *arguments, **options)        kernel[grid](*arguments, **options)
+    launch(kernel, grid, **arguments)        kernel[grid](**arguments)
 
 Three things that every launch needs stand here once: the device of the tensors, which need not be
-the current one; tensors of torch's meta device, which have sizes and no values, so that there is
-nothing to compute (`step/walk.py` walks through a step with such tensors); and a plain
-error where a GPU has not what a kernel takes.
+the current device; tensors of torch's meta device, which have sizes and no values, so that there is
+nothing to compute (`step/walk.py` walks through a step with such tensors); and a plain error where
+a GPU has less than a kernel takes.
 """
 
 from typing import Any
@@ -22,25 +22,35 @@ class KernelDoesNotFit(RuntimeError):
     """A GPU has fewer registers or less shared memory than a kernel takes."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, **options: Any) -> None:
-    """Launch a Triton kernel on the device of its first argument.
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch a Triton kernel on the device of the first tensor among its arguments.
 
     Args:
         kernel: of `triton.jit`.
-        options: constants of the kernel, and what the compiler takes beside them.
+        arguments: the kernel's, its constants included, and the compiler's options.
 
     Raises:
         KernelDoesNotFit: the device refused; the message names the kernel and both sizes.
     """
     assert all(size <= MAX_LATER_AXIS for size in grid[1:]), (kernel, grid)
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if first.device.type == "meta":
         return
     try:
         with torch.cuda.device_of(first):
-            kernel[grid](first, *others, **options)
+            kernel[grid](**arguments)
     except OutOfResources as error:
         raise KernelDoesNotFit(
             f"{kernel.__name__} must fit the GPU: it takes {error.required:,} of {error.name}, "
             f"{torch.cuda.get_device_name(first.device)} has {error.limit:,}; this GPU cannot run "
             "this model in this dtype"
         ) from error
+
+
+def head_strides(**heads: Tensor) -> dict[str, int]:  # each (B, H, T, E)
+    """Name the strides of heads as kernels do: q's are stride_qb, stride_qh and stride_qt."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, tensor in heads.items()
+        for axis, stride in zip("bht", tensor.stride(), strict=False)
+    }

@@ -6,13 +6,13 @@ GPU.
 
                   K columns  T columns                 T = R num_updates, rounded up
 
-The updates of a weight's members lie side by side: A is stacked, B is block-diagonal, a block for
-each member that has an update, and what no update fills is zero. The corner is never read. All have
-R ranks of room; one of a lower rank has zeros there. Each has its own scaling s. One
-launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a value of
-the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB beside the
-235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the result
-rounded once.
+The updates of a weight's members lie side by side: A is stacked, B is block-diagonal with a block
+for each member that has an update, and the rest is zero. The corner is never read. Every update has
+room for R ranks; an update of a lower rank has zeros in the rest. Each update has its own scaling
+s. One launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a
+value of the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB
+beside the 235 MB of a Llama-3-8B gate and up at rank 16. The scaling is applied in float32 and the
+result rounded once.
 
 LoRA: Hu et al. 2021, section 4.1.
 """
@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_is_contiguous, check_one_device, check_rows_are_contiguous
 from kernels.constants import constant
 from kernels.launch import launch
 
@@ -40,13 +41,26 @@ TABLE_COLUMNS = tl.constexpr(3)
 
 
 class Update(NamedTuple):
-    """Where one member's update lies: its rows of y, of the stacked A, of the stacked B; its
-    factor."""
+    """The update of one member: its rows of y, of the stacked A and B, and its factor."""
 
     y: slice
     A: slice
     B: slice
     scaling: float
+
+
+class Place(NamedTuple):
+    """Where one update lies, as the kernels' tables hold it, which have no factor."""
+
+    y_start: int
+    y_stop: int
+    A_start: int
+    B_start: int
+
+
+def places_of(updates: tuple[Update, ...]) -> tuple[Place, ...]:
+    """List where updates lie."""
+    return tuple(Place(u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
 
 
 def extend_with_lora_reference(
@@ -117,8 +131,9 @@ def _extend_with_lora_kernel(
 
 
 @constant
-def _update_table(updates: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    return torch.tensor(updates, dtype=torch.int64).to(device)
+def _update_table(places: tuple[Place, ...], device: torch.device) -> Tensor:
+    rows = [(place.y_start, place.y_stop, place.B_start) for place in places]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 @constant
@@ -131,13 +146,9 @@ def scalings(updates: tuple[Update, ...], device: torch.device) -> Tensor:  # (u
     return _scaling_table(tuple(update.scaling for update in updates), device)
 
 
-def _places(updates: tuple[Update, ...]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((update.y.start, update.y.stop, update.B.start) for update in updates)
-
-
 def make_lora_extension_tables(updates: tuple[Update, ...], device: torch.device) -> None:
     """Make the tables that updates need on a device, before the first pass."""
-    _update_table(_places(updates), device)
+    _update_table(places_of(updates), device)
     scalings(updates, device)
 
 
@@ -154,18 +165,18 @@ def _launch_extend_with_lora(
     launch(
         _extend_with_lora_kernel,
         (num_B_programs + T * pieces_per_row,),
-        W_ext,
-        lora_A,
-        lora_B,
-        _update_table(_places(updates), W_ext.device),
-        scalings(updates, W_ext.device),
-        N,
-        K,
-        R,
-        T,
-        W_ext.stride(0),
-        num_B_programs,
-        pieces_per_row,
+        W_ptr=W_ext,
+        A_ptr=lora_A,
+        B_ptr=lora_B,
+        table_ptr=_update_table(places_of(updates), W_ext.device),
+        scaling_ptr=scalings(updates, W_ext.device),
+        N=N,
+        K=K,
+        R=R,
+        T=T,
+        stride_wn=W_ext.stride(0),
+        num_B_programs=num_B_programs,
+        pieces_per_row=pieces_per_row,
         NUM_UPDATES=len(updates),
         BLOCK_N=block_n,
         BLOCK_T=block_t,
@@ -205,13 +216,10 @@ def extend_with_lora(
         )
     if not lora_A.dtype == lora_B.dtype == torch.float32:
         raise ValueError(f"A and B must be float32: got {lora_A.dtype} and {lora_B.dtype}")
-    if not W_ext.device == lora_A.device == lora_B.device:
-        raise ValueError(f"W_ext, A and B must be on one device: got {W_ext.device} and others")
-    if not (W_ext.stride(1) == 1 and lora_A.is_contiguous() and lora_B.is_contiguous()):
-        raise ValueError(
-            "W_ext must have contiguous rows, A and B must be contiguous: got strides "
-            f"{W_ext.stride()}, {lora_A.stride()} and {lora_B.stride()}"
-        )
+    check_one_device({"W_ext": W_ext, "A": lora_A, "B": lora_B})
+    check_rows_are_contiguous("W_ext", W_ext)
+    check_is_contiguous("A", lora_A)
+    check_is_contiguous("B", lora_B)
     if W_ext.device.type == "cpu":
         extend_with_lora_reference(W_ext, lora_A, lora_B, updates)
     else:

@@ -1,4 +1,4 @@
-"""Compute, from y's gradient, that of h = z A^T and that of B, reading it once, on the GPU.
+"""Compute the gradients of h = z A^T and of B from y's gradient, read once, on the GPU.
 
     grad_h   = grad_y s B               (M, T), R columns an update
     grad_B  += s grad_y^T h             (rows of the updates, R)
@@ -11,7 +11,7 @@
 
 Two products would read grad_y twice: 0.9 GB for a Llama-3-8B gate and up at 8,192 rows. One pass
 has to add over columns for grad_h and over rows for grad_B. So a program takes a rectangle and
-leaves a part of either in float32, and a second launch adds the parts up in a fixed order: equal
+writes its part of both sums in float32; a second launch adds the parts up in a fixed order: equal
 runs give equal bits. At rank 16, parts are 32 / BLOCK_N + 32 / rows of a group of grad_y's bytes,
 written and read again, mostly from L2. The FLOPs, 4 M N R, take a tenth of the bytes' time.
 
@@ -20,8 +20,9 @@ of grad_h that no update fills become zero.
 
 Both products take grad_y from shared memory, one of them transposed: Hopper's tensor cores read it
 there, those of other GPUs through registers. A tile takes no more than the 99 KB that a program has
-at least. Below compute capability 8.0, for which Triton knows no tensor cores, in float32, and with
-a higher rank, where the parts grow and the tiles shrink, two products do it.
+at least. Dense products (`lora_gradient_products.py`) serve GPUs below compute capability 8.0, for
+which Triton knows no tensor cores, float32, and higher ranks, whose parts are larger and whose
+tiles are smaller.
 
 LoRA: Hu et al. 2021, section 4.1.
 """
@@ -37,12 +38,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_is,
+    check_is_contiguous,
+    check_one_device,
+    check_rows_are_contiguous,
+)
 from kernels.constants import constant
 from kernels.device import TENSOR_CORES_FROM, properties
 from kernels.launch import launch
-from kernels.lora_extension import Update, scalings
+from kernels.lora_extension import Place, Update, places_of, scalings
+from kernels.lora_gradient_products import lora_gradient_by_products
 
-# the ranks of an update, and at least what a product of tiles takes
+lora_gradient_reference = lora_gradient_by_products
+
+# the most ranks of an update, and the least width of a product of tiles
 MAX_RANK = tl.constexpr(16)
 # three tiles under way fill the shared memory of a multiprocessor of sm_90; one fits everywhere
 BLOCK_M = 64
@@ -50,7 +60,7 @@ BLOCK_N = 512
 NUM_WARPS = 8
 NUM_STAGES = 3
 MAX_GROUPS = 32
-# what a program's first and last tile take longer, because nothing is under way beside them
+# the extra time of a program's first and last tile, in tiles: nothing is under way beside them
 TILES_TO_FILL = 2
 # the launch that adds parts up: numbers a program writes, parts that it reads at once
 SUM_VALUES = 256
@@ -58,29 +68,6 @@ SUM_PARTS = tl.constexpr(16)
 SUM_WARPS = 4
 # y_start, y_stop, A_start, B_start, first_stripe
 TABLE_COLUMNS = tl.constexpr(5)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, scaling: float = 1.0) -> None:
-    """Add s a b to a float32 matrix, accumulated in float32 and rounded nowhere in between."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        total.addmm_(a.float(), b.float(), alpha=scaling)
-    elif a.device.type != "meta":
-        # takes no memory; on the meta device torch 2.11 does not know it
-        torch.addmm(total, a, b, alpha=scaling, out_dtype=torch.float32, out=total)
-
-
-def lora_gradient_reference(
-    grad_y: Tensor,  # (M, N)
-    h: Tensor,  # (M, T)
-    sB: Tensor,  # (N, T)
-    grad_h: Tensor,  # (M, T), written
-    grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
-    updates: tuple[Update, ...],
-) -> None:
-    """Compute both with a product for grad_h and one an update for grad_B."""
-    torch.mm(grad_y, sB, out=grad_h)
-    for update in updates:
-        add_product(grad_B[update.B], grad_y[:, update.y].T, h[:, update.A], update.scaling)
 
 
 @triton.jit
@@ -209,22 +196,18 @@ def _lora_gradient_sum_kernel(
 
 @constant
 def _stripe_table(
-    places: tuple[tuple[int, int, int, int], ...], device: torch.device
+    places: tuple[Place, ...], device: torch.device
 ) -> tuple[Tensor, int]:  # (updates, TABLE_COLUMNS) int32, and the number of stripes
     rows, num_stripes = [], 0
-    for y_start, y_stop, A_start, B_start in places:
-        rows.append((y_start, y_stop, A_start, B_start, num_stripes))
-        num_stripes += triton.cdiv(y_stop - y_start, BLOCK_N)
+    for place in places:
+        rows.append((*place, num_stripes))
+        num_stripes += triton.cdiv(place.y_stop - place.y_start, BLOCK_N)
     return torch.tensor(rows, dtype=torch.int32).to(device), num_stripes
-
-
-def _places(updates: tuple[Update, ...]) -> tuple[tuple[int, int, int, int], ...]:
-    return tuple((u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
 
 
 def make_lora_gradient_tables(updates: tuple[Update, ...], device: torch.device) -> None:
     """Make the tables that updates' gradients need on a device, before the first pass."""
-    _stripe_table(_places(updates), device)
+    _stripe_table(places_of(updates), device)
     scalings(updates, device)
 
 
@@ -251,7 +234,7 @@ def _launch_lora_gradient(
 ) -> None:
     M, T = h.shape
     num_rows_B, R = grad_B.shape
-    places = _places(updates)
+    places = places_of(updates)
     table, num_stripes = _stripe_table(places, h.device)
     num_tiles = triton.cdiv(M, BLOCK_M)
     rows_per_group = BLOCK_M * _tiles_per_group(num_tiles, num_stripes, num_multiprocessors)
@@ -264,20 +247,20 @@ def _launch_lora_gradient(
     launch(
         _lora_gradient_kernel,
         (num_stripes * num_groups,),
-        grad_h_parts,
-        grad_B_parts,
-        grad_y,
-        sB,
-        h,
-        table,
-        M,
-        R,
-        num_rows_B,
-        num_stripes,
-        rows_per_group,
-        grad_y.stride(0),
-        sB.stride(0),
-        h.stride(0),
+        grad_h_parts_ptr=grad_h_parts,
+        grad_B_parts_ptr=grad_B_parts,
+        grad_y_ptr=grad_y,
+        sB_ptr=sB,
+        h_ptr=h,
+        table_ptr=table,
+        M=M,
+        R=R,
+        num_rows_B=num_rows_B,
+        num_stripes=num_stripes,
+        rows_per_group=rows_per_group,
+        stride_grad_ym=grad_y.stride(0),
+        stride_sBn=sB.stride(0),
+        stride_hm=h.stride(0),
         NUM_UPDATES=len(updates),
         ALIGNMENT=math.gcd(16, *(row for place in places for row in place[:2])),
         BLOCK_M=BLOCK_M,
@@ -290,21 +273,21 @@ def _launch_lora_gradient(
     launch(
         _lora_gradient_sum_kernel,
         (num_B_programs + programs_per_update * len(updates) + num_rest_programs,),
-        grad_h,
-        grad_B,
-        grad_h_parts,
-        grad_B_parts,
-        table,
-        scalings(updates, h.device),
-        M,
-        R,
-        T,
-        num_rows_B,
-        num_stripes,
-        num_groups,
-        grad_h.stride(0),
-        programs_per_update,
-        num_B_programs,
+        grad_h_ptr=grad_h,
+        grad_B_ptr=grad_B,
+        grad_h_parts_ptr=grad_h_parts,
+        grad_B_parts_ptr=grad_B_parts,
+        table_ptr=table,
+        scaling_ptr=scalings(updates, h.device),
+        M=M,
+        R=R,
+        T=T,
+        num_rows_B=num_rows_B,
+        num_stripes=num_stripes,
+        num_groups=num_groups,
+        stride_grad_hm=grad_h.stride(0),
+        programs_per_update=programs_per_update,
+        num_B_programs=num_B_programs,
         NUM_UPDATES=len(updates),
         BLOCK=SUM_VALUES,
         num_warps=SUM_WARPS,
@@ -312,10 +295,16 @@ def _launch_lora_gradient(
     )
 
 
-def _takes_one_pass(grad_y: Tensor, rank: int) -> bool:
-    if grad_y.device.type == "cpu" or grad_y.dtype == torch.float32 or rank > MAX_RANK.value:
-        return False
-    return properties(grad_y.device).capability >= TENSOR_CORES_FROM
+def one_pass_obstacle(grad_y: Tensor, rank: int) -> str:
+    """Say what keeps a CUDA tensor from the one pass; an empty string if nothing does."""
+    capability = properties(grad_y.device).capability
+    if capability < TENSOR_CORES_FROM:
+        return f"one pass needs the tensor cores of 8.0 and later, not {capability}"
+    if grad_y.dtype == torch.float32:
+        return "one pass multiplies in bfloat16 or float16, not in torch.float32"
+    if rank > MAX_RANK.value:
+        return f"one pass is for ranks up to {MAX_RANK.value}, not {rank}"
+    return ""
 
 
 def _check(
@@ -340,24 +329,17 @@ def _check(
             f"the gradient of B must have the rows of the updates {updates}, and ranks that h's "
             f"{T} columns hold: got {tuple(grad_B.shape)}"
         )
-    if grad_B.dtype != torch.float32 or not grad_B.is_contiguous():
-        raise ValueError(
-            "the gradient of B must be contiguous float32: "
-            f"got {grad_B.dtype} with strides {grad_B.stride()}"
-        )
+    check_is("the gradient of B", grad_B, torch.float32, (num_rows, R))
+    check_is_contiguous("the gradient of B", grad_B)
     if not grad_y.dtype == h.dtype == sB.dtype == grad_h.dtype:
         raise ValueError(
             "y's gradient, h, s B and h's gradient must share a dtype: "
             f"got {grad_y.dtype}, {h.dtype}, {sB.dtype} and {grad_h.dtype}"
         )
-    matrices = (grad_y, h, sB, grad_h)
-    if any(matrix.stride(1) != 1 for matrix in matrices if matrix.shape[1] > 1):
-        raise ValueError(
-            "y's gradient, h, s B and h's gradient must have contiguous rows: "
-            f"got strides {', '.join(str(matrix.stride()) for matrix in matrices)}"
-        )
-    if len({matrix.device for matrix in (*matrices, grad_B)}) > 1:
-        raise ValueError(f"all matrices must be on one device: got {grad_y.device} and others")
+    matrices = {"y's gradient": grad_y, "h": h, "s B": sB, "h's gradient": grad_h}
+    for name, matrix in matrices.items():
+        check_rows_are_contiguous(name, matrix)
+    check_one_device(matrices | {"the gradient of B": grad_B})
 
 
 def lora_gradient(
@@ -368,7 +350,7 @@ def lora_gradient(
     grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
     updates: tuple[Update, ...],
 ) -> None:
-    """Compute h's gradient, and add B's to what there is.
+    """Compute h's gradient, and add B's gradient to a sum.
 
         grad_h   = grad_y s B
         grad_B  += s grad_y^T h
@@ -382,8 +364,10 @@ def lora_gradient(
     _check(grad_y, h, sB, grad_h, grad_B, updates)
     if not grad_y.shape[0]:
         return
-    if _takes_one_pass(grad_y, grad_B.shape[1]):
+    if grad_y.device.type == "cpu":
+        lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates)
+    elif one_pass_obstacle(grad_y, grad_B.shape[1]):
+        lora_gradient_by_products(grad_y, h, sB, grad_h, grad_B, updates)
+    else:
         num_multiprocessors = properties(grad_y.device).num_multiprocessors
         _launch_lora_gradient(grad_y, h, sB, grad_h, grad_B, updates, num_multiprocessors)
-    else:
-        lora_gradient_reference(grad_y, h, sB, grad_h, grad_B, updates)

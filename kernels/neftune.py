@@ -1,4 +1,4 @@
-"""Add noise to embeddings, by words that are computed where they are needed, on the GPU.
+"""Add uniform noise to embeddings, from random words that the kernel computes, on the GPU.
 
     x[m, k] += scale[m] u        u = 2^-23 (word >> 8) - 1, uniform in [-1, 1)
 
@@ -6,10 +6,10 @@
     key      | low, high word of the seed |
 
 With scale = alpha / sqrt(L D) for a sample of L tokens and embeddings of D values this is the noise
-of Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", section 2. As a
-dropout mask (kernels/dropout.py) it is a pure function of seed and place, so a resumed run has it
-again, and a captured graph draws another each time the seed, which it reads from the device, is
-another. M rows move 2 M D values, once a micro-step.
+of Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", section 2. Like a
+dropout mask (kernels/dropout.py) the noise is a pure function of seed and place: a resumed run adds
+the same noise, and a captured graph, which reads the seed from the device, adds other noise under
+another seed. M rows move 2 M D values, once a micro-step.
 """
 
 import torch
@@ -17,11 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_dtype,
+    check_is,
+    check_is_contiguous,
+    check_one_device,
+    check_seed,
+)
 from kernels.dropout import VECTOR_BYTES, VECTORS, WORD, philox_reference
 from kernels.launch import launch
 
 NUM_WARPS = 4
-# which of a model's drawings under one seed; dropout's count from 0
+# the noise's number among what is drawn under one seed; the numbers of dropout count from 0
 SITE = 2**31 - 1
 
 
@@ -30,7 +37,7 @@ def noise_scale(
     alpha: float,
     D: int,
 ) -> Tensor:  # (...,) float32
-    """Compute the most that is added to a token's embedding.
+    """Compute the largest noise of each token's embedding.
 
     scale = alpha / sqrt(L D), 0 for padding
     """
@@ -90,11 +97,11 @@ def _launch_neftune(
         launch(
             _neftune_kernel,
             (M * programs_per_row,),
-            x,
-            scale,
-            seed,
-            D,
-            programs_per_row,
+            x_ptr=x,
+            scale_ptr=scale,
+            seed_ptr=seed,
+            D=D,
+            programs_per_row=programs_per_row,
             SITE=SITE,
             CHUNK=chunk,
             num_warps=NUM_WARPS,
@@ -115,24 +122,14 @@ def neftune_(
     Raises:
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x must be bfloat16, float16 or float32: got {x.dtype}")
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(
-            f"x must be a contiguous matrix: got {tuple(x.shape)} with strides {x.stride()}"
-        )
-    if scale.dtype != torch.float32 or scale.shape != x.shape[:1] or not scale.is_contiguous():
-        raise ValueError(
-            f"the scale must be one float32 a row of x, {x.shape[0]}: "
-            f"got {scale.dtype} {tuple(scale.shape)}"
-        )
-    if seed.dtype != torch.int64 or seed.shape != (1,):
-        raise ValueError(f"the seed must be one int64: got {seed.dtype} {tuple(seed.shape)}")
-    if not x.device == scale.device == seed.device:
-        raise ValueError(
-            "x, the scale and the seed must be on one device: "
-            f"got {x.device}, {scale.device} and {seed.device}"
-        )
+    check_dtype("x", x.dtype)
+    if x.dim() != 2:
+        raise ValueError(f"x must be a matrix: got shape {tuple(x.shape)}")
+    check_is_contiguous("x", x)
+    check_is("the scale", scale, torch.float32, (x.shape[0],))
+    check_is_contiguous("the scale", scale)
+    check_seed(seed)
+    check_one_device({"x": x, "the scale": scale, "the seed": seed})
     if x.device.type == "cpu":
         return x.copy_(neftune_reference(x, scale, seed))
     _launch_neftune(x, scale, seed)

@@ -1,8 +1,9 @@
 """What the NF4 kernels share: where each member of a weight begins, the tables, a block's scale.
 
 A device function and the tables the kernels read; no launches. An NF4 weight stacks members (q, k,
-v) whose bytes, blocks and groups each start anew, so a kernel needs to know where. It reads that
-from a small table in device memory, one row a member, built once per shape by `member_table`.
+v) whose bytes, blocks and groups each start anew, so a kernel must know where each member begins.
+It reads that from a small table in device memory, one row a member, which `member_table` makes once
+for a shape.
 
     member_table   | row | byte | block | group | num_elements |      int64, one line a member
 """
@@ -35,7 +36,7 @@ def device_constant(name: str, device: torch.device) -> Tensor:
 def member_table(
     rows: tuple[int, ...], in_features: int, block_size: int, device: torch.device
 ) -> Tensor:  # (len(rows), TABLE_COLUMNS) int64
-    """Tabulate where each member begins in each buffer, and how many elements it has."""
+    """Tabulate where each member begins in each buffer, and its number of elements."""
     return torch.tensor(
         [
             [span.row, span.packed.start, span.blocks.start, span.groups.start, span.num_elements]
@@ -45,14 +46,17 @@ def member_table(
     ).to(device)
 
 
-def scale_tensors(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """List the three scale buffers in the kernels' order.
+def scale_tensors(weight: NF4Weight) -> dict[str, Tensor]:
+    """Name the three scale buffers as the kernels do.
 
     Without double quantization the first stands for all three; a kernel reads that one only.
     """
-    if isinstance(weight.absmax, QuantizedAbsmax):
-        return weight.absmax.codes, weight.absmax.group_absmax, weight.absmax.mean
-    return weight.absmax, weight.absmax, weight.absmax
+    scales = weight.absmax
+    if isinstance(scales, QuantizedAbsmax):
+        buffers = (scales.codes, scales.group_absmax, scales.mean)
+    else:
+        buffers = (scales, scales, scales)
+    return dict(zip(("absmax_ptr", "group_absmax_ptr", "absmax_mean_ptr"), buffers, strict=True))
 
 
 @triton.jit

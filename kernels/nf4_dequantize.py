@@ -33,6 +33,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import (
+    check_dtype,
+    check_one_device,
+    check_rows_are_apart,
+    check_rows_are_contiguous,
+)
 from kernels.launch import launch
 from kernels.nf4_decode import (
     TABLE_COLUMNS,
@@ -54,7 +60,7 @@ MAX_VECTOR = 8
 CHUNKS = 4
 # more ends of rows than this in a program, and a division is cheaper than comparing with each
 MAX_ROW_ENDS = 4
-# what the widest access, 16 bytes, needs every start and length to be a multiple of
+# the widest access, 16 bytes, needs starts and lengths that are multiples of this
 ALIGNMENT = tl.constexpr(16)
 
 
@@ -163,7 +169,7 @@ def _launch_nf4_dequantize(
     row_stride = out.stride(0) if has_gaps else in_features
     program_elements = 2 * CHUNKS * CHUNK_BYTES
     row_ends = triton.cdiv(program_elements, in_features)
-    # a row and what a program goes on to are counted in 32 bits
+    # a kernel counts a row and the elements of a program behind it in 32 bits
     assert not has_gaps or in_features + program_elements < 2**31
     table = member_table(weight.rows, in_features, weight.block_size, weight.device)
     sizes = [rows * in_features for rows in weight.rows]
@@ -171,15 +177,15 @@ def _launch_nf4_dequantize(
     launch(
         _nf4_dequantize_kernel,
         grid,
-        out,
-        weight.packed,
-        *scale_tensors(weight),
-        device_constant("levels", weight.device),
-        device_constant("dynamic_map", weight.device),
-        table,
-        sum(weight.rows),
-        in_features,
-        row_stride,
+        out_ptr=out,
+        packed_ptr=weight.packed,
+        **scale_tensors(weight),
+        levels_ptr=device_constant("levels", weight.device),
+        dynamic_map_ptr=device_constant("dynamic_map", weight.device),
+        member_table_ptr=table,
+        num_rows=sum(weight.rows),
+        in_features=in_features,
+        row_stride=row_stride,
         NUM_MEMBERS=len(sizes),
         IS_ALIGNED=all(size % (2 * ALIGNMENT.value) == 0 for size in sizes),
         HAS_GAPS=has_gaps,
@@ -207,18 +213,9 @@ def _check_out(out: Tensor, weight: NF4Weight, dtype: torch.dtype) -> None:
             f"out must have the dtype that the weight is expanded to, {dtype}: got {out.dtype}; "
             "pass a tensor or a dtype that agrees"
         )
-    if out.device != weight.device:
-        raise ValueError(
-            f"out must lie on the weight's device, {weight.device}: got {out.device}; "
-            "allocate it there"
-        )
-    num_rows, in_features = weight.shape
-    is_row_contiguous = out.stride(1) == 1 or in_features == 1
-    if not is_row_contiguous or (num_rows > 1 and out.stride(0) < in_features):
-        raise ValueError(
-            f"out must have contiguous rows that do not overlap: got strides {out.stride()}; "
-            "pass columns of a contiguous matrix"
-        )
+    check_one_device({"the weight": weight.packed, "out": out})
+    check_rows_are_contiguous("out", out)
+    check_rows_are_apart("out", out)
 
 
 def nf4_dequantize(
@@ -238,8 +235,7 @@ def nf4_dequantize(
         ValueError: `dtype` is not bfloat16, float16 or float32, or `out` has another shape or
             dtype, lies on another device, or has rows that are not contiguous or overlap.
     """
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"a weight dequantizes to bfloat16, float16 or float32: got {dtype}")
+    check_dtype("the dtype of an expanded weight", dtype)
     if out is not None:
         _check_out(out, weight, dtype)
     if weight.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Multiply by an NF4 weight: y = x W^T and its mirror for the backward pass, grad_x = grad_y W.
+"""Multiply by an NF4 weight: y = x W^T.
 
     few rows     fused      W is decoded inside the product (`nf4_matmul_fused`): reads its 0.516
                             bytes a weight, and decodes them again for every 32 rows of x
@@ -7,9 +7,9 @@
                             a dense product reads 2 more and runs at the tensor cores' full rate
 
 2 M N K FLOP in each. The numbers of rows where the next becomes faster are measured, not reasoned:
-`matmul_path` looks them up in a table by device and says why it chose. Expanded weights are rounded
-to x's dtype, decoded ones are not or differently, so the paths differ by about what each errs. The
-product is that of QLoRA section 3, "QLoRA", without the adapter's term.
+`matmul_path` looks them up in a table by device and says why it chose. The expand path rounds
+weights to x's dtype, the others apply exact scales to rounded levels, so two paths differ by about
+the error of each. The product is that of QLoRA section 3, "QLoRA", without the adapter's term.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -17,14 +17,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from kernels.checks import check_dtype, check_one_device, check_rows_are_contiguous
 from kernels.device import properties
 from kernels.nf4_decode import device_constant, member_table
 from kernels.nf4_dequantize import nf4_dequantize
-from kernels.nf4_matmul_fused import (
-    _launch_nf4_matmul_forward,
-    _launch_nf4_matmul_transposed,
-    fused_obstacle,
-)
+from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused, fused_obstacle
 from kernels.nf4_matmul_operands import operand_obstacle
 from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup, warpgroup_obstacle
 from kernels.ptx import level_planes
@@ -43,29 +40,25 @@ class MatmulPath(NamedTuple):
 class Crossover(NamedTuple):
     """The most rows for which a path wins, 0 if it never does, by size of weight.
 
-    `warpgroup` follows where `fused` ends; `transposed` is where fused ends for grad_y W.
+    `warpgroup` follows where `fused` ends.
     """
 
     min_weights: int
     fused: int
     warpgroup: int
-    transposed: int
 
 
 # by compute capability and number of multiprocessors, the largest weights first; from
 # benchmarks/results/nf4_matmul.*.json
 CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
     ((9, 0), 132): (
-        Crossover(32 << 20, fused=16, warpgroup=128, transposed=32),
-        Crossover(8 << 20, fused=32, warpgroup=128, transposed=0),
-        Crossover(0, fused=128, warpgroup=0, transposed=0),
+        Crossover(32 << 20, fused=16, warpgroup=128),
+        Crossover(8 << 20, fused=32, warpgroup=128),
+        Crossover(0, fused=128, warpgroup=0),
     ),
 }
-# of a device that nobody measured: where the fused product wins by far on all known
-DEFAULT_CROSSOVERS = (
-    Crossover(32 << 20, fused=16, warpgroup=0, transposed=16),
-    Crossover(0, fused=16, warpgroup=0, transposed=0),
-)
+# of a device without measurements: so far the fused product wins clearly on every known device
+DEFAULT_CROSSOVERS = (Crossover(0, fused=16, warpgroup=0),)
 
 
 def make_nf4_matmul_tables(weight: NF4Weight, dtype: torch.dtype) -> None:
@@ -85,20 +78,12 @@ def nf4_matmul_reference(x: Tensor, weight: NF4Weight) -> Tensor:
     return (x.float() @ dequantize(weight, x.dtype).float().T).to(x.dtype)
 
 
-def nf4_matmul_transposed_reference(grad_y: Tensor, weight: NF4Weight) -> Tensor:
-    """Multiply by the expanded weight, accumulating in float32."""
-    return (grad_y.float() @ dequantize(weight, grad_y.dtype).float()).to(grad_y.dtype)
-
-
-def matmul_path(
-    num_rows: int, weight: NF4Weight, dtype: torch.dtype, transposed: bool
-) -> MatmulPath:
+def matmul_path(num_rows: int, weight: NF4Weight, dtype: torch.dtype) -> MatmulPath:
     """Choose how a CUDA tensor is multiplied by a weight.
 
     Args:
         num_rows: of the tensor.
         dtype: of the tensor.
-        transposed: whether the product is grad_y W instead of x W^T.
     """
     if num_rows == 0:
         return MatmulPath("expand", "there are no rows")
@@ -109,9 +94,8 @@ def matmul_path(
     N, K = weight.shape
     crossover = next(row for row in table if row.min_weights <= N * K)
     bounds: tuple[tuple[Path, int], ...] = (
-        (("fused", crossover.transposed),)
-        if transposed
-        else (("fused", crossover.fused), ("warpgroup", crossover.warpgroup))
+        ("fused", crossover.fused),
+        ("warpgroup", crossover.warpgroup),
     )
     rows = f"{num_rows} rows of a {N}x{K} weight"
     where = (
@@ -121,7 +105,7 @@ def matmul_path(
     obstacles = []
     for name, most in bounds:
         if num_rows <= most:
-            obstacle = path_obstacle(name, weight, dtype, transposed)
+            obstacle = path_obstacle(name, weight, dtype)
             if not obstacle:
                 return MatmulPath(name, f"{rows}; {name} wins up to {most}, {where}")
             obstacles.append(obstacle)
@@ -129,39 +113,35 @@ def matmul_path(
     return MatmulPath("expand", obstacles[0] if obstacles else beyond)
 
 
-def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype, transposed: bool) -> str:
+def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype) -> str:
     """Say what keeps a weight on a GPU from a path; an empty string if nothing does."""
     capability = properties(weight.device).capability
     if path == "fused":
-        return fused_obstacle(weight, dtype, capability, transposed)
+        return fused_obstacle(weight, dtype, capability)
     if path == "warpgroup":
-        return warpgroup_obstacle(weight, dtype, capability, transposed)
+        return warpgroup_obstacle(weight, dtype, capability)
     return ""
 
 
-def _resolve(path: Path | None, x: Tensor, weight: NF4Weight, transposed: bool) -> Path:
+def _resolve(path: Path | None, x: Tensor, weight: NF4Weight) -> Path:
     if path is None:
-        return matmul_path(x.shape[0], weight, x.dtype, transposed).name
+        return matmul_path(x.shape[0], weight, x.dtype).name
     if path not in get_args(Path):
         raise ValueError(f"path must be one of {', '.join(get_args(Path))}: got {path!r}")
-    obstacle = path_obstacle(path, weight, x.dtype, transposed)
+    obstacle = path_obstacle(path, weight, x.dtype)
     if obstacle:
         raise ValueError(f"path must fit the weight: got {path}, but {obstacle}; use expand")
     return path
 
 
-def _check(x: Tensor, weight: NF4Weight, num_columns: int, what: str) -> None:
-    if x.dim() != 2 or x.shape[1] != num_columns or x.stride(1) != 1:
+def _check(x: Tensor, weight: NF4Weight) -> None:
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(
-            f"{what} must be a matrix with {num_columns} columns, each row contiguous: "
-            f"got shape {tuple(x.shape)} with strides {x.stride()}"
+            f"x must be a matrix with {weight.in_features} columns: got shape {tuple(x.shape)}"
         )
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{what} must be bfloat16, float16 or float32: got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(
-            f"{what} and the weight must be on one device: got {x.device} and {weight.device}"
-        )
+    check_rows_are_contiguous("x", x)
+    check_dtype("x", x.dtype)
+    check_one_device({"x": x, "the weight": weight.packed})
 
 
 def nf4_matmul(
@@ -181,35 +161,12 @@ def nf4_matmul(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the path does not fit the weight.
     """
-    _check(x, weight, weight.shape[1], "x")
+    _check(x, weight)
     if x.device.type == "cpu":
         return nf4_matmul_reference(x, weight)
-    chosen = _resolve(path, x, weight, transposed=False)
+    chosen = _resolve(path, x, weight)
     if chosen == "fused":
-        return _launch_nf4_matmul_forward(x, weight)
+        return _launch_nf4_matmul_fused(x, weight)
     if chosen == "warpgroup":
         return _launch_nf4_matmul_warpgroup(x, weight)
     return x @ nf4_dequantize(weight, x.dtype).T
-
-
-def nf4_matmul_transposed(
-    grad_y: Tensor,  # (M, N)
-    weight: NF4Weight,  # (N, K)
-    path: Path | None = None,
-) -> Tensor:  # (M, K), grad_y's dtype
-    """Multiply by an NF4 weight: the gradient of `nf4_matmul` with respect to x.
-
-        grad_x = grad_y W
-
-    Args:
-        path: of a CUDA tensor, instead of what `matmul_path` chooses.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the path does not fit the weight.
-    """
-    _check(grad_y, weight, weight.shape[0], "grad_y")
-    if grad_y.device.type == "cpu":
-        return nf4_matmul_transposed_reference(grad_y, weight)
-    if _resolve(path, grad_y, weight, transposed=True) == "fused":
-        return _launch_nf4_matmul_transposed(grad_y, weight)
-    return grad_y @ nf4_dequantize(weight, grad_y.dtype)

@@ -1,26 +1,21 @@
-"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T, grad_x = grad_y W.
+"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T.
 
-    forward      W  | 16 rows | x  64 weights a block: levels from PRMT, in 16 bit
-                        tensor cores, a fresh float32 sum a block  -> * scale, added up
-
-    transposed   W  | 16 rows | x  64 columns: level * scale in float32, rounded to 16 bit
-                        tensor cores, one float32 sum               -> partial sums of row ranges
+    W  | 16 rows | x  64 weights a block: levels from PRMT, in 16 bit
+           tensor cores, a fresh float32 sum a block  -> * scale, added up
 
 Reads N K (1/2 + 1/64 + 4 / (256 * 64)) bytes of W once for each BLOCK_M rows of x, 0.516 a weight,
 where a bf16 product reads 2; x comes from the caches. 2 M N K FLOP, at least 8 rows' worth. What
 costs is decoding: about 3 integer instructions a weight, so that on an H100 the integer units are
 as busy as memory.
 
-The warps of a forward program share its rows of W and split the columns, 256 at a time, so that
-few rows still keep many warps loading; their sums meet in shared memory once. A program of the
-transposed product owns 64 columns and a range of rows, and a second kernel adds the ranges up in
-order: no atomics, so two runs give the same bits. Forward applies the exact float32 scale to exact
-products of rounded levels, transposed rounds level times scale as `nf4_dequantize` does for a
-rounded level: either errs about as much as a product with the expanded 16-bit weight.
+The warps of a program share its rows of W and split the columns, 256 at a time, so that few rows
+still keep many warps loading; their sums meet in shared memory once. The exact float32 scale is
+applied to exact products of rounded levels, so the result errs about as much as a product with the
+expanded 16-bit weight.
 
 Which index lies where. A tensor core's operand takes neighbours of the summed index from the four
-lanes of a quad in turn. Columns are renumbered so that what a lane has to give are 16 weights of
-one row in one piece, 8 bytes; x is renumbered alike, and the sum does not mind. Triton decides how
+lanes of a quad in turn. Columns are renumbered so that a lane gives 16 weights of one row in one
+piece, 8 bytes; x is renumbered in the same way, which leaves the sum as it is. Triton decides how
 many neighbours a lane gives at a time (NEIGHBOURS); with another number the products stay right,
 but their operands would travel through shared memory.
 """
@@ -29,7 +24,6 @@ but their operands would travel through shared memory.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false
 
-from functools import cache
 from math import gcd
 from typing import NamedTuple
 
@@ -47,28 +41,24 @@ from kernels.nf4_matmul_operands import (
     aligned_rows,
     member_of_row,
     operand_obstacle,
-    sum_partials,
+    rows_obstacle,
     triton_dtype,
     weight_arguments,
 )
 from kernels.ptx import (
     QUAD,
     decode_word,
-    load_byte,
     load_float,
     load_four_words,
     load_planes,
-    load_two_words,
     load_word,
     nested_absmax,
-    scale_pair,
-    split_pair,
     split_pairs,
     stream_two_words,
 )
 from nf4.weight import NF4Weight
 
-# what triton's compiler chooses for an operand that is joined from 32-bit loads
+# the number that triton's compiler chooses for an operand that is joined from 32-bit loads
 NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
@@ -85,7 +75,7 @@ class Config(NamedTuple):
 
 
 # the first that fits is taken; README.md beside this file says what else was tried
-FORWARD_CONFIGS = (
+CONFIGS = (
     Config(8, 8192, 8, 16, 4),
     Config(8, 0, 8, 16, 8),
     Config(16, 8192, 16, 16, 4),
@@ -93,15 +83,11 @@ FORWARD_CONFIGS = (
     Config(2**31, 8192, 32, 16, 2, 224),
     Config(2**31, 0, 32, 16, 4, 224),
 )
-TRANSPOSED_CONFIGS = (Config(16, 0, 16, 16, 4), Config(2**31, 0, 32, 16, 4))
-
-# programs of a transposed product: enough to keep the memory of a large GPU busy
-TRANSPOSED_PROGRAMS = 528
 
 
 # any number of rows, one compilation
 @triton.jit(do_not_specialize=["M"])
-def _nf4_matmul_forward_kernel(
+def _nf4_matmul_fused_kernel(
     y_ptr,  # (M, N), contiguous
     x_ptr,  # (M, K), row stride stride_xm
     packed_ptr,  # int32
@@ -159,7 +145,7 @@ def _nf4_matmul_forward_kernel(
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
     acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks, STEP):
-        # what the next step decodes is under way while this one computes; the last has no next
+        # the loads of the next step are under way while this step computes; the last has no next
         k_next = tl.minimum(k + STEP, blocks - STEP)
         next_words = ()
         for block in tl.static_range(BLOCKS_PER_STEP):
@@ -202,133 +188,37 @@ def _nf4_matmul_forward_kernel(
     tl.store(y_ptrs, y, mask=(first_m + offs_m < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def _nf4_matmul_transposed_kernel(
-    partial_ptr,  # (number of row ranges, M, K) float32
-    grad_y_ptr,  # (M, N), row stride stride_gm
-    packed_ptr,  # int32
-    absmax_ptr,
-    group_absmax_ptr,
-    absmax_mean_ptr,
-    dynamic_map_ptr,
-    planes_ptr,
-    member_table_ptr,
-    M,
-    K,
-    stride_gm,
-    rows_per_range,
-    NUM_MEMBERS: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_SLICES: tl.constexpr,  # of the rows of a step, one a warp
-):
-    # one program sums a range of rows of W for the (BLOCK_M, QUANT_BLOCK) tile of grad_x
-    WORDS: tl.constexpr = QUANT_BLOCK // 8
-    pid_k = tl.program_id(0)
-    first_row = tl.program_id(1).to(tl.int64) * rows_per_range
-    first_m = tl.program_id(2).to(tl.int64) * BLOCK_M
-    blocks = K // QUANT_BLOCK
-    member, member_row, group_start = member_of_row(member_table_ptr, first_row, NUM_MEMBERS)
-    packed_ptr += (first_row * blocks + pid_k) * WORDS
-    absmax_ptr += first_row * blocks + pid_k
-    local_block = (first_row - member_row) * blocks + pid_k
-    group_absmax_ptr += group_start + local_block // QUANT_GROUP
-    into_group = (local_block % QUANT_GROUP).to(tl.int32)
-
-    offs_slice = tl.arange(0, NUM_SLICES) * BLOCK_N
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_word = tl.arange(0, WORDS)
-    offs_block = (offs_slice[:, None] + tl.arange(0, BLOCK_N)[None, :]) * blocks
-    packed_ptrs = packed_ptr + (offs_block * WORDS)[:, :, None] + offs_word
-    rows_m = tl.minimum(first_m + offs_m, M - 1) * stride_gm + first_row
-    offs_grad = offs_slice[:, None, None, None, None] + rows_m[None, :, None, None, None]
-    # (NUM_SLICES, BLOCK_M, BLOCK_N // 16, 4 // NEIGHBOURS, QUAD), NEIGHBOURS numbers each
-    offs_grad += tl.arange(0, BLOCK_N // 16)[:, None, None] * 16
-    offs_grad += tl.arange(0, 4 // NEIGHBOURS)[:, None] * 8 + tl.arange(0, QUAD) * NEIGHBOURS
-    grad_ptrs = grad_y_ptr + offs_grad
-    planes = load_planes(planes_ptr, (offs_word % QUAD)[None, None, :])
-    if DOUBLE_QUANT:
-        mean = tl.load(absmax_mean_ptr + member)
-    words_per_row = blocks.to(tl.int64) * WORDS
-    acc = tl.zeros((NUM_SLICES, BLOCK_M, QUANT_BLOCK), tl.float32)
-    for row in tl.range(0, rows_per_range, NUM_SLICES * BLOCK_N):
-        word = load_word(packed_ptrs + row * words_per_row)
-        if DOUBLE_QUANT:
-            code = load_byte(absmax_ptr + offs_block + row * blocks)
-            group = (offs_block + (row * blocks + into_group)) // QUANT_GROUP
-            value = load_float(dynamic_map_ptr + code)
-            absmax = nested_absmax(value, load_float(group_absmax_ptr + group), mean)
-        else:
-            absmax = load_float(absmax_ptr + offs_block + row * blocks)
-        words_ptrs = (grad_ptrs + row).to(tl.pointer_type(tl.int32))
-        if NEIGHBOURS == 4:
-            first, second = load_two_words(words_ptrs)
-            grad = tl.join(first, second)
-        else:
-            grad = load_word(words_ptrs)
-        grad = split_pair(grad, DTYPE).reshape(NUM_SLICES, BLOCK_M, BLOCK_N)
-        p_0, p_1, p_2, p_3 = decode_word(word, planes)
-        absmax = absmax[:, :, None]
-        w = split_pairs(
-            scale_pair(p_0, absmax, DTYPE),
-            scale_pair(p_1, absmax, DTYPE),
-            scale_pair(p_2, absmax, DTYPE),
-            scale_pair(p_3, absmax, DTYPE),
-            DTYPE,
-        )
-        # (NUM_SLICES, BLOCK_N, WORDS, 2, 2, 2): a lane has the same number of every word
-        w = w.permute(0, 1, 3, 4, 5, 2).reshape(NUM_SLICES, BLOCK_N, QUANT_BLOCK)
-        acc = tl.dot(grad, w, acc)
-    partial = tl.sum(acc, 0).reshape(BLOCK_M, 8, WORDS).permute(0, 2, 1)
-    partial = partial.reshape(BLOCK_M, QUANT_BLOCK)
-    partial_ptr += tl.program_id(1).to(tl.int64) * M * K + pid_k * QUANT_BLOCK
-    ptrs = partial_ptr + (first_m + offs_m)[:, None] * K + tl.arange(0, QUANT_BLOCK)[None, :]
-    tl.store(ptrs, partial, mask=(first_m + offs_m < M)[:, None])
+def _config_for(num_rows: int, num_kept: int) -> Config:
+    return next(c for c in CONFIGS if num_rows <= c.max_rows and num_kept >= c.min_kept)
 
 
-def _config_for(configs: tuple[Config, ...], num_rows: int, num_kept: int) -> Config:
-    return next(c for c in configs if num_rows <= c.max_rows and num_kept >= c.min_kept)
-
-
-def fused_obstacle(
-    weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int], transposed: bool
-) -> str:
-    """Say what keeps a weight from the fused kernels; an empty string if nothing does."""
-    columns = QUANT_BLOCK.value * (1 if transposed else BLOCKS_PER_STEP.value)
-    configs = TRANSPOSED_CONFIGS if transposed else FORWARD_CONFIGS
-    # the warps of a forward program share its rows, those of a transposed one split them
-    rows = max(c.block_n * (c.num_warps if transposed else 1) for c in configs)
+def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """Say what keeps a weight from the fused kernel; an empty string if nothing does."""
     obstacle = operand_obstacle(weight, dtype)
     if obstacle:
         return obstacle
     if capability < TENSOR_CORES_FROM:
-        return f"the fused kernels need the tensor cores of 8.0 and later, not {capability}"
-    if weight.in_features % columns:
-        return f"in_features {weight.in_features} is no multiple of {columns}"
-    if any(num_rows % rows for num_rows in weight.rows):
-        return f"rows {weight.rows} are no multiples of {rows}"
-    return ""
+        return f"the fused kernel needs the tensor cores of 8.0 and later, not {capability}"
+    return rows_obstacle(weight, max(config.block_n for config in CONFIGS))
 
 
-def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
+def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
-    config = _config_for(FORWARD_CONFIGS, M, N)
+    config = _config_for(M, N)
     x = aligned_rows(x)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     steps = K // (QUANT_BLOCK.value * BLOCKS_PER_STEP.value)
     num_slices = gcd(config.num_warps, steps)
     launch(
-        _nf4_matmul_forward_kernel,
+        _nf4_matmul_fused_kernel,
         (N // config.block_n, triton.cdiv(M, config.block_m)),
-        y,
-        x,
-        *weight_arguments(weight, x.dtype),
-        M,
-        N,
-        K,
-        x.stride(0),
+        y_ptr=y,
+        x_ptr=x,
+        **weight_arguments(weight, x.dtype),
+        M=M,
+        N=N,
+        K=K,
+        stride_xm=x.stride(0),
         NUM_MEMBERS=len(weight.rows),
         DOUBLE_QUANT=weight.is_double_quantized,
         DTYPE=triton_dtype(x.dtype),
@@ -339,44 +229,3 @@ def _launch_nf4_matmul_forward(x: Tensor, weight: NF4Weight) -> Tensor:
         maxnreg=config.num_registers,
     )
     return y
-
-
-@cache
-def _rows_per_range(rows: tuple[int, ...], step: int, tiles: int) -> int:
-    """Cut the rows of a weight into equal ranges, no more than it takes to have enough programs.
-
-    A range lies in one member and is a whole number of steps.
-    """
-    longest = gcd(*rows)
-    lengths = [longest // d for d in range(1, longest // step + 1) if longest % (d * step) == 0]
-    enough = (n for n in lengths if sum(rows) // n * tiles >= TRANSPOSED_PROGRAMS)
-    return next(enough, lengths[-1])
-
-
-def _launch_nf4_matmul_transposed(grad_y: Tensor, weight: NF4Weight) -> Tensor:
-    (N, K), M = weight.shape, grad_y.shape[0]
-    config = _config_for(TRANSPOSED_CONFIGS, M, K)
-    grad_y = aligned_rows(grad_y)
-    tiles = K // QUANT_BLOCK.value * triton.cdiv(M, config.block_m)
-    rows_per_range = _rows_per_range(weight.rows, config.num_warps * config.block_n, tiles)
-    num_ranges = N // rows_per_range
-    partial = torch.empty((num_ranges, M, K), dtype=torch.float32, device=grad_y.device)
-    launch(
-        _nf4_matmul_transposed_kernel,
-        (K // QUANT_BLOCK.value, num_ranges, triton.cdiv(M, config.block_m)),
-        partial,
-        grad_y,
-        *weight_arguments(weight, grad_y.dtype),
-        M,
-        K,
-        grad_y.stride(0),
-        rows_per_range,
-        NUM_MEMBERS=len(weight.rows),
-        DOUBLE_QUANT=weight.is_double_quantized,
-        DTYPE=triton_dtype(grad_y.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        NUM_SLICES=config.num_warps,
-        num_warps=config.num_warps,
-    )
-    return sum_partials(partial, grad_y.dtype)

@@ -1,7 +1,7 @@
 """What products that decode a weight in registers share: its arguments, its members, partial sums.
 
-No product: device functions, launch arguments, and the kernel that adds up what programs with the
-same rows and other parts of the sum have each written.
+It holds no product: device functions, launch arguments, and the kernel that adds up the partial
+sums of programs that share the rows of a product and split its columns.
 """
 
 # triton's annotations do not know static_range
@@ -18,7 +18,7 @@ from kernels.ptx import level_planes
 from nf4.double_quant import GROUP_SIZE
 from nf4.weight import NF4Weight
 
-# the kernels know this block size only: it is what everyone runs
+# the only block size that the kernels know: the usual one
 QUANT_BLOCK = tl.constexpr(64)
 QUANT_GROUP = tl.constexpr(GROUP_SIZE)
 # blocks of a row that a warp works on in one step: their codes are one word
@@ -71,17 +71,17 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     launch(
         _sum_partials_kernel,
         grid,
-        total,
-        partial,
-        total.numel(),
-        num_partials,
+        out_ptr=total,
+        partial_ptr=partial,
+        num_elements=total.numel(),
+        num_partials=num_partials,
         ELEMENTS=SUM_ELEMENTS,
     )
     return total
 
 
 def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
-    """Say what keeps a weight from being decoded inside any product; an empty string if nothing."""
+    """Say what keeps a weight from being decoded in a product; an empty string if nothing does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"products that decode W multiply in bfloat16 or float16, not in {dtype}"
     if weight.block_size != QUANT_BLOCK.value:
@@ -91,21 +91,33 @@ def operand_obstacle(weight: NF4Weight, dtype: torch.dtype) -> str:
     return ""
 
 
+def rows_obstacle(weight: NF4Weight, rows: int) -> str:
+    """Say what keeps a weight from programs of `rows` rows and whole steps of columns; an empty
+    string if nothing does."""
+    columns = QUANT_BLOCK.value * BLOCKS_PER_STEP.value
+    if weight.in_features % columns:
+        return f"in_features {weight.in_features} is no multiple of {columns}"
+    if any(num_rows % rows for num_rows in weight.rows):
+        return f"rows {weight.rows} are no multiples of {rows}"
+    return ""
+
+
 def aligned_rows(x: Tensor) -> Tensor:
     """Copy rows that do not begin on 16 bytes, which the vector loads need."""
     is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """List the weight's tensors in the kernels' order, packed_ptr to member_table_ptr."""
-    return (
-        weight.packed.view(torch.int32),
-        *scale_tensors(weight),
-        device_constant("dynamic_map", weight.device),
-        level_planes(dtype, weight.device),
-        member_table(weight.rows, weight.in_features, weight.block_size, weight.device),
-    )
+def weight_arguments(weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name the weight's tensors as the kernels do."""
+    table = member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
+    return {
+        "packed_ptr": weight.packed.view(torch.int32),
+        **scale_tensors(weight),
+        "dynamic_map_ptr": device_constant("dynamic_map", weight.device),
+        "planes_ptr": level_planes(dtype, weight.device),
+        "member_table_ptr": table,
+    }
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

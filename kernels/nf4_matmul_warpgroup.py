@@ -10,8 +10,8 @@ for 32. Reads 0.516 bytes a weight and does 2 M N K FLOP. Where few tiles of y w
 multiprocessors idle, programs split the columns, and a second kernel adds their sums up in order.
 
 A lane has 16 weights of one row in one piece, 8 bytes, and its quad the whole block; a tensor core
-wants neighbours from the four lanes in turn. So columns are renumbered, and as shared memory holds
-what a copy brings, x is brought into the new order first:
+wants neighbours from the four lanes in turn. So columns are renumbered. Shared memory holds x in
+the order in which it was copied, so a small kernel renumbers the columns of x first:
 
     pairs of a block of x  | 0 .. 7 | 8 .. 15 | 16 .. 23 | 24 .. 31 |    lane 0, 1, 2, 3
     renumbered             | 0 8 16 24 | 1 9 17 25 | ...                a pair of each in turn
@@ -38,6 +38,7 @@ from kernels.nf4_matmul_operands import (
     aligned_rows,
     member_of_row,
     operand_obstacle,
+    rows_obstacle,
     sum_partials,
     triton_dtype,
     weight_arguments,
@@ -143,7 +144,7 @@ def _nf4_matmul_warpgroup_kernel(
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks_per_split, BLOCKS_PER_STEP, num_stages=NUM_STAGES):
-        # what the next step decodes is under way while this one computes; the last has no next
+        # the loads of the next step are under way while this step computes; the last has no next
         k_next = tl.minimum(k + BLOCKS_PER_STEP, blocks_per_split - BLOCKS_PER_STEP)
         next_words = ()
         for block in tl.static_range(BLOCKS_PER_STEP):
@@ -175,23 +176,11 @@ def _nf4_matmul_warpgroup_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[None, :])
 
 
-def warpgroup_obstacle(
-    weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int], transposed: bool
-) -> str:
+def warpgroup_obstacle(weight: NF4Weight, dtype: torch.dtype, capability: tuple[int, int]) -> str:
     """Say what keeps a weight from the warpgroup kernel; an empty string if nothing does."""
-    columns = QUANT_BLOCK.value * BLOCKS_PER_STEP.value
-    if transposed:
-        return "the warpgroup kernel multiplies by W^T only"
     if capability != CAPABILITY:
         return f"the warpgroup kernel runs on compute capability 9.0, not {capability}"
-    obstacle = operand_obstacle(weight, dtype)
-    if obstacle:
-        return obstacle
-    if weight.in_features % columns:
-        return f"in_features {weight.in_features} is no multiple of {columns}"
-    if any(num_rows % BLOCK_N for num_rows in weight.rows):
-        return f"rows {weight.rows} are no multiples of {BLOCK_N}"
-    return ""
+    return operand_obstacle(weight, dtype) or rows_obstacle(weight, BLOCK_N)
 
 
 def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
@@ -202,10 +191,10 @@ def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     launch(
         _renumber_columns_kernel,
         (triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows),
-        renumbered,
-        pairs,
-        pairs.stride(0),
-        words_per_row,
+        out_ptr=renumbered,
+        x_ptr=pairs,
+        stride_xm=pairs.stride(0),
+        words_per_row=words_per_row,
         WORDS=RENUMBERED_WORDS,
         BLOCK_WORDS=QUANT_BLOCK.value // 2,
     )
@@ -240,13 +229,13 @@ def _launch_nf4_matmul_warpgroup(x: Tensor, weight: NF4Weight) -> Tensor:
     launch(
         _nf4_matmul_warpgroup_kernel,
         (tiles_n, tiles_m, splits),
-        y,
-        x_renumbered,
-        *weight_arguments(weight, x.dtype),
-        M,
-        N,
-        K,
-        blocks // splits,
+        y_ptr=y,
+        x_ptr=x_renumbered,
+        **weight_arguments(weight, x.dtype),
+        M=M,
+        N=N,
+        K=K,
+        blocks_per_split=blocks // splits,
         NUM_MEMBERS=len(weight.rows),
         DOUBLE_QUANT=weight.is_double_quantized,
         DTYPE=triton_dtype(x.dtype),

@@ -47,7 +47,7 @@ nf4_quantize_member_reference = quantize_member
 # of a program, unless one quantization block needs more; a single warp looks midpoints up by
 # shuffles, several do so in shared memory
 NUM_WARPS = 1
-# tiles per program, all of whose loads are under way before the first is worked on
+# tiles of a program; all their loads are under way before the first tile is worked on
 CHUNKS = 4
 # the widest load of a thread
 VECTOR_BYTES = 16
@@ -112,7 +112,7 @@ def _nf4_quantize_kernel(
     matrix_ptr += first_block * QUANT_BLOCK
     packed_ptr += first_block * (QUANT_BLOCK // 2)
     absmax_ptr += first_block
-    # what is left fits 32 bits once it is cut to the program's share
+    # the number of elements left fits 32 bits once it is cut to the program's share
     left = tl.minimum(num_elements - first_block * QUANT_BLOCK, CHUNKS * TILE).to(tl.int32)
     left_bytes = num_bytes - first_block * (QUANT_BLOCK // 2)
     left_bytes = tl.minimum(left_bytes, CHUNKS * TILE // 2).to(tl.int32)
@@ -190,12 +190,12 @@ def _launch_nf4_quantize_absmax(
     launch(
         _nf4_quantize_absmax_kernel,
         (triton.cdiv(num_blocks, GROUPS * GROUP_SIZE),),
-        scales.codes,
-        scales.group_absmax,
-        absmax,
-        scales.mean,
-        _absmax_thresholds(absmax.device),
-        num_blocks,
+        codes_ptr=scales.codes,
+        group_absmax_ptr=scales.group_absmax,
+        absmax_ptr=absmax,
+        absmax_mean_ptr=scales.mean,
+        thresholds_ptr=_absmax_thresholds(absmax.device),
+        num_blocks=num_blocks,
         GROUPS=GROUPS,
         num_warps=GROUP_WARPS,
         enable_fp_fusion=False,
@@ -221,12 +221,12 @@ def _launch_nf4_quantize(
     launch(
         _nf4_quantize_kernel,
         (triton.cdiv(num_blocks, CHUNKS * blocks),),
-        target.packed,
-        absmax,
-        matrix,
-        _midpoints(target.device),
-        num_elements,
-        target.packed.numel(),
+        packed_ptr=target.packed,
+        absmax_ptr=absmax,
+        matrix_ptr=matrix,
+        midpoints_ptr=_midpoints(target.device),
+        num_elements=num_elements,
+        num_bytes=target.packed.numel(),
         QUANT_BLOCK=block_size,
         BLOCKS=blocks,
         VECTOR=vector,
@@ -287,7 +287,7 @@ def nf4_quantize_member(
 
     Note:
         Synchronizes with the device once, to look for non-finite weights. By then a GPU has written
-        the member: one that is refused holds no weight.
+        the member: a refused member holds no weight.
     """
     if weight.device.type == "cpu":
         nf4_quantize_member_reference(weight, index, matrix, name)

@@ -1,4 +1,4 @@
-"""What the fused products need and Triton's language has no word for, as inline PTX.
+"""Instructions that the fused products need and Triton's language lacks, as inline PTX.
 
 Loads: `tl.load` fixes which thread holds which element, and moving a decoded weight from there to
 where the tensor cores want it costs more than decoding it. An inline instruction is elementwise, so
@@ -8,8 +8,8 @@ Decoding: PRMT picks 4 bytes out of 8 by 4 selectors of 3 bits, so it looks up 4
 table at once. The 16 levels, rounded to 16 bits, are split into a plane of low and a plane of high
 bytes, 4 registers each; 14 PRMT and 7 other instructions decode the 8 codes of a word.
 
-Triton's interpreter knows no PTX: there, the plain Triton beside each instruction runs and says
-what it does. The tests on a GPU hold the two together.
+Triton's interpreter knows no PTX: there, the plain Triton beside each instruction runs, which also
+shows a reader what the instruction does. The tests on a GPU compare the two.
 """
 
 # triton's annotations know neither tuples of tensors nor that a number serves as a constexpr
@@ -34,8 +34,8 @@ QUAD = tl.constexpr(4)
 def level_planes(dtype: torch.dtype, device: torch.device) -> Tensor:  # (QUAD, 8) int32
     """Split the levels, rounded to bf16 or fp16, into 16 low and 16 high bytes, 4 a word.
 
-    One copy for each lane of a quad: what is the same in all threads would be kept in the uniform
-    registers and be copied from there before each PRMT.
+    One copy for each lane of a quad: values that are the same in all threads would be kept in
+    uniform registers and copied from there before each PRMT.
     """
     bits = LEVELS.to(dtype).view(torch.int16).int() & 0xFFFF
     planes = torch.cat((bits & 0xFF, bits >> 8)).to(torch.uint8).view(torch.int32)
@@ -46,18 +46,6 @@ def level_planes(dtype: torch.dtype, device: torch.device) -> Tensor:  # (QUAD, 
 def _load_int(INSTRUCTION: tl.constexpr, ptr):
     return tl.inline_asm_elementwise(
         INSTRUCTION, "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _load_two_words(INSTRUCTION: tl.constexpr, ptr):
-    return tl.inline_asm_elementwise(
-        INSTRUCTION,
-        "=r,=r,l",
-        [ptr.to(tl.int64)],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
     )
 
 
@@ -93,17 +81,16 @@ def load_float(ptr):
 
 
 @triton.jit
-def load_two_words(ptr):  # 8-byte aligned
-    if HAS_PTX:
-        return _load_two_words("ld.global.nc.v2.b32 {$0, $1}, [$2];", ptr)
-    else:
-        return tl.load(ptr), tl.load(ptr + 1)
-
-
-@triton.jit
 def stream_two_words(ptr):  # 8-byte aligned; read once, so past the first-level cache
     if HAS_PTX:
-        return _load_two_words("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];", ptr)
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         return tl.load(ptr), tl.load(ptr + 1)
 
@@ -221,55 +208,6 @@ def decode_word(word, planes):
             second = _level_bits((word >> (8 * byte)) & 15, planes)
             pairs = pairs + (first | second << 16,)  # noqa: RUF005, triton knows no star
         return pairs
-
-
-@triton.jit
-def scale_pair(pair, scale, DTYPE: tl.constexpr):
-    # multiply two 16-bit numbers by a float32 and round once
-    if HAS_PTX:
-        if DTYPE.is_bf16():
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b32 first, second;
-                shl.b32 first, $1, 16;
-                and.b32 second, $1, 0xFFFF0000;
-                mul.f32 first, first, $2;
-                mul.f32 second, second, $2;
-                cvt.rn.bf16x2.f32 $0, second, first;
-                }
-                """,
-                "=r,r,f",
-                [pair, scale],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b16 low, high;
-                .reg .f32 first, second;
-                mov.b32 {low, high}, $1;
-                cvt.f32.f16 first, low;
-                cvt.f32.f16 second, high;
-                mul.f32 first, first, $2;
-                mul.f32 second, second, $2;
-                cvt.rn.f16x2.f32 $0, second, first;
-                }
-                """,
-                "=r,r,f",
-                [pair, scale],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        first = (_half(pair, 0, DTYPE).to(tl.float32) * scale).to(DTYPE).to(tl.int16, bitcast=True)
-        second = (_half(pair, 16, DTYPE).to(tl.float32) * scale).to(DTYPE)
-        second = second.to(tl.int16, bitcast=True)
-        return (first.to(tl.int32) & 0xFFFF) | second.to(tl.int32) << 16
 
 
 @triton.jit

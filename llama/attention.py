@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.device import Properties, properties
-from kernels.masked_attention import (
-    Samples,
-    masked_attention,
-    masked_attention_backward,
-)
+from kernels.masked_attention import masked_attention
+from kernels.masked_attention_backward import masked_attention_backward
+from kernels.masked_attention_mask import Samples
 
 # the first GPUs that FlashAttention has a kernel for, and those on which torch prefers cuDNN's
 FLASH_CAPABILITY = (8, 0)

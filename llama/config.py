@@ -16,7 +16,7 @@ from foreign.json_fields import JsonFields
 from foreign.json_text import read_object
 from foreign.reading import Reading
 from kernels.glu import Activation
-from kernels.masked_attention import MAX_HEAD
+from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 from llama.rope_scaling import RopeScaling, read_rope

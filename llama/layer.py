@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.glu import Activation, glu, glu_backward
-from kernels.masked_attention import Samples
-from kernels.rms_norm import rms_norm, rms_norm_backward
-from kernels.rope import rope, rope_backward
+from kernels.masked_attention_mask import Samples
+from kernels.rms_norm import rms_norm
+from kernels.rms_norm_backward import rms_norm_backward
+from kernels.rope import rope
+from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import KeyValueCache
 from llama.config import LlamaConfig

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreign.guest import in_guest
-from kernels.masked_attention import Samples
+from kernels.masked_attention_mask import Samples
 from kernels.softcap import softcap_reference
 from llama.cache import KeyValueCache
 from llama.config import LlamaConfig

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
 from kernels.lora_extension import Update, extend_with_lora, make_lora_extension_tables
-from kernels.lora_gradient import add_product, lora_gradient, make_lora_gradient_tables
+from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
+from kernels.lora_gradient_products import add_product
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import make_nf4_matmul_tables, matmul_path, nf4_matmul
 from kernels.nf4_quantize import nf4_quantize_member_unchecked
@@ -285,7 +286,7 @@ class LinearGroup(nn.Module):
         """Tell whether x has so few rows that the packed weight is faster than the expanded one."""
         if not isinstance(self.weight, NF4Weight) or x.device.type == "cpu" or self._drops(seed):
             return False
-        return matmul_path(x.shape[0], self.weight, x.dtype, False).name != "expand"
+        return matmul_path(x.shape[0], self.weight, x.dtype).name != "expand"
 
     def _multiply_packed(self, x: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
         assert isinstance(self.weight, NF4Weight)

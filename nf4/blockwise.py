@@ -5,7 +5,7 @@ short. Two codes share a byte: the element with the even index lies in the high 
 missing last element counts as zero. This is the only place that explains the packing order.
 
 The arithmetic is that of bitsandbytes 0.50, in float32 whatever the input's dtype: multiply by the
-reciprocal of the scale, count the midpoints strictly below. Where its own backends differ:
+reciprocal of the scale, count the midpoints strictly below. Where bitsandbytes' backends differ:
 
 - a block of zeros has code 7 (which is 0.0) and scale 0, also when it is short; bitsandbytes' CPU
   backend stores 1e-38 for a short one, its CUDA kernel writes code 0
@@ -65,7 +65,7 @@ def quantize_blockwise(
         code[i]   = #{k : w[i] * (1 / absmax[j]) > MIDPOINTS[k]}
 
     QLoRA section 3, "Block-wise k-bit Quantization" and "4-bit NormalFloat Quantization". A
-    non-finite weight gives its block a non-finite scale; refusing it is left to the caller.
+    non-finite weight gives its block a non-finite scale, which the caller refuses.
 
     Args:
         name: what an error calls the tensor.

@@ -1,8 +1,8 @@
 """Double quantization: the scales of the blocks are quantized too, to 8 bits in groups of 256.
 
 QLoRA section 3, "Double Quantization", brings the cost of a scale from 32 / 64 = 0.5 bits per
-weight to 8 / 64 + 32 / (64 * 256) = 0.127. The paper says "8-bit float"; what everyone runs is a
-dynamic map of 256 values, denser towards zero, and so does this file (`nf4/README.md` works the
+weight to 8 / 64 + 32 / (64 * 256) = 0.127. The paper says "8-bit float"; its implementation and
+this file take a dynamic map of 256 values, denser towards zero (`nf4/README.md` works the
 arithmetic out). Scales are positive: removing their mean first spends the map's sign bit.
 """
 
@@ -54,7 +54,7 @@ def _midpoints(levels: Tensor) -> Tensor:
 
 DYNAMIC_MAP = _dynamic_map(is_signed=True)
 DYNAMIC_MAP_MIDPOINTS = _midpoints(DYNAMIC_MAP)
-# of what is never negative: an optimizer's second moment (kernels/adamw.py)
+# for values that are never negative: an optimizer's second moment (kernels/adamw_8bit.py)
 UNSIGNED_DYNAMIC_MAP = _dynamic_map(is_signed=False)
 UNSIGNED_DYNAMIC_MAP_MIDPOINTS = _midpoints(UNSIGNED_DYNAMIC_MAP)
 
@@ -90,7 +90,7 @@ def quantize_absmax(absmax: Tensor) -> QuantizedAbsmax:  # absmax (num_blocks,) 
 
     A tie goes to the even index, as the search of bitsandbytes' CUDA kernel does; its CPU backend
     looks a rounded value up in a table of 65,536 instead and differs in about 0.2 % of the codes.
-    A group whose scales all equal the mean has code 0 and group_absmax 0, as there.
+    A group whose scales all equal the mean has code 0 and group_absmax 0, as in bitsandbytes.
     """
     mean = absmax.mean().view(1)
     num_blocks = absmax.numel()

@@ -5,11 +5,11 @@
     X.weight.nested_absmax                   float32 (groups,), if double-quantized
     X.weight.quant_map                       float32 (16,), LEVELS
     X.weight.nested_quant_map                float32 (256,), DYNAMIC_MAP, if double-quantized
-    X.weight.quant_state.bitsandbytes__nf4   uint8 (characters,), JSON: what is no tensor
+    X.weight.quant_state.bitsandbytes__nf4   uint8 (characters,), JSON: all that is no tensor
 
 The first three are a weight's own buffers, byte for byte, so reading them needs no memory but
-theirs. The tables are those of this repository, or the weight is of another format. The mean of the
-scales is a number in the JSON.
+theirs. Tables that differ from this repository's make a weight one of another format. The mean of
+the scales is a number in the JSON.
 """
 
 import json
@@ -31,7 +31,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 FP4_STATE = ".quant_state.bitsandbytes__fp4"
 
 _DTYPES = ("float32", "float16", "bfloat16")
-# Python writes no number with more
+# of a number as Python writes it
 _MOST_DIGITS = 24
 
 
@@ -86,7 +86,7 @@ def serialize(weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def restore_state(weight: NF4Weight, state: WeightState) -> None:
-    """Give a weight of one member what of it is no tensor in a checkpoint."""
+    """Set the mean of the scales, the one part of a weight that a checkpoint keeps in the JSON."""
     if isinstance(weight.absmax, QuantizedAbsmax):
         assert state.absmax_mean is not None
         weight.absmax.mean.fill_(state.absmax_mean)
@@ -107,7 +107,7 @@ def format_state(state: WeightState) -> bytes:
     return json.dumps(fields | {"nested_offset": state.absmax_mean}).ljust(length).encode()
 
 
-# of each field of the JSON: what it must be, and whether it is
+# for each field of the JSON: what it must be, in words and as a test
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "quant_type": ("nf4", lambda value: value == "nf4"),
     "blocksize": (
@@ -141,7 +141,7 @@ def parse_state(text: bytes, name: str) -> WeightState:
         name: what an error calls it: the tensor's name in the checkpoint.
 
     Raises:
-        ValueError: it is no JSON object, or a field is missing or not what NF4 has.
+        ValueError: the text is no JSON object, or a field is missing or has no value of NF4.
     """
     fields = parse_json(text, name, "download the checkpoint again")
     if not isinstance(fields, dict):

@@ -1,10 +1,10 @@
-"""One quantized weight: the record that everything above passes around, and its two functions.
+"""One quantized weight: the record that the rooms above pass around, and how it is made and read.
 
 A weight may hold several matrices with the same number of columns, one below the other: q, k and v
-of an attention, gate and up of an MLP. Each of these members is quantized for itself, as if alone
-(its blocks, groups and mean start anew), and their bytes lie one after the other. So one launch
-expands them all, and each member's bytes are what bitsandbytes writes. A plain record instead of a
-tensor subclass: the code that uses it says so.
+of an attention, gate and up of an MLP. Each of these members is quantized by itself (its blocks,
+groups and mean start anew), and their bytes lie one after the other. So one launch expands them
+all, and each member's bytes are those that bitsandbytes writes. The record is no tensor subclass:
+code that takes a quantized weight names it.
 """
 
 from collections.abc import Sequence
@@ -101,14 +101,6 @@ def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list
         )
         row, byte, block, group = row + num_rows, next_byte, next_block, next_group
     return spans
-
-
-def weight_bytes(rows: Sequence[int], in_features: int, block_size: int, double_quant: bool) -> int:
-    """Count the bytes that a weight holds, from its shape."""
-    last = member_spans(rows, in_features, block_size)[-1]
-    if not double_quant:
-        return last.packed.stop + 4 * last.blocks.stop
-    return last.packed.stop + last.blocks.stop + 4 * (last.groups.stop + len(rows))
 
 
 def empty_weight(

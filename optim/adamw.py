@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kernels.adamw import (
+from kernels.adamw import adamw, make_adamw_tables
+from kernels.adamw_8bit import ZERO_CODES
+from kernels.adamw_arenas import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
     SUM_PROGRAMS,
-    ZERO_CODES,
     Arenas,
-    adamw,
-    make_adamw_tables,
 )
 from optim.arena import GradientArena
 from optim.state_memory import OrdinaryMemory, StateMemory
@@ -51,7 +50,6 @@ class AdamW:
         weight_decay: float,
         memory: Callable[[int, torch.device], StateMemory] = OrdinaryMemory,
         rate_factors: Mapping[str, float] | None = None,
-        copy_dtype: torch.dtype | None = None,
     ) -> None:
         """Move the parameters into an arena, in place: their tensors become views of it.
 
@@ -60,7 +58,6 @@ class AdamW:
             memory: allocates the moments: takes bytes and a device.
             rate_factors: by which a parameter's learning rate differs from the step's; 1 for those
                 that are not named.
-            copy_dtype: of a rounded copy of the parameters that every step writes too.
 
         Raises:
             ValueError: no parameters, or a factor for one that is not there.
@@ -82,15 +79,9 @@ class AdamW:
         moments.exp_avg_codes.fill_(ZERO_CODES[0])
         moments.exp_avg_sq_codes.fill_(ZERO_CODES[1])
         num_elements = layout.num_elements
-        copy = (
-            None
-            if copy_dtype is None
-            else torch.zeros(num_elements, dtype=copy_dtype, device=device)
-        )
         self._arenas = Arenas(
             parameters=torch.zeros(num_elements, device=device),
             gradients=gradients.values,
-            compute_copy=copy,
             moments=moments,
             group_of_block=group_of_block.to(device),
             groups=groups.to(device),
@@ -107,8 +98,6 @@ class AdamW:
                 view = layout.view(self._arenas.parameters, name)
                 view.copy_(parameter)
                 parameter.data = view
-            if copy is not None:
-                copy.copy_(self._arenas.parameters)
 
     def _groups(self, factors: dict[str, float], weight_decay: float) -> tuple[Tensor, Tensor]:
         """Tabulate which blocks have which factor of the learning rate."""
@@ -178,13 +167,6 @@ class AdamW:
     def num_steps(self) -> int:
         """The steps that changed the parameters. Waits for the device."""
         return int(self._arenas.num_updates)
-
-    def compute_copies(self) -> dict[str, Tensor]:
-        """The rounded parameters by name, as views; empty without a copy_dtype."""
-        copy = self._arenas.compute_copy
-        if copy is None:
-            return {}
-        return {name: self._layout.view(copy, name) for name in self._layout.shapes}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moments by name ("exp_avg.model.layers.0.self_attn.qkv.lora_A"), as views.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Moments
+from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS, Moments
 
 # smaller tensors keep float32 moments: bitsandbytes' min_8bit_size
 SMALLEST_8BIT = 4096

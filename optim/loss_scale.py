@@ -10,8 +10,8 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """The factor on the loss: halved at an overflow, doubled after 2,000 steps without one.
 
-    Micikevicius et al. 2018, section 3.2; the constants are torch.amp.GradScaler's. It lives on the
-    device, as the norm does that decides over it, so that no step waits for the host.
+    Micikevicius et al. 2018, section 3.2; the constants are torch.amp.GradScaler's. The factor
+    lives on the device, like the norm that changes it, so no step waits for the host.
     """
 
     scale: Tensor  # () float32
@@ -24,7 +24,7 @@ class LossScale:
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype, device: torch.device) -> "LossScale":
-        """Dynamic for float16; bfloat16 and float32 have the range for a constant 1."""
+        """Make a dynamic scale for float16, and a constant 1 for dtypes of a wider range."""
         is_dynamic = dtype == torch.float16
         return cls(INITIAL_SCALE if is_dynamic else 1.0, is_dynamic, device)
 
@@ -44,10 +44,10 @@ class LossScale:
         self.num_good_steps.copy_(torch.where(is_due, 0, good))
 
     def state(self) -> tuple[float, int]:
-        """The scale and the number of good steps. Waits for the device."""
+        """Read the scale and the number of good steps. Waits for the device."""
         return float(self.scale), int(self.num_good_steps)
 
     def load_state(self, scale: float, num_good_steps: int) -> None:
-        """Go on from a saved state."""
+        """Take over a saved state."""
         self.scale.fill_(scale)
         self.num_good_steps.fill_(num_good_steps)

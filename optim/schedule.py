@@ -21,7 +21,7 @@ def learning_rate_at(
         linear      lr (1 - x)
         cosine      lr (1 + cos(pi x)) / 2
 
-    transformers' schedules, but that its warm-up spends the first step at a rate of 0.
+    The schedules are those of transformers, whose warm-up spends its first step at a rate of 0.
 
     Raises:
         ValueError: an unknown schedule.

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Arenas, Moments
+from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS, Arenas, Moments
 
 # of a part: 16 MiB of float32 moments, a third of a millisecond at 50 GB/s
 PART_BLOCKS = 8192
@@ -46,12 +46,10 @@ def moments_of(moments: Moments, first: int, last: int) -> Moments:
 def cut(arenas: Arenas, first: int, last: int, moments: Moments) -> Arenas:
     """Cut blocks first to last out of the arenas, with moments that lie elsewhere."""
     blocks = slice(first, last)
-    copy = arenas.compute_copy
     return replace(
         arenas,
         parameters=_elements(arenas.parameters, blocks),
         gradients=_elements(arenas.gradients, blocks),
-        compute_copy=None if copy is None else _elements(copy, blocks),
         moments=moments,
         group_of_block=arenas.group_of_block[blocks],
     )

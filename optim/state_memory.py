@@ -1,7 +1,7 @@
-"""Where an optimizer's moments are kept: what the optimizer asks of such a place, and the plainest.
+"""Where an optimizer's moments are kept: the interface of such a place, and ordinary memory.
 
-The others are `optim/unified_memory.py`, whose pages move between device and host, and
-`optim/staged_memory.py` for devices that cannot do that.
+The other places are `optim/unified_memory.py`, whose pages move between device and host, and
+`optim/staged_memory.py` for devices whose pages cannot.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.adamw import Arenas
+from kernels.adamw_arenas import Arenas
 
 
 class StateMemory(Protocol):
@@ -19,7 +19,7 @@ class StateMemory(Protocol):
     buffer: Tensor  # (num_bytes,) uint8, zeros at first, aligned to 256 bytes
 
     def prefetch(self) -> None:
-        """Start bringing the buffer to the device, beside what the device is doing.
+        """Start moving the buffer to the device, beside the device's other work.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for it; nothing was begun.
@@ -30,14 +30,14 @@ class StateMemory(Protocol):
         ...
 
     def settled(self) -> Tensor:
-        """Return the buffer as the steps so far leave it, from where it is best read and written.
+        """Return the buffer after all steps so far, on the side where it is best read and written.
 
-        Of unified memory that is the host: a GPU whose memory has ended cannot reach it.
+        For unified memory that is the host: a GPU without free memory cannot reach the buffer.
         """
         ...
 
     def describe(self) -> str:
-        """Say where the buffer is, and what was moved."""
+        """Say where the buffer is, and how many bytes were moved."""
         ...
 
 

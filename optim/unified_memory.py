@@ -3,9 +3,9 @@
 torch has no allocator for it, so this file calls the CUDA runtime through `cuda.bindings`, which
 torch's CUDA wheels bring along from 2.10 on. It is the only file that does.
 
-What happens to the pages. Left to itself, the driver moves a page when somebody touches it: a few
-KB at a time, each after a fault, an order of magnitude below the bandwidth of the link. So a step
-never faults on purpose:
+Where the pages are. By itself the driver moves a page when it is touched: a few KB at a time, each
+after a fault, an order of magnitude below the bandwidth of the link. So pages are moved before a
+step touches them:
 
     device   The buffer is advised to live on the device and prefetched there before each step. As a
              rule it is there already, and that costs nothing. Where other programs have driven
@@ -15,7 +15,7 @@ never faults on purpose:
              device holds it for a short while only, and pays two transfers a step for that.
     auto     host where less than twice the buffer is free on the device at first, device otherwise.
 
-Transfers run on a stream of their own: the step waits for them on the device, nobody on the host.
+Transfers run on a stream of their own: the device waits for them before a step, the host never.
 
 A full device. Where ordinary memory is asked for and none is left, the driver moves pages of
 unified memory to the host. A kernel that touches them while the device is full ends in an illegal
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.adamw import Arenas
+from kernels.adamw_arenas import Arenas
 from optim.staged_memory import StagedMemory
 from optim.state_memory import OrdinaryMemory, StateMemory
 
@@ -62,7 +62,7 @@ def cuda_runtime() -> Any:
         ValueError: they are not installed.
     """
     try:
-        # here, not at the top: torch's CPU wheels come without it, and then nobody calls this
+        # here, not at the top: torch's CPU wheels come without it, and a CPU never calls this
         from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
@@ -174,7 +174,7 @@ def _index_of(device: torch.device) -> int:
 
 
 def choose_residency(residency: str, num_bytes: int, device: torch.device) -> str:
-    """Decide what `auto` means: by the memory that is free on the device now.
+    """Decide where the buffer lives; `auto` depends on the memory that is free on the device now.
 
     Raises:
         ValueError: an unknown residency.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.constants import no_new_constants
-from kernels.masked_attention import Samples
+from kernels.masked_attention_mask import Samples
 from kernels.neftune import neftune_, noise_scale
 from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient

@@ -14,16 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import (
+from kernels.adamw_8bit import ZERO_CODES, moment_tables, nearest_magnitude
+from kernels.adamw_arenas import (
     MOMENT_BLOCK,
     NUM_SHARED_SCALARS,
     SUM_PROGRAMS,
     TILE_BLOCKS,
-    ZERO_CODES,
     Arenas,
     Moments,
-    _nearest_magnitude,
-    _tables,
 )
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, UNSIGNED_DYNAMIC_MAP_MIDPOINTS
 
@@ -38,17 +36,15 @@ class AdamWCase:
 
     num_8bit_tiles: int
     num_32bit_tiles: int
-    copy_dtype: torch.dtype | None = None
     max_norm: float = 1.0
     loss_scale: float = 1.0
     num_groups: int = 1
     non_finite: float | None = None  # the last gradient of the second step
 
     def __str__(self) -> str:
-        copy = f"-{str(self.copy_dtype)[6:]}" if self.copy_dtype else ""
         last = f"-{self.non_finite}" if self.non_finite is not None else ""
         return (
-            f"{self.num_8bit_tiles}x8bit-{self.num_32bit_tiles}x32bit{copy}-norm{self.max_norm}"
+            f"{self.num_8bit_tiles}x8bit-{self.num_32bit_tiles}x32bit-norm{self.max_norm}"
             f"-scale{self.loss_scale}-groups{self.num_groups}{last}"
         )
 
@@ -56,9 +52,9 @@ class AdamWCase:
 CASES = [
     AdamWCase(0, 3),
     AdamWCase(0, 2, max_norm=0.0, num_groups=3),
-    AdamWCase(0, 1, torch.float16, max_norm=1e9, loss_scale=65536.0),
+    AdamWCase(0, 1, max_norm=1e9, loss_scale=65536.0),
     AdamWCase(2, 0, num_groups=2),
-    AdamWCase(2, 1, torch.float16, loss_scale=1024.0, num_groups=3),
+    AdamWCase(2, 1, loss_scale=1024.0, num_groups=3),
     *(AdamWCase(1, 1, non_finite=float(value)) for value in ("nan", "inf", "-inf")),
 ]
 NUM_STEPS = 3
@@ -75,14 +71,12 @@ def random_arenas(case: AdamWCase, seed: int = 0) -> Arenas:
     num_blocks = num_8bit + num_32bit
     parameters = torch.randn(num_blocks * MOMENT_BLOCK, generator=generator)
     parameters[-MOMENT_BLOCK // 2 :] = 0
-    copy = None if case.copy_dtype is None else torch.zeros_like(parameters, dtype=case.copy_dtype)
     codes = torch.full((2, num_8bit * MOMENT_BLOCK), ZERO_CODES[0], dtype=torch.uint8)
     codes[1] = ZERO_CODES[1]
     moments = Moments(*codes, *torch.zeros(2, num_8bit), *torch.zeros(2, num_32bit * MOMENT_BLOCK))
     return Arenas(
         parameters,
         torch.zeros_like(parameters),
-        copy,
         moments,
         (torch.arange(num_blocks) // 3 % case.num_groups).to(torch.uint8),
         torch.tensor(GROUPS[: case.num_groups], dtype=torch.float64),
@@ -108,8 +102,6 @@ def set_gradients(arenas: Arenas, case: AdamWCase, step: int) -> None:
 def held_tensors(arenas: Arenas) -> dict[str, Tensor]:
     """What a step writes, by name."""
     tensors = {"parameters": arenas.parameters, "num_updates": arenas.num_updates}
-    if arenas.compute_copy is not None:
-        tensors["compute_copy"] = arenas.compute_copy
     return tensors | vars(arenas.moments)
 
 
@@ -155,12 +147,12 @@ def _magnitudes_kernel(
 ):
     offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     scaled = tl.load(scaled_ptr + offs)
-    tl.store(index_ptr + offs, _nearest_magnitude(scaled, thresholds_ptr, FIRST_CELLS))
+    tl.store(index_ptr + offs, nearest_magnitude(scaled, thresholds_ptr, FIRST_CELLS))
 
 
 def nearest_magnitudes(scaled: Tensor, is_signed: bool) -> Tensor:  # (n * 128,) -> int32
     """Find the index of magnitudes in a map as the kernel does."""
-    _, signed, _, unsigned = _tables(scaled.device)
+    _, signed, _, unsigned = moment_tables(scaled.device)
     index = torch.empty_like(scaled, dtype=torch.int32)
     _magnitudes_kernel[(scaled.numel() // 128,)](
         index,

@@ -121,12 +121,11 @@ class _Recorder:
     """Stands for `kernels.launch.launch`: takes the launch of one kernel and runs none."""
 
     kernel: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, kernel: Any, grid: object, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, kernel: Any, grid: object, **arguments: Any) -> None:
         if kernel is self.kernel:
-            self.args, self.kwargs = args, kwargs
+            self.arguments = arguments
 
 
 def compile_launch(
@@ -147,7 +146,7 @@ def compile_launch(
                 stack.enter_context(patch.object(owner, "launch", recorder))
         launch()
     names: list[str] = kernel.arg_names
-    values = dict(zip(names, recorder.args, strict=False)) | recorder.kwargs
+    values = dict(recorder.arguments)
     options = {name: values.pop(name) for name in list(values) if name not in names} | options
     constexprs = {param.name for param in kernel.params if param.is_constexpr}
     plain = {param.name for param in kernel.params if param.do_not_specialize}

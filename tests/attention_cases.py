@@ -9,7 +9,7 @@ from layer_cases import CPU, contiguous, generator_of
 from nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
-from kernels.masked_attention import Samples
+from kernels.masked_attention_mask import Samples
 from kernels.softcap import ERROR
 
 

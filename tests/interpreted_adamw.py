@@ -28,6 +28,7 @@ from safetensors.torch import save_file  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels import adamw as module  # noqa: E402
+from kernels import adamw_plan as plan_module  # noqa: E402
 
 
 def let_fma_round_once() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         let_loops_run_under_numpy_2_4()
         let_fma_round_once()
     # the interpreter runs one after the other; two tiles then meet in one
-    module.SUM_PROGRAMS = 2
+    plan_module.SUM_PROGRAMS = 2
     results = {}
     with poisoned_memory():
         for case in CASES:
@@ -57,7 +58,9 @@ def main() -> None:
             scale = torch.tensor(case.loss_scale)
             for step in range(NUM_STEPS):
                 set_gradients(arenas, case, step)
-                module._launch_adamw_plan(arenas, LEARNING_RATE / (1 + step), case.max_norm, scale)
+                plan_module._launch_adamw_plan(
+                    arenas, LEARNING_RATE / (1 + step), case.max_norm, scale
+                )
                 module._launch_adamw(arenas)
                 held = held_tensors(arenas) | {"norm": arenas.scalars[:1]}
                 results |= {f"{case}/{step}/{name}": t.clone() for name, t in held.items()}

@@ -16,12 +16,10 @@ from interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
 from poison import poisoned_memory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from kernels import masked_attention as module  # noqa: E402
+from kernels import masked_attention_tiles as module  # noqa: E402
 from kernels.device import H200  # noqa: E402
-from kernels.masked_attention import (  # noqa: E402
-    _launch_masked_attention,
-    _launch_masked_attention_backward,
-)
+from kernels.masked_attention import _launch_masked_attention  # noqa: E402
+from kernels.masked_attention_backward import _launch_masked_attention_backward  # noqa: E402
 
 
 def main() -> None:

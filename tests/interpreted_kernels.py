@@ -60,21 +60,21 @@ from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
 from kernels.neftune import _launch_neftune  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
-from kernels.nf4_matmul_fused import (  # noqa: E402
-    _launch_nf4_matmul_forward,
-    _launch_nf4_matmul_transposed,
-)
+from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused  # noqa: E402
 from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup  # noqa: E402
 from kernels.nf4_quantize import (  # noqa: E402
     _launch_nf4_quantize,
     _launch_nf4_quantize_absmax,
 )
-from kernels.rms_norm import _launch_rms_norm, _launch_rms_norm_backward  # noqa: E402
-from kernels.rope import _launch_rope, _launch_rope_backward  # noqa: E402
+from kernels.rms_norm import _launch_rms_norm  # noqa: E402
+from kernels.rms_norm_backward import _launch_rms_norm_backward  # noqa: E402
+from kernels.rope import _launch_rope  # noqa: E402
+from kernels.rope_backward import _launch_rope_backward  # noqa: E402
 from nf4.double_quant import quantize_absmax  # noqa: E402
 from nf4.weight import empty_weight, member  # noqa: E402
 
 CPU = torch.device("cpu")
+PRODUCTS = {"fused": _launch_nf4_matmul_fused, "warpgroup": _launch_nf4_matmul_warpgroup}
 
 
 def let_loops_run_under_numpy_2_4() -> None:
@@ -134,19 +134,11 @@ def products(results: dict[str, Tensor]) -> None:
     """Add the products of the fused and the warpgroup kernels."""
     for case in TINY_PRODUCTS:
         weight = random_weight(case.weight)
-        launch = _launch_nf4_matmul_transposed if case.transposed else _launch_nf4_matmul_forward
-        results[str(case)] = launch(random_rows(case), weight)
-        if not case.transposed:
-            y = _launch_nf4_matmul_warpgroup(random_rows(case), weight)
-            results[f"warpgroup-{case}"] = y
+        for name, launch in PRODUCTS.items():
+            results[f"{name}-{case}"] = launch(random_rows(case), weight)
     weight = random_weight(IDENTITY_WEIGHT)
-    rows, columns = weight.shape
-    for name, launch, size in (
-        ("forward", _launch_nf4_matmul_forward, columns),
-        ("transposed", _launch_nf4_matmul_transposed, rows),
-        ("warpgroup", _launch_nf4_matmul_warpgroup, columns),
-    ):
-        results[f"identity-{name}"] = launch(torch.eye(size).half(), weight)
+    for name, launch in PRODUCTS.items():
+        results[f"identity-{name}"] = launch(torch.eye(weight.in_features).half(), weight)
 
 
 def gated_in_place(

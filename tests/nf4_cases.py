@@ -29,16 +29,14 @@ class WeightCase:
 
 @dataclass(frozen=True)
 class ProductCase:
-    """A weight, the number of rows that it is multiplied by, their dtype and the direction."""
+    """A weight, the number of rows that it is multiplied by, and their dtype."""
 
     weight: WeightCase
     num_rows: int
     dtype: torch.dtype
-    transposed: bool
 
     def __str__(self) -> str:
-        direction = "transposed" if self.transposed else "forward"
-        return f"M{self.num_rows}-{self.weight}-{str(self.dtype)[6:]}-{direction}"
+        return f"M{self.num_rows}-{self.weight}-{str(self.dtype)[6:]}"
 
 
 def _generator(case: object) -> torch.Generator:
@@ -75,8 +73,7 @@ def scratch_around(case: WeightCase, dtype: torch.dtype, num_extra: int = 16) ->
 
 def random_rows(case: ProductCase) -> Tensor:
     """Draw the rows that a weight is multiplied by, out of a wider matrix that ends in NaN."""
-    rows, columns = sum(case.weight.rows), case.weight.in_features
-    num_columns = rows if case.transposed else columns
+    num_columns = case.weight.in_features
     wide = torch.randn(case.num_rows, num_columns + 5, generator=_generator(case))
     wide[:, num_columns:] = float("nan")
     return wide.to(case.dtype)[:, :num_columns]
@@ -105,16 +102,13 @@ LONG_ROWS = [WeightCase((3, 2), 1500), WeightCase((2, 1), 4104)]
 # for the fused kernels, which want whole blocks: one step; several members; more steps than divide
 # into warps; more rows than a program takes
 TINY_PRODUCTS = [
-    ProductCase(
-        WeightCase(rows, in_features, 64, double_quant), num_rows, torch.float16, transposed
-    )
+    ProductCase(WeightCase(rows, in_features, 64, double_quant), num_rows, torch.float16)
     for rows, in_features, double_quant, num_rows in (
         ((64,), 256, True, 1),
         ((64,), 256, False, 3),
         ((64, 128), 512, True, 17),
         ((64,), 768, True, 33),
     )
-    for transposed in (False, True)
 ]
 # the product by the identity is the weight: shows which element lies where
 IDENTITY_WEIGHT = WeightCase((64, 64), 256)

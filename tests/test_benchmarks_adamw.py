@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import adamw as module
 from benchmarks.adamw import adapter_shapes, step_bytes
 from benchmarks.command import Machine
-from kernels.adamw import Arenas
+from kernels.adamw_arenas import Arenas
 from optim.arena import Layout
 from optim.state_memory import OrdinaryMemory
 

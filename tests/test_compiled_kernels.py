@@ -43,7 +43,9 @@ def _exchange_kernel(x_ptr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr):
 def test_static_shared_memory_is_counted_beside_dynamic(capability: int) -> None:
     def exchange(static: bool, dynamic: bool) -> None:
         x = torch.empty(128, dtype=torch.int32)
-        launch(_exchange_kernel, (1,), x, STATIC=static, DYNAMIC=dynamic, enable_fp_fusion=True)
+        launch(
+            _exchange_kernel, (1,), x_ptr=x, STATIC=static, DYNAMIC=dynamic, enable_fp_fusion=True
+        )
 
     with patch.object(compiled_kernels, "_COMPILED", {}):
         shared = {

@@ -1,8 +1,10 @@
-"""The house: who may import whom, and what no file may import."""
+"""The house: who may import whom, what no file may import, how long files are, nothing twice."""
 
 import ast
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -77,6 +79,11 @@ THEIRS = {
     "matplotlib": {"run/loss_chart.py"},
 }
 
+# lines that a file of the product may have, and that half of the files have at most
+MOST_LINES, MEDIAN_LINES = 400, 180
+# so many equal lines one after the other stand in one place
+RUN_LENGTH = 12
+
 
 def product_files() -> list[Path]:
     files = [path for room in FLOORS for path in sorted((ROOT / room).rglob("*.py"))]
@@ -135,3 +142,48 @@ def test_every_room_is_in_the_table() -> None:
     rooms = {p.parent.name for p in ROOT.glob("*/__init__.py")} - {"benchmarks"}
     doors = {p.stem for p in ROOT.glob("*.py")}
     assert rooms | doors == set(FLOORS)
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", product_files(), ids=name_of)
+def test_no_file_is_longer_than_it_may_be(path: Path) -> None:
+    assert num_lines(path) <= MOST_LINES
+
+
+def test_half_of_the_files_are_short() -> None:
+    assert median(num_lines(path) for path in product_files()) <= MEDIAN_LINES
+
+
+def compared_lines(path: Path) -> list[tuple[int, str]]:
+    """List the lines of a file that are compared with others', each with its number.
+
+    Without indentation. Left out are blank lines; imports, which say what a file uses; and heads of
+    functions, from the first decorator to the line before the body: Triton has no other way to pass
+    on a list of arguments, and a reference, a launcher and a public function have the same ones.
+    """
+    text = path.read_text()
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min((node.lineno, *(decorator.lineno for decorator in node.decorator_list)))
+            left_out.update(range(first, node.body[0].lineno))
+    lines = enumerate(text.splitlines(), 1)
+    return [
+        (number, line.strip()) for number, line in lines if line.strip() and number not in left_out
+    ]
+
+
+def test_no_run_of_lines_stands_twice() -> None:
+    places: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path in product_files():
+        lines = compared_lines(path)
+        for start in range(len(lines) - RUN_LENGTH + 1):
+            run = tuple(line for _, line in lines[start : start + RUN_LENGTH])
+            places[run].append(f"{name_of(path)}:{lines[start][0]}")
+    twice = [found for found in places.values() if len(found) > 1]
+    assert not twice, f"the same {RUN_LENGTH} lines stand at {' and at '.join(twice[0])}"

@@ -26,16 +26,10 @@ from nf4_parity import cuda_codes
 from torch import Tensor
 
 from kernels import adamw as module
-from kernels.adamw import (
-    MOMENT_BLOCK,
-    TILE_BLOCKS,
-    ZERO_CODES,
-    Arenas,
-    adamw,
-    adamw_reference,
-    dequantize_moment,
-    quantize_moment,
-)
+from kernels import adamw_plan as plan_module
+from kernels.adamw import adamw, adamw_reference
+from kernels.adamw_8bit import ZERO_CODES, dequantize_moment, quantize_moment
+from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS, Arenas
 from nf4.double_quant import (
     DYNAMIC_MAP,
     DYNAMIC_MAP_MIDPOINTS,
@@ -46,18 +40,11 @@ from nf4.double_quant import (
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCRIPT = "interpreted_adamw.py"
-# what is compiled: with and without moments in 8 bit, with each copy
-COMPILED = {
-    "32bit": AdamWCase(0, 2),
-    "32bit-bf16": AdamWCase(0, 2, torch.bfloat16),
-    "32bit-fp16": AdamWCase(0, 2, torch.float16),
-    "8bit": AdamWCase(2, 1),
-    "8bit-bf16": AdamWCase(2, 1, torch.bfloat16, num_groups=2),
-}
+# what is compiled: with and without moments in 8 bit
+COMPILED = {"32bit": AdamWCase(0, 2), "8bit": AdamWCase(2, 1, num_groups=2)}
 GPU_CASES = [
     *CASES,
-    *(replace(case, copy_dtype=torch.bfloat16) for case in CASES if case.copy_dtype),
-    AdamWCase(300, 1500, torch.bfloat16, num_groups=3),
+    AdamWCase(300, 1500, num_groups=3),
     AdamWCase(1100, 0, num_groups=2),
 ]
 ELEMENTS_OF_A_THREAD = MOMENT_BLOCK // 32
@@ -184,13 +171,9 @@ def test_a_zero_block_has_the_codes_of_zero() -> None:
         assert not dequantize_moment(codes, absmax, levels).any()
 
 
-on_each_gpu_that_has_the_copy = pytest.mark.parametrize(
+in_each_width_on_each_gpu = pytest.mark.parametrize(
     ("name", "capability"),
-    [
-        (name, capability)
-        for name, case in COMPILED.items()
-        for capability in GPUS[case.copy_dtype or torch.float32]
-    ],
+    [(name, capability) for name in COMPILED for capability in GPUS[torch.float32]],
 )
 
 
@@ -199,7 +182,7 @@ def compile_update(case: AdamWCase, capability: int) -> CompiledLaunch:
     return compile_launch(module, "_adamw_kernel", lambda: module._launch_adamw(arenas), capability)
 
 
-@on_each_gpu_that_has_the_copy
+@in_each_width_on_each_gpu
 def test_kernel_compiles_without_spilling(
     name: str, capability: int, record_property: Callable[[str, object], None]
 ) -> None:
@@ -220,24 +203,23 @@ def test_kernels_of_the_plan_compile_without_spilling(
     arenas = random_arenas(AdamWCase(0, 2, num_groups=2))
 
     def launch() -> None:
-        module._launch_adamw_plan(arenas, 1e-3, 1.0, torch.tensor(1.0))
+        plan_module._launch_adamw_plan(arenas, 1e-3, 1.0, torch.tensor(1.0))
 
-    compiled = compile_launch(module, kernel, launch, capability)
+    compiled = compile_launch(plan_module, kernel, launch, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     assert not re.search(r"\.ftz|\.approx|\.full|\batom\.|\bred\.", compiled.ptx)
 
 
-@on_each_gpu_that_has_the_copy
+@in_each_width_on_each_gpu
 def test_every_element_is_moved_in_vectors_past_shared_memory(name: str, capability: int) -> None:
     case = COMPILED[name]
     compiled = compile_update(case, capability)
     loads = re.findall(r"ld\.global\.\S+", compiled.ptx)
     stores = re.findall(r"st\.global\.\S+", compiled.ptx)
-    # p, g, m, v and p, m, v: two vectors of 4 each; a copy in 16 bit
+    # p, g, m, v and p, m, v: two vectors of 4 each
     assert loads.count("ld.global.v4.b32") == 8
     assert stores.count("st.global.v4.b32") == 6
-    assert stores.count("st.global.v2.b32") == (2 if case.copy_dtype else 0)
     # where there are codes, the scales of the blocks change layout
     assert compiled.shared_bytes <= (32 if case.num_8bit_tiles else 0)
 

@@ -170,8 +170,8 @@ ONES, ONE_SEED = torch.ones(3, 4), torch.zeros(1, dtype=torch.int64)
     [
         ({"x": ONES.int(), "z": ONES.int()}, "^x must be bfloat16, float16 or float32"),
         ({"x": ONES[0], "z": ONES[0]}, "^x must be a matrix"),
-        ({"z": torch.ones(3, 5)}, "have its shape and dtype"),
-        ({"z": ONES.half()}, "have its shape and dtype"),
+        ({"z": torch.ones(3, 5)}, "^the result must have x's shape and dtype"),
+        ({"z": ONES.half()}, "^the result must have x's shape and dtype"),
         ({"x": torch.ones(4, 3).T}, "must have contiguous rows"),
         ({"z": torch.ones(4, 3).T}, "must have contiguous rows"),
         ({"seed": ONE_SEED.int()}, "^the seed must be one int64"),

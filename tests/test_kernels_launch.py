@@ -12,22 +12,22 @@ from kernels.launch import KernelDoesNotFit, launch
 def test_a_kernel_gets_its_grid_and_arguments() -> None:
     kernel = MagicMock()
     x = torch.zeros(1)
-    launch(kernel, (2, 3), x, 4, BLOCK=5)
+    launch(kernel, (2, 3), n=4, x_ptr=x, BLOCK=5)
     kernel.__getitem__.assert_called_once_with((2, 3))
-    kernel[2, 3].assert_called_once_with(x, 4, BLOCK=5)
+    kernel[2, 3].assert_called_once_with(n=4, x_ptr=x, BLOCK=5)
 
 
 def test_of_tensors_without_values_nothing_is_launched() -> None:
     kernel = MagicMock()
-    launch(kernel, (1,), torch.zeros(1, device="meta"))
+    launch(kernel, (1,), n=4, x_ptr=torch.zeros(1, device="meta"))
     assert not kernel.mock_calls
 
 
 def test_a_grid_that_no_gpu_has_is_a_bug() -> None:
     kernel = MagicMock()
-    launch(kernel, (1 << 20, 65_535), torch.zeros(1))
+    launch(kernel, (1 << 20, 65_535), x_ptr=torch.zeros(1))
     with pytest.raises(AssertionError):
-        launch(kernel, (1, 65_536), torch.zeros(1))
+        launch(kernel, (1, 65_536), x_ptr=torch.zeros(1))
 
 
 def test_a_kernel_that_does_not_fit_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,4 +38,4 @@ def test_a_kernel_that_does_not_fit_says_what_it_takes(monkeypatch: pytest.Monke
         KernelDoesNotFit,
         match=r"_wide_kernel must fit.*70,000 of shared memory, Tesla T4 has 65,536",
     ):
-        launch(kernel, (1,), torch.zeros(1))
+        launch(kernel, (1,), x_ptr=torch.zeros(1))

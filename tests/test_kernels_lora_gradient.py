@@ -24,7 +24,8 @@ from torch import Tensor
 from kernels import lora_gradient as module
 from kernels.device import H200, meta_stands_for
 from kernels.lora_extension import Update
-from kernels.lora_gradient import add_product, lora_gradient, lora_gradient_reference
+from kernels.lora_gradient import lora_gradient, lora_gradient_reference, one_pass_obstacle
+from kernels.lora_gradient_products import add_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -116,12 +117,15 @@ GIVEN = {
         ({"updates": ()}, "^the gradient of B must have the rows of the updates"),
         ({"grad_B": torch.zeros(8, 3)}, r"^the gradient of B must have .*: got \(8, 3\)$"),
         ({"grad_B": torch.zeros(7, 33)}, r"^the gradient of B must have .*: got \(7, 33\)$"),
-        ({"grad_B": torch.zeros(7, 3).half()}, "^the gradient of B must be contiguous float32"),
-        ({"grad_B": torch.zeros(3, 7).T}, r"^the gradient of B must be .* strides \(1, 7\)$"),
+        ({"grad_B": torch.zeros(7, 3).half()}, "^the gradient of B must be torch.float32"),
+        (
+            {"grad_B": torch.zeros(3, 7).T},
+            r"^the gradient of B must be contiguous: got strides \(1, 7\)$",
+        ),
         ({"h": torch.zeros(4, 64).half()}, "must share a dtype: got torch.float32, torch.float16"),
         ({"grad_h": torch.zeros(64, 4).T}, "must have contiguous rows: got strides"),
-        ({"grad_y": torch.zeros(4, 7, device=META)}, "^all matrices must be on one device"),
-        ({"grad_B": torch.zeros(7, 3, device=META)}, "^all matrices must be on one device"),
+        ({"grad_y": torch.zeros(4, 7, device=META)}, "^y's gradient and h must be on one device"),
+        ({"grad_B": torch.zeros(7, 3, device=META)}, "gradient of B must be on one device"),
     ],
     ids=[
         "h too short",
@@ -188,24 +192,47 @@ def test_kernels_compile_without_spilling(
 
 
 @pytest.mark.parametrize(
-    ("capability", "rank", "dtype", "takes_one_pass"),
+    ("capability", "rank", "dtype", "obstacle"),
     [
-        ((7, 5), 16, torch.float16, False),
-        ((8, 0), 16, torch.bfloat16, True),
-        ((8, 6), 3, torch.float16, True),
-        ((9, 0), 16, torch.bfloat16, True),
-        ((9, 0), 17, torch.bfloat16, False),
-        ((12, 1), 16, torch.bfloat16, True),
-        ((12, 1), 16, torch.float32, False),
+        ((7, 5), 16, torch.float16, "one pass needs the tensor cores of 8.0 and later, not (7, 5)"),
+        ((8, 0), 16, torch.bfloat16, ""),
+        ((8, 6), 3, torch.float16, ""),
+        ((9, 0), 16, torch.bfloat16, ""),
+        ((9, 0), 17, torch.bfloat16, "one pass is for ranks up to 16, not 17"),
+        ((12, 1), 16, torch.bfloat16, ""),
+        (
+            (12, 1),
+            16,
+            torch.float32,
+            "one pass multiplies in bfloat16 or float16, not in torch.float32",
+        ),
     ],
     ids=str,
 )
 def test_one_pass_is_taken_where_there_are_tensor_cores(
-    capability: tuple[int, int], rank: int, dtype: torch.dtype, takes_one_pass: bool
+    capability: tuple[int, int], rank: int, dtype: torch.dtype, obstacle: str
 ) -> None:
     with meta_stands_for(H200._replace(capability=capability)):
         grad_y = torch.empty(4, 4, dtype=dtype, device=META)
-        assert module._takes_one_pass(grad_y, rank) == takes_one_pass
+        assert one_pass_obstacle(grad_y, rank) == obstacle
+
+
+@pytest.mark.parametrize(
+    ("rank", "chosen"), [(16, "_launch_lora_gradient"), (17, "lora_gradient_by_products")]
+)
+def test_a_gpu_takes_the_one_pass_or_the_products_and_never_both(
+    monkeypatch: pytest.MonkeyPatch, rank: int, chosen: str
+) -> None:
+    taken = []
+    for name in ("_launch_lora_gradient", "lora_gradient_by_products", "lora_gradient_reference"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: taken.append(name))
+    updates = (Update(slice(0, 5), slice(0, rank), slice(0, 5), 2.0),)
+    grad_y, h, sB, grad_h = (
+        torch.empty(shape, dtype=torch.bfloat16, device=META)
+        for shape in ((4, 5), (4, 64), (5, 64), (4, 64))
+    )
+    lora_gradient(grad_y, h, sB, grad_h, torch.empty(5, rank, device=META), updates)
+    assert taken == [chosen]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -22,8 +22,12 @@ from layer_cases import (
 )
 from torch import Tensor
 
-from kernels import rms_norm as module
-from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference
+from kernels import rms_norm as forward_module
+from kernels import rms_norm_backward as backward_module
+from kernels import rms_norm_long as long_module
+from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.rms_norm_backward import rms_norm_backward
+from kernels.rms_norm_row import shape_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA = torch.device("cuda")
@@ -163,7 +167,7 @@ X, WEIGHT = torch.ones(3, 4), torch.ones(4)
         ((X, WEIGHT, X.half()), "got .* and torch.float16$"),
         ((torch.ones(4, 3).T, WEIGHT), r"^x must have contiguous rows: got strides \(1, 3\)"),
         ((X, WEIGHT, torch.ones(3, 1).expand(3, 4)), "^residual must have contiguous rows"),
-        ((X, torch.ones(8)[::2]), "^the weight must be contiguous: got stride 2"),
+        ((X, torch.ones(8)[::2]), r"^the weight must be contiguous: got strides \(2,\)"),
         ((X, torch.ones(4, device="meta")), "on one device: got cpu and"),
         ((X, torch.ones(4, requires_grad=True)), "weight must be frozen"),
         ((torch.ones(3, 4, requires_grad=True), WEIGHT), "^nothing is recorded for autograd"),
@@ -208,10 +212,14 @@ def test_arguments_that_do_not_fit_are_refused(
         ("grad_y", torch.ones(()).expand(3, 4), "^grad_y must have contiguous rows"),
         ("grad_r", X.half(), "^grad_r must have r's .* and torch.float16$"),
         ("grad_r", torch.ones(3, 4, requires_grad=True), "^nothing is recorded for autograd"),
-        ("rstd", torch.ones(4), r"^rstd must be contiguous float32 of shape \(3,\): got"),
+        ("rstd", torch.ones(4), r"^rstd must be torch.float32 of shape \(3,\): got"),
         ("rstd", torch.ones(3).half(), "^rstd must be .* got torch.float16"),
         ("rstd", torch.ones(1).expand(3), "^rstd must be contiguous"),
-        ("rstd", torch.ones(3, device="meta"), "on one device: got meta and cpu"),
+        (
+            "rstd",
+            torch.ones(3, device="meta"),
+            "^rstd and r must be on one device: got meta and cpu",
+        ),
         ("weight", torch.ones(5), r"rows as long as the weight: got shapes \(3, 4\) and"),
         ("out", torch.ones(4).expand(3, 4), "^out must have rows that do not overlap"),
         ("y", X[:2], r"^y must have r's shape .*: got \(2, 4\) and"),
@@ -253,10 +261,12 @@ def compile_forward(
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight = torch.empty(width, dtype=dtype)
+    residual = x if has_residual else None
+    is_long = "CHUNKS" not in shape_of(x)
     return compile_launch(
-        module,
-        "_rms_norm_kernel",
-        lambda: module._launch_rms_norm(x, weight, EPS, x if has_residual else None, x, offset),
+        long_module if is_long else forward_module,
+        "_rms_norm_long_kernel" if is_long else "_rms_norm_kernel",
+        lambda: forward_module._launch_rms_norm(x, weight, EPS, residual, x, offset),
         capability,
     )
 
@@ -273,10 +283,11 @@ def compile_backward(
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight, rstd = torch.empty(width, dtype=dtype), torch.empty(2)
     grad_r, y = x if has_grad_r else None, x if writes_y else None
+    is_long = "CHUNKS" not in shape_of(x)
     return compile_launch(
-        module,
-        "_rms_norm_backward_kernel",
-        lambda: module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y, offset),
+        long_module if is_long else backward_module,
+        "_rms_norm_backward_long_kernel" if is_long else "_rms_norm_backward_kernel",
+        lambda: backward_module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y, offset),
         capability,
     )
 

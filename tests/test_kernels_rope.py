@@ -18,8 +18,10 @@ from layer_cases import (
 )
 from torch import Tensor
 
-from kernels import rope as module
-from kernels.rope import rope, rope_backward, rope_reference, rotate_reference
+from kernels import rope as forward_module
+from kernels import rope_backward as backward_module
+from kernels.rope import rope, rope_reference, rotate_reference
+from kernels.rope_backward import rope_backward
 from llama.rope import rope_tables
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,8 +126,8 @@ def valid_arguments() -> dict[str, Tensor]:
     [
         ("qkv", lambda t: t.double(), "^qkv must be bfloat16, float16 or float32: got"),
         ("qkv", lambda t: t[0], "^qkv must have three dimensions"),
-        ("qkv", lambda t: t[..., :-12], r"^qkv must have shape \(2, 5, 60\), each row contig"),
-        ("qkv", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "each row contiguous"),
+        ("qkv", lambda t: t[..., :-12], r"^qkv must be torch.float32 of shape \(2, 5, 60\): got"),
+        ("qkv", lambda t: t.mT.contiguous().mT, "^qkv must have contiguous rows: got"),
         ("qkv", lambda t: t[:, :1].expand(2, 5, 60), "^qkv must have rows that do not overlap"),
         ("qkv", lambda t: t.clone().requires_grad_(), "^nothing is recorded for autograd"),
         (
@@ -163,7 +165,7 @@ def test_arguments_that_do_not_fit_are_refused(
         (
             "grad_q",
             lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-            "^grad_q must be .*, each head contiguous",
+            "^grad_q must have contiguous heads: got",
         ),
         ("grad_k", lambda t: t.half(), "^grad_k must be torch.float32 .* got torch.float16"),
         ("grad_k", lambda t: t[:1], r"^grad_k must be .* of shape \(2, 1, 5, 12\)"),
@@ -171,7 +173,7 @@ def test_arguments_that_do_not_fit_are_refused(
         (
             "grad_v",
             lambda t: torch.ones(()).expand(t.shape),
-            "^grad_v must be .*, each head contiguous",
+            "^grad_v must have contiguous heads: got",
         ),
         ("grad_v", lambda t: t.clone().requires_grad_(), "^nothing is recorded for autograd"),
         (
@@ -180,9 +182,9 @@ def test_arguments_that_do_not_fit_are_refused(
             r"^positions must be .* of shape \(2, 5\): got .* \(2, 4",
         ),
         ("positions", lambda t: t.to("meta"), "must be on one device"),
-        ("out", lambda t: t[..., :-12], r"^out must have shape \(2, 5, 60\), each row contig"),
+        ("out", lambda t: t[..., :-12], r"^out must be torch.float32 of shape \(2, 5, 60\): got"),
         ("out", lambda t: t[:1].expand(2, 5, 60), "^out must have rows that do not overlap"),
-        ("out", lambda t: t.half(), "^out must have the gradients' dtype, torch.float32: got"),
+        ("out", lambda t: t.half(), "^out must be torch.float32 .* got torch.float16"),
         ("out", lambda t: t.to("meta"), "must be on one device"),
     ],
 )
@@ -203,9 +205,9 @@ def compile_forward(
     qkv = torch.empty(2, 32, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
     return compile_launch(
-        module,
+        forward_module,
         "_rope_kernel",
-        lambda: module._launch_rope(qkv, positions, table, table, num_heads, num_kv_heads),
+        lambda: forward_module._launch_rope(qkv, positions, table, table, num_heads, num_kv_heads),
         capability,
     )
 
@@ -220,9 +222,11 @@ def compile_backward(
     grad_k = torch.empty(2, 32, num_kv_heads, head_dim, dtype=dtype).transpose(1, 2)
     positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
     return compile_launch(
-        module,
+        backward_module,
         "_rope_backward_kernel",
-        lambda: module._launch_rope_backward(grad_q, grad_k, grad_k, positions, table, table, out),
+        lambda: backward_module._launch_rope_backward(
+            grad_q, grad_k, grad_k, positions, table, table, out
+        ),
         capability,
     )
 
@@ -269,7 +273,10 @@ def test_heads_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
     # 8 angles a thread in 16 bit, 4 in float32
     angles = 2 * (2 if dtype.itemsize == 2 else 1)
     for compiled, most_tiles in (
-        (compile_forward(dtype, HEADS[0], capability), min(forward_tiles, module.MAX_TILES)),
+        (
+            compile_forward(dtype, HEADS[0], capability),
+            min(forward_tiles, forward_module.MAX_TILES),
+        ),
         (compile_backward(dtype, HEADS[0], capability), backward_tiles),
         (compile_backward(dtype, HEADS[0], capability, num_extra=16), backward_tiles),
     ):

@@ -15,7 +15,8 @@ from peer_process import run_peer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, dequantize_moment
+from kernels.adamw_8bit import dequantize_moment
+from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS
 from nf4.double_quant import (
     DYNAMIC_MAP,
     DYNAMIC_MAP_MIDPOINTS,
@@ -251,19 +252,6 @@ def test_a_learning_rate_has_its_factor(is_8bit: bool) -> None:
 def test_factors_must_be_for_parameters_that_are_there() -> None:
     with pytest.raises(ValueError, match=r"parameters to train: got a\.lora_C"):
         optimizer_of(make_parameters(), weight_decay=0.0, rate_factors={"a.lora_C": 2.0})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@BITS
-def test_a_copy_follows_the_parameters(is_8bit: bool, dtype: torch.dtype) -> None:
-    parameters = make_parameters()
-    optimizer = optimizer_of(parameters, weight_decay=0.0, is_8bit=is_8bit, copy_dtype=dtype)
-    for step in range(2):
-        copies = {name: copy.clone() for name, copy in optimizer.compute_copies().items()}
-        assert_same(copies, {name: p.detach().to(dtype) for name, p in parameters.items()})
-        set_gradients(parameters, step)
-        optimizer.step(1e-2)
-    assert optimizer_of(make_parameters(), weight_decay=0.0).compute_copies() == {}
 
 
 @BITS
@@ -543,7 +531,6 @@ def test_gpu_steps_do_not_wait_for_the_device(place: str, is_8bit: bool) -> None
         is_8bit=is_8bit,
         memory=PLACES[place],
         rate_factors={"a.lora_B": 16.0},
-        copy_dtype=torch.bfloat16,
     )
     scale = torch.tensor(8.0, device="cuda")
     # compiles, and copies the tables

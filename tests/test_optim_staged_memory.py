@@ -8,7 +8,8 @@ from adamw_cases import AdamWCase, held_tensors, random_arenas, set_gradients
 from equality import assert_equal
 from lagging_streams import lag
 
-from kernels.adamw import MOMENT_BLOCK, TILE_BLOCKS, Moments, adamw_reference
+from kernels.adamw import adamw_reference
+from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS, Moments
 from optim import staged_memory
 from optim.arena import Layout
 from optim.staged_memory import StagedMemory, _laid_out, cut, moments_of, spans
@@ -27,7 +28,7 @@ def test_spans_cover_the_arena_and_keep_to_one_region(size: int) -> None:
 
 
 def test_steps_over_the_parts_are_a_step_over_the_whole() -> None:
-    case = AdamWCase(3, 2, torch.bfloat16, max_norm=0.0, num_groups=3)
+    case = AdamWCase(3, 2, max_norm=0.0, num_groups=3)
     whole, parted = random_arenas(case), random_arenas(case)
     for step in range(2):
         for arenas in (whole, parted):
