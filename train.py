@@ -20,7 +20,6 @@ from datetime import datetime
 import torch
 from tqdm import tqdm
 
-from checkpoint.description import describe
 from checkpoint.loading import load_model
 from foreign.terminal import guard_output
 from kernels.launch import KernelDoesNotFit
@@ -31,8 +30,8 @@ from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
-from prepare.base import quantization_of
 from prepare.job import Job, check
+from prepare.quantization import quantization_of
 from run.checkpoint import RunState
 from run.flags import OptimizerFlags
 from run.last_door import LastDoor
@@ -136,12 +135,11 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
 
         if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
-        model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
+        model = load_model(job.checkpoint, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        base = describe(job.checkpoint_folder, dtype)
-        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
+        load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:

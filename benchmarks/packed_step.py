@@ -31,7 +31,7 @@ from data.tokenization import ROW
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
-from run.machine import prepare
+from run.machine import configure_torch
 from step.micro_step import MicroStep, Policy
 
 RANK = 16
@@ -130,7 +130,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
-    prepare(device, local_rank=0, is_deterministic=False)
+    configure_torch(device, local_rank=0, is_deterministic=False)
     record = head("packed_step", arguments.commit)
     config = CONFIGS["llama-3-8b"]
     epochs = cases(NUM_SAMPLES, ROW_LENGTH, config.vocab_size)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a ready model, one tensor at a time.
+"""From an opened checkpoint to a ready model, one tensor at a time.
 
     on a GPU, three things at once:
     threads    | read 2         | read 3 ...       shard -> pinned ring (checkpoint/shard_reader.py)
@@ -7,27 +7,28 @@
 
     on the CPU: shard -> home, or memory of its own -> quantized -> its group's buffer
 
-    what is NF4 in the file already is kept as it is: its codes and scales go home
+    stored NF4, on both: codes and scales go home unchanged
 
-So the peak is the packed model plus one tensor on the CPU and two on a GPU, where a tensor is the
-largest that is quantized here, in the checkpoint's dtype; and the quantizer's bounded temporaries.
-Embeddings, norms and what else is kept as it is go to their home directly. A GPU's load also holds
-128 MiB of pinned host memory.
+The peak is the packed model, plus one tensor on the CPU or two on a GPU (the largest of those that
+are quantized, in the checkpoint's dtype), plus the quantizer's bounded temporaries. Embeddings,
+norms and all other tensors that are not quantized are read into their homes directly. A load onto a
+GPU also holds 128 MiB of pinned host memory.
 
-NaN and infinity are found as each tensor arrives; a GPU takes note of them and is asked once, at
-the end.
+Each tensor is searched for NaN and infinity as it arrives; a GPU keeps the results until it is
+asked once, at the end.
 """
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from checkpoint.description import META, Description, Slot, describe, kept_dtype
+from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import StoredTensor, make_ring, read_tensor, stream
+from checkpoint.slots import EMBEDDINGS, HEAD, META, Slot, kept_dtype, slots_of
 from checkpoint.stored_nf4 import describe_quantization
 from llama.model import Llama
+from lora.linear_group import LinearGroup
 from nf4.serialized import restore_state
 from nf4.weight import Quantization, non_finite_weights
 
@@ -37,22 +38,23 @@ Report = Callable[[int, int], None]
 
 
 def load_sizes(
-    folder: Path, compute_dtype: torch.dtype, quantization: Quantization | None
+    checkpoint: Checkpoint, compute_dtype: torch.dtype, quantization: Quantization | None
 ) -> Llama:
-    """Make on the meta device what `load_model` makes on another: the same tensors, without values.
+    """Make a model on the meta device with the same tensors as `load_model`, without values.
 
     Raises:
-        As `load_model`, but for what only a tensor's values can tell.
+        ValueError: as `load_model`, except where a tensor's values are wrong.
     """
-    found = _allocated(folder, META, compute_dtype, quantization)
-    for tensor in found.needed():
-        dtype = kept_dtype(found.model, tensor.name, tensor.dtype)
-        found.slots[tensor.name].home(dtype, META)
-    return found.model.eval()
+    model = _allocated(checkpoint, META, compute_dtype, quantization)
+    slots = slots_of(model, checkpoint.stored, checkpoint.nf4.states)
+    for tensor in checkpoint.needed():
+        dtype = kept_dtype(model.config, tensor.name, tensor.dtype, compute_dtype)
+        slots[tensor.name].home(dtype, META)
+    return model.eval()
 
 
 def load_model(
-    folder: Path,
+    checkpoint: Checkpoint,
     device: torch.device,
     compute_dtype: torch.dtype,
     quantization: Quantization | None,
@@ -60,75 +62,102 @@ def load_model(
 ) -> Llama:
     """Load a checkpoint's model, frozen, with the head in the compute dtype.
 
-    Linear groups are quantized while they load. A checkpoint that is in NF4 already is loaded as it
-    is stored.
+    Linear groups are quantized while they load. Weights that are stored in NF4 keep their codes and
+    scales, and the groups that such a checkpoint stores in 16 or 32 bits keep their numbers.
 
     Args:
-        quantization: of the linear groups, None to keep them as stored. Of a checkpoint in NF4 the
-            stored one (`settle_quantization` finds it).
+        quantization: the linear groups' form in memory; None keeps it as stored. Of a checkpoint in
+            NF4 it must be `checkpoint.quantization`.
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json, are in another format or another
-            quantization than asked for, or a tensor holds a NaN or an infinity.
+        FileNotFoundError: a shard is gone.
+        ValueError: a shard was changed since the checkpoint was opened, the checkpoint is in NF4
+            with another quantization, members of a group have different dtypes, or a tensor holds
+            a NaN or an infinity.
     """
-    found = _allocated(folder, device, compute_dtype, quantization)
-    model, wanted = found.model, found.needed()
+    checkpoint.check_unchanged()
+    model = _allocated(checkpoint, device, compute_dtype, quantization)
+    slots = slots_of(model, checkpoint.stored, checkpoint.nf4.states)
+    wanted = checkpoint.needed()
     if device.type == "cpu":
-        _load_on_cpu(wanted, found.slots, report)
+        _load_on_cpu(wanted, slots, report)
     else:
-        _load_on_gpu(wanted, found.slots, device, report)
-    found.check_tied_head()
+        _load_on_gpu(wanted, slots, device, report)
+    checkpoint.check_tied_head()
     return model.eval()
 
 
+def describe_loading(checkpoint: Checkpoint, compute_dtype: torch.dtype) -> list[str]:
+    """List the checkpoint's remarks, and the tensors that are not kept in their stored dtype."""
+    converted = {"embeddings": (EMBEDDINGS, checkpoint.embeddings)}
+    if not checkpoint.config.tie_word_embeddings:
+        converted["head"] = (HEAD, checkpoint.stored[HEAD])
+    lines = checkpoint.remarks
+    for what, (name, tensor) in converted.items():
+        kept = kept_dtype(checkpoint.config, name, tensor.dtype, compute_dtype)
+        if kept != tensor.dtype:
+            lines.append(f"{what}: stored in {tensor.dtype}, kept in {kept}, the compute dtype")
+    return lines
+
+
 def _allocated(
-    folder: Path,
+    checkpoint: Checkpoint,
     device: torch.device,
     compute_dtype: torch.dtype,
     quantization: Quantization | None,
-) -> Description:
-    """Describe a checkpoint, and allocate the model's groups on a device."""
-    found = describe(folder, compute_dtype)
-    model, stored = found.model, found.stored
-    if found.nf4.quantization not in (None, quantization):
+) -> Llama:
+    """Make a checkpoint's model, and allocate its linear groups on a device."""
+    if checkpoint.quantization not in (None, quantization):
         raise ValueError(
-            f"{folder} must be loaded as it is stored: it is in NF4 with "
-            f"{describe_quantization(found.nf4.quantization)}, asked for is "
+            f"{checkpoint.folder} must be loaded as it is stored: it is in NF4 with "
+            f"{describe_quantization(checkpoint.quantization)}, asked for is "
             f"{describe_quantization(quantization)}"
         )
+    with META:
+        model = Llama(checkpoint.config, compute_dtype)
     for prefix, group in model.groups():
-        form = found.quantization(prefix, group, quantization)
-        weights = [f"{prefix}{name}.weight" for name in group.names]
-        biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
-        # quantized members keep no dtype, so theirs may differ
-        weight_dtype = None if form else _shared_dtype(folder, stored, weights)
-        bias_dtype = _shared_dtype(folder, stored, biases) if biases else None
-        group.allocate(device, weight_dtype, bias_dtype, form)
-        for name, weight in zip(group.names, weights, strict=True):
-            if weight in found.nf4.states:
-                restore_state(group.member(name), found.nf4.states[weight])
+        _allocate(checkpoint, prefix, group, device, quantization)
     model.frequencies = model.frequencies.to(device)
-    return found
+    return model
 
 
-def _shared_dtype(
-    folder: Path, stored: dict[str, StoredTensor], names: Iterable[str]
-) -> torch.dtype:
-    """The one dtype of tensors that share a buffer."""
-    names = list(names)
-    dtypes = {stored[name].dtype for name in names}
+def _allocate(
+    checkpoint: Checkpoint,
+    prefix: str,
+    group: LinearGroup,
+    device: torch.device,
+    quantization: Quantization | None,
+) -> None:
+    """Allocate the weights and biases of one linear group."""
+    states = checkpoint.nf4.states
+    weights = [f"{prefix}{name}.weight" for name in group.names]
+    biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
+    if states:
+        # the groups that a checkpoint in NF4 stores in 16 or 32 bits are not quantized either
+        quantization = states[weights[0]].quantization if weights[0] in states else None
+    # quantized members keep no dtype, so theirs may differ
+    weight_dtype = None if quantization else _shared_dtype(checkpoint, weights)
+    bias_dtype = _shared_dtype(checkpoint, biases) if biases else None
+    group.allocate(device, weight_dtype, bias_dtype, quantization)
+    for name, weight in zip(group.names, weights, strict=True):
+        if weight in states:
+            restore_state(group.member(name), states[weight])
+
+
+def _shared_dtype(checkpoint: Checkpoint, names: Sequence[str]) -> torch.dtype:
+    """Find the one dtype of tensors that share a buffer."""
+    dtypes = {checkpoint.stored[name].dtype for name in names}
     if len(dtypes) > 1:
         raise ValueError(
-            f"{folder}: {', '.join(names)} must share a dtype: "
+            f"{checkpoint.folder}: {', '.join(names)} must share a dtype: "
             f"got {', '.join(sorted(str(dtype) for dtype in dtypes))}"
         )
     return dtypes.pop()
 
 
 def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, Slot], report: Report) -> None:
-    """Read one tensor after the other to its home, or quantize it."""
+    """Read one tensor after the other into its home, or quantize it."""
     for done, stored in enumerate(wanted, start=1):
         slot = slots[stored.name]
         home = slot.home(stored.dtype, CPU)
@@ -177,12 +206,12 @@ class _Staging:
 
 
 class _DeviceSink:
-    """Copies tensors to a GPU on a stream of its own; the current stream quantizes what is whole.
+    """Copies tensors to a GPU on a stream of its own; the current stream quantizes whole tensors.
 
     Attributes:
-        homes: what holds each tensor's own bytes; None for one that is quantized.
-        extremes: of each tensor or its scales, the least and the largest; they are NaN where one
-            value is.
+        homes: the memory that holds each tensor's own bytes; None for a tensor that is quantized.
+        extremes: the smallest and the largest value of each tensor or its scales; both are NaN
+            where one value is.
     """
 
     def __init__(
@@ -238,15 +267,15 @@ class _DeviceSink:
         self._report(len(self.extremes), self._num_tensors)
 
     def settle(self) -> None:
-        """Keep whatever runs next on the GPU from memory that is being copied to."""
+        """Let the GPU's next kernels wait for the copies, whose memory they may get."""
         self._kernels.wait_stream(self._copies)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is kept as it is and holds a NaN or an infinity.
+    """Refuse a tensor with a NaN or an infinity, of those that are not quantized.
 
     Raises:
-        ValueError: it does.
+        ValueError: a value is NaN or infinite.
     """
     # two numbers, where isfinite() would make a temporary as large as the embeddings
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):

@@ -1,1 +1,1 @@
-"""What a run will do: flags, data and checkpoint, checked before a model is loaded."""
+"""A run before it begins: flags, checkpoint, adapter and data, checked before a model is loaded."""

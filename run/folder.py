@@ -12,7 +12,7 @@ from pathlib import Path
 
 from run.atomic import clean, flush, is_partial, make_folder, new_folder, write_text
 from run.checkpoint import (
-    Checkpoint,
+    ResumePoint,
     list_checkpoints,
     load_newest_checkpoint,
     remove_old_checkpoints,
@@ -131,7 +131,7 @@ def _first_that_is(folder: Path) -> Path:
 
 def resume_point(
     config: TrainConfig, num_ranks: int = 1
-) -> tuple[Checkpoint | None, dict[Path, str]]:
+) -> tuple[ResumePoint | None, dict[Path, str]]:
     """Read the checkpoint that a run resumes from.
 
     Returns:
@@ -157,7 +157,7 @@ def resume_point(
 
 @contextmanager
 def open_output(
-    config: TrainConfig, resumed: Checkpoint | None = None, damaged: Collection[Path] = ()
+    config: TrainConfig, resumed: ResumePoint | None = None, damaged: Collection[Path] = ()
 ) -> Iterator[TrainConfig]:
     """Lock the output folder for this process, write config.json into it, and tidy it up.
 

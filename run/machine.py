@@ -72,7 +72,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def prepare(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
+def configure_torch(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
     """Set how torch computes and allocates on a GPU; to be called before it does either."""
     if device.type == "cuda":
         if local_rank:

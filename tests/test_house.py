@@ -57,7 +57,7 @@ FLOORS = {
         "training",
     },
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "run"},
+    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it

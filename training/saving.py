@@ -134,5 +134,5 @@ def write_adapter(folder: Path, run: Run) -> None:
     """Write the adapter with the place of its base, so that any program finds the base again."""
     job, tensors = run.job, run.model.adapter_tensors()
     # absolute: the adapter may be read from any working folder
-    base = str(job.checkpoint_folder.absolute()) if job.is_base_local else job.config.model
+    base = str(job.checkpoint.folder.absolute()) if job.is_base_local else job.config.model
     save_adapter(folder, tensors, job.lora, base, job.base.original)
