@@ -38,8 +38,7 @@ _most_bytes: int | None = None
 def confine() -> None:
     """Limit the memory of this process, which from now on runs foreign programs only."""
     global _most_bytes
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    _most_bytes = pages * resource.getpagesize() + NUM_BYTES
+    _most_bytes = _bytes_in_use() + NUM_BYTES
     _limit(resource.RLIMIT_AS, _most_bytes)
     # no core dump of a process that the kernel ends on purpose
     _limit(resource.RLIMIT_CORE, 0)
@@ -48,11 +47,25 @@ def confine() -> None:
 
 
 def _silence() -> None:
-    """Keep off the terminal what a library in C or Rust says of its own end: the parent's message
-    tells of it, and errors of Python travel to the parent."""
+    """Close stderr: a library in C or Rust prints there when it ends the process.
+
+    Nothing is lost: the parent's message says why the process ended, and the parent gets errors of
+    Python through the pipe.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+
+
+def _bytes_in_use() -> int:
+    """The virtual memory of this process; 0 on a system without /proc, such as macOS.
+
+    The kernel of macOS enforces no limit of memory anyway: there only the limit of time holds.
+    """
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0
+    return int(status.read_text().split()[0]) * resource.getpagesize()
 
 
 def allow(num_characters: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever moment the process is killed at.
+"""Files and folders that appear whole or not at all, even if the process is killed.
 
 Everything is written under a temporary name, flushed to the disk and renamed. A rename within a
 folder is atomic, so a reader sees the old state or the new one, also after the power was lost.

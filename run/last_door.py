@@ -44,5 +44,5 @@ def _refusal(error: BaseException | None) -> str:
             "folder that can be written to"
         )
     if is_panic(error):
-        return f"a library must not fail on a file or a text: one has ({why:.200})"
+        return f"a library must not fail on a file or a text: got {why:.200}"
     return ""

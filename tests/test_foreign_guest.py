@@ -98,7 +98,7 @@ def test_what_is_wrong_with_the_work_comes_back() -> None:
     # a fault of ours is none of the work's
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError"):
         in_guest(lambda: 1 // 0, "x")
-    with pytest.raises(ValueError, match="its process has ended with the code 5"):
+    with pytest.raises(ValueError, match="its process ended with exit code 5"):
         in_guest(lambda: os._exit(5), "x")
 
 
@@ -120,7 +120,7 @@ def test_a_library_says_nothing_of_its_own_end_on_the_terminal(
         os.write(2, b"thread '<unnamed>' panicked at src/lib.rs:1:1")
         os._exit(5)
 
-    with pytest.raises(ValueError, match="its process has ended with the code 5"):
+    with pytest.raises(ValueError, match="its process ended with exit code 5"):
         in_guest(panic, "x")
     assert capfd.readouterr().err == ""
     os.write(2, b"the parent's own")
