@@ -134,6 +134,7 @@ def main(arguments: Sequence[str]) -> None:
                 "the merge must change something: every update is lost when its weight is rounded "
                 f"to {base.shards[0].tensors[0].dtype}; train longer, or give the base in float32"
             )
+        # config.json too is copied as a file: its fields were read once, its bytes stay
         for place, path in files.items():
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)

@@ -22,8 +22,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint.loading import Report
-from checkpoint.shard_reader import Shard, StoredTensor
+from checkpoint.shard_reader import Report, Shard, StoredTensor
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.model import update_sizes

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from checkpoint.files import COMPANIONS
 from checkpoint.identity import MADE_FROM, identify
-from checkpoint.loading import Report, check_finite
+from checkpoint.loading import check_finite
 from checkpoint.opening import Checkpoint
-from checkpoint.shard_reader import StoredTensor, read_tensor
+from checkpoint.shard_reader import Report, StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
 from checkpoint.slots import EMBEDDINGS, META
 from kernels.nf4_quantize import nf4_quantize_member
@@ -116,8 +116,9 @@ def write_quantized_copy(
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        ValueError: a tensor holds a NaN or an infinity, or what the copy's dtype cannot hold; or
-            the head is tied to embeddings that it does not equal.
+        FileNotFoundError, ValueError: as `Shard.check_unchanged`; or a tensor holds a NaN, an
+            infinity or a value that overflows the copy's dtype; or the head is tied to embeddings
+            that it does not equal.
     """
     source = copy.source
     source.check_unchanged()

@@ -61,6 +61,9 @@ DTYPES = FLOATS | {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+# called with the number of tensors that are done and that of all
+Report = Callable[[int, int], None]
+
 # safetensors' own bound
 _MOST_HEADER_BYTES = 100_000_000
 # the errors that a header with unexpected JSON raises

@@ -26,8 +26,9 @@ from torch import Tensor
 
 import checkpoint.loading
 import checkpoint.shard_reader
+from checkpoint.device_sink import DeviceSink
 from checkpoint.files import INDEX_NAME, SINGLE_NAME, find_checkpoint
-from checkpoint.loading import _DeviceSink, _load_on_gpu, describe_loading, load_model, load_sizes
+from checkpoint.loading import _load_on_gpu, describe_loading, load_model, load_sizes
 from checkpoint.opening import open_checkpoint
 from checkpoint.shard_reader import make_ring, stream
 from kernels.nf4_dequantize import nf4_dequantize
@@ -939,14 +940,14 @@ def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies fall behind the threads and the kernels, by some tenths of a millisecond each."""
-    copy = _DeviceSink.copy
+    copy = DeviceSink.copy
 
-    def copy_later(sink: _DeviceSink, start: int, piece: Tensor) -> Callable[[], None]:
+    def copy_later(sink: DeviceSink, start: int, piece: Tensor) -> Callable[[], None]:
         with torch.cuda.stream(sink._copies):
             torch.cuda._sleep(500_000)
         return copy(sink, start, piece)
 
-    monkeypatch.setattr(_DeviceSink, "copy", copy_later)
+    monkeypatch.setattr(DeviceSink, "copy", copy_later)
 
 
 SPEEDS = {"as-it-is": lambda _: None, "slow-kernels": slow_kernels, "slow-copies": slow_copies}
