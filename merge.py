@@ -26,7 +26,8 @@ from checkpoint.identity import identify
 from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from checkpoint.opening import Checkpoint, open_checkpoint
-from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import OLD_FILES, TOKENIZER_FILE
 from foreign.guest import in_guest
 from foreign.terminal import guard_output, one_line
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME

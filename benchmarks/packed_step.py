@@ -26,8 +26,8 @@ from benchmarks.record import head, write
 from benchmarks.step_timing import synchronize
 from benchmarks.tables import Row, aligned, packed_step_table
 from data.epochs import Epochs
-from data.token_cache import Samples
-from data.tokenization import ROW
+from data.tokens.pieces import ROW
+from data.tokens.stored_samples import StoredSamples
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
@@ -48,13 +48,13 @@ NUM_WARM_UPS = 2
 NUM_PASSES = 3
 
 
-def random_samples(lengths: Sequence[int], vocab_size: int) -> Samples:
+def random_samples(lengths: Sequence[int], vocab_size: int) -> StoredSamples:
     """Draw samples of these lengths, of which every token but the first is learned."""
     rows = np.zeros(len(lengths), dtype=ROW)
     rows["length"] = lengths
     rows["num_targets"] = rows["length"] - 1
     ids = np.random.default_rng(SEED).integers(0, vocab_size, sum(lengths), dtype=np.int32)
-    return Samples(ids, ids, rows)
+    return StoredSamples(ids, ids, rows)
 
 
 def draw_lengths(num_samples: int) -> list[int]:

@@ -38,7 +38,7 @@ def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: the adapter is not a plain LoRA of this model, or the flags contradict it.
+        ValueError: the adapter is no plain LoRA of this model, or the flags contradict it.
     """
     given = read_adapter_config(folder)
     names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}

@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
-from data import audit, template_marks
+from data import audit
+from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """A run before it begins: its flags, checkpoint, adapter, data, batches and plan, checked.
 
-No model is loaded yet and nothing is written into the output folder, so an error costs no more than
-the time to tokenize, and the tokens are kept.
+No model is loaded yet, and nothing is written into the output folder: a mistake costs seconds. The
+tokens of the data are kept for the next start.
 """
 
 import math
@@ -64,10 +64,10 @@ SAMPLE_TOKENS = 100
 
 @dataclass(frozen=True)
 class Job:
-    """A run's settings and parts, all checked.
+    """What a run will do, checked.
 
     Attributes:
-        config: the flags; the output may be empty until its folder is made.
+        config: its output is empty until the output folder is made, unless --output names one.
         checkpoint: the base model's folder, opened.
         base: the checkpoint's identity.
         start: the adapter to begin with, if any.
@@ -75,7 +75,7 @@ class Job:
         damaged: the run's later checkpoints, and the damage of each.
         started: ISO time of the run's first start, which chat templates may print.
         data_mode: the permissions of files that hold text of the data.
-        evaluation: the batches of an evaluation, if there is one.
+        evaluation: the batches of an evaluation, if there is evaluation data.
         prompt: the tokens of --sample-prompt, if there is one.
         plan: the memory plan, on a GPU.
         policies: whether each layer keeps, recomputes or offloads its activations.
@@ -132,13 +132,13 @@ class Job:
 
 
 def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
-    """Check flags, model, adapter and data, and describe them in lines.
+    """Check everything that the user gave, and describe it in lines.
 
     Returns:
         The run to carry out; None after --plan or --inspect, which end here.
 
     Raises:
-        FileNotFoundError, ValueError: a flag or a file is wrong.
+        FileNotFoundError, ValueError: a flag, the data or the checkpoint is not as it must be.
     """
     config = parse_config(arguments, without_model=BUNDLED_RUN)
     checkpoint = open_checkpoint(find_checkpoint(config.model))

@@ -1,4 +1,4 @@
-"""data/template_marks.py: a template of another model is known by what it writes."""
+"""data/chat/template_marks.py: a template of another model is known by what it writes."""
 
 import json
 from collections.abc import Collection
@@ -12,10 +12,10 @@ from test_data_tokenizer import save_byte_level
 
 from checkpoint.opening import open_checkpoint
 from checkpoint.untrained_rows import untrained_rows
+from data.chat.template_marks import FindUntrained, warnings
 from data.dataset import load_dataset
-from data.template_marks import FindUntrained, warnings
-from data.tokenization import Counts
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
 
 WRITTEN = Counts(num_rendered=3)
 

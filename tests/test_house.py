@@ -68,7 +68,7 @@ THEIRS = {
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "numpy": {"data", "optim/unified_memory.py"},
-    "pyarrow": {"data/records.py"},
+    "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},
