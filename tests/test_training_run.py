@@ -5,14 +5,14 @@ from types import SimpleNamespace
 from typing import cast
 
 from prepare.job import Job
-from run.checkpoint import Checkpoint, RunState
+from run.checkpoint import ResumePoint, RunState
 from run.ranks import Ranks
 from training.run import first_state
 
 
 def job(resumed: RunState | None) -> Job:
     """As much of a job as a state is made of."""
-    checkpoint = resumed and Checkpoint(Path("checkpoint-3"), resumed, moments={}, best={})
+    checkpoint = resumed and ResumePoint(Path("checkpoint-3"), resumed, moments={}, best={})
     base = SimpleNamespace(own="the base")
     return cast(Job, SimpleNamespace(resumed=checkpoint, started="2026-01-01", base=base))
 
