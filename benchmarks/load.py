@@ -1,7 +1,7 @@
 """Measure the seconds from a checkpoint folder in the page cache to a ready model on the GPU.
 
-    python -m benchmarks.load --shape llama-3-8b --json benchmarks/results/load.h100.json
-    python -m benchmarks.load --model DIR
+    python -m benchmarks load --shape llama-3-8b --json benchmarks/results/load.h100.json
+    python -m benchmarks load --model DIR
 
 Rows, each the quantiles over some repetitions, and the first one beside them:
 
@@ -279,7 +279,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
-    run_tests("checkpoint", room="llama")
+    run_tests("loading", room="checkpoint")
     record = head("load", arguments.commit)
     device = torch.device("cuda", torch.cuda.current_device())
     limit_gbps = pinned_copy_gbps(device)
