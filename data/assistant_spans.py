@@ -6,7 +6,8 @@ rendering keeps a trace (data/template_trace.py). A turn is learned
 
 - from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
   before it: what the model is given at inference, and what it has to go on with. Where a template
-  ends in that prompt, it is known without rendering these messages (data/template_ending.py);
+  ends in that prompt, it is known without rendering these messages (data/template_ending.py), or
+  after rendering them once for all turns that follow messages of the same shape;
 - to the end of the iteration, so that the token that ends the turn is learned, and with it an EOS
   that the template writes right after, before the next turn or at the end of the conversation.
 
@@ -26,6 +27,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
+from data.message_shapes import shape_until
 from data.template_trace import Event, absent_character
 
 Span: TypeAlias = tuple[int, int]  # half-open range of characters
@@ -87,12 +89,9 @@ def render_with_spans(
     if is_marked:
         return rendering.text, _marked_spans(template, rendering, chosen, replies)
     turns = _reply_turns(template, rendering, replies)
-    ending = template.ending(seen)
+    openings = _Openings(template, messages, seen, rendering)
     return rendering.text, [
-        (
-            _start_of_reply(template, messages, i, seen, rendering, turns[i], ending),
-            _end_of_reply(template, rendering.text, turns[i]),
-        )
+        (openings.end(i, turns[i]), _end_of_reply(template, rendering.text, turns[i]))
         for i in chosen
     ]
 
@@ -143,85 +142,87 @@ def _reply_turns(
     return dict(zip(replies, written, strict=True))
 
 
-def _start_of_reply(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    index: int,
-    variables: Mapping[str, Any],
-    rendering: Rendering,
-    turn: _Turn,
-    ending: str | None,
-) -> int:
-    """Where the turn goes on after what the model is given."""
-    written = rendering.text[turn.start : turn.end]
-    # templates look at their first message without asking whether there is one
-    opening = ending if turn.index == index and index else None
-    if opening is None:
-        opening = _generation_prompt(
-            template, messages[:index], variables, rendering.text[: turn.start]
+class _Openings:
+    """What the turns of a conversation begin with that the model is given."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        rendering: Rendering,
+    ) -> None:
+        self._template, self._messages, self._variables = template, messages, variables
+        self._rendering = rendering
+        self._ending = template.ending(variables)
+        # of the last messages before a turn whose generation prompt is the template's ending
+        self._shapes: set[object] = set()
+
+    def end(self, index: int, turn: _Turn) -> int:
+        """Where the turn of an assistant message goes on after what the model is given.
+
+        Raises:
+            ValueError: neither the generation prompt nor the opening of a plain message begins it.
+        """
+        written = self._rendering.text[turn.start : turn.end]
+        opening = self._prompt(index, turn)
+        if opening is None or not written.startswith(opening):
+            opening = self._opening_of_content(index, turn.loop)
+        if opening is not None and written.startswith(opening):
+            return turn.start + len(opening)
+        raise ValueError(
+            f"{self._template.name} must begin the turn of assistant message {index} with its "
+            f"generation prompt, or as that of a message with nothing but content: got "
+            f"{written[:60]!r}; {_WAY_OUT}"
         )
-    if opening is None or not written.startswith(opening):
-        opening = _opening_of_content(
-            template, messages, index, variables, rendering.text, turn.loop
-        )
-    if opening is not None and written.startswith(opening):
-        return turn.start + len(opening)
-    raise ValueError(
-        f"{template.name} must begin the turn of assistant message {index} with its generation "
-        f"prompt, or as that of a message with nothing but content: got {written[:60]!r}; "
-        f"{_WAY_OUT}"
-    )
 
+    def _prompt(self, index: int, turn: _Turn) -> str | None:
+        """What add_generation_prompt adds to the messages before a turn, None where that is not to
+        be told."""
+        # templates look at their first message without asking whether there is one
+        if not index:
+            return None
+        shape = shape_until(self._messages, index)
+        if self._ending is not None and (turn.index == index or shape in self._shapes):
+            return self._ending
+        prompt = self._rendered_prompt(index, self._rendering.text[: turn.start])
+        # the messages before it add nothing to the ending because they are the last
+        if prompt is not None and prompt == self._ending:
+            self._shapes.add(shape)
+        return prompt
 
-def _generation_prompt(
-    template: ChatTemplate,
-    before: Sequence[Message],
-    variables: Mapping[str, Any],
-    text_before: str,
-) -> str | None:
-    """What add_generation_prompt adds to the messages before a turn, None where that is not to be
-    told."""
-    # templates look at their first message without asking whether there is one
-    if not before:
-        return None
-    prompt = _attempt(template, before, {**variables, "add_generation_prompt": True})
-    if prompt is None:
-        return None
-    if prompt.startswith(text_before):
-        return prompt[len(text_before) :]
-    # these messages read otherwise while they are the last
-    try:
-        unprompted = template.trace(before, variables)
-    except TEMPLATE_ERRORS:
-        return None
-    ends = [turn.end for turn in _turns(unprompted.events)] if unprompted else []
-    if unprompted is None or not ends or not prompt.startswith(unprompted.text[: max(ends)]):
-        return None
-    return prompt[max(ends) :]
+    def _rendered_prompt(self, index: int, text_before: str) -> str | None:
+        before = self._messages[:index]
+        try:
+            given = {**self._variables, "add_generation_prompt": True}
+            prompt = self._template.attempt(before, given)
+            if prompt.startswith(text_before):
+                return prompt[len(text_before) :]
+            # these messages read otherwise while they are the last
+            unprompted = self._template.trace(before, self._variables)
+        except TEMPLATE_ERRORS:
+            return None
+        ends = [turn.end for turn in _turns(unprompted.events)] if unprompted else []
+        if unprompted is None or not ends or not prompt.startswith(unprompted.text[: max(ends)]):
+            return None
+        return prompt[max(ends) :]
 
-
-def _opening_of_content(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    index: int,
-    variables: Mapping[str, Any],
-    text: str,
-    loop: int,
-) -> str | None:
-    """What the turn of a message in this place, with nothing but content, begins with."""
-    sentinel = absent_character(text)
-    plain = {"role": "assistant", "content": sentinel}
-    try:
-        rendering = template.trace([*messages[:index], plain, *messages[index + 1 :]], variables)
-    except TEMPLATE_ERRORS:
+    def _opening_of_content(self, index: int, loop: int) -> str | None:
+        """What the turn of a message in this place, with nothing but content, begins with."""
+        sentinel = absent_character(self._rendering.text)
+        messages = list(self._messages)
+        messages[index] = {"role": "assistant", "content": sentinel}
+        try:
+            rendering = self._template.trace(messages, self._variables)
+        except TEMPLATE_ERRORS:
+            return None
+        if rendering is None or rendering.text.count(sentinel) != 1:
+            return None
+        position = rendering.text.index(sentinel)
+        for turn in _turns(rendering.events):
+            if turn.loop == loop and turn.start <= position < turn.end:
+                return rendering.text[turn.start : position]
         return None
-    if rendering is None or rendering.text.count(sentinel) != 1:
-        return None
-    position = rendering.text.index(sentinel)
-    for turn in _turns(rendering.events):
-        if turn.loop == loop and turn.start <= position < turn.end:
-            return rendering.text[turn.start : position]
-    return None
 
 
 def _end_of_reply(template: ChatTemplate, text: str, turn: _Turn) -> int:
@@ -240,15 +241,6 @@ def skip_blanks(text: str, position: int) -> int:
     while position < len(text) and text[position].isspace():
         position += 1
     return position
-
-
-def _attempt(
-    template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
-) -> str | None:
-    try:
-        return template.attempt(messages, variables)
-    except TEMPLATE_ERRORS:
-        return None
 
 
 def _marked_spans(

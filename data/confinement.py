@@ -12,10 +12,26 @@ from multiprocessing.process import BaseProcess
 
 from foreign import guest
 
-# of a process's number and a location
-_PLACE_BYTES = 512
+# of a process's number and a location: the longest path that Linux takes, and a number behind it
+_PLACE_BYTES = 1 << 13
 
 _FORK = multiprocessing.get_context("fork")
+
+
+class TakesTooMuch(ValueError):
+    """A record that took more time or memory than a record may.
+
+    Attributes:
+        location: the record's.
+    """
+
+    def __init__(self, location: str, limit: str) -> None:
+        self.location = location
+        super().__init__(
+            f"{location}: a record must be tokenized within {limit}: this one was not; its text, "
+            "the model's chat template (--chat-template) or its tokenizer takes too much; correct "
+            "or delete it (--skip-bad-lines leaves out such a line)"
+        )
 
 
 class Confinement:
@@ -39,21 +55,18 @@ class Confinement:
         """Take note of the processes while they live, for how they end."""
         self._processes |= {each.pid: each for each in multiprocessing.active_children()}
 
-    def explain(self) -> Exception:
+    def explain(self) -> TakesTooMuch | ChildProcessError:
         """What to raise once all processes have ended, one of them before its time."""
         for place in self._places:
-            number, _, location = place.value.decode(errors="replace").partition(" ")
+            number, _, location = place.value.decode(errors="surrogateescape").partition(" ")
             process = self._processes.get(int(number or 0))
-            if process is not None and process.exitcode == -signal.SIGPROF:
-                return ValueError(
-                    f"{location or 'the data'}: a record must be tokenized within "
-                    f"{guest.SECONDS:g} seconds of a processor: this one was not; its text, the "
-                    "model's chat template (--chat-template) or its tokenizer takes too long; "
-                    "correct or delete it"
-                )
             # the others are ended by SIGTERM
-            if process is not None and process.exitcode not in (0, -signal.SIGTERM):
-                break
+            if process is None or process.exitcode in (0, -signal.SIGTERM):
+                continue
+            limit = _LIMITS.get(process.exitcode or 0)
+            if location and limit:
+                return TakesTooMuch(location, limit())
+            break
         else:
             location = ""
         return ChildProcessError(
@@ -62,6 +75,13 @@ class Confinement:
             "(--dataset-num-proc 1)"
         )
 
+
+# what a process has exceeded, by the code that it ends with: the kernel's signal where its time is
+# over, and that of a library in Rust which is given no more memory
+_LIMITS = {
+    -signal.SIGPROF: lambda: f"{guest.SECONDS:g} seconds of a processor",
+    -signal.SIGABRT: lambda: f"{guest.NUM_BYTES >> 20:,} MiB of memory",
+}
 
 # of this process, where it is confined
 _place = None
@@ -80,5 +100,5 @@ def end_record() -> None:
 
 def _note(location: str) -> None:
     if _place is not None:
-        text = f"{os.getpid()} {location}".encode(errors="replace")
+        text = f"{os.getpid()} {location}".encode(errors="surrogateescape")
         _place.value = text[: _PLACE_BYTES - 1]

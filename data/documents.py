@@ -28,6 +28,7 @@ import numpy as np
 
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
+from foreign.guest import in_guest
 
 _OVERLAP = 2048
 _SPACE, _BREAKS = ord(" "), (ord("\n"), ord("\r"))
@@ -127,7 +128,7 @@ def _seam(left: Encoded, right: Encoded) -> tuple[int, int] | None:
 def _as_one(
     held: Encoded, begin: int, following: Iterator[Encoded], tokenizer: Tokenizer
 ) -> tuple[Encoded, int]:
-    """Encode a window again together with those that follow, until it is twice as long.
+    """Encode a window again, confined, together with those that follow, until it is twice as long.
 
     Args:
         begin: index of the window's first token that is not taken yet.
@@ -141,7 +142,9 @@ def _as_one(
         length += len(texts[-1])
         if length >= len(texts[0]):
             break
-    longer = encode_window(replace(held.window, text="".join(texts)), tokenizer)
+    window = replace(held.window, text="".join(texts))
+    what = f"{window.location}: the tokenizer, given {len(window.text):,} characters at once,"
+    longer = in_guest(lambda: encode_window(window, tokenizer), what)
     return longer, int(np.searchsorted(longer.starts, held.starts[begin])) if begin else 0
 
 

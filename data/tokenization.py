@@ -7,22 +7,17 @@ their own, there is one stream here and one writer (data/token_cache.py).
 """
 
 import hashlib
-import multiprocessing
 import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from data.confinement import Confinement, begin_record, end_record
+from data.confinement import TakesTooMuch, begin_record
 from data.documents import (
     Encoded,
     Window,
@@ -46,7 +41,7 @@ from data.formats import (
 from data.records import Record, Refuse, raise_it, read_records
 from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
-from foreign.guest import end_with_parent
+from data.workers import in_turn
 from foreign.reading import Reading
 
 TRAIN_ON = ("completions", "all")
@@ -176,7 +171,7 @@ def tokenize_files(
 
     Returns:
         The format, and the pieces in order, made as they are asked for; a last one, without
-        samples, counts what could not be read.
+        samples, counts what could not be read, or not be tokenized within the limits.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -202,9 +197,19 @@ def tokenize_files(
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe)
 
+    def leave_out(task: Task, fault: TakesTooMuch) -> Task | None:
+        if isinstance(task, Window):
+            return None
+        rest = [record for record in task if record.location != fault.location]
+        if len(rest) == len(task):
+            return None
+        refuse(fault)
+        return rest
+
     is_text = name == "text" and DEFAULT_TEXT_FIELD not in recipe.ignored_fields
     tasks = _tasks(chain([first], records), is_text)
-    results = _in_turn(tokenize, tasks, num_processes or _worthwhile_processes(files))
+    num_processes = num_processes or _worthwhile_processes(files)
+    results = in_turn(tokenize, tasks, num_processes, leave_out)
     pieces = _with_documents(results, tokenizer, recipe)
     return name, chain(pieces, [_piece([], [], unread)])
 
@@ -423,61 +428,3 @@ def _document(windows: Iterator[Encoded], tokenizer: Tokenizer, recipe: Recipe) 
 def _worthwhile_processes(files: Sequence[Path]) -> int:
     size = sum(path.stat().st_size for path in files)
     return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_WORTH_A_PROCESS))
-
-
-def _in_turn(
-    tokenize: Callable[[Task], Result], tasks: Iterator[Task], num_processes: int
-) -> Iterator[Result]:
-    """Let other processes do tasks, and yield the results in order.
-
-    The chat template and the tokenizer are the model's programs: the processes are confined
-    (foreign/guest.py), a single one as well.
-    """
-    # a forked process has the tokenizer already, and imports nothing
-    confinement = Confinement(num_processes)
-    pool = ProcessPoolExecutor(
-        num_processes,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(tokenize, confinement),
-    )
-    pending: deque[Future[Result]] = deque()
-    try:
-        try:
-            for task in tasks:
-                pending.append(pool.submit(_work, task))
-                confinement.watch()
-                if len(pending) > 2 * num_processes:
-                    yield pending.popleft().result()
-        except ValueError:
-            # a fault of the file, unless there is one in what was read before
-            for future in islice(pending, len(pending)):
-                yield future.result()
-            raise
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        # once they have ended it is known how
-        pool.shutdown(cancel_futures=True)
-        raise confinement.explain() from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# the work of a forked process
-_tokenize: Callable[[Task], Result]
-
-
-def _start_worker(tokenize: Callable[[Task], Result], confinement: Confinement) -> None:
-    global _tokenize
-    _tokenize = tokenize
-    confinement.enter()
-    # Ctrl-C reaches them all; the parent ends this one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def _work(task: Task) -> Result:
-    result = _tokenize(task)
-    end_record()
-    return result

@@ -7,10 +7,9 @@ samples with opposite instructions become one prompt with two answers.
 Every part of a conversation therefore gets a mark of its own at its end, and the template writes
 the conversation once more, marks and all: a part whose mark is not in the text was left out.
 
-One such rendering stands for all conversations of its shape: the roles in their order, the fields
-of each message, which of them are empty, which texts hold "</think>", the options and the number of
-tools. Templates decide by these; the words themselves they copy, but for "</think>", where
-templates of reasoning models cut. So a million chats need a few hundred renderings more.
+One such rendering stands for all conversations of its shape: the shapes of their messages
+(data/message_shapes.py), the options and the number of tools. So a million chats need a few hundred
+renderings more.
 
 Three things may be left out:
 
@@ -24,12 +23,14 @@ A number or a boolean has no place for a mark: the template must read a field of
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.chat_template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
 from data.fields import IGNORED_FIELDS
+from data.message_shapes import END_OF_THOUGHT, shape_of, shape_until
 
 # judged elsewhere, or an id
 _UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))
@@ -38,7 +39,6 @@ _RESULT_ROLES = ("tool", "function", "ipython")
 _WRITTEN_FIELDS = frozenset(
     ("content", "name", "tool_calls", "function_call", "tools", *REASONING_FIELDS)
 )
-_END_OF_THOUGHT = "</think>"
 _NUM_QUOTED = 3
 
 
@@ -118,24 +118,7 @@ def _shape_of(
     given = [(k, v) for k, v in variables.items() if k not in template.special_tokens]
     options = tuple((k, v) for k, v in given if isinstance(v, (int, float, str)))
     sizes = tuple((k, len(v)) for k, v in given if isinstance(v, (list, dict)))
-    return (options, sizes, *map(_shape_of_message, messages))
-
-
-def _shape_of_message(message: Message) -> tuple[object, ...]:
-    reasoning = [message[name] for name in REASONING_FIELDS if name in message]
-    is_said_once = all(each == reasoning[0] for each in reasoning)
-    return (is_said_once, *((key, _shape(key, value)) for key, value in message.items()))
-
-
-def _shape(name: str, value: object) -> object:
-    """What a template can decide by in a message's field."""
-    if isinstance(value, str):
-        return value if name == "role" else (bool(value.strip()), _END_OF_THOUGHT in value)
-    if name == "arguments" or not isinstance(value, (dict, list)):
-        return type(value), bool(value)
-    if isinstance(value, dict):
-        return tuple((key, _shape(key, each)) for key, each in value.items())
-    return tuple(_shape("", each) for each in value)
+    return (options, sizes, *map(shape_of, messages))
 
 
 # holds a conversation for each shape
@@ -147,21 +130,30 @@ def _unwritten(probe: _Probe) -> tuple[tuple[_Part, bool], ...]:
     while prefix in probe.text.lower():
         prefix += "k"
     parts, together = _write_marked(probe, prefix)
+    found = None if together is None else set(re.findall(rf"{prefix}\d+x", together))
+    # of reasoning that is left out, by the shape of its message
+    written_last: dict[object, bool] = {}
     left_out = []
     for number, part in enumerate(parts):
-        text = together
-        if text is None:
+        mark = _mark_of(prefix, number)
+        if found is None:
             _, text = _write_marked(probe, prefix, only=number)
-        # a template that refuses a mark has read the part
-        if text is None or _mark_of(prefix, number) in text:
+            # a template that refuses a mark has read the part
+            is_written = text is None or mark in text
+        else:
+            is_written = mark in found
+        if is_written:
             continue
         if part.field not in _WRITTEN_FIELDS and probe.template.reads(part.field):
             continue
         may_go = False
         if part.is_reasoning:
             assert part.index is not None
-            _, text = _write_marked(probe, prefix, only=number, end=part.index + 1)
-            may_go = text is not None and _mark_of(prefix, number) in text
+            shape = part.name, shape_until(probe.messages, part.index + 1)
+            if shape not in written_last:
+                _, text = _write_marked(probe, prefix, only=number, end=part.index + 1)
+                written_last[shape] = text is not None and mark in text
+            may_go = written_last[shape]
         left_out.append((part, may_go))
     return tuple(left_out)
 
@@ -215,10 +207,10 @@ def _marked(message: Message, index: int, mark: _Mark) -> Message:
         elif key == "function_call":
             marked[key] = _marked_call(value, _Part(index, key, key), mark)
         elif isinstance(value, str):
-            if key == "content" and message["role"] == "assistant" and _END_OF_THOUGHT in value:
-                thought = _Part(index, key, f"the text before {_END_OF_THOUGHT}", True)
-                before, _, after = value.partition(_END_OF_THOUGHT)
-                value = before + mark(thought) + _END_OF_THOUGHT + after
+            if key == "content" and message["role"] == "assistant" and END_OF_THOUGHT in value:
+                thought = _Part(index, key, f"the text before {END_OF_THOUGHT}", True)
+                before, _, after = value.partition(END_OF_THOUGHT)
+                value = before + mark(thought) + END_OF_THOUGHT + after
             part = _Part(index, key, key, key in REASONING_FIELDS)
             # templates see the same reasoning under each of its names
             if part.is_reasoning and value in reasoning:

@@ -42,7 +42,16 @@ def confine() -> None:
     _limit(resource.RLIMIT_AS, _most_bytes)
     # a process that is ended on purpose leaves nothing behind
     _limit(resource.RLIMIT_CORE, 0)
+    _silence()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+
+
+def _silence() -> None:
+    """Keep off the terminal what a library in C or Rust says of its own end: the parent's message
+    tells of it, and errors of Python travel to the parent."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def allow(num_characters: int = 0) -> None:

@@ -34,11 +34,19 @@ class Ended:
     Attributes:
         code: its exit code, or the negative number of a signal.
         events: names of what it did to its folder, unless it was killed.
+        times: of each event, in seconds.
     """
 
     code: int
     said: str
     events: list[str]
+    times: list[float]
+
+    def span(self, folder: Path) -> tuple[float, float]:
+        """When a process first and last did something in a folder."""
+        both = zip(self.events, self.times, strict=True)
+        times = [time for event, time in both if f"{folder}/" in event]
+        return times[0], times[-1]
 
     def check_message(self) -> None:
         """See that a process that has failed says why, in a line."""
@@ -103,7 +111,7 @@ class Process:
         sys.stdout.flush()
         sys.stderr.flush()
         with os.fdopen(report, "w") as file:
-            json.dump(events.names, file)
+            json.dump([events.names, events.times], file)
         os._exit(code)
 
     def finish(self) -> Ended:
@@ -111,9 +119,10 @@ class Process:
         signal.signal(signal.SIGALRM, lambda number, frame: os.kill(self._pid, signal.SIGKILL))
         signal.alarm(DEADLINE_S)
         with self._events as file:
-            events = file.read()
+            report = file.read()
         _, status = os.waitpid(self._pid, 0)
         signal.alarm(0)
         said = self._said.read_text(errors="replace")
         self._said.unlink()
-        return Ended(os.waitstatus_to_exitcode(status), said, json.loads(events or "[]"))
+        events, times = json.loads(report or "[[], []]")
+        return Ended(os.waitstatus_to_exitcode(status), said, events, times)

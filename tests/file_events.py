@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class FileEvents:
 
     Attributes:
         names: of the events up to now.
+        times: of each, in seconds, by the clock that all processes share.
     """
 
     def __init__(self, folder: Path, last: int = 0, *, loses_power: bool = False) -> None:
@@ -35,6 +37,7 @@ class FileEvents:
             kept, as a journal of names alone keeps them.
         """
         self.names: list[str] = []
+        self.times: list[float] = []
         self._folder, self._last, self._loses_power = folder, last, loses_power
         # how many bytes of a file are on the disk, where that is not all of them
         self._volatile: dict[tuple[int, int], int] = {}
@@ -52,6 +55,7 @@ class FileEvents:
     def _happen(self, what: str) -> bool:
         """Note an event; return whether it is the last."""
         self.names.append(what)
+        self.times.append(time.monotonic())
         return len(self.names) == self._last
 
     def _end(self) -> None:

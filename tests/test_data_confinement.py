@@ -10,26 +10,27 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hostile_templates import CHAT, DEEP, ROUND_IN_CIRCLES, WITHOUT_BOUNDS, WITHOUT_END
 from test_data_tokenizer import save_byte_level
 from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
+from data import workers
 from data.chat_template import ChatTemplate
 from data.confinement import Confinement, begin_record
 from data.prompt import encode_prompt
 from data.template_marks import marks_without_token
-from data.tokenization import Recipe, tokenize_files
+from data.tokenization import Counts, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
 from foreign import guest
 
 # wall clock, on a machine that others use as well
 PATIENCE_S = 60
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
 def _limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(guest, "SECONDS", 1.0)
+    monkeypatch.setattr(guest, "SECONDS", 0.5)
     monkeypatch.setattr(guest, "NUM_BYTES", 512 << 20)
     start, before = time.monotonic(), children()
     yield
@@ -44,47 +45,25 @@ def chat_data(folder: Path, num_records: int = 1, user: str = "hi") -> Path:
     return path
 
 
-def tokenize(path: Path, tokenizer: Tokenizer, num_processes: int = 1) -> int:
-    recipe = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
-    _, pieces = tokenize_files([path], tokenizer, recipe, num_processes)
-    return sum(len(piece.rows) for piece in pieces)
+def tokenize(
+    path: Path, tokenizer: Tokenizer, num_processes: int = 1, *, skip_bad_lines: bool = False
+) -> Counts:
+    now = datetime(2024, 7, 26)
+    recipe = Recipe("auto", "text", 64, "completions", 1000, now, skip_bad_lines)
+    counts = Counts()
+    for piece in tokenize_files([path], tokenizer, recipe, num_processes)[1]:
+        counts.add(piece.counts)
+    return counts
 
 
 def with_template(folder: Path, template: str) -> Tokenizer:
     return Tokenizer.from_folder(save_byte_level(folder / "model", template=template))
 
 
-GROWS = "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = GROWN %}{% endfor %}"
-WITHOUT_END = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-    "{{ f(60) }}",
-    "power": "{% set n = messages | length + 7 %}{{ 10 ** (10 ** n) > 1 }}",
-    # worked out where the template is compiled
-    "constant-power": "{{ 10 ** (10 ** 9) > 1 }}",
-    "text": "{% for i in range(9999) %}{% for j in range(9999) %}a{% endfor %}{% endfor %}",
-}
-WITHOUT_BOUNDS = {
-    "centre": "{{ 'a'.center(10 ** 11) }}",
-    "centre-filter": "{{ 'a' | center(10 ** 11) }}",
-    "product": "{{ 'a' * 10 ** 11 }}",
-    "list": "{{ [0] * 10 ** 11 }}",
-    "width": "{{ '%100000000000d' % 1 }}",
-    "format-width": "{{ '{:>100000000000}'.format(1) }}",
-    "indent": "{{ 'a\nb' | indent(10 ** 11) }}",
-    "json-indent": "{{ [1] | tojson(indent=10 ** 11) }}",
-    "sum-of-itself": GROWS.replace("GROWN", "ns.s + ns.s"),
-    "joined-to-itself": GROWS.replace("GROWN", "ns.s ~ ns.s"),
-    "list-of-itself": GROWS.replace("GROWN", "ns.s | list + ns.s | list"),
-    "joined-by-itself": GROWS.replace("GROWN", "ns.s.join(ns.s * 3)"),
-    "replaced-by-itself": GROWS.replace("GROWN", "ns.s.replace('', ns.s)"),
-}
-
-
 @pytest.mark.parametrize("case", WITHOUT_END)
 def test_a_template_without_end_is_ended_and_its_record_named(case: str, tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, WITHOUT_END[case] + CHAT)
-    with pytest.raises(ValueError, match=r"data.jsonl:1: a record must be tokenized within 1 sec"):
+    with pytest.raises(ValueError, match=r"data.jsonl:1: a record must be tokenized within 0.5 s"):
         tokenize(chat_data(tmp_path), tokenizer)
 
 
@@ -95,21 +74,18 @@ def test_a_template_without_bounds_is_refused(case: str, tmp_path: Path) -> None
         tokenize(chat_data(tmp_path), tokenizer)
 
 
+@pytest.mark.parametrize("case", ROUND_IN_CIRCLES)
+def test_a_template_that_goes_round_in_circles_is_refused(case: str, tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, ROUND_IN_CIRCLES[case] + CHAT)
+    with pytest.raises(ValueError, match=r"data.jsonl:1: the conversation must suit"):
+        tokenize(chat_data(tmp_path), tokenizer)
+
+
 @pytest.mark.parametrize("case", ["loops", "power", "constant-power"])
 def test_a_prompt_in_a_template_without_end_is_refused(case: str, tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, WITHOUT_END[case] + CHAT)
-    with pytest.raises(ValueError, match=r"the prompt, .* must come to an end: it has taken 1 sec"):
+    with pytest.raises(ValueError, match=r"the prompt, .* must come to an end: it has taken 0.5 s"):
         encode_prompt("hi", tokenizer, 1000)
-
-
-DEEP = {
-    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "lists": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
-    "conditions": "{% if true %}" * 300 + "{% endif %}" * 300,
-    "loops": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
-    "signs": "{{ " + "-" * 50_000 + "1 }}",
-    "filters": "{{ 'a'" + " | upper" * 20_000 + " }}",
-}
 
 
 @pytest.mark.parametrize("case", DEEP)
@@ -129,14 +105,52 @@ def test_a_template_beyond_reason_is_not_read(tmp_path: Path) -> None:
 # while others go on, and when they have nothing left to do
 @pytest.mark.parametrize("number", [70, 300])
 def test_the_slow_record_is_named_among_many_processes(number: int, tmp_path: Path) -> None:
-    slow = "{% if messages[0].content == 'slow' %}" + WITHOUT_END["loops"] + "{% endif %}"
-    tokenizer = with_template(tmp_path, slow + CHAT)
-    path = chat_data(tmp_path, num_records=300)
-    lines = path.read_text().splitlines()
-    lines[number - 1] = lines[number - 1].replace("hi", "slow")
-    path.write_text("\n".join(lines) + "\n")
+    tokenizer, path = slow_records(tmp_path, {number: "slow"})
     with pytest.raises(ValueError, match=rf"data.jsonl:{number}: a record must be tokenized with"):
         tokenize(path, tokenizer, num_processes=3)
+
+
+def slow_records(folder: Path, users: dict[int, str]) -> tuple[Tokenizer, Path]:
+    """A template that does not come to an end where the user says "slow", and 300 records of which
+    some say what is given by their numbers."""
+    slow = "{% if messages[0].content == 'slow' %}" + WITHOUT_END["loops"] + "{% endif %}"
+    path = chat_data(folder, num_records=300)
+    lines = path.read_text().splitlines()
+    for number, user in users.items():
+        lines[number - 1] = lines[number - 1].replace("hi", user)
+    path.write_text("\n".join(lines) + "\n")
+    return with_template(folder, slow + CHAT), path
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_slow_records_are_left_out_and_counted_where_bad_lines_are(
+    num_processes: int, tmp_path: Path
+) -> None:
+    tokenizer, path = slow_records(tmp_path, {1: "slow", 70: "slow", 300: "slow"})
+    path.write_text(path.read_text() + "{\n")
+    counts = tokenize(path, tokenizer, num_processes, skip_bad_lines=True)
+    assert (counts.num_records, counts.num_bad, counts.num_rendered) == (301, 4, 297)
+    places = {error.removeprefix(str(path)).split(" ")[0] for error in counts.bad}
+    assert places <= {":1:", ":70:", ":300:", ":301:"}
+
+
+def test_a_template_that_never_ends_is_not_tried_with_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_MOST_LEFT_OUT", 2)
+    tokenizer = with_template(tmp_path, WITHOUT_END["loops"] + CHAT)
+    path = chat_data(tmp_path, num_records=300)
+    message = r"data.jsonl:\d+: a record must be .*; 2 such records were left out already: the temp"
+    with pytest.raises(ValueError, match=message):
+        tokenize(path, tokenizer, 2, skip_bad_lines=True)
+
+
+def test_a_slow_text_is_no_line_to_be_left_out(tmp_path: Path) -> None:
+    tokenizer = with_backend(tmp_path, normalize(*[normalizers.Replace("h", "hh")] * 60))
+    path = tmp_path / "x.txt"
+    path.write_text("hi")
+    with pytest.raises((ValueError, ChildProcessError), match=r"x\.txt:1"):
+        tokenize(path, tokenizer, skip_bad_lines=True)
 
 
 Change = Callable[[tokenizers.Tokenizer], None]

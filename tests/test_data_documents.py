@@ -1,9 +1,11 @@
 """data/documents.py: the pieces that a text encoded as a whole gives, in the memory of a window."""
 
 import gzip
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,8 @@ from data.formats import Text
 from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenization import Counts, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from foreign import guest
+from foreign.guest import in_guest
 
 NOW = datetime(2024, 7, 26)
 TOKENIZERS = ("byte-level", "metaspace", "llama-3", "mistral-v3", "phi-3-mini", "qwen3", "smollm2")
@@ -112,13 +116,13 @@ def test_windows_without_a_place_to_cut_are_encoded_as_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = []
-    encode = documents.encode_window
 
-    def counted(window: documents.Window, tokenizer: Tokenizer) -> documents.Encoded:
-        sizes.append(len(window.text))
-        return encode(window, tokenizer)
+    def counted(work: Callable[[], documents.Encoded], what: str) -> documents.Encoded:
+        encoded = in_guest(work, what)
+        sizes.append(len(encoded.window.text))
+        return encoded
 
-    monkeypatch.setattr(documents, "encode_window", counted)
+    monkeypatch.setattr(documents, "in_guest", counted)
     text = "one two " * 60 + "ab" * 3000 + " three four" * 60
     path = tmp_path / "x.txt"
     path.write_text(text)
@@ -126,6 +130,30 @@ def test_windows_without_a_place_to_cut_are_encoded_as_one(
     # each is twice as long as the one before
     assert 1 <= len(sizes) <= 5
     assert sum(sizes) < 4 * len(text)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_windows_that_are_encoded_as_one_are_confined(
+    tmp_path: Path, tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, encode = os.getpid(), Tokenizer.encode_with_words
+
+    def without_end(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int], list[Any]]:
+        assert os.getpid() != parent
+        guest.allow(len(text))
+        while len(text) > 600:
+            pass
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(guest, "SECONDS", 0.5)
+    monkeypatch.setattr(Tokenizer, "encode_with_words", without_end)
+    path = tmp_path / "x.txt"
+    path.write_text("one two " * 60 + "ab" * 3000)
+    message = (
+        r"x\.txt:1: the tokenizer, given [\d,]+ characters at once, must come to an end: it ha"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(path, tokenizers["byte-level"])
 
 
 @pytest.mark.parametrize("name", ["byte-level", "metaspace", "llama-3", "smollm2"])

@@ -1,6 +1,7 @@
 """data/template_ending.py: the generation prompts of one rendering are those of many."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ def turns(*more: str) -> str:
 # templates of which a part asks what only the whole conversation can tell, and others
 LOOKING_AHEAD = {
     "last": turns("{% if loop.last %}!{% endif %}"),
+    "last-by-role": turns("{% if loop.last and m.role == 'tool' %}<|assistant|>{% endif %}"),
+    "last-by-content": turns("{% if loop.last and not m.content %}<|assistant|>{% endif %}"),
+    "last-by-index": turns("{% if loop.last and loop.index == 2 %}!{% endif %}"),
     "not-last": turns("{{ '' if loop.last else '-' }}"),
     "next": turns("{{ loop.nextitem.role if loop.nextitem else '' }}"),
     "length": turns("{{ loop.length }}"),
@@ -83,6 +87,7 @@ CONVERSATIONS = [
     [SYSTEM, *say("a", "b", "c", "d")],
     [*say("a"), CALL, RESULT, *say("x", "b")[1:], *say("c", "d")],
     [*say("x", "hi")[1:], *say("a", "b"), *say("x", "c")[1:]],
+    [*say("", "a", "b", "c"), CALL, RESULT, *say("x", "d")[1:]] * 4,
 ]
 
 
@@ -120,6 +125,25 @@ def test_a_template_that_looks_back_alone_needs_no_other_rendering(
     messages = [SYSTEM, *say("a", "b", "c", "d")]
     text, spans = render_with_spans(template, messages)
     assert [text[start:end] for start, end in spans] == ["#b</s>", "#d</s>"]
+
+
+def test_replies_to_messages_of_one_shape_need_one_rendering_more(
+    assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = []
+    attempt = ChatTemplate.attempt
+
+    def counted(template: ChatTemplate, messages: Any, variables: Any) -> str:
+        rendered.append(len(messages))
+        return attempt(template, messages, variables)
+
+    monkeypatch.setattr(ChatTemplate, "attempt", counted)
+    template = make(asset_templates(assets)["templates/trl/qwen3.jinja"])
+    messages = [*say("a", "b"), *say("c"), CALL, RESULT, *say("x", "d")[1:]] * 20
+    _, spans = render_with_spans(template, messages)
+    assert len(spans) == 60
+    # behind the first user, another one, and a tool
+    assert rendered == [1, 3, 5]
 
 
 def test_spans_of_real_templates_are_those_of_a_rendering_for_each_turn(

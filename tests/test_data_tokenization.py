@@ -102,6 +102,17 @@ def test_the_first_fault_of_the_file_is_reported(
         tokens_of(path, tokenizer, processes)
 
 
+def test_of_two_faults_in_different_tasks_the_first_is_reported(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = many(400)
+    records[100] = records[200] = {"prompt": "no answer"}
+    path = write(tmp_path / "x.jsonl", records)
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=r"x\.jsonl:101: a prompt-completion record must have"):
+            tokens_of(path, tokenizer, processes)
+
+
 def test_what_is_wrong_with_every_record_is_no_bad_line(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config={}))
     path = write(tmp_path / "x.jsonl", many(3))

@@ -226,6 +226,18 @@ def test_one_rendering_stands_for_a_shape_and_another_shape_has_its_own() -> Non
     assert num_renderings(say("hi", "yo"), variables={"enable_thinking": True}) == 1
 
 
+def test_reasoning_of_messages_of_one_shape_needs_one_rendering_more(assets: Path) -> None:
+    text = (assets / "templates" / "trl" / "qwen3.jinja").read_text()
+    turn = [*say("hi"), THOUGHT]
+    before = _Counted.num_renderings
+    check(_Counted(text, "x", TOKENS), turn * 40)
+    # the text itself, the text with marks, and the first turn while it is the last
+    assert _Counted.num_renderings == before + 3
+    # before the first user this template never writes it
+    with pytest.raises(ValueError, match=r"ignores reasoning_content of message 0 \(role 'assi"):
+        check(_Counted(text, "x", TOKENS), [THOUGHT, *turn * 3])
+
+
 @pytest.mark.parametrize("train_on", ["completions", "all"])
 def test_two_samples_with_opposite_instructions_do_not_become_one(
     tmp_path: Path, train_on: str

@@ -115,6 +115,20 @@ def test_a_long_text_has_more_time_and_room() -> None:
     assert in_guest(work, "x") == 1 << 30
 
 
+def test_a_library_says_nothing_of_its_own_end_on_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def panic() -> None:
+        os.write(2, b"thread '<unnamed>' panicked at src/lib.rs:1:1")
+        os._exit(5)
+
+    with pytest.raises(ValueError, match="its process has ended with the code 5"):
+        in_guest(panic, "x")
+    assert capfd.readouterr().err == ""
+    os.write(2, b"the parent's own")
+    assert capfd.readouterr().err == "the parent's own"
+
+
 def test_a_guest_ends_where_its_parent_is_interrupted() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
