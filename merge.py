@@ -1,34 +1,36 @@
 """Merge an adapter into its base model's weights: read this file top to bottom.
 
     python merge.py --model M --adapter OUT --output DIR              into the 16-bit weights
-    python merge.py --model M --adapter OUT --output DIR --base nf4   into what NF4 makes of them
-    ... --text FILE                               and see what base, adapter and result make of it
+    python merge.py --model M --adapter OUT --output DIR --base nf4   into dequantized weights
+    ... --text FILE                               and compare base, adapter and result on a text
 
-An adapter of QLoRA was trained beside NF4 weights, and is served beside the original ones, to which
-NF4's errors are not added; or beside those that it knew, with `--base nf4`. Both round to the
-checkpoint's dtype, which takes a part of the update away. `main` tells the story; its steps follow.
+QLoRA trains an adapter beside NF4 weights. The original weights, without NF4's errors, are the
+better base to serve it on; `--base nf4` merges into the weights that the adapter was trained
+beside. Both round to the checkpoint's dtype, which loses a part of the update. `main` tells the
+story; its steps follow.
 """
 
 import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.description import Description, describe
 from checkpoint.files import COMPANIONS, INDEX_NAME, SINGLE_NAME, find_checkpoint
 from checkpoint.identity import identify
 from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
-from data.tokenizer import OLD_FILES, TOKENIZER_FILE, Tokenizer
+from checkpoint.opening import Checkpoint, open_checkpoint
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import OLD_FILES, TOKENIZER_FILE
 from foreign.guest import in_guest
 from foreign.terminal import guard_output, one_line
-from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME, LlamaConfig
+from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME
 from llama.model import Llama, projection_shapes
 from llama.text_figures import LogitChange, Reading, logit_change, read_text, windows_of
 from lora.adapter_file import (
@@ -40,6 +42,7 @@ from lora.adapter_file import (
 )
 from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
+from prepare.quantization import quantization_of
 from run.checkpoint import CHECKPOINT_NAME
 from run.config import CONFIG_FILE, TrainConfig, read_fields
 from run.folder import check_new_folder, new_output
@@ -49,7 +52,7 @@ from run.privacy import as_private_as
 
 # beside the weights, for programs that read older tokenizers
 OTHER_TOKENIZER_FILES = (*OLD_FILES, "added_tokens.json")
-# of a text: what an 8B model on a GPU reads in seconds, in windows that a machine of any size holds
+# of --text: as much as an 8B model on a GPU reads in seconds, in windows that fit any machine
 MOST_TOKENS = 32_768
 WINDOW_TOKENS = 1024
 
@@ -59,12 +62,12 @@ class MergeConfig:
     """The command line, resolved.
 
     Attributes:
-        quantization: what the adapter was trained with; None: 16 or 32 bits.
-        where: what says so.
+        quantization: of the weights while the adapter was trained; None: 16 or 32 bits.
+        where: the source of `quantization`, for messages.
         other_base: whether the model may be another one than the adapter was trained on.
     """
 
-    model: Path
+    model: Checkpoint
     adapter: Path
     output: Path
     base: str
@@ -77,14 +80,14 @@ class MergeConfig:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Whose tokenizer and template the model has: those it was trained with, where given."""
+        """The folder of the merged model's tokenizer: the run's, where it has one."""
         folder = run_folder(self.adapter)
-        return folder if (folder / TOKENIZER_FILE).is_file() else self.model
+        return folder if (folder / TOKENIZER_FILE).is_file() else self.model.folder
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """What the three models make of a text; changes are from base + adapter, as it was trained."""
+    """Figures of a text under three models; changes are against base + adapter, as trained."""
 
     base: Reading
     trained: Reading
@@ -95,25 +98,24 @@ class TextFigures:
 
 def main(arguments: Sequence[str]) -> None:
     config = parse(arguments)
-    base = describe(config.model, torch.float32)
-    if base.nf4.states:
+    base = config.model
+    if base.quantization:
         raise ValueError(
-            f"--model must be a checkpoint in 16 or 32 bits: {config.model} is in NF4 already; "
-            "give the one it was made from, with --base nf4 to merge into what NF4 makes of it"
+            f"--model must be a checkpoint in 16 or 32 bits: {base.folder} is in NF4 already; "
+            "give the one it was made from, with --base nf4 to merge into its dequantized weights"
         )
     for remark in base.remarks:
         print(one_line(remark))
-    llama_config, stored = base.model.config, list(base.stored.values())
-    shapes = projection_shapes(llama_config)
+    shapes = projection_shapes(base.config)
     updates = read_updates(config.adapter, shapes, base.vocabulary_tensors)
-    check_base(config, base)
+    check_base(config)
     files = files_beside_the_weights(config)
-    shards = {tensor.file for tensor in stored}
-    check_new_folder(config.output, sum(path.stat().st_size for path in (*shards, *files.values())))
-    weights = (*shards, config.adapter / WEIGHTS_NAME)
-    windows = load_text(config, llama_config) if config.text else []
+    num_bytes = sum(shard.num_bytes for shard in base.shards)
+    check_new_folder(config.output, num_bytes + sum(p.stat().st_size for p in files.values()))
+    weights = (*(shard.path for shard in base.shards), config.adapter / WEIGHTS_NAME)
+    windows = load_text(config) if config.text else []
 
-    # only now, when nothing that was given can be wrong any more, is anything written
+    # all that was given is checked: only from here on is anything written
     with (
         as_private_as(weights),
         new_output(config.output) as folder,
@@ -126,13 +128,14 @@ def main(arguments: Sequence[str]) -> None:
 
         quantization = config.quantization if config.base == "nf4" else None
         figures = write_merged_shards(
-            stored, shapes, updates, quantization, config.device, folder, report
+            base.shards, shapes, updates, quantization, config.device, folder, report
         )
         if figures.num_changed == 0:
             raise ValueError(
                 "the merge must change something: every update is lost when its weight is rounded "
-                f"to {stored[0].dtype}; train longer, or give the base in float32"
+                f"to {base.shards[0].tensors[0].dtype}; train longer, or give the base in float32"
             )
+        # config.json too is copied as a file: its fields were read once, its bytes stay
         for place, path in files.items():
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
@@ -143,11 +146,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> MergeConfig:
-    """Read the command line, and what the run that made the adapter says.
+    """Read the command line, open the model, and read the settings of the adapter's run.
 
     Raises:
         FileNotFoundError: model, adapter or text are not there.
-        ValueError: a flag that this machine or the adapter's run contradicts.
+        ValueError: the model is damaged, or a flag contradicts this machine or the adapter's run.
     """
     given = build_parser().parse_args(arguments)
     adapter = find_adapter(given.adapter, "--adapter")
@@ -162,7 +165,7 @@ def parse(arguments: Sequence[str]) -> MergeConfig:
         )
     device = choose_device(given.device)
     return MergeConfig(
-        model=find_checkpoint(given.model),
+        model=open_checkpoint(find_checkpoint(given.model)),
         adapter=adapter,
         output=Path(given.output).expanduser(),
         base=given.base,
@@ -198,42 +201,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", help="file to measure perplexity and logits on")
     parser.add_argument(
-        "--block-size", type=int, help="of NF4; by default what the adapter's run had, or 64"
+        "--block-size", type=int, help="block size of NF4 (default: the adapter's run's, or 64)"
     )
     parser.add_argument(
         "--double-quant",
         action=argparse.BooleanOptionalAction,
-        help="scales in 8 bits; by default what the adapter's run had, or yes",
+        help="scales in 8 bits (default: as in the adapter's run, or yes)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
         default="auto",
-        help="of the computation with --text; the weights keep theirs (default: auto)",
+        help="dtype of the computation with --text; merged weights keep theirs (default: auto)",
     )
     return parser
 
 
-def check_base(config: MergeConfig, base: Description) -> None:
-    """Hold the model against the one that the adapter was trained on.
+def check_base(config: MergeConfig) -> None:
+    """Compare the model with the one that the adapter was trained on.
 
     Raises:
-        ValueError: it is another one, and --other-base is not given.
+        ValueError: it is another model, and --other-base is not given.
     """
-    trained_on = read_base_identity(config.adapter)
+    folder, trained_on = config.model.folder, read_base_identity(config.adapter)
     if not trained_on:
-        print(f"{config.adapter} does not say what its base was: {config.model} is not checked")
-    elif trained_on != identify(base).original and not config.other_base:
+        print(f"{config.adapter} does not say what its base was: {folder} is not checked")
+    elif trained_on != identify(config.model).original and not config.other_base:
         raise ValueError(
-            f"--model must be the checkpoint that the adapter was trained on: {config.model} has "
+            f"--model must be the checkpoint that the adapter was trained on: {folder} has "
             "other weights or another config.json; give that one, or --other-base to merge into "
             "this one all the same"
         )
 
 
 def run_folder(adapter: Path) -> Path:
-    """The folder of the run that made an adapter, which may be one of its checkpoints."""
+    """Find the folder of the run that made an adapter, which may lie in one of its checkpoints."""
     is_checkpoint = CHECKPOINT_NAME.fullmatch(adapter.name) is not None
     return adapter.parent if is_checkpoint else adapter
 
@@ -241,35 +244,37 @@ def run_folder(adapter: Path) -> Path:
 def trained_quantization(
     adapter: Path, block_size: int | None, double_quant: bool | None
 ) -> tuple[Quantization | None, str]:
-    """Find the number format that the adapter was trained beside, and what says so: the flags,
-    over config.json of its run, over the usual.
+    """Find the quantization that the adapter was trained with: from the flags, else from its run's
+    config.json, else the default.
+
+    Returns:
+        The quantization, and the name of its source.
 
     Raises:
-        ValueError: a block size that NF4 does not have, or a config.json that is damaged.
+        ValueError: NF4 has no such block size, or the config.json is damaged.
     """
     path = run_folder(adapter) / CONFIG_FILE
     run, where = TrainConfig(), "default"
     # another program's config.json may lie there
     if path.is_file() and "lora_r" in path.read_text(encoding="utf-8"):
         run, where = TrainConfig(**read_fields(path)), str(path)
-    if block_size is None and double_quant is None:
-        is_nf4 = run.quant == "nf4"
-        return Quantization(run.block_size, run.double_quant) if is_nf4 else None, where
-    block_size = run.block_size if block_size is None else block_size
-    check_block_size(block_size)
-    double_quant = run.double_quant if double_quant is None else double_quant
-    return Quantization(block_size, double_quant), "the command line"
+    given = {"block_size": block_size, "double_quant": double_quant}
+    if given := {name: value for name, value in given.items() if value is not None}:
+        check_block_size(given.get("block_size", run.block_size))
+        run, where = replace(run, quant="nf4", **given), "the command line"
+    return quantization_of(run), where
 
 
 def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
-    """Find what is copied byte for byte, by its place in the folder: configs, index, tokenizer and
-    chat templates."""
-    patterns = dict.fromkeys((CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES), config.model)
-    if (config.model / SINGLE_NAME).is_file():
-        # another checkpoint's
+    """Find the files that are copied byte for byte, by their place in the folder: configs, index,
+    tokenizer and chat templates."""
+    model = config.model.folder
+    patterns = dict.fromkeys((CONFIG_NAME, INDEX_NAME, *OTHER_TOKENIZER_FILES), model)
+    if (model / SINGLE_NAME).is_file():
+        # the index is that of another checkpoint
         del patterns[INDEX_NAME]
     patterns |= dict.fromkeys(COMPANIONS, config.tokenizer_folder)
-    patterns[GENERATION_CONFIG_NAME] = config.model
+    patterns[GENERATION_CONFIG_NAME] = model
     return {
         path.relative_to(folder): path
         for pattern, folder in patterns.items()
@@ -277,7 +282,7 @@ def files_beside_the_weights(config: MergeConfig) -> dict[Path, Path]:
     }
 
 
-def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
+def load_text(config: MergeConfig) -> list[Tensor]:
     """Read the first MOST_TOKENS of --text as windows of token ids.
 
     Raises:
@@ -289,15 +294,16 @@ def load_text(config: MergeConfig, llama_config: LlamaConfig) -> list[Tensor]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--text must be UTF-8: {config.text}: {error}") from None
     tokenizer = Tokenizer.from_folder(config.tokenizer_folder)
+    model = config.model.config
     ids = in_guest(lambda: encode(tokenizer, text), "--text, tokenized,")
     if len(ids) < 2:
         raise ValueError(f"--text must have at least two tokens: {config.text} has {len(ids)}")
-    if max(ids) >= llama_config.vocab_size:
+    if max(ids) >= model.vocab_size:
         raise ValueError(
-            f"--text must have tokens of the model's {llama_config.vocab_size:,}: the tokenizer of "
+            f"--text must have tokens of the model's {model.vocab_size:,}: the tokenizer of "
             f"{config.tokenizer_folder} gives {max(ids)}"
         )
-    return windows_of(ids, min(WINDOW_TOKENS, llama_config.max_position_embeddings))
+    return windows_of(ids, min(WINDOW_TOKENS, model.max_position_embeddings))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -305,10 +311,10 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def compare(config: MergeConfig, windows: Sequence[Tensor]) -> TextFigures:
-    """Let the three models read the text, one after the other: each is gone before the next."""
+    """Read the text with the three models, one after the other: one at a time is in memory."""
     base = read_text(load_model(config.model, config.device, config.dtype, None), windows)
     trained = read_text(load_trained(config), windows)
-    model = load_model(config.output, config.device, config.dtype, None)
+    model = load_model(open_checkpoint(config.output), config.device, config.dtype, None)
     merged = read_text(model, windows)
     return TextFigures(
         base,
@@ -323,8 +329,7 @@ def load_trained(config: MergeConfig) -> Llama:
     """Load the base as it was while the adapter trained, with the adapter beside it."""
     model = load_model(config.model, config.device, config.dtype, config.quantization)
     model.attach_lora(read_adapter_config(config.adapter), seed=0)
-    base = describe(config.model, config.dtype)
-    load_adapter(config.adapter, model.adapter_tensors(), base.vocabulary_tensors)
+    load_adapter(config.adapter, model.adapter_tensors(), config.model.vocabulary_tensors)
     return model
 
 
@@ -337,7 +342,7 @@ def describe_format(config: MergeConfig) -> str:
 
 
 def describe_merge(config: MergeConfig, figures: MergeFigures) -> str:
-    """Say what was merged, and what rounding made of it."""
+    """Say how much was merged, and how much of it rounding lost."""
     base = "the original weights"
     if config.base == "nf4":
         base = f"dequantized weights ({describe_format(config)}, by {config.where})"
@@ -350,7 +355,7 @@ def describe_merge(config: MergeConfig, figures: MergeFigures) -> str:
 
 
 def describe_text(config: MergeConfig, windows: Sequence[Tensor], figures: TextFigures) -> str:
-    """Tabulate what the three models made of the text."""
+    """Tabulate the perplexity of the text under the three models, and the changes of the logits."""
     num_tokens = sum(ids.shape[1] for ids in windows)
     lines = [
         f"{config.text}, the first {num_tokens:,} tokens in windows of {windows[0].shape[1]:,}; "

@@ -2,7 +2,7 @@
 
     python quantize.py --model DIR --output DIR
 
-What it writes is loaded by train.py and by transformers without being quantized again.
+train.py and transformers load the written checkpoint without quantizing it again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.files import find_checkpoint
+from checkpoint.opening import open_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from foreign.terminal import guard_output, one_line
 from nf4.weight import Quantization
@@ -24,7 +25,7 @@ from run.machine import choose_device
 from run.privacy import as_private_as
 from run.room import MB
 
-# config.json, the tokenizer and what else goes along
+# the most bytes of config.json, the tokenizer and the other small files
 COMPANION_BYTES = 64 << 20
 
 
@@ -32,16 +33,16 @@ def main(arguments: Sequence[str]) -> None:
     flags = build_parser().parse_args(arguments)
     output = Path(flags.output).expanduser().absolute()
     device = torch.device(choose_device(flags.device))
-    folder = find_checkpoint(flags.model)
+    source = open_checkpoint(find_checkpoint(flags.model))
     dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    copy = plan_quantized_copy(folder, Quantization(flags.block_size, flags.double_quant), dtype)
+    copy = plan_quantized_copy(source, Quantization(flags.block_size, flags.double_quant), dtype)
     check_new_folder(output, copy.num_bytes + COMPANION_BYTES)
-    for remark in copy.source.remarks:
+    for remark in source.remarks:
         print(one_line(remark))
     start = time.perf_counter()
     with (
         tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
-        as_private_as(tensor.file for tensor in copy.source.needed()),
+        as_private_as(tensor.file for tensor in source.needed()),
         new_output(output) as partial,
     ):
 
@@ -75,19 +76,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="of what is not quantized; auto: as it is",
+        help="dtype of the tensors that are not quantized; auto: as they are stored",
     )
     parser.add_argument(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
-        help="that quantizes; auto: a GPU if there is one",
+        help="device that quantizes; auto: a GPU if there is one",
     )
     return parser
 
 
 def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
-    """Say what was written."""
+    """Describe the written checkpoint in two lines."""
     block_size, double_quant = copy.quantization
     before = sum(tensor.num_bytes for tensor in copy.source.needed())
     bits = 8 * copy.num_weight_bytes / copy.num_weights

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.description import describe
 from checkpoint.loading import load_model
 from data import audit
 from foreign.terminal import guard_output, one_line
@@ -39,8 +38,8 @@ from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
-from prepare.base import quantization_of
 from prepare.job import SAMPLE_TOKENS, Job, check
+from prepare.quantization import quantization_of
 from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.bad_batch import bad_batch_name, write_bad_batch
 from run.checkpoint import (
@@ -337,12 +336,11 @@ def load_run(job: Job, ranks: Ranks) -> Run:
 
         if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
-        model = load_model(job.checkpoint_folder, job.device, dtype, quantization, report)
+        model = load_model(job.checkpoint, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
     print(model.describe_trainable_parameters())
     if job.start:
-        base = describe(job.checkpoint_folder, dtype)
-        load_adapter(job.start, model.adapter_tensors(), base.vocabulary_tensors)
+        load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
     loss_scale = LossScale.for_dtype(model.compute_dtype, job.device)
     if resumed:
@@ -650,7 +648,7 @@ def is_of_device(error: BaseException) -> bool:
 def write_adapter(folder: Path, run: Run) -> None:
     job, tensors = run.job, run.model.adapter_tensors()
     # from wherever the adapter is read
-    base = str(job.checkpoint_folder.absolute()) if job.is_base_local else job.config.model
+    base = str(job.checkpoint.folder.absolute()) if job.is_base_local else job.config.model
     save_adapter(folder, tensors, job.lora, base, job.base.original)
 
 

@@ -53,7 +53,7 @@ from llama.config import LlamaConfig
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from lora.linear_group import LinearGroup
-from run.machine import prepare
+from run.machine import configure_torch
 from step import micro_step
 from step.micro_step import MicroStep, Policy
 
@@ -452,7 +452,7 @@ def main() -> int:
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
     # as train.py does by default
-    prepare(device, local_rank=0, is_deterministic=False)
+    configure_torch(device, local_rank=0, is_deterministic=False)
     record = head("breakdown", arguments.commit)
     gbps, tflops = copy_gbps(device), matmul_tflops(device)
     torch.cuda.empty_cache()

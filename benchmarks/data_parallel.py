@@ -28,7 +28,7 @@ from benchmarks.tables import Row, aligned, data_parallel_table
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
-from run.machine import prepare
+from run.machine import configure_torch
 from run.ranks import Ranks, join_ranks
 from step.micro_step import MicroStep, Policy
 
@@ -110,7 +110,7 @@ def be_rank(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with join_ranks() as ranks:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        prepare(device, ranks.local_rank, is_deterministic=False)
+        configure_torch(device, ranks.local_rank, is_deterministic=False)
         model = random_model(CONFIGS[arguments.model], device)
         optimizer = learner(model)
         for shape in map(parse_shape, arguments.shapes.split(",")):

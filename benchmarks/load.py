@@ -41,7 +41,8 @@ from benchmarks.record import head, write
 from benchmarks.tables import Row, aligned, load_table
 from checkpoint.files import INDEX_NAME
 from checkpoint.loading import load_model
-from checkpoint.shard_reader import StoredTensor, make_ring, read_header, stream
+from checkpoint.opening import open_checkpoint
+from checkpoint.shard_reader import StoredTensor, make_ring, stream
 from llama.config import CONFIG_NAME, read_config
 from llama.model import Llama
 from nf4.weight import Quantization
@@ -247,14 +248,19 @@ def measured_row(
     return row
 
 
+def load(folder: Path, device: torch.device, quantization: Quantization | None) -> Llama:
+    """Load a checkpoint's model, from its headers on."""
+    return load_model(open_checkpoint(folder), device, torch.bfloat16, quantization)
+
+
 def rows_of(folder: Path, device: torch.device, limit_gbps: float, repetitions: int) -> list[Row]:
     """Measure every way to bring a folder's tensors to the device."""
-    tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in read_header(path)]
+    tensors = list(open_checkpoint(folder).stored.values())
     size = sum(stored.num_bytes for stored in tensors)
     # fills the page cache
     read(tensors)
-    nf4 = partial(load_model, folder, device, torch.bfloat16, Quantization(BLOCK_SIZE, True))
-    as_stored = partial(load_model, folder, device, torch.bfloat16, None)
+    nf4 = partial(load, folder, device, Quantization(BLOCK_SIZE, True))
+    as_stored = partial(load, folder, device, None)
     return [
         row_of("limit", "copy", [size / limit_gbps / 1e6], size, 0),
         measured_row("ours", "load-nf4", nf4, size, repetitions),

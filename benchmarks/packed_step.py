@@ -26,12 +26,12 @@ from benchmarks.record import head, write
 from benchmarks.step_timing import synchronize
 from benchmarks.tables import Row, aligned, packed_step_table
 from data.epochs import Epochs
-from data.token_cache import Samples
-from data.tokenization import ROW
+from data.tokens.pieces import ROW
+from data.tokens.stored_samples import StoredSamples
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
-from run.machine import prepare
+from run.machine import configure_torch
 from step.micro_step import MicroStep, Policy
 
 RANK = 16
@@ -48,13 +48,13 @@ NUM_WARM_UPS = 2
 NUM_PASSES = 3
 
 
-def random_samples(lengths: Sequence[int], vocab_size: int) -> Samples:
+def random_samples(lengths: Sequence[int], vocab_size: int) -> StoredSamples:
     """Draw samples of these lengths, of which every token but the first is learned."""
     rows = np.zeros(len(lengths), dtype=ROW)
     rows["length"] = lengths
     rows["num_targets"] = rows["length"] - 1
     ids = np.random.default_rng(SEED).integers(0, vocab_size, sum(lengths), dtype=np.int32)
-    return Samples(ids, ids, rows)
+    return StoredSamples(ids, ids, rows)
 
 
 def draw_lengths(num_samples: int) -> list[int]:
@@ -130,7 +130,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
-    prepare(device, local_rank=0, is_deterministic=False)
+    configure_torch(device, local_rank=0, is_deterministic=False)
     record = head("packed_step", arguments.commit)
     config = CONFIGS["llama-3-8b"]
     epochs = cases(NUM_SAMPLES, ROW_LENGTH, config.vocab_size)

@@ -20,12 +20,13 @@ from benchmarks.layers import BLOCK_SIZE
 from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
 from checkpoint.loading import load_model, load_sizes
+from checkpoint.opening import open_checkpoint
 from llama.model import PROJECTIONS, Llama
 from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from prepare.adapter import lora_config
 from run.config import TrainConfig
-from run.machine import prepare
+from run.machine import configure_torch
 from step.memory_plan import MemoryPlan, plan_memory
 from step.micro_step import POLICIES, MicroStep, Policy
 from step.preflight import plan_run
@@ -88,9 +89,10 @@ def load(source: str, config: TrainConfig, device: torch.device) -> Llama:
     dtype = getattr(torch, config.dtype)
     if source in CONFIGS:
         return random_model(CONFIGS[source], device, dtype)
+    checkpoint = open_checkpoint(Path(source))
     if device.type == "meta":
-        return load_sizes(Path(source), dtype, QUANTIZATION)
-    return load_model(Path(source), device, dtype, QUANTIZATION)
+        return load_sizes(checkpoint, dtype, QUANTIZATION)
+    return load_model(checkpoint, device, dtype, QUANTIZATION)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +124,7 @@ def main() -> int:
         lora_dropout=arguments.dropout,
         optim=arguments.optim,
     )
-    prepare(device, 0, config.deterministic)
+    configure_torch(device, 0, config.deterministic)
     shapes = arguments.shapes.split(",")
     # while the device is empty, as train.py does; what does not fit is told with its shape
     plans: dict[tuple[int, int], MemoryPlan | ValueError] = {}

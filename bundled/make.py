@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bundled.corpus import documents
 from bundled.instructions import held_out_set, training_set
-from data.template_files import BUNDLED_TEMPLATES
+from data.chat.template_files import BUNDLED_TEMPLATES
 from llama.config import read_config
 from llama.layer import RMSNorm
 from llama.model import Llama

@@ -3,9 +3,9 @@
 Everything that can be wrong with them (missing, truncated, renamed, pointing elsewhere) is found
 here, before a weight is read. Pickled weights are never read.
 
-A folder may hold two checkpoints: one file, and an index with shards that another save has left.
-The one file is read, as transformers does (`_get_resolved_checkpoint_files` in modeling_utils.py),
-and a line says so.
+A folder may hold two checkpoints: a single file, and an index with shards that another save has
+left. The single file is read, as transformers does (`_get_resolved_checkpoint_files` in
+modeling_utils.py), and a line says so.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from checkpoint.shard_reader import StoredTensor, read_header
+from checkpoint.shard_reader import Shard, read_header
 from foreign.json_text import read_object
 from hub.fetch import find_folder
 from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -78,7 +78,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return places
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
+def _shard_paths(folder: Path) -> dict[Path, set[str] | None]:
     """The checkpoint's files, each with the tensors that the index places there (None: no
     index).
 
@@ -109,10 +109,17 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint from the files' headers, in the files' order."""
-    stored: dict[str, StoredTensor] = {}
-    for path, indexed in sorted(_shards(folder).items()):
+def read_shards(folder: Path) -> list[Shard]:
+    """Read the headers of a checkpoint's files, which are sorted by name.
+
+    Raises:
+        FileNotFoundError: the index or a shard is missing.
+        ValueError: a file is damaged, or the index contradicts it.
+    """
+    shards = []
+    for path, indexed in sorted(_shard_paths(folder).items()):
+        # safetensors' own reader finds gaps between tensors, and says what it refuses in words that
+        # others know; it does not say where a tensor lies
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -127,8 +134,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{path} must hold exactly the tensors that {INDEX_NAME} places there: "
                 f"{len(differing)} differ, the first is {differing[0]}; download the folder again"
             )
-        stored |= {tensor.name: tensor for tensor in read_header(path)}
-    return stored
+        shards.append(read_header(path))
+    return shards
 
 
 def first_few(names: Iterable[str]) -> str:

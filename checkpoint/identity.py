@@ -9,7 +9,7 @@ same checkpoint, too. The ids of the tokens that end an answer are left out, bec
 correct them later; so are the places of the norms, which the tensors' names show. Fields at None,
 False or 0 are left out, so that a field that another family brings later changes no identity.
 
-The sample is all that is looked at:
+Of each tensor only a sample is read:
 
     a tensor of 256 KiB or less    all of it
     embeddings and head            64 bytes of each row, because a row may be retrained alone
@@ -19,8 +19,8 @@ Training and merging change numbers all over a matrix, and a sample has at least
 16-bit numbers: a change of one number in ten thousand is seen. A change of a few rows of a
 projection may be missed (about one row in a hundred is looked at), and so may a change of single
 numbers. A hash of every byte would see them, and takes as long as the disk and SHA-256 need for
-the whole checkpoint. The identity tells apart what was mixed up; it is no defence against somebody
-who hides a change.
+the whole checkpoint. The identity finds checkpoints that were mixed up; it is no defence against
+somebody who hides a change.
 """
 
 import hashlib
@@ -28,17 +28,15 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from checkpoint.description import Description
+from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import NUM_THREADS, StoredTensor, read_bytes
 from llama.config import LlamaConfig
 
-# of a copy's files: the identity of the checkpoint that it was quantized from
+# in the metadata of a quantized copy's files: the identity of its source
 MADE_FROM = "made_from"
 # what a disk reads at once; fewer bytes would take as long
 PAGE_BYTES = 4096
@@ -50,19 +48,20 @@ BYTES_AT_ONCE = 256 << 10
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is.
+    """The identity of a checkpoint and that of its original.
 
     Attributes:
-        own: of its files.
-        original: of the checkpoint in 16 or 32 bits that an adapter can be merged into: its own, or
-            that of the one that it was quantized from; empty where its files do not say which.
+        own: the identity of the checkpoint's files.
+        original: the identity of the checkpoint in 16 or 32 bits that an adapter can be merged
+            into: this one, or the one that it was quantized from; empty where the files do not say
+            which.
     """
 
     own: str
     original: str
 
 
-def identify(found: Description) -> Identity:
+def identify(checkpoint: Checkpoint) -> Identity:
     """Compute a checkpoint's identity from its headers and a sample of its bytes.
 
     An 8B model in 16 bits takes about half a second from the page cache on two free cores. From a
@@ -71,22 +70,19 @@ def identify(found: Description) -> Identity:
     Raises:
         ValueError: a file ends before a tensor's last byte.
     """
-    stored = [found.stored[name] for name in sorted(found.slots.keys() | found.nf4.read)]
-    vocab_size = found.model.config.vocab_size
+    counted = checkpoint.stored.keys() - checkpoint.left_alone
+    stored = [checkpoint.stored[name] for name in sorted(counted)]
+    vocab_size = checkpoint.config.vocab_size
     # a cold disk answers several threads in the time of one
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         digests = list(pool.map(partial(_digest, vocab_size=vocab_size), stored))
-    function = json.dumps(_function(found.model.config), sort_keys=True).encode()
+    function = json.dumps(_function(checkpoint.config), sort_keys=True).encode()
     own = hashlib.sha256(function + b"".join(digests)).hexdigest()
-    if not found.nf4.states:
+    if not checkpoint.nf4.states:
         return Identity(own, own)
-    origins = {_made_from(path) for path in dict.fromkeys(tensor.file for tensor in stored)}
+    files = {tensor.file for tensor in stored}
+    origins = {s.metadata.get(MADE_FROM, "") for s in checkpoint.shards if s.path in files}
     return Identity(own, origins.pop() if len(origins) == 1 else "")
-
-
-def _made_from(path: Path) -> str:
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get(MADE_FROM, "")
 
 
 def _function(config: LlamaConfig) -> dict[str, Any]:
@@ -114,8 +110,11 @@ def sample_of(
     num_bytes: int,  # of a tensor
     num_rows: int,  # where its rows are tokens; 0: they are not
 ) -> tuple[range, int]:
-    """Choose those bytes of a tensor that its identity is made of: where each stretch of them
-    begins, and how long all are."""
+    """Choose the bytes of a tensor that its identity is made of.
+
+    Returns:
+        Where each stretch of them begins, and the length of a stretch.
+    """
     if num_bytes <= NUM_PAGES * PAGE_BYTES:
         return range(1), num_bytes
     if num_rows:

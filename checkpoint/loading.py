@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a ready model, one tensor at a time.
+"""From an opened checkpoint to a ready model, one tensor at a time.
 
     on a GPU, three things at once:
     threads    | read 2         | read 3 ...       shard -> pinned ring (checkpoint/shard_reader.py)
@@ -7,52 +7,53 @@
 
     on the CPU: shard -> home, or memory of its own -> quantized -> its group's buffer
 
-    what is NF4 in the file already is kept as it is: its codes and scales go home
+    stored NF4, on both: codes and scales go home unchanged
 
-So the peak is the packed model plus one tensor on the CPU and two on a GPU, where a tensor is the
-largest that is quantized here, in the checkpoint's dtype; and the quantizer's bounded temporaries.
-Embeddings, norms and what else is kept as it is go to their home directly. A GPU's load also holds
-128 MiB of pinned host memory.
+The peak is the packed model, plus one tensor on the CPU or two on a GPU (the largest of those that
+are quantized, in the checkpoint's dtype), plus the quantizer's bounded temporaries. Embeddings,
+norms and all other tensors that are not quantized are read into their homes directly. A load onto a
+GPU also holds 128 MiB of pinned host memory.
 
-NaN and infinity are found as each tensor arrives; a GPU takes note of them and is asked once, at
-the end.
+Each tensor is searched for NaN and infinity as it arrives; a GPU keeps the results until it is
+asked once, at the end.
 """
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from checkpoint.description import META, Description, Slot, describe, kept_dtype
-from checkpoint.shard_reader import StoredTensor, make_ring, read_tensor, stream
+from checkpoint.device_sink import DeviceSink
+from checkpoint.opening import Checkpoint
+from checkpoint.shard_reader import Report, StoredTensor, make_ring, read_tensor, stream
+from checkpoint.slots import EMBEDDINGS, HEAD, META, Slot, kept_dtype, slots_of
 from checkpoint.stored_nf4 import describe_quantization
 from llama.model import Llama
+from lora.linear_group import LinearGroup
 from nf4.serialized import restore_state
 from nf4.weight import Quantization, non_finite_weights
 
 CPU = torch.device("cpu")
 
-Report = Callable[[int, int], None]
-
 
 def load_sizes(
-    folder: Path, compute_dtype: torch.dtype, quantization: Quantization | None
+    checkpoint: Checkpoint, compute_dtype: torch.dtype, quantization: Quantization | None
 ) -> Llama:
-    """Make on the meta device what `load_model` makes on another: the same tensors, without values.
+    """Make a model on the meta device with the same tensors as `load_model`, without values.
 
     Raises:
-        As `load_model`, but for what only a tensor's values can tell.
+        ValueError: as `load_model`, except where a tensor's values are wrong.
     """
-    found = _allocated(folder, META, compute_dtype, quantization)
-    for tensor in found.needed():
-        dtype = kept_dtype(found.model, tensor.name, tensor.dtype)
-        found.slots[tensor.name].home(dtype, META)
-    return found.model.eval()
+    model = _allocated(checkpoint, META, compute_dtype, quantization)
+    slots = slots_of(model, checkpoint.stored, checkpoint.nf4.states)
+    for tensor in checkpoint.needed():
+        dtype = kept_dtype(model.config, tensor.name, tensor.dtype, compute_dtype)
+        slots[tensor.name].home(dtype, META)
+    return model.eval()
 
 
 def load_model(
-    folder: Path,
+    checkpoint: Checkpoint,
     device: torch.device,
     compute_dtype: torch.dtype,
     quantization: Quantization | None,
@@ -60,75 +61,102 @@ def load_model(
 ) -> Llama:
     """Load a checkpoint's model, frozen, with the head in the compute dtype.
 
-    Linear groups are quantized while they load. A checkpoint that is in NF4 already is loaded as it
-    is stored.
+    Linear groups are quantized while they load. Weights that are stored in NF4 keep their codes and
+    scales, and the groups that such a checkpoint stores in 16 or 32 bits keep their numbers.
 
     Args:
-        quantization: of the linear groups, None to keep them as stored. Of a checkpoint in NF4 the
-            stored one (`settle_quantization` finds it).
+        quantization: the linear groups' form in memory; None keeps it as stored. Of a checkpoint in
+            NF4 it must be `checkpoint.quantization`.
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json, are in another format or another
-            quantization than asked for, or a tensor holds a NaN or an infinity.
+        FileNotFoundError: a shard is gone.
+        ValueError: a shard was changed since the checkpoint was opened, the checkpoint is in NF4
+            with another quantization, members of a group have different dtypes, or a tensor holds
+            a NaN or an infinity.
     """
-    found = _allocated(folder, device, compute_dtype, quantization)
-    model, wanted = found.model, found.needed()
+    checkpoint.check_unchanged()
+    model = _allocated(checkpoint, device, compute_dtype, quantization)
+    slots = slots_of(model, checkpoint.stored, checkpoint.nf4.states)
+    wanted = checkpoint.needed()
     if device.type == "cpu":
-        _load_on_cpu(wanted, found.slots, report)
+        _load_on_cpu(wanted, slots, report)
     else:
-        _load_on_gpu(wanted, found.slots, device, report)
-    found.check_tied_head()
+        _load_on_gpu(wanted, slots, device, report)
+    checkpoint.check_tied_head()
     return model.eval()
 
 
+def describe_loading(checkpoint: Checkpoint, compute_dtype: torch.dtype) -> list[str]:
+    """List the checkpoint's remarks, and the tensors that are not kept in their stored dtype."""
+    converted = {"embeddings": (EMBEDDINGS, checkpoint.embeddings)}
+    if not checkpoint.config.tie_word_embeddings:
+        converted["head"] = (HEAD, checkpoint.stored[HEAD])
+    lines = checkpoint.remarks
+    for what, (name, tensor) in converted.items():
+        kept = kept_dtype(checkpoint.config, name, tensor.dtype, compute_dtype)
+        if kept != tensor.dtype:
+            lines.append(f"{what}: stored in {tensor.dtype}, kept in {kept}, the compute dtype")
+    return lines
+
+
 def _allocated(
-    folder: Path,
+    checkpoint: Checkpoint,
     device: torch.device,
     compute_dtype: torch.dtype,
     quantization: Quantization | None,
-) -> Description:
-    """Describe a checkpoint, and allocate the model's groups on a device."""
-    found = describe(folder, compute_dtype)
-    model, stored = found.model, found.stored
-    if found.nf4.quantization not in (None, quantization):
+) -> Llama:
+    """Make a checkpoint's model, and allocate its linear groups on a device."""
+    if checkpoint.quantization not in (None, quantization):
         raise ValueError(
-            f"{folder} must be loaded as it is stored: it is in NF4 with "
-            f"{describe_quantization(found.nf4.quantization)}, asked for is "
+            f"{checkpoint.folder} must be loaded as it is stored: it is in NF4 with "
+            f"{describe_quantization(checkpoint.quantization)}, asked for is "
             f"{describe_quantization(quantization)}"
         )
+    with META:
+        model = Llama(checkpoint.config, compute_dtype)
     for prefix, group in model.groups():
-        form = found.quantization(prefix, group, quantization)
-        weights = [f"{prefix}{name}.weight" for name in group.names]
-        biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
-        # quantized members keep no dtype, so theirs may differ
-        weight_dtype = None if form else _shared_dtype(folder, stored, weights)
-        bias_dtype = _shared_dtype(folder, stored, biases) if biases else None
-        group.allocate(device, weight_dtype, bias_dtype, form)
-        for name, weight in zip(group.names, weights, strict=True):
-            if weight in found.nf4.states:
-                restore_state(group.member(name), found.nf4.states[weight])
+        _allocate(checkpoint, prefix, group, device, quantization)
     model.frequencies = model.frequencies.to(device)
-    return found
+    return model
 
 
-def _shared_dtype(
-    folder: Path, stored: dict[str, StoredTensor], names: Iterable[str]
-) -> torch.dtype:
-    """The one dtype of tensors that share a buffer."""
-    names = list(names)
-    dtypes = {stored[name].dtype for name in names}
+def _allocate(
+    checkpoint: Checkpoint,
+    prefix: str,
+    group: LinearGroup,
+    device: torch.device,
+    quantization: Quantization | None,
+) -> None:
+    """Allocate the weights and biases of one linear group."""
+    states = checkpoint.nf4.states
+    weights = [f"{prefix}{name}.weight" for name in group.names]
+    biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []
+    if states:
+        # the groups that a checkpoint in NF4 stores in 16 or 32 bits are not quantized either
+        quantization = states[weights[0]].quantization if weights[0] in states else None
+    # quantized members keep no dtype, so theirs may differ
+    weight_dtype = None if quantization else _shared_dtype(checkpoint, weights)
+    bias_dtype = _shared_dtype(checkpoint, biases) if biases else None
+    group.allocate(device, weight_dtype, bias_dtype, quantization)
+    for name, weight in zip(group.names, weights, strict=True):
+        if weight in states:
+            restore_state(group.member(name), states[weight])
+
+
+def _shared_dtype(checkpoint: Checkpoint, names: Sequence[str]) -> torch.dtype:
+    """Find the one dtype of tensors that share a buffer."""
+    dtypes = {checkpoint.stored[name].dtype for name in names}
     if len(dtypes) > 1:
         raise ValueError(
-            f"{folder}: {', '.join(names)} must share a dtype: "
+            f"{checkpoint.folder}: {', '.join(names)} must share a dtype: "
             f"got {', '.join(sorted(str(dtype) for dtype in dtypes))}"
         )
     return dtypes.pop()
 
 
 def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, Slot], report: Report) -> None:
-    """Read one tensor after the other to its home, or quantize it."""
+    """Read one tensor after the other into its home, or quantize it."""
     for done, stored in enumerate(wanted, start=1):
         slot = slots[stored.name]
         home = slot.home(stored.dtype, CPU)
@@ -153,7 +181,7 @@ def _load_on_gpu(
     Note:
         Synchronizes with the device once, at the end, to look for values that are not finite.
     """
-    sink = _DeviceSink(wanted, slots, device, report)
+    sink = DeviceSink(wanted, slots, device, report)
     try:
         stream(wanted, make_ring(wanted, is_pinned=True), sink)
     finally:
@@ -167,86 +195,11 @@ def _load_on_gpu(
         raise non_finite_weights(read_tensor(tensor), tensor.name)
 
 
-class _Staging:
-    """Device memory for a tensor that is to be quantized."""
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        # when the last tensor in it had been quantized
-        self.vacated = torch.cuda.Event()
-
-
-class _DeviceSink:
-    """Copies tensors to a GPU on a stream of its own; the current stream quantizes what is whole.
-
-    Attributes:
-        homes: what holds each tensor's own bytes; None for one that is quantized.
-        extremes: of each tensor or its scales, the least and the largest; they are NaN where one
-            value is.
-    """
-
-    def __init__(
-        self,
-        wanted: list[StoredTensor],
-        slots: dict[str, Slot],
-        device: torch.device,
-        report: Report,
-    ) -> None:
-        self.extremes: list[Tensor] = []
-        self._slots = slots
-        self._report = report
-        self._num_tensors = len(wanted)
-        # before the first copy, so that no copy waits for a kernel that used the memory before
-        self.homes = {t.name: slots[t.name].home(t.dtype, device) for t in wanted}
-        staged = [tensor.num_bytes for tensor in wanted if self.homes[tensor.name] is None]
-        self._staging = [_Staging(max(staged, default=0), device) for _ in range(2)]
-        self._target = torch.empty(0)
-        self._target_bytes = self._target
-        self._kernels = torch.cuda.current_stream(device)
-        self._copies = torch.cuda.Stream(device)
-        self._copies.wait_stream(self._kernels)
-
-    def begin(self, stored: StoredTensor) -> None:
-        home = self.homes[stored.name]
-        if home is None:
-            self._staging.reverse()
-            staging = self._staging[0]
-            self._copies.wait_event(staging.vacated)
-            home = staging.buffer[: stored.num_bytes].view(stored.dtype).view(stored.shape)
-        # copied as bytes, so a shape that is not the home's would go unnoticed
-        assert (home.shape, home.dtype) == (stored.shape, stored.dtype)
-        self._target, self._target_bytes = home, home.view(-1).view(torch.uint8)
-
-    def copy(self, start: int, piece: Tensor) -> Callable[[], None]:
-        with torch.cuda.stream(self._copies):
-            self._target_bytes[start : start + len(piece)].copy_(piece, non_blocking=True)
-        # the thread that waits sleeps: it has company, and a core may not be its own
-        copied = torch.cuda.Event(blocking=True)
-        copied.record(self._copies)
-        return copied.synchronize
-
-    def finish(self, stored: StoredTensor) -> None:
-        self._kernels.wait_stream(self._copies)
-        values = self._target
-        if self.homes[stored.name] is None:
-            values = self._slots[stored.name].quantize(values)
-            self._staging[0].vacated.record(self._kernels)
-        else:
-            self.homes[stored.name] = self._slots[stored.name].settle(values)
-        # two numbers, where isfinite() would make a temporary as large as the embeddings
-        self.extremes.append(torch.stack(values.aminmax()).float())
-        self._report(len(self.extremes), self._num_tensors)
-
-    def settle(self) -> None:
-        """Keep whatever runs next on the GPU from memory that is being copied to."""
-        self._kernels.wait_stream(self._copies)
-
-
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is kept as it is and holds a NaN or an infinity.
+    """Refuse a tensor with a NaN or an infinity, of those that are not quantized.
 
     Raises:
-        ValueError: it does.
+        ValueError: a value is NaN or infinite.
     """
     # two numbers, where isfinite() would make a temporary as large as the embeddings
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):

@@ -1,18 +1,19 @@
 """A checkpoint with an adapter's updates merged into its weights, one tensor at a time.
 
-    W' = round(W + s B A)        W as stored, or what NF4 makes of it
+    W' = round(W + s B A)        W as stored, or quantized to NF4 and back
 
 Every file of weights is written again under its name: its header byte for byte, then the tensors in
-their order, so shards, index, names, dtypes and metadata are those of the input. What is held is
-one tensor, as stored and, where NF4 stands in, in float32; and a few of its rows in float32.
+their order, so shards, index, names, dtypes and metadata are those of the input. In memory is one
+tensor as stored, its float32 values where it was quantized to NF4 and back, and otherwise a few of
+its rows in float32.
 
-Rounding to 16 bits takes a part of an update away: of a weight that the update moves by less than
-half a unit in the last place, all of it. How much is counted. PEFT's merge_and_unload holds the
-whole model, and says nothing of it.
+Rounding to 16 bits loses a part of an update; a weight that the update moves by less than half a
+unit in the last place loses all of it. `MergeFigures` says how much was lost. PEFT's
+merge_and_unload holds the whole model in memory, and does not report the loss.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -21,21 +22,20 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint.loading import Report
-from checkpoint.shard_reader import StoredTensor, read_header
+from checkpoint.shard_reader import Report, Shard, StoredTensor
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.model import update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config
 from nf4.weight import Quantization, empty_weight
 
-# of the rows that are in float32 at once
+# the most numbers of a weight's rows that are in float32 at once
 BLOCK_ELEMENTS = 1 << 24
 COPY_BYTES = 8 << 20
 
 
 class LowRankUpdate(NamedTuple):
-    """What an adapter adds to one projection's weight: scaling * B A."""
+    """The update that an adapter adds to one projection's weight: scaling * B A."""
 
     A: Tensor  # (rank, in_features) float32
     B: Tensor  # (rows, rank) float32
@@ -44,12 +44,12 @@ class LowRankUpdate(NamedTuple):
 
 @dataclass
 class MergeFigures:
-    """What a merge did, summed over the projections with an update.
+    """How much a merge changed and lost, summed over the projections with an update.
 
     Attributes:
-        num_changed: weights that are not what they would be without the update.
-        update_squares: of the update's values, the sum of their squares.
-        lost_squares: of what rounding took from or added to them.
+        num_changed: weights that differ from the rounded weights without the update.
+        update_squares: the sum of squares of the update's values.
+        lost_squares: the sum of squares of the errors that rounding made in them.
     """
 
     num_tensors: int = 0
@@ -96,7 +96,7 @@ def read_updates(
 
 
 def write_merged_shards(
-    stored: Iterable[StoredTensor],
+    shards: Sequence[Shard],
     shapes: Mapping[str, tuple[int, int]],
     updates: Mapping[str, LowRankUpdate],
     quantization: Quantization | None,
@@ -107,22 +107,24 @@ def write_merged_shards(
     """Write the files of a checkpoint into a folder, with the updates in their weights.
 
     Args:
-        stored: all tensors of the checkpoint.
-        shapes: of its projections.
-        quantization: by which every projection's weight is first replaced by what NF4 makes of
-            it, as it was while the adapter trained; None for those as stored.
+        shards: the files of the checkpoint.
+        shapes: rows and columns of its projections.
+        quantization: with which every projection's weight is first quantized and dequantized, as
+            while the adapter was trained; None: the update is added to the weights as stored.
         device: where a tensor is merged.
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        ValueError: a weight is not finite, or would not be with its update.
+        FileNotFoundError, ValueError: as `Shard.check_unchanged`, or a weight is not finite, or
+            would not be with its update.
     """
     figures = MergeFigures()
-    tensors = {tensor.name: tensor for tensor in stored}
+    total = sum(len(shard.tensors) for shard in shards)
     done = 0
-    for path in dict.fromkeys(tensor.file for tensor in tensors.values()):
-        with path.open("rb") as source, (folder / path.name).open("wb") as target:
-            for tensor in read_header(path):
+    for shard in shards:
+        shard.check_unchanged()
+        with shard.path.open("rb") as source, (folder / shard.path.name).open("wb") as target:
+            for tensor in shard.tensors:
                 _copy(source, target, tensor.start - source.tell())
                 projection = tensor.name.removesuffix(".weight")
                 update = updates.get(projection)
@@ -133,7 +135,7 @@ def write_merged_shards(
                 else:
                     _copy(source, target, tensor.num_bytes)
                 done += 1
-                report(done, len(tensors))
+                report(done, total)
     return figures
 
 
@@ -171,7 +173,7 @@ def _merged(
     quantization: Quantization | None,
     figures: MergeFigures,
 ) -> Tensor:  # (N, K) W's dtype
-    """Add an update to a weight, in float32 and rounded once, and count what came of it."""
+    """Add an update to a weight in float32, round once, and add up the figures."""
     N, K = W.shape
     base = W
     if quantization is not None:
@@ -193,7 +195,8 @@ def _merged(
             )
         figures.num_changed += int((merged[rows] != base[rows].to(W.dtype)).sum())
         figures.update_squares += _squares(change)
-        # what arrived, then what did not: both differences are exact but for float32's last bit
+        # the change that arrived, less the update: each difference is exact but for float32's last
+        # bit
         figures.lost_squares += _squares((merged[rows].float() - before).sub_(change))
     figures.num_tensors += 1
     figures.num_weights += W.numel()

@@ -1,10 +1,10 @@
-"""A checkpoint in NF4, as transformers and bitsandbytes write it, made from one that is not.
+"""A checkpoint in NF4, as transformers and bitsandbytes write it, made from one in 16 or 32 bits.
 
     shard -> one tensor at a time -> quantized, on the device -> its place in a shard
 
-So of either checkpoint no more than a tensor is held. The linear layers of the decoder are
-quantized, each as the tensor that it is, also where a family has q, k and v in one; embeddings,
-norms, biases and the head are copied.
+At most one tensor of either checkpoint is in memory. Every weight of the decoder's linear layers is
+quantized as it is stored, also where a family stores q, k and v as one tensor; embeddings, norms,
+biases and the head are copied.
 """
 
 import json
@@ -19,30 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.description import EMBEDDINGS, META, Description, describe
 from checkpoint.files import COMPANIONS
 from checkpoint.identity import MADE_FROM, identify
-from checkpoint.loading import Report, check_finite
-from checkpoint.shard_reader import StoredTensor, read_tensor
+from checkpoint.loading import check_finite
+from checkpoint.opening import Checkpoint
+from checkpoint.shard_reader import Report, StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
-from foreign.json_text import read_object
+from checkpoint.slots import EMBEDDINGS, META
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import CONFIG_NAME
+from llama.model import projection_shapes
 from nf4.serialized import serialize
 from nf4.weight import NF4Weight, Quantization, empty_weight
 
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """What is to be made of a checkpoint.
+    """The plan of a quantized copy.
 
     Attributes:
         weights: the names of the tensors that are quantized.
-        quantization: of its weights.
-        dtype: of the other tensors; None: as they are.
+        quantization: the quantization of these weights.
+        dtype: the dtype of the other tensors; None: as they are stored.
     """
 
-    source: Description
+    source: Checkpoint
     weights: frozenset[str]
     quantization: Quantization
     dtype: torch.dtype | None
@@ -55,12 +56,12 @@ class QuantizedCopy:
 
     @property
     def num_weight_bytes(self) -> int:
-        """Of the quantized weights, with all that is stored beside them."""
+        """Bytes of the quantized weights, with all that is stored beside them."""
         return sum(t.num_bytes for t in self._tensors() if t.name.startswith(tuple(self.weights)))
 
     @property
     def num_bytes(self) -> int:
-        """Of the copy's tensors."""
+        """Bytes of all tensors of the copy."""
         return sum(tensor.num_bytes for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[PlannedTensor]:
@@ -68,24 +69,19 @@ class QuantizedCopy:
 
 
 def plan_quantized_copy(
-    folder: Path, quantization: Quantization, dtype: torch.dtype | None
+    source: Checkpoint, quantization: Quantization, dtype: torch.dtype | None
 ) -> QuantizedCopy:
     """Lay a copy out, without reading a weight.
 
     Raises:
-        FileNotFoundError: config.json, an index or a shard is missing.
-        ValueError: the files contradict each other or config.json, or are quantized already; or
-            there is no such block size.
+        ValueError: the source is in NF4 already, or there is no such block size.
     """
-    source = describe(folder, torch.float32)
-    if source.nf4.states:
+    if source.quantization:
         raise ValueError(
-            f"--model must be a checkpoint in 16 or 32 bits: {folder} is in NF4 already; "
+            f"--model must be a checkpoint in 16 or 32 bits: {source.folder} is in NF4 already; "
             "give the original one"
         )
-    weights = frozenset(
-        f"{prefix}{name}.weight" for prefix, group in source.model.groups() for name in group.names
-    )
+    weights = frozenset(f"{path}.weight" for path in projection_shapes(source.config))
     units = [
         _plan_tensor(tensor, tensor.name in weights, quantization, dtype)
         for tensor in source.needed()
@@ -120,17 +116,18 @@ def write_quantized_copy(
         report: called as `report(done, total)` after each tensor.
 
     Raises:
-        ValueError: a tensor holds a NaN or an infinity, or what the copy's dtype cannot hold; or
-            the head is tied to embeddings that it does not equal.
+        FileNotFoundError, ValueError: as `Shard.check_unchanged`; or a tensor holds a NaN, an
+            infinity or a value that overflows the copy's dtype; or the head is tied to embeddings
+            that it does not equal.
     """
-    metadata = {MADE_FROM: identify(copy.source).own}
+    source = copy.source
+    source.check_unchanged()
+    metadata = {MADE_FROM: identify(source).own}
     write_shards(folder, copy.shards, _converted(copy, device, report), metadata)
-    source = copy.source.folder
-    config = read_object(source / CONFIG_NAME)
-    text = json.dumps(config | _config_fields(copy, config), indent=2) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    for path in chain.from_iterable(source.glob(pattern) for pattern in COMPANIONS):
-        target = folder / path.relative_to(source)
+    config = {**source.config_json, **_config_fields(copy, source.config_json)}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in chain.from_iterable(source.folder.glob(pattern) for pattern in COMPANIONS):
+        target = folder / path.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
 
@@ -176,7 +173,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _config_fields(copy: QuantizedCopy, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json of a copy has and that of its source has not."""
+    """Make the fields of a copy's config.json that differ from its source's."""
     fields: dict[str, Any] = {}
     if copy.dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

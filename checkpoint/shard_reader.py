@@ -13,9 +13,8 @@
     sink                | copy 0 | copy 1 | copy 2 | ...         in order; returns at once
                                           | finish tensor 0 | ...
 
-A buffer is read into again once the sink is done with it, which the reading thread waits for. So
-reading, the sink's copies and what it does with a whole tensor overlap, and what is held is the
-ring.
+Before a thread reads a piece into a buffer, it waits until the sink has copied the piece before it.
+So reading, the sink's copies and its work on whole tensors overlap, and only the ring is in memory.
 
 safetensors' own reader maps the file: each page of it is faulted in by the thread that copies, one
 at a time, a copy to a GPU goes through the driver's own buffers, and a file that is cut while it is
@@ -26,7 +25,7 @@ here too.
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ NUM_BUFFERS = 16
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# and of what is quantized, or not needed: all of safetensors' that are whole bytes
+# and those of quantized or unneeded tensors: all of safetensors' dtypes in whole bytes
 DTYPES = FLOATS | {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -62,15 +61,18 @@ DTYPES = FLOATS | {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+# called with the number of tensors that are done and that of all
+Report = Callable[[int, int], None]
+
 # safetensors' own bound
 _MOST_HEADER_BYTES = 100_000_000
-# what a header raises that has other JSON in it than it should
+# the errors that a header with unexpected JSON raises
 _MALFORMED = (AttributeError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint: what it is, and the bytes of a file that hold it."""
+    """A tensor of a checkpoint: its name, shape and dtype, and the bytes of a file that hold it."""
 
     name: str
     file: Path
@@ -80,15 +82,50 @@ class StoredTensor:
     num_bytes: int
 
 
-def read_header(path: Path) -> list[StoredTensor]:
-    """List the tensors of a safetensors file in the order of their bytes.
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file as its header describes it, and its size and age when that was read.
+
+    Attributes:
+        tensors: in the order of their bytes.
+        metadata: the header's own fields, such as `format`.
+        modified_ns: the time of the file's last change, in nanoseconds since 1970.
+    """
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str]
+    num_bytes: int
+    modified_ns: int
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was changed since its header was read.
+
+        In another file the tensors may lie elsewhere, and bytes of any kind would be read as
+        weights. The size and the time of the last change say so without reading the header again.
+
+        Raises:
+            FileNotFoundError: the file is gone.
+            ValueError: it has another size, or was written to.
+        """
+        status = self.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.modified_ns):
+            raise ValueError(
+                f"{self.path} must not change while it is in use: it did after its header was "
+                "read; start again"
+            )
+
+
+def read_header(path: Path) -> Shard:
+    """Read the header of a safetensors file.
 
     Raises:
         ValueError: the file is truncated, its header contradicts itself or the file's size, or a
             tensor has a dtype whose numbers are no whole bytes.
     """
     with path.open("rb") as file:
-        num_file_bytes = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        num_file_bytes = status.st_size
         # a little-endian length, then as much JSON, then the data
         num_header_bytes = int.from_bytes(file.read(8), "little")
         first = 8 + num_header_bytes
@@ -102,8 +139,8 @@ def read_header(path: Path) -> list[StoredTensor]:
     advice = "it is damaged, download it again"
     header = parse_json(text, f"{what}, which", advice)
     try:
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        stored = [_stored_tensor(path, first, name, entry) for name, entry in entries.items()]
+        metadata = header.pop("__metadata__", None) or {}
+        stored = [_stored_tensor(path, first, name, entry) for name, entry in header.items()]
     except _MALFORMED as error:
         raise ValueError(f"{what}: {error!r}; {advice}") from None
     for tensor in stored:
@@ -112,7 +149,8 @@ def read_header(path: Path) -> list[StoredTensor]:
                 f"{path}: {tensor.name} must lie in the file's {num_file_bytes} bytes: got "
                 f"{tensor.num_bytes} bytes from {tensor.start}; download it again"
             )
-    return sorted(stored, key=lambda tensor: (tensor.start, tensor.num_bytes))
+    stored.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
+    return Shard(path, tuple(stored), metadata, num_file_bytes, status.st_mtime_ns)
 
 
 def _stored_tensor(path: Path, first: int, name: str, entry: dict[str, Any]) -> StoredTensor:
@@ -123,7 +161,7 @@ def _stored_tensor(path: Path, first: int, name: str, entry: dict[str, Any]) -> 
             f"{path}: {name} must be stored as {', '.join(DTYPES)}: got {entry['dtype']}"
         )
     dtype = DTYPES[entry["dtype"]]
-    # of bool's two values, which are integers to Python, neither is a size
+    # True and False are integers to Python, and no sizes
     if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
         raise TypeError(f"shape {shape} and data_offsets {offsets} of {name}")
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -145,12 +183,12 @@ class Sink(Protocol):
         """Start to copy a piece, the tensor's bytes from `start` on.
 
         Returns:
-            What waits until the piece has been copied. Another thread calls it.
+            A function that waits until the piece has been copied. Another thread calls it.
         """
         ...
 
     def finish(self, stored: StoredTensor) -> None:
-        """Take note that the last of a tensor's pieces is on its way."""
+        """Learn that the last piece of a tensor was handed over."""
 
 
 class _Piece(NamedTuple):

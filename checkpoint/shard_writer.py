@@ -2,9 +2,10 @@
 
     header | float32 tensors | 16-bit tensors | bytes          of one shard
 
-What a shard will hold is known from shapes, so a tensor is written to its place as soon as it
+Every tensor's place in its shard follows from the shapes, so a tensor is written as soon as it
 exists, and none waits in memory for the others of its shard. safetensors' own writer takes all
-tensors of a file at once. Larger numbers come first, as there: all lie aligned, without gaps.
+tensors of a file at once. As there, tensors with more bytes a number come first: all are aligned,
+without gaps.
 """
 
 import json
@@ -46,7 +47,7 @@ def split_into_shards(
     """Deal tensors out to shards in their order; a unit's tensors stay together.
 
     Args:
-        limit: bytes of a shard, which only a unit that is larger alone exceeds.
+        limit: the most bytes of a shard; a unit that is larger has a shard of its own.
     """
     shards: list[list[PlannedTensor]] = [[]]
     num_bytes = 0

@@ -1,10 +1,10 @@
-"""What a data set is, said before it is learned from, and what of it would teach the wrong thing.
+"""The audit of a data set before a run: counts, lengths, a sample, and faults that are refused.
 
-Nothing in a run fails where every label is masked, where no answer ends in EOS or most of them are
-cut before they end: the loss falls, and the model is useless. The audit counts these, shows a
-sample with what is learned of it made visible, and refuses what cannot be meant. Two more of the
-kind are refused where a sample is made: two BOS (data/tokenization.py), no target at all
-(data/dataset.py).
+A run does not fail where every label is masked, where no answer ends in EOS, or where most answers
+are cut: the loss falls, and the model is useless. The audit counts such samples, shows a sample
+with its learned tokens marked, and refuses data that nobody can mean to train on. Two more faults
+are refused where samples are made: two BOS (data/tokens/tokenization.py) and data without any
+target (data/dataset.py).
 """
 
 import json
@@ -26,7 +26,7 @@ AUDIT_FILE = "data.json"
 MAX_SHARE_TRUNCATED = 0.5
 
 _BAR_WIDTH = 30
-# around what is learned; on a terminal that is green, and the rest dim
+# around the learned parts; on a terminal these are green and the rest is dim
 _MARKS = ("[[", "]]")
 _COLOURS = ("\x1b[32m", "\x1b[0m")
 _DIM = "\x1b[2m"
@@ -37,9 +37,10 @@ _NUM_COMPARED = 64
 
 
 def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Say what data.json says of a data set: its counts, and its first sample as `show` writes it.
+    """The facts of a data set for data.json: its counts, and its first sample as `show` writes it.
 
-    "records" and "dropped" are those of the files, before a part was set aside.
+    "records" and "dropped" count the records of the files, before samples were split off for
+    evaluation.
     """
     sample = show(dataset.samples[0], tokenizer, in_colour=False, is_shortened=True)
     bad = [one_line(error) for error in dataset.counts.bad]
@@ -47,8 +48,11 @@ def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _count(dataset: Dataset) -> dict[str, Any]:
-    """Count; "lengths" has the number of samples of at most so many tokens, and of more than the
-    key before."""
+    """The counts of a data set.
+
+    "lengths" has a key for each power of two: the number of samples of at most so many tokens, and
+    of more than the key before.
+    """
     rows, counts = dataset.samples.rows, dataset.counts
     return {
         "format": dataset.format,
@@ -81,7 +85,7 @@ def length_histogram(lengths: np.ndarray) -> dict[str, int]:
 
 
 def describe(dataset: Dataset) -> str:
-    """The audit in lines: what it is, what was lost, how long it is."""
+    """The audit as lines of text: format, counts, what was cut or dropped, and the lengths."""
     facts, counts = _count(dataset), dataset.counts
     how = "detected" if dataset.is_detected else "as given"
     source = f"{dataset.format} ({how})"
@@ -116,7 +120,7 @@ def describe(dataset: Dataset) -> str:
     if counts.num_bad:
         lost.append(f"{count(counts.num_bad, 'bad record')} skipped (--skip-bad-lines):")
         lost += [f"  {error}" for error in counts.bad]
-    # names of templates and bad records are somebody else's
+    # names of templates and errors of records may quote the text of others
     return "\n".join(map(one_line, [*lines, *lost, *_bars(facts)]))
 
 
@@ -130,20 +134,21 @@ def _bars(facts: dict[str, Any]) -> Iterator[str]:
         return
     highest = max(lengths.values())
     for upper, number in lengths.items():
-        # what there is shows, however little
+        # a number above 0 has a bar of at least one mark
         bar = "#" * max(round(_BAR_WIDTH * number / highest), number > 0)
         yield f"  {f'<= {int(upper):,}':>10} {bar:<{_BAR_WIDTH}} {number:,}"
 
 
 def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
-    """Refuse a data set that would teach the wrong thing without a word.
+    """Refuse a data set that would teach the wrong thing.
 
     Args:
         what: such as "--data", for messages.
         allow_truncation: let more than half of the records be cut.
 
     Raises:
-        ValueError: most are cut, none ends where the model is to stop, or labels are shifted.
+        ValueError: most samples are cut, no sample ends in a token that stops the model, or the
+            labels are shifted.
     """
     rows, counts = dataset.samples.rows, dataset.counts
     share = counts.num_truncated / max(counts.num_records, 1)
@@ -153,7 +158,8 @@ def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
             f"{counts.num_truncated:,} of {count(counts.num_records, 'record')} ({share:.0%}) are "
             f"cut to {dataset.max_length:,} tokens; raise it, or give --allow-truncation"
         )
-    # the labels of token ids are their maker's; all other samples end so, unless they are cut
+    # whoever made the token ids chose their labels; all other samples end in such a token unless
+    # they are cut
     is_whole = ~rows["is_truncated"]
     if dataset.format != "tokenized" and is_whole.any() and not rows["is_closed"].any():
         raise ValueError(
@@ -171,7 +177,8 @@ def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
 
 
 def _is_shifted(dataset: Dataset) -> bool:
-    """Whether most labels of the first samples are the next token's, and most not their own's."""
+    """Whether most labels of the first samples are the id of the next token, and most are not the
+    id at their own position."""
     num_own = num_next = num_targets = 0
     for sample in dataset.samples[:_NUM_COMPARED]:
         ids, labels = np.array(sample.input_ids), np.array(sample.labels)
@@ -183,7 +190,7 @@ def _is_shifted(dataset: Dataset) -> bool:
 
 
 def num_shared(dataset: Dataset, other: Dataset) -> int:
-    """Count the samples of `other` whose tokens some sample of `dataset` has as well."""
+    """Count the samples of `other` whose tokens are also those of a sample of `dataset`."""
     ours, theirs = (each.samples.rows["content_hash"] for each in (dataset, other))
     return int(np.count_nonzero(np.isin(theirs, ours)))
 
@@ -193,10 +200,10 @@ def to_json(audits: dict[str, dict[str, Any]]) -> str:
 
 
 def check_same(path: Path, audits: dict[str, dict[str, Any]]) -> None:
-    """Refuse to go on with other samples than those that a data.json tells of.
+    """Refuse to resume a run with samples that differ from those recorded in its data.json.
 
     Raises:
-        ValueError: they are others, or the file is not what it must be.
+        ValueError: the samples differ, or data.json cannot be read.
     """
     try:
         earlier = {name: facts["sha256"] for name, facts in read_object(path).items()}
@@ -217,10 +224,11 @@ def check_same(path: Path, audits: dict[str, dict[str, Any]]) -> None:
 def show(
     sample: Sample, tokenizer: Tokenizer, *, in_colour: bool, is_shortened: bool = False
 ) -> str:
-    """Write a sample as text, with what is learned of it made visible.
+    """Write a sample as text with its learned parts marked.
 
     Args:
-        in_colour: green for what is learned, dim for the rest; else [[ and ]] around it.
+        in_colour: learned parts are green and the rest is dim; otherwise learned parts stand
+            between [[ and ]].
         is_shortened: leave out the middle of long parts.
     """
     parts = []
@@ -238,7 +246,7 @@ def show(
 
 
 def say_sample(dataset: Dataset, index: int, tokenizer: Tokenizer, *, is_shortened: bool) -> None:
-    """Print a sample under a line that says which it is."""
+    """Print a sample under a line with its number."""
     in_colour = sys.stdout.isatty()
     legend = "what is learned is green" if in_colour else "[[what is learned]]"
     text = show(dataset.samples[index], tokenizer, in_colour=in_colour, is_shortened=is_shortened)
@@ -247,10 +255,10 @@ def say_sample(dataset: Dataset, index: int, tokenizer: Tokenizer, *, is_shorten
 
 
 def masked_text(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
-    """The text of each run of tokens that are learned, or not.
+    """Each run of tokens that are all learned, or all not learned, as text.
 
-    The texts add up to that of all tokens. A character whose tokens are partly learned goes to the
-    run that it ends in.
+    The texts together are the text of the whole sample. A character of several tokens belongs to
+    the run that its last token is in.
     """
     labels = sample.labels
     # nothing comes before the first token to predict it from

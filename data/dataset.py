@@ -1,11 +1,11 @@
 """Data files as samples of token ids and labels, counted.
 
-The faults that make the peers train on nothing without a word are errors here, before a model is
-loaded: no EOS token, no target tokens, a tokenizer or ids beyond the model's vocabulary. What is
-cut or dropped is counted, for data/audit.py to say and to judge.
+Some faults make other trainers train on nothing, silently. They are errors here, before a model is
+loaded: no EOS token, no target tokens, a tokenizer or ids beyond the model's vocabulary. Samples
+that are cut or dropped are counted, and data/audit.py reports and judges the counts.
 
-The tokens lie on the disk (data/token_cache.py); a data set is its samples' lengths and hashes in
-memory, and makes a sample when it is asked for.
+The tokens lie on the disk (data/tokens/token_cache.py). A data set holds the lengths and hashes of
+its samples in memory, and reads a sample when it is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,29 +15,30 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats import DEFAULT_TEXT_FIELD
-from data.samples import Sample
-from data.token_cache import Samples, cached_tokens
-from data.tokenization import Counts, Recipe
+from data.formats.layouts import DEFAULT_TEXT_FIELD
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
+from data.tokens.recipe import Recipe
+from data.tokens.stored_samples import StoredSamples
+from data.tokens.token_cache import cached_tokens
 from run.privacy import shared_mode
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples with what was counted while they were made.
+    """Samples, and the counts of the records that they were made of.
 
     Attributes:
         format: one of FORMATS.
         is_detected: the format was recognized, not given.
-        counts: of the files' records, those of the part that `split` took away included.
+        counts: of all records of the files, also in the two parts that `split` returns.
         templates: names of the chat templates that wrote the conversations.
-        sha256: of the files' samples.
-        is_cached: they had been made by an earlier run.
-        mode: permissions of what is written of the files' text.
+        sha256: of all samples of the files.
+        is_cached: an earlier run made the samples.
+        mode: permissions of files that repeat text of the data files.
     """
 
-    samples: Samples
+    samples: StoredSamples
     format: str
     is_detected: bool
     max_length: int
@@ -56,15 +57,12 @@ class Dataset:
         """Labels that a loss sees, of all samples."""
         return int(self.samples.rows["num_targets"].sum(dtype=np.int64))
 
-    @property
-    def longest(self) -> Sample:
-        return self.samples[int(self.samples.lengths.argmax())]
-
     def split(self, fraction: float) -> tuple["Dataset", "Dataset"]:
-        """Take a part away for evaluation: those samples whose hash is in the lowest `fraction`.
+        """Split off samples for evaluation: those whose hash is in the lowest `fraction` of all
+        hashes.
 
-        So a sample's side depends on its content alone: equal samples are on one side, whatever
-        the seed, the order of the files, or what was added to them.
+        The hash is of a sample's tokens alone: equal samples are on the same side, whatever the
+        seed, the order of the files, or the records that were added to them.
 
         Raises:
             ValueError: one side would have no sample.
@@ -95,10 +93,10 @@ def load_dataset(
     num_processes: int = 0,
     report: Callable[[int], None] = lambda num_records: None,
 ) -> Dataset:
-    """Read data files, tokenize them and label what is learned, or find that done in the cache.
+    """Read data files, tokenize them and label the tokens to learn, or find all that in the cache.
 
     Args:
-        data_format to ignored_fields: as data.tokenization.Recipe.
+        data_format to ignored_fields: as data.tokens.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 
@@ -153,8 +151,8 @@ def _templates(counts: Counts, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    # a model may well have rows to spare: vocabularies are padded to round numbers; added tokens
-    # beyond its rows are refused where a sample has one
+    # a model may have more rows than the tokenizer has ids: vocabularies are padded to round
+    # numbers; an added token beyond the rows is refused where a sample has it
     if tokenizer.own_vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer's ids must be below the model's vocabulary of {vocab_size:,}: got ids "

@@ -1,7 +1,7 @@
-"""What the rows of every epoch are: one sample each, or several side by side.
+"""The rows of every epoch: one sample a row, or several side by side.
 
-A pure function of the samples, the epoch and the seed, so a resumed run needs nothing more than the
-number of its step, and the ranks of a run need not tell each other who has what.
+The rows are a pure function of the samples, the epoch and the seed. So a resumed run needs only the
+number of its step, and the ranks of a run know each other's samples without a message.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from data.batches import (
     step_micro_batches,
 )
 from data.packing import Packing, collate_packed, mean_sample_tokens
-from data.token_cache import Samples
+from data.tokens.stored_samples import StoredSamples
 
-# the samples of each of its rows
+# the indices of the samples in each row
 MicroBatch: TypeAlias = list[list[int]]
 
 
@@ -29,7 +29,7 @@ class Epochs:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: StoredSamples,
         seed: int,
         shuffle: bool,
         batch_size: int,
@@ -43,9 +43,8 @@ class Epochs:
         Args:
             batch_size: rows of a micro-batch.
             micro_batches_per_step: of all ranks together.
-            row_length: tokens of a row that several samples share; 0: each has its own.
-            group_by_length: micro-batches of samples of like lengths; otherwise they fall together
-                by chance.
+            row_length: tokens of a row that several samples share; 0: each sample has a row.
+            group_by_length: a micro-batch has samples of like lengths, rather than random ones.
         """
         self.samples = samples
         self._seed, self._shuffle, self._groups = seed, shuffle, group_by_length
@@ -57,41 +56,42 @@ class Epochs:
 
     @property
     def num_rows(self) -> int:
-        """Of an epoch, whichever it is."""
+        """Rows of an epoch; all epochs have as many."""
         return self._packing.num_rows if self._packing else len(self.samples)
 
     @property
     def num_steps(self) -> int:
-        """Of an epoch, whichever it is; the last may have fewer rows than the others."""
+        """Optimizer steps of an epoch; the last step may have fewer rows than the others."""
         return epoch_steps(self.num_rows, *self._sizes)
 
     @property
     def row_length(self) -> int:
-        """Tokens of the longest row there is."""
+        """Tokens of the longest row."""
         return self._packing.row_length if self._packing else max(self._lengths)
 
     @property
     def row_lengths(self) -> set[int]:
-        """Tokens that the longest row of a batch may have."""
+        """The lengths, in tokens, that the longest row of a batch can have."""
         return {self._packing.row_length} if self._packing else set(self._lengths)
 
     @property
     def packed_sample_tokens(self) -> float | None:
-        """The length of the sample that a token is in, on average, where rows hold several."""
+        """The mean over all tokens of the length of their sample, where rows hold several
+        samples."""
         return mean_sample_tokens(self._lengths) if self._packing else None
 
     @property
     def num_tokens(self) -> int:
-        """Of an epoch, padding left out."""
+        """Tokens of an epoch without padding."""
         return sum(self._lengths)
 
     @property
     def num_target_tokens(self) -> int:
-        """Of an epoch: labels that a loss sees."""
+        """Labels of an epoch that a loss sees."""
         return int(self.samples.rows["num_targets"].sum(dtype=np.int64))
 
     def describe(self) -> str:
-        """Say how the samples lie in rows."""
+        """Say how full the rows are."""
         share = self.num_tokens / (self.num_rows * self.row_length)
         return f"packed into {self.num_rows:,} rows of {self.row_length:,} tokens, {share:.1%} full"
 
@@ -113,7 +113,7 @@ class Epochs:
         return self._order
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Count tokens and target tokens, padding left out, without making a batch."""
+        """Count tokens without padding, and target tokens, without making a batch."""
         indices = [index for rows in micro_batches for row in rows for index in row]
         some = self.samples.rows[indices]
         return int(some["length"].sum()), int(some["num_targets"].sum())
@@ -126,7 +126,7 @@ class Epochs:
         return collate([sample for row in filled for sample in row])
 
     def largest_batch(self) -> Batch:
-        """Make the largest micro-batch that may come, of the longest sample."""
+        """Make the largest micro-batch that an epoch can have, out of the longest sample."""
         longest = self._lengths.index(max(self._lengths))
         batch_size, _ = self._sizes
         return self.batch([[longest]] * min(batch_size, self.num_rows))

@@ -1,17 +1,17 @@
-"""Several samples in a row of tokens, so that next to nothing is padding.
+"""Several samples in a row of tokens, so that almost no token is padding.
 
     row 0   | sample 7                | sample 2        | sample 9  |
     row 1   | sample 4          | sample 0      | sample 5     |....|
 
-Which samples share a row is a pure function of their lengths, the epoch and the seed, as the order
-is: a resumed run needs nothing more. The longest come first, and each goes into the fullest row
-that has room for it (best fit decreasing). Like first fit decreasing it needs at most 11/9 of the
-fewest rows there can be and one more (Johnson 1974); the number of rows depends on the lengths
-alone, so all epochs have as many steps. Samples of one length change their neighbours from epoch to
-epoch.
+Which samples share a row, and the order of the rows, is a pure function of the lengths, the epoch
+and the seed: a resumed run needs nothing more. The longest samples come first, and each goes into
+the fullest row that has room for it (best fit decreasing). Like first fit decreasing this needs at
+most 11/9 of the smallest possible number of rows and one more (Johnson 1974); the number of rows
+depends on the lengths alone, so all epochs have as many steps. Samples of one length change their
+neighbours from epoch to epoch.
 
-A sample in a row knows nothing of the others: its positions start at 0, attention does not cross
-its ends (llama/attention.py), and its first token is nobody's target.
+The samples of a row do not see each other: the positions of each start at 0, attention does not
+cross its ends (llama/attention.py), and its first token is no target.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def pack(
         ValueError: a sample is longer than a row.
     """
     order = epoch_order(len(lengths), epoch, seed, shuffle)
-    # stable, so what is equally long stays in the epoch's order
+    # stable: samples of one length stay in the epoch's order
     order.sort(key=lambda index: -lengths[index])
     if order and lengths[order[0]] > row_length:
         raise ValueError(
@@ -75,7 +75,7 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
-        """Of an epoch, whichever it is."""
+        """Rows of an epoch; all epochs have as many."""
         return len(self._rows)
 
     def rows(self, epoch: int) -> list[list[int]]:
@@ -87,7 +87,7 @@ class Packing:
 
 
 def mean_sample_tokens(lengths: Sequence[int]) -> float:
-    """The length of the sample that a token is in, on average over the tokens."""
+    """The mean over all tokens of the length of their sample."""
     return sum(length * length for length in lengths) / sum(lengths)
 
 

@@ -1,4 +1,4 @@
-"""A prompt as a checkpoint wants to be asked."""
+"""A prompt as token ids, in the form that a checkpoint expects."""
 
 from data.tokenizer import Tokenizer
 from foreign.guest import in_guest

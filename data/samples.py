@@ -1,29 +1,30 @@
 """One training sample: the token ids of an example, and a label for each token that is learned.
 
-What differs from the peers, where models that never stop and doubled BOS are common complaints:
+Users of other trainers often report models that never stop, and doubled BOS. Three rules differ
+here:
 
 - EOS is learned. A text or completion ends in exactly one labelled EOS. In a conversation the
   special token that ends the assistant's turn is labelled, and so it is where the template writes
   it after the turn, with the whitespace before it if there is any; if nothing closes the last one,
   a labelled EOS is put right after it.
-- BOS is never doubled. A text has the one that the checkpoint's tokenizer adds; a conversation the
-  one that its template writes, if it writes one, as with transformers' apply_chat_template.
+- BOS is never doubled. A text has the BOS that the checkpoint's tokenizer adds. A conversation has
+  the BOS that its template writes, if any, as with transformers' apply_chat_template.
 - A conversation, or a prompt with its completion, is tokenized as one text, as it will be at
-  inference. A token across the start of what is learned is learned. One across its end is not: it
-  would teach the model to go on (".<" where a template closes with "<|im_end|>", which this
-  tokenizer does not know). Nor is a special token that ends the prompt, even if it swallows
-  whitespace after it.
+  inference. A token across the start of a learned span is learned. A token across its end is not:
+  it would teach the model to go on (".<" where a template closes with "<|im_end|>", which this
+  tokenizer does not know). A special token that ends the prompt is not learned either, even if it
+  swallows whitespace after it.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
-from data.assistant_spans import Span, render_with_spans
-from data.formats import Conversation, Example, PromptCompletion, TokenIds
+from data.chat.assistant_spans import Span, render_with_spans
+from data.chat.unwritten import check_written
+from data.formats.examples import Conversation, Example, PromptCompletion, TokenIds
+from data.formats.tool_calls import show_arguments
 from data.tokenizer import Tokenizer
-from data.tool_calls import show_arguments
-from data.unwritten import check_written
 
 NO_LOSS = -100
 
@@ -49,7 +50,7 @@ def to_sample(
     train_on: str,
     now: datetime | None = None,
 ) -> Sample:
-    """Tokenize an example and label what is learned.
+    """Tokenize an example and label the tokens to learn.
 
     Args:
         train_on: "completions", or "all" for every token but BOS.
@@ -57,7 +58,7 @@ def to_sample(
 
     Raises:
         ValueError: the template refuses the conversation, leaves out a part of it that is learned
-            or that what is learned depends on, or its assistant messages cannot be located.
+            or that an answer depends on, or its assistant messages cannot be located.
     """
     if isinstance(example, TokenIds):
         return Sample(example.input_ids, example.labels)

@@ -1,11 +1,11 @@
-"""Which files --data and --eval-data mean: one file, those of a folder, or those of a hub data set.
+"""The files that --data and --eval-data name: one file, or the files of a folder or a hub data set.
 
 A folder and a data set are read as load_dataset reads them without a configuration: a file or a
 folder in it that is called train, validation (or valid, val, dev, eval) or test is that split, by
 the words of its name; the files of a split are read in the order of their names. Training takes
 train; evaluation takes validation, or else test. Files without such names are all of one split.
-Where that leaves a choice (two formats, two folders, train_sft beside train_gen, a split that is
-not there) it is an error, because reading one set twice, or two sets as one, would go unnoticed.
+Where these rules leave a choice (two formats, two folders, train_sft beside train_gen, a missing
+split) that is an error: one set that is read twice, or two sets read as one, would go unnoticed.
 Links inside a folder are followed; a folder that is reached twice is read once.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from data.records import data_suffix, is_structured
+from data.reading.files import data_suffix, is_structured
 from hub.fetch import find_folder, parse_hub_id
 
 Use = Literal["train", "eval"]
@@ -33,7 +33,7 @@ _SPLIT_OF_WORD = {
     "testing": "test",
 }
 _SPLITS_OF_USE = {"train": ("train",), "eval": ("validation", "test")}
-# about a data set, not of it; a text otherwise
+# files about a data set, which could be read as text but are no data
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|dataset_infos?|dataset_dict|state)\..*", re.I
 )
@@ -116,7 +116,7 @@ def choose_files(names: Collection[str], place: str, what: str, use: Use) -> lis
     for name in sorted(data):
         of_split.setdefault(split_of(name), []).append(name)
     wanted = next((s for s in (*_SPLITS_OF_USE[use], "") if s in of_split), None)
-    # what has no split's name beside files that have one is not the split asked for
+    # files without a split's name, beside files with one, are not the split asked for
     if wanted is None or (wanted == "" and len(of_split) > 1):
         raise ValueError(
             f"{what} must have files of the split {' or '.join(_SPLITS_OF_USE[use])}: {place} has "

@@ -22,30 +22,34 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 import tokenizers
 
-from data.chat_template import ChatTemplate
-from data.template_files import (
+from data.chat.template import ChatTemplate
+from data.chat.template_files import (
     DEFAULT,
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
     NamedText,
     choose_templates,
 )
+from data.tokenizer_files import (
+    CONFIG_FILE,
+    FILES,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
+    Library,
+    check_added_tokens,
+    check_is_there,
+    read_config,
+    special_tokens_of,
+)
 from foreign.guest import allow, in_guest
-from foreign.json_text import parse_json, read_object
-from foreign.reading import Reading, is_panic
+from foreign.json_text import parse_json
+from foreign.reading import Reading
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # the library counts up to the largest id, and no embedding has as many rows
 _MOST_IDS = 1 << 24
-_FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
-# sentencepiece's, Mistral's, tiktoken's and GPT-2's
-OLD_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "merges.txt")
 
 
 class Tokenizer:
@@ -65,8 +69,8 @@ class Tokenizer:
         has_eos_as_one_token: whether EOS that is spelled out in a text becomes its id.
         vocab_size: one more than the largest id, so that it bounds every id where the vocabulary
             has holes.
-        own_vocab_size: the same without added tokens, of which a model may have no rows: a token to
-            pad with, which no text has.
+        own_vocab_size: the same without added tokens; a model may have no row for an added token
+            that no text has, such as a token for padding.
     """
 
     def __init__(
@@ -86,8 +90,8 @@ class Tokenizer:
         self._name = f"the tokenizer of {folder}"
         decoder = backend.decoder and parse_json(backend.decoder.__getstate__(), self._name)
         self._decodes_at_once = _is_bounded(decoder)
-        self._encoding = _Library(folder, "encodes with")
-        self._decoding = _Library(folder, "decodes with")
+        self._encoding = Library(folder, "encodes with")
+        self._decoding = Library(folder, "decodes with")
         self._is_template_override = is_template_override
         self._templates = {
             name: ChatTemplate(text, origin, special_tokens)
@@ -144,8 +148,8 @@ class Tokenizer:
         """Read tokenizer.json and the files beside it.
 
         Args:
-            chat_template: what takes the place of the checkpoint's templates: a bundled one, the
-                path of a file, or the name of one of the checkpoint's.
+            chat_template: the template to use in place of the checkpoint's: the name of a bundled
+                template, the path of a file, or the name of one of the checkpoint's.
 
         Raises:
             FileNotFoundError: the folder has no tokenizer.json.
@@ -153,20 +157,15 @@ class Tokenizer:
                 the files disagree about BOS, EOS or an added token.
         """
         folder = Path(folder)
-        path = folder / TOKENIZER_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} must hold a {TOKENIZER_FILE}: {_what_is_there(folder)}; "
-                f"{_how_to_get_one(folder)}"
-            )
-        with _Library(folder, "reads"):
+        path = check_is_there(folder)
+        with Library(folder, "reads"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        config = _read_object(folder / CONFIG_FILE)
+        config = read_config(folder / CONFIG_FILE)
         with Reading(f"the tokenizer of {folder}", "download it again"):
-            _check_added_tokens(backend, config, folder)
+            check_added_tokens(backend, config, folder)
             tokenizer = cls(
                 backend,
-                special_tokens=_special_tokens(config, _read_object(folder / SPECIAL_TOKENS_FILE)),
+                special_tokens=special_tokens_of(config, read_config(folder / SPECIAL_TOKENS_FILE)),
                 templates=choose_templates(chat_template, folder, config, folder / CONFIG_FILE),
                 folder=folder,
                 is_template_override=bool(chat_template),
@@ -235,10 +234,10 @@ class Tokenizer:
         return self._is_blank[token_id]
 
     def fingerprint(self, now: datetime) -> str:
-        """What decides the tokens of a text or a conversation, as a SHA-256 in hexadecimal.
+        """The SHA-256, in hexadecimal, of all that decides the tokens of a text or a conversation.
 
         Args:
-            now: counts as far as the templates can read it.
+            now: the part of it that the templates can read.
         """
         parts = {
             "library": tokenizers.__version__,
@@ -284,7 +283,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = [self._folder / name for name in _FILES]
+        files = [self._folder / name for name in FILES]
         if not self._is_template_override:
             files.append(self._folder / TEMPLATE_FILE)
             files += sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
@@ -309,32 +308,8 @@ class Tokenizer:
         return token_id
 
 
-class _Library:
-    """Turns what the tokenizers library raises over a file into a ValueError that names it."""
-
-    def __init__(self, folder: Path, does: str) -> None:
-        self._must = (
-            f"{folder / TOKENIZER_FILE} must be a tokenizer that the tokenizers library "
-            f"{tokenizers.__version__} {does}"
-        )
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # it raises Exception itself, no subclass, for every fault of the file, and panics
-        if kind is Exception or is_panic(error):
-            raise ValueError(
-                f"{self._must}: got {error}; download it again or upgrade tokenizers"
-            ) from error
-
-
 def _is_bounded(decoder: object) -> bool:
-    """Whether what a decoder makes of tokens is as long as they are, and found at once."""
+    """Whether a decoder is fast and its text no longer than the tokens."""
     if decoder is None:
         return True
     assert isinstance(decoder, dict)
@@ -354,69 +329,3 @@ def _keep_whole_offsets(backend: tokenizers.Tokenizer) -> None:
     for member in processor if is_sequence else (processor,):
         if hasattr(member, "trim_offsets"):
             member.trim_offsets = False
-
-
-def _what_is_there(folder: Path) -> str:
-    if not folder.is_dir():
-        return "got no such folder"
-    names = sorted(p.name for p in folder.iterdir())
-    return (
-        f"got {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "got nothing"
-    )
-
-
-def _how_to_get_one(folder: Path) -> str:
-    old = [n for n in OLD_FILES if (folder / n).is_file()]
-    if not old:
-        return "download the checkpoint's tokenizer files"
-    return (
-        f"{' and '.join(old)} alone {'is' if len(old) == 1 else 'are'} not enough: convert to "
-        "tokenizer.json, for instance with "
-        "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-    )
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    return read_object(path, "download it again") if path.is_file() else {}
-
-
-def _special_tokens(config: dict[str, object], older: dict[str, object]) -> dict[str, str]:
-    """The special tokens by name; special_tokens_map.json counts first where the configuration
-    does not list the added tokens, as in transformers."""
-    ascending = (older, config) if "added_tokens_decoder" in config else (config, older)
-    return {
-        name: text
-        for content in ascending
-        for name, token in content.items()
-        if name.endswith("_token") and (text := _token_text(token)) is not None
-    }
-
-
-def _token_text(token: object) -> str | None:
-    # older checkpoints write {"content": "</s>", "lstrip": false, ...}
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _check_added_tokens(
-    backend: tokenizers.Tokenizer, config: dict[str, object], folder: Path
-) -> None:
-    listed = config.get("added_tokens_decoder") or {}
-    if not isinstance(listed, dict):
-        raise ValueError(
-            f"added_tokens_decoder in {folder / CONFIG_FILE} must be an object of token ids: got "
-            f"{type(listed).__name__}"
-        )
-    for key, token in listed.items():
-        text = _token_text(token)
-        # more digits than an id has are none to the library, and a number to nobody
-        is_id = key.isdecimal() and len(key) < 10
-        known = backend.id_to_token(int(key)) if is_id else None
-        if text is None or known != text:
-            raise ValueError(
-                f"the added tokens of {folder / CONFIG_FILE} must be those of {TOKENIZER_FILE}: "
-                f"got {text!r} for id {key}, which there is {known!r}; save the tokenizer again, "
-                "for instance with "
-                "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )

@@ -37,8 +37,7 @@ _most_bytes: int | None = None
 def confine() -> None:
     """Limit the memory of this process, which runs others' programs and nothing else."""
     global _most_bytes
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    _most_bytes = pages * resource.getpagesize() + NUM_BYTES
+    _most_bytes = _bytes_in_use() + NUM_BYTES
     _limit(resource.RLIMIT_AS, _most_bytes)
     # a process that is ended on purpose leaves nothing behind
     _limit(resource.RLIMIT_CORE, 0)
@@ -52,6 +51,18 @@ def _silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+
+
+def _bytes_in_use() -> int:
+    """The virtual memory of this process.
+
+    0 where there is no /proc to tell, as on macOS, whose kernel holds no process to a limit of its
+    memory either: there the limit of time alone holds.
+    """
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return 0
+    return int(status.read_text().split()[0]) * resource.getpagesize()
 
 
 def allow(num_characters: int = 0) -> None:

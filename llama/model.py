@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from foreign.guest import in_guest
 from kernels.masked_attention import Samples
 from kernels.softcap import softcap_reference
-from llama.config import LlamaConfig, LongRopeScaling
+from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, KeyValueCache, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
 from llama.rope import rope_frequencies, rope_tables
+from llama.rope_scaling import LongRopeScaling
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.config import LlamaConfig, LongRopeScaling
+from llama.config import LlamaConfig
 from llama.model import Llama
 from llama.rope import rope_frequencies, rope_tables
+from llama.rope_scaling import LongRopeScaling
 from nf4.weight import NF4Weight, dequantize
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}

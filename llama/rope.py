@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from llama.config import LinearRopeScaling, LlamaConfig, LongRopeScaling
+from llama.config import LlamaConfig
+from llama.rope_scaling import LinearRopeScaling, LongRopeScaling
 
 
 def rope_frequencies(

@@ -1,1 +1,1 @@
-"""What a run shall do: everything that was given, looked at before a model is loaded."""
+"""A run before it begins: flags, checkpoint, adapter and data, checked before a model is loaded."""

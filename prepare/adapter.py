@@ -11,10 +11,10 @@ from run.config import TrainConfig
 
 
 def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
-    """The adapter's shape, from the flags.
+    """Make an adapter's configuration from the flags.
 
     Args:
-        names: of the model's projections.
+        names: the names of the model's projections.
 
     Raises:
         ValueError: an unknown target module, or a number out of range.
@@ -30,15 +30,15 @@ def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
 
 
 def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
-    """The shape of the adapter to start from, which may have patterns that no flag can say.
+    """Read the configuration of the adapter to start from, whose patterns no flag can express.
 
     Args:
-        lora: what the flags ask for.
-        paths: of the model's projections.
+        lora: the configuration that the flags ask for.
+        paths: the paths of the model's projections.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: it is no plain LoRA of this model, or the flags contradict it.
+        ValueError: the adapter is no plain LoRA of this model, or the flags contradict it.
     """
     given = read_adapter_config(folder)
     names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}

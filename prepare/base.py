@@ -1,60 +1,41 @@
-"""What a run's checkpoint decides, and what it will take of the machine."""
+"""The base model of a run: its identity, and the workload of training it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint.description import describe, settle_quantization
 from checkpoint.identity import Identity, identify
 from checkpoint.loading import load_sizes
+from checkpoint.opening import Checkpoint
 from data.epochs import Epochs
-from llama.config import LlamaConfig, LongRopeScaling
+from llama.config import LlamaConfig
+from llama.rope_scaling import LongRopeScaling
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
-from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
-from run.checkpoint import Checkpoint
+from prepare.quantization import quantization_of
+from run.checkpoint import ResumePoint
 from run.config import TrainConfig
 from step.memory_plan import evaluated_rows
 from step.micro_step import MAX_GRAPHS, padded_tokens
 from step.workload import Workload
 
 
-def quantization_of(config: TrainConfig) -> Quantization | None:
-    is_nf4 = config.quant == "nf4"
-    return Quantization(config.block_size, config.double_quant) if is_nf4 else None
-
-
-def follow_checkpoint(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Take the quantization of a checkpoint that is in NF4 already.
-
-    Raises:
-        ValueError: the flags ask for another one.
-    """
-    default = Quantization(TrainConfig.block_size, TrainConfig.double_quant)
-    settled = settle_quantization(folder, quantization_of(config), default)
-    if settled is None:
-        return config
-    block_size, double_quant = settled
-    return replace(config, block_size=block_size, double_quant=double_quant)
-
-
 def identify_base(
-    config: TrainConfig, folder: Path, resumed: Checkpoint | None, start: Path | None
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    resumed: ResumePoint | None,
+    start: Path | None,  # the adapter to begin with
 ) -> Identity:
-    """Find out which checkpoint this is, and hold it against the one that was trained on before.
+    """Compute the identity of a run's checkpoint, and compare it with that of an earlier start.
 
-    A run has one base from its first step to its last. An adapter may go on with another one, and
-    that is said.
-
-    Args:
-        start: the adapter to begin with, if any.
+    A run has one base from its first step to its last. An adapter may go on with another base, and
+    a line says so.
 
     Raises:
-        ValueError: the run to go on with has another one.
+        ValueError: the run to go on with has another base.
     """
-    base = identify(describe(folder, torch.float32))
+    base = identify(checkpoint)
     if resumed is None:
         trained_on = read_base_identity(start) if start else ""
         if trained_on and base.original and trained_on != base.original:
@@ -71,9 +52,9 @@ def identify_base(
 
 
 def packable_length(llama: LlamaConfig) -> int | None:
-    """Tokens of the longest row that samples can share, where that is not any length.
+    """Find how many tokens a row may have that several samples share; None: any number.
 
-    In longer rows LongRoPE's frequencies would depend on how long each sample is.
+    In a longer row LongRoPE's frequencies would depend on the length of each sample.
     """
     scaling = llama.rope_scaling
     is_long = isinstance(scaling, LongRopeScaling)
@@ -83,13 +64,13 @@ def packable_length(llama: LlamaConfig) -> int | None:
 def workload(
     config: TrainConfig,
     lora: LoRAConfig,
-    folder: Path,
+    checkpoint: Checkpoint,
     epochs: Epochs,
     num_ranks: int,
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     device = torch.device(config.device)
-    model = load_sizes(folder, getattr(torch, config.dtype), quantization_of(config))
+    model = load_sizes(checkpoint, getattr(torch, config.dtype), quantization_of(config))
     model.attach_lora(lora, seed=0)
     return Workload(
         model=model,
@@ -105,15 +86,15 @@ def workload(
 
 
 def _num_shapes(epochs: Epochs, device: torch.device) -> int:
-    """Count the shapes of micro-batches that may be captured: of every length, whole or the last
-    of an epoch."""
+    """Count the shapes of micro-batches that may be captured: each length has a whole one and the
+    last of an epoch."""
     lengths = {padded_tokens(length, device) for length in epochs.row_lengths}
     return min(2 * len(lengths), MAX_GRAPHS)
 
 
 def evaluated_at_once(work: Workload, evaluation: Epochs, batch_size: int) -> int:
-    """Count the rows that are evaluated together: a batch, or on a GPU fewer where training takes
-    less memory."""
+    """Count the rows that are evaluated together: a batch, or on a GPU as many as take no more
+    memory than training."""
     num_rows = min(batch_size, evaluation.num_rows)
     is_limited = work.device.type == "cuda"
     return evaluated_rows(work, num_rows, evaluation.row_length) if is_limited else num_rows

@@ -1,42 +1,33 @@
-"""What a run learns from and is evaluated on, tokenized, said and judged."""
+"""The data of a run, to learn from and to evaluate on: tokenized, described and checked."""
 
-from collections.abc import Collection
 from datetime import datetime
-from pathlib import Path
+from functools import partial
 
-import torch
 from tqdm import tqdm
 
-from checkpoint.description import describe
+from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
-from data import audit, template_marks
+from data import audit
+from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
-from llama.config import LlamaConfig
 from run.checkpoint import RunState
 from run.config import TrainConfig
 
 
 def load_data(
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    checkpoint_folder: Path,
-    llama: LlamaConfig,
-    state: RunState,
+    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Checkpoint, state: RunState
 ) -> tuple[Dataset, Dataset | None]:
-    """Tokenize what is learned from and what is evaluated on, and say what it is.
+    """Tokenize the data to learn from and the data to evaluate on, and describe both in lines.
 
     Raises:
-        ValueError: data that cannot be read, or would teach the wrong thing.
+        ValueError: the data cannot be read, or would teach the wrong thing.
     """
-
-    def find_untrained(ids: Collection[int], others: Collection[int]) -> set[int]:
-        return untrained_rows(describe(checkpoint_folder, torch.float32), ids, others)
-
     names = (name.strip() for name in config.ignore_fields.split(","))
     ignored_fields = tuple(name for name in names if name)
+    find_untrained = partial(untrained_rows, checkpoint)
 
     def load(flag: str, place: str, use: Use) -> Dataset:
         files = find_data(place, flag, use)
@@ -53,7 +44,7 @@ def load_data(
                 text_field=config.text_field,
                 max_length=config.max_length,
                 train_on=config.train_on,
-                vocab_size=llama.vocab_size,
+                vocab_size=checkpoint.config.vocab_size,
                 now=datetime.fromisoformat(state.started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,

@@ -1,7 +1,7 @@
 """A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
 
-No model is loaded yet, and nothing written into the output folder, so whatever is wrong costs
-nothing but the tokens, which are kept.
+No model is loaded yet and nothing is written into the output folder, so an error costs no more than
+the time to tokenize, and the tokens are kept.
 """
 
 import math
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from checkpoint.description import describe_loading
 from checkpoint.files import find_checkpoint
 from checkpoint.identity import Identity
+from checkpoint.loading import describe_loading
+from checkpoint.opening import Checkpoint, open_checkpoint
 from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt
@@ -24,23 +25,17 @@ from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
-from llama.config import read_config
 from llama.model import projection_shapes, projections
 from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from prepare.adapter import lora_config, lora_of_init_adapter
-from prepare.base import (
-    evaluated_at_once,
-    follow_checkpoint,
-    identify_base,
-    packable_length,
-    workload,
-)
+from prepare.base import evaluated_at_once, identify_base, packable_length, workload
 from prepare.data import load_data
-from run.checkpoint import Checkpoint, RunState
+from prepare.quantization import follow_checkpoint
+from run.checkpoint import ResumePoint, RunState
 from run.config import TrainConfig, parse_config
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
-from run.machine import prepare
+from run.machine import configure_torch
 from run.ranks import Ranks
 from run.resolve import resolve
 from run.trackers import tracker_names
@@ -59,7 +54,7 @@ BUNDLED_RUN = {
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
     "epochs": 6.0,
-    # rows of several would leave a data set as small as this one too few steps
+    # packing would leave a data set as small as this one too few steps
     "packing": False,
     "sample_prompt": "Write a verse about Ember.",
 }
@@ -69,27 +64,28 @@ SAMPLE_TOKENS = 100
 
 @dataclass
 class Job:
-    """What a run shall do, checked, and the state from which it goes on.
+    """A run's settings and parts, all checked, and the state from which it goes on.
 
     Attributes:
-        config: its output may be empty until the folder is made.
-        base: which checkpoint the model is.
+        config: the flags; the output may be empty until its folder is made.
+        checkpoint: the base model's folder, opened.
+        base: the checkpoint's identity.
         start: the adapter to begin with, if any.
-        resumed: the checkpoint to go on from, if any.
-        damaged: later checkpoints, and what is wrong with them.
-        data_mode: permissions of what holds text of the data.
+        resumed: the run's own checkpoint to go on from, if any.
+        damaged: the run's later checkpoints, and the damage of each.
+        data_mode: the permissions of files that hold text of the data.
         evaluation: the batches of an evaluation, if there is one.
         prompt: the tokens of --sample-prompt, if there is one.
-        plan: of the memory, on a GPU.
-        policies: what every layer does with its activations.
+        plan: the memory plan, on a GPU.
+        policies: whether each layer keeps, recomputes or offloads its activations.
     """
 
     config: TrainConfig
-    checkpoint_folder: Path
+    checkpoint: Checkpoint
     base: Identity
     lora: LoRAConfig
     start: Path | None
-    resumed: Checkpoint | None
+    resumed: ResumePoint | None
     damaged: dict[Path, str]
     state: RunState
     tokenizer: Tokenizer
@@ -110,19 +106,19 @@ class Job:
     @property
     def is_base_local(self) -> bool:
         """Whether --model is a folder."""
-        return self.checkpoint_folder == Path(self.config.model)
+        return self.checkpoint.folder == Path(self.config.model)
 
     @property
     def base_id(self) -> HubId | None:
-        """Of the base model on the hub; None where it is not from there."""
+        """The base model's id on the hub; None where it is not from there."""
         if self.is_base_local:
-            return snapshot_id(self.checkpoint_folder)
+            return snapshot_id(self.checkpoint.folder)
         return parse_hub_id(self.config.model)
 
     @property
     def base_name(self) -> str:
-        """What others know the base model by: its id, or else the name of its folder alone."""
-        return str(self.base_id or self.checkpoint_folder.resolve().name)
+        """The base model's name for others: its id, or else the name of its folder alone."""
+        return str(self.base_id or self.checkpoint.folder.resolve().name)
 
     @property
     def output(self) -> Path:
@@ -130,20 +126,23 @@ class Job:
 
 
 def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
-    """Look at everything that was given, and say what it is; None where that was all to do.
+    """Check flags, model, adapter and data, and describe them in lines.
+
+    Returns:
+        The run to carry out; None after --plan or --inspect, which end here.
 
     Raises:
-        FileNotFoundError, ValueError: something is not as it must be.
+        FileNotFoundError, ValueError: a flag or a file is not as it must be.
     """
     config = parse_config(arguments, without_model=BUNDLED_RUN)
-    checkpoint_folder = find_checkpoint(config.model)
-    llama_config = read_config(checkpoint_folder)
+    checkpoint = open_checkpoint(find_checkpoint(config.model))
+    llama_config = checkpoint.config
     lora = lora_config(config, projections(llama_config))
     start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
     if start:
         lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
     config = resolve(
-        follow_checkpoint(config, checkpoint_folder),
+        follow_checkpoint(config, checkpoint),
         llama_config.max_position_embeddings,
         packable_length(llama_config),
         ranks.local_rank,
@@ -155,7 +154,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if config.push_to_hub and not config.plan and ranks.is_first:
         check_push(config.push_to_hub)
     device = torch.device(config.device)
-    prepare(device, ranks.local_rank, config.deterministic)
+    configure_torch(device, ranks.local_rank, config.deterministic)
 
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
@@ -167,8 +166,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
-    tokenizer = Tokenizer.from_folder(checkpoint_folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, checkpoint_folder, llama_config, state)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, config.chat_template)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint, state)
     if config.inspect:
         return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
@@ -194,7 +193,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         print(epochs.describe())
     if ranks.size > 1:
         print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
-    work = workload(config, lora, checkpoint_folder, epochs, ranks.size)
+    work = workload(config, lora, checkpoint, epochs, ranks.size)
     if prompt:
         work = replace(work, prompt_tokens=len(prompt) + SAMPLE_TOKENS)
     evaluation = None
@@ -215,17 +214,17 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     plan = None
     if device.type == "cuda" or config.plan:
         plan = plan_run(work, device, config.activations, config.max_memory_bytes)
-    for line in describe_loading(checkpoint_folder, work.dtype):
+    for line in describe_loading(checkpoint, work.dtype):
         print(one_line(line))
     if plan and config.plan:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
-    base = identify_base(config, checkpoint_folder, resumed, start)
+    base = identify_base(config, checkpoint, resumed, start)
     state.base = base.own
     return Job(
         config,
-        checkpoint_folder,
+        checkpoint,
         base,
         lora,
         start,

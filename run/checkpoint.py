@@ -79,7 +79,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ResumePoint:
     """A whole checkpoint as read; the adapter is for its own room to read."""
 
     path: Path
@@ -130,7 +130,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [numbered[step] for step in sorted(numbered)]
 
 
-def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+def load_newest_checkpoint(folder: Path) -> tuple[ResumePoint | None, dict[Path, str]]:
     """Read the last whole checkpoint, None if there is no checkpoint at all.
 
     Returns:
@@ -154,7 +154,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, dict[Path, 
     return None, damaged
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> ResumePoint:
     """Read a checkpoint's state and moments.
 
     Raises:
@@ -170,7 +170,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _check_hashes(path)
         state = read_state(path / STATE_FILE)
         best = path / BEST_FILE
-        return Checkpoint(
+        return ResumePoint(
             path,
             state,
             moments=load_file(path / OPTIMIZER_FILE),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from run.atomic import clean, flush, is_partial, make_folder, new_folder, write_text
 from run.checkpoint import (
-    Checkpoint,
+    ResumePoint,
     list_checkpoints,
     load_newest_checkpoint,
     remove_old_checkpoints,
@@ -129,7 +129,7 @@ def _first_that_is(folder: Path) -> Path:
 
 def resume_point(
     config: TrainConfig, num_ranks: int = 1
-) -> tuple[Checkpoint | None, dict[Path, str]]:
+) -> tuple[ResumePoint | None, dict[Path, str]]:
     """Read the checkpoint to go on from, None at a fresh start.
 
     Returns:
@@ -154,7 +154,7 @@ def resume_point(
 
 @contextmanager
 def open_output(
-    config: TrainConfig, resumed: Checkpoint | None = None, damaged: Collection[Path] = ()
+    config: TrainConfig, resumed: ResumePoint | None = None, damaged: Collection[Path] = ()
 ) -> Iterator[TrainConfig]:
     """Hold the folder for this process alone: write config.json, remove what a killed process left.
 

@@ -72,7 +72,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def prepare(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
+def configure_torch(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
     """Choose how torch computes and takes memory on a GPU, before either begins."""
     if device.type == "cuda":
         if local_rank:

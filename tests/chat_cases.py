@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data.chat_template import ChatTemplate
-from data.template_files import BUNDLED_TEMPLATES
+from data.chat.template import ChatTemplate
+from data.chat.template_files import BUNDLED_TEMPLATES
 
 CHATML = (BUNDLED_TEMPLATES / "chatml.jinja").read_text()
 LLAMA3 = (

@@ -19,9 +19,9 @@ from peer_process import run_peer
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from checkpoint.description import describe
 from checkpoint.identity import identify
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.model import PROJECTIONS, projections
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
@@ -52,14 +52,14 @@ class Peer:
 
 def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     """Save an adapter that changes the logits, as the product does."""
-    model = load_model(checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     lora = replace(OUR_LORA, target_modules=projections(model.config))
     model.attach_lora(lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in model.adapter_tensors().items():
         if name.endswith("lora_B.weight"):
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    identity = identify(describe(checkpoint, torch.float32)).original
+    identity = identify(open_checkpoint(checkpoint)).original
     save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint), identity)
 
 

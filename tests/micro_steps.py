@@ -9,6 +9,7 @@ from tiny_llama import FIELDS, write_variant
 from torch import Tensor
 
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
@@ -31,7 +32,7 @@ def load_tiny(
 ) -> Llama:
     """A tiny model whose updates are not zero."""
     folder = write_variant(folder, variant, dtype)
-    model = load_model(folder, device, dtype, quantization)
+    model = load_model(open_checkpoint(folder), device, dtype, quantization)
     if lora is not None:
         model.attach_lora(lora, seed=0)
         for name, tensor in model.adapter_tensors().items():

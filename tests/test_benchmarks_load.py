@@ -23,6 +23,7 @@ from benchmarks.load import (
 )
 from benchmarks.tables import aligned, load_table
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def test_a_written_checkpoint_is_one_of_random_weights(
         assert tensor.isfinite().all(), name
         assert tensor.dim() == 2 or bool((tensor == 1).all()), name
         assert tensor.dim() == 1 or tensor.unique().numel() > 8, name
-    load_model(folder, CPU, torch.bfloat16, NF4)
+    load_model(open_checkpoint(folder), CPU, torch.bfloat16, NF4)
 
 
 def test_tensors_are_listed_layer_by_layer(tmp_path: Path) -> None:

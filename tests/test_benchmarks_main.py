@@ -86,9 +86,11 @@ def test_a_benchmark_is_run_with_its_flags(monkeypatch: pytest.MonkeyPatch, gpu:
     [
         (["report", "--help"], 0, "usage: python -m benchmarks report"),
         (["adamw", "--help"], 0, "usage: python -m benchmarks adamw"),
-        (["no\x1bsuch"], 1, "error: NAME must be one of"),
+        (["no-such"], 1, "error: NAME must be one of"),
+        # argparse repeats what it does not know as it came
+        (["report", "no\x1bsuch"], 2, "usage: python -m benchmarks report"),
     ],
-    ids=["report", "adamw", "unknown"],
+    ids=["report", "adamw", "unknown", "hostile"],
 )
 def test_the_command_ends_in_help_or_in_a_line(arguments: list[str], code: int, said: str) -> None:
     done = subprocess.run(

@@ -37,6 +37,7 @@ from benchmarks.train_step import (
     without_checkout,
 )
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.config import read_config
 from run.config import TrainConfig
 
@@ -75,7 +76,7 @@ def test_a_checkpoint_is_written_once_and_is_one_of_ours(checkpoint: Path) -> No
     before = (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns
     prepare_checkpoint(checkpoint, PEER_FIELDS)
     assert (checkpoint / "model.safetensors.index.json").stat().st_mtime_ns == before
-    load_model(checkpoint, CPU, torch.bfloat16, NF4)
+    load_model(open_checkpoint(checkpoint), CPU, torch.bfloat16, NF4)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         json.loads((checkpoint / name).read_text())
 

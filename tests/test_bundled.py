@@ -18,6 +18,7 @@ from bundled.instructions import held_out_set, training_set
 from bundled.make import BOS, EOS, SEED
 from bundled.valley import animals
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
 from llama.model import Llama
@@ -40,7 +41,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return load_model(MODEL, torch.device("cpu"), torch.float32, NF4)
+    return load_model(open_checkpoint(MODEL), torch.device("cpu"), torch.float32, NF4)
 
 
 def read_lines(name: str) -> list[dict]:
@@ -127,7 +128,7 @@ def test_what_is_pretrained_is_what_the_model_computes(
         parameter.data = parameter.data.bfloat16().float()
     save_file(make.checkpoint_tensors(trained), tmp_path / "model.safetensors")
     shutil.copy(MODEL / "config.json", tmp_path)
-    loaded = load_model(tmp_path, torch.device("cpu"), torch.float32, None)
+    loaded = load_model(open_checkpoint(tmp_path), torch.device("cpu"), torch.float32, None)
     ids = torch.randint(0, make.VOCAB_SIZE, (2, 33))
     with torch.no_grad():
         expected = make._hidden_states(trained, ids)

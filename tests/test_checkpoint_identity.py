@@ -20,8 +20,8 @@ from tiny_llama import (
 from torch import Tensor
 
 import quantize
-from checkpoint.description import describe
 from checkpoint.identity import PAGE_BYTES, Identity, identify, sample_of
+from checkpoint.opening import open_checkpoint
 from checkpoint.shard_reader import StoredTensor, read_bytes
 from prepare.job import BUNDLED
 
@@ -52,7 +52,7 @@ PINNED = "a66c9539c6d920834e3ef59242df3bedd219b81061a843df5334078a685f801a"
 
 
 def identity_of(folder: Path) -> Identity:
-    return identify(describe(folder, torch.float32))
+    return identify(open_checkpoint(folder))
 
 
 def own(folder: Path) -> str:

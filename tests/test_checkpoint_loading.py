@@ -26,9 +26,10 @@ from torch import Tensor
 
 import checkpoint.loading
 import checkpoint.shard_reader
-from checkpoint.description import describe_loading
+from checkpoint.device_sink import DeviceSink
 from checkpoint.files import INDEX_NAME, SINGLE_NAME, find_checkpoint
-from checkpoint.loading import _DeviceSink, _load_on_gpu, load_model, load_sizes
+from checkpoint.loading import _load_on_gpu, describe_loading, load_model, load_sizes
+from checkpoint.opening import open_checkpoint
 from checkpoint.shard_reader import make_ring, stream
 from kernels.nf4_dequantize import nf4_dequantize
 from llama.model import Llama
@@ -47,7 +48,7 @@ QUANTIZATION_CONFIG = {
 
 
 def load(folder: Path, quantization: Quantization | None = None, **options: Any) -> Llama:
-    return load_model(folder, CPU, torch.float32, quantization, **options)
+    return load_model(open_checkpoint(folder), CPU, torch.float32, quantization, **options)
 
 
 def loaded_tensors(model: Llama) -> dict[str, Tensor]:
@@ -213,11 +214,11 @@ def test_of_two_checkpoints_in_a_folder_the_one_file_is_read_as_transformers_doe
     old, new = random_tensors(FIELDS, seed=1), random_tensors(FIELDS, seed=2)
     write_checkpoint(folder, FIELDS, old, num_shards=2)
     assert_holds(load(folder), old)
-    assert describe_loading(folder, torch.float32) == []
+    assert describe_loading(open_checkpoint(folder), torch.float32) == []
     write_checkpoint(folder, FIELDS, new)
     assert_holds(load(folder), new)
     line = f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as transformers"
-    assert describe_loading(folder, torch.float32) == [f"{line} does"]
+    assert describe_loading(open_checkpoint(folder), torch.float32) == [f"{line} does"]
     pytest.importorskip("transformers")
     command = [sys.executable, "-I", "-c", WHICH_FILES, str(folder)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -245,7 +246,7 @@ def test_what_is_kept_in_another_dtype_is_said(
 ) -> None:
     fields = FIELDS | {"tie_word_embeddings": is_tied}
     write_checkpoint(tmp_path, fields, random_tensors(fields, stored))
-    assert describe_loading(tmp_path, compute) == [
+    assert describe_loading(open_checkpoint(tmp_path), compute) == [
         f"{what}: stored in {stored}, kept in {compute}, the compute dtype" for what in converted
     ]
 
@@ -268,7 +269,7 @@ def test_tensors_that_the_model_does_not_need_are_left_alone_with_a_line(
     tensors = random_tensors(FIELDS)
     write_checkpoint(tmp_path, FIELDS, tensors | {name: torch.ones(4, dtype=dtype)})
     assert_holds(load(tmp_path), tensors)
-    assert describe_loading(tmp_path, torch.float32) == [
+    assert describe_loading(open_checkpoint(tmp_path), torch.float32) == [
         f"{tmp_path} has tensors that the model does not need; left alone: {name}"
     ]
 
@@ -286,11 +287,12 @@ def test_a_tied_model_may_store_its_head_alone(
     write_checkpoint(tmp_path / "head", fields, stored)
     assert_holds(load(tmp_path / "head"), tensors | head_in(torch.float32, fields, tensors))
     both = [tmp_path / name for name in ("usual", "head")]
-    usual, head = (loaded_tensors(load_sizes(folder, torch.float16, None)) for folder in both)
+    opened = [open_checkpoint(folder) for folder in both]
+    usual, head = (loaded_tensors(load_sizes(each, torch.float16, None)) for each in opened)
     assert {n: (t.shape, t.dtype) for n, t in usual.items()} == {
         n: (t.shape, t.dtype) for n, t in head.items()
     }
-    usual, head = (describe_loading(folder, torch.float32) for folder in both)
+    usual, head = (describe_loading(each, torch.float32) for each in opened)
     assert usual == head
     # its values count
     stored["lm_head.weight"][-1, -1] = torch.nan
@@ -305,7 +307,7 @@ def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(tmp_path: Path) -
     head = tensors["model.embed_tokens.weight"].clone()
     write_checkpoint(tmp_path, fields, tensors | {"lm_head.weight": head})
     assert_holds(load(tmp_path), tensors)
-    assert describe_loading(tmp_path, torch.float32) == [
+    assert describe_loading(open_checkpoint(tmp_path), torch.float32) == [
         f"{tmp_path} has tensors that the model does not need; left alone: lm_head.weight"
     ]
     head[-1, -1] += 1
@@ -855,7 +857,9 @@ def test_loading_onto_cuda_gives_the_cpus_bytes(tmp_path: Path, dtype: torch.dty
     fields = FIELDS | {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512}
     write_checkpoint(tmp_path, fields, random_tensors(fields, dtype))
     devices = (CPU, torch.device("cuda"))
-    on_cpu, on_cuda = (load_model(tmp_path, each, torch.float32, NF4) for each in devices)
+    on_cpu, on_cuda = (
+        load_model(open_checkpoint(tmp_path), each, torch.float32, NF4) for each in devices
+    )
     for (name, ours), (_, theirs) in zip(
         on_cuda.named_parameters(), on_cpu.named_parameters(), strict=True
     ):
@@ -886,7 +890,7 @@ def test_cuda_keeps_stored_nf4_byte_for_byte(
 ) -> None:
     folder = write_nf4(tmp_path, quantization, storage)
     expected = load(folder, quantization)
-    actual = load_model(folder, torch.device("cuda"), torch.float32, quantization)
+    actual = load_model(open_checkpoint(folder), torch.device("cuda"), torch.float32, quantization)
     for (_, ours), (prefix, theirs) in zip(actual.groups(), expected.groups(), strict=True):
         if isinstance(ours.weight, Tensor):
             assert isinstance(theirs.weight, Tensor)
@@ -904,12 +908,12 @@ def test_cuda_keeps_stored_nf4_byte_for_byte(
 def test_cuda_peaks_at_the_model_where_it_is_stored_in_nf4(tmp_path: Path) -> None:
     folder = write_nf4(tmp_path, NF4, torch.uint8)
     # makes what later loads share
-    load_model(folder, torch.device("cuda"), torch.bfloat16, NF4)
+    load_model(open_checkpoint(folder), torch.device("cuda"), torch.bfloat16, NF4)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = load_model(folder, torch.device("cuda"), torch.bfloat16, NF4)
+    model = load_model(open_checkpoint(folder), torch.device("cuda"), torch.bfloat16, NF4)
     held = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
     # of each tensor its least and its largest value, and both in float32; each takes 512 bytes
@@ -936,14 +940,14 @@ def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copies fall behind the threads and the kernels, by some tenths of a millisecond each."""
-    copy = _DeviceSink.copy
+    copy = DeviceSink.copy
 
-    def copy_later(sink: _DeviceSink, start: int, piece: Tensor) -> Callable[[], None]:
+    def copy_later(sink: DeviceSink, start: int, piece: Tensor) -> Callable[[], None]:
         with torch.cuda.stream(sink._copies):
             torch.cuda._sleep(500_000)
         return copy(sink, start, piece)
 
-    monkeypatch.setattr(_DeviceSink, "copy", copy_later)
+    monkeypatch.setattr(DeviceSink, "copy", copy_later)
 
 
 SPEEDS = {"as-it-is": lambda _: None, "slow-kernels": slow_kernels, "slow-copies": slow_copies}
@@ -969,7 +973,7 @@ def test_cuda_holds_each_tensor_as_if_loaded_alone(
     # what an earlier load leaves in the memory is the same, what another leaves is not
     for _ in range(3):
         torch.empty(1 << 24, dtype=torch.uint8, device=CUDA).fill_(0xA5)
-        model = load_model(tmp_path, CUDA, dtype, quantization)
+        model = load_model(open_checkpoint(tmp_path), CUDA, dtype, quantization)
         for name, parameter in model.named_parameters():
             assert_equal(parameter.detach().cpu(), tensors[name], name)
         for prefix, group in model.groups():
@@ -1004,7 +1008,7 @@ def test_cuda_names_a_tensor_that_is_not_finite(
         message += NON_FINITE[ending]
     for _ in range(2):
         with pytest.raises(ValueError, match=re.escape(message)):
-            load_model(tmp_path, CUDA, torch.float32, quantization)
+            load_model(open_checkpoint(tmp_path), CUDA, torch.float32, quantization)
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["as stored", "NF4"])
@@ -1019,7 +1023,7 @@ def test_a_file_that_is_cut_while_it_is_read_ends_in_a_message(
         os.truncate(tmp_path / "model.safetensors", 1 << 14)
 
     with pytest.raises(ValueError, match="it was truncated while it was read, download it again"):
-        load_model(tmp_path, CPU, torch.float32, quantization, cut)
+        load_model(open_checkpoint(tmp_path), CPU, torch.float32, quantization, cut)
 
 
 @pytest.mark.gpu
@@ -1033,12 +1037,12 @@ def test_cuda_peaks_at_the_packed_model_and_two_tensors(tmp_path: Path) -> None:
     }
     write_checkpoint(tmp_path, fields, random_tensors(fields, torch.bfloat16))
     # makes what later loads share
-    load_model(tmp_path, CUDA, torch.bfloat16, NF4)
+    load_model(open_checkpoint(tmp_path), CUDA, torch.bfloat16, NF4)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = load_model(tmp_path, CUDA, torch.bfloat16, NF4)
+    model = load_model(open_checkpoint(tmp_path), CUDA, torch.bfloat16, NF4)
     packed = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
     two_tensors = 2 * hidden * inner * 2

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import merged_copy
-from checkpoint.description import describe
 from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
+from checkpoint.opening import open_checkpoint
 from llama.config import read_config
 from llama.model import projection_shapes, update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
@@ -64,14 +64,14 @@ def merge(
     for path in checkpoint.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
     updates = read_updates(adapter, shapes)
-    stored = describe(checkpoint, torch.float32).stored.values()
-    return write_merged_shards(stored, shapes, updates, quantization, CPU, folder)
+    shards = open_checkpoint(checkpoint).shards
+    return write_merged_shards(shards, shapes, updates, quantization, CPU, folder)
 
 
 def save_again(checkpoint: Path, adapter: Path, folder: Path) -> None:
     """Load an adapter into its model and save it, as training does."""
     config = read_adapter_config(adapter)
-    model = load_model(checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     model.attach_lora(config, seed=0)
     load_adapter(adapter, model.adapter_tensors())
     save_adapter(folder, model.adapter_tensors(), config, str(checkpoint))
@@ -164,7 +164,7 @@ def test_ranks_and_scalings_are_those_of_peft(merged: Merged) -> None:
 def test_transformers_loads_the_result_and_gives_our_logits(merged: Merged) -> None:
     assert set(merged.facts["loading"].values()) == {0}
     assert merged.facts["dtype"] == str(merged.case.dtype)
-    model = load_model(merged.folder, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(merged.folder), CPU, torch.float32, None)
     ours, theirs = model.logits(merged.input_ids), merged.outputs["our_logits"]
     assert ours.shape == theirs.shape
     assert ours.isfinite().all()
@@ -173,12 +173,12 @@ def test_transformers_loads_the_result_and_gives_our_logits(merged: Merged) -> N
 
 def test_the_adapter_beside_the_base_gives_pefts_logits(merged: Merged) -> None:
     # also in training: members of one group have other ranks here
-    model = load_model(merged.checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(merged.checkpoint), CPU, torch.float32, None)
     model.attach_lora(read_adapter_config(merged.adapter), seed=0)
     load_adapter(merged.adapter, model.adapter_tensors())
     theirs = merged.outputs["adapter_logits"]
     assert (model.logits(merged.input_ids) - theirs).abs().max() <= PROMISED
-    base = load_model(merged.checkpoint, CPU, torch.float32, None)
+    base = load_model(open_checkpoint(merged.checkpoint), CPU, torch.float32, None)
     assert (base.logits(merged.input_ids) - theirs).abs().max() > 100 * PROMISED
 
 
@@ -301,10 +301,10 @@ def test_only_some_rows_are_in_float32_and_the_bits_do_not_depend_on_it(
     monkeypatch.setattr(merged_copy, "BLOCK_ELEMENTS", 3 * 72)
     shapes = projection_shapes(read_config(merged.checkpoint))
     updates = read_updates(merged.adapter, shapes)
-    stored = describe(merged.checkpoint, torch.float32).stored.values()
+    shards = open_checkpoint(merged.checkpoint).shards
     (tmp_path / "merged").mkdir()
     with LargestFloat32() as seen:
-        write_merged_shards(stored, shapes, updates, None, CPU, tmp_path / "merged")
+        write_merged_shards(shards, shapes, updates, None, CPU, tmp_path / "merged")
     largest = max(side.numel() for update in updates.values() for side in update[:2])
     if merged.case.dtype != torch.float32:
         assert 0 < seen.num_elements <= max(3 * 72, largest)

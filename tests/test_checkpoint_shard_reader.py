@@ -183,7 +183,7 @@ def test_a_header_tells_where_every_tensor_lies(tmp_path: Path) -> None:
         "matrix": torch.randn(5, 9).bfloat16(),
     }
     save_file(tensors, path, metadata={"format": "pt"})
-    stored = read_header(path)
+    stored = read_header(path).tensors
     with safe_open(path, framework="pt") as file:
         assert [tensor.name for tensor in stored] == list(file.offset_keys())
     for tensor in stored:
@@ -214,7 +214,7 @@ def test_tensors_are_listed_by_offset_not_by_name(tmp_path: Path) -> None:
         "c": entry(),
     }
     path = write_header(tmp_path / "x", json.dumps(header).encode())
-    stored = read_header(path)
+    stored = read_header(path).tensors
     assert [tensor.name for tensor in stored] == ["c", "b", "a"]
     first = path.stat().st_size - 64
     assert [tensor.start - first for tensor in stored] == [0, 24, 40]

@@ -19,8 +19,8 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 import quantize
-from checkpoint.description import describe, stored_quantization
 from checkpoint.loading import load_model, load_sizes
+from checkpoint.opening import open_checkpoint
 from llama.model import Llama
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import STATE
@@ -126,7 +126,8 @@ def outputs_of(base: Path, case: str, kind: str) -> dict[str, Tensor]:
 
 
 def load(folder: Path, **options: Any) -> Llama:
-    return load_model(folder, CPU, torch.float32, stored_quantization(folder), **options)
+    opened = open_checkpoint(folder)
+    return load_model(opened, CPU, torch.float32, opened.quantization, **options)
 
 
 def members(model: Llama) -> dict[str, NF4Weight]:
@@ -170,7 +171,7 @@ def test_a_stored_weight_is_read_bit_for_bit_as_bitsandbytes_does(
     base: Path, case: str, kind: str
 ) -> None:
     folder = base / case / kind
-    assert stored_quantization(folder) == (DEFAULT | CASES[case])["quantization"]
+    assert open_checkpoint(folder).quantization == (DEFAULT | CASES[case])["quantization"]
     if case == "in-shards" and kind == "theirs":
         assert len(list(folder.glob("model-*.safetensors"))) > 3
     assert_is_theirs(load(folder), outputs_of(base, case, kind))
@@ -189,7 +190,8 @@ def test_logits_are_as_near_the_truth_as_transformers(base: Path, case: str, kin
 @pytest.mark.parametrize("case", [name for name, c in CASES.items() if c.get("has_ours", True)])
 def test_a_quantized_copy_is_what_its_source_becomes_when_loaded(base: Path, case: str) -> None:
     source = base / case / "source"
-    expected = load_model(source, CPU, torch.float32, (DEFAULT | CASES[case])["quantization"])
+    quantization = (DEFAULT | CASES[case])["quantization"]
+    expected = load_model(open_checkpoint(source), CPU, torch.float32, quantization)
     actual = load(base / case / "ours")
     assert_same(actual, expected)
     assert actual.config == expected.config
@@ -358,7 +360,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "a-quantized-head": (
         quantize_head,
-        "of all weights projections alone may be in NF4: lm_head.weight is; keep it out",
+        "only projections may be in NF4: lm_head.weight is in NF4 too; keep it out",
     ),
     "int8": (
         lambda tensors, config: tensors.update({Q.replace("weight", "SCB"): torch.ones(128)}),
@@ -371,12 +373,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "no-quantization-config": (
         lambda tensors, config: config.pop("quantization_config"),
-        "must have a quantization_config of bitsandbytes nf4 where weights are stored so: it has "
+        "must have a quantization_config of bitsandbytes nf4, as the weights are in NF4: it has "
         "none",
     ),
     "a-quantization-config-of-int8": (
         lambda tensors, config: config.update(quantization_config={"load_in_8bit": True}),
-        "must have a quantization_config of bitsandbytes nf4 where weights are stored so: it has "
+        "must have a quantization_config of bitsandbytes nf4, as the weights are in NF4: it has "
         "bitsandbytes int8",
     ),
 }
@@ -394,11 +396,9 @@ def damaged(base: Path, folder: Path, damage: Damage) -> Path:
 def test_a_file_of_another_format_is_refused(base: Path, tmp_path: Path, name: str) -> None:
     damage, message = DAMAGES[name]
     folder = damaged(base, tmp_path, damage)
-    sizes = functools.partial(load_sizes, compute_dtype=torch.float32, quantization=NF4)
-    for read in (stored_quantization, sizes, load):
-        with pytest.raises(ValueError, match=re.escape(message)) as raised:
-            read(folder)
-        assert str(folder) in str(raised.value)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        open_checkpoint(folder)
+    assert str(folder) in str(raised.value)
 
 
 LEFTOVERS = {
@@ -415,8 +415,8 @@ def test_a_quantization_config_is_left_over_where_all_weights_have_16_bits(
     tensors = random_tensors(FIELDS, torch.bfloat16)
     fields = FIELDS | {"quantization_config": LEFTOVERS[said]}
     write_checkpoint(tmp_path, fields, tensors)
-    found = describe(tmp_path, torch.float32)
-    assert (found.leftover, found.nf4.quantization) == (said, None)
+    found = open_checkpoint(tmp_path)
+    assert found.quantization is None
     assert found.remarks == [
         f"{tmp_path / 'config.json'} has a quantization_config ({said}), and no weight is "
         "quantized: it is left over from another form, and ignored"
@@ -500,25 +500,25 @@ def test_another_quantization_than_the_stored_one_is_refused(
 ) -> None:
     folder = base / "double-quantized" / "theirs"
     with pytest.raises(ValueError, match="is in NF4 with --block-size 64 --double-quant, asked"):
-        load_model(folder, CPU, torch.float32, quantization)
+        load_model(open_checkpoint(folder), CPU, torch.float32, quantization)
 
 
 def test_only_a_checkpoint_in_nf4_has_a_stored_quantization(base: Path) -> None:
-    assert stored_quantization(base / "double-quantized" / "source") is None
+    assert open_checkpoint(base / "double-quantized" / "source").quantization is None
 
 
 @pytest.mark.parametrize("case", ["double-quantized", "single-bfloat16", "mixed"])
 def test_loading_takes_no_more_memory_than_the_model(base: Path, case: str) -> None:
-    folder = base / case / "theirs"
-    sizes = load_sizes(folder, torch.float32, stored_quantization(folder))
+    opened = open_checkpoint(base / case / "theirs")
+    sizes = load_sizes(opened, torch.float32, opened.quantization)
     held = sum(tensor.nbytes for tensor in sizes.frozen_tensors())
     with LiveBytes() as live:
-        model = load_model(folder, CPU, torch.float32, stored_quantization(folder))
+        model = load_model(opened, CPU, torch.float32, opened.quantization)
     assert held == held_bytes(model) + model.frequencies.nbytes
     # what finds a value that is not finite: two numbers, stacked, and one truth value for each
     extremes = 4 * 4 + 2 * 4 + 2 + 1
     # the head as it is stored, while it is converted
-    head = describe(folder, torch.float32).stored["lm_head.weight"]
+    head = opened.stored["lm_head.weight"]
     converted = head.num_bytes if head.dtype != torch.float32 else 0
     assert live.peak <= held + converted + extremes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_llama import FIELDS, random_tensors, write_checkpoint
 
-from checkpoint.description import describe
+from checkpoint.opening import open_checkpoint
 from checkpoint.untrained_rows import untrained_rows
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -23,7 +23,7 @@ def found(folder: Path, changes: dict[str, dict[int, Any]], more: dict[str, Any]
         for index, row in rows.items():
             tensors[name][index] = tensors[name][row] if isinstance(row, int) else row
     write_checkpoint(folder, fields, tensors, num_shards=2)
-    return untrained_rows(describe(folder, torch.float32), range(3, 7), range(3, 10))
+    return untrained_rows(open_checkpoint(folder), range(3, 7), range(3, 10))
 
 
 @pytest.mark.parametrize("more", [{}, TIED], ids=["with a head", "tied"])
@@ -44,4 +44,4 @@ def test_rows_of_the_head_are_looked_at_too(tmp_path: Path) -> None:
 def test_a_token_that_the_model_has_no_row_for_is_passed_over(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, FIELDS, random_tensors(FIELDS))
     first, far = FIELDS["vocab_size"], 10**6
-    assert untrained_rows(describe(tmp_path, torch.float32), [first, far], [first, far]) == set()
+    assert untrained_rows(open_checkpoint(tmp_path), [first, far], [first, far]) == set()

@@ -1,4 +1,4 @@
-"""data/assistant_spans.py: exactly what the assistant says, or an error."""
+"""data/chat/assistant_spans.py: exactly what the assistant says, or an error."""
 
 from collections import Counter
 from itertools import pairwise
@@ -26,8 +26,8 @@ from chat_cases import (
     say,
 )
 
-from data.assistant_spans import render_with_spans
-from data.template_ending import Watched
+from data.chat.assistant_spans import render_with_spans
+from data.chat.template_ending import Watched
 
 
 def spoken(template: str, messages: list[dict[str, Any]], **options: Any) -> list[str]:

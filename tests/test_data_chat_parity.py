@@ -12,13 +12,14 @@ from conftest import ASSETS
 from peer_process import run_peer
 from test_data_tokenizer import save_byte_level
 
-from data.assistant_spans import render_with_spans
-from data.chat_template import ChatTemplate
-from data.formats import Conversation, Text, to_example
-from data.records import Record
+from data.chat.assistant_spans import render_with_spans
+from data.chat.template import ChatTemplate
+from data.formats.examples import Conversation, Text
+from data.formats.layouts import to_example
+from data.formats.tool_calls import show_arguments
+from data.reading.record import Record
 from data.samples import NO_LOSS, to_sample
 from data.tokenizer import Tokenizer
-from data.tool_calls import show_arguments
 
 NOW = datetime(2024, 2, 29, 12)
 REAL = sorted(p.parent.name for p in ASSETS.glob("tokenizers/*/tokenizer.json"))

@@ -1,4 +1,4 @@
-"""data/chat_template.py: what a template sees, and what its errors say.
+"""data/chat/template.py: what a template sees, and what its errors say.
 
 That its text is transformers' is tested in test_data_chat_parity.py.
 """
@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 from chat_cases import CHATML, INST, TOOLS, make, say
 
-from data.chat_template import ChatTemplate
+from data.chat.template import ChatTemplate
 
 
 def test_missing_tokens_render_as_nothing() -> None:

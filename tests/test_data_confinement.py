@@ -1,5 +1,5 @@
-"""data/confinement.py: templates and tokenizers that take all time or all memory end in a message
-that names the record, and in no process that stays."""
+"""data/tokens/confinement.py: templates and tokenizers that take all time or all memory end in a
+message that names the record, and in no process that stays."""
 
 import json
 import time
@@ -15,13 +15,15 @@ from test_data_tokenizer import save_byte_level
 from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-from data import workers
-from data.chat_template import ChatTemplate
-from data.confinement import Confinement, begin_record
+from data.chat.template import ChatTemplate
+from data.chat.template_marks import marks_without_token
 from data.prompt import encode_prompt
-from data.template_marks import marks_without_token
-from data.tokenization import Counts, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from data.tokens import workers
+from data.tokens.confinement import Confinement, begin_record
+from data.tokens.pieces import Counts
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files
 from foreign import guest
 
 # wall clock, on a machine that others use as well
@@ -132,6 +134,17 @@ def test_slow_records_are_left_out_and_counted_where_bad_lines_are(
     assert (counts.num_records, counts.num_bad, counts.num_rendered) == (301, 4, 297)
     places = {error.removeprefix(str(path)).split(" ")[0] for error in counts.bad}
     assert places <= {":1:", ":70:", ":300:", ":301:"}
+
+
+def test_a_record_beyond_the_memory_is_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = with_backend(tmp_path, normalize(*[normalizers.Replace("q", "qq")] * 60))
+    path = chat_data(tmp_path, num_records=3)
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace("hi", "q")
+    path.write_text("\n".join(lines))
+    counts = tokenize(path, tokenizer, skip_bad_lines=True)
+    assert (counts.num_records, counts.num_bad) == (3, 1)
+    assert counts.bad[0].startswith(f"{path}:2: a record must be tokenized within ")
 
 
 def test_a_template_that_never_ends_is_not_tried_with_every_record(

@@ -1,4 +1,5 @@
-"""data/documents.py: the pieces that a text encoded as a whole gives, in the memory of a window."""
+"""data/tokens/documents.py: the pieces that a text encoded as a whole gives, in the memory of a
+window."""
 
 import gzip
 import os
@@ -16,12 +17,15 @@ import pytest
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level, save_metaspace
 
-from data import documents, records
-from data.documents import cut
-from data.formats import Text
+from data.formats.examples import Text
+from data.reading import texts
 from data.samples import NO_LOSS, Sample, to_sample
-from data.tokenization import Counts, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from data.tokens import documents
+from data.tokens.documents import cut
+from data.tokens.pieces import Counts
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files
 from foreign import guest
 from foreign.guest import in_guest
 
@@ -44,7 +48,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> dict[s
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_TEXT_CHARACTERS", 400)
+    monkeypatch.setattr(texts, "_TEXT_CHARACTERS", 400)
     monkeypatch.setattr(documents, "_OVERLAP", 96)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data.epochs import Epochs
-from data.token_cache import Samples
-from data.tokenization import ROW
+from data.tokens.pieces import ROW
+from data.tokens.stored_samples import StoredSamples
 
 LENGTHS = [5, 30, 7, 64, 12, 9, 33, 5, 20, 41, 18]
 KINDS = pytest.mark.parametrize(
@@ -16,13 +16,13 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def samples() -> Samples:
+def samples() -> StoredSamples:
     """Sample i has the token i everywhere, each of them a target but the first."""
     rows = np.zeros(len(LENGTHS), dtype=ROW)
     rows["length"] = LENGTHS
     rows["num_targets"] = rows["length"] - 1
     ids = np.repeat(np.arange(len(LENGTHS), dtype=np.int32), LENGTHS)
-    return Samples(ids, ids, rows)
+    return StoredSamples(ids, ids, rows)
 
 
 def make(kind: dict[str, Any], batch_size: int = 2, micro_batches_per_step: int = 100) -> Epochs:

@@ -1,9 +1,10 @@
-"""data/fields.py: no field is lost unless it is empty, said elsewhere, or one that may be."""
+"""data/formats/fields.py: no field is lost unless it is empty, said elsewhere, or may be."""
 
 import pytest
 from test_data_formats import ASSISTANT, LAYOUTS, USER, convert
 
-from data.formats import Conversation, Text, detect_format
+from data.formats.examples import Conversation, Text
+from data.formats.layouts import detect_format
 
 
 @pytest.mark.parametrize("data_format", [*LAYOUTS, "text-prompt", "no-template"])

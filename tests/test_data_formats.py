@@ -1,22 +1,13 @@
-"""data/formats.py: what each layout means, and that nothing that does not fit passes."""
+"""data/formats/layouts.py: what each layout means, and that nothing that does not fit passes."""
 
 import json
 from collections.abc import Sequence
 
 import pytest
 
-from data.formats import (
-    ALPACA_PROMPT,
-    FORMATS,
-    Conversation,
-    Example,
-    PromptCompletion,
-    Text,
-    TokenIds,
-    detect_format,
-    to_example,
-)
-from data.records import Record
+from data.formats.examples import Conversation, Example, PromptCompletion, Text, TokenIds
+from data.formats.layouts import ALPACA_PROMPT, FORMATS, detect_format, to_example
+from data.reading.record import Record
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yo"}

@@ -19,7 +19,7 @@ import pytest
 from test_data_tokenizer import save_byte_level
 
 from data.dataset import Dataset, load_dataset
-from data.records import read_records
+from data.reading.files import read_records
 from data.tokenizer import Tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")

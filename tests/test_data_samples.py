@@ -6,7 +6,7 @@ import pytest
 from chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
 from test_data_tokenizer import save_byte_level, save_metaspace
 
-from data.formats import Conversation, PromptCompletion, Text, TokenIds
+from data.formats.examples import Conversation, PromptCompletion, Text, TokenIds
 from data.samples import NO_LOSS, Sample, to_sample
 from data.tokenizer import Tokenizer
 

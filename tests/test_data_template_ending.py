@@ -1,4 +1,4 @@
-"""data/template_ending.py: the generation prompts of one rendering are those of many."""
+"""data/chat/template_ending.py: the generation prompts of one rendering are those of many."""
 
 import itertools
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from chat_cases import CALL, INTRICATE, RESULT, ROWS, SYSTEM, TEMPLATES, asset_templates, make, say
 
-from data.assistant_spans import render_with_spans
-from data.chat_template import ChatTemplate
-from data.template_ending import Sight, Watched
+from data.chat.assistant_spans import render_with_spans
+from data.chat.template import ChatTemplate
+from data.chat.template_ending import Sight, Watched
 
 # "#" is learned where a turn begins with its prompt, and not where it begins with its content
 SAY = "<|{{ m.role }}|>{{ '#' if m.role == 'assistant' }}{{ m.content }}</s>"

@@ -1,11 +1,11 @@
-"""data/template_files.py: which template counts, and what is no template."""
+"""data/chat/template_files.py: which template counts, and what is no template."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from data.template_files import NamedText, checkpoint_templates, choose_templates
+from data.chat.template_files import NamedText, checkpoint_templates, choose_templates
 
 CONFIG = Path("tokenizer_config.json")
 

@@ -1,4 +1,4 @@
-"""data/template_marks.py: a template of another model is known by what it writes."""
+"""data/chat/template_marks.py: a template of another model is known by what it writes."""
 
 import json
 from collections.abc import Collection
@@ -6,17 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from chat_cases import CHATML, say
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level
 
-from checkpoint.description import describe
+from checkpoint.opening import open_checkpoint
 from checkpoint.untrained_rows import untrained_rows
+from data.chat.template_marks import FindUntrained, warnings
 from data.dataset import load_dataset
-from data.template_marks import FindUntrained, warnings
-from data.tokenization import Counts
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
 
 WRITTEN = Counts(num_rendered=3)
 
@@ -85,7 +84,7 @@ def test_each_template_counts_its_own_records(tmp_path: Path) -> None:
 
 def test_the_bundled_model_has_its_templates_tokens() -> None:
     folder = ROOT / "bundled" / "model"
-    find_untrained = partial(untrained_rows, describe(folder, torch.float32))
+    find_untrained = partial(untrained_rows, open_checkpoint(folder))
     assert list(warnings(WRITTEN, Tokenizer.from_folder(folder), find_untrained)) == []
 
 

@@ -1,4 +1,5 @@
-"""data/token_cache.py: made once, found again for the same content only, never half or damaged."""
+"""data/tokens/token_cache.py: tokens are made once, found again for the same content only, and
+never half or damaged."""
 
 import json
 import os
@@ -16,11 +17,14 @@ from chat_cases import CHATML, say
 from conftest import ROOT
 from test_data_tokenizer import save_byte_level
 
-from data import token_cache
 from data.samples import NO_LOSS, Sample
-from data.token_cache import Samples, Tokens, cache_folder, cached_tokens
-from data.tokenization import ROW, TOKEN, Recipe, tokenize_files
 from data.tokenizer import Tokenizer
+from data.tokens import token_cache
+from data.tokens.pieces import ROW, TOKEN
+from data.tokens.recipe import Recipe
+from data.tokens.stored_samples import StoredSamples
+from data.tokens.token_cache import Tokens, cache_folder, cached_tokens
+from data.tokens.tokenization import tokenize_files
 
 RECIPE = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
 RECORDS = [{"prompt": f"say {i}", "completion": "hello"} for i in range(5)]
@@ -81,6 +85,23 @@ def test_what_was_made_is_found_and_is_the_same(path: Path, tokenizer: Tokenizer
 def test_every_setting_makes_it_another(path: Path, tokenizer: Tokenizer, change: dict) -> None:
     tokens(path, tokenizer)
     assert not tokens(path, tokenizer, replace(RECIPE, **change)).is_cached
+
+
+def test_other_source_code_in_any_file_of_the_room_makes_it_another(
+    path: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = token_cache._ROOM
+    assert {"tokenizer.py", "chat/template.py"} < {
+        file.relative_to(room).as_posix() for file in room.rglob("*.py")
+    }
+    monkeypatch.setattr(token_cache, "_ROOM", tmp_path / "data")
+    code = tmp_path / "data" / "chat" / "template.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("a")
+    tokens(path, tokenizer)
+    assert tokens(path, tokenizer).is_cached
+    code.write_text("b")
+    assert not tokens(path, tokenizer).is_cached
 
 
 def test_other_bytes_or_another_tokenizer_make_it_another(
@@ -191,8 +212,8 @@ def test_processes_that_want_the_same_make_it_once(path: Path, tmp_path: Path) -
 import sys
 from datetime import datetime
 from pathlib import Path
-from data.token_cache import cached_tokens
-from data.tokenization import Recipe
+from data.tokens.recipe import Recipe
+from data.tokens.token_cache import cached_tokens
 from data.tokenizer import Tokenizer
 recipe = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
@@ -260,7 +281,7 @@ def test_samples_are_a_sequence_made_on_demand() -> None:
     rows["length"] = [2, 3, 1]
     ids = np.arange(6, dtype=TOKEN)
     labels = np.where(ids % 2 == 0, NO_LOSS, ids).astype(TOKEN)
-    samples = Samples(ids, labels, rows)
+    samples = StoredSamples(ids, labels, rows)
     assert list(samples) == [
         Sample([0, 1], [NO_LOSS, 1]),
         Sample([2, 3, 4], [NO_LOSS, 3, NO_LOSS]),

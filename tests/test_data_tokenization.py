@@ -1,4 +1,4 @@
-"""data/tokenization.py: the same samples, counts and faults from any number of processes, in
+"""data/tokens/tokenization.py: the same samples, counts and faults from any number of processes, in
 bounded memory."""
 
 import json
@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_tokenizer import save_byte_level
 
-from data import tokenization
-from data.formats import TokenIds
-from data.records import Record
+from data.formats.examples import TokenIds
+from data.reading.record import Record
 from data.samples import NO_LOSS, to_sample
-from data.tokenization import Counts, Piece, Recipe, is_closed, tokenize_files, tokenize_records
 from data.tokenizer import Tokenizer
+from data.tokens import tokenization
+from data.tokens.pieces import Counts, Piece, is_closed
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files, tokenize_records
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_a_killed_process_is_no_traceback(tmp_path: Path, monkeypatch: pytest.Mo
 # what a process does for a chunk that holds Python's lock for hours: backtracking in a pattern
 HOLD = """
 import re, threading
-from data import tokenization
+from data.tokens import tokenization
 tokenization.tokenize_records = lambda *given: re.match("(a*)*$", "a" * 40 + "b")
 threading.Timer(2, print, ("started",), {"flush": True}).start()
 """
@@ -186,7 +188,8 @@ import sys, time
 from datetime import datetime
 from pathlib import Path
 from data.tokenizer import Tokenizer
-from data.tokenization import Recipe, tokenize_files
+from data.tokens.recipe import Recipe
+from data.tokens.tokenization import tokenize_files
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
 recipe = Recipe("auto", "text", 64, "completions", 1000, datetime.now(), False)
 _, pieces = tokenize_files([Path(sys.argv[2])], tokenizer, recipe, 2)

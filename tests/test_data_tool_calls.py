@@ -1,4 +1,4 @@
-"""data/tool_calls.py: arguments are objects wherever they come as text, as transformers wants."""
+"""data/formats/tool_calls.py: arguments that come as text become objects, as transformers wants."""
 
 import json
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 from chat_cases import JOINED_CALLS, TOOLS, asset_templates, call, make, say
 from conftest import ASSETS
 
-from data.chat_template import ChatTemplate
-from data.tool_calls import decode_arguments, show_arguments
+from data.chat.template import ChatTemplate
+from data.formats.tool_calls import decode_arguments, show_arguments
 
 ARGUMENTS = {"x": 1, "y": '"caf\u00e9" <b>', "deep": {"null": None, "list": [1.5, True]}}
 

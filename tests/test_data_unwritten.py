@@ -1,4 +1,4 @@
-"""data/unwritten.py: what a template leaves out is named, whatever it is; what may go goes."""
+"""data/chat/unwritten.py: what a template leaves out is named, whatever it is; what may go goes."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from chat_cases import (
 )
 from test_data_tokenizer import save_byte_level
 
-from data.chat_template import ChatTemplate
-from data.formats import Conversation
+from data.chat.template import ChatTemplate
+from data.chat.unwritten import check_written
+from data.formats.examples import Conversation
 from data.samples import to_sample
 from data.tokenizer import Tokenizer
-from data.unwritten import check_written
 
 # writes the roles that many templates know, and no others
 KNOWN_ROLES = (

@@ -47,7 +47,7 @@ FLOORS = {
         "step",
     },
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "run"},
+    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -58,7 +58,7 @@ THEIRS = {
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "numpy": {"data", "optim/unified_memory.py"},
-    "pyarrow": {"data/records.py"},
+    "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
     "cuda": {"optim/unified_memory.py"},

@@ -9,6 +9,7 @@ from llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer, tiny_peer
 from tiny_llama import VARIANTS, write_variant
 
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
@@ -19,12 +20,14 @@ PROMISED = 1e-4
 
 @pytest.fixture
 def stories(assets: Path) -> Llama:
-    return load_model(assets / "stories260K", CPU, torch.float32, None)
+    return load_model(open_checkpoint(assets / "stories260K"), CPU, torch.float32, None)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Llama:
-    return load_model(write_variant(tmp_path, "grouped-query"), CPU, torch.float32, None)
+    return load_model(
+        open_checkpoint(write_variant(tmp_path, "grouped-query")), CPU, torch.float32, None
+    )
 
 
 def test_greedy_text_equals_the_published_one(assets: Path, stories: Llama) -> None:
@@ -41,7 +44,7 @@ def test_greedy_tokens_equal_transformers(
     tmp_path_factory: pytest.TempPathFactory, variant: str
 ) -> None:
     peer = tiny_peer(tmp_path_factory, variant)
-    model = load_model(peer.checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(peer.checkpoint), CPU, torch.float32, None)
     prompt, expected = peer.inputs["input_ids"][0, :12].tolist(), peer.outputs["greedy"][0]
     assert generate_greedy(model, prompt, 24, ()) == expected[12:].tolist()
 

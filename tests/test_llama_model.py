@@ -30,6 +30,7 @@ from tiny_llama import (
 from torch import Tensor
 
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.layer import KeyValueCache
 from llama.model import PROJECTIONS, Llama, projections
 from lora.adapter_file import load_adapter, read_adapter_config
@@ -54,7 +55,7 @@ def load(
     quantization: Quantization | None = None,
     device: torch.device = CPU,
 ) -> Llama:
-    return load_model(folder, device, dtype, quantization)
+    return load_model(open_checkpoint(folder), device, dtype, quantization)
 
 
 def projection_gradients(model: Llama, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -286,7 +287,7 @@ def test_bf16_logits_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_
 
     def run(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         # quantized on the CPU's arithmetic or the GPU's: tests/test_checkpoint_loading.py counts
-        model = load_model(folder, torch.device(device), dtype, quantization)
+        model = load_model(open_checkpoint(folder), torch.device(device), dtype, quantization)
         model.attach_lora(LORA, seed=0)
         for name, tensor in model.adapter_tensors().items():
             if name.endswith("lora_B.weight"):

@@ -9,8 +9,9 @@ import torch
 from llama_peers import tiny_peer
 from tiny_llama import FIELDS, VARIANTS
 
-from llama.config import Llama3RopeScaling, LlamaConfig, read_config
+from llama.config import LlamaConfig, read_config
 from llama.rope import rope_frequencies
+from llama.rope_scaling import Llama3RopeScaling
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
-from checkpoint.description import describe
 from checkpoint.identity import identify
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from foreign import guest
 from llama.config import read_config
 from llama.model import Llama, projection_shapes, projections, update_sizes
@@ -53,7 +53,7 @@ def adapter(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Llama:
     """The adapter's base model, with a fresh adapter of its shape."""
     model = load_model(
-        write_variant(tmp_path / "model", "grouped-query"),
+        open_checkpoint(write_variant(tmp_path / "model", "grouped-query")),
         CPU,
         torch.float32,
         NF4,
@@ -63,11 +63,11 @@ def model(tmp_path: Path) -> Llama:
 
 
 def identity_of(checkpoint: Path) -> str:
-    return identify(describe(checkpoint, torch.float32)).own
+    return identify(open_checkpoint(checkpoint)).own
 
 
 def with_adapter(checkpoint: Path, folder: Path) -> Llama:
-    model = load_model(checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     model.attach_lora(read_adapter_config(folder), seed=0)
     load_adapter(folder, model.adapter_tensors())
     return model
@@ -175,7 +175,7 @@ def test_an_adapter_survives_the_round_trip(adapter: Path, model: Llama) -> None
 @pytest.mark.parametrize("targets", [("k_proj",), ("q_proj", "v_proj"), ("up_proj", "o_proj")])
 def test_the_file_holds_the_targets_alone(tmp_path: Path, targets: tuple[str, ...]) -> None:
     checkpoint = write_variant(tmp_path / "model", "grouped-query")
-    model = load_model(checkpoint, CPU, torch.float32, None)
+    model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     config = LoRAConfig(2, 2.5, 0.0, targets)
     model.attach_lora(config, seed=0)
     save_adapter(tmp_path / "new" / "adapter", model.adapter_tensors(), config, str(checkpoint))

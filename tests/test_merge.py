@@ -22,6 +22,7 @@ import quantize
 import train
 from checkpoint.files import INDEX_NAME
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from data.tokenizer import Tokenizer
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
@@ -89,7 +90,7 @@ def read_text(model: Llama, text: Path) -> Read:
 
 
 def with_adapter(adapter: Path, quantization: Quantization | None) -> Llama:
-    model = load_model(MODEL, CPU, torch.float32, quantization)
+    model = load_model(open_checkpoint(MODEL), CPU, torch.float32, quantization)
     model.attach_lora(read_adapter_config(adapter), seed=0)
     load_adapter(adapter, model.adapter_tensors())
     return model
@@ -110,8 +111,8 @@ def test_the_report_on_a_text_is_what_the_models_make_of_it(
     table = table_of(said)
     trained = read_text(with_adapter(adapter, Quantization(64, True)), text)
     models = {
-        "base": read_text(load_model(MODEL, CPU, torch.float32, None), text),
-        "merged": read_text(load_model(output, CPU, torch.float32, None), text),
+        "base": read_text(load_model(open_checkpoint(MODEL), CPU, torch.float32, None), text),
+        "merged": read_text(load_model(open_checkpoint(output), CPU, torch.float32, None), text),
     }
     assert float(table["base + adapter"][0]) == pytest.approx(trained.perplexity, rel=1e-4)
     assert table["base + adapter"][1:] == ["-", "-"]

@@ -10,6 +10,7 @@ from micro_steps import LORA
 from test_data_epochs import LENGTHS, samples
 from tiny_llama import write_variant
 
+from checkpoint.opening import open_checkpoint
 from data.epochs import Epochs
 from kernels.device import H200
 from prepare.base import evaluated_at_once, workload
@@ -19,9 +20,9 @@ from step.workload import Workload
 
 
 def planned(tmp_path: Path, device: str, num_ranks: int = 1, **kind: Any) -> Workload:
-    folder = write_variant(tmp_path, "grouped-query")
+    checkpoint = open_checkpoint(write_variant(tmp_path, "grouped-query"))
     config = TrainConfig(device=device, dtype="bfloat16", neftune_noise_alpha=5.0)
-    return workload(config, LORA, folder, Epochs(samples(), 0, True, 4, 1, **kind), num_ranks)
+    return workload(config, LORA, checkpoint, Epochs(samples(), 0, True, 4, 1, **kind), num_ranks)
 
 
 def test_a_gpus_rows_are_planned_with_their_padding(tmp_path: Path) -> None:
@@ -33,10 +34,10 @@ def test_a_gpus_rows_are_planned_with_their_padding(tmp_path: Path) -> None:
 
 
 def test_a_batch_has_no_more_rows_than_there_are(tmp_path: Path) -> None:
-    folder = write_variant(tmp_path, "grouped-query")
-    config = TrainConfig(device="cuda", dtype="bfloat16")
+    checkpoint = open_checkpoint(write_variant(tmp_path, "grouped-query"))
+    config = TrainConfig(device="cuda", dtype="bfloat16", batch_size=100)
     epochs = Epochs(samples(), 0, True, 100, 1)
-    assert workload(replace(config, batch_size=100), LORA, folder, epochs, 1).batch == len(LENGTHS)
+    assert workload(config, LORA, checkpoint, epochs, 1).batch == len(LENGTHS)
 
 
 def test_what_a_run_is_beside_its_rows_is_planned_for(tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write
 import checkpoint.quantized_copy
 import quantize
 import train
-from checkpoint.description import stored_quantization
 from checkpoint.files import INDEX_NAME
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from checkpoint.quantized_copy import plan_quantized_copy, write_quantized_copy
 from checkpoint.shard_writer import PlannedTensor, split_into_shards
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, Quantization
-from prepare.base import follow_checkpoint
 from prepare.job import BUNDLED
+from prepare.quantization import follow_checkpoint, quantization_of
 from run.config import parse_config
 from run.folder import new_output
 
@@ -114,8 +114,8 @@ def test_flags_that_contradict_a_copy_are_refused(tmp_path: Path, flags: str, sa
 def test_flags_that_agree_with_a_copy_are_accepted(tmp_path: Path, flags: str) -> None:
     copy = run(MODEL, tmp_path / "copy", "--block-size 32")
     config = parse_config(f"--model {copy} --data x {flags}".split(), {})
-    config = follow_checkpoint(config, copy)
-    assert train.quantization_of(config) == Quantization(32, True)
+    config = follow_checkpoint(config, open_checkpoint(copy))
+    assert quantization_of(config) == Quantization(32, True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -125,8 +125,8 @@ def test_dtype_is_that_of_what_is_not_quantized(tmp_path: Path, dtype: str) -> N
     config = json.loads((copy / "config.json").read_text())
     assert config["torch_dtype"] == dtype
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == dtype
-    model = load_model(copy, CPU, getattr(torch, dtype), NF4)
-    expected = load_model(source, CPU, torch.float32, NF4)
+    model = load_model(open_checkpoint(copy), CPU, getattr(torch, dtype), NF4)
+    expected = load_model(open_checkpoint(source), CPU, torch.float32, NF4)
     for (name, ours), (_, theirs) in zip(
         model.named_parameters(), expected.named_parameters(), strict=True
     ):
@@ -151,9 +151,11 @@ def test_a_large_copy_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.M
     shards = list(copy.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert (copy / INDEX_NAME).is_file()
-    assert stored_quantization(copy) == NF4
-    ours = load_model(copy, CPU, torch.float32, NF4).logits(torch.arange(9)[None])
-    theirs = load_model(source, CPU, torch.float32, NF4).logits(torch.arange(9)[None])
+    assert open_checkpoint(copy).quantization == NF4
+    ours = load_model(open_checkpoint(copy), CPU, torch.float32, NF4).logits(torch.arange(9)[None])
+    theirs = load_model(open_checkpoint(source), CPU, torch.float32, NF4).logits(
+        torch.arange(9)[None]
+    )
     assert_equal(ours, theirs)
 
 
@@ -167,7 +169,7 @@ def test_writing_holds_a_tensor_at_a_time(tmp_path: Path) -> None:
         "num_key_value_heads": 4,
     }
     source = write_checkpoint(tmp_path / "a", fields, random_tensors(fields, torch.bfloat16))
-    copy = plan_quantized_copy(source, NF4, None)
+    copy = plan_quantized_copy(open_checkpoint(source), NF4, None)
     (tmp_path / "b").mkdir()
     with LiveBytes() as live:
         write_quantized_copy(copy, tmp_path / "b", CPU, lambda done, total: None)
@@ -217,13 +219,16 @@ def test_what_cannot_be_quantized_leaves_nothing_behind(tmp_path: Path, name: st
 
 def test_a_source_that_is_cut_while_it_is_read_leaves_nothing_behind(tmp_path: Path) -> None:
     source = write_variant(tmp_path / "source", "grouped-query")
-    copy = plan_quantized_copy(source, NF4, None)
-    os.truncate(source / "model.safetensors", 1 << 14)
+    copy = plan_quantized_copy(open_checkpoint(source), NF4, None)
+
+    def cut(done: int, total: int) -> None:
+        os.truncate(source / "model.safetensors", 1 << 14)
+
     with (
         pytest.raises(ValueError, match="it was truncated while it was read, download it again"),
         new_output(tmp_path / "copy") as partial,
     ):
-        write_quantized_copy(copy, partial, CPU, lambda done, total: None)
+        write_quantized_copy(copy, partial, CPU, cut)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -269,7 +274,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_size_is_known_before_a_weight_is_read(tmp_path: Path) -> None:
     source = write_variant(tmp_path / "source", "qwen2", torch.bfloat16)
-    plan = plan_quantized_copy(source, NF4, None)
+    plan = plan_quantized_copy(open_checkpoint(source), NF4, None)
     copy = run(source, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     assert plan.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -291,9 +296,9 @@ def test_cuda_quantizes_as_it_does_while_it_loads(
     flags = "--device cuda" + ("" if double_quant else " --no-double-quant")
     copy = run(source, tmp_path / "copy", flags)
     cuda, quantization = torch.device("cuda"), Quantization(64, double_quant)
-    expected = load_model(source, cuda, dtype, quantization)
+    expected = load_model(open_checkpoint(source), cuda, dtype, quantization)
     for device in (CPU, cuda):
-        actual = load_model(copy, device, dtype, quantization)
+        actual = load_model(open_checkpoint(copy), device, dtype, quantization)
         for (prefix, ours), (_, theirs) in zip(actual.groups(), expected.groups(), strict=True):
             assert isinstance(ours.weight, NF4Weight)
             assert isinstance(theirs.weight, NF4Weight)

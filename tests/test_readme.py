@@ -14,7 +14,7 @@ import quantize
 from benchmarks import fits
 from benchmarks.__main__ import benchmarks
 from bundled.valley import animals
-from run.config import TrainConfig, build_parser
+from run.config import CONFIG_FILE, TrainConfig, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,13 +30,27 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def test_the_run_that_goes_on_is_given_the_file_that_it_wrote() -> None:
+    assert f"--config out/mine/{CONFIG_FILE} --resume" in README
+
+
 def between(text: str, name: str) -> str:
     return text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
 
 
+def groups_of_flags() -> dict[str, str]:
+    """The group of each flag in --help."""
+    parts = re.split(r"^(\w+):\n", build_parser().format_help(), flags=re.MULTILINE)[1:]
+    return {
+        flag: title
+        for title, text in zip(parts[::2], parts[1::2], strict=True)
+        for flag in re.findall(r"^  (?:--no-[\w-]+\n  )?--([\w-]+)", text, flags=re.MULTILINE)
+    }
+
+
 def flag_tables() -> str:
     """The tables of flags as docs/flags.md must have them, a group each."""
-    groups: dict[str, list[str]] = {}
+    group_of, groups = groups_of_flags(), dict[str, list[str]]()
     for f in fields(TrainConfig):
         name, choices = f.name.replace("_", "-"), f.metadata["choices"]
         is_switch = f.default is None or isinstance(f.default, bool)
@@ -44,7 +58,7 @@ def flag_tables() -> str:
         what = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         switches = {True: "yes", False: "no", None: ""}
         default = switches[f.default] if is_switch else f.default
-        groups.setdefault(f.metadata["group"], []).append(f"| {flag} | {default} | {what} |")
+        groups.setdefault(group_of[name], []).append(f"| {flag} | {default} | {what} |")
     head = "| flag | default | what it is |\n|---|---|---|"
     return "\n\n".join(
         "\n".join([f"## {name.capitalize()}\n", head, *lines]) for name, lines in groups.items()

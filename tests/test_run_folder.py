@@ -26,7 +26,7 @@ from run.checkpoint import (
     MANIFEST_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
-    Checkpoint,
+    ResumePoint,
     RunState,
     list_checkpoints,
     load_checkpoint,
@@ -52,7 +52,7 @@ CONFIG = TrainConfig(model="m", data="d")
 PARTIAL = ".quatrain.partial"
 
 
-def begin_run(config: TrainConfig, resumed: Checkpoint | None = None, *damaged: Path) -> str:
+def begin_run(config: TrainConfig, resumed: ResumePoint | None = None, *damaged: Path) -> str:
     """Open an output folder as a run does, and end at once."""
     with open_output(config, resumed, damaged) as opened:
         return opened.output

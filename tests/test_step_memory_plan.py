@@ -12,6 +12,7 @@ from tiny_llama import VARIANTS, write_variant
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from checkpoint.loading import load_model, load_sizes
+from checkpoint.opening import open_checkpoint
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.model import PROJECTIONS
@@ -58,8 +59,8 @@ def test_the_weights_are_those_of_the_loaded_model(
     tmp_path: Path, variant: str, quantization: Quantization | None, dtype: torch.dtype
 ) -> None:
     folder = write_variant(tmp_path, variant, torch.bfloat16)
-    loaded = load_model(folder, CPU, dtype, quantization)
-    sizes = load_sizes(folder, dtype, quantization)
+    loaded = load_model(open_checkpoint(folder), CPU, dtype, quantization)
+    sizes = load_sizes(open_checkpoint(folder), dtype, quantization)
     found = [(tensor.shape, tensor.dtype) for tensor in sizes.frozen_tensors()]
     assert found == [(tensor.shape, tensor.dtype) for tensor in loaded.frozen_tensors()]
     assert all(tensor.device == META for tensor in sizes.frozen_tensors())
@@ -75,8 +76,8 @@ def test_members_of_other_ranks_are_planned_with_room_for_the_largest(tmp_path: 
     patterns = {"q_proj": 40, "0.self_attn.o_proj": 80}
     lora = replace(LORA, rank_pattern=patterns, exclude_modules=("layers.1.mlp.up_proj",))
     folder = write_variant(tmp_path, "grouped-query")
-    model = load_model(folder, CPU, torch.float32, NF4)
-    sizes = load_sizes(folder, torch.float32, NF4)
+    model = load_model(open_checkpoint(folder), CPU, torch.float32, NF4)
+    sizes = load_sizes(open_checkpoint(folder), torch.float32, NF4)
     for one in (model, sizes):
         one.attach_lora(lora, seed=0)
     work = Workload(sizes, 8, 1, 64)

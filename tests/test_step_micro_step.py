@@ -12,6 +12,7 @@ from tiny_llama import write_variant
 from torch import Tensor
 
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from kernels.neftune import neftune_, noise_scale
 from llama.model import PROJECTIONS, projections
 from lora.config import LoRAConfig
@@ -104,7 +105,9 @@ def test_every_policy_gives_the_same_bits(
 def test_every_family_is_recomputed_bit_for_bit(
     tmp_path: Path, variant: str, device: torch.device
 ) -> None:
-    model = load_model(write_variant(tmp_path, variant), device, torch.float32, NF4)
+    model = load_model(
+        open_checkpoint(write_variant(tmp_path, variant)), device, torch.float32, NF4
+    )
     model.attach_lora(LoRAConfig(4, 6, 0.3, projections(model.config)), seed=0)
     input_ids = tokens(2, 65)
     expected = gradients_of(MicroStep(model, KEEP), input_ids, some_labels(input_ids), 0.25, 7)

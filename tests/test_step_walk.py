@@ -11,6 +11,7 @@ from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 from checkpoint.loading import load_model, load_sizes
+from checkpoint.opening import open_checkpoint
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from step.allocations import Allocations, Event
@@ -38,7 +39,7 @@ def sizes_of(
     """Two rows of 128 tokens through six tiny layers."""
     fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": 6}
     write_checkpoint(folder, fields, random_tensors(fields, torch.bfloat16))
-    model = load_sizes(folder, dtype, quantization)
+    model = load_sizes(open_checkpoint(folder), dtype, quantization)
     model.attach_lora(lora, seed=0)
     return Workload(model, moment_bytes=8, batch=2, tokens=128)
 
@@ -106,7 +107,7 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
     work = sizes_of(tmp_path, variant, torch.float32)
     planned = kept_bytes(StepWalk(work).kept_by(policy))
     fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": 6}
-    model = load_model(tmp_path, CPU, torch.float32, NF4)
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32, NF4)
     model.attach_lora(LORA, seed=0)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
     shared = model.shared(ids)

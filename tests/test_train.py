@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from data.batches import collate, epoch_order
 from data.packing import collate_packed
 from data.samples import Sample
@@ -131,7 +132,7 @@ def test_how_a_step_is_split_into_micro_batches_does_not_change_it(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[MicroStep, AdamW]:
-    model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
+    model = load_model(open_checkpoint(BUNDLED / "model"), torch.device("cpu"), torch.float32, None)
     model.attach_lora(LoRAConfig(4, 8.0, 0.0, ("q_proj", "down_proj")), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.adapter_tensors().items():
@@ -362,7 +363,7 @@ def test_eval_loss_is_the_mean_over_the_tokens_that_have_a_label(tmp_path: Path)
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = f"--max-steps 0 --dtype float32 --quant none --eval-data {tmp_path / 'eval.jsonl'}"
     (row,) = run(tmp_path, flags)
-    model = load_model(BUNDLED / "model", torch.device("cpu"), torch.float32, None)
+    model = load_model(open_checkpoint(BUNDLED / "model"), torch.device("cpu"), torch.float32, None)
     losses = []
     for sample in samples:
         logits = model.logits(torch.tensor([sample.input_ids]))[0]

@@ -17,8 +17,8 @@ from train_process import train_ranks
 import prepare.job
 import quantize
 import train
-from checkpoint.description import describe
 from checkpoint.identity import Identity, identify
+from checkpoint.opening import open_checkpoint
 from prepare.job import BUNDLED
 from run.checkpoint import MANIFEST_FILE, STATE_FILE
 
@@ -62,7 +62,7 @@ def change(folder: Path, name: str = NORM) -> Path:
 
 
 def identity_of(folder: Path) -> Identity:
-    return identify(describe(folder, torch.float32))
+    return identify(open_checkpoint(folder))
 
 
 def metadata_of(adapter: Path) -> dict[str, str]:

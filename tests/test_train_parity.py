@@ -15,6 +15,7 @@ from torch import Tensor
 
 import train
 from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from llama.model import PROJECTIONS, Llama
 from lora.adapter_file import load_adapter, save_adapter
 from lora.config import LoRAConfig
@@ -29,7 +30,7 @@ LORA = LoRAConfig(8, 16.0, 0.0, PROJECTIONS)
 
 
 def quantized_model(checkpoint: Path) -> Llama:
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32, NF4)
+    model = load_model(open_checkpoint(checkpoint), torch.device("cpu"), torch.float32, NF4)
     model.attach_lora(LORA, seed=7)
     return model
 

@@ -1,15 +1,15 @@
-"""What a chat template leaves out of a conversation: it would be lost without a word.
+"""The parts of a conversation that a chat template does not write, which would be lost silently.
 
-A template writes what its author thought of. A role that it does not know (developer, tool), the
-reasoning before an answer, a call, a speaker's name may not appear in its text at all, and two
-samples with opposite instructions become one prompt with two answers.
+A template writes what its author thought of. A role that the template does not know (developer,
+tool), the reasoning before an answer, a call or a speaker's name may be missing from its text, and
+two samples with opposite instructions become one prompt with two answers.
 
 Every part of a conversation therefore gets a mark of its own at its end, and the template writes
 the conversation once more, marks and all: a part whose mark is not in the text was left out.
 
 One such rendering stands for all conversations of its shape: the shapes of their messages
-(data/message_shapes.py), the options and the number of tools. So a million chats need a few hundred
-renderings more.
+(data/chat/message_shapes.py), the options and the number of tools. So a million chats need a few
+hundred renderings more.
 
 Three things may be left out:
 
@@ -28,14 +28,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.chat_template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
-from data.fields import IGNORED_FIELDS
-from data.message_shapes import END_OF_THOUGHT, shape_of, shape_until
+from data.chat.message_shapes import END_OF_THOUGHT, shape_of, shape_until
+from data.chat.template import REASONING_FIELDS, TEMPLATE_ERRORS, ChatTemplate, Message
+from data.formats.fields import IGNORED_FIELDS
 
 # judged elsewhere, or an id
 _UNMARKED_FIELDS = frozenset(("role", "weight", "tool_call_id"))
 _RESULT_ROLES = ("tool", "function", "ipython")
-# a template must write these; others it may use in another way
+# a template must write these; it may use other fields without writing them
 _WRITTEN_FIELDS = frozenset(
     ("content", "name", "tool_calls", "function_call", "tools", *REASONING_FIELDS)
 )
@@ -48,7 +48,7 @@ class _Part:
 
     Attributes:
         field: the message's field that it is in.
-        name: what an error calls it.
+        name: of the part, in errors.
     """
 
     index: int | None
@@ -63,7 +63,7 @@ _Mark = Callable[[_Part], str]
 
 @dataclass(frozen=True)
 class _Probe:
-    """A conversation that stands for all of its shape, to each of which it is equal."""
+    """A conversation that stands for all conversations of its shape: they compare equal."""
 
     template_text: str
     shape: tuple[object, ...]
@@ -80,11 +80,11 @@ def check_written(
     text: str,
     targets: Sequence[int],
 ) -> None:
-    """Refuse a conversation of which the template leaves out what a target may depend on.
+    """Refuse a conversation of which the template leaves out a part that a target may depend on.
 
     Args:
         variables: as ChatTemplate.variables() gives them.
-        text: what the template writes.
+        text: the conversation as the template writes it.
         targets: indices of the messages that are learned, ascending.
 
     Raises:

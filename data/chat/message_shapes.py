@@ -1,14 +1,14 @@
 """The shape of a message: its role, its fields, which of them are empty, and which texts hold
 "</think>". A chat template can decide by these.
 
-The words themselves templates copy, but for "</think>", where templates of reasoning models cut. So
-what is found out with one message or conversation, by a rendering, holds for all of its shape.
+Templates copy the words themselves, except "</think>", where templates of reasoning models cut. So
+one rendering of a message or a conversation tells something about all of the same shape.
 """
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from data.chat_template import REASONING_FIELDS, Message
+from data.chat.template import REASONING_FIELDS, Message
 
 Shape: TypeAlias = tuple[object, ...]
 
@@ -18,8 +18,8 @@ _NUM_LAST = 2
 
 
 def shape_until(messages: Sequence[Message], end: int) -> tuple[Shape, ...]:
-    """The shapes of the last messages before index `end`: by these, a template that treats the last
-    message of a conversation in another way than the others decides how."""
+    """The shapes of the last messages before index `end`. By these a template decides how it writes
+    the last message of a conversation, if it writes that message in another way than the others."""
     return tuple(map(shape_of, messages[max(end - _NUM_LAST, 0) : end]))
 
 

@@ -2,19 +2,19 @@
 
     ~/.cache/quatrain/tokens/KEY/     or under XDG_CACHE_HOME
         input_ids.bin  labels.bin     int32, little-endian: all samples end to end
-        rows.bin                      a row for each sample: its length, what is learned, a hash
+        rows.bin                      a row for each sample: its length, its targets, a hash
         index.json                    format, counts, the SHA-256 of the files above
 
 KEY is a hash of everything that decides the content: the bytes of the data files, the tokenizer and
-its templates, the settings, and the source code of this room, so that no version number can be
-forgotten. Files that change while they are read are refused, or their tokens would be found again
-for the content before. Samples are read from the files as they are asked for; in memory are their
-rows and where they start, 26 bytes each. A folder appears when it is whole. One that does not agree
-with its index is made again. While one process makes it the others wait, so that of the ranks of a
-run only one does the work.
+its templates, the settings, and the source code of data/, so that no version number can be
+forgotten. Files that change while they are read are refused: the next run would take their tokens
+for those of the earlier content. Samples are read from the files as they are asked for; their rows
+and where they start are in memory, 26 bytes a sample. A folder appears when it is whole. A folder
+that does not agree with its index is made again. While one process makes a folder the others wait,
+so that of the ranks of a run only one does the work.
 
 Where datasets.map leaves a fingerprinted Arrow file beside every script that ran, removing this
-folder is the whole of the housekeeping; nothing else remembers it.
+folder removes everything that is stored.
 """
 
 import contextlib
@@ -23,88 +23,27 @@ import hashlib
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.records import data_suffix
-from data.samples import Sample
-from data.tokenization import ROW, TOKEN, Counts, Piece, Recipe, tokenize_files
+from data.reading.files import data_suffix
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import ROW, Counts, Piece
+from data.tokens.recipe import Recipe
+from data.tokens.stored_samples import StoredSamples, TokenFile
+from data.tokens.tokenization import tokenize_files
 from foreign.json_text import read_object
 
 _INDEX_FILE = "index.json"
 _IDS_FILE, _LABELS_FILE, _ROWS_FILE = "input_ids.bin", "labels.bin", "rows.bin"
 _FILES = (_IDS_FILE, _LABELS_FILE, _ROWS_FILE)
 _READ_BYTES = 1 << 20
-
-
-class _TokenFile:
-    """The int32 of a file, read where a slice asks for them.
-
-    An open file stays when its name is removed. One that is cut while it is used ends in an error,
-    where the pages of a memory map would end the process with SIGBUS.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def __getitem__(self, place: slice) -> np.ndarray:  # (stop - start,) int32
-        num_bytes = (place.stop - place.start) * TOKEN.itemsize
-        content = os.pread(self._descriptor, num_bytes, place.start * TOKEN.itemsize)
-        if len(content) < num_bytes:
-            raise OSError(
-                f"{self._path} must stay as it is while a run reads it: it has been cut since; "
-                "start again, or go on with --resume, and the tokens are made again"
-            )
-        return np.frombuffer(content, TOKEN)
-
-
-class Samples(Sequence[Sample]):
-    """Samples, each made from the arrays when it is asked for.
-
-    Attributes:
-        rows: (num_samples,) ROW.
-    """
-
-    def __init__(
-        self,
-        input_ids: np.ndarray | _TokenFile,  # (num_tokens,) int32, of all samples
-        labels: np.ndarray | _TokenFile,  # (num_tokens,) int32
-        rows: np.ndarray,  # (num_samples,) ROW
-        starts: np.ndarray | None = None,  # (num_samples,) int64, by default end to end
-    ) -> None:
-        self._input_ids, self._labels, self.rows = input_ids, labels, rows
-        lengths = rows["length"].astype(np.int64)
-        self._starts = np.cumsum(lengths) - lengths if starts is None else starts
-
-    @property
-    def lengths(self) -> np.ndarray:  # (num_samples,) int32
-        return self.rows["length"]
-
-    def select(self, is_chosen: np.ndarray) -> "Samples":  # (num_samples,) bool
-        """The samples that are chosen, in their order."""
-        return Samples(self._input_ids, self._labels, self.rows[is_chosen], self._starts[is_chosen])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start = int(self._starts[index])
-        end = start + int(self.rows["length"][index])
-        return Sample(self._input_ids[start:end].tolist(), self._labels[start:end].tolist())
+# data/, whose source code decides the tokens
+_ROOM = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -116,7 +55,7 @@ class Tokens:
         is_cached: they were there already.
     """
 
-    samples: Samples
+    samples: StoredSamples
     format: str
     counts: Counts
     sha256: str
@@ -154,7 +93,7 @@ def cached_tokens(
         found = _open(folder, is_cached=True)
         if found is not None:
             return found
-        # what a killed process left, or what does not agree with its index
+        # left by a killed process, or a folder that does not agree with its index
         partial = folder.with_name(f"{key}.partial")
         for leftover in (partial, folder):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -199,7 +138,7 @@ def _check_unchanged(
 def _key(files: Sequence[Path], tokenizer: Tokenizer, recipe: Recipe) -> str:
     settings = {k: v for k, v in asdict(recipe).items() if k != "now"}
     parts: list[Any] = [settings, tokenizer.fingerprint(recipe.now), np.version.version]
-    for path in (*files, *sorted(Path(__file__).parent.glob("*.py"))):
+    for path in (*files, *sorted(_ROOM.rglob("*.py"))):
         if path.is_file():
             with path.open("rb") as file:
                 parts.append([data_suffix(path.name), path.suffix.lower(), _sha256(file)])
@@ -279,7 +218,7 @@ def _open(folder: Path, is_cached: bool) -> Tokens | None:
     rows = np.fromfile(folder / _ROWS_FILE, ROW)
     digest = hashlib.sha256("".join(hashes[name] for name in _FILES).encode()).hexdigest()
     return Tokens(
-        Samples(_TokenFile(folder / _IDS_FILE), _TokenFile(folder / _LABELS_FILE), rows),
+        StoredSamples(TokenFile(folder / _IDS_FILE), TokenFile(folder / _LABELS_FILE), rows),
         data_format,
         counts,
         digest,

@@ -1,8 +1,8 @@
 """Tasks done by confined processes, several at once, with their results in the order of the tasks.
 
-A process that exceeds a limit ends, and with it the whole pool (concurrent.futures knows no other
-way). What it was at is known (data/confinement.py): where that record may be left out, the tasks
-that have no result yet go to new processes without it.
+A process that exceeds a limit ends, and the whole pool with it (concurrent.futures knows no other
+way). The record that it was at is known (data/tokens/confinement.py): where that record may be left
+out, the tasks that have no result yet go to new processes without it.
 """
 
 import multiprocessing
@@ -13,13 +13,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
-from data.confinement import Confinement, TakesTooMuch, end_record
+from data.tokens.confinement import Confinement, TakesTooMuch, end_record
 from foreign.guest import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-# a template that never ends takes its time for every record
+# a template that never ends takes all the time that a record may take, for every record
 _MOST_LEFT_OUT = 8
 
 
@@ -97,7 +97,7 @@ class _Workers(Generic[Task, Result]):
             future = self._pool.submit(_do, task)
             self._confinement.watch()
         except BrokenProcessPool as error:
-            # dealt with in its turn
+            # next_result() starts again
             future = Future[Result]()
             future.set_exception(error)
         self._pending.append((task, future))
@@ -115,7 +115,7 @@ class _Workers(Generic[Task, Result]):
 
     def _start_again(self, error: BrokenProcessPool) -> None:
         """Give the tasks without a result to new processes, without the record that ended one."""
-        # once they have ended it is known how
+        # how a process ended is known once all of them have
         self.stop()
         fault = self._confinement.explain()
         if isinstance(fault, ChildProcessError):
@@ -144,7 +144,7 @@ class _Workers(Generic[Task, Result]):
         self._pool.shutdown(cancel_futures=True)
 
 
-# of a forked process
+# the work, in a forked process
 _work: Callable[[Any], Any]
 
 

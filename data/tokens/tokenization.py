@@ -1,24 +1,26 @@
-"""Records to arrays of token ids, on as many processes as wanted: the arrays do not depend on it.
+"""Records to arrays of token ids, by several processes; the arrays do not depend on their number.
 
-One process reads the file, the others tokenize chunks of records; what comes back is taken in the
-records' order, so that the first fault of the file is the one that is reported. At no time are more
-than a few chunks in memory. Where datasets.map sends examples to processes that write files of
-their own, there is one stream here and one writer (data/token_cache.py).
+One process reads the file, the others tokenize chunks of records. The results are taken in the
+order of the records, so that the first fault of the file is reported. At no time are more than a
+few chunks in memory. Where datasets.map sends examples to processes that write files of their own,
+there is one stream here and one writer (data/tokens/token_cache.py).
 """
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import datetime
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-
-from data.confinement import TakesTooMuch, begin_record
-from data.documents import (
+from data.formats.examples import Conversation, Example, Text, TokenIds
+from data.formats.fields import without
+from data.formats.layouts import DEFAULT_TEXT_FIELD, detect_format, to_example
+from data.reading.files import read_records
+from data.reading.record import Record, Refuse, raise_it
+from data.samples import NO_LOSS, Sample, to_sample
+from data.tokenizer import Tokenizer
+from data.tokens.confinement import TakesTooMuch, begin_record
+from data.tokens.documents import (
     Encoded,
     Window,
     cut,
@@ -27,133 +29,15 @@ from data.documents import (
     join,
     next_window,
 )
-from data.fields import without
-from data.formats import (
-    DEFAULT_TEXT_FIELD,
-    FORMATS,
-    Conversation,
-    Example,
-    Text,
-    TokenIds,
-    detect_format,
-    to_example,
-)
-from data.records import Record, Refuse, raise_it, read_records
-from data.samples import NO_LOSS, Sample, to_sample
-from data.tokenizer import Tokenizer
-from data.workers import in_turn
+from data.tokens.pieces import Counts, Piece, piece_of, row_of
+from data.tokens.recipe import Recipe
+from data.tokens.workers import in_turn
 from foreign.reading import Reading
 
-TRAIN_ON = ("completions", "all")
-TOKEN = np.dtype("<i4")
-# what is known of a sample without its tokens; packed, so that it is the same in a file
-ROW = np.dtype(
-    [
-        ("length", "<i4"),
-        ("num_targets", "<i4"),
-        ("content_hash", "<u8"),
-        ("is_truncated", "?"),
-        ("is_closed", "?"),
-    ]
-)
 _CHUNK_RECORDS = 64
-# a process takes about a tenth of a second to be there
+# a process takes about 0.1 s to start
 _BYTES_WORTH_A_PROCESS = 1 << 19
-# how many faults are quoted
-_NUM_QUOTED = 3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a record becomes, besides the tokenizer.
-
-    Attributes:
-        data_format: one of FORMATS, or "auto" to recognize it in the first record.
-        max_length: longest sample, in tokens; a longer one is cut at its end, a text file into
-            pieces.
-        train_on: "completions", or "all" for every token but BOS.
-        vocab_size: rows of the model's embedding.
-        now: the time that templates which write the date see. A resumed run gives the time of its
-            first start and gets the same samples.
-        skip_bad_lines: leave out a record that is not what it must be, and count it; a text file is
-            no line.
-        ignored_fields: fields of a record and of its messages that are left out.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    data_format: str
-    text_field: str
-    max_length: int
-    train_on: str
-    vocab_size: int
-    now: datetime
-    skip_bad_lines: bool
-    ignored_fields: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.data_format not in ("auto", *FORMATS):
-            raise ValueError(
-                f"--data-format must be auto or one of {', '.join(FORMATS)}: got "
-                f"{self.data_format!r}"
-            )
-        if self.train_on not in TRAIN_ON:
-            raise ValueError(f"--train-on must be {' or '.join(TRAIN_ON)}: got {self.train_on!r}")
-        # the first token of a sample is never predicted
-        if self.max_length < 2:
-            raise ValueError(f"--max-length must be at least 2 tokens: got {self.max_length}")
-
-
-@dataclass
-class Counts:
-    """What became of the records.
-
-    Attributes:
-        num_records: all that the files have.
-        num_bad: left out by --skip-bad-lines; `bad` quotes the first of them.
-        num_without_target: left out because nothing in them is to be learned.
-        num_cut_before_target: left out because it is beyond their first max_length tokens.
-        num_truncated: cut to max_length, those left out by that included.
-        num_rendered, num_rendered_with_tools: written by the chat template, and those with tools.
-    """
-
-    num_records: int = 0
-    num_bad: int = 0
-    num_without_target: int = 0
-    num_cut_before_target: int = 0
-    num_truncated: int = 0
-    num_rendered: int = 0
-    num_rendered_with_tools: int = 0
-    bad: list[str] = field(default_factory=list)
-
-    @property
-    def num_dropped(self) -> int:
-        return self.num_without_target + self.num_cut_before_target
-
-    def add(self, other: "Counts") -> None:
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-        del self.bad[_NUM_QUOTED:]
-
-    def refuse(self, error: ValueError) -> None:
-        """Count a record that is left out."""
-        self.num_records += 1
-        self.num_bad += 1
-        self.bad = [*self.bad, str(error)][:_NUM_QUOTED]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Samples end to end, a row for each, and what was counted on the way."""
-
-    input_ids: np.ndarray  # (num_tokens,) int32
-    labels: np.ndarray  # (num_tokens,) int32, -100 where there is no loss
-    rows: np.ndarray  # (num_samples,) ROW
-    counts: Counts
-
-
-# what a process is given at a time, and what it makes of it
+# what a process is given at a time, and what the process makes of it
 Task: TypeAlias = list[Record] | Window
 Result: TypeAlias = Piece | Encoded
 
@@ -211,7 +95,7 @@ def tokenize_files(
     num_processes = num_processes or _worthwhile_processes(files)
     results = in_turn(tokenize, tasks, num_processes, leave_out)
     pieces = _with_documents(results, tokenizer, recipe)
-    return name, chain(pieces, [_piece([], [], unread)])
+    return name, chain(pieces, [piece_of([], [], unread)])
 
 
 def tokenize_records(
@@ -265,10 +149,10 @@ def tokenize_records(
             else:
                 counts.num_cut_before_target += 1
     rows = [
-        _row(sample, is_truncated, tokenizer)
+        row_of(sample, is_truncated, tokenizer)
         for sample, is_truncated in zip(samples, truncated, strict=True)
     ]
-    return _piece(samples, rows, counts)
+    return piece_of(samples, rows, counts)
 
 
 def _to_sample(example: Example, location: str, tokenizer: Tokenizer, recipe: Recipe) -> Sample:
@@ -299,7 +183,7 @@ def _detect(record: Record, recipe: Recipe) -> str:
 
 
 def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> None:
-    """Refuse what is wrong with every record alike."""
+    """Refuse faults that every record has: of the tokenizer, or of --train-on."""
     if isinstance(example, TokenIds):
         if train_on == "all":
             raise ValueError(
@@ -312,7 +196,7 @@ def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> N
             "the tokenizer must have an eos_token, or the model never learns to stop: got none; "
             "name it in tokenizer_config.json"
         )
-    # a chat template writes it as text, where other samples get its id
+    # a chat template writes EOS as text, where other samples get its id
     if isinstance(example, Conversation) and not tokenizer.has_eos_as_one_token:
         raise ValueError(
             f"the eos_token {tokenizer.eos_token} must be one token of a text, or answers do not "
@@ -330,38 +214,6 @@ def _check_ids(sample: Sample, vocab_size: int, location: str) -> None:
                     f"{' or -100' if name == 'labels' else ''}: got {value:,}; "
                     "tokenize with the model's own tokenizer"
                 )
-
-
-def _piece(samples: Sequence[Sample], rows: Sequence[tuple], counts: Counts) -> Piece:
-    return Piece(
-        np.array([i for sample in samples for i in sample.input_ids], TOKEN),
-        np.array([i for sample in samples for i in sample.labels], TOKEN),
-        np.array(rows, ROW),
-        counts,
-    )
-
-
-def _row(sample: Sample, is_truncated: bool, tokenizer: Tokenizer) -> tuple:
-    # not of the labels: the same text with another mask must not be on both sides of a split
-    content = np.array(sample.input_ids, TOKEN).tobytes()
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return (
-        len(sample.input_ids),
-        sample.num_target_tokens,
-        int.from_bytes(digest, "little"),
-        is_truncated,
-        is_closed(sample, tokenizer),
-    )
-
-
-def is_closed(sample: Sample, tokenizer: Tokenizer) -> bool:
-    """Whether the last thing learned, whitespace apart, is EOS or a token that ends a turn."""
-    for label in reversed(sample.labels[1:]):
-        if label in tokenizer.closing_ids:
-            return True
-        if label != NO_LOSS and not tokenizer.is_blank(label):
-            return False
-    return False
 
 
 def _tasks(records: Iterator[Record], is_text: bool) -> Iterator[Task]:
@@ -383,7 +235,7 @@ def _tasks(records: Iterator[Record], is_text: bool) -> Iterator[Task]:
                 else:
                     window = next_window(window, part)
                 yield window
-            # of a document that is refused, one part says why
+            # a document of another format is refused once, by its first part
             elif not record.part:
                 chunk.append(record)
                 if len(chunk) == _CHUNK_RECORDS:
@@ -419,10 +271,10 @@ def _document(windows: Iterator[Encoded], tokenizer: Tokenizer, recipe: Recipe) 
         for sample in samples:
             what = f"{first.window.location}: a sample"
             tokenizer.check_rows(sample.input_ids, recipe.vocab_size, what)
-        rows = [_row(sample, False, tokenizer) for sample in samples]
-        yield _piece(samples, rows, Counts())
+        rows = [row_of(sample, False, tokenizer) for sample in samples]
+        yield piece_of(samples, rows, Counts())
         counts.num_without_target = 0
-    yield _piece([], [], counts)
+    yield piece_of([], [], counts)
 
 
 def _worthwhile_processes(files: Sequence[Path]) -> int:

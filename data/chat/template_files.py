@@ -12,13 +12,13 @@ from typing import NamedTuple
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"
-# ten times the longest that there is
+# ten times the longest known template
 MOST_CHARACTERS = 500_000
 BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
 
 
 class NamedText(NamedTuple):
-    """A template's text, and what errors call it."""
+    """A template's text, and its name in errors."""
 
     text: str
     name: str
@@ -33,7 +33,7 @@ def checkpoint_templates(
         config: the content of tokenizer_config.json.
 
     Raises:
-        ValueError: a template is not text or too long, or the list of them not as it should be.
+        ValueError: a template is no text or too long, or the list of templates is malformed.
     """
     templates = _checkpoint_templates(folder, config, config_path)
     for text, name in templates.values():
@@ -85,11 +85,11 @@ def _checkpoint_templates(
 def choose_templates(
     choice: str, folder: Path, config: Mapping[str, object], config_path: Path
 ) -> dict[str, NamedText]:
-    """The checkpoint's templates, or as the only one what --chat-template names.
+    """The checkpoint's templates, or the one template that --chat-template names.
 
     Args:
-        choice: a bundled template, the path of a file, one of the checkpoint's by name, or "" for
-            the checkpoint's.
+        choice: the name of a bundled template, the path of a file, the name of one of the
+            checkpoint's templates, or "" for all of the checkpoint's.
 
     Raises:
         ValueError: there is no such template, or it is not UTF-8; as checkpoint_templates().

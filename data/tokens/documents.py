@@ -7,9 +7,9 @@ windows, each of which begins with the end of the window before:
     window k + 1             [--- overlap ---]...........
                                     ^ seam
 
-What a token is depends on the text around it. In the overlap both windows must have the same tokens
-at the same places, over the middle half of it, one without the text that follows and the other
-without the text before. The seam lies there, at a place where no token depends on both sides:
+A token depends on the text around it. Over the middle half of the overlap, both windows must have
+the same tokens at the same places, although the first window lacks the text that follows and the
+second lacks the text before. The seam lies there, at a place where no token depends on both sides:
 
 - before a word, where the tokenizer divides a text into words, from left to right and each to be
   encoded by itself: two readings that begin a word at one place go on alike;
@@ -183,7 +183,7 @@ def _closed(parts: Iterable[list[int]], tokenizer: Tokenizer) -> Iterator[list[i
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert eos is not None
     prefix, suffix = tokenizer.added_around
-    # what may have to go: a BOS at the beginning, and EOS at the end
+    # tokens that may have to go: a BOS at the beginning, and EOS at the end
     begin: list[int] = []
     num_eos = 0
     has_begun = False

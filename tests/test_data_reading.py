@@ -1,4 +1,4 @@
-"""data/records.py: every record with its place, and every fault of a file named with its place."""
+"""data/reading/: every record with its place, and every fault of a file named with its place."""
 
 import gzip
 import json
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data import records
-from data.records import Record, read_records
+from data.reading import json_files
+from data.reading.files import read_records
+from data.reading.record import Record
 
 
 def read(folder: Path, name: str, content: bytes) -> list[Record]:
@@ -180,7 +181,7 @@ def test_keys_that_are_there_twice_are_counted_in_one_pass() -> None:
             num_comparisons += 1
             return str.__eq__(self, other)
 
-    decoder = records._Json()
+    decoder = json_files._Decoder()
     pairs = [(Key(i), i) for i in range(1000)]
     value = decoder._object([*pairs, *((Key(key), i) for key, i in pairs)])
     # a dictionary compares what it finds under the same hash
@@ -234,7 +235,7 @@ def test_a_list_is_read_piece_by_piece_wherever_the_pieces_end(
     path = tmp_path / "x.json"
     path.write_text("\ufeff \n" + json.dumps(expected, indent=1, ensure_ascii=False) + "\n\n")
     for size in range(1, 12):
-        monkeypatch.setattr(records, "_READ_BYTES", size)
+        monkeypatch.setattr(json_files, "_READ_BYTES", size)
         assert [record.fields for record in read_records(path)] == expected
         path_of_bad = tmp_path / "bad.json"
         path_of_bad.write_text('[{"a": 1},\n {"a": 2},\n {"a" 3}]')

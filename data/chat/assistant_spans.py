@@ -1,13 +1,15 @@
-"""Which characters of a rendered conversation the assistant says, found without searching for them.
+"""The characters of a rendered conversation that the assistant says, located by a trace of the
+rendering and never by a search for their text.
 
-Where a template has {% generation %} marks, what they enclose. Else the assistant's turns are what
-the template writes while its loop over the messages is at an assistant message, of which the
-rendering keeps a trace (data/template_trace.py). A turn is learned
+Where a template has {% generation %} marks, the assistant says what they enclose. Otherwise a turn
+of the assistant is the text that the template writes while its loop over the messages is at an
+assistant message (data/chat/template_trace.py). A turn is learned
 
-- from the end of the generation prompt on, which is what add_generation_prompt adds to the messages
-  before it: what the model is given at inference, and what it has to go on with. Where a template
-  ends in that prompt, it is known without rendering these messages (data/template_ending.py), or
-  after rendering them once for all turns that follow messages of the same shape;
+- from the end of the generation prompt on, the text that add_generation_prompt adds to the messages
+  before it: the model is given this prompt at inference, and has to go on from there. Where a
+  template ends in that prompt, it is known without rendering these messages
+  (data/chat/template_ending.py), or after one rendering for all turns that follow messages of the
+  same shape;
 - to the end of the iteration, so that the token that ends the turn is learned, and with it an EOS
   that the template writes right after, before the next turn or at the end of the conversation.
 
@@ -17,7 +19,7 @@ of a plain message, found by rendering it with a character in the content's plac
 nowhere else. Earlier turns of the same conversation may be written differently while they are the
 last (reasoning is dropped, the tools move): renderings are compared up to a traced position only.
 
-What cannot be found in one of these ways is an error that says what to do, never a guess.
+A turn that cannot be located in one of these ways is an error that says what to do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +28,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
-from data.message_shapes import shape_until
-from data.template_trace import Event, absent_character
+from data.chat.message_shapes import shape_until
+from data.chat.template import TEMPLATE_ERRORS, ChatTemplate, Message, Rendering
+from data.chat.template_trace import Event, absent_character
 
 Span: TypeAlias = tuple[int, int]  # half-open range of characters
 
@@ -59,7 +61,7 @@ def render_with_spans(
     variables: Mapping[str, object] | None = None,
     now: datetime | None = None,
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and locate what its assistant messages contribute to the text.
+    """Render a conversation and locate the text of its assistant messages.
 
     Args:
         targets: indices of the assistant messages to locate, ascending; all of them if None.
@@ -143,7 +145,7 @@ def _reply_turns(
 
 
 class _Openings:
-    """What the turns of a conversation begin with that the model is given."""
+    """The text at the beginning of each turn that the model is given and does not learn."""
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class _Openings:
         self._shapes: set[object] = set()
 
     def end(self, index: int, turn: _Turn) -> int:
-        """Where the turn of an assistant message goes on after what the model is given.
+        """Where the text that the model is given ends, in the turn of an assistant message.
 
         Raises:
             ValueError: neither the generation prompt nor the opening of a plain message begins it.
@@ -177,8 +179,8 @@ class _Openings:
         )
 
     def _prompt(self, index: int, turn: _Turn) -> str | None:
-        """What add_generation_prompt adds to the messages before a turn, None where that is not to
-        be told."""
+        """What add_generation_prompt adds to the messages before a turn, None where that cannot be
+        known."""
         # templates look at their first message without asking whether there is one
         if not index:
             return None

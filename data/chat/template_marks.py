@@ -1,25 +1,26 @@
-"""What a chat template writes and the model does not know: a template of another model.
+"""Signs of a chat template of another model: marks that are no tokens, untrained tokens, no BOS.
 
 ChatML on a base model whose vocabulary lacks it makes six or more tokens of `<|im_start|>`, in
 every turn, and leaves the BOS away that the tokenizer sets in front of a text. A base model may
 also have the tokens of its chat variant, and rows of the embeddings for them that were never
-trained. Some models are trained so on purpose (Zephyr's `<|user|>` is no token), so all of this is
-warned of and nothing refused.
+trained. Some models are trained with such marks on purpose (Zephyr's `<|user|>` is no token), so
+these signs are warnings and no errors.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
-from data.chat_template import ChatTemplate
-from data.tokenization import Counts
+from data.chat.template import ChatTemplate
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
 from foreign.guest import in_guest
 
 # <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, and <start_of_turn>
 _MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s'\"{}]+[|\uff5c]>|<[a-z]+_of_[a-z]+>")
 
-# finds those of some tokens that a model was never trained on, comparing their rows with others'
+# given the ids of some tokens and of all added tokens, finds which of the first the model was never
+# trained on: rows of the embeddings are compared
 FindUntrained: TypeAlias = Callable[[Collection[int], Collection[int]], set[int]]
 
 
@@ -42,7 +43,7 @@ def lacks_bos(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
 
 
 def marks_written(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
-    """The added tokens that a template writes, but for BOS, and their ids."""
+    """The added tokens that a template writes, without BOS, and their ids."""
     named = {t for name, t in tokenizer.special_tokens.items() if name in template.text}
     return {
         token: i
@@ -52,7 +53,7 @@ def marks_written(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int
 
 
 def warnings(counts: Counts, tokenizer: Tokenizer, find_untrained: FindUntrained) -> Iterator[str]:
-    """Say of each chat template that wrote records what shows that it is another model's."""
+    """The warnings about each chat template that wrote records."""
     with_tools = counts.num_rendered_with_tools
     used: dict[str, tuple[ChatTemplate, int]] = {}
     for has_tools, number in ((False, counts.num_rendered - with_tools), (True, with_tools)):

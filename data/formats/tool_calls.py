@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Message
+from data.chat.template import TEMPLATE_ERRORS, ChatTemplate, Message
 from foreign.json_text import parse_json
 
 

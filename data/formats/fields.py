@@ -1,6 +1,6 @@
-"""A record's fields: looked up with a complaint that names the record, and none left over.
+"""The fields of a record: each is looked up with an error that names the record, and none is lost.
 
-A field that a format does not take is lost, and with it perhaps the instruction that the answer
+A field that a format does not take would be lost, perhaps with the instruction that the answer
 follows. Such a field is refused by name, unless
 
 - it is empty, or repeats a text that is taken (the "prompt" beside "messages");
@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# fields of a record or a message that say nothing that an answer depends on
+# fields of a record or a message on which no answer depends
 IGNORED_FIELDS = frozenset(
     (
         *("id", "_id", "uid", "uuid", "idx", "index", "hash"),
@@ -39,7 +39,7 @@ _VERDICTS = ("true", "false", "0", "1")
 
 @dataclass(frozen=True)
 class Fields:
-    """A record's fields, each looked up with the complaint that names the record."""
+    """A record's fields, each looked up with an error that names the record."""
 
     location: str
     values: Mapping[str, object]
@@ -69,7 +69,7 @@ class Fields:
         """Refuse fields that are not taken and would be lost.
 
         Args:
-            texts: what the fields taken say.
+            texts: the texts of the fields that are taken.
         """
         others = [
             name

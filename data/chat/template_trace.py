@@ -1,16 +1,16 @@
-"""Where in the text of a rendering its loops and {% generation %} marks wrote.
+"""A trace of a rendering: which part of the text each loop and each {% generation %} mark wrote.
 
 A copy of the template, rewritten as a syntax tree, also writes a marker where an iteration of a
 loop over messages begins, where such a loop ends, and around what {% generation %} encloses. A
 marker is a number between two characters that occur nowhere in the text, so it lands where the
 text of its iteration does, however that text reaches the output: through macros, {% set %} blocks
-or calls. What loops over messages is decided while rendering, by the values, never by names:
-whatever runs over objects with a role.
+or calls. Whether a loop runs over messages is decided while rendering, by its values and never by
+names: it does if they are objects with a role.
 
 The reader (ChatTemplate.trace) takes the markers out again. A marker that goes straight to the
-output is seen by nothing on its way. One that the template collects first, in a macro, a {% set %}
-block or a {% filter %}, may be filtered or tested: the text without markers is then compared with
-the plain rendering, and a template in which they change anything is refused.
+output is seen by nothing on its way. A marker that the template collects first, in a macro, a
+{% set %} block or a {% filter %}, may be filtered or tested: the text without markers is then
+compared with the plain rendering, and a template in which markers change anything is refused.
 
 Left out: recursive loops, which are not marked.
 """
@@ -28,7 +28,7 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.visitor
 
-from data.template_ending import Ending, Sight, Watched, ending_of
+from data.chat.template_ending import Ending, Sight, Watched, ending_of
 
 # the variable under which a trace travels to the marked places of the template
 TRACE = "trace_of_this_rendering"
@@ -40,7 +40,7 @@ def absent_character(text: str) -> str:
     return next(character for character in private_use if character not in text)
 
 
-# what markers begin and end with, where the text is not known yet
+# the first and last character of a marker, where the text is not known yet
 MARK = absent_character("")
 
 
@@ -49,8 +49,8 @@ class Event:
     """One marker: "turn" and "end" of the loop with this number, "open" and "close" of a mark.
 
     Attributes:
-        index: of the message at a turn, where all before it would be written were it the end
-            (data/template_ending.py), else None.
+        index: of the message at a turn, if the text before the turn would be the same without the
+            messages from this one on (data/chat/template_ending.py), else None.
     """
 
     kind: str
@@ -109,7 +109,7 @@ class Trace:
 
     def read_alone(self, marked: str) -> tuple[str, list[tuple[int, Event]]] | None:
         """As read(), or None where only a plain rendering can tell the text."""
-        # one that has the character itself can hold what looks like a marker
+        # a text that has the character itself may have a part that looks like a marker
         if self.is_collected or marked.count(self._character) != 2 * len(self._events):
             return None
         return self.read(marked)
@@ -179,7 +179,7 @@ def compile_traced(environment: jinja2.Environment, template: str) -> jinja2.Tem
 
 
 def compile_ending(environment: jinja2.Environment, template: str) -> jinja2.Template | None:
-    """Compile what a template writes behind its last loop, None where that is not to be told."""
+    """Compile what a template writes behind its last loop, None where that cannot be known."""
     ending = ending_of(environment.parse(template))
     if ending is None:
         return None

@@ -1,16 +1,17 @@
-"""What a chat template writes last, behind its loop over the messages: the generation prompt.
+"""The generation prompt, where a chat template writes it behind its last loop over the messages.
 
-Given the messages before an answer and add_generation_prompt, most templates write what they write
-of these messages in the whole conversation, and then the nodes behind their last loop, which read
-nothing but the variables of the call. Where both hold, the generation prompt of every answer is
-known from one rendering of the whole conversation and one of those nodes. To render the beginning
-of the conversation for each answer takes a time that grows with the square of its length.
+Given the messages before an answer and add_generation_prompt, most templates write these messages
+as in the whole conversation, and then the nodes behind their last loop, which read nothing but the
+variables of the call. Where both hold, two renderings give the generation prompt of every answer:
+one of the whole conversation and one of those nodes. To render the beginning of the conversation
+for each answer takes a time that grows with the square of the conversation's length.
 
 - The nodes behind the loop are judged by the template's syntax tree (ending_of).
-- What comes before them is judged while rendering. The template is given its messages as Watched,
-  which notes how far into them it has looked. If nothing has looked at a message, or behind it,
-  when the loop comes to it, all that is written so far is what would be written were that the end.
-  A loop looks ahead of itself by loop.last and the like, which the traced template notes as well.
+- The text before them is judged while rendering. The template is given its messages as Watched,
+  which notes how far the template has looked into them. If the template has not looked at a message
+  or behind it when the loop comes to it, the text so far would be the same if the conversation
+  ended before that message. A loop looks ahead by loop.last and the like, which the traced template
+  notes as well.
 """
 
 import operator
@@ -30,8 +31,8 @@ class Sight:
     """How far into the messages a template has looked.
 
     Attributes:
-        furthest: index of the furthest message that was asked for, but by the turns of the last
-            loop.
+        furthest: index of the furthest message that was asked for; the turns of the last loop do
+            not count.
         current: index of the message that the last loop has come to.
     """
 
@@ -42,7 +43,7 @@ class Sight:
         self.furthest = max(self.furthest, index)
 
     def look_at_next(self) -> None:
-        """Note that the last loop has been asked for what is ahead, for which it went on."""
+        """Note a look at the message behind the current one, by loop.last and the like."""
         self.look_at(self.current)
 
     @property
@@ -52,9 +53,10 @@ class Sight:
 
 
 class Watched(Sequence[Any]):
-    """A list of messages, from some message on, that notes what is asked of it.
+    """A list of messages, from some message on, that notes which of them are asked for.
 
-    What a list can do and this cannot is a TypeError, and no other text.
+    What a list can do and this class cannot is a TypeError: it never writes another text than a
+    list.
     """
 
     def __init__(self, messages: list[Any], sight: Sight, start: int = 0) -> None:
@@ -111,7 +113,7 @@ class Watched(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Ending:
-    """The last loop of a template, what it looks ahead with, and the nodes behind it."""
+    """The last loop of a template, the nodes with which it looks ahead, and those behind it."""
 
     loop: nodes.For
     ahead: list[nodes.Getattr]
@@ -119,8 +121,8 @@ class Ending:
 
 
 def ending_of(tree: nodes.Template) -> Ending | None:
-    """The ending of a template, None where it may depend on messages or the prompt on another
-    part of the template."""
+    """The ending of a template, None where the ending may depend on messages, or the prompt on
+    another part of the template."""
     loops = [i for i, node in enumerate(tree.body) if isinstance(node, nodes.For)]
     if not loops or any(tree.find_all(_OTHER_TEMPLATES)):
         return None
@@ -151,7 +153,7 @@ def ending_of(tree: nodes.Template) -> Ending | None:
 
 
 def _is_default(node: nodes.Node) -> bool:
-    """Whether a node gives add_generation_prompt a value where it has none: it always has."""
+    """Whether a node only gives add_generation_prompt a value if it has none: here it has one."""
     is_defined = nodes.Test(nodes.Name(_PROMPT, "load"), "defined", [], [], None, None)
     if not isinstance(node, nodes.If) or node.elif_ or node.else_:
         return False

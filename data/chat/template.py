@@ -1,45 +1,29 @@
 """A conversation as text, exactly as transformers' apply_chat_template(tokenize=False) writes it.
 
-The same sandboxed Jinja environment with the same globals, filters and tags; what a template sees
-is plain JSON, the tokenizer's special tokens and the variables of the call. Where it differs:
+The Jinja environment is the same (data/chat/environment.py). A template sees plain JSON, the
+tokenizer's special tokens and the variables of the call. Two things differ:
 
 - An error says which template, where it came from, which message it stumbled over, and why.
-- What it writes can be traced (data/template_trace.py), from which data/assistant_spans.py finds
-  what the assistant says.
+- The text can be traced (data/chat/template_trace.py): which part was written for which message.
+  From the trace data/chat/assistant_spans.py finds what the assistant says.
 
 Left out: images and other parts that are not text, and functions in place of tools' JSON schemas.
 """
 
 import contextlib
-import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.template_ending import Watched
-from data.template_trace import (
-    MARK,
-    TRACE,
-    Event,
-    Trace,
-    TraceExtension,
-    absent_character,
-    compile_ending,
-    compile_traced,
-    has_generation_marks,
-)
+from data.chat import environment
+from data.chat.template_ending import Watched
+from data.chat.template_trace import MARK, TRACE, Event, Trace, absent_character
 
 Message = dict[str, Any]
-
-# what template code can raise besides Jinja's own errors: 'a' + none, 1 / 0, endless recursion, a
+# the errors of template code, Jinja's own and others: 'a' + none, 1 / 0, endless recursion, a
 # text beyond the memory of a confined process (foreign/guest.py)
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -54,7 +38,7 @@ TEMPLATE_ERRORS = (
 _LONGEST_REASON = 500
 # the variables that a call itself gives, which none of its own may replace
 GIVEN_VARIABLES = ("messages", "tools", "add_generation_prompt", "strftime_now")
-# the names under which data sets keep a message's reasoning, the one that templates read first
+# the names under which data sets keep a message's reasoning; templates read the first of them
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -70,7 +54,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, what errors call it, and the special tokens that it may write.
+    """A template, its name in errors, and the special tokens that it may write.
 
     Attributes:
         special_tokens: "bos_token" and the like to the token. One that is absent is undefined to
@@ -94,8 +78,8 @@ class ChatTemplate:
 
         Args:
             tools: JSON schemas of the functions that the model may call.
-            variables: more of what the template reads: documents, enable_thinking.
-            now: what strftime_now formats; the time of the call if None.
+            variables: other variables of the template: documents, enable_thinking.
+            now: the time that strftime_now formats; the time of the call if None.
 
         Raises:
             ValueError: the template is not valid, or it refuses the conversation; the message says
@@ -122,7 +106,7 @@ class ChatTemplate:
         }
 
     def write(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-        """Render with all that the template sees; render() says what it raises."""
+        """Render with all variables of the template; raises the same errors as render()."""
         with self._refusing(messages, variables):
             return self.attempt(messages, variables)
 
@@ -150,7 +134,9 @@ class ChatTemplate:
 
     def attempt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """Render, and let one of TEMPLATE_ERRORS pass as it is."""
-        return _compile(self.text).render(messages=[_as_seen(m) for m in messages], **variables)
+        return environment.compiled(self.text).render(
+            messages=[_as_seen(m) for m in messages], **variables
+        )
 
     def trace(
         self,
@@ -165,14 +151,14 @@ class ChatTemplate:
             with_loops: False leaves the turns out.
 
         Returns:
-            None where the template does not write what its loops and marks enclose unchanged.
+            None where the template changes the text inside its loops or marks before writing it.
 
         Raises one of TEMPLATE_ERRORS where attempt() does.
         """
         seen = [_as_seen(message) for message in messages]
-        marked = _compile_traced(self.text)
+        marked = environment.traced(self.text)
         trace = Trace(MARK, with_loops)
-        watched = Watched(seen, trace.sight) if _compile_ending(self.text) else seen
+        watched = Watched(seen, trace.sight) if environment.ending(self.text) else seen
         with contextlib.suppress(*TEMPLATE_ERRORS):
             found = trace.read_alone(marked.render(messages=watched, **{**variables, TRACE: trace}))
             if found is not None:
@@ -188,7 +174,7 @@ class ChatTemplate:
     def ending(self, variables: Mapping[str, Any]) -> str | None:
         """What is written behind the last loop where a prompt for the assistant is asked for, None
         where that is not the same for all conversations."""
-        template = _compile_ending(self.text)
+        template = environment.ending(self.text)
         if template is None:
             return None
         try:
@@ -199,8 +185,8 @@ class ChatTemplate:
     def check_syntax(self) -> None:
         """Raise ValueError if the template is not Jinja."""
         try:
-            _compile(self.text)
-        # Python reads what Jinja makes of it, and refuses too many blocks in each other
+            environment.compiled(self.text)
+        # Jinja translates a template to Python, which refuses blocks nested too deep
         except (jinja2.TemplateError, MemoryError, RecursionError, SyntaxError) as error:
             line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(
@@ -211,22 +197,22 @@ class ChatTemplate:
     def has_marks(self) -> bool:
         """Whether the template has {% generation %} marks."""
         self.check_syntax()
-        return _has_marks(self.text)
+        return environment.has_marks(self.text)
 
     def clock(self, now: datetime) -> list[str]:
         """What the template can read of the time: the texts that it formats it as, or all of it
         where they cannot be told from the template."""
-        formats = _clock_formats(self.text)
+        formats = environment.clock_formats(self.text)
         return [now.isoformat()] if formats is None else [now.strftime(f) for f in formats]
 
     def reads(self, name: str) -> bool:
         """Whether the template names a field: message.name or message['name']."""
-        return name in _fields_read(self.text)
+        return name in environment.fields_read(self.text)
 
     def check_variables(self, names: Sequence[str]) -> None:
         """Raise ValueError if the template has no use for a variable: it would be ignored."""
         self.check_syntax()
-        unread = [name for name in names if name not in _names_read(self.text)]
+        unread = [name for name in names if name not in environment.names_read(self.text)]
         if unread:
             raise ValueError(
                 f"{self.name} must read what the record gives it: got no use of "
@@ -252,135 +238,14 @@ class ChatTemplate:
 
 
 def _reason(error: Exception) -> str:
-    # what a template raises may be as long as it likes
+    # a template may raise a text of any length
     return str(error)[:_LONGEST_REASON] or type(error).__name__
 
 
 def _as_seen(message: Message) -> Message:
-    """The message as transformers shows it to a template: no nulls, reasoning under one name."""
+    """The message as transformers gives it to a template: no nulls, reasoning under one name."""
     seen = {key: value for key, value in message.items() if value is not None}
     reasoning = next((seen[name] for name in REASONING_FIELDS if name in seen), None)
     if reasoning is not None:
         seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
     return seen
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes <, > and & for HTML
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-class _TemplateDict:
-    """What templates call as dict(): no class, whose attributes lead out of the sandbox."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _TemplateNamespace(jinja2.utils.Namespace):
-    """What templates call as namespace(): no name in it may begin with an underscore."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        values = dict(*args, **kwargs)
-        for name in values:
-            _check_public(name)
-        super().__init__(values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_public(name)
-        super().__setitem__(name, value)
-
-
-def _check_public(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"a namespace's names must not begin with an underscore: got {name!r}"
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile_traced(template: str) -> jinja2.Template:
-    return compile_traced(_environment(), template)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile_ending(template: str) -> jinja2.Template | None:
-    return compile_ending(_environment(), template)
-
-
-@functools.lru_cache(maxsize=16)
-def _has_marks(template: str) -> bool:
-    return has_generation_marks(_environment(), template)
-
-
-@functools.lru_cache(maxsize=16)
-def _names_read(template: str) -> frozenset[str]:
-    names = _environment().parse(template).find_all(jinja2.nodes.Name)
-    return frozenset(name.name for name in names if name.ctx == "load")
-
-
-@functools.lru_cache(maxsize=16)
-def _fields_read(template: str) -> frozenset[str]:
-    tree = _environment().parse(template)
-    attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    return frozenset(attributes | {node.value for node in tree.find_all(jinja2.nodes.Const)})
-
-
-@functools.lru_cache(maxsize=16)
-def _clock_formats(template: str) -> list[str] | None:
-    """The constants that strftime_now is called with, None if it is used in another way."""
-    # rendering says what is wrong with the template
-    with contextlib.suppress(jinja2.TemplateSyntaxError, RecursionError):
-        return _constant_formats(_environment().parse(template))
-    return None
-
-
-def _constant_formats(tree: jinja2.nodes.Template) -> list[str] | None:
-    uses = {id(n) for n in tree.find_all(jinja2.nodes.Name) if n.name == "strftime_now"}
-    formats = []
-    for node in tree.find_all((jinja2.nodes.Call, jinja2.nodes.Test)):
-        if id(node.node) not in uses:
-            continue
-        uses.remove(id(node.node))
-        if isinstance(node, jinja2.nodes.Call):
-            constants = [a.value for a in node.args if isinstance(a, jinja2.nodes.Const)]
-            if len(node.args) != 1 or len(constants) != 1:
-                return None
-            formats.append(str(constants[0]))
-        elif node.name not in ("defined", "undefined"):
-            return None
-    return None if uses else formats
-
-
-@functools.lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[TraceExtension, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["dict"] = _TemplateDict()
-    environment.globals["namespace"] = _TemplateNamespace
-    return environment

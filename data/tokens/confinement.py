@@ -1,7 +1,7 @@
 """The processes that tokenize, confined, and the record that each of them is at.
 
-A record runs the model's programs: its chat template and its tokenizer. Where one of them takes too
-much, the kernel ends the process (foreign/guest.py), which can say nothing any more: what it was at
+A record runs the model's programs: its chat template and its tokenizer. Where a program takes too
+much, the kernel ends its process at once (foreign/guest.py). The record that the process was at
 stands in memory that it shares with its parent.
 """
 
@@ -35,7 +35,7 @@ class TakesTooMuch(ValueError):
 
 
 class Confinement:
-    """Where each of so many processes is; made before they are forked."""
+    """The record that each of some processes is at; made before the processes are forked."""
 
     def __init__(self, num_processes: int) -> None:
         self._places = [_FORK.RawArray("c", _PLACE_BYTES) for _ in range(num_processes)]
@@ -43,7 +43,7 @@ class Confinement:
         self._processes: dict[int | None, BaseProcess] = {}
 
     def enter(self) -> None:
-        """Confine this process, one of those."""
+        """Confine this process, which is one of them."""
         global _place
         with self._next.get_lock():
             _place = self._places[self._next.value]
@@ -52,11 +52,11 @@ class Confinement:
         guest.confine()
 
     def watch(self) -> None:
-        """Take note of the processes while they live, for how they end."""
+        """Remember the processes while they live, to read their exit codes when they have ended."""
         self._processes |= {each.pid: each for each in multiprocessing.active_children()}
 
     def explain(self) -> TakesTooMuch | ChildProcessError:
-        """What to raise once all processes have ended, one of them before its time."""
+        """The error to raise once all processes have ended and one of them ended too early."""
         for place in self._places:
             number, _, location = place.value.decode(errors="surrogateescape").partition(" ")
             process = self._processes.get(int(number or 0))

@@ -1,0 +1,197 @@
+"""A checkpoint folder, opened: config.json and the headers of its files, read once and checked.
+
+No weight is read. A shape or dtype that contradicts config.json, a missing tensor and an unknown
+tensor are found from the headers.
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.files import INDEX_NAME, SINGLE_NAME, first_few, read_shards
+from checkpoint.number_formats import check_not_quantized, number_format
+from checkpoint.shard_reader import Shard, StoredTensor, read_tensor
+from checkpoint.slots import EMBEDDINGS, HEAD, META, Slot, slots_of
+from checkpoint.stored_nf4 import StoredNF4, as_bytes, check_stored_nf4, read_stored_nf4
+from llama.config import CONFIG_NAME, LlamaConfig, check_config, read_config_json
+from llama.model import Llama
+from nf4.weight import Quantization
+
+# parts of the names of tensors that the text model does not need: rotary frequencies and their
+# cosines, which follow from config.json, and the encoders of images and sound
+_BESIDE_THE_MODEL = frozenset(
+    {
+        "audio_tower",
+        "image_newline",
+        "mm_projector",
+        "multi_modal_projector",
+        "rotary_emb",
+        "vision_embed_tokens",
+        "vision_model",
+        "vision_tower",
+        "visual",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's checkpoint folder with all that its headers and config.json say, checked.
+
+    Attributes:
+        config_json: the fields of config.json, also those that decide nothing here.
+        shards: the files of weights, sorted by name.
+        stored: their tensors, in the files' order.
+        nf4: the weights that are stored in NF4.
+        left_alone: names of stored tensors that the model does not need.
+    """
+
+    folder: Path
+    config: LlamaConfig
+    config_json: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    stored: Mapping[str, StoredTensor]
+    nf4: StoredNF4
+    left_alone: frozenset[str]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantized that are stored in NF4; None if there are none."""
+        return self.nf4.quantization
+
+    @property
+    def embeddings(self) -> StoredTensor:
+        """The embeddings, or the head where tied embeddings are stored as the head alone."""
+        return self.stored[EMBEDDINGS if EMBEDDINGS in self.stored else HEAD]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines about files, tensors and fields of the folder that are not used."""
+        lines = []
+        if (self.folder / SINGLE_NAME).is_file() and (self.folder / INDEX_NAME).is_file():
+            lines.append(
+                f"{self.folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as "
+                "transformers does"
+            )
+        if self.left_alone:
+            lines.append(
+                f"{self.folder} has tensors that the model does not need; left alone: "
+                f"{first_few(self.left_alone)}"
+            )
+        said = number_format(self.config_json)
+        if said and not self.nf4.states:
+            lines.append(
+                f"{self.folder / CONFIG_NAME} has a quantization_config ({said}), and no "
+                "weight is quantized: it is left over from another form, and ignored"
+            )
+        return lines
+
+    def needed(self) -> list[StoredTensor]:
+        """List the tensors that a model is loaded from, in the files' order, so that each file is
+        read front to back."""
+        others = self.left_alone | self.nf4.read
+        return [tensor for name, tensor in self.stored.items() if name not in others]
+
+    def vocabulary(self) -> dict[str, StoredTensor]:
+        """Find the embeddings and the head; where one tensor is stored for both, it is both."""
+        return {name: self.stored.get(name, self.embeddings) for name in (EMBEDDINGS, HEAD)}
+
+    def vocabulary_tensors(self) -> dict[str, Tensor]:
+        """Read the embeddings and the head as they are stored."""
+        return {name: read_tensor(stored) for name, stored in self.vocabulary().items()}
+
+    def check_unchanged(self) -> None:
+        """Refuse files that were changed since the checkpoint was opened.
+
+        Raises:
+            FileNotFoundError, ValueError: as `Shard.check_unchanged`.
+        """
+        for shard in self.shards:
+            shard.check_unchanged()
+
+    def check_tied_head(self) -> None:
+        """Refuse a stored head that config.json ties to the embeddings and that differs from them.
+
+        Raises:
+            ValueError: the head differs.
+        """
+        if not self.config.tie_word_embeddings or HEAD not in self.left_alone:
+            return
+        values = self.vocabulary_tensors()
+        if not torch.equal(values[HEAD].to(values[EMBEDDINGS]), values[EMBEDDINGS]):
+            raise ValueError(
+                f"{self.folder}: config.json ties the head to the embeddings, so {HEAD} must "
+                f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"
+            )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint's config.json and headers.
+
+    Raises:
+        FileNotFoundError: config.json, an index or a shard is missing.
+        ValueError: the files contradict each other or config.json, or are in another format.
+    """
+    fields = read_config_json(folder)
+    config = check_config(fields)
+    with META:
+        model = Llama(config, torch.float32)
+    shards = tuple(read_shards(folder))
+    stored = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    said = number_format(fields.values)
+    nf4 = read_stored_nf4(folder, stored)
+    check_stored_nf4(folder, model, nf4, said)
+    stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
+    slots = slots_of(model, stored, nf4.states)
+    others = stored.keys() - slots.keys()
+    left_alone = frozenset(n for n in others if _is_left_alone(n, config.tie_word_embeddings))
+    if not nf4.states:
+        taken = {name: tensor for name, tensor in stored.items() if name not in left_alone}
+        check_not_quantized(folder, taken, slots.keys(), said)
+    _check(folder, stored, slots, nf4.read | left_alone, config.tie_word_embeddings)
+    return Checkpoint(folder, config, fields.values, shards, stored, nf4, left_alone)
+
+
+def _is_left_alone(name: str, is_tied: bool) -> bool:
+    """Whether a checkpoint may hold a tensor that the model does not need."""
+    return not _BESIDE_THE_MODEL.isdisjoint(name.split(".")) or (is_tied and name == HEAD)
+
+
+def _check(
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    slots: Mapping[str, Slot],
+    known: Set[str],
+    is_tied: bool,
+) -> None:
+    """Hold what the files contain against what config.json implies.
+
+    Args:
+        known: tensors that are read already, or left alone.
+    """
+    extra = stored.keys() - slots.keys() - known
+    missing = slots.keys() - stored.keys()
+    if missing or extra:
+        raise ValueError(
+            f"{folder} must hold exactly the tensors that config.json implies: "
+            f"missing are {first_few(missing)}; unknown are {first_few(extra)}"
+        )
+    shapes = {name: slot.shape for name, slot in slots.items()}
+    if is_tied and HEAD in known:
+        shapes[HEAD] = shapes[EMBEDDINGS]
+    for name, shape in shapes.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{stored[name].file}: {name} must have shape {shape} by config.json: "
+                f"got {stored[name].shape}"
+            )
+    for name, slot in slots.items():
+        if stored[name].dtype not in slot.dtypes:
+            raise ValueError(
+                f"{stored[name].file}: {name} must be stored as "
+                f"{' or '.join(map(str, slot.dtypes))}: got {stored[name].dtype}"
+            )

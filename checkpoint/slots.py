@@ -1,0 +1,114 @@
+"""Where each tensor of a checkpoint goes in a model, by the checkpoint's name for it."""
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.shard_reader import FLOATS
+from llama.config import LlamaConfig
+from llama.model import Llama
+from lora.linear_group import LinearGroup
+from nf4.serialized import WeightState, stored_buffers
+from nf4.weight import empty_weight
+
+META = torch.device("meta")
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a checkpoint's tensor goes in a model, and the shape that it must have.
+
+    Attributes:
+        dtypes: the dtypes that the tensor may be stored as.
+        home: finds, or makes, the memory that holds the tensor's own bytes; None where the tensor
+            is quantized.
+        quantize: quantizes a tensor without home, and returns scales that tell whether it is
+            finite.
+        settle: turns a tensor that was read into its home into the one that is kept.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    home: Callable[[torch.dtype, torch.device], Tensor | None]
+    quantize: Callable[[Tensor], Tensor]
+    settle: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+def slots_of(
+    model: Llama, stored: Container[str], states: Mapping[str, WeightState]
+) -> dict[str, Slot]:
+    """Find the slot of every tensor that a model needs.
+
+    Args:
+        stored: the names in the files: tied embeddings may be stored as the head alone.
+        states: what describes the weights that are stored in NF4.
+    """
+    slots: dict[str, Slot] = {}
+    floats = tuple(FLOATS.values())
+
+    def add_parameter(name: str, shape: tuple[int, ...]) -> None:
+        owner = model.get_submodule(name.rpartition(".")[0])
+
+        def home(dtype: torch.dtype, device: torch.device) -> Tensor:
+            weight = torch.empty(shape, dtype=dtype, device=device)
+            owner.weight = nn.Parameter(weight, requires_grad=False)
+            return weight
+
+        def settle(tensor: Tensor) -> Tensor:
+            dtype = kept_dtype(model.config, name, tensor.dtype, model.compute_dtype)
+            return tensor if dtype == tensor.dtype else home(dtype, tensor.device).copy_(tensor)
+
+        slots[name] = Slot(shape, floats, home, _never, settle)
+
+    def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
+        name = prefix + member
+        slots[name] = Slot(
+            shape,
+            floats,
+            lambda dtype, device: group.home(member),
+            lambda tensor: group.quantize(member, tensor, name),
+        )
+
+    def add_stored(name: str, suffix: str, like: Tensor, group: LinearGroup, member: str) -> None:
+        def home(dtype: torch.dtype, device: torch.device) -> Tensor:
+            return stored_buffers(group.member(member))[suffix]
+
+        slots[name + suffix] = Slot(tuple(like.shape), (like.dtype,), home, _never)
+
+    for name, parameter in model.named_parameters():
+        add_parameter(name, tuple(parameter.shape))
+    for prefix, group in model.groups():
+        for name, rows in zip(group.names, group.rows, strict=True):
+            shape = (rows, group.in_features)
+            if (state := states.get(f"{prefix}{name}.weight")) is None:
+                add_member(prefix, group, f"{name}.weight", shape)
+            else:
+                alone = empty_weight((rows,), group.in_features, *state.quantization, META)
+                for suffix, like in stored_buffers(alone).items():
+                    add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
+            if group.has_bias:
+                add_member(prefix, group, f"{name}.bias", (rows,))
+    if model.config.tie_word_embeddings and HEAD in stored and EMBEDDINGS not in stored:
+        slots[HEAD] = slots.pop(EMBEDDINGS)
+    return slots
+
+
+def _never(tensor: Tensor) -> Tensor:
+    raise AssertionError("embeddings, norms and what is quantized already are not quantized")
+
+
+def kept_dtype(
+    config: LlamaConfig, name: str, stored: torch.dtype, compute: torch.dtype
+) -> torch.dtype:
+    """Find the dtype in which one of a model's parameters is kept.
+
+    The head is kept in the compute dtype, to which every loss would convert it again. So are
+    embeddings that are the head too, or that become smaller by it: rounding a row before it is
+    looked up gives the same numbers as rounding it afterwards.
+    """
+    if name == HEAD or (name == EMBEDDINGS and config.tie_word_embeddings):
+        return compute
+    return compute if name == EMBEDDINGS and compute.itemsize < stored.itemsize else stored

@@ -1,0 +1,1 @@
+"""Layouts of records, and the examples that records are read as."""

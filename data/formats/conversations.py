@@ -1,0 +1,162 @@
+"""A record's messages as a conversation, with the system prompt, the tools and the variables that
+stand beside them in the record.
+
+Roles, contents and calls that no chat template can take are errors with their place; a message
+keeps all its fields.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.chat.template import GIVEN_VARIABLES
+from data.formats.examples import Conversation
+from data.formats.fields import Fields, excerpt, kind_of
+from data.formats.tool_calls import decode_arguments
+from foreign.json_text import parse_json
+
+# the fields that a record may have beside its messages
+SYSTEM_FIELDS = ("system", "system_prompt")
+CONVERSATION_FIELDS = (
+    *SYSTEM_FIELDS,
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def to_conversation(
+    messages: list[dict[str, Any]], first: int, fields: Fields, own: Sequence[str]
+) -> Conversation:
+    """The conversation whose assistant messages from index `first` on are learned.
+
+    Args:
+        own: the fields that the messages are from.
+    """
+    fields.refuse_others((*own, *CONVERSATION_FIELDS), [m.get("content", "") for m in messages])
+    if system := _system(messages, fields):
+        messages = [{"role": "system", "content": system}, *messages]
+        first += 1
+    targets = [
+        i
+        for i, message in enumerate(messages)
+        if i >= first and message["role"] == "assistant" and message.get("weight") != 0
+    ]
+    if not targets:
+        raise ValueError(
+            f"{fields.location}: a conversation must have an assistant message to learn: got the "
+            f"roles {', '.join(m['role'] for m in messages[first:]) or 'of no message'}; delete "
+            "the record"
+        )
+    return Conversation(messages, targets, _tools(fields), _variables(fields))
+
+
+def _system(messages: list[dict[str, Any]], fields: Fields) -> str:
+    """The system prompt that the record gives beside its messages, "" if none."""
+    given = [text for name in SYSTEM_FIELDS if (text := fields.optional_text(name))]
+    said = [m["content"] for m in messages[:1] if m["role"] == "system"]
+    if len({*given, *said}) > 1:
+        raise ValueError(
+            f"{fields.location}: a record must have one system prompt: got "
+            f"{' and '.join(map(excerpt, (*given, *said)))}; delete what is not meant"
+        )
+    return "" if said or not given else given[0]
+
+
+def _tools(fields: Fields) -> list[dict[str, Any]] | None:
+    given = [name for name in ("tools", "functions") if fields.values.get(name) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(
+            f"{fields.location}: a record must give its functions once: got tools and functions; "
+            "delete one of them"
+        )
+    (name,) = given
+    tools = fields.values[name]
+    if isinstance(tools, str):
+        what = f"{fields.location}: {name!r} must be a list, or the JSON text of one, which"
+        tools = parse_json(tools, what, "correct it")
+    objects = _objects(tools, name, fields.location)
+    if name == "tools":
+        return objects
+    # OpenAI's older form, without the wrapper of type "function"
+    return [f if "function" in f else {"type": "function", "function": f} for f in objects]
+
+
+def _variables(fields: Fields) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    if fields.values.get("documents") is not None:
+        documents = _objects(fields.values["documents"], "documents", fields.location)
+        variables["documents"] = documents
+    if fields.values.get("chat_template_kwargs") is not None:
+        variables |= fields.get("chat_template_kwargs", dict)
+    reserved = [name for name in GIVEN_VARIABLES if name in variables]
+    if reserved:
+        raise ValueError(
+            f"{fields.location}: 'chat_template_kwargs' must not set {', '.join(GIVEN_VARIABLES)}: "
+            f"got {', '.join(reserved)}; delete it"
+        )
+    return variables
+
+
+def _objects(values: object, name: str, location: str) -> list[dict[str, Any]]:
+    if not isinstance(values, list):
+        raise ValueError(f"{location}: {name!r} must be a list: got {kind_of(values)}; correct it")
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{location}: {name}[{index}] must be an object: got {kind_of(value)}; correct it"
+            )
+    return values
+
+
+def to_messages(values: list[object], location: str, field: str) -> list[dict[str, Any]]:
+    messages = []
+    for index, value in enumerate(values):
+        where = f"{location}: {field}[{index}]"
+        if not isinstance(value, dict):
+            raise ValueError(
+                f'{where} must be an object with "role" and "content": got {kind_of(value)}; '
+                "correct it"
+            )
+        role = value.get("role")
+        if role not in ROLES:
+            raise ValueError(
+                f"{where} must have a role among {', '.join(ROLES)}: got {excerpt(role)}; "
+                "correct it"
+            )
+        if value.get("weight") not in (None, 0, 1):
+            raise ValueError(
+                f"{where} must have a weight of 0 (not learned) or 1: got "
+                f"{excerpt(value['weight'])}"
+            )
+        is_call = role == "assistant" and bool(value.get("tool_calls"))
+        message = {key: each for key, each in value.items() if each is not None}
+        # a call needs no words; templates see that there are none
+        if "content" in message or not is_call:
+            message["content"] = _content(value.get("content"), where)
+        messages.append(decode_arguments(message, where))
+    return messages
+
+
+def _content(content: object, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{where} must have text as its content: got {kind_of(content)}; correct it"
+        )
+    parts = []
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        text = part.get("text") if is_text else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where} must have content parts "
+                f'{{"type": "text", "text": "..."}}: got {excerpt(part)}; '
+                "only text can be learned from"
+            )
+        parts.append(text)
+    return "".join(parts)

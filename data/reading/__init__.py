@@ -1,0 +1,1 @@
+"""A data file as records, each with the place it came from."""

@@ -1,0 +1,1 @@
+"""Examples tokenized by confined processes, and their tokens on disk."""

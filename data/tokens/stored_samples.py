@@ -1,0 +1,78 @@
+"""Samples in files, each read when it is asked for."""
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from data.samples import Sample
+from data.tokens.pieces import TOKEN
+
+
+class TokenFile:
+    """The int32 of a file, read where a slice asks for them.
+
+    An open file stays when its name is removed. One that is cut while it is used ends in an error,
+    where the pages of a memory map would end the process with SIGBUS.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __getitem__(self, place: slice) -> np.ndarray:  # (stop - start,) int32
+        num_bytes = (place.stop - place.start) * TOKEN.itemsize
+        content = os.pread(self._descriptor, num_bytes, place.start * TOKEN.itemsize)
+        if len(content) < num_bytes:
+            raise OSError(
+                f"{self._path} must stay as it is while a run reads it: it has been cut since; "
+                "start again, or go on with --resume, and the tokens are made again"
+            )
+        return np.frombuffer(content, TOKEN)
+
+
+class StoredSamples(Sequence[Sample]):
+    """Samples, each made from the arrays when it is asked for.
+
+    Attributes:
+        rows: (num_samples,) ROW.
+    """
+
+    def __init__(
+        self,
+        input_ids: np.ndarray | TokenFile,  # (num_tokens,) int32, of all samples
+        labels: np.ndarray | TokenFile,  # (num_tokens,) int32
+        rows: np.ndarray,  # (num_samples,) ROW
+        starts: np.ndarray | None = None,  # (num_samples,) int64, by default end to end
+    ) -> None:
+        self._input_ids, self._labels, self.rows = input_ids, labels, rows
+        lengths = rows["length"].astype(np.int64)
+        self._starts = np.cumsum(lengths) - lengths if starts is None else starts
+
+    @property
+    def lengths(self) -> np.ndarray:  # (num_samples,) int32
+        return self.rows["length"]
+
+    def select(self, is_chosen: np.ndarray) -> "StoredSamples":  # (num_samples,) bool
+        """The samples that are chosen, in their order."""
+        return StoredSamples(
+            self._input_ids, self._labels, self.rows[is_chosen], self._starts[is_chosen]
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self._starts[index])
+        end = start + int(self.rows["length"][index])
+        return Sample(self._input_ids[start:end].tolist(), self._labels[start:end].tolist())
