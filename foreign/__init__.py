@@ -1,1 +1,1 @@
-"""What comes from others: files, the programs in them and their text, within bounds."""
+"""Files, programs and text that others wrote, read and run within limits."""

@@ -1,10 +1,11 @@
-"""Programs that come with a model, in processes that the kernel ends when they take too much.
+"""Programs that come with a model, run in processes whose time and memory the kernel limits.
 
-A chat template is a program, and so are the normalizers and the regular expressions of a tokenizer
-and the patterns of an adapter. Whether one comes to an end no look at it can tell, and code in C
-that does not is deaf to signals' handlers and to other threads. So these programs run in forked
-processes with two limits of the kernel's: seconds of a processor, after which it ends the process,
-and bytes of memory, beyond which it gives none. They end with their parent, however that ends.
+A chat template is a program; so are the normalizers and the regular expressions of a tokenizer and
+the patterns of an adapter. Nobody can tell from its text whether a program comes to an end, and an
+endless loop in C code can be interrupted neither by signal handlers nor by other threads. So these
+programs run in forked processes with two limits of the kernel: seconds of processor time, after
+which the kernel ends the process, and bytes of memory. Such a process also ends when its parent
+ends, however that happens.
 """
 
 import fcntl
@@ -21,43 +22,45 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# of a processor, for one record of the data or one call; and more for each character of a text
+# processor time for one record of the data or one call, and more for each character of a text
 SECONDS = 30.0
 SECONDS_A_CHARACTER = 20e-6
-# more than the process has when it is confined, and more for each character of a text
+# memory beyond what the process has when it is confined, and more for each character of a text
 NUM_BYTES = 4 << 30
 BYTES_A_CHARACTER = 256
-# fewer characters than this need no more time and room than any call has
+# texts with fewer characters need no more memory than any call may have
 _MANY_CHARACTERS = 100_000
 
-# the bytes that this process may have, where it is confined
+# the bytes that this process may have; None if it is not confined
 _most_bytes: int | None = None
 
 
 def confine() -> None:
-    """Limit the memory of this process, which runs others' programs and nothing else."""
+    """Limit the memory of this process, which from now on runs foreign programs only."""
     global _most_bytes
     _most_bytes = _bytes_in_use() + NUM_BYTES
     _limit(resource.RLIMIT_AS, _most_bytes)
-    # a process that is ended on purpose leaves nothing behind
+    # no core dump of a process that the kernel ends on purpose
     _limit(resource.RLIMIT_CORE, 0)
     _silence()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 def _silence() -> None:
-    """Keep off the terminal what a library in C or Rust says of its own end: the parent's message
-    tells of it, and errors of Python travel to the parent."""
+    """Close stderr: a library in C or Rust prints there when it ends the process.
+
+    Nothing is lost: the parent's message says why the process ended, and the parent gets errors of
+    Python through the pipe.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
 
 
 def _bytes_in_use() -> int:
-    """The virtual memory of this process.
+    """The virtual memory of this process; 0 on a system without /proc, such as macOS.
 
-    0 where there is no /proc to tell, as on macOS, whose kernel holds no process to a limit of its
-    memory either: there the limit of time alone holds.
+    The kernel of macOS enforces no limit of memory anyway: there only the limit of time holds.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -66,9 +69,9 @@ def _bytes_in_use() -> int:
 
 
 def allow(num_characters: int = 0) -> None:
-    """Give a confined process, from now on, the seconds of a processor that a text may take.
+    """Give a confined process, from now on, the time and the memory that a text may take.
 
-    In another process nothing happens.
+    In a process that is not confined nothing happens.
     """
     if _most_bytes is None:
         return
@@ -78,13 +81,13 @@ def allow(num_characters: int = 0) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent has, which SIGKILL leaves no time to say so."""
+    """End this process when its parent ends, even by SIGKILL, which the parent cannot announce."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # a pipe that ends with the parent
+    # a pipe that closes when the parent ends
     sentinel = parent.sentinel
     if hasattr(fcntl, "F_SETSIG"):
-        # Linux kills at once, also in the middle of a call that holds Python's lock
+        # Linux then kills this process at once, even inside a call that holds Python's lock
         fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
@@ -94,20 +97,20 @@ def end_with_parent() -> None:
         wait([sentinel])
         os._exit(1)
 
-    # elsewhere, and where the parent has ended by now
+    # for other systems, and for a parent that has ended already
     threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def in_guest(work: Callable[[], T], what: str) -> T:
-    """Do a piece of work in a forked, confined process, and return its result.
+    """Call a function in a forked, confined process, and return its result.
 
-    A process that is confined itself does it at once.
+    A process that is confined itself calls the function directly.
 
     Args:
-        what: comes to an end within the limits, for the message.
+        what: the name of the work, for messages.
 
     Raises:
-        ValueError: the work raised it, or took more than it may.
+        ValueError: the work raised it, or went over its time or memory.
     """
     if _most_bytes is not None:
         return work()
@@ -141,7 +144,7 @@ def _serve(work: Callable[[], Any], pipe: Connection) -> None:
     except ValueError as error:
         outcome = "refused", str(error)
     except MemoryError:
-        # there is room again for what follows
+        # the memory of the failed work is free again, enough for this call
         os._exit(_NO_MEMORY)
     except BaseException:
         outcome = "failed", traceback.format_exc()
@@ -152,12 +155,12 @@ _NO_MEMORY = 77
 
 
 def _why(exit_code: int | None) -> str:
-    """What the end of a confined process says."""
+    """Say why a confined process ended."""
     if exit_code == -signal.SIGPROF:
-        return f"it has taken {SECONDS:g} seconds of a processor"
+        return f"it used {SECONDS:g} seconds of processor time"
     if exit_code in (_NO_MEMORY, -signal.SIGABRT):
-        return f"it has taken {NUM_BYTES >> 20:,} MiB of memory"
-    return f"its process has ended with the code {exit_code}"
+        return f"it used {NUM_BYTES >> 20:,} MiB of memory"
+    return f"its process ended with exit code {exit_code}"
 
 
 def _limit(kind: int, soft: int) -> None:

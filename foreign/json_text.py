@@ -1,12 +1,12 @@
-"""JSON that somebody else wrote, read within bounds.
+"""JSON that somebody else wrote, read within limits.
 
-Python's decoder recurses as deep as the text is nested, keeps the last of two values of one key,
-and lets half of a surrogate pair into a string, which no file name and no terminal can take. Here
-each of these is a ValueError that names the file, and a value that was read can be walked, copied
-and quoted by any code without another check.
+Python's decoder recurses as deep as the text is nested, keeps the last of two values of the same
+key, and accepts half of a surrogate pair in a string, which no file name and no terminal can take.
+Here each of these is a ValueError that names the file. So any code may walk, copy and quote the
+value without further checks.
 
-NaN and Infinity, which JSON has not and Python writes, are read as floats: a reader that takes a
-number from a file holds it against the range that the number must have.
+NaN and Infinity, which JSON does not have and Python writes, are read as floats: code that takes a
+number from a file checks the number's range.
 """
 
 import json
@@ -29,11 +29,11 @@ def read_json(path: Path, advice: str = "") -> Any:
     """Read a file of one JSON value.
 
     Args:
-        advice: what to do about a file that is not as it must be.
+        advice: what to do about a malformed file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is too long, no JSON, nested too deep, or has a key twice in one object.
+        ValueError: the file is too long, not JSON, nested too deep, or repeats a key in an object.
     """
     if (num_bytes := path.stat().st_size) > MOST_BYTES:
         raise ValueError(
@@ -47,7 +47,7 @@ def read_object(path: Path, advice: str = "") -> dict[str, Any]:
     """Read a file of one JSON object.
 
     Raises:
-        OSError, ValueError: as read_json(), or the value is no object.
+        OSError, ValueError: as read_json(), or the value is not an object.
     """
     value = read_json(path, advice)
     if not isinstance(value, dict):
@@ -63,7 +63,7 @@ def parse_json(text: str | bytes, what: str, advice: str = "") -> Any:
 
     Args:
         text: bytes are UTF-8.
-        what: begins the message, such as the name of a file.
+        what: the name of the text, such as that of its file, for messages.
 
     Raises:
         ValueError: as read_json().
@@ -72,7 +72,7 @@ def parse_json(text: str | bytes, what: str, advice: str = "") -> Any:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         value = _DECODER.decode(text)
-    # a RecursionError is nesting too; a ValueError without a position is an integer too long
+    # a RecursionError is nesting, too; a ValueError without a position is too long an integer
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON: got {error}" + (advice and f"; {advice}")) from None
     try:
@@ -83,12 +83,12 @@ def parse_json(text: str | bytes, what: str, advice: str = "") -> Any:
 
 
 def check_value(value: object, text: str) -> None:
-    """Refuse a value just decoded from a text that other code cannot take.
+    """Refuse a decoded value that is nested too deep or has invalid Unicode.
 
     Raises:
-        ValueError: it is nested deeper than MOST_NESTED, or holds half of a surrogate pair.
+        ValueError: the value is nested deeper than MOST_NESTED, or has half of a surrogate pair.
     """
-    # to count all brackets is far cheaper than a walk, and is enough for most texts
+    # counting all brackets is far cheaper than walking the value, and is enough for most texts
     if text.count("[") + text.count("{") > MOST_NESTED and _is_deeper(value, MOST_NESTED):
         raise ValueError(f"lists and objects must nest at most {MOST_NESTED} deep: got more")
     if _SURROGATE_ESCAPE.search(text):
@@ -102,7 +102,7 @@ def check_value(value: object, text: str) -> None:
 
 
 def _is_deeper(value: object, most: int) -> bool:
-    """Whether more than so many lists and objects lie in each other."""
+    """Whether lists and objects are nested more than `most` deep."""
     containers = [value] if isinstance(value, (dict, list)) else []
     for _ in range(most):
         inner = chain.from_iterable(c.values() if isinstance(c, dict) else c for c in containers)

@@ -1,16 +1,17 @@
-"""The last door for a file that somebody else wrote: no such file ends a program in a traceback.
+"""A last check for files that somebody else wrote: none of them ends a program in a traceback.
 
-A reader holds every value against what it must be, and says so in a ValueError. What no reader has
-foreseen, and what a library does with a file that its authors have not foreseen, ends here: in a
-ValueError that names the file, and the line of code that it has brought down, because there the
-check is missing.
+Code that reads a file checks every value, and raises a ValueError that says what must hold. Errors
+that nobody foresaw, in this code or in a library, end here: in a ValueError that names the file and
+the line of code that failed, because there a check is missing.
 """
 
 import traceback
 from pathlib import Path
 from types import TracebackType
 
-# what values of the wrong kind, depth or size make Python raise
+from foreign.terminal import first_line
+
+# errors that values of the wrong type, depth or size cause in Python
 _BROUGHT_DOWN = (
     ArithmeticError,
     AttributeError,
@@ -22,18 +23,18 @@ _BROUGHT_DOWN = (
 
 
 def is_panic(error: BaseException | None) -> bool:
-    """Whether an error is a panic of a library in Rust, which is no Exception and has no name that
-    could be imported."""
+    """Whether an error is a panic of a library in Rust: its class is not an Exception and cannot be
+    imported."""
     return type(error).__name__ == "PanicException"
 
 
 class Reading:
-    """Turns what a file brings down while it is read into a ValueError that names it."""
+    """Turns an unforeseen error while a file is read into a ValueError that names the file."""
 
     def __init__(self, what: object, advice: str = "") -> None:
         """Args:
-        what: is read, such as a path.
-        advice: what to do about it.
+        what: the file that is read, such as its path.
+        advice: what to do about a malformed file.
         """
         self._what, self._advice = what, advice
 
@@ -48,7 +49,7 @@ class Reading:
         if isinstance(error, _BROUGHT_DOWN) or is_panic(error):
             assert error is not None
             frame = traceback.extract_tb(trace)[-1]
-            why = str(error).strip().partition("\n")[0]
+            why = first_line(error)
             raise ValueError(
                 f"{self._what} must be readable: got {type(error).__name__}"
                 f"{why and f' ({why[:200]})'} in {Path(frame.filename).name}:{frame.lineno}"

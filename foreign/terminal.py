@@ -1,10 +1,10 @@
-"""Text on its way to a terminal or a log.
+"""Foreign text on its way to a terminal or a log.
 
 A terminal obeys the text that it shows: ESC begins a command, a carriage return goes back over the
-line, U+202E turns the rest around. And most of a program's text is somebody else's: answers, names
-of files and fields, tokens, templates, what the hub says, whatever an error quotes. `guard_output`
-stands before stdout and stderr, so whoever prints, a library's warning and a traceback included,
-prints escaped, without secrets, and no more than a terminal can take.
+line, U+202E reverses the rest. And somebody else wrote most of the text that a program shows:
+answers, names of files and fields, tokens, templates, messages of the hub, quotes in errors.
+`guard_output` puts a filter before stdout and stderr. So everything that is printed, also a
+library's warning and a traceback, is escaped, has no secrets, and is not too long for a terminal.
 """
 
 import logging
@@ -15,28 +15,29 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
-# of a message, and of whatever is written at once
+# characters of a message, and of a text that is written at once
 MOST_OF_A_MESSAGE = 2_000
 MOST_AT_ONCE = 1 << 16
 
 _HIDDEN = "***"
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-# shorter ones are found in ordinary words
+# shorter secrets would be found in ordinary words
 _SECRET_LENGTH = 8
-# of an address, up to the last @ before its path, and one slash where a Path was made of it
+# user name and password of an address, up to the last @ before its path; where a Path was made of
+# the address there is one slash only
 _USER_INFO = re.compile(r"(:/{1,2})[^/\s]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 
-# how tqdm gets from one bar to another
+# tqdm's way from one bar to another
 _UP = re.compile("(?:\x1b\\[A)+")
 
 
 class AsIs(str):
-    """Text whose foreign parts are escaped already, so that the rest, such as colours, may pass."""
+    """Text whose foreign parts are escaped already; the rest, such as colours, passes unchanged."""
 
 
 def escaped(text: str, kept: str = "\n\t") -> str:
-    """Write out what a terminal would obey or not show, as Python does: `\\x1b`, `\\u202e`.
+    """Escape characters that a terminal would obey or not show, as Python does: `\\x1b`, `\\u202e`.
 
     Args:
         kept: control characters that stay.
@@ -55,7 +56,7 @@ def _is_space(character: str) -> bool:
 
 
 def shortened(text: str, most: int) -> str:
-    """Leave out what is too much, a message's advice at its end excepted."""
+    """Cut a long text in its middle: a message has its advice at the end."""
     if len(text) <= most:
         return text
     end = most // 4
@@ -64,13 +65,20 @@ def shortened(text: str, most: int) -> str:
 
 
 def one_line(text: object) -> str:
-    """Write a message that holds foreign text in one line of bounded length, which no line break in
-    it can end and go on as another message."""
+    """Write a message with foreign text in one line of limited length.
+
+    Line breaks are escaped: the foreign text cannot pretend to be another message.
+    """
     return escaped(shortened(without_secrets(str(text)), MOST_OF_A_MESSAGE), kept="")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty where the message is."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def without_secrets(text: str) -> str:
-    """Hide tokens, and names and passwords in addresses."""
+    """Hide tokens, and user names and passwords in addresses."""
     for name in _SECRET_VARIABLES:
         secret = os.environ.get(name, "").strip()
         if len(secret) >= _SECRET_LENGTH:
@@ -79,11 +87,11 @@ def without_secrets(text: str) -> str:
 
 
 class _Guarded:
-    """A text stream before another one, which gets only what may be shown."""
+    """A filter before a text stream: it escapes, shortens and hides secrets."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # whether the cursor stands where it may go back: in a line's first column or in a bar
+        # whether a carriage return does no harm: at the start of a line, or in a progress bar
         self._may_go_back = True
 
     def write(self, text: str) -> int:
@@ -111,13 +119,13 @@ class _Guarded:
 
 
 def guard_output() -> None:
-    """Put a guard before stdout and stderr, for the rest of the process.
+    """Put a filter before stdout and stderr for the rest of the process.
 
-    For a program, whose streams they are, and not for a function that others call.
+    For the main function of a program, to which both streams belong; not for libraries.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # where the descriptor was closed there is none
+        # a closed descriptor has no stream
         if stream is not None:
             guarded = cast(TextIO, _Guarded(stream))
             setattr(sys, name, guarded)
@@ -125,9 +133,9 @@ def guard_output() -> None:
 
 
 def _redirect_logs(before: TextIO, after: TextIO) -> None:
-    """Lead the logs of libraries that have taken a stream already to another one."""
+    """Let the loggers of libraries that hold the stream `before` write to `after`."""
     for logger in (logging.root, *logging.Logger.manager.loggerDict.values()):
-        # where only a logger below it is known there is a placeholder
+        # a name without a logger of its own has a placeholder, which has no handlers
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 handler.setStream(after)

@@ -1,1 +1,1 @@
-"""Repositories of the Hugging Face hub: what has an id there becomes a folder here, and back."""
+"""Repositories of the Hugging Face hub: fetched into a folder here, and pushed from one."""

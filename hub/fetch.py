@@ -1,12 +1,12 @@
-"""From a path or a hub id to a folder on this machine that has the files asked for.
+"""From a path or a hub id to a local folder with the files that are needed.
 
     meta-llama/Llama-3.2-1B              the newest commit of the default branch
     meta-llama/Llama-3.2-1B@v1.0         a branch, a tag or a commit
 
-The listing of one commit decides which files are needed, and only these are fetched, into the hub's
-cache. A download whose connection breaks goes on where it stopped; of one that was killed, the
-files that were whole stay. Without a connection, or with HF_HUB_OFFLINE=1, the cache must have them
-all. The token is the one that `hf auth login` or HF_TOKEN left, and no message holds it.
+The list of files in a commit decides which of them are needed; only these are fetched, into the
+hub's cache. A download goes on where it stopped when the connection broke; after a killed process,
+its complete files stay. Without a connection, or with HF_HUB_OFFLINE=1, the cache must have all
+needed files. The token comes from `hf auth login` or HF_TOKEN, and no message shows it.
 """
 
 import glob
@@ -27,8 +27,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from foreign.terminal import first_line
+
 Kind = Literal["model", "dataset"]
-# from the names in a repository, and a function that fetches one of them, to those that are needed
+# chooses the needed files from the names in a repository, with a function that fetches one of them
 Choose = Callable[[Collection[str], Callable[[str], Path]], Iterable[str]]
 
 # a repository's folder in the hub's cache; neither part of an id may have two hyphens in a row
@@ -37,7 +39,7 @@ _ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
 class HubId(NamedTuple):
-    """A repository and the branch, tag or commit of it; None is the default branch."""
+    """A repository and its branch, tag or commit; None is the default branch."""
 
     repository: str
     revision: str | None = None
@@ -47,13 +49,13 @@ class HubId(NamedTuple):
 
 
 def parse_hub_id(text: str) -> HubId | None:
-    """Read `owner/name` or `owner/name@revision`; None if it is neither."""
+    """Read `owner/name` or `owner/name@revision`; None if the text is neither."""
     found = _ID.fullmatch(text)
     return None if found is None or ".." in text else HubId(*found.groups())
 
 
 def snapshot_id(folder: Path) -> HubId | None:
-    """The id of the model that a folder of the hub's cache is a commit of; None for any other
+    """The hub id of a model whose commit is in this folder of the hub's cache; None for any other
     folder."""
     folder = folder.resolve()
     found = _CACHED.fullmatch(folder.parent.parent.name)
@@ -67,14 +69,14 @@ def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
 
     Args:
         place: a path or a hub id.
-        what: such as "--model", for messages.
-        choose: raises a ValueError if a repository cannot do.
+        what: the flag that names the place, such as "--model", for messages.
+        choose: chooses the files; it raises a ValueError if the repository lacks what is needed.
 
     Raises:
         FileNotFoundError: there is no such folder and no such repository or revision.
         PermissionError: the repository's terms are not accepted.
-        ConnectionError: the hub cannot be reached, and the cache lacks something.
-        ValueError: what `choose` says.
+        ConnectionError: the hub cannot be reached, and the cache lacks a needed file.
+        ValueError: raised by `choose`.
     """
     folder = Path(os.path.expanduser(place))
     if place and folder.is_dir():
@@ -90,7 +92,7 @@ def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
         info = ask(hub_id.repository, revision=hub_id.revision)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         _refuse(what, kind, hub_id, error)
-    # what a connection that fails raises depends on the client's HTTP library
+    # a failed connection raises an error of whichever HTTP library the client uses
     except Exception as error:
         return _from_cache(what, kind, hub_id, choose, error)
 
@@ -104,7 +106,7 @@ def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
             snapshot_download(
                 hub_id.repository,
                 repo_type=kind,
-                # by its name, under which the cache finds it again without a connection
+                # the revision's name, not its commit: without a connection the cache needs the name
                 revision=hub_id.revision,
                 allow_patterns=[glob.escape(name) for name in needed],
             )
@@ -116,7 +118,7 @@ def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
 
 
 def _from_cache(what: str, kind: Kind, hub_id: HubId, choose: Choose, reason: Exception) -> Path:
-    """Find an earlier download, which must be whole."""
+    """Find an earlier download, which must have all needed files."""
     try:
         folder = Path(
             snapshot_download(
@@ -142,16 +144,16 @@ def _unreachable(
     why = (
         "HF_HUB_OFFLINE is set"
         if isinstance(reason, OfflineModeIsEnabled)
-        else f"{constants.ENDPOINT} cannot be reached ({first_line(reason)})"
+        else f"{constants.ENDPOINT} cannot be reached ({reason_of(reason)})"
     )
     return ConnectionError(
-        f"{what} must be fetched or in the hub's cache: {why}, and the cache has not {missing}: "
-        f"{hub_id}; run again with a connection, what was whole is kept"
+        f"{what} must be fetched or in the hub's cache: {why}, and the cache does not have "
+        f"{missing}: {hub_id}; run again with a connection, complete files are kept"
     )
 
 
 def _refuse(what: str, kind: Kind, hub_id: HubId, error: Exception) -> NoReturn:
-    """Say what the hub's answer means."""
+    """Raise an error that explains the hub's answer."""
     page = "/".join(
         [constants.ENDPOINT, *(["datasets"] if kind == "dataset" else []), hub_id.repository]
     )
@@ -170,9 +172,9 @@ def _refuse(what: str, kind: Kind, hub_id: HubId, error: Exception) -> NoReturn:
             f"{what} must be a folder or a hub id: {hub_id} is no folder here, and the hub has no "
             f"{kind} of that name that you may see; if it is private, log in with `hf auth login`"
         ) from None
-    raise ConnectionError(f"{what}: {hub_id} could not be fetched: {first_line(error)}") from None
+    raise ConnectionError(f"{what}: {hub_id} could not be fetched: {reason_of(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without the request and its headers that may follow."""
-    return next(iter(str(error).strip().splitlines()), repr(error))
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message: further lines quote the request and its headers."""
+    return first_line(error) or repr(error)

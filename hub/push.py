@@ -6,14 +6,14 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from hub.fetch import first_line, parse_hub_id
+from hub.fetch import parse_hub_id, reason_of
 
 
 def check_push(repository: str) -> None:
-    """See, before anything else is done, that there is somebody to push as.
+    """Check, before a run begins, that the hub knows the user who will push.
 
     Raises:
-        ValueError: the id is none.
+        ValueError: `repository` is not a hub id.
         PermissionError: nobody is logged in, or the hub does not know the token.
         ConnectionError: the hub cannot be reached.
     """
@@ -24,21 +24,21 @@ def check_push(repository: str) -> None:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         raise PermissionError(
-            f"--push-to-hub must find a token that may write: {first_line(error)}; log in with "
+            f"--push-to-hub must find a token that may write: {reason_of(error)}; log in with "
             "`hf auth login`"
         ) from None
-    # what a connection that fails raises depends on the client's HTTP library
+    # a failed connection raises an error of whichever HTTP library the client uses
     except Exception as error:
-        raise ConnectionError(f"--push-to-hub must reach the hub: {first_line(error)}") from None
+        raise ConnectionError(f"--push-to-hub must reach the hub: {reason_of(error)}") from None
 
 
 def push_folder(folder: Path, repository: str, message: str) -> str:
-    """Upload all of a folder in one commit, and return the commit's address.
+    """Upload a folder in one commit, and return the commit's address.
 
-    A repository that is not there yet is made, private.
+    If there is no such repository yet, a private one is made.
 
     Raises:
-        ConnectionError: the hub refused it or could not be reached; the folder is as it was.
+        ConnectionError: the hub refused the upload or could not be reached; the folder stays.
     """
     api = HfApi()
     try:
@@ -46,7 +46,7 @@ def push_folder(folder: Path, repository: str, message: str) -> str:
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as error:
         raise ConnectionError(
-            f"{repository} could not be pushed to: {first_line(error)}; the files are in {folder}: "
+            f"{repository} could not be pushed to: {reason_of(error)}; the files are in {folder}: "
             f"`hf upload {repository} {shlex.quote(str(folder))} . --private` sends them"
         ) from None
     return commit.commit_url

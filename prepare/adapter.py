@@ -1,4 +1,4 @@
-"""The adapter that a run trains: its shape, from the flags or from the one it starts with."""
+"""The shape of the adapter that a run trains: from the flags, or from --init-adapter."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -7,10 +7,10 @@ from pathlib import Path
 from llama.model import update_sizes
 from lora.adapter_file import read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
-from run.config import TrainConfig
+from run.flags import AdapterFlags
 
 
-def lora_config(config: TrainConfig, names: Sequence[str]) -> LoRAConfig:
+def lora_config(config: AdapterFlags, names: Sequence[str]) -> LoRAConfig:
     """Make an adapter's configuration from the flags.
 
     Args:

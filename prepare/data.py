@@ -13,14 +13,16 @@ from data.dataset import Dataset, load_dataset
 from data.sources import Use, describe_files, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
-from run.checkpoint import RunState
 from run.config import TrainConfig
 
 
 def load_data(
-    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Checkpoint, state: RunState
+    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Checkpoint, started: str
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenize the data to learn from and the data to evaluate on, and describe both in lines.
+
+    Args:
+        started: ISO time of the run's first start, which chat templates may print.
 
     Raises:
         ValueError: the data cannot be read, or would teach the wrong thing.
@@ -45,7 +47,7 @@ def load_data(
                 max_length=config.max_length,
                 train_on=config.train_on,
                 vocab_size=checkpoint.config.vocab_size,
-                now=datetime.fromisoformat(state.started),
+                now=datetime.fromisoformat(started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
                 num_processes=config.dataset_num_proc,

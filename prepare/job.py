@@ -1,7 +1,7 @@
-"""A run before it begins: flags, checkpoint, adapter, data, batches and plan, all of them checked.
+"""A run before it begins: its flags, checkpoint, adapter, data, batches and plan, checked.
 
-No model is loaded yet and nothing is written into the output folder, so an error costs no more than
-the time to tokenize, and the tokens are kept.
+No model is loaded yet, and nothing is written into the output folder: a mistake costs seconds. The
+tokens of the data are kept for the next start.
 """
 
 import math
@@ -32,7 +32,7 @@ from prepare.adapter import lora_config, lora_of_init_adapter
 from prepare.base import evaluated_at_once, identify_base, packable_length, workload
 from prepare.data import load_data
 from prepare.quantization import follow_checkpoint
-from run.checkpoint import ResumePoint, RunState
+from run.checkpoint import ResumePoint
 from run.config import TrainConfig, parse_config
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import configure_torch
@@ -62,19 +62,20 @@ BUNDLED_RUN = {
 SAMPLE_TOKENS = 100
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run's settings and parts, all checked, and the state from which it goes on.
+    """What a run will do, checked.
 
     Attributes:
-        config: the flags; the output may be empty until its folder is made.
+        config: its output is empty until the output folder is made, unless --output names one.
         checkpoint: the base model's folder, opened.
         base: the checkpoint's identity.
         start: the adapter to begin with, if any.
         resumed: the run's own checkpoint to go on from, if any.
         damaged: the run's later checkpoints, and the damage of each.
+        started: ISO time of the run's first start, which chat templates may print.
         data_mode: the permissions of files that hold text of the data.
-        evaluation: the batches of an evaluation, if there is one.
+        evaluation: the batches of an evaluation, if there is evaluation data.
         prompt: the tokens of --sample-prompt, if there is one.
         plan: the memory plan, on a GPU.
         policies: whether each layer keeps, recomputes or offloads its activations.
@@ -87,7 +88,7 @@ class Job:
     start: Path | None
     resumed: ResumePoint | None
     damaged: dict[Path, str]
-    state: RunState
+    started: str
     tokenizer: Tokenizer
     audits: dict[str, dict[str, Any]]
     data_mode: int
@@ -110,15 +111,20 @@ class Job:
 
     @property
     def base_id(self) -> HubId | None:
-        """The base model's id on the hub; None where it is not from there."""
+        """The base model's id on the hub; None if it is not from there."""
         if self.is_base_local:
             return snapshot_id(self.checkpoint.folder)
         return parse_hub_id(self.config.model)
 
     @property
     def base_name(self) -> str:
-        """The base model's name for others: its id, or else the name of its folder alone."""
+        """The base model's public name: its hub id, or else the name of its folder alone."""
         return str(self.base_id or self.checkpoint.folder.resolve().name)
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps before this start of the run."""
+        return self.resumed.state.step if self.resumed else 0
 
     @property
     def output(self) -> Path:
@@ -126,13 +132,13 @@ class Job:
 
 
 def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
-    """Check flags, model, adapter and data, and describe them in lines.
+    """Check everything that the user gave, and describe it in lines.
 
     Returns:
         The run to carry out; None after --plan or --inspect, which end here.
 
     Raises:
-        FileNotFoundError, ValueError: a flag or a file is not as it must be.
+        FileNotFoundError, ValueError: a flag, the data or the checkpoint is not as it must be.
     """
     config = parse_config(arguments, without_model=BUNDLED_RUN)
     checkpoint = open_checkpoint(find_checkpoint(config.model))
@@ -159,15 +165,15 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
-    state = resumed.state if resumed else RunState(now.isoformat(), num_ranks=ranks.size)
+    started = resumed.state.started if resumed else now.isoformat()
     if resumed:
         start = resumed.path
-        print(f"resumed from {start}: {state.step:,} steps done")
+        print(f"resumed from {start}: {resumed.state.step:,} steps done")
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
     tokenizer = Tokenizer.from_folder(checkpoint.folder, config.chat_template)
-    train_data, eval_data = load_data(config, tokenizer, checkpoint, state)
+    train_data, eval_data = load_data(config, tokenizer, checkpoint, started)
     if config.inspect:
         return None
     sets = {"train": train_data} | ({"eval": eval_data} if eval_data else {})
@@ -206,10 +212,11 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
-    if state.step > num_steps:
+    if resumed and resumed.state.step > num_steps:
         raise ValueError(
             f"--resume must go on with a run that is not beyond its end: {start} is of step "
-            f"{state.step:,}, and the run has {num_steps:,}; start a new run in another --output"
+            f"{resumed.state.step:,}, and the run has {num_steps:,}; start a new run in another "
+            "--output"
         )
     plan = None
     if device.type == "cuda" or config.plan:
@@ -220,25 +227,27 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
         print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
         return None
-    base = identify_base(config, checkpoint, resumed, start)
-    state.base = base.own
     return Job(
-        config,
-        checkpoint,
-        base,
-        lora,
-        start,
-        resumed,
-        damaged,
-        state,
-        tokenizer,
-        audits,
-        train_data.mode & (eval_data or train_data).mode,
-        epochs,
-        evaluation,
-        prompt,
-        num_steps,
-        work,
-        plan,
-        plan.policies if plan else cpu_policies(config.activations, llama_config.num_hidden_layers),
+        config=config,
+        checkpoint=checkpoint,
+        base=identify_base(config, checkpoint, resumed, start),
+        lora=lora,
+        start=start,
+        resumed=resumed,
+        damaged=damaged,
+        started=started,
+        tokenizer=tokenizer,
+        audits=audits,
+        data_mode=train_data.mode & (eval_data or train_data).mode,
+        epochs=epochs,
+        evaluation=evaluation,
+        prompt=prompt,
+        num_steps=num_steps,
+        work=work,
+        plan=plan,
+        policies=(
+            plan.policies
+            if plan
+            else cpu_policies(config.activations, llama_config.num_hidden_layers)
+        ),
     )

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever moment the process is killed at.
+"""Files and folders that appear whole or not at all, even if the process is killed.
 
 Everything is written under a temporary name, flushed to the disk and renamed. A rename within a
 folder is atomic, so a reader sees the old state or the new one, also after the power was lost.
@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 
 from run.privacy import READABLE, opener
 
-# ends the name of what is not whole yet, and nobody else gives a file such a name; `clean` removes
-# what a killed process left
+# the end of the name of a file or folder that is not whole yet. Nobody else ends a name so, and
+# `clean` may remove whatever has such a name: a killed process left it
 _SUFFIX = ".quatrain.partial"
 
 
 def half_written(path: Path) -> Path:
-    """What a file or folder is called until it is whole."""
+    """The temporary name of a file or folder until it is whole."""
     return path.with_name(path.name + _SUFFIX)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or what a folder's entries are, is on the disk."""
+    """Wait until the content of a file, or the list of a folder's entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,7 +39,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those around it that are missing."""
+    """Make a folder, and the missing folders around it."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -55,15 +55,17 @@ def _partial_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
     except SafetensorError as error:
-        # the disk's refusal under another name
+        # safetensors has an error of its own for a disk that is full
         raise OSError(f"{path} must be written: got {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finish_files(folder: Path) -> None:
-    """Flush a folder's files, and let those read them who may read the folder: safetensors makes
-    files for their owner alone, whatever the umask."""
+    """Flush a folder's files, and make them readable for everyone who may read the folder.
+
+    safetensors writes files that only their owner may read, whatever the umask is.
+    """
     mode = folder.stat().st_mode & READABLE
     for path in folder.rglob("*"):
         # a file system without permissions may refuse to change them
@@ -78,10 +80,10 @@ def write_text(path: Path, text: str, mode: int = READABLE) -> None:
     """Write a file, replacing one of that name at once.
 
     Args:
-        mode: its permissions, of which the umask takes some away.
+        mode: the file's permissions, before the umask takes some of them away.
     """
     partial = half_written(path)
-    # one that is there would keep its own
+    # a file that is there already would keep its permissions
     partial.unlink(missing_ok=True)
     with open(partial, "w", encoding="utf-8", opener=opener(mode)) as file:
         file.write(text)
@@ -92,12 +94,12 @@ def write_text(path: Path, text: str, mode: int = READABLE) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder for files; when the block ends it becomes `path`.
+    """Yield an empty folder for files; at the end of the block it becomes `path`.
 
-    If the block raises, nothing is left.
+    If the block raises, the folder and its files are removed.
 
     Raises:
-        OSError: `path` is there already and not empty, or the disk refused.
+        OSError: `path` is a folder that is not empty, or the disk refused.
     """
     with _partial_folder(path) as partial:
         yield partial
@@ -108,10 +110,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder; when the block ends, each file in it, or in folders of it, moves into
-    `folder`.
+    """Yield an empty folder for files; at the end of the block they move into `folder`.
 
-    A file of the same name is replaced at once. If the block raises, nothing changes.
+    Files in subfolders move with their subfolder's name. A file of the same name is replaced in one
+    rename. If the block raises, `folder` stays as it was.
     """
     with _partial_folder(folder / "files") as partial:
         yield partial
@@ -125,7 +127,7 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is never seen with a part of its files."""
+    """Remove a folder so that no reader sees it with only some of its files."""
     partial = half_written(path)
     path.rename(partial)
     flush(path.parent)
@@ -133,12 +135,12 @@ def remove_folder(path: Path) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a file or folder is half-written: in the making, or left by a killed process."""
+    """Whether a file or folder is half-written: being written, or left by a killed process."""
     return path.name.endswith(_SUFFIX)
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove the half-written files and folders that a killed process left."""
     for path in filter(is_partial, list(folder.iterdir())):
         if path.is_dir():
             shutil.rmtree(path)

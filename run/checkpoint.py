@@ -1,16 +1,16 @@
 """Checkpoints of a run: folders `checkpoint-N`, each whole, in safetensors and JSON.
 
-    checkpoint-N/   the adapter, as its own room writes it
+    checkpoint-N/   the adapter, as lora/ writes it
                     optimizer.safetensors     the moments: float32, or codes and their scales
-                    best.safetensors          the adapter of the lowest evaluation loss, if kept
+                    best.safetensors          the adapter with the lowest eval_loss, if kept
                     state.json                counters, loss scale, time of the first start
                     sha256.json               the hash of every other file
 
-Nothing is pickled, unlike transformers' optimizer.pt and rng_state.pth. There is no random state to
-keep either: every step seeds itself from the run's seed and its own number. A rename makes a
-checkpoint whole whatever the process does; the hashes tell what the disk has done to it since. A
-file that cannot be read, or a state that this version does not know, is no damage: the folder stays
-as it is, and the message says so.
+Nothing is pickled, unlike transformers' optimizer.pt and rng_state.pth. No random state is kept:
+every step derives its seeds from the run's seed and from its own number. The folder gets its name
+when all its files are on the disk, so a killed process leaves no half checkpoint; the hashes find
+damage that the disk does later. A file that cannot be read, or a state that this version does not
+know, does not count as damage: the folder stays as it is, and the message says so.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not the ones that were written, as their hashes prove."""
+    """A checkpoint with a missing file, or with a file that differs from its hash."""
 
 
 @dataclass
 class RunState:
-    """What a resumed run must know besides the adapter and the moments."""
+    """Everything that a resumed run needs besides the adapter and the moments."""
 
     started: str  # ISO time of the first start; chat templates may print the date
     step: int = 0  # optimizer steps done, skipped ones included
@@ -58,19 +58,19 @@ class RunState:
     best_eval_loss: float | None = None
     best_step: int = 0
     num_evaluations_since_best: int = 0
-    # the row of metrics of a step whose evaluation a signal cut short
+    # the row of metrics that waits for its eval_loss: a signal stopped the evaluation
     unevaluated: dict[str, Any] = field(default_factory=dict)
     num_ranks: int = 1
     base: str = ""  # identity of the model's checkpoint; empty where version 0.1 wrote the state
 
     def count(self, is_skipped: bool) -> None:
-        """Count a step whose figures are known."""
+        """Count a step, once it is known whether its gradients were finite."""
         self.num_updates += not is_skipped
         self.num_skipped += is_skipped
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if is_skipped else 0
 
     def note_evaluation(self, eval_loss: float) -> bool:
-        """Take in an evaluation; return whether it is the best up to now. A NaN never is."""
+        """Record an evaluation; return whether its loss is the lowest so far. A NaN never is."""
         is_best = eval_loss < (math.inf if self.best_eval_loss is None else self.best_eval_loss)
         if is_best:
             self.best_eval_loss, self.best_step = eval_loss, self.step
@@ -80,12 +80,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A whole checkpoint as read; the adapter is for its own room to read."""
+    """A whole checkpoint, read from the disk except for its adapter, which lora/ reads."""
 
     path: Path
     state: RunState
     moments: dict[str, Tensor]
-    best: dict[str, Tensor]  # the best adapter's tensors, none if it is not kept
+    best: dict[str, Tensor]  # the best adapter's tensors; empty if it is not kept
 
 
 def checkpoint_name(state: RunState) -> str:
@@ -102,7 +102,7 @@ def save_checkpoint(
     """Write a checkpoint, whole or not at all.
 
     Raises:
-        OSError: the disk refused; nothing of it is left.
+        OSError: the disk refused; no part of the checkpoint is left.
     """
     with new_folder(path) as partial:
         write_adapter(partial)
@@ -115,13 +115,13 @@ def save_checkpoint(
 
 
 def remove_old_checkpoints(folder: Path, num_kept: int) -> None:
-    """Remove all checkpoints but the last ones."""
+    """Remove all checkpoints except the last `num_kept`."""
     for path in list_checkpoints(folder)[:-num_kept]:
         remove_folder(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Find a run's checkpoints, those with fewer steps first."""
+    """List a run's checkpoints in the order of their steps."""
     numbered = {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
@@ -131,14 +131,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest_checkpoint(folder: Path) -> tuple[ResumePoint | None, dict[Path, str]]:
-    """Read the last whole checkpoint, None if there is no checkpoint at all.
+    """Read the last whole checkpoint of a folder.
 
     Returns:
-        It, and what is wrong with each later one.
+        The checkpoint, or None if the folder has none at all; and for each later, damaged
+        checkpoint what is wrong with it.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole; or one is of another version.
-        OSError: one cannot be read.
+        ValueError: there are checkpoints and none is whole, or another version wrote one.
+        OSError: a checkpoint cannot be read.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
@@ -158,13 +159,12 @@ def load_checkpoint(path: Path) -> ResumePoint:
     """Read a checkpoint's state and moments.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or is not the one that was written.
-        ValueError: it is whole, and of another version.
-        OSError: a file cannot be read, which says nothing about what is in it.
+        DamagedCheckpoint: a file is missing, or differs from its hash.
+        ValueError: the checkpoint is whole, and another version wrote it.
+        OSError: a file cannot be read, which says nothing about its content.
     """
     unchanged = (
-        f"{path} is left as it is, and moved away by hand the run goes on from the checkpoint "
-        "before it"
+        f"{path} is left as it is; move it away by hand to go on from the checkpoint before it"
     )
     try:
         _check_hashes(path)
@@ -191,8 +191,8 @@ def read_state(path: Path) -> RunState:
     """Read the state.json of a checkpoint.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it has other fields than RunState, or a value that no run comes to.
+        OSError: the file cannot be read.
+        ValueError: it has other fields than RunState, or a value that no run can have.
     """
     with Reading(path):
         state = RunState(**read_object(path))
@@ -204,7 +204,7 @@ def read_state(path: Path) -> RunState:
 
 
 def _check_value(path: Path, name: str, value: Any) -> None:
-    """Hold a value of a state against its kind: RunState's default has it."""
+    """Refuse a value of a state that has the wrong type or is out of range."""
     # a device counts steps in 32 bits
     most = (1 << 63 if name in ("tokens", "target_tokens") else 1 << 31) - 1
     is_integer = type(value) is int and 0 <= value <= most
@@ -239,7 +239,7 @@ def _is_figure(value: object) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is none of the run's any more."""
+    """Rename a damaged checkpoint, so that the run no longer counts it among its own."""
     aside, number = path.with_name(f"{path.name}.damaged"), 1
     while aside.exists():
         number += 1
@@ -248,7 +248,7 @@ def set_aside(path: Path) -> Path:
 
 
 def _check_hashes(path: Path) -> None:
-    """Hold every file of a checkpoint against the hash that it was written with.
+    """Compare every file of a checkpoint with the hash that was written beside it.
 
     Raises:
         DamagedCheckpoint: a file is missing, or has another hash.

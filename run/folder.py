@@ -1,5 +1,7 @@
-"""The output folder of a run: a new one, or one to go on with; never one over another, nor one that
-two processes write."""
+"""The output folder of a run, new or resumed.
+
+No run overwrites another, and no two processes write into one folder.
+"""
 
 import itertools
 import tempfile
@@ -24,13 +26,13 @@ DEFAULT_PARENT = Path("out")
 
 
 def check_output(config: TrainConfig) -> None:
-    """Refuse a folder that holds another run, a resumed run under other flags, or a living one.
+    """Refuse an output folder of another run, of the same run under other flags, or in use.
 
     Raises:
-        ValueError: the folder is a file, not empty without --resume, of another run, or written by
-            another process.
+        ValueError: --output is a file; or a folder that is not empty, without --resume; or a
+            folder of another run; or another process writes into it.
     """
-    # without --output the run makes a new folder
+    # without --output the run makes a new folder, and nothing can be wrong with it
     if not config.output:
         return
     folder = Path(config.output)
@@ -67,10 +69,10 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
 
 
 def check_new_folder(folder: Path, num_bytes: int) -> None:
-    """Refuse a folder that is there and not empty, or on a disk that has no room for its files.
+    """Refuse a folder that is not empty, or that lies on a disk without room for its files.
 
     Raises:
-        ValueError: the folder is a file or not empty, or the disk has fewer bytes free.
+        ValueError: the folder is a file or not empty, or the disk has less than `num_bytes` free.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder: got the file {folder}")
@@ -87,13 +89,13 @@ def check_new_folder(folder: Path, num_bytes: int) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """See that a new folder can take the place of an empty one."""
+    """Check that a new folder can take the place of an empty one."""
     advice = f"give a folder inside it, such as {folder / 'model'}"
     if folder == Path.cwd():
         raise ValueError(f"--output must be another folder than the one you are in; {advice}")
     mode = folder.stat().st_mode & 0o7777
     try:
-        # the kernel says of some mount points only here that they are ones
+        # a mount point cannot be removed; for some, nothing else shows that they are mount points
         folder.rmdir()
         folder.mkdir()
         folder.chmod(mode)
@@ -104,16 +106,16 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """See that files can be made in a folder, which need not be there yet.
+    """Check that files can be made in a folder, which need not exist yet.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: files cannot be made there.
     """
     there = _first_that_is(folder)
     if not there.is_dir():
         raise ValueError(f"--output must be in a folder: got {folder}, and {there} is a file")
     try:
-        # on Linux it has no name, so nobody sees it
+        # on Linux this file has no name, so nobody sees it
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(
@@ -122,7 +124,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _first_that_is(folder: Path) -> Path:
-    """A folder, or the nearest one around it that there is."""
+    """The folder, or the nearest folder around it that exists."""
     folder = folder.resolve()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
@@ -130,14 +132,15 @@ def _first_that_is(folder: Path) -> Path:
 def resume_point(
     config: TrainConfig, num_ranks: int = 1
 ) -> tuple[ResumePoint | None, dict[Path, str]]:
-    """Read the checkpoint to go on from, None at a fresh start.
+    """Read the checkpoint that a run resumes from.
 
     Returns:
-        It, and what is wrong with each later one.
+        The checkpoint, or None where the run starts from its first step; and for each later,
+        damaged checkpoint what is wrong with it.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole; one is of another version; or the run
-            has another number of processes.
+        ValueError: there are checkpoints and none is whole; another version wrote one; or the run
+            was begun with another number of processes.
         OSError: a checkpoint cannot be read.
     """
     if not config.resume:
@@ -156,16 +159,17 @@ def resume_point(
 def open_output(
     config: TrainConfig, resumed: ResumePoint | None = None, damaged: Collection[Path] = ()
 ) -> Iterator[TrainConfig]:
-    """Hold the folder for this process alone: write config.json, remove what a killed process left.
+    """Lock the output folder for this process, write config.json into it, and tidy it up.
 
-    Yields the config with its folder: without --output the next free out/run-N.
+    Yields the config with the folder's place: without --output the next free out/run-N.
 
     Args:
         resumed: the checkpoint to go on from, which must still be the newest.
-        damaged: later checkpoints, set aside because the run will write those steps' again.
+        damaged: later checkpoints; they are renamed, because the run will write checkpoints of the
+            same steps.
 
     Raises:
-        ValueError: another process writes the folder, or has written it since it was looked at.
+        ValueError: another process writes into the folder, or has done so since `check_output`.
     """
     config = _make_folder(config)
     folder = Path(config.output)
@@ -179,7 +183,7 @@ def open_output(
             )
         for path in damaged:
             print(f"{path} is set aside as {set_aside(path).name}")
-        # a run that was killed between a save and the removal after it has one too many
+        # one checkpoint too many is left where a run was killed after a save, before the removal
         if config.save_total_limit:
             remove_old_checkpoints(folder, config.save_total_limit)
         clean(folder)
@@ -189,7 +193,7 @@ def open_output(
 
 def _make_folder(config: TrainConfig) -> TrainConfig:
     if config.output:
-        # where a link leads to, which need not be there yet
+        # resolved: the target of a link need not exist yet
         make_folder(Path(config.output).resolve())
         return config
     make_folder(DEFAULT_PARENT)
@@ -206,12 +210,13 @@ def _make_folder(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def new_output(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder`, or what a link of that name leads to, as
-    `new_folder`; no second process writes the same one.
+    """Yield an empty folder that becomes `folder` at the end of the block, as `new_folder` does it.
+
+    Where `folder` is a link, its target is written. A lock keeps other processes out.
 
     Raises:
-        ValueError: another process writes it.
-        OSError: it is there already and not empty, or the disk refused.
+        ValueError: another process writes the same folder.
+        OSError: the folder is there already and not empty, or the disk refused.
     """
     folder = folder.resolve()
     make_folder(folder.parent)

@@ -1,20 +1,21 @@
-"""What may come from anywhere in a command and is no fault of its code: the machine's refusals.
+"""Errors of the machine that may come from anywhere in a command: no memory, no home folder.
 
-Memory ends wherever some is taken, and libraries ask for the home folder when they please. The
-message is enough then. Every other error is a fault of this program, and shows its traceback.
+They are not faults of the code, so a message of one line is enough. Every other error is a fault of
+this program, and shows its traceback.
 """
 
 from types import TracebackType
 
 from foreign.reading import is_panic
+from foreign.terminal import first_line
 
-# as torch's allocator and pathlib say it, neither with an exception of its own
+# the words of torch's allocator and of pathlib, neither of which has an exception of its own
 _NO_MEMORY = "can't allocate memory"
 _NO_HOME = "Could not determine home directory"
 
 
 class LastDoor:
-    """Turns what the machine refuses into an OSError that says so."""
+    """Turns a refusal of the machine into an OSError that says what to do."""
 
     def __enter__(self) -> None: ...
 
@@ -29,19 +30,19 @@ class LastDoor:
 
 
 def _refusal(error: BaseException | None) -> str:
-    """What to say of an error, nothing of one that is not the machine's."""
-    first_line = str(error).strip().partition("\n")[0]
+    """The message for a refusal of the machine; empty for any other error."""
+    why = "" if error is None else first_line(error)
     is_torchs = isinstance(error, RuntimeError)
-    if isinstance(error, MemoryError) or (is_torchs and _NO_MEMORY in first_line):
+    if isinstance(error, MemoryError) or (is_torchs and _NO_MEMORY in why):
         return (
-            f"the machine's memory must suffice: it has ended{first_line and f' ({first_line})'}; "
+            f"the machine's memory must suffice: none is left{why and f' ({why})'}; "
             "give it more, or a smaller model or file"
         )
-    if is_torchs and _NO_HOME in first_line:
+    if is_torchs and _NO_HOME in why:
         return (
             "there must be a home folder: HOME is not set, and the user has none; set HOME to a "
             "folder that can be written to"
         )
     if is_panic(error):
-        return f"a library must not fail on what it is given: it has ({first_line:.200})"
+        return f"a library must not fail on a file or a text: got {why:.200}"
     return ""

@@ -1,7 +1,7 @@
-"""Locks between processes: a file that one of them holds, and that the kernel lets go at its end.
+"""Locks between processes: a file that one process holds until it ends.
 
-The kernel releases `flock` however a process dies, SIGKILL included, so a lock that is left behind
-by a dead process stops nobody. A file system without such locks is used without, and that is said.
+The kernel releases `flock` however a process dies, SIGKILL included, so a dead process locks nobody
+out. On a file system without such locks nothing is locked, and a message says so.
 """
 
 import errno
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# in a run's folder; hidden, because it is no result
+# in a run's folder; hidden, because it is not a result
 LOCK_FILE = ".quatrain.lock"
 _UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the file at its path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -26,20 +26,20 @@ def _is_there(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, made for it, until the block ends.
+    """Make a lock file and hold it until the end of the block.
 
     Args:
-        what: is locked, such as a folder, for messages.
+        what: the name of the locked thing, such as a folder, for messages.
 
     Raises:
-        ValueError: another process holds it.
-        OSError: the file cannot be made.
+        ValueError: another process holds the lock.
+        OSError: the lock file cannot be made.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _take(descriptor, what)
-            # the process that held it may have removed it since the file was opened
+            # the process that held the lock may have removed the file since it was opened here
             if not _is_there(path, descriptor):
                 continue
             try:
@@ -53,10 +53,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def check_unlocked(path: Path, what: str) -> None:
-    """See that no process holds a lock file.
+    """Check that no process holds a lock file.
 
     Raises:
-        ValueError: a process does.
+        ValueError: a process holds it.
     """
     with suppress(FileNotFoundError), path.open("rb") as file:
         _take(file.fileno(), what, fcntl.LOCK_SH)

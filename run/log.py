@@ -1,4 +1,4 @@
-"""Where a run's figures go: the terminal, metrics.jsonl, loss.png, trackers; and its answers."""
+"""The log of a run: figures for the terminal, metrics.jsonl, loss.png and trackers; and answers."""
 
 import time
 from pathlib import Path
@@ -10,8 +10,8 @@ from run.checkpoint import RunState
 from run.config import TrainConfig
 from run.loss_chart import CHART_FILE, can_draw, draw_losses
 from run.metrics import (
+    ANSWERS_FILE,
     METRICS_FILE,
-    SAMPLES_FILE,
     Progress,
     Row,
     StepRows,
@@ -24,10 +24,10 @@ from run.watching import Watching
 
 
 class RunLog:
-    """Takes the rows of a run to everywhere they are wanted.
+    """Sends every row of metrics to the terminal, to metrics.jsonl and to the trackers.
 
     Attributes:
-        rows: of metrics.jsonl from the run's first step on, whichever process logged them.
+        rows: the rows of metrics.jsonl from the run's first step on, whichever process wrote them.
     """
 
     def __init__(
@@ -40,23 +40,25 @@ class RunLog:
         is_resumed: bool = False,
         writes: bool = True,
     ) -> None:
-        """Begin after the steps done; what was written past them goes, because it comes again.
+        """Open the log after the steps that are done.
+
+        Rows of later steps are removed from its files: the run takes those steps again.
 
         Args:
-            data_mode: permissions of what holds text that was learned.
-            writes: anywhere at all, which only one of a run's ranks does.
+            data_mode: permissions of files that hold text of the data.
+            writes: False on all ranks but the first, whose log writes nothing.
         """
         self._device = torch.device(config.device)
         self._prompt = config.sample_prompt
         self._output = Path(config.output)
         self._writes = writes
-        # a run that begins anew has no rows, whatever one before it that saved nothing has left
+        # a run that starts from its first step drops rows of an earlier start that saved nothing
         last = state.step if is_resumed else -1
-        # the row that waits for its evaluation is of this step
+        # the row of the last step is logged later if it still waits for its evaluation
         last_row = last - bool(state.unevaluated)
         self._metrics = StepRows(self._output / METRICS_FILE if writes else None, last_row)
-        answers = self._output / SAMPLES_FILE if writes else None
-        self._samples = StepRows(answers, last, has_answer, data_mode)
+        answers_path = self._output / ANSWERS_FILE if writes else None
+        self._answers = StepRows(answers_path, last, has_answer, data_mode)
         self._progress = Progress(num_steps, state.step, is_shown=writes)
         self._trackers = Trackers(config, state, self.say) if writes else None
         self._since, self._tokens_then = time.perf_counter(), state.tokens
@@ -72,7 +74,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.close()
-        # a second Ctrl-C waits for nobody
+        # after a second Ctrl-C nothing more is written
         if kind is None or issubclass(kind, Exception):
             if self._trackers:
                 self._trackers.finish()
@@ -98,7 +100,7 @@ class RunLog:
         """Compose a row of metrics, with the speed since the last one was added.
 
         Args:
-            figures: of the last step, None before the first.
+            figures: of the last step; None before the first step.
         """
         row: Row = {"step": state.step, "epoch": epoch, **(figures or {})}
         row |= {"tokens": state.tokens, "target_tokens": state.target_tokens}
@@ -117,18 +119,20 @@ class RunLog:
         self._since, self._tokens_then = time.perf_counter(), int(row["tokens"])
 
     def answers(self) -> list[str]:
-        """What --sample-prompt has been answered up to now, in this process or one before it."""
-        return [row["answer"] for row in self._samples.rows if row["prompt"] == self._prompt]
+        """All answers to --sample-prompt so far, of this process and of earlier ones."""
+        return [row["answer"] for row in self._answers.rows if row["prompt"] == self._prompt]
 
     def add_answer(self, step: int, answer: str) -> None:
-        """Write down what --sample-prompt is answered after a step."""
+        """Write down the answer to --sample-prompt after a step."""
         row = {"step": step, "prompt": self._prompt, "answer": answer}
-        self._append(self._samples, SAMPLES_FILE, row)
+        self._append(self._answers, ANSWERS_FILE, row)
 
     def flush(self) -> None:
-        """Wait until rows and answers are on the disk: a checkpoint that the power's loss leaves
-        must not be without the rows of its steps."""
-        for file, name in ((self._metrics, METRICS_FILE), (self._samples, SAMPLES_FILE)):
+        """Wait until rows and answers are on the disk.
+
+        After a loss of power, a checkpoint on the disk must not lack the rows of its steps.
+        """
+        for file, name in ((self._metrics, METRICS_FILE), (self._answers, ANSWERS_FILE)):
             try:
                 file.flush()
             except OSError as error:

@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run over its steps, drawn by matplotlib where that is installed."""
+"""loss.png: the losses of a run over its steps, drawn by matplotlib if it is installed."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from pathlib import Path
 from run.metrics import Row
 
 CHART_FILE = "loss.png"
-# steps that the thick line is the mean of, as a share of all
+# share of all steps in the window of the running mean
 SMOOTHED_SHARE = 1 / 20
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is there; it is an optional extra."""
+    """Whether matplotlib, an optional extra, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Draw `loss` and its running mean, and `eval_loss` where there is one.
+    """Draw `loss` and its running mean, and `eval_loss` if there was an evaluation.
 
     Note:
-        Imports matplotlib, without its global state and without a display.
+        Imports matplotlib, and uses neither its global state nor a display.
     """
     from matplotlib.figure import Figure
 
@@ -43,12 +43,12 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 
 
 def _points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    """Steps and values; where a step was skipped there is none."""
+    """Steps and values; a skipped step has no value and is left out."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, `window` of them where there are as many."""
+    """For each value the mean of the last `window` values up to it; of fewer at the beginning."""
     means, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)

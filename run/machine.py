@@ -1,11 +1,11 @@
-"""Which device computes, how, and in which dtype, where the command line leaves it open."""
+"""The device and the dtype of a run, and how torch uses the device."""
 
 import os
 
 import torch
 
-# compute capabilities: of the oldest GPU that there are kernels for, and of the oldest with
-# bfloat16, on which Triton's products also use the tensor cores
+# compute capabilities: the oldest that the kernels run on, and the oldest with bfloat16, where
+# Triton's products also use the tensor cores
 OLDEST = (7, 5)
 OLDEST_WITH_BFLOAT16 = (8, 0)
 
@@ -14,11 +14,11 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     """Resolve --device: `auto` is a GPU if there is one.
 
     Args:
-        local_rank: of the process among those on this machine, each of which takes its own GPU.
+        local_rank: number of this process among those on this machine; each has a GPU of its own.
 
     Raises:
-        ValueError: cuda is asked for, and there is no GPU, or none for this process; or the GPU is
-            too old.
+        ValueError: --device cuda is given, and there is no GPU, or none for this process; or the
+            GPU is too old.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,7 @@ def choose_dtype(name: str, device: str) -> str:
     CPU.
 
     Raises:
-        ValueError: bfloat16 is asked for, and the GPU does not have it.
+        ValueError: --dtype bfloat16 is given, and the GPU does not have it.
     """
     if device == "cuda" and name == "bfloat16" and not has_bfloat16(device):
         raise ValueError(
@@ -73,15 +73,15 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def configure_torch(device: torch.device, local_rank: int, is_deterministic: bool) -> None:
-    """Choose how torch computes and takes memory on a GPU, before either begins."""
+    """Set how torch computes and allocates on a GPU; to be called before it does either."""
     if device.type == "cuda":
         if local_rank:
-            # the first GPU is current as it is, and gets its context when it is used: the processes
-            # that tokenize are forked before
+            # the first GPU is current by default, and gets its context at its first use: after the
+            # processes that tokenize were forked
             torch.cuda.set_device(local_rank)
         # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(is_deterministic)
-        # that also fills every empty tensor with NaN, which costs a pass over each; the stubs of
-        # torch 2.13 do not know the switch
+        # deterministic algorithms also fill every empty tensor with NaN, a pass over each tensor;
+        # the stubs of torch 2.13 do not know this switch
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress bar or lines, and the memory it took."""
+"""The figures that a run reports: metrics.jsonl, a progress bar or lines, and its peak memory."""
 
 import json
 import math
@@ -19,25 +19,24 @@ from run.privacy import READABLE, opener
 
 # `tokens` and `target_tokens` count from the run's first step, padding left out
 METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+ANSWERS_FILE = "samples.jsonl"
 GIB = 1 << 30
 
 Row: TypeAlias = dict[str, Any]
 
 
 def has_figures(row: Row) -> bool:
-    """Whether a row is one of metrics.jsonl: its values are numbers, or null for one that is not
-    finite."""
+    """Whether a row belongs into metrics.jsonl: each value is a number, or null if not finite."""
     return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def has_answer(row: Row) -> bool:
-    """Whether a row is one of samples.jsonl."""
+    """Whether a row belongs into samples.jsonl."""
     return all(isinstance(row.get(name), str) for name in ("prompt", "answer"))
 
 
 def _parse_row(line: str, is_row: Callable[[Row], bool]) -> Row | None:
-    """Read a line as a row of a step, None if it is none."""
+    """Read a line as a row with a step; None if it is not one."""
     try:
         row = parse_json(line, "a row")
     except ValueError:
@@ -47,7 +46,7 @@ def _parse_row(line: str, is_row: Callable[[Row], bool]) -> Row | None:
 
 
 def _set_aside(path: Path, content: bytes, mode: int) -> Path:
-    """Write what was in a file under a name that is free."""
+    """Write a copy of a damaged file's content under a name that is free."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
@@ -57,10 +56,10 @@ def _set_aside(path: Path, content: bytes, mode: int) -> Path:
 
 
 class StepRows:
-    """A file of JSON lines, each of a step: metrics.jsonl and its like.
+    """A file of JSON lines with a step each: metrics.jsonl or samples.jsonl.
 
     Attributes:
-        rows: all of them, from the run's first step on, whichever process added them.
+        rows: the rows from the run's first step on, whichever process added them.
     """
 
     def __init__(
@@ -70,26 +69,26 @@ class StepRows:
         is_row: Callable[[Row], bool] = has_figures,
         mode: int = READABLE,
     ) -> None:
-        """Open the file, dropping rows past `step`: a resumed run writes those steps' again.
+        """Open the file and drop the rows after `step`: a resumed run writes them again.
 
-        A row is no reason to lose a run: where a line is damaged, the file as it was is kept under
-        another name, and the run goes on with the other rows.
+        A damaged line does not stop a run: a copy of the file is kept under another name, and the
+        run goes on with the other rows.
 
         Args:
             path: None to write nothing.
-            is_row: whether a JSON object with a step is a row of this file.
-            mode: the file's permissions, of which the umask takes some away.
+            is_row: tells whether a JSON object with a step is a row of this file.
+            mode: the file's permissions, before the umask takes some of them away.
         """
         content = path.read_bytes() if path and path.is_file() else b""
         lines = content.decode(errors="replace").splitlines()
         found = [_parse_row(line, is_row) for line in lines]
-        # the last line may be cut off, where the process was killed in the middle of it
+        # the last line may be cut off: the process may have been killed while it wrote
         if path and None in found[:-1]:
             number = found.index(None) + 1
             aside = _set_aside(path, content, mode)
             print(
-                f"{path}:{number} is not what a run has written: {aside} has the file as it was, "
-                "and the run goes on with the other rows"
+                f"{path}:{number} is not a row that a run has written: {aside} is a copy of the "
+                "file, and the run goes on with the other rows"
             )
         pairs = zip(lines, found, strict=True)
         kept = [(line, row) for line, row in pairs if row and row["step"] <= step]
@@ -101,10 +100,10 @@ class StepRows:
         self.rows: list[Row] = [row for _, row in kept]
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, which has a `step`.
+        """Add a row, which must have a `step`.
 
         Raises:
-            OSError: the disk refused; the file is as it was, and the row is written with the next.
+            OSError: the disk refused; the file is unchanged; the next call writes this row, too.
         """
         # JSON has no NaN
         clean = {
@@ -120,7 +119,7 @@ class StepRows:
             with open(self._path, "a", encoding="utf-8", opener=self._opener) as file:
                 file.write(self._unwritten)
         except OSError:
-            # a part of it may be there
+            # a part of the text may be in the file
             if self._path.is_file():
                 os.truncate(self._path, size)
             raise
@@ -137,14 +136,14 @@ class StepRows:
             flush(self._path.parent)
 
 
-# a terminal that was closed, a full disk under the output, a character that the terminal lacks
+# errors of print: a closed terminal, a full disk, a character that the terminal does not have
 _UNHEARD = (OSError, ValueError)
 
 
 class Progress:
-    """A bar with the last numbers on a terminal, a line per logged step elsewhere.
+    """A progress bar with the last figures on a terminal; elsewhere a line for each logged step.
 
-    Where nothing can be shown, the run goes on unseen.
+    Errors of the terminal do not stop the run.
     """
 
     def __init__(self, num_steps: int, step: int, *, is_shown: bool = True) -> None:
@@ -163,7 +162,7 @@ class Progress:
             self._bar.update()
 
     def show(self, row: Row) -> None:
-        """Show a row of metrics: the loss, the speed, the memory."""
+        """Show the loss, the speed and the memory of a row of metrics."""
         numbers = describe(row)
         with suppress(*_UNHEARD):
             if self._is_terminal:
@@ -182,7 +181,7 @@ class Progress:
 
 
 def describe(row: Row) -> str:
-    """One line of a row of metrics."""
+    """Write a row of metrics as one line of text."""
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
@@ -199,9 +198,9 @@ def describe(row: Row) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the process has held: on the device as torch reserved it, or in RAM.
+    """The most memory that the process has held: reserved by torch on a GPU, or RAM on a CPU.
 
-    Unified memory is not in it: torch does not know of it, and it may lie on either side.
+    Unified memory is not counted: torch does not know of it, and it may lie on the GPU or the host.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)

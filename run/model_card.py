@@ -1,5 +1,5 @@
-"""README.md of an adapter folder: the front matter that the hub reads, as PEFT writes it, and how
-the adapter came to be."""
+"""The model card of an adapter, its README.md: the front matter that the hub reads, in PEFT's form,
+and how the adapter was trained."""
 
 import html
 import math
@@ -15,26 +15,26 @@ from run.config import FREE_ON_RESUME, TrainConfig
 from run.metrics import GIB, Row
 
 CARD_FILE = "README.md"
-# flags that did not make the adapter what it is
+# flags left out of the recipe: they do not change the adapter, or the card names them elsewhere
 _LEFT_OUT = FREE_ON_RESUME | {"model", "sample_prompt", "device"}
 _PATHS = ("data", "eval_data", "chat_template", "init_adapter")
 _LIBRARIES = ("torch", "triton", "safetensors", "tokenizers")
-# to whom adapter_config.json has come without the base model's folder
+# for readers to whom adapter_config.json came without the base model's folder
 _ADVICE = """The base model was read from a folder of that name: write the folder's place into
 `adapter_config.json`, as `base_model_name_or_path`, where it has the name alone.
 
 """
-# what means something in Markdown inside a line; a bar ends a table's cell
+# characters with a meaning in Markdown inside a line; a bar ends a table's cell
 _MARKS = re.compile(r"[\\`*\[\]|]")
 
 
 def _text(value: object) -> str:
-    """A name or a value as text alone: no Markdown, no HTML, one line."""
+    """Escape a name or a value: one line, without Markdown and HTML."""
     return _MARKS.sub(r"\\\g<0>", html.escape(one_line(value), quote=False))
 
 
 def _front_matter(config: TrainConfig, base: str | None) -> str:
-    """What the hub indexes; it knows no base model by the path that it had on a disk."""
+    """The fields that the hub indexes; the base model is named only if it is on the hub."""
     tags = ["lora", "transformers"]
     if config.quant == "nf4":
         tags.append("qlora")
@@ -51,12 +51,12 @@ def _table(names: tuple[str, str], rows: dict[str, object]) -> str:
 
 
 def _known(rows: Sequence[Row], name: str) -> list[float]:
-    """A column's values; where a step was skipped there is none."""
+    """The values of a column; a skipped step has none."""
     return [row[name] for row in rows if row.get(name) is not None]
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, object]:
-    """What came out, of the rows of metrics.jsonl."""
+    """The results of the run, from the rows of metrics.jsonl."""
     last = rows[-1]
     found: dict[str, object] = {
         "steps": f"{last['step']:,}",
@@ -79,7 +79,7 @@ def _recipe(config: TrainConfig) -> dict[str, object]:
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in _LEFT_OUT and value != "":
-            # the folders of a disk are nobody's business
+            # the folders of this disk are private
             value = Path(value).name if f.name in _PATHS else value
             found[f"`--{f.name.replace('_', '-')}`"] = value
     return found
@@ -88,13 +88,13 @@ def _recipe(config: TrainConfig) -> dict[str, object]:
 def model_card(
     config: TrainConfig, rows: Sequence[Row], files: Sequence[str], base: str, *, is_on_hub: bool
 ) -> str:
-    """Compose the card: what the adapter belongs to, how it was trained, what came out.
+    """Write the card: the adapter's base model, how it was trained, and the results.
 
     Args:
-        rows: of metrics.jsonl, at least one.
-        files: names of those that belong to the adapter.
-        base: what others know the base model by: a hub id, with @revision if there is one, or the
-            name of a folder.
+        rows: the rows of metrics.jsonl, at least one.
+        files: names of the adapter's files.
+        base: the base model's public name: a hub id, with @revision if there is one, or the name of
+            a folder.
     """
     name = base.partition("@")[0] if is_on_hub else base
     place = base if is_on_hub else "path/to/the/base"

@@ -1,7 +1,7 @@
-"""Permissions: what is made of a file that others may not read is not for others either.
+"""Permissions of files that a run makes from other files.
 
-Adapters and models are made under the umask, as whatever a user writes; text of the data, which a
-run leaves in its folder, is for those who may read the data.
+A copy of private files is private, too. Adapters follow the umask, like any file that a user
+writes. Text of the data, which a run writes into its folder, is for those who may read the data.
 """
 
 import os
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 READABLE = 0o666
-# of the group and of all others: the right to read a file, and all rights
+# for the group and for all others: the right to read a file, and all rights
 _RIGHTS = ((0o040, 0o070), (0o004, 0o007))
 
 
 def shared_mode(files: Iterable[Path]) -> int:
-    """Find the permissions of a file that is made of others: those that each of them gives, and
-    its owner's."""
+    """Find the permissions of a file made from others: all others' rights in common, and its
+    owner's."""
     mode = READABLE
     for path in files:
         mode &= path.stat().st_mode
@@ -24,16 +24,16 @@ def shared_mode(files: Iterable[Path]) -> int:
 
 
 def opener(mode: int) -> Callable[[str, int], int]:
-    """What lets `open` make a file with other permissions than the umask leaves."""
+    """Make an opener for `open` that gives a new file these permissions, less the umask's."""
     return lambda name, flags: os.open(name, flags, mode)
 
 
 @contextmanager
 def as_private_as(files: Iterable[Path]) -> Iterator[None]:
-    """Make files and folders for nobody who may not read all of these.
+    """Inside the block, new files and folders are only for those who may read all of `files`.
 
     Note:
-        Changes the umask, which is that of the whole process.
+        Changes the umask, which holds for the whole process.
     """
     mode = shared_mode(files)
     before = os.umask(0o077)

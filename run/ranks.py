@@ -1,17 +1,19 @@
-"""The processes of a run: one, or those that torchrun started, each with a GPU of its own.
+"""The processes of a run: a single one, or several that torchrun started, each on its own GPU.
 
     micro-batch   | 0 | 1 | 2 | 3 | 4 |        of a step, with two ranks
     rank            0   1   0   1   0
 
-Data parallel: every rank holds the model, computes its share of a step's micro-batches, adds its
-gradients up with the others' and takes the same optimizer step. A micro-batch's dropout follows
-from its place in the step, so two ranks learn what one process learns of twice as many
-micro-batches, but for the order in which float32 adds up. DistributedDataParallel averages over
-ranks instead, which is another gradient where their numbers of target tokens differ; and it sends
-the gradients in buckets beside the backward pass. Here they are one arena and one call: those of
-rank 16 on 8B parameters are 168 MB, a millisecond between GPUs of one machine, of a step's seconds.
+Data parallel: every rank holds the model, computes its share of a step's micro-batches, sums its
+gradients with those of the other ranks and takes the same optimizer step. The seed of a
+micro-batch's dropout follows from its place in the step. So two ranks compute the same as one
+process with twice as many micro-batches, except for the order of float32 sums.
 
-torch.distributed does the work: NCCL between GPUs, gloo for what Python must agree on.
+DistributedDataParallel averages over ranks instead, which gives another gradient where the ranks'
+numbers of target tokens differ; and it sends the gradients in buckets beside the backward pass.
+Here the gradients are one arena, sent in one call: for rank 16 on 8B parameters 168 MB, which takes
+a millisecond between GPUs of one machine, while a step takes seconds.
+
+torch.distributed does the work: NCCL between GPUs, gloo for numbers of Python.
 """
 
 import os
@@ -25,31 +27,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from foreign.terminal import first_line
 from run.shortage import is_shortage
 
 T = TypeVar("T")
-# the first rank may tokenize, fetch a model or write a checkpoint meanwhile; a rank that dies is
-# noticed at once, this is for a machine that vanishes
+# for a machine that vanishes: a process that dies is noticed at once. It is long, because the first
+# rank may tokenize, fetch a model or write a checkpoint meanwhile
 TIMEOUT = timedelta(hours=2)
 
 
 class RankError(RuntimeError):
-    """The ranks cannot go on together: one has ended, or they are not the same."""
+    """The ranks cannot go on together: one of them has ended, or they differ."""
 
 
 class RankOutOfMemory(RuntimeError):
-    """A rank's GPU did not have the memory; raised by all of them."""
+    """One rank's GPU ran out of memory; raised on all ranks."""
 
 
 class Ranks:
-    """What a process knows of the others, and does together with them.
+    """This process as one of a run's ranks, and the calls that all ranks make together.
 
-    Every method but `share` and `said_once` must be called by all ranks, in one order.
+    All ranks must call every method, except `share` and `said_once`, in the same order.
 
     Attributes:
         rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: the number among those on this machine.
+        size: the number of ranks.
+        local_rank: this process's number among the ranks on this machine.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -57,15 +60,15 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The first one prints, and writes into the output folder."""
+        """Whether this is the rank that prints and writes into the output folder."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[tuple[int, T]]:
-        """What this rank has to do of what all ranks have, each with its place among all."""
+        """The items that are this rank's share, each with its place among all items."""
         return list(enumerate(items))[self.rank :: self.size]
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor by the sum over all ranks. Does not wait for the device."""
+        """Replace a tensor by its sum over all ranks, without waiting for the device."""
         if self.size > 1:
             with _as_rank_error():
                 dist.all_reduce(tensor)
@@ -87,9 +90,9 @@ class Ranks:
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """Let the first rank do something, and then, if it succeeds, the others.
+        """Let the first rank run the block, and then, if it succeeds, the other ranks.
 
-        What the user has given wrong is thus said once, and what is fetched is fetched once.
+        So a mistake of the user is reported once, and a model is fetched once.
         """
         if not self.is_first:
             self.largest(0)
@@ -98,14 +101,14 @@ class Ranks:
             self.largest(0)
 
     def sharing_shortage(self) -> "SharedShortage":
-        """Compute something for which the memory may not suffice; then all ranks learn of it."""
+        """Run a block that may run out of memory: if one rank does, all ranks raise the error."""
         return SharedShortage(self)
 
     def check_same(self, what: str, number: int) -> None:
-        """Hold a number, such as a hash, against the other ranks'.
+        """Compare a number, such as a hash, with that of the other ranks.
 
         Raises:
-            RankError: they have different ones.
+            RankError: the ranks have different numbers.
         """
         largest, smallest = self.largest(number), -self.largest(-number)
         if largest != smallest:
@@ -116,18 +119,19 @@ class Ranks:
             raise self.said_once(error)
 
     def said_once(self, error: Exception) -> BaseException:
-        """What to raise where every rank raises the same error: the first one's says why."""
+        """The error to raise where all ranks fail alike: on the others a silent exit."""
         return error if self.is_first else SystemExit(1)
 
 
 class SharedShortage:
-    """Turns what runs out of memory on one rank into the same error on all.
+    """Turns an out-of-memory error of one rank into the same error on all ranks.
 
-    What was computed goes with the error, before anything is saved. A generator as context manager
-    would keep it: from Python 3.12 on, contextlib's frame and the error hold each other.
+    The tensors of the failed block are freed with its error, before the run is saved. A generator
+    as context manager would keep them: from Python 3.12 on, contextlib's frame and the error hold
+    each other.
 
     Raises:
-        RankOutOfMemory: at the end, if the memory did not suffice.
+        RankOutOfMemory: at the end of the block, if any rank ran out of memory.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -146,16 +150,16 @@ class SharedShortage:
         number = self._ranks.largest(self._ranks.rank + 1 if error else 0)
         if number:
             whose = "" if self._ranks.size == 1 else f"rank {number - 1}: "
-            is_own = error is not None and number == self._ranks.rank + 1
-            what = str(error).partition("\n")[0] if is_own else "out of memory"
+            is_own = number == self._ranks.rank + 1
+            what = first_line(error) if error and is_own else "out of memory"
             raise RankOutOfMemory(f"{whose}{what}")
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the other processes, if torchrun started this one.
+    """Join the other processes of the run, if torchrun started this one.
 
-    All but the first are silent on stdout.
+    On stdout only the first rank prints.
     """
     is_started = dist.is_available() and dist.is_torchelastic_launched()
     if not is_started or os.environ["WORLD_SIZE"] == "1":
@@ -169,13 +173,13 @@ def join_ranks() -> Iterator[Ranks]:
         quiet = nullcontext() if ranks.is_first else redirect_stdout(nowhere)
         with quiet:
             yield ranks
-    # not after an error, which must not wait for the others
+    # not after an error: this would wait for the other ranks
     dist.destroy_process_group()
 
 
 @contextmanager
 def _as_rank_error() -> Iterator[None]:
-    """Name what torch.distributed raises when another process is gone."""
+    """Turn the error of torch.distributed after another process has ended into a RankError."""
     try:
         yield
     except RuntimeError as error:

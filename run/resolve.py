@@ -1,4 +1,4 @@
-"""A run's flags made definite: what `auto` and a default mean on this machine and checkpoint."""
+"""The values of `auto` flags and open defaults on this machine and for this checkpoint."""
 
 from dataclasses import replace
 
@@ -11,16 +11,15 @@ DEFAULT_MAX_LENGTH = 2048
 def resolve(
     config: TrainConfig, positions: int, packable: int | None = None, local_rank: int = 0
 ) -> TrainConfig:
-    """Replace every `auto` and default by what it means here, --output excepted.
+    """Replace every `auto` and open default by a definite value, except --output.
 
     Args:
-        positions: of the model.
-        packable: tokens of the longest row that several samples may share; None: the longest.
-        local_rank: as choose_device.
+        positions: the number of the model's positions.
+        packable: tokens of the longest row that several samples may share; None: of any length.
+        local_rank: as in choose_device.
 
     Raises:
-        ValueError: a device that is not there, a residency without one, or a length beyond the
-            model's positions.
+        ValueError: flags that the machine, the model or each other rule out.
     """
     device = choose_device(config.device, local_rank)
     if device == "cpu" and config.optimizer_residency != "auto":
@@ -52,11 +51,11 @@ def resolve(
     if config.packing and not can_pack:
         raise ValueError(
             f"--packing must be given with a --max-length of at most {packable:,}, which this "
-            f"model's first frequencies are for: got {max_length:,}"
+            f"model's RoPE frequencies for short texts are made for: got {max_length:,}"
         )
     packing = config.packing
     if packing is None:
-        # where attention in shared rows has no tensor cores it takes longer than padding
+        # without tensor cores, attention in packed rows takes longer than padding
         packing = has_bfloat16(device) and can_pack and not config.group_by_length
     dtype = choose_dtype(config.dtype, device)
     return replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)

@@ -1,4 +1,4 @@
-"""Room on the disk: looked at before a run begins, and a part of it kept for its end."""
+"""Room on the disk: checked before a run begins, and reserved for its last checkpoint."""
 
 import os
 import shutil
@@ -7,39 +7,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from run.atomic import half_written
-from run.config import TrainConfig
+from run.flags import RunFlags
 
 MB = 10**6
-# of a number of the adapter, which is written in float32
+# bytes of a number of the adapter, which is written in float32
 NUMBER_BYTES = 4
 
 
-def checkpoint_bytes(config: TrainConfig, num_parameters: int, moment_bytes: float) -> int:
-    """Size a checkpoint: the adapter, the best one where that is kept, and both moments.
+def checkpoint_bytes(config: RunFlags, num_parameters: int, moment_bytes: float) -> int:
+    """Bytes of a checkpoint: the adapter, the best adapter if that is kept, and both moments.
 
     Args:
-        moment_bytes: of both moments of a number of the adapter.
+        moment_bytes: bytes of both moments of one number of the adapter.
     """
     num_adapters = 2 if config.early_stopping_patience else 1
     return int(num_parameters * (num_adapters * NUMBER_BYTES + moment_bytes))
 
 
-def num_checkpoints(config: TrainConfig, step: int, num_steps: int) -> int:
-    """Count the checkpoints that a run will write from a step on and have on the disk at once; a
-    run that is stopped writes one."""
+def num_checkpoints(config: RunFlags, step: int, num_steps: int) -> int:
+    """Count the checkpoints of a run from a step on that are on the disk at the same time.
+
+    It is at least one: a run that is stopped writes a checkpoint.
+    """
     due = 0
     if config.save_steps:
         due = (num_steps - 1) // config.save_steps - step // config.save_steps
-    # the oldest goes when the new one is whole
+    # the oldest is removed after the new one is whole
     most = config.save_total_limit + 1 if config.save_total_limit else due
     return max(1, min(due, most))
 
 
 def check_room(folder: Path, num_bytes: int, advice: str = "") -> None:
-    """Refuse a disk without room for what will be written into a folder, which need not be there.
+    """Refuse a disk without room for files in a folder, which need not exist yet.
 
     Args:
-        advice: how to do with less.
+        advice: flags that make the files smaller or fewer.
 
     Raises:
         ValueError: the disk has fewer bytes free.
@@ -56,7 +58,7 @@ def check_room(folder: Path, num_bytes: int, advice: str = "") -> None:
 
 @contextmanager
 def reserved(folder: Path, num_bytes: int) -> Iterator[Callable[[], None]]:
-    """Take room on a folder's disk that nothing else can have, and yield what gives it back.
+    """Reserve room on a folder's disk, and yield a function that gives the room back.
 
     Raises:
         OSError: the disk has no such room.

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP as a request that a loop looks at between two steps.
+"""SIGTERM, SIGINT and SIGHUP as a request to stop, which the training loop reads between steps.
 
-A spot machine sends SIGTERM some seconds before it goes, a person presses Ctrl-C, a terminal sends
-SIGHUP when it is closed; either way the run has time for a checkpoint.
+A spot machine sends SIGTERM some seconds before it is taken away, a person presses Ctrl-C, a
+terminal sends SIGHUP when it is closed. In each case the run has time for a checkpoint.
 """
 
 import os
@@ -15,10 +15,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remembers the first signal that asks to stop; the second one stops at once, as without us.
+    """Remembers the first signal that asks to stop; a second signal ends the process at once.
 
     Attributes:
-        number: of the signal, 0 as long as none came.
+        number: the signal's number; 0 until a signal comes.
 
     Note:
         Python takes signals in its main thread only.
@@ -26,14 +26,14 @@ class StopRequest:
 
     def __init__(self, *, says: bool = True) -> None:
         """Args:
-        says: tell the user that the signal was understood.
+        says: whether to tell the user that the signal was understood.
         """
         self.number = 0
         self._says = says
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        # nohup and a shell that starts a job in the background have some ignored
+        # nohup, and a shell that starts a job in the background, let a process ignore some signals
         taken = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
@@ -59,12 +59,12 @@ class StopRequest:
         text = f"{name}: stopping after this step, with a checkpoint; again stops at once\n"
         # the terminal may be gone
         with suppress(OSError):
-            # what was interrupted may be a print
+            # not print: the signal may have interrupted a print
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end the process from now on as it ends any other, without a traceback of what
-    libraries do at the exit."""
+    """Let Ctrl-C end the process at once from now on, without a traceback from libraries that are
+    at work at the exit."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

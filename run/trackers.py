@@ -1,6 +1,6 @@
-"""Trackers that follow a run's figures: TensorBoard, Weights & Biases, trackio.
+"""Trackers that show a run's figures: TensorBoard, Weights & Biases, trackio.
 
-Each is an optional extra, and is imported where --report-to names it, nowhere else.
+Each is an optional extra, imported only if --report-to names it.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from run.checkpoint import RunState
 from run.config import TrainConfig
+from run.flags import RunFlags
 from run.metrics import Row
 from run.watching import Watching
 
@@ -21,14 +22,14 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Tracker(Protocol):
-    """Follows a run."""
+    """A library that shows the figures of a run."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None: ...
     def finish(self) -> None: ...
 
 
 class _TensorBoard:
-    """Event files in the run's folder; what a killed run wrote past its checkpoint is purged."""
+    """Event files in the run's folder; events after the resumed step are purged."""
 
     def __init__(self, config: TrainConfig, state: RunState) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -45,8 +46,8 @@ class _TensorBoard:
 
 
 def run_name(config: TrainConfig, state: RunState) -> str:
-    """A name that a resumed run has, too, and no other run."""
-    # of `.`, too
+    """A name of this run and no other, which stays the same when the run is resumed."""
+    # absolute: `.` has no name
     folder = Path(config.output).absolute().name
     return f"{folder}-{state.started[:19].replace(':', '')}"
 
@@ -94,7 +95,7 @@ _TRACKERS: dict[str, Callable[[TrainConfig, RunState], Tracker]] = {
 }
 
 
-def tracker_names(config: TrainConfig) -> list[str]:
+def tracker_names(config: RunFlags) -> list[str]:
     """The trackers of --report-to.
 
     Raises:
@@ -113,7 +114,7 @@ def tracker_names(config: TrainConfig) -> list[str]:
 
 
 class Trackers:
-    """What --report-to names. A tracker that fails is said, and left out from then on."""
+    """The trackers of --report-to. One that fails is reported, and left out from then on."""
 
     def __init__(self, config: TrainConfig, state: RunState, say: Callable[[str], None]) -> None:
         self._say = say
@@ -123,7 +124,7 @@ class Trackers:
                 self._open[name] = _TRACKERS[name](config, state)
 
     def log(self, row: Row) -> None:
-        """Send a row of metrics: every figure under the name that it has in metrics.jsonl."""
+        """Send a row of metrics, each figure under its name in metrics.jsonl."""
         figures = {n: v for n, v in row.items() if n != "step" and math.isfinite(v)}
         for name in list(self._open):
             tracker = self._open.pop(name)

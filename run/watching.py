@@ -1,9 +1,9 @@
-"""What only watches a run, such as charts, trackers and cards: where it fails, the run goes on."""
+"""Charts, trackers and model cards: they only watch a run, and the run goes on if they fail."""
 
 from collections.abc import Callable
 from types import TracebackType
 
-from foreign.terminal import one_line
+from foreign.terminal import first_line, one_line
 
 
 def _is_spared(error: BaseException) -> bool:
@@ -11,11 +11,11 @@ def _is_spared(error: BaseException) -> bool:
 
 
 class Watching:
-    """Ends what fails inside it with one line, whatever the failure is.
+    """Turns any failure inside the block into one line of text.
 
-    A library that only looks on may raise anything, and may even exit; a result that took hours is
-    worth more than its chart. A generator as context manager would keep what failed alive: from
-    Python 3.12 on, contextlib's frame and the error hold each other.
+    A library for charts may raise any error, and may even exit; a result that took hours is worth
+    more than its chart. A generator as context manager would keep the tensors of the failed block
+    alive: from Python 3.12 on, contextlib's frame and the error hold each other.
     """
 
     def __init__(
@@ -27,9 +27,9 @@ class Watching:
         is_last: bool = False,
     ) -> None:
         """Args:
-        what: such as "loss.png", for the line.
-        is_spared: whether a failure is somebody else's to handle, and passes.
-        is_last: there is nothing left to save: Ctrl-C ends this alone.
+        what: the name of the thing that may fail, such as "loss.png", for the line.
+        is_spared: tells whether an error must pass through to the caller.
+        is_last: nothing is left to save, so Ctrl-C ends this block and not the run.
         """
         self._what, self._say = what, say
         self._is_spared, self._is_last = is_spared, is_last
@@ -47,6 +47,6 @@ class Watching:
             return True
         if not isinstance(error, (Exception, SystemExit)) or self._is_spared(error):
             return False
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error) or type(error).__name__
         self._say(one_line(f"{self._what} has failed, the run goes on without it: {why}"))
         return True

@@ -95,7 +95,7 @@ def test_only_needed_files_are_fetched_once_and_found_again_offline(tmp_path: Pa
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         said = fetch(hub, tmp_path, "owner/name", **environment)
         assert said.startswith("ConnectionError: --model must be fetched or in the hub's cache: ")
-        assert "the cache has not a.txt of it: owner/name; run again with a connection" in said
+        assert "the cache does not have a.txt of it: owner/name; run again with a conn" in said
 
 
 def test_a_revision_is_fetched_and_an_unknown_one_is_refused(tmp_path: Path) -> None:

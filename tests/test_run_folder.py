@@ -44,7 +44,7 @@ from run.folder import (
     resume_point,
 )
 from run.lock import LOCK_FILE, check_unlocked, locked
-from run.metrics import METRICS_FILE, SAMPLES_FILE, StepRows, describe, has_answer
+from run.metrics import ANSWERS_FILE, METRICS_FILE, StepRows, describe, has_answer
 from run.room import checkpoint_bytes, num_checkpoints, reserved
 from run.trackers import run_name
 
@@ -583,11 +583,11 @@ def test_a_damaged_row_costs_no_other_and_the_file_is_kept(
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     assert (tmp_path / "metrics.jsonl.damaged-2").read_bytes() == content
     said = capsys.readouterr().out
-    assert f"{path}:2 is not what a run has written: {path}.damaged-2 has the file" in said
+    assert f"{path}:2 is not a row that a run has written: {path}.damaged-2 is a copy" in said
 
 
 def test_an_answer_without_its_prompt_is_a_damaged_row(tmp_path: Path) -> None:
-    path = tmp_path / SAMPLES_FILE
+    path = tmp_path / ANSWERS_FILE
     good = {"step": 0, "prompt": "who", "answer": "me"}
     lines = [{**good, "answer": 5}, {"step": 0, "answer": "me"}, good]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

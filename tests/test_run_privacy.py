@@ -18,7 +18,7 @@ import train
 from optim.adamw import AdamW
 from prepare.job import BUNDLED
 from run.atomic import new_files, new_folder, write_text
-from run.metrics import SAMPLES_FILE, StepRows, has_answer
+from run.metrics import ANSWERS_FILE, StepRows, has_answer
 from run.privacy import as_private_as, shared_mode
 
 # that hold text of the data
@@ -108,7 +108,7 @@ def test_a_file_system_without_permissions_takes_a_folder(
 
 def test_rows_that_others_could_read_are_closed_when_the_run_goes_on(tmp_path: Path) -> None:
     row = {"step": 1, "prompt": "a", "answer": "b"}
-    path = tmp_path / SAMPLES_FILE
+    path = tmp_path / ANSWERS_FILE
     StepRows(path, 1, has_answer).append(row)
     assert mode(path) == 0o644
     rows = StepRows(path, 1, has_answer, 0o600)

@@ -30,6 +30,7 @@ from test_run_folder import rewrite_state
 from train_process import DEADLINE_S, ROOT, TrainProcess, heed_signals
 
 import train
+import training.saving
 from data.tokenizer import Tokenizer
 from optim.adamw import AdamW
 from run.checkpoint import OPTIMIZER_FILE, list_checkpoints
@@ -317,9 +318,9 @@ def test_room_for_the_end_is_kept_while_a_run_trains(
         assert list(output.glob("reserve*")) == []
         write(folder, *args)
 
-    write = train.write_adapter
+    write = training.saving.save_adapter
     monkeypatch.setattr(AdamW, "step", noted)
-    monkeypatch.setattr(train, "write_adapter", freed)
+    monkeypatch.setattr(training.saving, "save_adapter", freed)
     config = ["--output", str(output), *flags(tmp_path, "--max-steps", "7", "--save-steps", "0")]
     # one that is stopped, and one that ends
     train.main(config)

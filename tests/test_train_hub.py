@@ -32,7 +32,7 @@ def test_model_and_data_come_from_the_hub_and_the_adapter_goes_there(tmp_path: P
         assert done.returncode == 0, done.stderr
         assert TOKEN not in done.stdout + done.stderr
         pushed = hub.repositories["models/owner/adapter"]
-        assert f"pushed it: {hub.url}/owner/adapter/commit/{pushed.sha}" in done.stdout
+        assert f"pushed the adapter: {hub.url}/owner/adapter/commit/{pushed.sha}" in done.stdout
         fetched = hub.downloads()
         assert sorted(fetched) == sorted([*files_of(BUNDLED / "model"), "train.jsonl"])
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= pushed.files.keys()
@@ -130,7 +130,7 @@ def train_and_push(
         return "an address"
 
     monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
-    monkeypatch.setattr("train.push_folder", push)
+    monkeypatch.setattr("training.results.push_folder", push)
     data = folder / "data.jsonl"
     shutil.copyfile(BUNDLED / "eval.jsonl", data)
     given = ["--model", str(model), "--data", str(data), "--output", str(folder / "out")]

@@ -15,8 +15,8 @@ from test_train_ranks import flags as rank_flags
 from train_process import TrainProcess, train_ranks
 
 import checkpoint.loading
-import llama.generation
 import train
+import training.answers
 from kernels.launch import KernelDoesNotFit
 from llama.layer import DecoderLayer
 from optim.adamw import AdamW
@@ -106,7 +106,7 @@ def let_memory_end(place: str, how: str) -> None:
         "loss": (MicroStep, "_loss", 6 + 2 * IS_GPU),
         "optimizer": (AdamW, "prefetch", 4),
         "evaluation": (MicroStep, "evaluate", 8),
-        "sampling": (llama.generation, "generate_greedy", 2),
+        "sampling": (training.answers, "generate_greedy", 2),
         "save": (AdamW, "state_tensors", 1),
         "preflight": (MicroStep, "__call__", 1),
         "preflight's capture": (MicroStep, "_capture", 1),
@@ -198,7 +198,7 @@ def test_a_save_that_has_no_memory_leaves_the_checkpoint_before_it(tmp_path: Pat
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert last.startswith("error: the GPU's memory must suffice for step 5: CUDA out of memory")
-    assert "nor was it saved: CUDA out of memory" in last
+    assert "and it could not be saved: CUDA out of memory" in last
     assert last.endswith("checkpoint-2 is the last checkpoint, for --resume")
     train.main(["--output", str(tmp_path / "whole"), *config])
     train.main(["--output", str(output), *config, "--resume"])

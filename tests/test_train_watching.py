@@ -181,7 +181,7 @@ def test_no_tracker_is_imported_that_is_not_asked_for(tmp_path: Path) -> None:
 def test_the_prompt_is_answered_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr("training.answers.SAMPLE_TOKENS", 4)
     flags = "--sample-steps 2 --logging-steps 3 --learning-rate 3e-3 --save-steps 1"
     whole = train_small(tmp_path, flags, "whole", "Who is Ember?")
     answers = rows_of(whole, "samples.jsonl")
@@ -310,6 +310,7 @@ def at_call(number: int, function: Any, otherwise: Any = lambda *args, **kwargs:
     return called
 
 
+GENERATE = "training.answers.generate_greedy"
 # what fails, and the words that say so
 DECORATIONS = {
     "matplotlib is looked for": ("run.log.can_draw", fail, "loss.png has failed"),
@@ -319,15 +320,15 @@ DECORATIONS = {
     "a tracker logs": ("wandb.log", at_call(3, fail), "--report-to wandb has failed"),
     "a tracker ends the process": ("wandb.log", leave, "--report-to wandb has failed"),
     "a tracker finishes": ("wandb.finish", fail, "--report-to wandb has failed"),
-    "the prompt is answered": ("train.generate_greedy", fail, "--sample-prompt has failed"),
+    "the prompt is answered": (GENERATE, fail, "--sample-prompt has failed"),
     "the prompt is answered at the end": (
-        "train.generate_greedy",
+        GENERATE,
         at_call(4, run_out_of_memory),
         "--sample-prompt has failed",
     ),
     "an answer is written": ("run.log.RunLog.add_answer", fail, "--sample-prompt has failed"),
-    "the card is composed": ("train.model_card", fail, "README.md has failed"),
-    "the adapter is pushed": ("train.push_folder", fail, "--push-to-hub has failed"),
+    "the card is composed": ("training.results.model_card", fail, "README.md has failed"),
+    "the adapter is pushed": ("training.results.push_folder", fail, "--push-to-hub has failed"),
     "steps are shown": ("run.metrics.print", refuse_print, ""),
 }
 
@@ -339,8 +340,8 @@ def test_what_only_watches_costs_no_byte_of_a_result(
     plain = train_small(tmp_path, "", "plain")
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
     monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
-    monkeypatch.setattr("train.push_folder", lambda *args: "an address")
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr("training.results.push_folder", lambda *args: "an address")
+    monkeypatch.setattr("training.answers.SAMPLE_TOKENS", 4)
     where, how, words = DECORATIONS[place]
     monkeypatch.setattr(where, how, raising=False)
     output = train_small(tmp_path, WATCHED, "out", PROMPT)
@@ -353,7 +354,7 @@ def test_what_only_watches_costs_no_byte_of_a_result(
     ]
     assert figures[0] == figures[1]
     # whatever else watches goes on
-    assert ("pushed it: an address" in said) == ("pushed" not in place)
+    assert ("pushed the adapter: an address" in said) == ("pushed" not in place)
     assert (output / "README.md").is_file() == ("card" not in place)
     assert (output / "loss.png").is_file() == ("chart" not in place and "matplotlib" not in place)
 
@@ -387,10 +388,10 @@ def test_the_adapter_is_saved_before_anything_that_only_watches(
         return noted
 
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
-    places = ("wandb.finish", "run.log.draw_losses", "train.model_card", "train.generate_greedy")
+    places = ("wandb.finish", "run.log.draw_losses", "training.results.model_card", GENERATE)
     for place in places:
         monkeypatch.setattr(place, note(place))
     train_small(tmp_path, "--report-to wandb", "out", PROMPT)
     # the first answer is to the model before its first step
-    assert seen.pop(0) == ("train.generate_greedy", False)
+    assert seen.pop(0) == (GENERATE, False)
     assert sorted(seen) == sorted((place, True) for place in places)
