@@ -1,1 +1,1 @@
-"""Measurements, each a command: `python -m benchmarks.NAME`; results are committed in results/."""
+"""Measurements: `python -m benchmarks` lists them; their results are committed in results/."""

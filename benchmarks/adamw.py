@@ -1,6 +1,6 @@
 """Measure a step of AdamW over an adapter's parameters: ours, torch's, bitsandbytes'.
 
-    python -m benchmarks.adamw --json benchmarks/results/adamw.h100.json
+    python -m benchmarks adamw --json benchmarks/results/adamw.h100.json
 
 The parameters are those of rank 16 on all seven projections of Llama-3-8B: 448 tensors, 41.9M
 elements, more than any cache holds, so one set of them is enough. Bandwidth is the limit. Four

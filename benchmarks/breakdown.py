@@ -1,6 +1,6 @@
 """Say where the time of a micro-step goes: every kernel in a family, beside the family's limit.
 
-    python -m benchmarks.breakdown --shape 4x2048 --json benchmarks/results/breakdown.h100.json
+    python -m benchmarks breakdown --shape 4x2048 --json benchmarks/results/breakdown.h100.json
 
 One micro-step of Llama-3-8B's shape with random weights, rank 16 on all linear layers, is run
 kernel by kernel, as it is before it is captured, under torch's profiler. A kernel's name tells ours

@@ -1,6 +1,6 @@
 """Measure cross-entropy over rows of logits: ours, torch, torch.compile, a copy's bandwidth.
 
-    python -m benchmarks.cross_entropy --json benchmarks/results/cross_entropy.h100.json
+    python -m benchmarks cross_entropy --json benchmarks/results/cross_entropy.h100.json
 
 Bandwidth is the limit. `loss` is what an evaluation computes, `gradient` the loss and its gradient
 in the logits' place, as a chunk of a training step does; torch is the reference. A call in place

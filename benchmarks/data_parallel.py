@@ -1,6 +1,6 @@
 """Measure the training step on one GPU and on several of one machine, under torchrun.
 
-    python -m benchmarks.data_parallel --json benchmarks/results/data_parallel.2xh100.json
+    python -m benchmarks data_parallel --json benchmarks/results/data_parallel.2xh100.json
 
 Llama-3-8B with random weights, rank 16 on all linear layers, AdamW in 32 bits. A step is
 --micro-batches of a shape on every rank, the sum of all ranks' gradients as train.py takes it, and

@@ -1,6 +1,6 @@
 """Measure the gating of inner activations: ours, torch, torch.compile, a copy's bandwidth.
 
-    python -m benchmarks.glu --json benchmarks/results/glu.h100.json
+    python -m benchmarks glu --json benchmarks/results/glu.h100.json
 
 Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
 Backward, ours computes h again in the same pass (`backward-h`), for which the others run forward

@@ -1,6 +1,6 @@
 """Run the tests that need a GPU and record what they said: how many, of which file, how long.
 
-    python -m benchmarks.gpu_tests --json benchmarks/results/gpu_tests.h100.json
+    python -m benchmarks gpu_tests --json benchmarks/results/gpu_tests.h100.json
 
 Files run side by side, --jobs at a time, spread over the GPUs: most of a file's time is compiling.
 Slow tests take much memory, so they run afterwards, a file at a time on each GPU. A failing test

@@ -1,7 +1,7 @@
 """Measure the seconds from a checkpoint folder in the page cache to a ready model on the GPU.
 
-    python -m benchmarks.load --shape llama-3-8b --json benchmarks/results/load.h100.json
-    python -m benchmarks.load --model DIR
+    python -m benchmarks load --shape llama-3-8b --json benchmarks/results/load.h100.json
+    python -m benchmarks load --model DIR
 
 Rows, each the quantiles over some repetitions, and the first one beside them:
 

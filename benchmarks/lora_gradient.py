@@ -1,6 +1,6 @@
 """Measure the gradients of h and B from that of y: ours, two products by torch, a copy's bandwidth.
 
-    python -m benchmarks.lora_gradient --json benchmarks/results/lora_gradient.h100.json
+    python -m benchmarks lora_gradient --json benchmarks/results/lora_gradient.h100.json
 
 Bandwidth is the limit: grad_y is read once. torch is the reference, a product by cuBLAS for h's
 gradient and one a member for B's.

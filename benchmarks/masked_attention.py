@@ -1,6 +1,6 @@
 """Measure attention under a mask, forward and back: ours beside what torch has for it.
 
-    python -m benchmarks.masked_attention --json benchmarks/results/masked_attention.h100.json
+    python -m benchmarks masked_attention --json benchmarks/results/masked_attention.h100.json
 
     packed    rows of several samples, whose lengths are drawn around 200 tokens
     window    one sample a row, of which a token sees the last 512

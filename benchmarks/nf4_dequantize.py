@@ -1,6 +1,6 @@
 """Measure the expansion of NF4 weights: ours, bitsandbytes, plain torch and a copy's bandwidth.
 
-    python -m benchmarks.nf4_dequantize --json benchmarks/results/nf4_dequantize.h100.json
+    python -m benchmarks nf4_dequantize --json benchmarks/results/nf4_dequantize.h100.json
 
 Bandwidth is the limit: the NF4 bytes are read and the expanded ones written, once each. The
 reference copies its tables from the host, so Python issues its calls; the others are captured.

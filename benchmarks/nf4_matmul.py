@@ -1,6 +1,6 @@
 """Measure products with an NF4 weight over the rows of x: ours, bitsandbytes, bf16 cuBLAS.
 
-    python -m benchmarks.nf4_matmul --json benchmarks/results/nf4_matmul.h100.json
+    python -m benchmarks nf4_matmul --json benchmarks/results/nf4_matmul.h100.json
 
 Forward is y = x W^T. Our paths are timed beside what the dispatch chooses, and where each is
 overtaken by the next is looked for between the listed numbers of rows: the dispatch table is filled

@@ -1,6 +1,6 @@
 """Compare NF4 with double quantization on a GPU with bitsandbytes' CUDA kernels, byte by byte.
 
-    python -m benchmarks.nf4_parity --json benchmarks/results/nf4_parity.h100.json
+    python -m benchmarks nf4_parity --json benchmarks/results/nf4_parity.h100.json
 
 Both quantize the same weights; what each stores is compared, what each expands that to, and what
 our kernel makes of bitsandbytes' bytes. Its kernels are built with fast arithmetic: an approximate

@@ -1,6 +1,6 @@
 """Measure the quantization of weights to NF4: ours, bitsandbytes, plain torch, a copy's bandwidth.
 
-    python -m benchmarks.nf4_quantize --json benchmarks/results/nf4_quantize.h100.json
+    python -m benchmarks nf4_quantize --json benchmarks/results/nf4_quantize.h100.json
 
 Bandwidth is the limit: the weights are read and the NF4 bytes written, once each. Ours is the
 kernels' time; `ours-checked` is the public function, which then waits for the device to say whether

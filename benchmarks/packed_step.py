@@ -1,6 +1,6 @@
 """Measure training on samples that share rows: beside full rows, and beside padded ones.
 
-    python -m benchmarks.packed_step --json benchmarks/results/packed_step.h100.json
+    python -m benchmarks packed_step --json benchmarks/results/packed_step.h100.json
 
     full      one sample of 2,048 tokens a row, 4 rows a micro-batch
     packed    samples as long as GSM8K's, in rows of 2,048 tokens, 4 rows a micro-batch

@@ -1,10 +1,11 @@
-"""Turn the committed results into README.md's tables of step and kernels, and into charts.
+"""Turn the committed results into the tables of docs/measured.md, and into charts.
 
-    python -m benchmarks.report            # the tables, in Markdown
-    python -m benchmarks.report --write    # into README.md, with the charts beside the results
+    python -m benchmarks report            # the tables, in Markdown
+    python -m benchmarks report --write    # into docs/measured.md, and charts beside the results
 
-A result file is named BENCHMARK.DEVICE.json; a benchmark without one has no table. Charts are drawn
-by matplotlib, the extra `report`.
+A result file is named BENCHMARK.DEVICE.json; a benchmark without one has no table. README's picture
+of the training step is written as text, the other charts are drawn by matplotlib, the extra
+`report`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.comparison import has_peers, picture
 from benchmarks.record import ROOT
 from benchmarks.tables import (
     Row,
@@ -34,20 +36,19 @@ from benchmarks.tables import (
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "measured.md"
 
-# the README's selection of M: what decoding and training meet
+# the selection of M that is shown: what decoding and training meet
 SHOWN_ROWS = {"forward": (1, 16, 64, 512, 2048, 8192), "transposed": (512, 2048, 8192)}
 
 Record = dict[str, Any]
 
 INTRODUCTION = """\
-Medians in microseconds, with inputs and outputs rotated past the L2 cache and captured in a CUDA
-graph; `python -m benchmarks.nf4_dequantize`, `.nf4_quantize` and `.nf4_matmul` measure them after
-the kernels' tests have passed, `python -m benchmarks.report --write` writes this section. The limit
-is the time that the bytes take at the bandwidth of a large copy, or the FLOPs at the rate of a
-large bf16 product, whichever is longer; both are measured in the same process. Layers are
-Llama-3-8B's, with double quantization and blocks of B = 64."""
+Times are medians in microseconds. Inputs and outputs rotate past the L2 cache, and calls are
+captured in a CUDA graph. A benchmark runs the kernel's tests first. The limit is the time of the
+bytes at the bandwidth of a large copy, or of the FLOPs at the rate of a large bf16 product,
+whichever is longer; both rates are measured in the same process. Layers are Llama-3-8B's, with
+double quantization and blocks of B = 64."""
 
 
 class Section(NamedTuple):
@@ -69,13 +70,15 @@ def load(folder: Path) -> dict[str, dict[str, Record]]:
 
 
 def where(record: Record) -> str:
-    """Say what a record was measured on, and with what."""
+    """Say what a record was measured on, with what, and how long that took."""
     versions = {"torch": record["torch"], "triton": record["triton"]}
     if record.get("bitsandbytes"):
         versions["bitsandbytes"] = record["bitsandbytes"]
     versions |= record.get("versions", {})
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     text = f"{record['device']}, {record['date']}, {listed}, commit {record['commit'][:7]}"
+    if "seconds" in record:
+        text += f", {record['seconds']:.0f} s"
     rates = {"copy": ("copy_gbps", "GB/s"), "product": ("matmul_tflops", "TFLOP/s")}
     rates["pinned copy"] = ("pinned_copy_gbps", "GB/s")
     measured = [
@@ -85,138 +88,142 @@ def where(record: Record) -> str:
 
 
 def shown(rows: Iterable[Row]) -> list[Row]:
-    """Select what the README shows of a product."""
+    """Select what is shown of a product."""
     return [row for row in rows if row["m"] in SHOWN_ROWS[row["mode"]]]
 
 
 STEP_COUNTED = (
-    "Tokens a second and the peak of torch's allocator over shapes of samples x tokens; a step is "
-    "one micro-batch and the optimizer's step. The limit is cuBLAS's products and attention alone; "
-    "`recompute` runs the forward pass of the layers twice. `load` is the checkpoint's way to the "
-    "device, `first step` counts from the start of the process."
+    "Tokens per second and the peak of torch's allocator, for micro-batches of samples x tokens; a "
+    "step is one micro-batch and the optimizer's step. The limit is the time of cuBLAS's products "
+    "and of attention alone; `recompute` runs the forward pass of the layers twice. `load` is the "
+    "time from the checkpoint to the device, `first step` the time from the start of the process."
 )
 
-# in the order of the README
+# in the order of the page
 STEP_SECTIONS = {
     "train_step": Section(
         "Training step",
         "Llama-3-8B with random weights, NF4 and double quantization, bf16, rank 16 on all linear "
-        f"layers, AdamW in 32 bits (`python -m benchmarks.train_step`). {STEP_COUNTED}",
+        f"layers, AdamW in 32 bits (`python -m benchmarks train_step`). {STEP_COUNTED}",
         train_step_table,
     ),
     "train_step_seed": Section(
         "Training step, two projections",
         "The same with rank 16 on q_proj and v_proj, dropout 0.05 and AdamW in 8 bits "
-        "(`python -m benchmarks.train_step --recipe seed`).",
+        "(`python -m benchmarks train_step --recipe seed`).",
         train_step_table,
     ),
     "train_step_70b": Section(
         "Training step, 70B",
         "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
-        "(`python -m benchmarks.train_step --recipe 70b`).",
+        "(`python -m benchmarks train_step --recipe 70b`).",
         train_step_table,
     ),
     "packed_step": Section(
         "Samples that share rows",
-        "Real tokens a second, padding left out, of samples as long as GSM8K's in rows of 2,048 "
-        "that they share, of the same samples padded four by four, and of full rows "
-        "(`python -m benchmarks.packed_step`).",
+        "Tokens per second without padding (`python -m benchmarks packed_step`): of full rows, of "
+        "samples as long as GSM8K's that share rows of 2,048 tokens, and of the same samples "
+        "padded, four to a micro-batch.",
         packed_step_table,
     ),
     "data_parallel": Section(
         "Several GPUs",
-        "The step under torchrun on the GPUs of one machine "
-        "(`python -m benchmarks.data_parallel`); the limit is what one of them does, times their "
-        "number, and `sum` the reduction of the gradients alone.",
+        "The training step under torchrun on the GPUs of one machine "
+        "(`python -m benchmarks data_parallel`). The limit is the speed of one GPU times the "
+        "number of GPUs; `sum` is the time of the reduction of the gradients alone.",
         data_parallel_table,
     ),
     "breakdown": Section(
         "Breakdown",
-        "The kernels of one micro-step of Llama-3-8B, rank 16 on all linear layers, by what they "
-        "are for (`python -m benchmarks.breakdown`); the limit is that of a family's bytes or "
-        "FLOPs.",
+        "The kernels of one micro-step of Llama-3-8B, rank 16 on all linear layers, in families "
+        "(`python -m benchmarks breakdown`). The limit is the time of a family's bytes or FLOPs.",
         breakdown_table,
     ),
     "load": Section(
         "Load",
         "Seconds from a checkpoint of bf16 weights in the page cache to the device "
-        "(`python -m benchmarks.load`): `load-nf4` to the ready model, `load-as-stored` without "
-        "quantization, `read` and `read-copy` its parts alone; `torch` gets one tensor after the "
-        "other.",
+        "(`python -m benchmarks load --shape llama-3-8b`): `load-nf4` to the ready model, "
+        "`load-as-stored` without quantization, `read` and `read-copy` the parts of loading alone; "
+        "`torch` reads one tensor after the other.",
         load_table,
     ),
 }
-_OPERATION = "`of copy` is the share of a copy's bandwidth that ours reaches."
+_OPERATION = "`of copy` is the share of a copy's bandwidth that our kernel reaches."
 KERNEL_SECTIONS = {
     "nf4_dequantize": Section(
         "Dequantize",
-        "Reads N K (1/2 + 1/B + 4 / (256 B)) bytes and writes N K of the dtype; `of copy` is the "
-        "share of a copy's bandwidth that ours reaches. `torch` is the reference; Python issues "
-        "its calls, which cannot be captured.",
+        "Reads N K (1/2 + 1/B + 4 / (256 B)) bytes and writes N K values of the dtype "
+        "(`python -m benchmarks nf4_dequantize`); `of copy` is the share of a copy's bandwidth "
+        "that our kernel reaches. `torch` is the reference, whose calls cannot be captured.",
         bandwidth_table,
     ),
     "nf4_quantize": Section(
         "Quantize",
-        "Reads N K of the dtype and writes N K (1/2 + 1/B + 4 / (256 B)) bytes; `ours` is the "
-        "kernels, `checked` the public function, which waits to learn whether all weights are "
-        "finite, `torch` the reference. The last three cannot be captured: Python issues them.",
+        "Reads N K values of the dtype and writes N K (1/2 + 1/B + 4 / (256 B)) bytes "
+        "(`python -m benchmarks nf4_quantize`). `ours` is the kernels; `checked` is the public "
+        "function, which waits until it knows that all weights are finite; `torch` is the "
+        "reference. The calls of the last three columns cannot be captured.",
         bandwidth_table,
     ),
     "nf4_matmul": Section(
         "Multiply",
-        "y = x W^T (forward) and grad_x = grad_y W (transposed) for M rows in bf16: N K (1/2 + 1/B "
-        "+ 4 / (256 B)) + 2 M (N + K) bytes and 2 M N K FLOPs. `fused`, `warpgroup` and "
-        "`expand` are the paths, `path` is the one that runs, cuBLAS multiplies by the expanded "
-        "weight.",
+        "y = x W^T (forward) and grad_x = grad_y W (transposed) for M rows in bf16 "
+        "(`python -m benchmarks nf4_matmul`): N K (1/2 + 1/B + 4 / (256 B)) + 2 M (N + K) bytes "
+        "and 2 M N K FLOPs. `fused`, `warpgroup` and `expand` are our three paths, and `path` "
+        "names the path that training takes. cuBLAS multiplies by the expanded weight.",
         lambda rows: matmul_table(shown(rows)),
     ),
     "rms_norm": Section(
         "Normalize",
-        "Root mean square normalization of M rows of 4,096 values (`python -m benchmarks.rms_norm`)"
-        "; after attention it adds the residual first, and backward it writes y again. "
+        "Root mean square normalization of M rows of 4,096 values "
+        "(`python -m benchmarks rms_norm`). After attention, the kernel adds the residual first; "
+        "the backward pass writes y again. "
         f"{_OPERATION}",
         operation_table,
     ),
     "rope": Section(
         "Rotate",
-        "Queries and keys of M tokens in the buffer of q, k and v (`python -m benchmarks.rope`); "
-        f"backward gathers all three gradients there. {_OPERATION}",
+        "Queries and keys of M tokens, in the buffer of q, k and v (`python -m benchmarks rope`). "
+        f"The backward pass gathers the three gradients in that buffer. {_OPERATION}",
         operation_table,
     ),
     "glu": Section(
         "Gate",
-        "silu(gate) up over M rows of 2 x 14,336 values (`python -m benchmarks.glu`); back, "
-        "their gradients take their place, and with `-h` the result that of its gradient. "
+        "h = silu(gate) up over M rows of 2 x 14,336 values (`python -m benchmarks glu`). "
+        "`backward-h` computes the gradients of gate and up, and h once more. "
         f"{_OPERATION}",
         operation_table,
     ),
     "masked_attention": Section(
         "Attention under a mask",
-        "Forward and back over rows of several samples, in a window, or with capped scores "
-        "(`python -m benchmarks.masked_attention`). `flex` is FlexAttention, `varlen` torch's "
-        "attention over samples of different lengths, `causal` what torch takes without a mask.",
+        "Forward and backward passes over rows of several samples, in a window, or with capped "
+        "scores (`python -m benchmarks masked_attention`). `flex` is FlexAttention, `varlen` is "
+        "torch's attention over samples of different lengths, `causal` is torch's attention "
+        "without a mask.",
         masked_attention_table,
     ),
     "lora_gradient": Section(
         "LoRA gradient",
-        "The gradients of h and of B from that of y, over M tokens at rank 16 "
-        f"(`python -m benchmarks.lora_gradient`); torch takes a product for each. {_OPERATION}",
+        "The gradients of h and of B from the gradient of y, over M tokens at rank 16 "
+        "(`python -m benchmarks lora_gradient`); torch computes each by a product. "
+        f"{_OPERATION}",
         operation_table,
     ),
     "cross_entropy": Section(
         "Cross-entropy",
-        "Losses of M rows of 128,256 logits, and with their gradient in the logits' place "
-        f"(`python -m benchmarks.cross_entropy`). {_OPERATION}",
+        "`loss` computes the losses of M rows of 128,256 logits, `gradient` also writes the "
+        "gradient over the logits (`python -m benchmarks cross_entropy`). "
+        f"{_OPERATION}",
         operation_table,
     ),
     "adamw": Section(
         "AdamW",
         "A step over the adapter of rank 16 on all linear layers of Llama-3-8B "
-        "(`python -m benchmarks.adamw`): 28 bytes an element with moments in 32 bits, 16 + 16 / "
-        "256 in 8, and 4 more for the norm. `ours` is the kernels, `step` what train.py calls, "
-        "`managed` the same with moments in unified memory, `host` with moments that come from the "
-        "host and go back; Python issues all but the first. `paged` is bitsandbytes' optimizer of "
-        "that name.",
+        "(`python -m benchmarks adamw`): 28 bytes an element with moments in 32 bits, 16 + 16 / "
+        "256 with moments in 8 bits, and 4 more for the norm. `ours` is the kernels in a CUDA "
+        "graph, `step` is the function that train.py calls, `managed` is that function with "
+        "moments in unified memory, `host` with moments that are copied from the host and back. "
+        "`paged` is bitsandbytes' paged optimizer.",
         adamw_table,
     ),
 }
@@ -246,22 +253,22 @@ def _parts(
             parts.append(markdown(*section.table(record["rows"])))
     described = charts_of(device, records)
     return parts + [
-        f"![{described[name]}](benchmarks/results/{name})"
+        f"![{described[name]}](../benchmarks/results/{name})"
         for name in (f"{chart}.{device}.svg" for chart in charts)
         if name in described
     ]
 
 
 def step_section(devices: dict[str, dict[str, Record]]) -> str:
-    """Write the README's section of the whole step from results; empty where there are none."""
+    """Write the section of the whole step from results; empty where there are none."""
     parts = []
     for device, records in devices.items():
         parts += _parts(device, records, STEP_SECTIONS, ["breakdown"])
-    return "\n\n".join(["### Loading and training", *parts]) if parts else ""
+    return "\n\n".join(["## Loading and training", *parts]) if parts else ""
 
 
 def kernels_section(devices: dict[str, dict[str, Record]]) -> str:
-    """Write the README's section of the kernels from results."""
+    """Write the section of the kernels from results."""
     parts = []
     for device, records in devices.items():
         parts += _parts(device, records, KERNEL_SECTIONS, ["nf4_matmul", "nf4_bandwidth"])
@@ -278,19 +285,21 @@ def with_section(text: str, name: str, section: str) -> str:
     before, begin, rest = text.partition(f"{first}\n")
     _, end, after = rest.partition(f"\n{last}")
     if not (begin and end):
-        raise ValueError(f"README.md must have the markers {first} and {last}: one is missing")
+        raise ValueError(f"the page must have the markers {first} and {last}: one is missing")
     return before + begin + section + end + after
 
 
 def with_sections(text: str, devices: dict[str, dict[str, Record]]) -> str:
-    """Put every section that results make into the README's text."""
+    """Put every section that results make into the page's text."""
     text = with_section(text, "step", step_section(devices))
     return with_section(text, "kernels", kernels_section(devices))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make tables and charts of the results.")
-    parser.add_argument("--write", action="store_true", help="into README.md, and draw the charts")
+    parser.add_argument(
+        "--write", action="store_true", help="into docs/measured.md, and draw the charts"
+    )
     arguments = parser.parse_args()
     devices = load(RESULTS)
     if not arguments.write:
@@ -302,11 +311,15 @@ def main() -> int:
     # here, so that the tables do without matplotlib
     charts = import_module("benchmarks.charts")
     for device, records in devices.items():
+        if has_peers(records.get("train_step", {"rows": []})):
+            path = RESULTS / f"train_step.{device}.svg"
+            path.write_text(picture(records["train_step"]))
+            print(f"wrote {path}")
         for name in charts_of(device, records):
             charts.draw(RESULTS / name, records)
             print(f"wrote {RESULTS / name}")
-    README.write_text(with_sections(README.read_text(), devices))
-    print(f"wrote {README}")
+    DOCUMENT.write_text(with_sections(DOCUMENT.read_text(), devices))
+    print(f"wrote {DOCUMENT}")
     return 0
 
 

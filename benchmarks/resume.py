@@ -1,6 +1,6 @@
 """Train on a GPU, kill and resume, and compare with the run that was left alone.
 
-    python -m benchmarks.resume --model DIR --data FILE --json benchmarks/results/resume.h100.json
+    python -m benchmarks resume --model DIR --data FILE --json benchmarks/results/resume.h100.json
 
 Three processes of train.py: one runs through; one is killed with SIGKILL as soon as its checkpoint
 has appeared and it has gone on; the third resumes that. Losses, norms and the adapter's bytes must

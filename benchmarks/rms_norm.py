@@ -1,6 +1,6 @@
 """Measure the normalization of rows: ours, torch, torch.compile, a copy's bandwidth.
 
-    python -m benchmarks.rms_norm --json benchmarks/results/rms_norm.h100.json
+    python -m benchmarks rms_norm --json benchmarks/results/rms_norm.h100.json
 
 Bandwidth is the limit. Ours is the kernel alone; torch is the reference, backward through autograd.
 `post_attention_layernorm` adds the residual, forward; backward, both add the gradient of the

@@ -1,6 +1,6 @@
 """Measure the rotation of queries and keys: ours, torch, torch.compile, a copy's bandwidth.
 
-    python -m benchmarks.rope --json benchmarks/results/rope.h100.json
+    python -m benchmarks rope --json benchmarks/results/rope.h100.json
 
 Bandwidth is the limit. Ours is the kernel alone, forward in place; backward it gathers the
 gradients of queries, keys and values into one buffer. torch is the reference, which rotates into

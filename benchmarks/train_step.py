@@ -1,8 +1,8 @@
 """Measure the whole training step beside the peers': tokens per second, and the memory it takes.
 
-    python -m benchmarks.train_step --json results/train_step.h100.json
-    python -m benchmarks.train_step --recipe seed --json results/train_step_seed.h100.json
-    python -m benchmarks.train_step --recipe 70b --json results/train_step_70b.h100.json
+    python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
+    python -m benchmarks train_step --recipe seed ...
+    python -m benchmarks train_step --recipe 70b ...
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
     seed         Llama-3-8B, rank 16 on q_proj and v_proj, dropout 0.05, paged AdamW in 8 bits

@@ -1,4 +1,4 @@
-"""benchmarks/rms_norm.py, rope.py and glu.py: their byte models, and runs over tiny layers."""
+"""benchmarks/rms_norm.py, benchmarks/rope.py and benchmarks/glu.py: byte models, tiny layers."""
 
 from collections.abc import Callable
 from types import ModuleType

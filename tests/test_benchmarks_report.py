@@ -1,4 +1,4 @@
-"""benchmarks/report.py: README.md holds what it makes of the committed results."""
+"""benchmarks/report.py: docs/measured.md holds what it makes of the committed results."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report as module
 from benchmarks.report import (
-    README,
+    DOCUMENT,
     RESULTS,
     kernels_section,
     load,
@@ -111,15 +111,15 @@ def records() -> dict[str, dict[str, Any]]:
     }
 
 
-def test_the_readme_holds_what_report_makes_of_the_results() -> None:
-    readme = README.read_text()
-    assert readme == with_sections(readme, load(RESULTS)), "run python -m benchmarks.report --write"
+def test_the_page_holds_what_report_makes_of_the_results() -> None:
+    page = DOCUMENT.read_text()
+    assert page == with_sections(page, load(RESULTS)), "run python -m benchmarks report --write"
 
 
 def test_every_chart_of_the_results_is_committed() -> None:
     for device, found in load(RESULTS).items():
         for name in module.charts_of(device, found):
-            assert (RESULTS / name).is_file(), f"{name}: run python -m benchmarks.report --write"
+            assert (RESULTS / name).is_file(), f"{name}: run python -m benchmarks report --write"
 
 
 def test_results_are_found_by_device_and_benchmark(tmp_path: Path) -> None:
@@ -144,13 +144,13 @@ def test_a_section_has_a_table_a_benchmark() -> None:
     assert "| transposed | 1 |" not in section
     assert "| transposed | 8192 |" in section
     assert "bitsandbytes 0.50.2, commit 0123456; copy 3,000 GB/s, product 800 TFLOP/s." in section
-    assert "](benchmarks/results/nf4_matmul.h100.svg)" in section
-    assert "](benchmarks/results/nf4_bandwidth.h100.svg)" in section
+    assert "](../benchmarks/results/nf4_matmul.h100.svg)" in section
+    assert "](../benchmarks/results/nf4_bandwidth.h100.svg)" in section
 
 
 def test_a_layers_operation_has_a_table() -> None:
     section = kernels_section({"h100": records()})
-    assert "**Gate.** silu(gate) up" in section
+    assert "**Gate.** h = silu(gate) up" in section
     assert "| q_proj | forward | None | 23 % | 58.0 | 60.0 | 169 | 66.0 |" in section
     # without its result
     assert "**Rotate.**" not in section
@@ -158,15 +158,17 @@ def test_a_layers_operation_has_a_table() -> None:
 
 def test_the_step_has_its_own_section() -> None:
     section = step_section({"h100": records()})
-    assert section.startswith("### Loading and training\n\n**Training step.** Llama-3-8B")
+    assert section.startswith("## Loading and training\n\n**Training step.** Llama-3-8B")
     assert "|  | 1 x 2048 | 4 x 2048 | load s | first step s |" in section
     assert "| limit, keep | 20,500 | 20,500 | - | - |" in section
     assert "| Quatrain, keep | 16,000, 12.3 GiB | 16,000, 12.3 GiB | 2.5 | 8.1 |" in section
     assert "triton 3.6, unsloth 2026.10, commit 0123456." in section
     assert "| norms | 2 | 4.00 | 2.00 | 50 % | 40.0 % |" in section
     assert "commit 0123456; pinned copy 55 GB/s." in section
+    timed = {"h100": {"glu": records()["glu"] | {"seconds": 61.3}}}
+    assert "commit 0123456, 61 s; copy 3,000 GB/s" in kernels_section(timed)
     assert "| ours | load-nf4 | 2.00 | 2.00 | 2.00 | 2.00 | 8.0 | 8.00 |" in section
-    assert section.endswith("](benchmarks/results/breakdown.h100.svg)")
+    assert section.endswith("](../benchmarks/results/breakdown.h100.svg)")
     assert "two projections" not in section
 
 
@@ -176,7 +178,7 @@ def test_a_section_without_results_says_so_or_is_empty() -> None:
     assert with_sections(EMPTY, {}).startswith(f"# Title\n\n{''.join(STEP)}\n\n")
 
 
-def test_the_rest_of_the_readme_stays() -> None:
+def test_the_rest_of_the_page_stays() -> None:
     begin, end = KERNELS
     text = f"before\n{begin}old\nlines{end}\nafter\n"
     assert with_section(text, "kernels", "new") == f"before\n{begin}new{end}\nafter\n"
@@ -208,9 +210,9 @@ def test_rows_of_one_case_stand_side_by_side() -> None:
 def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, record in records().items():
         (tmp_path / f"{name}.h100.json").write_text(json.dumps(record))
-    (tmp_path / "README.md").write_text(EMPTY)
+    (tmp_path / "measured.md").write_text(EMPTY)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(module, "README", tmp_path / "README.md")
+    monkeypatch.setattr(module, "DOCUMENT", tmp_path / "measured.md")
 
 
 @pytest.mark.usefixtures("_folder")
@@ -222,7 +224,7 @@ def test_without_write_the_section_is_printed(
     devices = {"h100": records()}
     expected = f"{step_section(devices)}\n\n{kernels_section(devices)}\n"
     assert capsys.readouterr().out == expected
-    assert (tmp_path / "README.md").read_text() == EMPTY
+    assert (tmp_path / "measured.md").read_text() == EMPTY
 
 
 @pytest.mark.usefixtures("_folder")
@@ -251,4 +253,4 @@ def test_writing_twice_gives_the_same_bytes(
     assert charts == ["breakdown.h100.svg", "nf4_bandwidth.h100.svg", "nf4_matmul.h100.svg"]
     for name in charts:
         assert b"<dc:date>" not in written[0][name]
-    assert "| q_proj | forward | 1 |" in (tmp_path / "README.md").read_text()
+    assert "| q_proj | forward | 1 |" in (tmp_path / "measured.md").read_text()
