@@ -229,7 +229,9 @@ def names_in(text: str) -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES + ROOM_PAGES + programs(), ids=name_of)
 def test_every_file_that_is_named_is_there(path: Path) -> None:
-    for name in sorted(names_in(said_in(path)) - NOT_OURS):
+    # docs/add-a-kernel.md makes an operation of this name
+    names = {name for name in names_in(said_in(path)) if "squared_relu" not in name}
+    for name in sorted(names - NOT_OURS):
         places = (ROOT / name, path.parent / name)
         assert any(place.is_file() for place in places), name
 
