@@ -154,7 +154,7 @@ def test_windows_that_are_encoded_as_one_are_confined(
     path = tmp_path / "x.txt"
     path.write_text("one two " * 60 + "ab" * 3000)
     message = (
-        r"x\.txt:1: the tokenizer, given [\d,]+ characters at once, must come to an end: it ha"
+        r"x\.txt:1: the tokenizer, given [\d,]+ characters at once, must come to an end: it used"
     )
     with pytest.raises(ValueError, match=message):
         load(path, tokenizers["byte-level"])

@@ -150,7 +150,7 @@ def test_no_path_of_the_disk_leaves_with_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
 ) -> None:
     template = tmp_path / "mine.jinja"
-    shutil.copyfile(ROOT / "data" / "templates" / "chatml.jinja", template)
+    shutil.copyfile(ROOT / "data" / "chat" / "templates" / "chatml.jinja", template)
     monkeypatch.chdir(private_base.parent)
     flags = ("--eval-data", str(tmp_path / "data.jsonl"), "--chat-template", str(template))
     files, message = train_and_push(monkeypatch, tmp_path, Path("my base"), *flags)
