@@ -250,12 +250,12 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
         with run.ranks.sharing_shortage():
             figures = settle(run, log)
 
-        row = log.row(state, state.step / job.epochs.num_steps, figures)
-        if evaluates:
-            if not evaluate_and_log(run, log, stop, row):
+        if logs:
+            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            if not evaluates:
+                log.add(row)
+            elif not evaluate_and_log(run, log, stop, row):
                 return name_of_signal(run, stop)
-        elif logs:
-            log.add(row)
 
         if answers:
             say_answer(run, log)

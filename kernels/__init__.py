@@ -1,1 +1,1 @@
-"""Triton kernels, one operation a file with its torch reference; no other room imports triton."""
+"""Triton kernels, each operation with its torch reference; no other room imports triton."""
