@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import resource_table
-from lagging_streams import stand_in_streams
-from poison import poisoned_memory
+from support.compiled_kernels import resource_table
+from support.lagging_streams import stand_in_streams
+from support.poison import poisoned_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+# what several tests use, and the scripts that they start
+SUPPORT = ROOT / "tests" / "support"
 # real checkpoints, tokenizers and data; they lie beside the repository and are no part of it
 ASSETS = ROOT.parent / "shared" / "assets"
 

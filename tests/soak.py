@@ -29,8 +29,8 @@ import torch
 import prepare.job
 import run.log
 from run.checkpoint import list_checkpoints
-from tests.door_process import ROOT, Process
-from tests.file_events import FileEvents
+from tests.support.door_process import ROOT, Process
+from tests.support.file_events import FileEvents
 
 MODEL = ROOT / "bundled" / "model"
 NUM_PAIRS, DELAY_S = 12, 0.1

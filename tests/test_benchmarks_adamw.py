@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 from torch import Tensor
 
 from benchmarks import adamw as module

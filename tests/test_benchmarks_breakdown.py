@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from micro_steps import LORA, load_tiny
+from support.micro_steps import LORA, load_tiny
 
 from benchmarks import breakdown as module
 from benchmarks.breakdown import (

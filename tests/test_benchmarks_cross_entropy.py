@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 from torch import Tensor
 
 from benchmarks import cross_entropy

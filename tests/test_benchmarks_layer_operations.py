@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 from torch import Tensor
 
 from benchmarks import glu, layer_operations, rms_norm, rope

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import NF4
 from safetensors.torch import load_file
-from stand_in_gpu import install
-from tiny_llama import FIELDS, shapes
+from support.micro_steps import NF4
+from support.stand_in_gpu import install
+from support.tiny_llama import FIELDS, shapes
 
 from benchmarks import load as module
 from benchmarks.load import (

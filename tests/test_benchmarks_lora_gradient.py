@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 
 from benchmarks import lora_gradient
 from benchmarks.command import Machine

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 from torch.nn.attention.flex_attention import create_mask
 
 from benchmarks import masked_attention

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stand_in_gpu import L2_BYTES, Clock, install
+from support.stand_in_gpu import L2_BYTES, Clock, install
 
 from benchmarks.measure import (
     BUDGET_MS,

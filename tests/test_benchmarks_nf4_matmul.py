@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stand_in_gpu import install
+from support.stand_in_gpu import install
 from torch import Tensor
 
 from benchmarks import nf4_matmul as module

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import NF4
-from stand_in_gpu import install
-from tiny_llama import FIELDS
+from support.micro_steps import NF4
+from support.stand_in_gpu import install
+from support.tiny_llama import FIELDS
 
 from benchmarks import load, train_step, train_step_limit, train_step_ours
 from benchmarks.step_timing import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from micro_steps import NF4
 from safetensors.torch import save_file
+from support.micro_steps import NF4
 
 from bundled import make
 from bundled.corpus import documents

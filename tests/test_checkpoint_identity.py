@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import (
+from support.tiny_llama import (
     FIELDS,
     VARIANTS,
     random_tensors,

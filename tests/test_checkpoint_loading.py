@@ -16,12 +16,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from equality import assert_equal
-from hub_server import Repository, files_of, serving
-from live_bytes import LiveBytes
-from llama_peers import CPU, Peer, tiny_peer
 from safetensors.torch import load_file, save_file
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
+from support.equality import assert_equal
+from support.hub_server import Repository, files_of, serving
+from support.live_bytes import LiveBytes
+from support.llama_peers import CPU, Peer, tiny_peer
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
 
 import checkpoint.loading

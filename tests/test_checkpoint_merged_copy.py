@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from equality import assert_equal
-from merge_cases import CASES, MergeCase, adapter_of, paths_of, weights_of, write_adapter
-from micro_steps import NF4
-from peer_process import run_peer
+from conftest import SUPPORT
 from safetensors.torch import load_file, save_file
+from support.equality import assert_equal
+from support.merge_cases import CASES, MergeCase, adapter_of, paths_of, weights_of, write_adapter
+from support.micro_steps import NF4
+from support.peer_process import run_peer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,7 +96,7 @@ def _all_merged(base: Path) -> dict[str, Merged]:
             "again": str(folder / "again"),
         }
     input_ids = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(1))
-    script = Path(__file__).with_name("merge_peer.py")
+    script = SUPPORT / "merge_peer.py"
     with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
         outputs = run_peer(script, base, {"input_ids": input_ids}, {"jobs": json.dumps(jobs)})
     facts = json.loads((base / "facts.json").read_text())

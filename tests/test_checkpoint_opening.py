@@ -13,8 +13,8 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from support.tiny_llama import FIELDS, random_tensors, write_checkpoint
 from test_merge import make_adapter
-from tiny_llama import FIELDS, random_tensors, write_checkpoint
 
 import checkpoint.shard_reader
 import merge

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from equality import assert_equal
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.equality import assert_equal
 from torch import Tensor
 
 from checkpoint import shard_reader as module

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from equality import assert_equal
 from safetensors import safe_open
+from support.equality import assert_equal
 from torch import Tensor
 
 from checkpoint.files import INDEX_NAME, SINGLE_NAME

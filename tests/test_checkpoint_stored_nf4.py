@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from equality import assert_equal, assert_no_worse_than
-from live_bytes import LiveBytes
-from llama_peers import CPU
-from micro_steps import NF4
-from peer_process import run_peer
+from conftest import SUPPORT
 from safetensors.torch import load_file
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
+from support.equality import assert_equal, assert_no_worse_than
+from support.live_bytes import LiveBytes
+from support.llama_peers import CPU
+from support.micro_steps import NF4
+from support.peer_process import run_peer
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 import quantize
@@ -27,7 +28,7 @@ from nf4.serialized import STATE
 from nf4.weight import NF4Weight, Quantization, dequantize, member
 
 FILE = "model.safetensors"
-SCRIPT = Path(__file__).with_name("stored_nf4_peer.py")
+SCRIPT = SUPPORT / "stored_nf4_peer.py"
 QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,

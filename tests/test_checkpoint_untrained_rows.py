@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import FIELDS, random_tensors, write_checkpoint
+from support.tiny_llama import FIELDS, random_tensors, write_checkpoint
 
 from checkpoint.opening import open_checkpoint
 from checkpoint.untrained_rows import untrained_rows

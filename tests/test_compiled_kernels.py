@@ -3,13 +3,13 @@
 import sys
 from unittest.mock import patch
 
-import compiled_kernels
 import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead_of_time import SHARED_BYTES_LIMIT, compile_launch
-from compiled_kernels import Resources, note_compiled, resource_table
+from support import compiled_kernels
+from support.ahead_of_time import SHARED_BYTES_LIMIT, compile_launch
+from support.compiled_kernels import Resources, note_compiled, resource_table
 
 from kernels.launch import launch
 

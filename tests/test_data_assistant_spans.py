@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from chat_cases import (
+from support.chat_cases import (
     CALL,
     CHATML,
     CONVERSATIONS,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_cases import say
+from support.chat_cases import say
 from test_data_dataset import load
 from test_data_tokenizer import save_byte_level, save_metaspace
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, call, make, say
-from conftest import ASSETS
-from peer_process import run_peer
+from conftest import ASSETS, SUPPORT
+from support.chat_cases import ROWS, TEMPLATES, TOKENS, asset_templates, call, make, say
+from support.peer_process import run_peer
 from test_data_tokenizer import save_byte_level
 
 from data.chat.assistant_spans import render_with_spans
@@ -103,7 +103,7 @@ def facts(
         "masked": masked,
     }
     run_peer(
-        Path(__file__).parent / "chat_peer.py",
+        SUPPORT / "chat_peer.py",
         folder,
         {},
         {key: json.dumps(value) for key, value in given.items()},

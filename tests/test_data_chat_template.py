@@ -7,7 +7,7 @@ import re
 from datetime import datetime
 
 import pytest
-from chat_cases import CHATML, INST, TOOLS, make, say
+from support.chat_cases import CHATML, INST, TOOLS, make, say
 
 from data.chat.template import ChatTemplate
 

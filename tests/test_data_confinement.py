@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hostile_templates import CHAT, DEEP, ROUND_IN_CIRCLES, WITHOUT_BOUNDS, WITHOUT_END
+from support.hostile_templates import CHAT, DEEP, ROUND_IN_CIRCLES, WITHOUT_BOUNDS, WITHOUT_END
 from test_data_tokenizer import save_byte_level
 from test_foreign_guest import children
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from chat_cases import CHATML, INST, say
+from support.chat_cases import CHATML, INST, say
 from test_data_tokenizer import save_byte_level
 
 from data.dataset import Dataset, load_dataset

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
+from support.chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
 from test_data_tokenizer import save_byte_level, save_metaspace
 
 from data.formats.examples import Conversation, PromptCompletion, Text, TokenIds

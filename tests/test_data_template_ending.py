@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_cases import CALL, INTRICATE, RESULT, ROWS, SYSTEM, TEMPLATES, asset_templates, make, say
+from support.chat_cases import (
+    CALL,
+    INTRICATE,
+    RESULT,
+    ROWS,
+    SYSTEM,
+    TEMPLATES,
+    asset_templates,
+    make,
+    say,
+)
 
 from data.chat.assistant_spans import render_with_spans
 from data.chat.template import ChatTemplate

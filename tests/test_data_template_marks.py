@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chat_cases import CHATML, say
 from conftest import ROOT
+from support.chat_cases import CHATML, say
 from test_data_tokenizer import save_byte_level
 
 from checkpoint.opening import open_checkpoint

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_cases import CHATML, say
 from conftest import ROOT
+from support.chat_cases import CHATML, say
 from test_data_tokenizer import save_byte_level
 
 from data.samples import NO_LOSS, Sample

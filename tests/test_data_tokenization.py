@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_cases import say
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.chat_cases import say
 from test_data_tokenizer import save_byte_level
 
 from data.formats.examples import TokenIds

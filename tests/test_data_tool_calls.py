@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from chat_cases import JOINED_CALLS, TOOLS, asset_templates, call, make, say
 from conftest import ASSETS
+from support.chat_cases import JOINED_CALLS, TOOLS, asset_templates, call, make, say
 
 from data.chat.template import ChatTemplate
 from data.formats.tool_calls import decode_arguments, show_arguments

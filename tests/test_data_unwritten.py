@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_cases import (
+from support.chat_cases import (
     CALL,
     CHATML,
     INTRICATE,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hub_server import TOKEN, Hub, Repository, files_of, serving
+from support.hub_server import TOKEN, Hub, Repository, files_of, serving
 
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 

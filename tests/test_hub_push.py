@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hub_server import TOKEN, Repository, serving
+from support.hub_server import TOKEN, Repository, serving
 
 PUSH = """
 import sys

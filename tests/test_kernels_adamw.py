@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adamw_cases import (
+from support.adamw_cases import (
     CASES,
     LEARNING_RATE,
     NUM_STEPS,
@@ -19,10 +19,10 @@ from adamw_cases import (
     random_arenas,
     set_gradients,
 )
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch
-from equality import assert_equal
-from interpreter import interpreted_results
-from nf4_parity import cuda_codes
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.nf4_parity import cuda_codes
 from torch import Tensor
 
 from kernels import adamw as module

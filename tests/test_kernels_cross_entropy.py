@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import GPUS, REGISTERS_LIMIT, CompiledLaunch, compile_launch, on_each_gpu
-from cross_entropy_cases import (
+from support.ahead_of_time import GPUS, REGISTERS_LIMIT, CompiledLaunch, compile_launch, on_each_gpu
+from support.cross_entropy_cases import (
     OUTSIDE,
     TINY_LOGITS,
     LogitsCase,
@@ -17,8 +17,8 @@ from cross_entropy_cases import (
     logits_with_targets_outside,
     loss_results,
 )
-from equality import assert_equal, assert_no_worse_than
-from interpreter import interpreted_results
+from support.equality import assert_equal, assert_no_worse_than
+from support.interpreter import interpreted_results
 from torch import Tensor
 
 from kernels import cross_entropy as module

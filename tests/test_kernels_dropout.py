@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
-from dropout_cases import (
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
+from support.dropout_cases import (
     SEED,
     SITE,
     TINY_DROPOUTS,
@@ -17,8 +17,8 @@ from dropout_cases import (
     dropout_inputs,
     dropout_results,
 )
-from equality import assert_equal
-from interpreter import interpreted_results
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
 from torch import Tensor
 
 from kernels import dropout as module

@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
-from equality import assert_equal, assert_no_worse_than
-from interpreter import interpreted_results
-from layer_cases import (
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
+from support.equality import assert_equal, assert_no_worse_than
+from support.interpreter import interpreted_results
+from support.layer_cases import (
     TINY_GATES,
     GateCase,
     gate_cases,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch
-from equality import assert_equal
-from interpreter import interpreted_results
-from lora_extension_cases import (
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.lora_extension_cases import (
     TINY_EXTENSIONS,
     ExtensionCase,
     extended,

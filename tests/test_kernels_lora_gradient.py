@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
-from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
-from interpreter import interpreted_results
-from lora_extension_cases import ExtensionCase
-from lora_gradient_cases import (
+from support.ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
+from support.equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
+from support.interpreter import interpreted_results
+from support.lora_extension_cases import ExtensionCase
+from support.lora_gradient_cases import (
     NUM_MULTIPROCESSORS,
     TINY_GRADIENTS,
     gradient_cases,

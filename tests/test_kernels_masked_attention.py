@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import (
+from support.ahead_of_time import (
     SHARED_BYTES_LIMIT,
     TENSOR_CORE_INSTRUCTION,
     CompiledLaunch,
     compile_launch,
 )
-from attention_cases import (
+from support.attention_cases import (
     TINY_ATTENTIONS,
     AttentionCase,
     allowances,
@@ -23,8 +23,8 @@ from attention_cases import (
     attention_of_torch,
     attention_results,
 )
-from equality import assert_equal, assert_no_worse_than
-from interpreter import interpreted_results
+from support.equality import assert_equal, assert_no_worse_than
+from support.interpreter import interpreted_results
 from torch import Tensor
 
 from kernels import masked_attention as forward_module

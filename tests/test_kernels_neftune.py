@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import compile_launch, on_each_gpu
-from equality import assert_equal
-from interpreter import interpreted_results
-from neftune_cases import SEED, TINY_NOISES, NoiseCase, noise_cases, noise_inputs, noisy
+from support.ahead_of_time import compile_launch, on_each_gpu
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.neftune_cases import SEED, TINY_NOISES, NoiseCase, noise_cases, noise_inputs, noisy
 
 from kernels import neftune as module
 from kernels.dropout import keep_reference, philox_reference

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import compile_launch, on_each_gpu
-from equality import assert_equal
-from interpreter import interpreted_results
-from nf4_cases import (
+from support.ahead_of_time import compile_launch, on_each_gpu
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.nf4_cases import (
     INTERPRETED_DTYPES,
     LONG_ROWS,
     TINY_WEIGHTS,
@@ -17,7 +17,7 @@ from nf4_cases import (
     scratch_around,
     to_device,
 )
-from nf4_parity import parity_cases
+from support.nf4_parity import parity_cases
 from torch import Tensor
 
 from kernels import nf4_dequantize as module

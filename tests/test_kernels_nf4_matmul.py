@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
-from equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
-from interpreter import interpreted_results
-from nf4_cases import (
+from support.ahead_of_time import GPUS, TENSOR_CORE_INSTRUCTION, CompiledLaunch, compile_launch
+from support.equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
+from support.interpreter import interpreted_results
+from support.nf4_cases import (
     IDENTITY_WEIGHT,
     TINY_PRODUCTS,
     ProductCase,

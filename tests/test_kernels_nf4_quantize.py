@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
-from equality import assert_equal
-from interpreter import interpreted_results
-from nf4_cases import INTERPRETED_DTYPES, TINY_WEIGHTS, WeightCase
-from nf4_parity import cuda_codes, exact_scales
-from nf4_quantize_cases import (
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.nf4_cases import INTERPRETED_DTYPES, TINY_WEIGHTS, WeightCase
+from support.nf4_parity import cuda_codes, exact_scales
+from support.nf4_quantize_cases import (
     EVERY_BLOCK_SIZE,
     INTERPRETED_CASES,
     QuantizeCase,

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
-from equality import assert_equal
-from interpreter import interpreted_results
-from layer_cases import (
+from support.ahead_of_time import GPUS, CompiledLaunch, compile_launch, on_each_gpu
+from support.equality import assert_equal
+from support.interpreter import interpreted_results
+from support.layer_cases import (
     TINY_ROPES,
     RopeCase,
     rope_cases,

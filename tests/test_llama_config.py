@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llama import FIELDS, VARIANTS
+from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
 from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer, tiny_peer
-from tiny_llama import VARIANTS, write_variant
+from support.llama_peers import CHUNK_LENGTH, CPU, NUM_CHUNKS, stories_peer, tiny_peer
+from support.tiny_llama import VARIANTS, write_variant
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_equal, assert_no_worse_than
-from layer_cases import part_of_wider_rows
+from support.equality import assert_equal, assert_no_worse_than
+from support.layer_cases import part_of_wider_rows
 from torch import Tensor
 
 import llama.loss

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_equal, assert_no_worse_on_the_whole_than, assert_no_worse_than
-from llama_peers import (
+from support.equality import assert_equal, assert_no_worse_on_the_whole_than, assert_no_worse_than
+from support.llama_peers import (
     CPU,
     PEFT_LORA,
     TRAINABLE_RANK,
@@ -18,8 +18,17 @@ from llama_peers import (
     stories_peer,
     tiny_peer,
 )
-from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, step_of, tokens
-from tiny_llama import (
+from support.micro_steps import (
+    KEEP,
+    LORA,
+    NF4,
+    adapter_gradients,
+    gradients_of,
+    load_tiny,
+    step_of,
+    tokens,
+)
+from support.tiny_llama import (
     FIELDS,
     VARIANTS,
     float32_error,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from equality import assert_equal
-from micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
-from tiny_llama import FIELDS, VARIANTS
+from support.equality import assert_equal
+from support.micro_steps import KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
+from support.tiny_llama import FIELDS, VARIANTS
 from torch import Tensor
 
 from data.batches import collate

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import KEEP, LORA, NF4, adapter_gradients, gradients_of, load_tiny, step_of, tokens
-from tiny_llama import VARIANTS, float32_error
+from support.micro_steps import (
+    KEEP,
+    LORA,
+    NF4,
+    adapter_gradients,
+    gradients_of,
+    load_tiny,
+    step_of,
+    tokens,
+)
+from support.tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
 from llama.model import Llama, projections

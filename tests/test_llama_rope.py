@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_peers import tiny_peer
-from tiny_llama import FIELDS, VARIANTS
+from support.llama_peers import tiny_peer
+from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
 from llama.rope import rope_frequencies

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from micro_steps import load_tiny, tokens
+from support.micro_steps import load_tiny, tokens
 
 from llama.text_figures import logit_change, read_text, windows_of
 from rows.batch import Batch

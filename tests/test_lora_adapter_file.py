@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from equality import assert_equal
-from llama_peers import CPU, OUR_LORA, PEFT_LORA, Peer, tiny_peer, write_our_adapter
-from merge_cases import write_adapter
-from micro_steps import NF4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_llama import VARIANTS, write_variant
+from support.equality import assert_equal
+from support.llama_peers import CPU, OUR_LORA, PEFT_LORA, Peer, tiny_peer, write_our_adapter
+from support.merge_cases import write_adapter
+from support.micro_steps import NF4
+from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 from checkpoint.identity import identify

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_equal, assert_no_worse_than
-from micro_steps import NF4
+from support.equality import assert_equal, assert_no_worse_than
+from support.micro_steps import NF4
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

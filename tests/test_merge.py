@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from merge_cases import weights_of, write_adapter
 from safetensors.torch import load_file, save_file
+from support.merge_cases import weights_of, write_adapter
 from torch import Tensor
 
 import merge

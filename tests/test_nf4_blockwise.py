@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from equality import assert_equal
-from nf4_parity import midpoint_weight, unpack
+from support.equality import assert_equal
+from support.nf4_parity import midpoint_weight, unpack
 
 from nf4 import blockwise
 from nf4.blockwise import BLOCK_SIZES, dequantize_blockwise, quantize_blockwise

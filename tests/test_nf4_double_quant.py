@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from equality import assert_equal
-from nf4_parity import MAP_MIDPOINTS, cpu_codes, cuda_codes, exact_scales, peer_result
+from support.equality import assert_equal
+from support.nf4_parity import MAP_MIDPOINTS, cpu_codes, cuda_codes, exact_scales, peer_result
 from torch import Tensor
 
 from nf4.double_quant import (

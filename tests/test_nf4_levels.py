@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from equality import assert_equal
+from support.equality import assert_equal
 
 from nf4.levels import LEVELS, MIDPOINTS, OUTERMOST_QUANTILE, derive_levels
 

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from equality import assert_equal
+from support.equality import assert_equal
 
 from nf4.double_quant import DYNAMIC_MAP, QuantizedAbsmax
 from nf4.levels import LEVELS

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from equality import assert_equal
-from nf4_parity import (
+from support.equality import assert_equal
+from support.nf4_parity import (
     ParityCase,
     centred_scales,
     cpu_blockwise,

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from equality import assert_equal
-from nf4_parity import cpu_codes, cuda_codes
-from peer_process import run_peer
+from conftest import SUPPORT
 from safetensors.torch import load_file, save_file
+from support.equality import assert_equal
+from support.nf4_parity import cpu_codes, cuda_codes
+from support.peer_process import run_peer
 from torch import Tensor, nn
 
 from kernels.adamw_8bit import dequantize_moment
@@ -333,7 +334,7 @@ def peer(device: str) -> dict[str, Tensor]:
         "num_steps": PEER_STEPS,
     }
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(__file__).with_name("adamw_peer.py")
+        script = SUPPORT / "adamw_peer.py"
         return run_peer(script, Path(folder), tensors, {k: str(v) for k, v in facts.items()})
 
 

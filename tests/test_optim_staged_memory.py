@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adamw_cases import AdamWCase, held_tensors, random_arenas, set_gradients
-from equality import assert_equal
-from lagging_streams import lag
+from support.adamw_cases import AdamWCase, held_tensors, random_arenas, set_gradients
+from support.equality import assert_equal
+from support.lagging_streams import lag
 
 from kernels.adamw import adamw_reference
 from kernels.adamw_arenas import MOMENT_BLOCK, TILE_BLOCKS, Moments

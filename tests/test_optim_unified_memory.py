@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lagging_streams import lag, mark
+from support.lagging_streams import lag, mark
 
 from optim import unified_memory as module
 from optim.state_memory import OrdinaryMemory

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import LORA
+from support.micro_steps import LORA
+from support.tiny_llama import write_variant
 from test_data_epochs import LENGTHS, samples
-from tiny_llama import write_variant
 
 from checkpoint.opening import open_checkpoint
 from data.epochs import Epochs

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from equality import assert_equal
-from live_bytes import LiveBytes
-from llama_peers import CPU
-from micro_steps import NF4
 from safetensors.torch import load_file
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
+from support.equality import assert_equal
+from support.live_bytes import LiveBytes
+from support.llama_peers import CPU
+from support.micro_steps import NF4
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 
 import checkpoint.quantized_copy
 import quantize

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from equality import assert_equal
 from safetensors.torch import save_file
+from support.equality import assert_equal
 
 from run.atomic import clean, is_partial, make_folder, new_files, new_folder, write_text
 from run.checkpoint import (

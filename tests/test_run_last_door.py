@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from train_process import ROOT
+from support.train_process import ROOT
 
 from run.last_door import LastDoor
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from llama_peers import tiny_peer
+from support.llama_peers import tiny_peer
 
 from run.config import TrainConfig
 from run.metrics import GIB, Row

@@ -7,7 +7,7 @@ GPU the allocator itself is asked.
 import random
 
 import pytest
-from on_gpu import measure
+from support.on_gpu import measure
 
 from step.allocations import Event
 from step.caching_allocator import CachingAllocator

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import gradients_of, load_tiny, step_of, tokens
+from support.micro_steps import gradients_of, load_tiny, step_of, tokens
 from test_step_memory_plan import WORK
 from torch.utils.flop_counter import FlopCounterMode
 

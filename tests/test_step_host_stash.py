@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lagging_streams import lag
+from support.lagging_streams import lag
 from torch import Tensor
 
 from step.host_stash import HostStash

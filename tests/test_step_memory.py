@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from micro_steps import gradients_of, step_of
+from support.micro_steps import gradients_of, step_of
 from torch import Tensor
 
 from benchmarks.random_model import LLAMA_3_8B, random_model

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import KEEP, LORA, NF4
-from on_gpu import measure
-from tiny_llama import VARIANTS, write_variant
+from support.micro_steps import KEEP, LORA, NF4
+from support.on_gpu import measure
+from support.tiny_llama import VARIANTS, write_variant
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from checkpoint.loading import load_model, load_sizes

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_equal
-from micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
-from tiny_llama import write_variant
+from support.equality import assert_equal
+from support.micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
+from support.tiny_llama import write_variant
 from torch import Tensor
 
 from checkpoint.loading import load_model

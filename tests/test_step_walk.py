@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_steps import CPU, LORA, NF4
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
+from support.micro_steps import CPU, LORA, NF4
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 from checkpoint.loading import load_model, load_sizes

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_cases import write_adapter
-from micro_steps import in_runs
 from safetensors.torch import load_file, save_file
+from support.equality import assert_equal
+from support.merge_cases import write_adapter
+from support.micro_steps import in_runs
 
 import train
 from checkpoint.loading import load_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from train_process import train_ranks
+from support.train_process import train_ranks
 
 import prepare.job
 import quantize

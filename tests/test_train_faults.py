@@ -25,9 +25,9 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import in_runs
+from support.micro_steps import in_runs
+from support.train_process import DEADLINE_S, ROOT, TrainProcess, heed_signals
 from test_run_folder import rewrite_state
-from train_process import DEADLINE_S, ROOT, TrainProcess, heed_signals
 
 import train
 import training.saving

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from hub_server import TOKEN, Repository, files_of, serving
+from support.hub_server import TOKEN, Repository, files_of, serving
 
 import train
 

@@ -9,8 +9,9 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 import torch
-from micro_steps import NF4
-from peer_process import run_peer
+from conftest import SUPPORT
+from support.micro_steps import NF4
+from support.peer_process import run_peer
 from torch import Tensor
 
 import train
@@ -23,7 +24,7 @@ from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, member
 from prepare.job import BUNDLED
 
-SCRIPT = Path(__file__).with_name("qlora_peer.py")
+SCRIPT = SUPPORT / "qlora_peer.py"
 NUM_STEPS, NUM_MICRO, BATCH_SIZE = 20, 2, 2
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
 LORA = LoRAConfig(8, 16.0, 0.0, PROJECTIONS)

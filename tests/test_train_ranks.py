@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import in_runs
-from train_process import ROOT, TrainProcess, train_ranks
+from support.micro_steps import in_runs
+from support.train_process import ROOT, TrainProcess, train_ranks
 
 import train
 from optim.adamw import AdamW

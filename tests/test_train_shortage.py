@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import in_runs
+from support.micro_steps import in_runs
+from support.train_process import TrainProcess, train_ranks
 from test_train_faults import ADAPTER, assert_equals, flags, last_step
 from test_train_ranks import flags as rank_flags
-from train_process import TrainProcess, train_ranks
 
 import checkpoint.loading
 import train

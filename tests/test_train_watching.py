@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from micro_steps import in_runs
 from safetensors.torch import load_file
+from support.micro_steps import in_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run.log

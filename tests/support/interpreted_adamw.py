@@ -12,7 +12,8 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 import numpy as np  # noqa: E402, the assertion comes first
 import torch  # noqa: E402
 import triton  # noqa: E402
-from adamw_cases import (  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from support.adamw_cases import (  # noqa: E402
     CASES,
     LEARNING_RATE,
     NUM_STEPS,
@@ -22,9 +23,8 @@ from adamw_cases import (  # noqa: E402
     random_arenas,
     set_gradients,
 )
-from interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
-from poison import poisoned_memory  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from support.interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
+from support.poison import poisoned_memory  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels import adamw as module  # noqa: E402

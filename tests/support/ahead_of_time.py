@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import triton
-from compiled_kernels import Resources, note_compiled
+from support.compiled_kernels import Resources, note_compiled
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from torch import Tensor
 
 PREFIX = "base_model.model."

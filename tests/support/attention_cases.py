@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from layer_cases import CPU, contiguous, generator_of
-from nf4_cases import INTERPRETED_DTYPES
+from support.layer_cases import CPU, contiguous, generator_of
+from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 from kernels.masked_attention_mask import Samples

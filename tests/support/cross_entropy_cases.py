@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from layer_cases import CPU, generator_of
-from nf4_cases import INTERPRETED_DTYPES
+from support.layer_cases import CPU, generator_of
+from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 # of a row of 7: before, behind, what labels say where nothing is to be predicted, beyond int32

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from layer_cases import CPU, NUM_EXTRA, generator_of
-from lora_extension_cases import ExtensionCase
+from support.layer_cases import CPU, NUM_EXTRA, generator_of
+from support.lora_extension_cases import ExtensionCase
 from torch import Tensor
 
 from kernels.lora_extension import Update

@@ -13,13 +13,14 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
-from cross_entropy_cases import (  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from support.cross_entropy_cases import (  # noqa: E402
     TINY_LOGITS,
     logits_with_targets_outside,
     loss_results,
 )
-from dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
-from layer_cases import (  # noqa: E402
+from support.dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
+from support.layer_cases import (  # noqa: E402
     TINY_GATES,
     TINY_NORMS,
     TINY_ROPES,
@@ -28,10 +29,10 @@ from layer_cases import (  # noqa: E402
     norm_results,
     rope_results,
 )
-from lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
-from lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
-from neftune_cases import TINY_NOISES, noisy  # noqa: E402
-from nf4_cases import (  # noqa: E402
+from support.lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
+from support.lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
+from support.neftune_cases import TINY_NOISES, noisy  # noqa: E402
+from support.nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
     INTERPRETED_DTYPES,
     LONG_ROWS,
@@ -41,15 +42,14 @@ from nf4_cases import (  # noqa: E402
     random_weight,
     scratch_around,
 )
-from nf4_quantize_cases import (  # noqa: E402
+from support.nf4_quantize_cases import (  # noqa: E402
     INTERPRETED_CASES,
     held_tensors,
     matrices_of,
     non_finite_matrix,
     scales_on_midpoints,
 )
-from poison import poisoned_memory  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from support.poison import poisoned_memory  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 

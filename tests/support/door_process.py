@@ -1,6 +1,6 @@
 """A door in a process of its own, forked from this one, which has imported all that it needs.
 
-tests/train_process.py forks from a server, because pytest has threads; here there is one.
+tests/support/train_process.py forks from a server, because pytest has threads; here there is one.
 """
 
 import json
@@ -21,9 +21,9 @@ import torch._dynamo  # noqa: F401
 import merge  # noqa: F401
 import quantize  # noqa: F401
 import train  # noqa: F401
-from tests.file_events import FileEvents
+from tests.support.file_events import FileEvents
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 def measure(script: str, *arguments: str) -> list[Any]:
     """Run a script of this folder, and read the lines of JSON that it prints."""
-    folders = (str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))
     settings = {
         "PYTHONPATH": os.pathsep.join(folders),
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

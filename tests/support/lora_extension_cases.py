@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from layer_cases import CPU, NUM_EXTRA, generator_of
-from nf4_cases import INTERPRETED_DTYPES
+from support.layer_cases import CPU, NUM_EXTRA, generator_of
+from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 from kernels.lora_extension import Update

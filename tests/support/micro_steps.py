@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from tiny_llama import FIELDS, write_variant
+from support.tiny_llama import FIELDS, write_variant
 from torch import Tensor
 
 from checkpoint.loading import load_model

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from layer_cases import CPU, generator_of, part_of_wider_rows
-from nf4_cases import INTERPRETED_DTYPES
+from support.layer_cases import CPU, generator_of, part_of_wider_rows
+from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 # both words of the key, and its sign

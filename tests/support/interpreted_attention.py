@@ -11,10 +11,10 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 
 import torch  # noqa: E402, the assertion comes first
 import triton  # noqa: E402
-from attention_cases import TINY_ATTENTIONS, attention_results  # noqa: E402
-from interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
-from poison import poisoned_memory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from support.attention_cases import TINY_ATTENTIONS, attention_results  # noqa: E402
+from support.interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
+from support.poison import poisoned_memory  # noqa: E402
 
 from kernels import masked_attention_tiles as module  # noqa: E402
 from kernels.device import H200  # noqa: E402

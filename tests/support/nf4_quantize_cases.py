@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from nf4_cases import INTERPRETED_DTYPES, TINY_WEIGHTS, WeightCase, random_matrices
-from nf4_parity import MAP_MIDPOINTS, dividing_tails, midpoint_weight
+from support.nf4_cases import INTERPRETED_DTYPES, TINY_WEIGHTS, WeightCase, random_matrices
+from support.nf4_parity import MAP_MIDPOINTS, dividing_tails, midpoint_weight
 from torch import Tensor
 
 from nf4.blockwise import BLOCK_SIZES

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nf4_cases import INTERPRETED_DTYPES
+from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 from kernels.glu import ACTIVATIONS, Activation

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import pytest
 import tokenizers
 import torch
-from peer_process import run_peer
-from tiny_llama import VARIANTS, write_variant
+from support.peer_process import run_peer
+from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 from checkpoint.identity import identify

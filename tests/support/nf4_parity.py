@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peer_process import run_peer
+from support.peer_process import run_peer
 from torch import Tensor
 
 from nf4.blockwise import BLOCK_SIZES

@@ -21,9 +21,10 @@ def interpreted_results(kernel: str, script: str = "interpreted_kernels.py") -> 
 
 @cache
 def _run(kernel: str, script: str) -> tuple[dict[str, Tensor], str]:
+    folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+        "PYTHONPATH": os.pathsep.join(folders),
     }
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.safetensors")
