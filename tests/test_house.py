@@ -22,7 +22,8 @@ FLOORS = {
     "data": {"foreign", "hub", "run", "rows"},
     "llama": {"foreign", "kernels", "lora", "nf4", "rows"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
-    "step": {"kernels", "llama", "lora", "nf4", "optim", "rows"},
+    "generation": {"foreign", "kernels", "llama", "lora", "nf4"},
+    "step": {"generation", "kernels", "llama", "lora", "nf4", "optim", "rows"},
     "prepare": {
         "checkpoint",
         "data",
@@ -38,6 +39,7 @@ FLOORS = {
     "training": {
         "data",
         "foreign",
+        "generation",
         "hub",
         "llama",
         "lora",
