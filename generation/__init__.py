@@ -1,1 +1,1 @@
-"""What continues a prompt: the cache of keys and values, a pass for each new token, the choice of the token."""
+"""What continues a prompt: the cache of keys and values, a pass and a choice for each new token."""

@@ -1,4 +1,4 @@
-"""ahead_of_time.py and compiled_kernels.py: all shared memory is counted, and the table is read."""
+"""The support files that compile kernels: all shared memory is counted, and the table is read."""
 
 import sys
 from unittest.mock import patch
