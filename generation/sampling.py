@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Sampling(NamedTuple):
     """How the next token is chosen.
@@ -20,3 +22,15 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+
+
+def choose(
+    logits: Tensor,  # (B, V) float32
+    sampling: Sampling,
+    seen: Tensor | None,  # (B, V) bool
+    sequence: Tensor,  # (B,) int64
+    position: Tensor,  # (B,) int64
+) -> Tensor:  # (B,) int64
+    """Choose the next token of each sequence."""
+    assert sampling.temperature == 0
+    return logits.argmax(1)

@@ -120,6 +120,11 @@ def _curve(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):  # float32
+    return gate * _sigmoid(_curve(gate, ACTIVATION)) * up
+
+
+@triton.jit
 def _glu_kernel(
     h_ptr,  # (M, width)
     gate_up_ptr,  # (M, 2 width)
@@ -139,8 +144,7 @@ def _glu_kernel(
     gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
     ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
-        gate = gates[chunk].to(tl.float32)
-        h = gate * _sigmoid(_curve(gate, ACTIVATION)) * ups[chunk].to(tl.float32)
+        h = gated(gates[chunk].to(tl.float32), ups[chunk].to(tl.float32), ACTIVATION)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
         tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=offs < width)
 

@@ -1,4 +1,4 @@
-"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T.
+"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T + h B^T + bias.
 
     W  | 16 rows | x  64 weights a block: levels from PRMT, in 16 bit
            tensor cores, a fresh float32 sum a block  -> * scale, added up
@@ -13,6 +13,9 @@ still keep many warps loading; their sums meet in shared memory once. The exact 
 applied to exact products of rounded levels, so the result errs about as much as a product with the
 expanded 16-bit weight.
 
+The low-rank update h B^T and the bias are optional: `token_linear.py` gives them. They join the
+float32 sums before the one rounding.
+
 Which index lies where. A tensor core's operand takes neighbours of the summed index from the four
 lanes of a quad in turn. Columns are renumbered so that a lane gives 16 weights of one row in one
 piece, 8 bytes; x is renumbered in the same way, which leaves the sum as it is. Triton decides how
@@ -22,7 +25,7 @@ but their operands would travel through shared memory.
 
 # triton's annotations know neither static_range nor tuples of tensors
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from math import gcd
 from typing import NamedTuple
@@ -30,9 +33,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.device import TENSOR_CORES_FROM
 from kernels.language import tl, triton
 from kernels.launch import launch
+from kernels.low_rank import LowRank
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
     QUANT_BLOCK,
@@ -59,6 +64,10 @@ from nf4.weight import NF4Weight
 
 # the number that triton's compiler chooses for an operand that is joined from 32-bit loads
 NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
+
+
+# of an update's ranks, in one piece
+RANK_TILE = tl.constexpr(16)
 
 
 class Config(NamedTuple):
@@ -96,18 +105,27 @@ def _nf4_matmul_fused_kernel(
     dynamic_map_ptr,
     planes_ptr,
     member_table_ptr,
+    bias_ptr,  # (N,)
+    h_ptr,  # (M, num_ranks), contiguous like B
+    B_ptr,  # (N, RANK)
+    starts_ptr,  # (NUM_MEMBERS,), columns of h
     M,
     N,
     K,
+    num_ranks,
     stride_xm,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,  # 0: there is no update
     NUM_MEMBERS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SLICES: tl.constexpr,  # of the columns of a step, one a warp
+    IS_DEPENDENT: tl.constexpr,
 ):
     # one program computes the (BLOCK_M, BLOCK_N) tile of y at (pid_m, pid_n)
+    let_next_begin(IS_DEPENDENT)
     WORDS: tl.constexpr = QUANT_BLOCK // 8  # of packed codes, in a block
     STEP: tl.constexpr = NUM_SLICES * BLOCKS_PER_STEP
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -142,6 +160,12 @@ def _nf4_matmul_fused_kernel(
         mean = tl.load(absmax_mean_ptr + member)
         codes = load_word((absmax_ptr + offs_block).to(tl.pointer_type(tl.int32)))
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
+    Bs = ()
+    for first in tl.static_range(0, RANK, RANK_TILE):
+        offs_r = first + tl.arange(0, RANK_TILE)
+        B_ptrs = B_ptr + (first_row + offs_n)[:, None] * RANK + offs_r[None, :]
+        Bs = Bs + (tl.load(B_ptrs, mask=offs_r[None, :] < RANK, other=0.0),)  # noqa: RUF005, triton knows no star
+    wait_for_previous(IS_DEPENDENT)
     acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks, STEP):
         # the loads of the next step are under way while this step computes; the last has no next
@@ -182,7 +206,17 @@ def _nf4_matmul_fused_kernel(
             codes = load_word((absmax_ptr + offs_block + k_next).to(tl.pointer_type(tl.int32)))
             group = (offs_block + (into_group + k_next)) // QUANT_GROUP
             group_absmax = load_float(group_absmax_ptr + group)
-    y = tl.sum(acc, 0).to(DTYPE)  # (BLOCK_N, BLOCK_M)
+    total = tl.sum(acc, 0)  # (BLOCK_N, BLOCK_M)
+    if RANK > 0:
+        h_ptr += tl.load(starts_ptr + member)
+    for first in tl.static_range(0, RANK, RANK_TILE):
+        offs_r = first + tl.arange(0, RANK_TILE)
+        h_ptrs = h_ptr + tl.minimum(first_m + offs_m, M - 1)[:, None] * num_ranks + offs_r[None, :]
+        h = tl.load(h_ptrs, mask=offs_r[None, :] < RANK, other=0.0).to(tl.float32)
+        total += tl.sum(Bs[first // RANK_TILE].to(tl.float32)[:, None, :] * h[None, :, :], 2)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + first_row + offs_n).to(tl.float32)[:, None]
+    y = total.to(DTYPE)
     y_ptrs = y_ptr + (first_m + offs_m)[None, :] * N + (first_row + offs_n)[:, None]
     tl.store(y_ptrs, y, mask=(first_m + offs_m < M)[None, :])
 
@@ -201,7 +235,13 @@ def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, capability: tuple[int,
     return rows_obstacle(weight, max(config.block_n for config in CONFIGS))
 
 
-def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
+def _launch_nf4_matmul_fused(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    h: Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
     config = _config_for(M, N)
     x = aligned_rows(x)
@@ -214,10 +254,17 @@ def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
         y_ptr=y,
         x_ptr=x,
         **weight_arguments(weight, x.dtype),
+        bias_ptr=x if bias is None else bias,
+        h_ptr=x if h is None else h,
+        B_ptr=x if low_rank is None else low_rank.B,
+        starts_ptr=weight.packed if low_rank is None else low_rank.starts,
         M=M,
         N=N,
         K=K,
+        num_ranks=0 if h is None else h.shape[1],
         stride_xm=x.stride(0),
+        HAS_BIAS=bias is not None,
+        RANK=0 if low_rank is None else low_rank.B.shape[1],
         NUM_MEMBERS=len(weight.rows),
         DOUBLE_QUANT=weight.is_double_quantized,
         DTYPE=triton_dtype(x.dtype),
@@ -226,5 +273,6 @@ def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
         NUM_SLICES=num_slices,
         num_warps=num_slices,
         maxnreg=config.num_registers,
+        **dependent(x.device),
     )
     return y

@@ -1,4 +1,4 @@
-"""llama/generation.py, and the whole model on stories260K, a real checkpoint."""
+"""generation/generator.py, and the whole model on stories260K, a real checkpoint."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from support.tiny_llama import VARIANTS, write_variant
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from llama.generation import generate_greedy
+from generation.generator import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from rows.batch import Batch
