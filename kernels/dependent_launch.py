@@ -22,10 +22,9 @@ Dependent Launch and Synchronization"). Three rules make that safe:
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from kernels.device import properties
+from kernels.language import tl, triton
 
 DEPENDENT_FROM = (9, 0)
 

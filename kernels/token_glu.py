@@ -12,13 +12,12 @@ again, because the projection that follows needs h before it begins. A program r
 Gated linear units: Shazeer 2020. LoRA: Hu et al. 2021.
 """
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
 from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.glu import Activation, gated, glu_reference
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 CHUNK = 2048
