@@ -14,7 +14,7 @@ from test_train import assert_same_adapter, rows_of, small_data, timeless
 from kernels import without_triton
 from prepare.job import BUNDLED
 
-# in a process's sitecustomize.py: triton is not found, as where it is not installed
+# Python runs this as it starts; then triton is not found, as where it is not installed
 HIDE_TRITON = 'import sys\nsys.modules["triton"] = None\n'
 LAUNCH = """
 import torch
@@ -34,7 +34,7 @@ def without(tmp_path: Path) -> dict[str, str]:
     """The environment of a process that has no triton."""
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HIDE_TRITON)
+    (folder / "sitecustomize").with_suffix(".py").write_text(HIDE_TRITON)
     return dict(os.environ) | {"PYTHONPATH": str(folder)}
 
 
