@@ -5,6 +5,7 @@ Out: for each setting the probabilities (B, V), in its order.
 """
 
 import json
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,8 @@ def main() -> None:
     with safe_open("in.safetensors", framework="pt") as file:
         cases = json.loads(file.metadata()["cases"])
     given = load_file("in.safetensors")
+    # pyright has these classes take tensors of types that torch does not make
+    seen: Any = given["seen"]
     outputs = {}
     for name, case in cases.items():
         processors = LogitsProcessorList(
@@ -28,7 +31,8 @@ def main() -> None:
             processors.append(logits_process.TopKLogitsWarper(case["top_k"]))
         if case["top_p"] < 1:
             processors.append(logits_process.TopPLogitsWarper(case["top_p"]))
-        outputs[name] = processors(given["seen"], given["logits"].clone()).softmax(dim=1)
+        scores: Any = processors(seen, given["logits"].clone())
+        outputs[name] = scores.softmax(dim=1)
     save_file(outputs, "out.safetensors")
 
 
