@@ -1,4 +1,4 @@
-"""A prompt as token ids, in the form that a checkpoint expects, and the tokens that end its answer."""
+"""A prompt as token ids, in the form that a checkpoint expects, and what ends its answer."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -55,7 +55,8 @@ def encode_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
         ValueError: it takes too long, or the model does not know one of its tokens.
     """
     _check_unicode(text)
-    ids = in_guest(lambda: tokenizer.encode(text, add_special_tokens=True), "the prompt, tokenized,")
+    what = "the prompt, tokenized,"
+    ids = in_guest(lambda: tokenizer.encode(text, add_special_tokens=True), what)
     tokenizer.check_rows(ids, vocab_size, "a prompt")
     return ids
 
