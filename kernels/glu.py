@@ -98,7 +98,7 @@ def glu_backward_reference(
 
 
 @triton.jit
-def _load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
@@ -142,8 +142,8 @@ def _glu_kernel(
     first = (tl.program_id(0) % programs_per_row) * (CHUNK * CHUNKS)
     gate_ptr = gate_up_ptr + row * stride_m
     h_ptr += row * stride_hm
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         h = gated(gates[chunk].to(tl.float32), ups[chunk].to(tl.float32), ACTIVATION)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
@@ -172,9 +172,9 @@ def _glu_backward_kernel(
     gate_ptr = gate_up_ptr + row * stride_m
     grad_gate_ptr = grad_gate_up_ptr + row * stride_grad_m
     h_ptr += row * stride_hm
-    grads_h = _load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    grads_h = load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         grad_h, up = grads_h[chunk].to(tl.float32), ups[chunk].to(tl.float32)
         gate = gates[chunk].to(tl.float32)

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_like, check_one_device
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.launch import launch
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import check_rows, factor_of, rstd_of, sum_with_residual
@@ -61,17 +60,14 @@ def _token_norm_kernel(
     OFFSET: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     WIDTH: tl.constexpr,  # D, to a power of two
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program computes h of one row and one rank; the first of a row writes y
-    let_next_begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     offs = tl.arange(0, WIDTH)
     mask = offs < D
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     a = tl.load(A_ptr + rank.to(tl.int64) * D + offs, mask=mask, other=0.0)
-    wait_for_previous(IS_DEPENDENT)
     r = tl.load(x_ptr + row * D + offs, mask=mask, other=0.0)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + row * D + offs, mask=mask, other=0.0)
@@ -110,7 +106,6 @@ def _launch_token_norm(
         HAS_DELTA=delta is not None,
         WIDTH=width,
         num_warps=min(max(width // (32 * VALUES), 1), MAX_WARPS),
-        **dependent(x.device),
     )
     return y, h, r
 

@@ -1,6 +1,5 @@
 """kernels/token_*.py: a pass's kernels for one token against their references and the truth."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -248,10 +247,7 @@ COMPILED: dict[str, tuple[Any, str, Callable[[torch.dtype], None]]] = {
 
 def compiled(name: str, dtype: torch.dtype, capability: int) -> CompiledLaunch:
     module, kernel, launch = COMPILED[name]
-    is_dependent = capability >= 90
-    options = {"IS_DEPENDENT": is_dependent} | ({"launch_pdl": True} if is_dependent else {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "dependent", lambda device: options)
         if capability < 80:
             patch.setattr(token_attention, "_has_tensor_cores", lambda query: False)
         return compile_launch(module, kernel, lambda: launch(dtype), capability)
@@ -272,19 +268,6 @@ def test_kernels_compile_without_spilling(
     record_property("resources", str(found))
     # two registers of the product's, once before its loop
     found.assert_fits(capability, spilled_bytes=16 if name == "linear" else 0)
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_dependent_kernel_waits_before_it_reads_what_the_pass_writes(name: str) -> None:
-    ptx = compiled(name, torch.bfloat16, 90).ptx
-    begins, waits = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
-    assert begins < waits
-    assert "griddepcontrol" not in compiled(name, torch.bfloat16, 80).ptx
-    # nothing is written before
-    assert not re.search(r"st\.global", ptx[:waits])
-    if name in ("norm", "linear"):
-        # and weights are read before
-        assert re.search(r"ld\.global", ptx[begins:waits])
 
 
 GPU_CASES: list[tuple[str, Any]] = [
