@@ -44,7 +44,7 @@ from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
 from prepare.quantization import quantization_of
 from run.checkpoint import CHECKPOINT_NAME
-from run.config import CONFIG_FILE, TrainConfig, read_fields
+from run.config import TrainConfig, find_config, read_fields
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device, choose_dtype
@@ -245,18 +245,17 @@ def trained_quantization(
     adapter: Path, block_size: int | None, double_quant: bool | None
 ) -> tuple[Quantization | None, str]:
     """Find the quantization that the adapter was trained with: from the flags, else from its run's
-    config.json, else the default.
+    settings, else the default.
 
     Returns:
         The quantization, and the name of its source.
 
     Raises:
-        ValueError: NF4 has no such block size, or the config.json is damaged.
+        ValueError: NF4 has no such block size, or the run's settings are damaged.
     """
-    path = run_folder(adapter) / CONFIG_FILE
+    path = find_config(run_folder(adapter))
     run, where = TrainConfig(), "default"
-    # another program's config.json may lie there
-    if path.is_file() and "lora_r" in path.read_text(encoding="utf-8"):
+    if path:
         run, where = TrainConfig(**read_fields(path)), str(path)
     given = {"block_size": block_size, "double_quant": double_quant}
     if given := {name: value for name, value in given.items() if value is not None}:
