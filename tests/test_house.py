@@ -62,7 +62,18 @@ FLOORS = {
         "training",
     },
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
+    "merging": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "llama",
+        "lora",
+        "nf4",
+        "prepare",
+        "rows",
+        "run",
+    },
+    "merge": {"checkpoint", "foreign", "llama", "lora", "merging", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it

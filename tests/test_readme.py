@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_house import FLOORS
 
-import merge
 import quantize
 from benchmarks import fits
 from benchmarks.__main__ import benchmarks
 from bundled.valley import animals
+from merging import job
 from run.config import CONFIG_FILE, TrainConfig, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +165,7 @@ def check_door(words: list[str]) -> None:
         known = {f.name for f in fields(TrainConfig)} | {"config"}
         assert vars(given).keys() <= known
     elif door == "merge.py":
-        merge.build_parser().parse_args(flags)
+        job.build_parser().parse_args(flags)
     else:
         assert door == "quantize.py"
         quantize.build_parser().parse_args(flags)
