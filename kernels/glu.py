@@ -41,8 +41,6 @@ import math
 from typing import Literal, get_args
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +51,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 Activation = Literal["silu", "gelu_tanh"]

@@ -31,11 +31,10 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.device import TENSOR_CORES_FROM
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.low_rank import LowRank
 from kernels.nf4_matmul_operands import (

@@ -22,12 +22,11 @@ rank. Scores are float32; probabilities are rounded to the values' dtype before 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
 from kernels.device import TENSOR_CORES_FROM, properties
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.masked_attention_tiles import PRECISION
 from kernels.softcap import softcap, softcap_reference

@@ -18,11 +18,10 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous, check_one_device
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of

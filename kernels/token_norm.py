@@ -19,11 +19,10 @@ Root mean square layer normalization: Zhang and Sennrich 2019, equation 4. LoRA:
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_like, check_one_device
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import check_rows, factor_of, rstd_of, sum_with_residual

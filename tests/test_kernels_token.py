@@ -270,7 +270,7 @@ def test_kernels_compile_without_spilling(
     found.assert_fits(capability, spilled_bytes=16 if name == "linear" else 0)
 
 
-GPU_CASES: list[tuple[str, Any]] = [
+GPU_CASES: list[Any] = [
     (kernel, case)
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for kernel, case in (
