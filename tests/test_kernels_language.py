@@ -14,7 +14,7 @@ from test_train import assert_same_adapter, rows_of, small_data, timeless
 from kernels import without_triton
 from prepare.job import BUNDLED
 
-# in a process's sitecustomize.py: triton is not found, as where it is not installed
+# Python runs it as it starts a process: triton is not found, as where it is not installed
 HIDE_TRITON = 'import sys\nsys.modules["triton"] = None\n'
 LAUNCH = """
 import torch
