@@ -1,4 +1,4 @@
-"""generation/token_step.py and token_pass.py: token by token the model computes what it computes at
+"""generation/token_step.py, generation/token_pass.py: token by token the model computes what it computes at
 once."""
 
 from pathlib import Path
