@@ -3,7 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from answering.job import AnswerJob, say
 from data.chat.template import Message
@@ -94,11 +94,11 @@ def print_answer(
         pieces.append(piece)
         print(piece, end="", flush=True)
 
-    # the stream ends with the loop, which alone holds it
-    for token in generator.stream(ids, max_new_tokens, job.stop_ids):
-        show(text.add(token))
-        if is_stopped():
-            break
+    with closing(generator.stream(ids, max_new_tokens, job.stop_ids)) as tokens:
+        for token in tokens:
+            show(text.add(token))
+            if is_stopped():
+                break
     show(text.rest())
     print(flush=True)
     if len(text.ids) == max_new_tokens:

@@ -39,8 +39,6 @@ Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -49,6 +47,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 

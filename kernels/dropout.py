@@ -25,8 +25,6 @@ section 3.3.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -36,6 +34,7 @@ from kernels.checks import (
     check_rows_are_contiguous,
     check_seed,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 NUM_WARPS = 4

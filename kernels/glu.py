@@ -41,8 +41,6 @@ import math
 from typing import Literal, get_args
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +51,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -98,7 +97,7 @@ def glu_backward_reference(
 
 
 @triton.jit
-def _load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
@@ -121,6 +120,11 @@ def _curve(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):  # float32
+    return gate * _sigmoid(_curve(gate, ACTIVATION)) * up
+
+
+@triton.jit
 def _glu_kernel(
     h_ptr,  # (M, width)
     gate_up_ptr,  # (M, 2 width)
@@ -137,11 +141,10 @@ def _glu_kernel(
     first = (tl.program_id(0) % programs_per_row) * (CHUNK * CHUNKS)
     gate_ptr = gate_up_ptr + row * stride_m
     h_ptr += row * stride_hm
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
-        gate = gates[chunk].to(tl.float32)
-        h = gate * _sigmoid(_curve(gate, ACTIVATION)) * ups[chunk].to(tl.float32)
+        h = gated(gates[chunk].to(tl.float32), ups[chunk].to(tl.float32), ACTIVATION)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
         tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=offs < width)
 
@@ -168,9 +171,9 @@ def _glu_backward_kernel(
     gate_ptr = gate_up_ptr + row * stride_m
     grad_gate_ptr = grad_gate_up_ptr + row * stride_grad_m
     h_ptr += row * stride_hm
-    grads_h = _load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    grads_h = load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         grad_h, up = grads_h[chunk].to(tl.float32), ups[chunk].to(tl.float32)
         gate = gates[chunk].to(tl.float32)

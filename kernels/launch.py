@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+
+from kernels.language import triton
 
 # CUDA programming guide, "Technical Specifications per Compute Capability"; the first axis has 2^31
 MAX_LATER_AXIS = 65_535
@@ -39,7 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     try:
         with torch.cuda.device_of(first):
             kernel[grid](**arguments)
-    except OutOfResources as error:
+    except triton.OutOfResources as error:
         raise KernelDoesNotFit(
             f"{kernel.__name__} must fit the GPU: it takes {error.required:,} of {error.name}, "
             f"{torch.cuda.get_device_name(first.device)} has {error.limit:,}; this GPU cannot run "

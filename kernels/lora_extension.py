@@ -23,12 +23,11 @@ LoRA: Hu et al. 2021, section 4.1.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_one_device, check_rows_are_contiguous
 from kernels.constants import constant
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 NUM_WARPS = 4

@@ -34,8 +34,6 @@ import math
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -46,6 +44,7 @@ from kernels.checks import (
 )
 from kernels.constants import constant
 from kernels.device import TENSOR_CORES_FROM, properties
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.lora_extension import Place, Update, places_of, scalings
 from kernels.lora_gradient_products import lora_gradient_by_products

@@ -31,8 +31,6 @@ FlashAttention-2: Dao 2023, algorithm 1; here without a running maximum below -c
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -43,6 +41,7 @@ from kernels.checks import (
     check_one_device,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import MAX_LATER_AXIS, head_strides, launch
 from kernels.masked_attention_mask import Samples, reach_of
 from kernels.masked_attention_reference import masked_attention_reference

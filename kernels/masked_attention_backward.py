@@ -24,11 +24,10 @@ FlashAttention-2: Dao 2023, algorithm 2.
 # pyright: reportOperatorIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous
+from kernels.language import tl, triton
 from kernels.launch import head_strides, launch
 from kernels.masked_attention import check_heads
 from kernels.masked_attention_mask import Samples, reach_of

@@ -10,11 +10,10 @@ of two. CONFIGS says which sizes are taken; kernels/README.md has the measuremen
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.device import properties
+from kernels.language import tl, triton
 
 
 class Tile(NamedTuple):

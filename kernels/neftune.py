@@ -13,8 +13,6 @@ another seed. M rows move 2 M D values, once a micro-step.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -25,6 +23,7 @@ from kernels.checks import (
     check_seed,
 )
 from kernels.dropout import VECTOR_BYTES, VECTORS, WORD, philox_reference
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 NUM_WARPS = 4

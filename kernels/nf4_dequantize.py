@@ -29,8 +29,6 @@ format is that of QLoRA section 3, "4-bit NormalFloat Quantization" and "Double 
 from math import gcd
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -39,6 +37,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.nf4_decode import (
     TABLE_COLUMNS,

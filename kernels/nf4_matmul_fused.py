@@ -1,4 +1,4 @@
-"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T.
+"""Multiply few rows by an NF4 weight that never leaves the registers: y = x W^T + h B^T + bias.
 
     W  | 16 rows | x  64 weights a block: levels from PRMT, in 16 bit
            tensor cores, a fresh float32 sum a block  -> * scale, added up
@@ -13,6 +13,9 @@ still keep many warps loading; their sums meet in shared memory once. The exact 
 applied to exact products of rounded levels, so the result errs about as much as a product with the
 expanded 16-bit weight.
 
+The low-rank update h B^T and the bias are optional: `token_linear.py` gives them. They join the
+float32 sums before the one rounding.
+
 Which index lies where. A tensor core's operand takes neighbours of the summed index from the four
 lanes of a quad in turn. Columns are renumbered so that a lane gives 16 weights of one row in one
 piece, 8 bytes; x is renumbered in the same way, which leaves the sum as it is. Triton decides how
@@ -22,18 +25,18 @@ but their operands would travel through shared memory.
 
 # triton's annotations know neither static_range nor tuples of tensors
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from math import gcd
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.device import TENSOR_CORES_FROM
+from kernels.language import tl, triton
 from kernels.launch import launch
+from kernels.low_rank import LowRank
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
     QUANT_BLOCK,
@@ -62,6 +65,10 @@ from nf4.weight import NF4Weight
 NEIGHBOURS = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
 
 
+# of an update's ranks, in one piece
+RANK_TILE = tl.constexpr(16)
+
+
 class Config(NamedTuple):
     """How a product is cut up: for at most `max_rows` rows and at least `min_kept` columns of y."""
 
@@ -70,14 +77,14 @@ class Config(NamedTuple):
     block_m: int
     block_n: int  # rows of W
     num_warps: int
-    # of a thread, where the compiler left to itself takes fewer and spills
+    # of a thread, where the compiler left to itself takes fewer: it spills, or loads too late
     num_registers: int | None = None
 
 
 # the first that fits is taken; README.md beside this file says what else was tried
 CONFIGS = (
-    Config(8, 8192, 8, 16, 4),
-    Config(8, 0, 8, 16, 8),
+    Config(8, 6144, 8, 16, 4),
+    Config(8, 0, 8, 16, 8, 120),
     Config(16, 8192, 16, 16, 4),
     Config(16, 0, 16, 16, 8),
     Config(2**31, 8192, 32, 16, 2, 224),
@@ -97,10 +104,17 @@ def _nf4_matmul_fused_kernel(
     dynamic_map_ptr,
     planes_ptr,
     member_table_ptr,
+    bias_ptr,  # (N,)
+    h_ptr,  # (M, num_ranks), contiguous like B
+    B_ptr,  # (N, RANK)
+    starts_ptr,  # (NUM_MEMBERS,), columns of h
     M,
     N,
     K,
+    num_ranks,
     stride_xm,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,  # 0: there is no update
     NUM_MEMBERS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -143,6 +157,11 @@ def _nf4_matmul_fused_kernel(
         mean = tl.load(absmax_mean_ptr + member)
         codes = load_word((absmax_ptr + offs_block).to(tl.pointer_type(tl.int32)))
         group_absmax = load_float(group_absmax_ptr + (offs_block + into_group) // QUANT_GROUP)
+    Bs = ()
+    for first in tl.static_range(0, RANK, RANK_TILE):
+        offs_r = first + tl.arange(0, RANK_TILE)
+        B_ptrs = B_ptr + (first_row + offs_n)[:, None] * RANK + offs_r[None, :]
+        Bs = Bs + (tl.load(B_ptrs, mask=offs_r[None, :] < RANK, other=0.0),)  # noqa: RUF005, triton knows no star
     acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks, STEP):
         # the loads of the next step are under way while this step computes; the last has no next
@@ -183,7 +202,17 @@ def _nf4_matmul_fused_kernel(
             codes = load_word((absmax_ptr + offs_block + k_next).to(tl.pointer_type(tl.int32)))
             group = (offs_block + (into_group + k_next)) // QUANT_GROUP
             group_absmax = load_float(group_absmax_ptr + group)
-    y = tl.sum(acc, 0).to(DTYPE)  # (BLOCK_N, BLOCK_M)
+    total = tl.sum(acc, 0)  # (BLOCK_N, BLOCK_M)
+    if RANK > 0:
+        h_ptr += tl.load(starts_ptr + member)
+    for first in tl.static_range(0, RANK, RANK_TILE):
+        offs_r = first + tl.arange(0, RANK_TILE)
+        h_ptrs = h_ptr + tl.minimum(first_m + offs_m, M - 1)[:, None] * num_ranks + offs_r[None, :]
+        h = tl.load(h_ptrs, mask=offs_r[None, :] < RANK, other=0.0).to(tl.float32)
+        total += tl.sum(Bs[first // RANK_TILE].to(tl.float32)[:, None, :] * h[None, :, :], 2)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + first_row + offs_n).to(tl.float32)[:, None]
+    y = total.to(DTYPE)
     y_ptrs = y_ptr + (first_m + offs_m)[None, :] * N + (first_row + offs_n)[:, None]
     tl.store(y_ptrs, y, mask=(first_m + offs_m < M)[None, :])
 
@@ -202,7 +231,13 @@ def fused_obstacle(weight: NF4Weight, dtype: torch.dtype, capability: tuple[int,
     return rows_obstacle(weight, max(config.block_n for config in CONFIGS))
 
 
-def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
+def _launch_nf4_matmul_fused(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    h: Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
     config = _config_for(M, N)
     x = aligned_rows(x)
@@ -215,10 +250,17 @@ def _launch_nf4_matmul_fused(x: Tensor, weight: NF4Weight) -> Tensor:
         y_ptr=y,
         x_ptr=x,
         **weight_arguments(weight, x.dtype),
+        bias_ptr=x if bias is None else bias,
+        h_ptr=x if h is None else h,
+        B_ptr=x if low_rank is None else low_rank.B,
+        starts_ptr=weight.packed if low_rank is None else low_rank.starts,
         M=M,
         N=N,
         K=K,
+        num_ranks=0 if h is None else h.shape[1],
         stride_xm=x.stride(0),
+        HAS_BIAS=bias is not None,
+        RANK=0 if low_rank is None else low_rank.B.shape[1],
         NUM_MEMBERS=len(weight.rows),
         DOUBLE_QUANT=weight.is_double_quantized,
         DTYPE=triton_dtype(x.dtype),

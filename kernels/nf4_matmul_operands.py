@@ -8,10 +8,9 @@ sums of programs that share the rows of a product and split its columns.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
 from kernels.ptx import level_planes

@@ -26,10 +26,9 @@ Scales are applied as in `nf4_matmul_fused`: exact in float32, to exact products
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,

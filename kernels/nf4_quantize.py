@@ -24,11 +24,10 @@ Quantization".
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.constants import constant
+from kernels.language import tl, triton
 from kernels.launch import launch
 from nf4.blockwise import SMALLEST_SCALE
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, GROUP_SIZE, QuantizedAbsmax

@@ -10,8 +10,6 @@ longer row is read twice (`rms_norm_long.py`). The arithmetic is the same in bot
 # pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -23,6 +21,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 
 # the widest access of a thread
 VECTOR_BYTES = 16

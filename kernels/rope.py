@@ -27,8 +27,6 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -39,6 +37,7 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 MAX_WARPS = 4

@@ -21,8 +21,6 @@ a value: memory bandwidth is the limit. The result equals the reference bit for 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -32,6 +30,7 @@ from kernels.checks import (
     check_one_device,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
 from kernels.launch import head_strides, launch
 from kernels.rope import (
     MAX_TILES,

@@ -53,7 +53,7 @@ class Mixed(NamedTuple):
 
 def attention(
     query: Tensor,  # (B, H, T, head_dim)
-    key: Tensor,  # (B, H_kv, T_all, head_dim)
+    key: Tensor,  # (B, H_kv, T, head_dim)
     value: Tensor,
     scores: Scores,
     has_backward: bool,
@@ -61,16 +61,12 @@ def attention(
 ) -> Mixed:
     """Let every token mix the values of itself and of those before it.
 
-    A single query is the last of all tokens; several are all tokens there are.
-
     Args:
         has_backward: keep what `attention_backward` needs.
         samples: where each token lies, if a row holds several.
     """
-    num_queries, (scale, cap, window) = query.shape[2], scores
-    if num_queries == 1 and window is not None:
-        key, value = key[:, :, -window:], value[:, :, -window:]
-    is_windowed = window is not None and num_queries > window
+    num_tokens, (scale, cap, window) = query.shape[2], scores
+    is_windowed = window is not None and num_tokens > window
     is_plain = cap is None and not is_windowed and samples is None
     is_by_torch = query.device.type == "cpu" or holds_no_scores(
         properties(query.device), query.dtype
@@ -86,9 +82,8 @@ def attention(
         inputs = (query.detach(), key.detach(), value.detach())
         for tensor in inputs:
             tensor.requires_grad_(has_backward)
-        is_causal = num_queries > 1
         output = F.scaled_dot_product_attention(
-            *inputs, is_causal=is_causal, scale=scale, enable_gqa=True
+            *inputs, is_causal=num_tokens > 1, scale=scale, enable_gqa=True
         )
     return Mixed(inputs, output, scores, None, False, None)
 

@@ -1,29 +1,57 @@
 """Keys and values that generation keeps, so that each new token is computed alone."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from llama.config import LlamaConfig
+
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, one (B, H_kv, T, head_dim) pair per layer."""
+    """Room for the keys and values of some sequences, each of up to `capacity` tokens.
 
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+    Attributes:
+        keys: of each layer, (B, H_kv, capacity, head_dim); the tokens of a sequence from row 0 on.
+        values: as keys.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def __init__(
+        self,
+        config: LlamaConfig,
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate; what was not stored yet is undefined."""
+        self.num_sequences, self.capacity = num_sequences, capacity
+        shape = (num_sequences, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys, self.values = (
+            [
+                torch.empty(shape, dtype=dtype, device=device)
+                for _ in range(config.num_hidden_layers)
+            ]
+            for _ in range(2)
+        )
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new tokens' keys and values and return all of the layer's."""
-        if layer == len(self.layers):
-            # views of a buffer that holds the queries too
-            own = (part.clone(memory_format=torch.contiguous_format) for part in (key, value))
-            self.layers.append((next(own), next(own)))
-        else:
-            old_key, old_value = self.layers[layer]
-            self.layers[layer] = (
-                torch.cat((old_key, key), dim=2),
-                torch.cat((old_value, value), dim=2),
-            )
-        return self.layers[layer]
+    @staticmethod
+    def num_bytes(
+        config: LlamaConfig, num_sequences: int, capacity: int, dtype: torch.dtype
+    ) -> int:
+        """Count what a cache takes."""
+        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return values * num_sequences * capacity * dtype.itemsize
+
+
+class Slot(NamedTuple):
+    """The place of one sequence in a cache."""
+
+    cache: KeyValueCache
+    sequence: int
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:  # (1, H_kv, T, head_dim)
+        """Keep what a layer computed for the first T tokens of the sequence."""
+        T = key.shape[2]
+        self.cache.keys[layer][self.sequence, :, :T] = key[0]
+        self.cache.values[layer][self.sequence, :, :T] = value[0]

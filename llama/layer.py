@@ -33,7 +33,7 @@ from kernels.rms_norm_backward import rms_norm_backward
 from kernels.rope import rope
 from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
-from llama.cache import KeyValueCache
+from llama.cache import Slot
 from llama.config import LlamaConfig
 from lora.linear_group import LinearGroup
 
@@ -194,16 +194,16 @@ class DecoderLayer(nn.Module):
         x: Tensor,  # (M, D)
         delta: Tensor | None,  # (M, D), still to be added to x
         shared: Shared,
-        cache: KeyValueCache | None = None,
+        slot: Slot | None = None,
         has_backward: bool = False,
     ) -> tuple[Tensor, Tensor, Activations]:  # x, delta (M, D) and what is kept
-        """Run the layer; the keys and values of a cache go before those of the new tokens.
+        """Run the layer, and leave the keys and values in a slot if there is one.
 
         Args:
             has_backward: keep what `backward` takes instead of what `recompute` takes.
         """
         attended = Activations()
-        delta = self._attend(x, delta, shared, cache, has_backward, attended)
+        delta = self._attend(x, delta, shared, slot, has_backward, attended)
         r1 = attended.r1
         # one record; or three, each of which is dropped as soon as the next one is made of it
         gated = attended if has_backward else Activations()
@@ -238,7 +238,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         delta: Tensor | None,
         shared: Shared,
-        cache: KeyValueCache | None,
+        slot: Slot | None,
         has_backward: bool,
         kept: Activations,
     ) -> Tensor:  # (M, D)
@@ -253,8 +253,8 @@ class DecoderLayer(nn.Module):
         # the rotation overwrites heads, which nothing else holds
         tables, counts = (shared.positions, shared.cos, shared.sin), self.self_attn.counts
         query, key, value = rope(heads, *tables, *counts[:2])
-        if cache is not None:
-            key, value = cache.extend(self.index, key, value)
+        if slot is not None:
+            slot.store(self.index, key, value)
         kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
         mixed_ext = o.extended(_rows_of(kept.mixed.output))
         output = o.forward(mixed_ext, seed)

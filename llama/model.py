@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foreign.guest import in_guest
 from kernels.masked_attention_mask import Samples
 from kernels.softcap import softcap_reference
-from llama.cache import KeyValueCache
+from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, RMSNorm, Shared
 from llama.loss import linear_cross_entropy
@@ -206,7 +206,6 @@ class Llama(nn.Module):
     def shared(
         self,
         input_ids: Tensor,  # (B, T) on the device
-        num_past: int = 0,  # tokens before them
         dropout_seed: Tensor | None = None,
         samples: Samples | None = None,  # where rows hold several
     ) -> Shared:
@@ -218,8 +217,7 @@ class Llama(nn.Module):
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         scaling = self.config.rope_scaling
-        factor = scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
-        is_long = self.starts_anew(0, num_past + input_ids.shape[1])
+        is_long = self.starts_anew(0, input_ids.shape[1])
         if is_long and samples is not None:
             assert isinstance(scaling, LongRopeScaling)
             raise ValueError(
@@ -227,9 +225,23 @@ class Llama(nn.Module):
                 f"{scaling.original_max_position_embeddings:,} tokens: got {input_ids.shape[1]:,}; "
                 "lower --max-length or use --no-packing"
             )
-        cos, sin = rope_tables(self.frequencies[int(is_long)], rows + num_past, factor)
+        cos, sin = rope_tables(self.frequencies[int(is_long)], rows, self._rotary_factor)
         positions = rows.expand_as(input_ids) if samples is None else samples.positions.long()
         return Shared(positions, cos, sin, dropout_seed, samples)
+
+    @property
+    def _rotary_factor(self) -> float:
+        """The factor of cosines and sines."""
+        scaling = self.config.rope_scaling
+        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+
+    def rotary_tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Compute cosines and sines of so many positions, twice: by the frequencies for sequences
+        of the usual length, and below by those for long ones."""
+        positions = torch.arange(num_positions, device=self.device)
+        tables = [rope_tables(f, positions, self._rotary_factor) for f in self.frequencies]
+        cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
+        return cos, sin
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""
@@ -243,42 +255,30 @@ class Llama(nn.Module):
     def hidden_states(
         self,
         input_ids: Tensor,
-        cache: KeyValueCache | None = None,
+        slot: Slot | None = None,
         samples: Samples | None = None,
         out: Tensor | None = None,  # (B T, D)
     ) -> Tensor:
         """Run the decoder: token ids (B, T) to normalized hidden states (B, T, D).
 
-        Attention is causal, so padding on the right changes no real token. With a cache the ids
-        follow the cached tokens: an empty cache takes any number of tokens, later one at a time.
-        There is no dropout.
+        Attention is causal, so padding on the right changes no real token. There is no dropout.
 
         Args:
-            samples: where rows hold several; not with a cache.
-
-        Raises:
-            ValueError: several tokens are given to a cache that is not empty, or the sequence
-                outgrows the frequencies that the cache was computed with.
+            slot: takes the keys and values of the only row.
+            samples: where rows hold several.
         """
-        past = cache.num_tokens if cache else 0
-        if past and self.starts_anew(past, past + input_ids.shape[1]):
-            raise ValueError(f"a cache of this model starts anew beyond {past} tokens")
-        if past and input_ids.shape[1] > 1:
-            raise ValueError(
-                f"a cache continues one token at a time: got {input_ids.shape[1]} tokens"
-            )
-        assert cache is None or samples is None
-        shared = self.shared(input_ids, past, samples=samples)
+        assert slot is None or len(input_ids) == 1
+        shared = self.shared(input_ids, samples=samples)
         x, delta = self.embed(input_ids), None
         for layer in self.layers:
-            x, delta, _ = layer(x, delta, shared, cache)
+            x, delta, _ = layer(x, delta, shared, slot)
         y, _, _ = self.model.norm(x, delta, out=out)
         return y.unflatten(0, tuple(input_ids.shape))
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Compute next-token logits, (B, T, V) float32; for generation and small batches only."""
-        return self.project(self.hidden_states(input_ids, cache))
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Compute next-token logits, (B, T, V) float32; for small batches only."""
+        return self.project(self.hidden_states(input_ids))
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) float32

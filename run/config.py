@@ -118,23 +118,31 @@ def _add_flag(group: Any, f: Field) -> None:
     group.add_argument(flag_name(f.name), **options)
 
 
-def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> TrainConfig:
-    """Read the command line, over the file of --config if given, over the defaults.
+def read_given(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the fields that are given: on the command line, over the file of --config.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, or has other fields or kinds of value than TrainConfig.
+    """
+    given = vars(build_parser().parse_args(arguments))
+    file = given.pop("config")
+    given = _expand_home(given)
+    return read_fields(Path(file).expanduser()) | given if file else given
+
+
+def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainConfig:
+    """Complete the fields that are given by the defaults.
 
     Args:
         without_model: the fields of a run that names neither a model nor data.
 
     Raises:
-        ValueError: a value out of range, a model without data or the reverse, or a config file
-            with other fields.
+        ValueError: a value out of range, or a model without data or the reverse.
     """
-    given = vars(build_parser().parse_args(arguments))
-    file = given.pop("config")
-    given = _expand_home(given)
-    values = read_fields(Path(file).expanduser()) | given if file else given
-    if not values.get("model") and not values.get("data"):
-        values = without_model | values
-    config = TrainConfig(**values)
+    if not given.get("model") and not given.get("data"):
+        given = without_model | given
+    config = TrainConfig(**given)
     if not config.model or not config.data:
         missing, there = ("--data", "--model") if config.model else ("--model", "--data")
         raise ValueError(

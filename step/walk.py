@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import torch
 
+from generation.sampling import Sampling
+from generation.token_step import TokenStep
 from kernels.constants import no_new_constants
 from kernels.device import meta_stands_for
-from llama.cache import KeyValueCache
-from llama.generation import most_probable
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from lora.linear_group import LinearGroup
@@ -92,10 +92,10 @@ class StepWalk:
 
     def _sample(self) -> None:
         """Walk through a pass over the longest text and the pass for one token more."""
-        cache = KeyValueCache()
-        for num_tokens in (self._work.prompt_tokens, 1):
-            ids = torch.empty(1, num_tokens, dtype=torch.int64, device=META)
-            most_probable(self._work.model, ids, cache)
+        num_tokens = self._work.prompt_tokens
+        step = TokenStep(self._work.model, Sampling(), num_tokens, 1, captures=False)
+        step.begin(0, [0] * num_tokens, 0)
+        step()
 
     def events(self, policies: Sequence[Policy]) -> list[Event]:
         """Record a micro-step, and the evaluation of a batch if there is one.

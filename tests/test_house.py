@@ -92,7 +92,7 @@ FLOORS = {
 # what is not ours, and the rooms or files that may know it
 THEIRS = {
     "torch": set(FLOORS) - {"hub"},
-    "triton": {"kernels"},
+    "triton": {"kernels/language.py"},
     "safetensors": {"checkpoint", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},

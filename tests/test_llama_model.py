@@ -40,7 +40,6 @@ from torch import Tensor
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from llama.cache import KeyValueCache
 from llama.model import PROJECTIONS, Llama, projections
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
@@ -225,41 +224,6 @@ def test_padding_on_the_right_changes_nothing(tmp_path: Path) -> None:
     # without padding the products have other shapes
     short = model.loss(Batch(input_ids[:, :7], labels[:, :7]))
     assert (model.loss(Batch(input_ids, labels)) - short).abs() <= float32_error(short, 40)
-
-
-@pytest.mark.parametrize("prompt_length", [1, 2, 9])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_a_cache_equals_decoding_without(
-    tmp_path: Path, variant: str, prompt_length: int
-) -> None:
-    model = load(write_variant(tmp_path, variant))
-    # where frequencies change with the length, as long as they do not
-    num_tokens = 16 if variant == "phi3" else 20
-    input_ids = tokens(2, num_tokens)
-    expected = model.logits(input_ids)
-    cache = KeyValueCache()
-    pieces = [model.logits(input_ids[:, :prompt_length], cache)]
-    for position in range(prompt_length, num_tokens):
-        assert cache.num_tokens == position
-        pieces.append(model.logits(input_ids[:, position : position + 1], cache))
-    actual = torch.cat(pieces, dim=1)
-    assert actual.isfinite().all()
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= float32_error(expected, 40)
-
-
-def test_a_cache_of_a_short_sequence_does_not_become_a_long_one(tmp_path: Path) -> None:
-    model, cache = load(write_variant(tmp_path, "phi3")), KeyValueCache()
-    model.logits(tokens(1, 16), cache)
-    with pytest.raises(ValueError, match="starts anew beyond 16 tokens"):
-        model.logits(tokens(1, 1), cache)
-
-
-def test_a_cache_takes_several_tokens_only_at_first(tmp_path: Path) -> None:
-    model, cache = load_tiny(tmp_path), KeyValueCache()
-    model.logits(tokens(1, 3), cache)
-    with pytest.raises(ValueError, match="one token at a time: got 2 tokens"):
-        model.logits(tokens(1, 2), cache)
 
 
 def test_frozen_tensors_but_the_head_stay_in_the_checkpoints_dtype(tmp_path: Path) -> None:

@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from run.config import TrainConfig, build_parser, differences, parse_config, read_fields, to_json
+from run.config import (
+    TrainConfig,
+    build_parser,
+    differences,
+    make_config,
+    read_fields,
+    read_given,
+    to_json,
+)
 
 BUNDLED: dict[str, Any] = {"model": "bundled", "data": "bundled.jsonl", "learning_rate": 1e-2}
 
 
 def parse(line: str) -> TrainConfig:
-    return parse_config(line.split(), BUNDLED)
+    return make_config(read_given(line.split()), BUNDLED)
 
 
 def test_without_arguments_the_bundled_run_is_meant() -> None:

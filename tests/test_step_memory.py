@@ -9,8 +9,8 @@ from support.micro_steps import gradients_of, step_of
 from torch import Tensor
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
+from generation.generator import generate_greedy
 from kernels import constants
-from llama.generation import generate_greedy
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from rows.batch import Batch

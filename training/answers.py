@@ -1,7 +1,7 @@
 """The model's answers to --sample-prompt before, during and after its training."""
 
 from foreign.terminal import one_line
-from llama.generation import generate_greedy
+from generation.generator import generate_greedy
 from prepare.job import SAMPLE_TOKENS
 from run.log import RunLog
 from run.watching import Watching

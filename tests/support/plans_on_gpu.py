@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
+from generation.generator import generate_greedy
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
-from llama.generation import generate_greedy
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
 from optim.arena import GradientArena

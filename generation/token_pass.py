@@ -1,0 +1,110 @@
+"""A pass over one new token of each sequence: read it beside `llama/layer.py`.
+
+    r1 = x + delta
+    q | k | v = qkv(norm(r1)), rotated; k and v appended to the cache
+    r2 = r1 + o(attention(q, the cache))
+    gate | up = gate_up(norm(r2))
+    x, delta = r2, down(activation(gate) up)
+
+The function is a layer's forward pass; what differs is what costs. One row a sequence moves hardly
+any activations, so a pass takes as long as reading and decoding the weights, and as long as its
+launches, ten a layer. Each kernel that makes the input x of a linear group makes h = x A^T of its
+updates too, and the product adds h B^T: an adapter costs no launch.
+
+    B sequences, D hidden_size
+"""
+
+import torch
+from torch import Tensor
+
+from generation.linear import TokenLinear
+from kernels.glu import glu
+from kernels.token_attention import TokenScores, token_attention
+from kernels.token_glu import token_glu
+from kernels.token_heads import HeadNorms, Places, token_heads
+from kernels.token_norm import token_norm
+from llama.cache import KeyValueCache
+from llama.layer import DecoderLayer, RMSNorm
+from llama.model import Llama
+
+
+class TokenLayer:
+    """A decoder layer, with what its passes over single tokens need."""
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype, num_sequences: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
+        self.qkv, self.o, self.gate_up, self.down = (
+            TokenLinear(group, dtype, num_sequences) for group in groups
+        )
+        self.layer, self.scores = layer, TokenScores(*layer.scores)
+        self.head_norms = None
+        if attention.head_norms:
+            query, key = attention.head_norms
+            self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
+
+    def __call__(
+        self,
+        x: Tensor,  # (B, D)
+        delta: Tensor | None,  # (B, D), still to be added to x
+        keys: Tensor,  # (B, H_kv, capacity, head_dim), one row of each sequence is written
+        values: Tensor,
+        places: Places,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # x, delta
+        """Run the layer."""
+        layer, norms = self.layer, self.layer.norms
+        y, h, r1 = _normalize(layer.norm(norms.before_attention), x, delta, self.qkv.A)
+        qkv = self.qkv(y, h)
+        query = token_heads(qkv, keys, values, places, cos, sin, self.head_norms)
+        mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
+        delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
+        y, h, r2 = _normalize(layer.norm(norms.before_mlp), r1, delta, self.gate_up.A)
+        gates_and_ups = self.gate_up(y, h)
+        inner, h = self._gate(gates_and_ups)
+        return r2, self._normalize_behind(norms.behind_mlp, self.down(inner, h))
+
+    def _gate(self, gates_and_ups: Tensor) -> tuple[Tensor, Tensor | None]:
+        activation, A = self.layer.mlp.activation, self.down.A
+        if A is None:
+            return glu(gates_and_ups, activation), None
+        return token_glu(gates_and_ups, activation, A)
+
+    def _normalize_behind(self, name: str | None, output: Tensor) -> Tensor:
+        return output if name is None else self.layer.norm(name)(output)[0]
+
+
+def _normalize(
+    norm: RMSNorm, x: Tensor, delta: Tensor | None, A: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:  # y, h, r
+    if A is None:
+        y, r, _ = norm(x, delta)
+        return y, None, r
+    return token_norm(x, delta, norm.weight, norm.eps, norm.offset, A)
+
+
+class TokenPass:
+    """The model, for one new token of each sequence of a cache."""
+
+    def __init__(self, model: Llama, cache: KeyValueCache) -> None:
+        self._model, self._cache = model, cache
+        self._layers = [
+            TokenLayer(layer, model.compute_dtype, cache.num_sequences) for layer in model.layers
+        ]
+        self._cos, self._sin = model.rotary_tables(cache.capacity)
+
+    def __call__(self, ids: Tensor, lengths: Tensor, is_long: Tensor) -> Tensor:  # (B, D)
+        """Append the tokens to the cache, and find their normalized hidden states.
+
+        Args:
+            ids: (B,) int64.
+            lengths: (B,) int64, tokens of each sequence that the cache has already.
+            is_long: (B,) int64, 1 for a sequence that is rotated by the frequencies for long ones.
+        """
+        places = Places(lengths, lengths + is_long * self._cache.capacity)
+        x, delta = self._model.embed(ids[:, None]), None
+        caches = zip(self._layers, self._cache.keys, self._cache.values, strict=True)
+        for layer, keys, values in caches:
+            x, delta = layer(x, delta, keys, values, places, self._cos, self._sin)
+        return self._model.model.norm(x, delta)[0]
