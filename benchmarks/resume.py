@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, head, write
+from run.config import CONFIG_FILE
 
 # these depend on the clock, or on what ran before
 NOT_COMPARED = ("tokens_per_second", "peak_memory_bytes")
@@ -71,7 +72,7 @@ def main() -> int:
             if key not in NOT_COMPARED and a[key] != b.get(key)
         ]
         adapters = [(f / "adapter_model.safetensors").read_bytes() for f in (whole, broken)]
-        config = json.loads((whole / "config.json").read_text())
+        config = json.loads((whole / CONFIG_FILE).read_text())
     record = head("resume", arguments.commit) | {
         "config": {k: v for k, v in config.items() if k not in ("model", "data", "output")},
         "killed_after_step": num_rows_at_kill,

@@ -23,30 +23,46 @@ from llama.config import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# beside config.json and the weights, as patterns
-COMPANIONS = (
-    GENERATION_CONFIG_NAME,
+# beside config.json and the weights, as patterns: of the tokenizer, which a run copies
+TOKENIZER_COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
+# and for programs that read other forms of the tokenizer; llama.cpp refuses some models without
+# tokenizer.model
+OTHER_COMPANIONS = (
+    GENERATION_CONFIG_NAME,
+    "tokenizer.model",
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+COMPANIONS = (*TOKENIZER_COMPANIONS, *OTHER_COMPANIONS)
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 
 
-def find_checkpoint(model: str) -> Path:
+def find_checkpoint(model: str, what: str = "--model") -> Path:
     """Find the folder of a checkpoint: a local path, or a hub id whose files are fetched as far as
     needed.
+
+    Args:
+        what: names the place, for messages.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch.find_folder`.
         ValueError: the repository has no weights in safetensors.
     """
-    return find_folder(model, "--model", "model", partial(_needed_files, model))
+    return find_folder(model, what, "model", partial(_needed_files, model, what))
 
 
-def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]) -> set[str]:
+def _needed_files(
+    model: str, what: str, names: Collection[str], get: Callable[[str], Path]
+) -> set[str]:
     """Choose from a repository's files those that a checkpoint is read from."""
     patterns = (CONFIG_NAME, *COMPANIONS)
     needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
@@ -55,7 +71,7 @@ def _needed_files(model: str, names: Collection[str], get: Callable[[str], Path]
     if INDEX_NAME in names:
         return needed | {INDEX_NAME, *_read_index(get(INDEX_NAME)).values()}
     raise ValueError(
-        f"--model must have {SINGLE_NAME} or {INDEX_NAME}: {model} has "
+        f"{what} must have {SINGLE_NAME} or {INDEX_NAME}: {model} has "
         f"{first_few(names)}{_about_pickled(names)}"
     )
 

@@ -7,9 +7,9 @@
     x, delta = r2, down(activation(gate) up)
 
 The function is a layer's forward pass; what differs is what costs. One row a sequence moves hardly
-any activations, so a pass takes as long as reading the weights, 0.5 bytes each, and as long as its
-launches: some ten a layer, by kernels that begin while their predecessors end. Each kernel that
-makes the input x of a linear group makes h = x A^T of its updates too.
+any activations, so a pass takes as long as reading and decoding the weights, and as long as its
+launches, ten a layer. Each kernel that makes the input x of a linear group makes h = x A^T of its
+updates too, and the product adds h B^T: an adapter costs no launch.
 
     B sequences, D hidden_size
 """

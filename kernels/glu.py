@@ -52,7 +52,7 @@ from kernels.checks import (
     check_rows_are_contiguous,
 )
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -97,7 +97,7 @@ def glu_backward_reference(
 
 
 @triton.jit
-def _load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def load_chunks(ptr, first, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
@@ -141,8 +141,8 @@ def _glu_kernel(
     first = (tl.program_id(0) % programs_per_row) * (CHUNK * CHUNKS)
     gate_ptr = gate_up_ptr + row * stride_m
     h_ptr += row * stride_hm
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         h = gated(gates[chunk].to(tl.float32), ups[chunk].to(tl.float32), ACTIVATION)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
@@ -171,9 +171,9 @@ def _glu_backward_kernel(
     gate_ptr = gate_up_ptr + row * stride_m
     grad_gate_ptr = grad_gate_up_ptr + row * stride_grad_m
     h_ptr += row * stride_hm
-    grads_h = _load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
-    gates = _load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
-    ups = _load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
+    grads_h = load_chunks(grad_h_ptr + row * stride_grad_hm, first, width, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
         grad_h, up = grads_h[chunk].to(tl.float32), ups[chunk].to(tl.float32)
         gate = gates[chunk].to(tl.float32)
@@ -214,7 +214,7 @@ def _launch_glu(
     M, width = gate_up.shape[0], gate_up.shape[1] // 2
     h = torch.empty((M, width), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     shape = _shape(width, gate_up.element_size())
-    programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
+    programs_per_row = cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         launch(
             _glu_kernel,
@@ -242,7 +242,7 @@ def _launch_glu_backward(
 ) -> None:
     M, width = grad_h.shape
     shape = _shape(width, gate_up.element_size())
-    programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
+    programs_per_row = cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         launch(
             _glu_backward_kernel,

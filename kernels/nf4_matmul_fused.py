@@ -33,10 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.device import TENSOR_CORES_FROM
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 from kernels.low_rank import LowRank
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
@@ -78,14 +77,14 @@ class Config(NamedTuple):
     block_m: int
     block_n: int  # rows of W
     num_warps: int
-    # of a thread, where the compiler left to itself takes fewer and spills
+    # of a thread, where the compiler left to itself takes fewer: it spills, or loads too late
     num_registers: int | None = None
 
 
 # the first that fits is taken; README.md beside this file says what else was tried
 CONFIGS = (
-    Config(8, 8192, 8, 16, 4),
-    Config(8, 0, 8, 16, 8),
+    Config(8, 6144, 8, 16, 4),
+    Config(8, 0, 8, 16, 8, 120),
     Config(16, 8192, 16, 16, 4),
     Config(16, 0, 16, 16, 8),
     Config(2**31, 8192, 32, 16, 2, 224),
@@ -122,10 +121,8 @@ def _nf4_matmul_fused_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SLICES: tl.constexpr,  # of the columns of a step, one a warp
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program computes the (BLOCK_M, BLOCK_N) tile of y at (pid_m, pid_n)
-    let_next_begin(IS_DEPENDENT)
     WORDS: tl.constexpr = QUANT_BLOCK // 8  # of packed codes, in a block
     STEP: tl.constexpr = NUM_SLICES * BLOCKS_PER_STEP
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -165,7 +162,6 @@ def _nf4_matmul_fused_kernel(
         offs_r = first + tl.arange(0, RANK_TILE)
         B_ptrs = B_ptr + (first_row + offs_n)[:, None] * RANK + offs_r[None, :]
         Bs = Bs + (tl.load(B_ptrs, mask=offs_r[None, :] < RANK, other=0.0),)  # noqa: RUF005, triton knows no star
-    wait_for_previous(IS_DEPENDENT)
     acc = tl.zeros((NUM_SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, blocks, STEP):
         # the loads of the next step are under way while this step computes; the last has no next
@@ -250,7 +246,7 @@ def _launch_nf4_matmul_fused(
     num_slices = gcd(config.num_warps, steps)
     launch(
         _nf4_matmul_fused_kernel,
-        (N // config.block_n, triton.cdiv(M, config.block_m)),
+        (N // config.block_n, cdiv(M, config.block_m)),
         y_ptr=y,
         x_ptr=x,
         **weight_arguments(weight, x.dtype),
@@ -273,6 +269,5 @@ def _launch_nf4_matmul_fused(
         NUM_SLICES=num_slices,
         num_warps=num_slices,
         maxnreg=config.num_registers,
-        **dependent(x.device),
     )
     return y

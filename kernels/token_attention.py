@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.device import TENSOR_CORES_FROM, properties
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.masked_attention_tiles import PRECISION
 from kernels.softcap import softcap, softcap_reference
 
@@ -113,17 +112,14 @@ def _token_attention_kernel(
     HEAD: tl.constexpr,  # HEAD_DIM, to a power of two
     ROWS: tl.constexpr,  # at least GROUP
     BLOCK_T: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program mixes a share of a sequence's tokens for the queries of one kv head
-    let_next_begin(IS_DEPENDENT)
     split = tl.program_id(1)
     kv_head = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HEAD)
     is_inside = (row[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
     heads = kv_head * GROUP + row
-    wait_for_previous(IS_DEPENDENT)
     place = tl.load(place_ptr + kv_head // H_kv).to(tl.int32)
     first, share = shares_of(place, window, NUM_SPLITS, BLOCK_T)
     start = first + split * share
@@ -174,40 +170,38 @@ def _add_splits_kernel(
     HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program adds a sequence's splits up for one rank of h, and writes its share of the heads
-    let_next_begin(IS_DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     split = tl.arange(0, NUM_SPLITS)
     column = tl.arange(0, HEAD)
-    acc = tl.zeros((HEADS, HEAD), tl.float32)
-    wait_for_previous(IS_DEPENDENT)
+    is_column = column < HEAD_DIM
     place = tl.load(place_ptr + b).to(tl.int32)
     first_token, share = shares_of(place, window, NUM_SPLITS, BLOCK_T)
     has_tokens = first_token + split * share <= place
+    acc = tl.zeros((HEADS, HEAD), tl.float32)
     for first in range(0, H, HEADS):
         head = first + tl.arange(0, HEADS)
         is_head = (head < H)[:, None]
-        offs_split = (b * H + head)[:, None] * NUM_SPLITS + split[None, :]
+        places = (b * H + head)[:, None] * NUM_SPLITS + split[None, :]
         is_known = is_head & has_tokens[None, :]
         # the first split always has tokens
-        largest = tl.load(largest_ptr + offs_split, mask=is_known, other=-1e30)
-        total = tl.load(total_ptr + offs_split, mask=is_known, other=0.0)
-        factor = tl.exp(largest - tl.max(largest, 1)[:, None])
-        factor = factor / tl.sum(total * factor, 1)[:, None]
-        factor = tl.where(is_known, factor, 0.0)
-        mask = is_known[:, :, None] & (column < HEAD_DIM)[None, None, :]
-        offs = offs_split[:, :, None] * HEAD_DIM + column[None, None, :]
+        largest = tl.load(largest_ptr + places, mask=is_known, other=-1e30)
+        total = tl.load(total_ptr + places, mask=is_known, other=0.0)
+        offs = places[:, :, None] * HEAD_DIM + column[None, None, :]
+        mask = is_known[:, :, None] & is_column[None, None, :]
         sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
-        mixed = tl.sum(sums * factor[:, :, None], 1).to(mixed_ptr.dtype.element_ty)
-        inside = is_head & (column < HEAD_DIM)[None, :]
-        offs = head[:, None] * HEAD_DIM + column[None, :]
-        if first // HEADS % tl.num_programs(1) == rank:
-            tl.store(mixed_ptr + b * H * HEAD_DIM + offs, mixed, mask=inside)
+        factor = tl.exp(largest - tl.max(largest, 1)[:, None])
+        # heads that are not there would divide by zero
+        whole = tl.where(is_head, tl.sum(total * factor, 1)[:, None], 1.0)
+        mixed = tl.sum(sums * (factor / whole)[:, :, None], 1).to(mixed_ptr.dtype.element_ty)
+        is_own = is_head & (head // HEADS % tl.num_programs(1) == rank)[:, None]
+        out = (b * H + head)[:, None] * HEAD_DIM + column[None, :]
+        tl.store(mixed_ptr + out, mixed, mask=is_own & is_column[None, :])
         if HAS_UPDATE:
-            a = tl.load(A_ptr + rank.to(tl.int64) * H * HEAD_DIM + offs, mask=inside, other=0.0)
+            a_ptrs = A_ptr + (rank.to(tl.int64) * H + head[:, None]) * HEAD_DIM + column[None, :]
+            a = tl.load(a_ptrs, mask=is_head & is_column[None, :], other=0.0)
             acc += mixed.to(tl.float32) * a.to(tl.float32)
     if HAS_UPDATE:
         h = tl.sum(tl.sum(acc, 1), 0)
@@ -243,7 +237,7 @@ def _launch_token_attention(
     sums = query.new_empty(B, H, splits, head_dim, dtype=torch.float32)
     largest = query.new_empty(B, H, splits, dtype=torch.float32)
     total = torch.empty_like(largest)
-    head = max(triton.next_power_of_2(head_dim), MIN_ROWS)
+    head = max(next_power_of_2(head_dim), MIN_ROWS)
     tile = UNROLLED
     if _has_tensor_cores(query):
         tile = next(tile for width, tile in TILES.items() if head <= width)
@@ -270,17 +264,16 @@ def _launch_token_attention(
         C=C,
         GROUP=H // H_kv,
         CAPPED=scores.cap is not None,
-        ROWS=max(triton.next_power_of_2(H // H_kv), MIN_ROWS),
+        ROWS=max(next_power_of_2(H // H_kv), MIN_ROWS),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **shape,
-        **dependent(query.device),
     )
     mixed = query.new_empty(B, H * head_dim)
     h = None if A is None else query.new_empty(B, A.shape[0])
     launch(
         _add_splits_kernel,
-        (B, triton.cdiv(H, HEADS) if A is None else A.shape[0]),
+        (B, cdiv(H, HEADS) if A is None else A.shape[0]),
         mixed_ptr=mixed,
         h_ptr=mixed if h is None else h,
         sums_ptr=sums,
@@ -290,9 +283,8 @@ def _launch_token_attention(
         H=H,
         HAS_UPDATE=A is not None,
         HEADS=HEADS,
-        num_warps=8,
+        num_warps=16,
         **shape,
-        **dependent(query.device),
     )
     return mixed, h
 

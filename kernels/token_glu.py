@@ -12,16 +12,19 @@ again, because the projection that follows needs h before it begins. A program r
 Gated linear units: Shazeer 2020. LoRA: Hu et al. 2021.
 """
 
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
-from kernels.glu import Activation, gated, glu_reference
+from kernels.glu import Activation, gated, glu_reference, load_chunks
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 
-CHUNK = 2048
-NUM_WARPS = 8
+NUM_WARPS = 16
+# the widest access of a thread
+VECTOR_BYTES = 16
 
 
 def token_glu_reference(
@@ -43,26 +46,23 @@ def _token_glu_kernel(
     F,
     ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     # one program computes h of one row and one rank, and writes its share of y
-    let_next_begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     gate_ptr = gate_up_ptr + row * 2 * F
-    A_ptr += rank.to(tl.int64) * F
+    ranks = load_chunks(A_ptr + rank.to(tl.int64) * F, 0, F, CHUNK, CHUNKS)
+    gates = load_chunks(gate_ptr, 0, F, CHUNK, CHUNKS)
+    ups = load_chunks(gate_ptr + F, 0, F, CHUNK, CHUNKS)
     acc = tl.zeros((CHUNK,), tl.float32)
-    wait_for_previous(IS_DEPENDENT)
-    for first in range(0, F, CHUNK):
-        offs = first + tl.arange(0, CHUNK)
-        mask = offs < F
-        gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_ptr + F + offs, mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(A_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        y = gated(gate, up, ACTIVATION).to(y_ptr.dtype.element_ty)
-        if first // CHUNK % tl.num_programs(1) == rank:
-            tl.store(y_ptr + row * F + offs, y, mask=mask)
-        acc += y.to(tl.float32) * a
+    for chunk in tl.static_range(CHUNKS):
+        y = gated(gates[chunk].to(tl.float32), ups[chunk].to(tl.float32), ACTIVATION)
+        y = y.to(y_ptr.dtype.element_ty)
+        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        is_own = offs // CHUNK % tl.num_programs(1) == rank
+        tl.store(y_ptr + row * F + offs, y, mask=(offs < F) & is_own)
+        acc += y.to(tl.float32) * ranks[chunk].to(tl.float32)
     h = tl.sum(acc, 0)
     tl.store(h_ptr + row * tl.num_programs(1) + rank, h.to(h_ptr.dtype.element_ty))
 
@@ -70,6 +70,7 @@ def _token_glu_kernel(
 def _launch_token_glu(gate_up: Tensor, activation: Activation, A: Tensor) -> tuple[Tensor, Tensor]:
     M, (P, F) = gate_up.shape[0], A.shape
     y, h = gate_up.new_empty(M, F), gate_up.new_empty(M, P)
+    chunk = 32 * NUM_WARPS * VECTOR_BYTES // gate_up.element_size()
     launch(
         _token_glu_kernel,
         (M, P),
@@ -79,9 +80,9 @@ def _launch_token_glu(gate_up: Tensor, activation: Activation, A: Tensor) -> tup
         A_ptr=A,
         F=F,
         ACTIVATION=activation,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
+        CHUNKS=cdiv(F, chunk),
         num_warps=NUM_WARPS,
-        **dependent(gate_up.device),
     )
     return y, h
 

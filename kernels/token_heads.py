@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous, check_one_device
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of
 from kernels.rope import rope_reference
@@ -95,17 +94,14 @@ def _token_heads_kernel(
     HAS_NORM: tl.constexpr,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,  # HALF, to a power of two
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program works on one head of one sequence
-    let_next_begin(IS_DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     is_query = head < H
     is_key = (head >= H) & (head < H + H_kv)
     column = tl.arange(0, COLUMNS)
     mask = column < HALF
-    wait_for_previous(IS_DEPENDENT)
     head_ptr = qkv_ptr + (b * tl.num_programs(1) + head) * (2 * HALF)
     y1 = tl.load(head_ptr + column, mask=mask, other=0.0)
     y2 = tl.load(head_ptr + HALF + column, mask=mask, other=0.0)
@@ -172,11 +168,10 @@ def _launch_token_heads(
         OFFSET=0.0 if norms is None else norms.offset,
         HAS_NORM=norms is not None,
         HALF=half,
-        COLUMNS=triton.next_power_of_2(half),
+        COLUMNS=next_power_of_2(half),
         num_warps=1,
         # each product rounded, as in rope.py
         enable_fp_fusion=False,
-        **dependent(qkv.device),
     )
     return query
 

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_like, check_one_device
-from kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import check_rows, factor_of, rstd_of, sum_with_residual
 
@@ -60,17 +59,14 @@ def _token_norm_kernel(
     OFFSET: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     WIDTH: tl.constexpr,  # D, to a power of two
-    IS_DEPENDENT: tl.constexpr,
 ):
     # one program computes h of one row and one rank; the first of a row writes y
-    let_next_begin(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     offs = tl.arange(0, WIDTH)
     mask = offs < D
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     a = tl.load(A_ptr + rank.to(tl.int64) * D + offs, mask=mask, other=0.0)
-    wait_for_previous(IS_DEPENDENT)
     r = tl.load(x_ptr + row * D + offs, mask=mask, other=0.0)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + row * D + offs, mask=mask, other=0.0)
@@ -90,7 +86,7 @@ def _launch_token_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, A: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, D = x.shape
-    width = triton.next_power_of_2(D)
+    width = next_power_of_2(D)
     y, h = torch.empty_like(x), x.new_empty(M, A.shape[0])
     r = x if delta is None else torch.empty_like(x)
     launch(
@@ -109,7 +105,6 @@ def _launch_token_norm(
         HAS_DELTA=delta is not None,
         WIDTH=width,
         num_warps=min(max(width // (32 * VALUES), 1), MAX_WARPS),
-        **dependent(x.device),
     )
     return y, h, r
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama.loss import chunk_rows, linear_cross_entropy
 from llama.model import Llama
+from rows.batch import NO_LOSS, Batch
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,31 @@ class LogitChange:
     mean: float
 
 
-def windows_of(ids: list[int], length: int) -> list[Tensor]:
-    """Cut a text into windows of (1, T) token ids; one token alone predicts nothing and is left
-    out."""
+def windows_of(ids: list[int], length: int) -> list[Batch]:
+    """Cut a text into windows of one row each; one token alone predicts nothing and is left out."""
     starts = range(0, len(ids), length)
-    return [torch.tensor([ids[start : start + length]]) for start in starts if len(ids) - start > 1]
+    rows = [torch.tensor([ids[start : start + length]]) for start in starts if len(ids) - start > 1]
+    return [Batch(row, row) for row in rows]
 
 
 @torch.no_grad()
-def read_text(model: Llama, windows: Sequence[Tensor]) -> ReadText:
+def read_text(model: Llama, windows: Sequence[Batch]) -> ReadText:
     """Compute the perplexity of a model on windows of a text, each window by itself, and the hidden
     states.
 
         perplexity = exp(mean of -log p(token | those before it in the window))
+
+    The mean is over the tokens that have a label.
     """
     total, num_tokens, hidden = 0.0, 0, []
     cap = model.config.final_logit_softcapping
-    for ids in windows:
-        ids = ids.to(model.device)
-        states = model.hidden_states(ids)[0]
-        total += float(linear_cross_entropy(states[:-1], model.head, ids[0, 1:], cap))
-        num_tokens += ids.shape[1] - 1
+    for window in windows:
+        states = model.hidden_states(window.input_ids.to(model.device))[0]
+        labels = window.labels[0, 1:].to(model.device)
+        has_label = labels != NO_LOSS
+        rows, targets = states[:-1][has_label], labels[has_label]
+        total += float(linear_cross_entropy(rows, model.head, targets, cap))
+        num_tokens += len(targets)
         hidden.append(states.cpu())
     return ReadText(math.exp(total / num_tokens), hidden)
 

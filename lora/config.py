@@ -107,6 +107,11 @@ class LoRAConfig:
         """Whether a regular expression decides about modules."""
         return any(pattern.lower() != ALL_LINEAR for pattern in self._patterns())
 
+    @property
+    def scaling(self) -> float:
+        """The factor of all updates that no pattern gives another one."""
+        return self._scaling(self.lora_alpha, self.r)
+
     def has_target(self, path: str) -> bool:
         """Tell whether a module gets an update, by the rules of PEFT's check_target_module_exists.
 
@@ -133,15 +138,16 @@ class LoRAConfig:
         return found is not None and int(found["index"]) in self.layers_to_transform
 
     def update_size(self, path: str) -> UpdateSize | None:
-        """Find the size of a projection's update; None where it has none.
-
-        scaling = alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski 2023)
-        """
+        """Find the size of a projection's update; None where it has none."""
         if not self.has_target(path):
             return None
         rank = int(_look_up(self.rank_pattern, path, self.r))
         alpha = _look_up(self.alpha_pattern, path, self.lora_alpha)
-        return UpdateSize(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+        return UpdateSize(rank, self._scaling(alpha, rank))
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski 2023)."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def resolve_target_modules(requested: Iterable[str], projections: Sequence[str]) -> tuple[str, ...]:

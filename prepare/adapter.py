@@ -1,13 +1,15 @@
 """The shape of the adapter that a run trains: from the flags, or from --init-adapter."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llama.model import update_sizes
 from lora.adapter_file import read_adapter_config
-from lora.config import LoRAConfig, resolve_target_modules
-from run.flags import AdapterFlags
+from lora.config import ALL_LINEAR, LoRAConfig, resolve_target_modules
+from run.config import TrainConfig
+from run.flags import AdapterFlags, flag_name
 
 
 def lora_config(config: AdapterFlags, names: Sequence[str]) -> LoRAConfig:
@@ -29,25 +31,50 @@ def lora_config(config: AdapterFlags, names: Sequence[str]) -> LoRAConfig:
     )
 
 
-def lora_of_init_adapter(folder: Path, lora: LoRAConfig, paths: Iterable[str]) -> LoRAConfig:
-    """Read the configuration of the adapter to start from, whose patterns no flag can express.
+def follow_adapter(
+    config: TrainConfig,
+    given: Collection[str],  # names of the fields that the user gave
+    folder: Path,
+    names: Sequence[str],  # of the model's projections
+    paths: Iterable[str],  # of the model's projections
+) -> tuple[TrainConfig, LoRAConfig]:
+    """Take over the shape of the adapter to start from.
 
-    Args:
-        lora: the configuration that the flags ask for.
-        paths: the paths of the model's projections.
+    Returns:
+        The flags, with the adapter's rank, alpha, targets and rsLoRA where none were given; and the
+        adapter's configuration, whose patterns no flag can express.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: the adapter is no plain LoRA of this model, or the flags contradict it.
+        ValueError: the adapter is no plain LoRA of this model, or a flag that was given contradicts
+            it.
     """
-    given = read_adapter_config(folder)
-    names = {path.rpartition(".")[2] for path in update_sizes(given, paths)}
-    has = (given.r, given.lora_alpha, given.use_rslora, names)
-    asked = (lora.r, lora.lora_alpha, lora.use_rslora, set(lora.target_modules))
-    if has != asked:
-        raise ValueError(
-            f"--init-adapter must have the shape that the flags ask for: it has {given}, the "
-            f"flags {lora}; give the adapter's --lora-r, --lora-alpha, --target-modules and "
-            "--use-rslora"
+    found = read_adapter_config(folder)
+    adapted = {path.rpartition(".")[2] for path in update_sizes(found, paths)}
+    targets = tuple(name for name in names if name in adapted)
+    shape = {
+        "lora_r": found.r,
+        "lora_alpha": float(found.lora_alpha),
+        "use_rslora": found.use_rslora,
+        "target_modules": ALL_LINEAR if targets == tuple(names) else ",".join(targets),
+    }
+    config = replace(config, **{name: shape[name] for name in shape if name not in given})
+    asked = lora_config(config, names)
+    # a run with rsLoRA leaves an adapter without, which scales as much
+    scales_alike = math.isclose(asked.scaling, found.scaling)
+    agrees = {
+        "lora_r": asked.r == found.r,
+        "lora_alpha": scales_alike or asked.lora_alpha == found.lora_alpha,
+        "use_rslora": scales_alike or asked.use_rslora == found.use_rslora,
+        "target_modules": asked.target_modules == targets,
+    }
+    if wrong := [name for name, holds in agrees.items() if not holds]:
+        has, came = (
+            " and ".join(str(values[name]) for name in wrong) for values in (shape, asdict(config))
         )
-    return replace(given, lora_dropout=lora.lora_dropout)
+        raise ValueError(
+            f"{' and '.join(map(flag_name, wrong))} must be as in the adapter of --init-adapter: "
+            f"{folder} has {has}, the settings have {came}; leave the flags out, or give the "
+            "adapter's"
+        )
+    return config, replace(found, lora_dropout=config.lora_dropout)

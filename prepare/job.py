@@ -25,15 +25,16 @@ from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
-from llama.model import projection_shapes, projections
+from llama.model import projection_shapes, projections, update_sizes
 from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
-from prepare.adapter import lora_config, lora_of_init_adapter
+from lora.readers import plain
+from prepare.adapter import follow_adapter, lora_config
 from prepare.base import evaluated_at_once, identify_base, packable_length, workload
 from prepare.data import load_data
 from prepare.quantization import follow_checkpoint
 from run.checkpoint import ResumePoint
-from run.config import TrainConfig, parse_config
+from run.config import TrainConfig, make_config, read_given
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import configure_torch
 from run.ranks import Ranks
@@ -140,13 +141,17 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     Raises:
         FileNotFoundError, ValueError: a flag, the data or the checkpoint is not as it must be.
     """
-    config = parse_config(arguments, without_model=BUNDLED_RUN)
+    given = read_given(arguments)
+    config = make_config(given, without_model=BUNDLED_RUN)
     checkpoint = open_checkpoint(find_checkpoint(config.model))
     llama_config = checkpoint.config
-    lora = lora_config(config, projections(llama_config))
+    names, paths = projections(llama_config), projection_shapes(llama_config)
     start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
     if start:
-        lora = lora_of_init_adapter(start, lora, projection_shapes(llama_config))
+        config, lora = follow_adapter(config, given, start, names, paths)
+    else:
+        lora = lora_config(config, names)
+    lora = plain(lora, update_sizes(lora, paths))
     config = resolve(
         follow_checkpoint(config, checkpoint),
         llama_config.max_position_embeddings,

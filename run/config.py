@@ -2,7 +2,7 @@
 
     python train.py --learning-rate 1e-4    ->    TrainConfig(learning_rate=1e-4)
 
-The resolved settings are written to OUT/config.json; `--config OUT/config.json` runs them again.
+The resolved settings are written to OUT/run.json; `--config OUT/run.json` runs them again.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from run.flags import (
     flag_name,
 )
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = "run.json"
+# of version 0.1; transformers takes a file of this name for a model's
+OLD_CONFIG_FILE = "config.json"
 
 # flags that a resumed run may change: they decide what is written and where, not what is computed
 FREE_ON_RESUME = frozenset(
@@ -90,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Without --model and --data: a bundled tiny model on bundled data.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="a config.json of an earlier run; flags override it")
+    parser.add_argument("--config", help="the run.json of an earlier run; flags override it")
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for f in fields(flags):
@@ -116,23 +118,31 @@ def _add_flag(group: Any, f: Field) -> None:
     group.add_argument(flag_name(f.name), **options)
 
 
-def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> TrainConfig:
-    """Read the command line, over the file of --config if given, over the defaults.
+def read_given(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the fields that are given: on the command line, over the file of --config.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, or has other fields or kinds of value than TrainConfig.
+    """
+    given = vars(build_parser().parse_args(arguments))
+    file = given.pop("config")
+    given = _expand_home(given)
+    return read_fields(Path(file).expanduser()) | given if file else given
+
+
+def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainConfig:
+    """Complete the fields that are given by the defaults.
 
     Args:
         without_model: the fields of a run that names neither a model nor data.
 
     Raises:
-        ValueError: a value out of range, a model without data or the reverse, or a config file
-            with other fields.
+        ValueError: a value out of range, or a model without data or the reverse.
     """
-    given = vars(build_parser().parse_args(arguments))
-    file = given.pop("config")
-    given = _expand_home(given)
-    values = read_fields(Path(file).expanduser()) | given if file else given
-    if not values.get("model") and not values.get("data"):
-        values = without_model | values
-    config = TrainConfig(**values)
+    if not given.get("model") and not given.get("data"):
+        given = without_model | given
+    config = TrainConfig(**given)
     if not config.model or not config.data:
         missing, there = ("--data", "--model") if config.model else ("--model", "--data")
         raise ValueError(
@@ -146,6 +156,19 @@ def parse_config(arguments: Sequence[str], without_model: dict[str, Any]) -> Tra
     return config
 
 
+def find_config(folder: Path) -> Path | None:
+    """Find the settings of the run that a folder is of; None where it is no run's.
+
+    Folders that version 0.1 began have them in config.json. Another program's config.json, such as
+    a model's, has none of LoRA.
+    """
+    path, old = folder / CONFIG_FILE, folder / OLD_CONFIG_FILE
+    if path.is_file():
+        return path
+    is_ours = old.is_file() and '"lora_r"' in old.read_text(encoding="utf-8", errors="replace")
+    return old if is_ours else None
+
+
 def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
     """Write out the ~ of places on the disk."""
     places = {name: os.path.expanduser(values[name]) for name in _PLACES if name in values}
@@ -153,7 +176,7 @@ def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Read the fields of a config.json.
+    """Read the fields of a run.json.
 
     Raises:
         FileNotFoundError: there is none.
@@ -161,7 +184,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"--config must be the config.json of a run: there is no file {path}"
+            f"--config must be the {CONFIG_FILE} of a run: there is no file {path}"
         )
     with Reading(path):
         return _expand_home(_checked(path, read_object(path)))
@@ -180,7 +203,7 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(kinds)):
         raise ValueError(
             f"{path} must hold fields of a training run only: got {', '.join(unknown)}; "
-            "give the config.json of an output folder"
+            f"give the {CONFIG_FILE} of an output folder"
         )
     for name, value in values.items():
         if kinds[name] == (float,) and type(value) is int:
@@ -195,7 +218,7 @@ def to_json(config: TrainConfig) -> str:
 
 
 def differences(config: TrainConfig, path: Path) -> list[str]:
-    """The fields whose values make a config another run than a config.json's, a line for each."""
+    """The fields whose values make a config another run than a run.json's, a line for each."""
     earlier = read_fields(path)
     # where the run may end
     decides = {"eval_steps"} if config.early_stopping_patience else set()

@@ -141,7 +141,11 @@ class AdapterFlags(_Flags):
         "all-linear", "projections to adapt: all-linear, or names separated by commas"
     )
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
-    init_adapter: str = _flag("", "adapter folder or hub id to start from")
+    init_adapter: str = _flag(
+        "",
+        "adapter folder or hub id to start from; where they are not given, rank, alpha, targets "
+        "and rsLoRA are the adapter's",
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from run.checkpoint import (
     remove_old_checkpoints,
     set_aside,
 )
-from run.config import CONFIG_FILE, TrainConfig, differences, to_json
+from run.config import (
+    CONFIG_FILE,
+    OLD_CONFIG_FILE,
+    TrainConfig,
+    differences,
+    find_config,
+    to_json,
+)
 from run.lock import LOCK_FILE, check_unlocked, locked
 from run.room import check_room
 
@@ -57,11 +64,14 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
                 "choose another one, or go on with that run with --resume"
             )
         return
-    if present and not (folder / CONFIG_FILE).is_file():
+    if not present:
+        return
+    path = find_config(folder)
+    if path is None:
         raise ValueError(
             f"--resume must be given the folder of a run: {folder} has no {CONFIG_FILE}"
         )
-    if present and (changed := differences(config, folder / CONFIG_FILE)):
+    if changed := differences(config, path):
         raise ValueError(
             f"--resume must keep the flags that decide the result: {'; '.join(changed)}; "
             "give the same flags, or start a new run in another --output"
@@ -159,7 +169,7 @@ def resume_point(
 def open_output(
     config: TrainConfig, resumed: ResumePoint | None = None, damaged: Collection[Path] = ()
 ) -> Iterator[TrainConfig]:
-    """Lock the output folder for this process, write config.json into it, and tidy it up.
+    """Lock the output folder for this process, write run.json into it, and tidy it up.
 
     Yields the config with the folder's place: without --output the next free out/run-N.
 
@@ -187,6 +197,10 @@ def open_output(
         if config.save_total_limit:
             remove_old_checkpoints(folder, config.save_total_limit)
         clean(folder)
+        if find_config(folder) == folder / OLD_CONFIG_FILE:
+            # one rename: at no moment are the settings lost, or there twice
+            (folder / OLD_CONFIG_FILE).replace(folder / CONFIG_FILE)
+            flush(folder)
         write_text(folder / CONFIG_FILE, to_json(config))
         yield config
 

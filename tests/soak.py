@@ -39,7 +39,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # of a row of metrics: what depends on the machine
 CLOCK = ("tokens_per_second", "peak_memory_bytes")
 # with the time of the first start, its hash, the speed, and whether the run was resumed
-UNLIKE = ("state.json", "sha256.json", "README.md", "config.json")
+UNLIKE = ("state.json", "sha256.json", "README.md", "run.json")
 TRAIN = (
     f"--model {MODEL} --data data.jsonl --device cpu --max-steps 5 --save-steps 2 --batch-size 1 "
     "--gradient-accumulation-steps 1 --learning-rate 1e-2 --lora-r 2 --lora-dropout 0.1 "

@@ -61,8 +61,32 @@ FLOORS = {
         "step",
         "training",
     },
+    "answering": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "generation",
+        "llama",
+        "lora",
+        "nf4",
+        "prepare",
+        "run",
+        "step",
+    },
+    "generate": {"answering", "checkpoint", "foreign", "generation", "lora", "run"},
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
-    "merge": {"checkpoint", "data", "foreign", "llama", "lora", "nf4", "prepare", "run"},
+    "merging": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "llama",
+        "lora",
+        "nf4",
+        "prepare",
+        "rows",
+        "run",
+    },
+    "merge": {"checkpoint", "foreign", "llama", "lora", "merging", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -75,7 +99,7 @@ THEIRS = {
     "numpy": {"data", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
+    "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # an optional extra, looked for before it is imported
     "matplotlib": {"run/loss_chart.py"},

@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
 from nf4.weight import Quantization
-from run.config import TrainConfig, to_json
+from run.config import CONFIG_FILE, OLD_CONFIG_FILE, TrainConfig, to_json
 
 ROOT = Path(merge.__file__).parent
 MODEL = ROOT / "bundled" / "model"
@@ -48,7 +48,7 @@ def make_adapter(folder: Path, B: float = 0.01, run: dict[str, Any] | None = Non
             tensors[f"{path}.lora_B.weight"] = B * torch.randn(rows, 4, generator=generator)
     write_adapter(folder, CONFIG, tensors)
     if run is not None:
-        (folder / "config.json").write_text(to_json(TrainConfig(**run)))
+        (folder / CONFIG_FILE).write_text(to_json(TrainConfig(**run)))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_the_report_on_a_text_is_what_the_models_make_of_it(
         assert largest == pytest.approx(float(change.max()), abs=1e-4)
         assert mean == pytest.approx(float(change.mean()), abs=1e-5)
     assert f"the first {len(trained.logits):,} tokens in windows of 256" in said
-    assert f"base + adapter ({NF4}, by {adapter / 'config.json'})" in said
+    assert f"base + adapter ({NF4}, by {adapter / CONFIG_FILE})" in said
     # beside the weights that it knew, an adapter's logits change by rounding alone
     changes = {name: float(row[2]) for name, row in table.items() if row[2] != "-"}
     assert changes["merged"] < changes["base"]
@@ -204,7 +204,17 @@ def test_nf4_is_what_the_adapters_run_had_if_nothing_else_is_asked_for(
         # of a transformers model, as other trainers leave it there
         shutil.copyfile(MODEL / "config.json", adapter / "config.json")
     run(adapter, "--base", "nf4", *flags.split())
-    expected = said.format(config=adapter / "config.json")
+    expected = said.format(config=adapter / CONFIG_FILE)
+    assert f"into dequantized weights ({expected}" in capsys.readouterr().out
+
+
+def test_nf4_is_what_the_run_of_an_earlier_version_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", run={"block_size": 32})
+    (adapter / CONFIG_FILE).rename(adapter / OLD_CONFIG_FILE)
+    run(adapter, "--base", "nf4")
+    expected = f"NF4, blocks of 32, double quantization, by {adapter / OLD_CONFIG_FILE}"
     assert f"into dequantized weights ({expected}" in capsys.readouterr().out
 
 

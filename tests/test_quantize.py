@@ -30,7 +30,7 @@ from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, Quantization
 from prepare.job import BUNDLED
 from prepare.quantization import follow_checkpoint, quantization_of
-from run.config import parse_config
+from run.config import CONFIG_FILE, make_config, read_given
 from run.folder import new_output
 
 MODEL = BUNDLED / "model"
@@ -85,7 +85,7 @@ def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row["loss"] for row in rows]
         adapters[name] = load_file(output / "adapter_model.safetensors")
-        settings = json.loads((output / "config.json").read_text())
+        settings = json.loads((output / CONFIG_FILE).read_text())
         assert (settings["block_size"], settings["double_quant"]) == Quantization(32, False), name
     assert losses["copy"] == losses["source"]
     for name, tensor in adapters["source"].items():
@@ -113,7 +113,7 @@ def test_flags_that_contradict_a_copy_are_refused(tmp_path: Path, flags: str, sa
 @pytest.mark.parametrize("flags", ["--block-size 32", "--block-size 64", "--double-quant", ""])
 def test_flags_that_agree_with_a_copy_are_accepted(tmp_path: Path, flags: str) -> None:
     copy = run(MODEL, tmp_path / "copy", "--block-size 32")
-    config = parse_config(f"--model {copy} --data x {flags}".split(), {})
+    config = make_config(read_given(f"--model {copy} --data x {flags}".split()), {})
     config = follow_checkpoint(config, open_checkpoint(copy))
     assert quantization_of(config) == Quantization(32, True)
 

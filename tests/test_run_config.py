@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from run.config import TrainConfig, build_parser, differences, parse_config, read_fields, to_json
+from run.config import (
+    TrainConfig,
+    build_parser,
+    differences,
+    make_config,
+    read_fields,
+    read_given,
+    to_json,
+)
 
 BUNDLED: dict[str, Any] = {"model": "bundled", "data": "bundled.jsonl", "learning_rate": 1e-2}
 
 
 def parse(line: str) -> TrainConfig:
-    return parse_config(line.split(), BUNDLED)
+    return make_config(read_given(line.split()), BUNDLED)
 
 
 def test_without_arguments_the_bundled_run_is_meant() -> None:
@@ -78,10 +86,10 @@ def test_every_flag_that_is_a_path_knows_the_home_folder(
     assert [getattr(config, name) for name in names] == [str(tmp_path / name) for name in names]
     # and a file that a person wrote
     fields = {name: f"~/{name}" for name in names}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert parse("--config=~/config.json") == config
-    (tmp_path / "config.json").write_text(json.dumps(asdict(config) | fields))
-    assert differences(config, tmp_path / "config.json") == []
+    (tmp_path / "run.json").write_text(json.dumps(fields))
+    assert parse("--config=~/run.json") == config
+    (tmp_path / "run.json").write_text(json.dumps(asdict(config) | fields))
+    assert differences(config, tmp_path / "run.json") == []
 
 
 @pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
@@ -106,7 +114,7 @@ def test_every_field_is_a_flag_and_the_reverse() -> None:
 
 def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
     config = parse("--model m --data d --learning-rate 3e-5 --no-shuffle --epochs 2")
-    path = tmp_path / "config.json"
+    path = tmp_path / "run.json"
     path.write_text(to_json(config))
     assert parse(f"--config {path}") == config
     assert parse(f"--config {path} --epochs 3").epochs == 3.0
@@ -124,19 +132,19 @@ def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
-    path = tmp_path / "config.json"
+    path = tmp_path / "run.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=complaint):
         read_fields(path)
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"--config must be .* no file .*config\.json"):
-        parse(f"--config {tmp_path / 'config.json'}")
+    with pytest.raises(FileNotFoundError, match=r"--config must be .* no file .*run\.json"):
+        parse(f"--config {tmp_path / 'run.json'}")
 
 
 def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
+    path = tmp_path / "run.json"
     path.write_text(to_json(parse("--output a --save-steps 5")))
     assert differences(parse("--output b --resume --save-steps 7 --logging-steps 2"), path) == []
     assert differences(parse("--seed 1 --epochs 2"), path) == [
@@ -168,13 +176,13 @@ def test_resume_has_no_other_value() -> None:
 def test_resume_may_be_the_switch_that_it_was_in_a_file(
     tmp_path: Path, switch: bool, resume: str
 ) -> None:
-    path = tmp_path / "config.json"
+    path = tmp_path / "run.json"
     path.write_text(json.dumps({"resume": switch}))
     assert read_fields(path)["resume"] == resume
 
 
 def test_where_a_run_may_end_early_its_evaluations_decide(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
+    path = tmp_path / "run.json"
     path.write_text(to_json(parse("--early-stopping-patience 2 --eval-steps 5")))
     changed = "--early-stopping-patience 2 --eval-steps 6 --max-bad-steps 3 --save-total-limit 1"
     assert differences(parse(changed), path) == ["--eval-steps was 5, now 6"]

@@ -34,7 +34,7 @@ from run.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from run.config import TrainConfig
+from run.config import CONFIG_FILE, OLD_CONFIG_FILE, TrainConfig, find_config, to_json
 from run.folder import (
     check_new_folder,
     check_output,
@@ -358,7 +358,7 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "out"))
     check_output(config)
     begin_run(config)
-    with pytest.raises(ValueError, match=r"new or empty folder: .*out holds config\.json"):
+    with pytest.raises(ValueError, match=r"new or empty folder: .*out holds run\.json"):
         check_output(config)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--output must be a folder: got the file"):
@@ -382,8 +382,63 @@ def test_a_resumed_run_keeps_its_flags(tmp_path: Path) -> None:
         check_output(replace(config, lora_r=8))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"the folder of a run: .*photos has no config\.json"):
+    with pytest.raises(ValueError, match=r"the folder of a run: .*photos has no run\.json"):
         check_output(replace(config, output=str(tmp_path / "photos")))
+
+
+def test_a_folder_of_an_earlier_version_goes_on_under_the_new_name(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    (tmp_path / OLD_CONFIG_FILE).write_text(to_json(replace(config, save_steps=7)))
+    with pytest.raises(ValueError, match=r"--lora-r was 16, now 8"):
+        check_output(replace(config, lora_r=8))
+    with pytest.raises(ValueError, match=r"new or empty folder: .* holds config\.json"):
+        check_output(replace(config, resume=""))
+    check_output(config)
+    assert names(tmp_path) == [OLD_CONFIG_FILE]
+    begin_run(config)
+    assert names(tmp_path) == [CONFIG_FILE]
+    assert (tmp_path / CONFIG_FILE).read_text() == to_json(config)
+
+
+@pytest.mark.parametrize("last", ["flush", "write_text"])
+def test_an_old_folders_settings_are_there_once_wherever_a_kill_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    (tmp_path / OLD_CONFIG_FILE).write_text(to_json(config))
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"run.folder.{last}", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin_run(config)
+    monkeypatch.undo()
+    found = find_config(tmp_path)
+    assert found is not None
+    assert found.read_text() == to_json(config)
+    assert names(tmp_path) == [found.name]
+    begin_run(config)
+    assert names(tmp_path) == [CONFIG_FILE]
+
+
+def test_a_models_config_is_not_taken_for_a_runs(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    text = '{"architectures": ["LlamaForCausalLM"], "lora": null}'
+    (tmp_path / OLD_CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"the folder of a run: .* has no run\.json"):
+        check_output(config)
+    # beside a run's own settings it stays as it is
+    (tmp_path / CONFIG_FILE).write_text(to_json(config))
+    begin_run(config)
+    assert (tmp_path / OLD_CONFIG_FILE).read_text() == text
+    assert names(tmp_path) == [OLD_CONFIG_FILE, CONFIG_FILE]
+
+
+def test_a_damaged_old_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / OLD_CONFIG_FILE).write_text(to_json(CONFIG)[:-3])
+    with pytest.raises(ValueError, match=r"config\.json must be JSON"):
+        check_output(replace(CONFIG, output=str(tmp_path), resume="auto"))
 
 
 def test_without_output_the_next_free_folder_is_taken(
@@ -394,7 +449,7 @@ def test_without_output_the_next_free_folder_is_taken(
     with open_output(CONFIG) as first, open_output(CONFIG) as second:
         assert [first.output, second.output] == ["out/run-1", "out/run-2"]
     assert begin_run(CONFIG) == "out/run-3"
-    assert json.loads((tmp_path / "out/run-3/config.json").read_text())["output"] == "out/run-3"
+    assert json.loads((tmp_path / "out/run-3/run.json").read_text())["output"] == "out/run-3"
     assert begin_run(replace(CONFIG, output="x")) == "x"
 
 
@@ -407,7 +462,7 @@ def test_one_process_writes_a_folder_at_a_time(tmp_path: Path) -> None:
                 with pytest.raises(ValueError, match="by one process at a time: another one is"):
                     door(late)
     # its lock ends with it
-    assert names(tmp_path / "out") == ["config.json"]
+    assert names(tmp_path / "out") == ["run.json"]
     check_output(resumed)
     begin_run(resumed)
 
@@ -484,7 +539,7 @@ def test_an_output_that_cannot_be_written_is_refused(
 def test_a_link_is_followed_wherever_it_leads(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
     begin_run(replace(CONFIG, output=str(tmp_path / "run")))
-    assert names(tmp_path / "disk" / "run") == ["config.json"]
+    assert names(tmp_path / "disk" / "run") == ["run.json"]
     (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
     # nothing there, and an empty folder
     for _ in range(2):
@@ -504,7 +559,7 @@ def test_the_folder_that_one_is_in_can_be_a_runs(
     check_output(config)
     check_writable(Path(config.output))
     begin_run(config)
-    assert names(tmp_path) == ["config.json"]
+    assert names(tmp_path) == ["run.json"]
     assert run_name(config, RunState("2026-01-01T00:00:00")) == (
         f"{tmp_path.name}-2026-01-01T000000"
     )

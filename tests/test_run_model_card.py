@@ -85,7 +85,7 @@ def test_the_card_names_the_adapters_files() -> None:
     _, text = card_of()
     assert "adapter_config.json, adapter_model.safetensors, tokenizer.json and this card" in text
     # what is not pushed is not spoken of
-    assert not {"config.json has", "metrics.jsonl"} & set(text.split("`"))
+    assert not {"run.json has", "metrics.jsonl"} & set(text.split("`"))
 
 
 def test_no_name_is_more_than_text_in_the_card() -> None:

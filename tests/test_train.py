@@ -1,6 +1,7 @@
 """train.py: accumulation, evaluation, resuming, what is written, and what is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Container
 from itertools import pairwise
@@ -29,6 +30,7 @@ from nf4.weight import Quantization
 from optim.adamw import AdamW
 from optim.arena import GradientArena
 from prepare.job import BUNDLED
+from run.config import CONFIG_FILE
 from run.ranks import Ranks
 from step.micro_step import MicroStep
 
@@ -104,10 +106,10 @@ def test_the_loss_falls_and_everything_is_written(
         "adapter_model.safetensors",
         "checkpoint-10",
         "checkpoint-5",
-        "config.json",
         "data.json",
         "loss.png",
         "metrics.jsonl",
+        "run.json",
         "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -571,10 +573,38 @@ def test_a_prompt_that_the_template_refuses_leaves_no_folder(tmp_path: Path) -> 
 
 def test_an_adapter_to_start_from_must_have_the_asked_shape(tmp_path: Path) -> None:
     run(tmp_path, "", "first")
-    with pytest.raises(ValueError, match="--init-adapter must have the shape"):
+    message = r"--lora-r must be as in the adapter .*first has 4, the settings have 8; leave"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, f"--init-adapter {tmp_path / 'first'} --lora-r 8", "second")
     first = run(tmp_path, f"--init-adapter {tmp_path / 'first'}", "third")
     assert first[0]["loss"] < rows_of(tmp_path / "first")[0]["loss"]
+
+
+def test_an_rslora_run_leaves_its_function_and_the_next_run_begins_with_it(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    data = f"--eval-data {small_data(tmp_path)}"
+    shape = "--lora-r 8 --lora-alpha 12 --use-rslora --target-modules v_proj,up_proj"
+    learn = f"{data} {shape} --learning-rate 1e-2 --save-steps 2"
+    rows = run(tmp_path, learn, "first")
+    fields = json.loads((first / "adapter_config.json").read_text())
+    assert (fields["use_rslora"], fields["lora_alpha"] / 8) == (False, 12 / math.sqrt(8))
+    # cut off, it goes on with the same bytes
+    saved = (first / "adapter_model.safetensors").read_bytes()
+    (first / "adapter_model.safetensors").unlink()
+    run(tmp_path, f"{learn} --resume", "first")
+    assert (first / "adapter_model.safetensors").read_bytes() == saved
+    # the flags that made it mean the same as its own rank, alpha and targets
+    for name, flags in {"second": "--lora-r 8", "third": shape}.items():
+        begun = run(tmp_path, f"{data} --init-adapter {first} {flags}", name)[0]
+        assert begun["eval_loss"] == rows[-1]["eval_loss"]
+        again = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert again == fields | {"target_modules": again["target_modules"]}
+    path = tmp_path / "second" / CONFIG_FILE
+    config = json.loads(path.read_text())
+    assert (config["lora_r"], config["lora_alpha"]) == (8, fields["lora_alpha"])
+    assert (config["target_modules"], config["use_rslora"]) == ("v_proj,up_proj", False)
+    # the file that the run wrote goes on with it
+    train.main(["--config", str(path), "--resume"])
 
 
 def test_an_adapter_with_the_bases_embeddings_goes_on_and_with_others_does_not(
@@ -615,9 +645,10 @@ def test_an_adapter_with_patterns_goes_on_with_them(tmp_path: Path) -> None:
             tensors[f"{path}.lora_B.weight"] = torch.zeros(rows, rank)
     write_adapter(tmp_path / "first", config, tensors)
     flags = f"--init-adapter {tmp_path / 'first'} --save-steps 2"
-    with pytest.raises(ValueError, match="--init-adapter must have the shape"):
-        run(tmp_path, flags, "second")
-    rows = run(tmp_path, f"{flags} --target-modules q_proj,v_proj --learning-rate 1e-2", "third")
+    message = "--target-modules must be .*first has q_proj,v_proj, the settings have all-linear"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, f"{flags} --target-modules all-linear", "second")
+    rows = run(tmp_path, f"{flags} --learning-rate 1e-2", "third")
     assert rows[-1]["loss"] < rows[0]["loss"]
     saved = load_file(tmp_path / "third" / "adapter_model.safetensors")
     before = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
@@ -627,7 +658,7 @@ def test_an_adapter_with_patterns_goes_on_with_them(tmp_path: Path) -> None:
     assert config.items() <= fields.items()
     # and so does a run that was cut off
     (tmp_path / "third" / "adapter_model.safetensors").unlink()
-    run(tmp_path, f"{flags} --target-modules q_proj,v_proj --learning-rate 1e-2 --resume", "third")
+    run(tmp_path, f"{flags} --learning-rate 1e-2 --resume", "third")
     again = load_file(tmp_path / "third" / "adapter_model.safetensors")
     for name, tensor in saved.items():
         assert_equal(again[name], tensor, name)

@@ -207,7 +207,7 @@ def test_a_refused_push_leaves_its_files_alone_in_a_folder(
     files, _ = train_and_push(monkeypatch, tmp_path, private_base, refused=True)
     left = files_of(tmp_path / "out" / "hub")
     assert left == files
-    assert not {"data.json", "metrics.jsonl", "config.json", "samples.jsonl"} & left.keys()
+    assert not {"data.json", "metrics.jsonl", "run.json", "samples.jsonl"} & left.keys()
     assert not any("checkpoint" in name for name in left)
 
 
