@@ -48,7 +48,7 @@ from kernels.checks import (
     check_rows_are_contiguous,
 )
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
@@ -244,7 +244,7 @@ def _cross_entropy_kernel(
 def _shape(V: int, itemsize: int, is_capped: bool) -> dict[str, int]:
     """Choose warps by the length of a row, and chunks with a vector for every thread."""
     wanted = min(max(V * itemsize // WARP_BYTES, MIN_WARPS), MAX_WARPS)
-    num_warps = triton.next_power_of_2(wanted)
+    num_warps = next_power_of_2(wanted)
     return {
         "CHUNK": 32 * num_warps * VECTOR_BYTES // itemsize,
         "CHUNKS": CAPPED_CHUNKS if is_capped else CHUNKS,

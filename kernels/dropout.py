@@ -35,7 +35,7 @@ from kernels.checks import (
     check_seed,
 )
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 
 NUM_WARPS = 4
 # the widest access of a thread
@@ -143,7 +143,7 @@ def _launch_dropout(
     assert all(t.stride(1) == 1 or K == 1 for t in (z, x))
     chunk = 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // x.element_size()
     is_aligned = K % 4 == 0
-    programs_per_row = triton.cdiv(K if is_aligned else K + 3, chunk)
+    programs_per_row = cdiv(K if is_aligned else K + 3, chunk)
     if x.numel() > 0:
         launch(
             _dropout_kernel,

@@ -22,6 +22,7 @@ from kernels.checks import (
     check_rows_are_contiguous,
 )
 from kernels.language import tl, triton
+from kernels.launch import cdiv
 
 # the widest access of a thread
 VECTOR_BYTES = 16
@@ -82,7 +83,7 @@ def shape_of(x: Tensor) -> dict[str, int]:
     # the power of two below: a row of 5 * 1024 takes five chunks, and no thread is idle
     num_warps = min(1 << (wanted.bit_length() - 1), MAX_WARPS)
     chunk = num_warps * warp_width
-    num_chunks = triton.cdiv(D, chunk)
+    num_chunks = cdiv(D, chunk)
     shape = {"CHUNK": chunk, "num_warps": num_warps}
     return shape | {"CHUNKS": num_chunks} if num_chunks <= MAX_CHUNKS else shape
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
 from kernels.glu import Activation, gated, glu_reference, load_chunks
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import cdiv, launch
 
 NUM_WARPS = 16
 # the widest access of a thread
@@ -81,7 +81,7 @@ def _launch_token_glu(gate_up: Tensor, activation: Activation, A: Tensor) -> tup
         F=F,
         ACTIVATION=activation,
         CHUNK=chunk,
-        CHUNKS=triton.cdiv(F, chunk),
+        CHUNKS=cdiv(F, chunk),
         num_warps=NUM_WARPS,
     )
     return y, h

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous, check_one_device
 from kernels.language import tl, triton
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of
 from kernels.rope import rope_reference
@@ -168,7 +168,7 @@ def _launch_token_heads(
         OFFSET=0.0 if norms is None else norms.offset,
         HAS_NORM=norms is not None,
         HALF=half,
-        COLUMNS=triton.next_power_of_2(half),
+        COLUMNS=next_power_of_2(half),
         num_warps=1,
         # each product rounded, as in rope.py
         enable_fp_fusion=False,

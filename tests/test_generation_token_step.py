@@ -1,5 +1,5 @@
-"""generation/token_step.py, generation/token_pass.py: token by token the model computes what it computes at
-once."""
+"""generation/token_step.py, generation/token_pass.py: token by token the model computes what it
+computes at once."""
 
 from pathlib import Path
 

@@ -61,6 +61,19 @@ FLOORS = {
         "step",
         "training",
     },
+    "answering": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "generation",
+        "llama",
+        "lora",
+        "nf4",
+        "prepare",
+        "run",
+        "step",
+    },
+    "generate": {"answering", "checkpoint", "foreign", "generation", "lora", "run"},
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
     "merging": {
         "checkpoint",
@@ -86,7 +99,7 @@ THEIRS = {
     "numpy": {"data", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
+    "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # an optional extra, looked for before it is imported
     "matplotlib": {"run/loss_chart.py"},
