@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from generation.prompt_pass import PromptPass
 from generation.sampling import Sampling, choose
 from generation.token_pass import TokenPass
 from kernels.constants import no_new_constants
-from llama.cache import KeyValueCache, Slot
+from llama.cache import KeyValueCache
 from llama.model import Llama
 
 
@@ -36,7 +37,7 @@ class TokenStep:
         """Allocate the cache and the state of idle slots.
 
         Args:
-            captures: on a GPU, replay a step as a CUDA graph.
+            captures: on a GPU, replay steps and prompts as CUDA graphs.
         """
         self._model, self._sampling, self._captures = model, sampling, captures
         device = model.device
@@ -45,6 +46,7 @@ class TokenStep:
         self._cache = KeyValueCache(
             model.config, num_sequences, capacity, model.compute_dtype, device
         )
+        self._prompt_pass = PromptPass(model, self._cache, captures)
         self._pass = TokenPass(model, self._cache)
         # of idle slots the first row of the cache is written again and again
         self.ids, self._lengths, self._is_running, self._is_long, self._numbers = (
@@ -63,9 +65,8 @@ class TokenStep:
         Args:
             number: tells the draws of this sequence from those of others.
         """
-        device, T = self._model.device, len(prompt)
-        ids = torch.tensor([prompt], device=device)
-        hidden = self._model.hidden_states(ids, Slot(self._cache, slot))[:, -1]
+        T = len(prompt)
+        hidden = self._prompt_pass(prompt, slot)
         self._numbers[slot] = number
         self._lengths[slot] = T
         self._is_long[slot] = int(self._model.starts_anew(0, T))
@@ -74,7 +75,7 @@ class TokenStep:
         if self._seen is not None:
             seen = self._seen[slot : slot + 1]
             seen.zero_()
-            seen[0, ids[0]] = True
+            seen[0, torch.tensor(prompt, device=seen.device)] = True
         place = slice(slot, slot + 1)
         self.ids[place] = self._choose(hidden, seen, self._numbers[place], self._lengths[place])
 

@@ -48,10 +48,11 @@ class Slot(NamedTuple):
     """The place of one sequence in a cache."""
 
     cache: KeyValueCache
-    sequence: int
+    sequence: Tensor  # (1,) int64
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:  # (1, H_kv, T, head_dim)
-        """Keep what a layer computed for the first T tokens of the sequence."""
-        T = key.shape[2]
-        self.cache.keys[layer][self.sequence, :, :T] = key[0]
-        self.cache.values[layer][self.sequence, :, :T] = value[0]
+        """Keep what a layer computed for the first tokens of the sequence, as many as there is
+        room for."""
+        T = min(key.shape[2], self.cache.capacity)
+        for rows, part in ((self.cache.keys[layer], key), (self.cache.values[layer], value)):
+            rows[:, :, :T].index_copy_(0, self.sequence, part[:, :, :T])

@@ -11,7 +11,9 @@ from support.tiny_llama import VARIANTS, write_variant
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
 from generation.generator import Generator, generate_greedy
+from generation.prompt_pass import PromptPass
 from generation.sampling import Sampling
+from llama.cache import KeyValueCache
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
@@ -201,7 +203,32 @@ def test_gpu_captured_tokens_are_those_launched(
     found = []
     for captures in (False, True):
         generator = Generator(model, sampling, 40, 3, captures)
-        for _ in range(2):
+        # launched, captured and replayed
+        for _ in range(3):
             found.append(dict(generator.complete(PROMPTS, 20, ())))
-    assert found[0] == found[1] == found[2] == found[3]
+    assert all(texts == found[0] for texts in found)
     assert all(len(ids) == 20 for ids in found[0].values())
+
+
+@pytest.mark.gpu
+def test_gpu_prompts_of_a_length_that_comes_again_are_captured(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    checkpoint = open_checkpoint(write_variant(tmp_path, "grouped-query"))
+    model = load_model(checkpoint, device, torch.bfloat16, Quantization(64, True))
+    model.make_tables()
+    # of the second length the last rows of the padding have no room in the cache
+    for num_tokens, num_others, capacity in ((5, 64, 70), (100, 70, 110)):
+        cache = KeyValueCache(model.config, 2, capacity, torch.bfloat16, device)
+        prompts = [[1 + i % 50 for i in range(n)] for n in (num_tokens, num_others, num_tokens)]
+        passes = PromptPass(model, cache, captures=True)
+        found = []
+        for turn, prompt in enumerate(prompts):
+            hidden = passes(prompt, turn % 2)
+            rows = cache.keys[-1][turn % 2, :, : len(prompt)]
+            found.append((hidden.clone(), rows.clone()))
+        assert len(passes._captured) == 1
+        for first, third in zip(found[0], found[2], strict=True):
+            # products of other shapes round otherwise
+            assert (first - third).abs().max() <= 0.05 * first.abs().max()
+        again = passes(prompts[0], 0)
+        assert torch.equal(again, found[2][0])

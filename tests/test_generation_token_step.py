@@ -60,7 +60,8 @@ def token_by_token(model: Llama, ids: Tensor) -> Tensor:  # (B, END - max(STARTS
         model.make_tables()
     cache = KeyValueCache(model.config, len(STARTS), END + 1, model.compute_dtype, device)
     for sequence, start in enumerate(STARTS):
-        model.hidden_states(ids[sequence : sequence + 1, :start].to(device), Slot(cache, sequence))
+        slot = Slot(cache, torch.tensor([sequence], device=device))
+        model.hidden_states(ids[sequence : sequence + 1, :start].to(device), slot)
     one_token = TokenPass(model, cache)
     lengths, never = torch.tensor(STARTS, device=device), torch.zeros(len(STARTS)).long().to(device)
     found: list[list[Tensor]] = [[] for _ in STARTS]
