@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+
+from kernels.language import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,6 +26,7 @@ from benchmarks.tables import (
     bandwidth_table,
     breakdown_table,
     data_parallel_table,
+    decode_table,
     load_table,
     markdown,
     masked_attention_table,
@@ -118,6 +119,14 @@ STEP_SECTIONS = {
         "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
         "(`python -m benchmarks train_step --recipe 70b`).",
         train_step_table,
+    ),
+    "decode": Section(
+        "Generation",
+        "Llama-3-8B with random weights, NF4 and double quantization, bf16, an adapter of rank 16 "
+        "on all linear layers, greedy (`python -m benchmarks decode`): prompts beside each other x "
+        "their tokens + the new tokens of each. The limit is the time of the bytes that a token "
+        "reads, at a copy's bandwidth.",
+        decode_table,
     ),
     "packed_step": Section(
         "Samples that share rows",

@@ -157,6 +157,7 @@ NAMES = {
     "ours": "Quatrain",
     "hf": "transformers + PEFT + bitsandbytes",
     "unsloth": "Unsloth",
+    "forward": "training's forward pass",
 }
 
 
@@ -233,6 +234,24 @@ def train_step_table(rows: Sequence[Row]) -> Table:
                 _number(whole, "first_step_s", 1),
             ]
         )
+    return header, lines
+
+
+def decode_table(rows: Iterable[Row]) -> Table:
+    """Tabulate generation: tokens per second and milliseconds of a token, a line each."""
+    header = ["provider", "prompts", "tokens/s", "ms a token", "ms of the prompts", "peak GiB", ""]
+    lines = [
+        [
+            NAMES[row["provider"]],
+            row["shape"].replace("x", " x ").replace("+", " + "),
+            _number(row, "tokens_per_second", 0),
+            _number(row, "ms_p50", 2),
+            _number(row, "prompt_ms", 1),
+            _number(row, "peak_gib", 2),
+            row.get("error", ""),
+        ]
+        for row in rows
+    ]
     return header, lines
 
 

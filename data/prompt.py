@@ -36,7 +36,8 @@ def encode_messages(
         ValueError: as `encode_prompt`, or there is no chat template.
     """
     for message in messages:
-        _check_unicode(message["content"])
+        # a call of a tool needs no words
+        _check_unicode(message.get("content", ""))
     template = tokenizer.chat_template()
 
     def encode() -> list[int]:

@@ -72,8 +72,10 @@ class Generator:
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]
-    ) -> Iterator[int]:
+    ) -> abc.Generator[int, None, None]:
         """Continue a prompt, token by token, until one of `stop_ids`, which is not yielded.
+
+        Closing the iterator ends the text.
 
         Raises:
             ValueError: the prompt is empty, or it and `max_new_tokens` exceed the capacity.

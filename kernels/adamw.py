@@ -28,8 +28,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw_8bit import (
@@ -52,6 +50,7 @@ from kernels.adamw_arenas import (
     Moments,
 )
 from kernels.adamw_plan import BETA1, BETA2, CLIP_EPSILON, _launch_adamw_plan, corrections
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.ptx import load_byte, load_float
 from nf4.double_quant import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP

@@ -13,12 +13,11 @@ of the other sign or, if negative, of zero. Different here: a block of zeros has
 # pyright: reportOperatorIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw_arenas import MOMENT_BLOCK
 from kernels.constants import constant
+from kernels.language import tl, triton
 from kernels.ptx import load_float
 from nf4.double_quant import (
     DYNAMIC_MAP,

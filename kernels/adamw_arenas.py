@@ -8,8 +8,9 @@ moments      | 8-bit codes, one absmax a block | float32 |    either region may 
 
 from dataclasses import dataclass
 
-import triton.language as tl
 from torch import Tensor
+
+from kernels.language import tl
 
 # elements that share an absmax, and a learning rate
 MOMENT_BLOCK = 256

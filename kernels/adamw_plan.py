@@ -16,8 +16,6 @@ import math
 import struct
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw_arenas import (
@@ -32,6 +30,7 @@ from kernels.adamw_arenas import (
     Arenas,
 )
 from kernels.constants import constant
+from kernels.language import tl, triton
 from kernels.launch import launch
 
 BETA1, BETA2 = 0.9, 0.999

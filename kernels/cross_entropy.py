@@ -39,8 +39,6 @@ Online normalizer: Milakov and Gimelshein 2018, algorithm 3.
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -49,7 +47,8 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import launch, next_power_of_2
 from kernels.softcap import softcap, softcap_reference, softcap_slope
 
 # the widest access of a thread
@@ -245,7 +244,7 @@ def _cross_entropy_kernel(
 def _shape(V: int, itemsize: int, is_capped: bool) -> dict[str, int]:
     """Choose warps by the length of a row, and chunks with a vector for every thread."""
     wanted = min(max(V * itemsize // WARP_BYTES, MIN_WARPS), MAX_WARPS)
-    num_warps = triton.next_power_of_2(wanted)
+    num_warps = next_power_of_2(wanted)
     return {
         "CHUNK": 32 * num_warps * VECTOR_BYTES // itemsize,
         "CHUNKS": CAPPED_CHUNKS if is_capped else CHUNKS,

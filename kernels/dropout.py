@@ -25,8 +25,6 @@ section 3.3.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -36,7 +34,8 @@ from kernels.checks import (
     check_rows_are_contiguous,
     check_seed,
 )
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 
 NUM_WARPS = 4
 # the widest access of a thread
@@ -144,7 +143,7 @@ def _launch_dropout(
     assert all(t.stride(1) == 1 or K == 1 for t in (z, x))
     chunk = 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // x.element_size()
     is_aligned = K % 4 == 0
-    programs_per_row = triton.cdiv(K if is_aligned else K + 3, chunk)
+    programs_per_row = cdiv(K if is_aligned else K + 3, chunk)
     if x.numel() > 0:
         launch(
             _dropout_kernel,

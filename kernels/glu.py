@@ -41,8 +41,6 @@ import math
 from typing import Literal, get_args
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,7 +51,8 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -215,7 +214,7 @@ def _launch_glu(
     M, width = gate_up.shape[0], gate_up.shape[1] // 2
     h = torch.empty((M, width), dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     shape = _shape(width, gate_up.element_size())
-    programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
+    programs_per_row = cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         launch(
             _glu_kernel,
@@ -243,7 +242,7 @@ def _launch_glu_backward(
 ) -> None:
     M, width = grad_h.shape
     shape = _shape(width, gate_up.element_size())
-    programs_per_row = triton.cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
+    programs_per_row = cdiv(width, shape["CHUNK"] * shape["CHUNKS"])
     if M > 0:
         launch(
             _glu_backward_kernel,

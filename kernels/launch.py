@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+
+from kernels.language import triton
 
 # CUDA programming guide, "Technical Specifications per Compute Capability"; the first axis has 2^31
 MAX_LATER_AXIS = 65_535
@@ -39,12 +40,22 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     try:
         with torch.cuda.device_of(first):
             kernel[grid](**arguments)
-    except OutOfResources as error:
+    except triton.OutOfResources as error:
         raise KernelDoesNotFit(
             f"{kernel.__name__} must fit the GPU: it takes {error.required:,} of {error.name}, "
             f"{torch.cuda.get_device_name(first.device)} has {error.limit:,}; this GPU cannot run "
             "this model in this dtype"
         ) from error
+
+
+def cdiv(a: int, b: int) -> int:
+    """Divide and round up. Triton's own function may run in kernels too, and takes 5 us here."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Round up to a power of two. Triton's own function takes 5 us."""
+    return 1 << (n - 1).bit_length()
 
 
 def head_strides(**heads: Tensor) -> dict[str, int]:  # each (B, H, T, E)

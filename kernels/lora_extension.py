@@ -23,13 +23,12 @@ LoRA: Hu et al. 2021, section 4.1.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_one_device, check_rows_are_contiguous
 from kernels.constants import constant
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2
 
 NUM_WARPS = 4
 # of a program that writes a tail of columns, values
@@ -158,10 +157,10 @@ def _launch_extend_with_lora(
     K, R = lora_A.shape[1], lora_B.shape[1]
     T = W_ext.shape[1] - K
     N = W_ext.shape[0] - T
-    block_t = triton.next_power_of_2(T)
+    block_t = next_power_of_2(T)
     block_n = max(TILE_VALUES // block_t, 1)
-    num_B_programs = triton.cdiv(N, block_n)
-    pieces_per_row = triton.cdiv(K, BLOCK_K)
+    num_B_programs = cdiv(N, block_n)
+    pieces_per_row = cdiv(K, BLOCK_K)
     launch(
         _extend_with_lora_kernel,
         (num_B_programs + T * pieces_per_row,),

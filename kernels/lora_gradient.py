@@ -34,8 +34,6 @@ import math
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -46,7 +44,8 @@ from kernels.checks import (
 )
 from kernels.constants import constant
 from kernels.device import TENSOR_CORES_FROM, properties
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from kernels.lora_extension import Place, Update, places_of, scalings
 from kernels.lora_gradient_products import lora_gradient_by_products
 
@@ -201,7 +200,7 @@ def _stripe_table(
     rows, num_stripes = [], 0
     for place in places:
         rows.append((*place, num_stripes))
-        num_stripes += triton.cdiv(place.y_stop - place.y_start, BLOCK_N)
+        num_stripes += cdiv(place.y_stop - place.y_start, BLOCK_N)
     return torch.tensor(rows, dtype=torch.int32).to(device), num_stripes
 
 
@@ -216,11 +215,11 @@ def _tiles_per_group(num_tiles: int, num_stripes: int, num_multiprocessors: int)
     """Choose how many row tiles a program takes, so that all of them end together."""
 
     def duration(num_groups: int) -> int:
-        num_rounds = triton.cdiv(num_groups * num_stripes, num_multiprocessors)
-        return num_rounds * (triton.cdiv(num_tiles, num_groups) + TILES_TO_FILL)
+        num_rounds = cdiv(num_groups * num_stripes, num_multiprocessors)
+        return num_rounds * (cdiv(num_tiles, num_groups) + TILES_TO_FILL)
 
     num_groups = min(range(1, min(MAX_GROUPS, num_tiles) + 1), key=duration)
-    return triton.cdiv(num_tiles, num_groups)
+    return cdiv(num_tiles, num_groups)
 
 
 def _launch_lora_gradient(
@@ -236,14 +235,14 @@ def _launch_lora_gradient(
     num_rows_B, R = grad_B.shape
     places = places_of(updates)
     table, num_stripes = _stripe_table(places, h.device)
-    num_tiles = triton.cdiv(M, BLOCK_M)
+    num_tiles = cdiv(M, BLOCK_M)
     rows_per_group = BLOCK_M * _tiles_per_group(num_tiles, num_stripes, num_multiprocessors)
-    num_groups = triton.cdiv(M, rows_per_group)
+    num_groups = cdiv(M, rows_per_group)
     grad_h_parts = grad_B.new_empty(num_stripes, M, R)
     grad_B_parts = grad_B.new_empty(num_groups, num_rows_B, R)
-    programs_per_update = triton.cdiv(M * R, SUM_VALUES)
-    num_B_programs = triton.cdiv(num_rows_B * R, SUM_VALUES)
-    num_rest_programs = triton.cdiv(M * (T - len(updates) * R), SUM_VALUES)
+    programs_per_update = cdiv(M * R, SUM_VALUES)
+    num_B_programs = cdiv(num_rows_B * R, SUM_VALUES)
+    num_rest_programs = cdiv(M * (T - len(updates) * R), SUM_VALUES)
     launch(
         _lora_gradient_kernel,
         (num_stripes * num_groups,),

@@ -31,8 +31,6 @@ FlashAttention-2: Dao 2023, algorithm 1; here without a running maximum below -c
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -43,7 +41,8 @@ from kernels.checks import (
     check_one_device,
     check_rows_are_contiguous,
 )
-from kernels.launch import MAX_LATER_AXIS, head_strides, launch
+from kernels.language import tl, triton
+from kernels.launch import MAX_LATER_AXIS, cdiv, head_strides, launch
 from kernels.masked_attention_mask import Samples, reach_of
 from kernels.masked_attention_reference import masked_attention_reference
 from kernels.masked_attention_tiles import (
@@ -153,7 +152,7 @@ def _launch_masked_attention(
     # and one for rows, because both together may be more than one has
     launch(
         _masked_attention_kernel,
-        (triton.cdiv(T, tile.BLOCK_M), H, B),
+        (cdiv(T, tile.BLOCK_M), H, B),
         out_ptr=out,
         lse_ptr=lse,
         q_ptr=query,

@@ -24,12 +24,11 @@ FlashAttention-2: Dao 2023, algorithm 2.
 # pyright: reportOperatorIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous
-from kernels.launch import head_strides, launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, head_strides, launch
 from kernels.masked_attention import check_heads
 from kernels.masked_attention_mask import Samples, reach_of
 from kernels.masked_attention_reference import masked_attention_backward_reference
@@ -250,7 +249,7 @@ def _launch_masked_attention_backward(
     }
     launch(
         _masked_attention_grad_q_kernel,
-        (triton.cdiv(T, tiles.grad_q.BLOCK_M), H, B),
+        (cdiv(T, tiles.grad_q.BLOCK_M), H, B),
         grad_q_ptr=grad_q,
         out_ptr=out,
         positions_ptr=samples.positions if samples else lse,
@@ -260,7 +259,7 @@ def _launch_masked_attention_backward(
     )
     launch(
         _masked_attention_grad_kv_kernel,
-        (triton.cdiv(T, tiles.grad_kv.BLOCK_N), num_kv_heads, B),
+        (cdiv(T, tiles.grad_kv.BLOCK_N), num_kv_heads, B),
         grad_k_ptr=grad_k,
         grad_v_ptr=grad_v,
         remaining_ptr=samples.remaining if samples else lse,

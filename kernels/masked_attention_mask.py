@@ -12,9 +12,9 @@ or one captured graph, serves every way to fill a row.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from kernels.language import tl, triton
 
 
 class Samples(NamedTuple):

@@ -10,11 +10,11 @@ of two. CONFIGS says which sizes are taken; kernels/README.md has the measuremen
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.device import properties
+from kernels.language import tl, triton
+from kernels.launch import next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -84,7 +84,7 @@ def store_tile(ptr, tile, offs, num_rows, stride, HEAD_DIM: tl.constexpr, HEAD: 
 
 def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it."""
-    head = max(triton.next_power_of_2(heads.shape[3]), MIN_HEAD)
+    head = max(next_power_of_2(heads.shape[3]), MIN_HEAD)
     kind = (head, heads.element_size())
     shared_bytes = properties(heads.device).shared_bytes
     return head, next(

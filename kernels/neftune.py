@@ -13,8 +13,6 @@ another seed. M rows move 2 M D values, once a micro-step.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -25,7 +23,8 @@ from kernels.checks import (
     check_seed,
 )
 from kernels.dropout import VECTOR_BYTES, VECTORS, WORD, philox_reference
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 
 NUM_WARPS = 4
 # the noise's number among what is drawn under one seed; the numbers of dropout count from 0
@@ -92,7 +91,7 @@ def _launch_neftune(
     assert x.is_contiguous()
     # as dropout's: a thread's values are those of its words, and nothing goes through shared memory
     chunk = 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // x.element_size()
-    programs_per_row = triton.cdiv(D, chunk)
+    programs_per_row = cdiv(D, chunk)
     if x.numel() > 0:
         launch(
             _neftune_kernel,

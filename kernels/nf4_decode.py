@@ -12,11 +12,10 @@ for a shape.
 # pyright: reportGeneralTypeIssues=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.constants import constant
+from kernels.language import tl, triton
 from nf4.double_quant import DYNAMIC_MAP, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import LEVELS
 from nf4.weight import NF4Weight, member_spans

@@ -29,8 +29,6 @@ format is that of QLoRA section 3, "4-bit NormalFloat Quantization" and "Double 
 from math import gcd
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -39,7 +37,8 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from kernels.nf4_decode import (
     TABLE_COLUMNS,
     device_constant,
@@ -168,12 +167,12 @@ def _launch_nf4_dequantize(
     has_gaps = not out.is_contiguous()
     row_stride = out.stride(0) if has_gaps else in_features
     program_elements = 2 * CHUNKS * CHUNK_BYTES
-    row_ends = triton.cdiv(program_elements, in_features)
+    row_ends = cdiv(program_elements, in_features)
     # a kernel counts a row and the elements of a program behind it in 32 bits
     assert not has_gaps or in_features + program_elements < 2**31
     table = member_table(weight.rows, in_features, weight.block_size, weight.device)
     sizes = [rows * in_features for rows in weight.rows]
-    grid = (triton.cdiv((max(sizes) + 1) // 2, CHUNKS * CHUNK_BYTES), len(sizes))
+    grid = (cdiv((max(sizes) + 1) // 2, CHUNKS * CHUNK_BYTES), len(sizes))
     launch(
         _nf4_dequantize_kernel,
         grid,

@@ -59,6 +59,12 @@ CROSSOVERS: dict[tuple[tuple[int, int], int], tuple[Crossover, ...]] = {
 }
 # of a device without measurements: so far the fused product wins clearly on every known device
 DEFAULT_CROSSOVERS = (Crossover(0, fused=16, warpgroup=0),)
+# for more rows a weight is expanded on every device
+MOST_DECODED_ROWS = max(
+    max(row.fused, row.warpgroup)
+    for table in (*CROSSOVERS.values(), DEFAULT_CROSSOVERS)
+    for row in table
+)
 
 
 def make_nf4_matmul_tables(weight: NF4Weight, dtype: torch.dtype) -> None:

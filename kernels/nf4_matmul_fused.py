@@ -31,12 +31,11 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.device import TENSOR_CORES_FROM
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from kernels.low_rank import LowRank
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
@@ -247,7 +246,7 @@ def _launch_nf4_matmul_fused(
     num_slices = gcd(config.num_warps, steps)
     launch(
         _nf4_matmul_fused_kernel,
-        (N // config.block_n, triton.cdiv(M, config.block_m)),
+        (N // config.block_n, cdiv(M, config.block_m)),
         y_ptr=y,
         x_ptr=x,
         **weight_arguments(weight, x.dtype),

@@ -8,11 +8,10 @@ sums of programs that share the rows of a product and split its columns.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from kernels.nf4_decode import TABLE_COLUMNS, device_constant, member_table, scale_tensors
 from kernels.ptx import level_planes
 from nf4.double_quant import GROUP_SIZE
@@ -67,7 +66,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Add matrices of float32 up, the first dimension, in order, and round once."""
     num_partials, num_rows, num_columns = partial.shape
     total = torch.empty((num_rows, num_columns), dtype=dtype, device=partial.device)
-    grid = (triton.cdiv(total.numel(), SUM_ELEMENTS),)
+    grid = (cdiv(total.numel(), SUM_ELEMENTS),)
     launch(
         _sum_partials_kernel,
         grid,

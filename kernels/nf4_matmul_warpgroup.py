@@ -26,11 +26,10 @@ Scales are applied as in `nf4_matmul_fused`: exact in float32, to exact products
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from kernels.nf4_matmul_operands import (
     BLOCKS_PER_STEP,
     QUANT_BLOCK,
@@ -190,7 +189,7 @@ def _renumbered(x: Tensor) -> Tensor:  # (M, K), contiguous
     renumbered = torch.empty((num_rows, words_per_row), dtype=torch.int32, device=x.device)
     launch(
         _renumber_columns_kernel,
-        (triton.cdiv(words_per_row, RENUMBERED_WORDS), num_rows),
+        (cdiv(words_per_row, RENUMBERED_WORDS), num_rows),
         out_ptr=renumbered,
         x_ptr=pairs,
         stride_xm=pairs.stride(0),
@@ -220,7 +219,7 @@ def _num_splits(blocks: int, tiles: int) -> int:
 def _launch_nf4_matmul_warpgroup(x: Tensor, weight: NF4Weight) -> Tensor:
     (N, K), M = weight.shape, x.shape[0]
     block_m = _block_m(M)
-    tiles_n, tiles_m = N // BLOCK_N, triton.cdiv(M, block_m)
+    tiles_n, tiles_m = N // BLOCK_N, cdiv(M, block_m)
     blocks = K // QUANT_BLOCK.value
     splits = _num_splits(blocks, tiles_n * tiles_m)
     x_renumbered = _renumbered(x)

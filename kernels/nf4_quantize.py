@@ -24,12 +24,11 @@ Quantization".
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.constants import constant
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 from nf4.blockwise import SMALLEST_SCALE
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, GROUP_SIZE, QuantizedAbsmax
 from nf4.levels import MIDPOINTS
@@ -189,7 +188,7 @@ def _launch_nf4_quantize_absmax(
     num_blocks = absmax.numel()
     launch(
         _nf4_quantize_absmax_kernel,
-        (triton.cdiv(num_blocks, GROUPS * GROUP_SIZE),),
+        (cdiv(num_blocks, GROUPS * GROUP_SIZE),),
         codes_ptr=scales.codes,
         group_absmax_ptr=scales.group_absmax,
         absmax_ptr=absmax,
@@ -208,7 +207,7 @@ def _launch_nf4_quantize(
 ) -> Tensor:  # (num_blocks,) float32, the scales before double quantization
     matrix = matrix.contiguous()
     num_elements, block_size = matrix.numel(), target.block_size
-    num_blocks = triton.cdiv(num_elements, block_size)
+    num_blocks = cdiv(num_elements, block_size)
     scales = target.absmax
     if isinstance(scales, QuantizedAbsmax):
         absmax = torch.empty(num_blocks, dtype=torch.float32, device=target.device)
@@ -220,7 +219,7 @@ def _launch_nf4_quantize(
     # fusing `midpoint - weight * inverse` would compare with a product that is not rounded
     launch(
         _nf4_quantize_kernel,
-        (triton.cdiv(num_blocks, CHUNKS * blocks),),
+        (cdiv(num_blocks, CHUNKS * blocks),),
         packed_ptr=target.packed,
         absmax_ptr=absmax,
         matrix_ptr=matrix,

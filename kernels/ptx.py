@@ -17,12 +17,10 @@ shows a reader what the instruction does. The tests on a GPU compare the two.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from kernels.constants import constant
+from kernels.language import knobs, tl, triton
 from nf4.levels import LEVELS
 
 HAS_PTX = tl.constexpr(not knobs.runtime.interpret)

@@ -37,10 +37,9 @@ Root mean square layer normalization: Zhang and Sennrich 2019, equation 4.
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_long_kernel
 from kernels.rms_norm_row import (

@@ -16,11 +16,10 @@ up over the rows.
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous, check_one_device
+from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_backward_long_kernel
 from kernels.rms_norm_row import (

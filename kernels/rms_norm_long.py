@@ -10,9 +10,7 @@ result; the second time from L2, so memory moves as many bytes as for a row in r
 # pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
-import triton
-import triton.language as tl
-
+from kernels.language import tl, triton
 from kernels.rms_norm_row import factor_of, gradient_of, rstd_of, slope_of, sum_with_residual
 
 

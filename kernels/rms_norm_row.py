@@ -10,8 +10,6 @@ longer row is read twice (`rms_norm_long.py`). The arithmetic is the same in bot
 # pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -23,6 +21,8 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
+from kernels.language import tl, triton
+from kernels.launch import cdiv
 
 # the widest access of a thread
 VECTOR_BYTES = 16
@@ -83,7 +83,7 @@ def shape_of(x: Tensor) -> dict[str, int]:
     # the power of two below: a row of 5 * 1024 takes five chunks, and no thread is idle
     num_warps = min(1 << (wanted.bit_length() - 1), MAX_WARPS)
     chunk = num_warps * warp_width
-    num_chunks = triton.cdiv(D, chunk)
+    num_chunks = cdiv(D, chunk)
     shape = {"CHUNK": chunk, "num_warps": num_warps}
     return shape | {"CHUNKS": num_chunks} if num_chunks <= MAX_CHUNKS else shape
 

@@ -27,8 +27,6 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -39,7 +37,8 @@ from kernels.checks import (
     check_rows_are_apart,
     check_rows_are_contiguous,
 )
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_WARPS = 4
 # the widest access of a thread
@@ -190,9 +189,9 @@ def shape_of(num_heads: int, half: int, itemsize: int) -> dict[str, int]:
     Whole tiles in any case: two threads would load a smaller one's values, and one of them might do
     so after the other has written.
     """
-    columns = triton.next_power_of_2(half)
+    columns = next_power_of_2(half)
     warp_width = 32 * VECTOR_BYTES // itemsize
-    warps = triton.cdiv(triton.next_power_of_2(num_heads) * columns, warp_width)
+    warps = cdiv(next_power_of_2(num_heads) * columns, warp_width)
     num_warps = min(warps, MAX_WARPS)
     return {
         "HALF": half,
@@ -213,12 +212,12 @@ def _launch_rope(
     B, T, _ = qkv.shape
     num_rotated = num_heads + num_kv_heads
     shape = shape_of(num_rotated, cos.shape[1], qkv.element_size())
-    num_tiles = triton.cdiv(num_rotated, shape["HEADS"])
+    num_tiles = cdiv(num_rotated, shape["HEADS"])
     tiles = min(num_tiles, MAX_TILES)
     if B * T > 0:
         launch(
             _rope_kernel,
-            (B * T, triton.cdiv(num_tiles, tiles)),
+            (B * T, cdiv(num_tiles, tiles)),
             qkv_ptr=qkv,
             positions_ptr=positions,
             cos_ptr=cos,

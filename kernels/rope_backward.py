@@ -21,8 +21,6 @@ a value: memory bandwidth is the limit. The result equals the reference bit for 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import (
@@ -32,7 +30,8 @@ from kernels.checks import (
     check_one_device,
     check_rows_are_contiguous,
 )
-from kernels.launch import head_strides, launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, head_strides, launch
 from kernels.rope import (
     MAX_TILES,
     check_buffer,
@@ -131,9 +130,9 @@ def _launch_rope_backward(
         width = (H + 2 * H_kv) * head_dim
         out = torch.empty((B, T, width), dtype=grad_q.dtype, device=grad_q.device)
     shape = shape_of(H, head_dim // 2, grad_q.element_size())
-    num_tiles = triton.cdiv(H, shape["HEADS"])
+    num_tiles = cdiv(H, shape["HEADS"])
     q_tiles = min(num_tiles, MAX_TILES)
-    num_programs = triton.cdiv(num_tiles, q_tiles)
+    num_programs = cdiv(num_tiles, q_tiles)
     if B * T > 0:
         launch(
             _rope_backward_kernel,
@@ -155,7 +154,7 @@ def _launch_rope_backward(
             stride_positions_b=positions.stride(0),
             stride_positions_t=positions.stride(1),
             Q_TILES=q_tiles,
-            KV_TILES=triton.cdiv(triton.cdiv(H_kv, shape["HEADS"]), num_programs),
+            KV_TILES=cdiv(cdiv(H_kv, shape["HEADS"]), num_programs),
             enable_fp_fusion=False,
             **shape,
         )

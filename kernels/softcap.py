@@ -8,9 +8,9 @@ would err by units of its own last place: 2e-5 of a cap of 50, and mostly far le
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from kernels.language import tl, triton
 
 # of float32: two units of the exponential count half, two of the quotient in full, one is rounding
 ERROR = 4 * torch.finfo(torch.float32).eps

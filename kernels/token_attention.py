@@ -22,13 +22,12 @@ rank. Scores are float32; probabilities are rounded to the values' dtype before 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
 from kernels.device import TENSOR_CORES_FROM, properties
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.masked_attention_tiles import PRECISION
 from kernels.softcap import softcap, softcap_reference
 
@@ -238,7 +237,7 @@ def _launch_token_attention(
     sums = query.new_empty(B, H, splits, head_dim, dtype=torch.float32)
     largest = query.new_empty(B, H, splits, dtype=torch.float32)
     total = torch.empty_like(largest)
-    head = max(triton.next_power_of_2(head_dim), MIN_ROWS)
+    head = max(next_power_of_2(head_dim), MIN_ROWS)
     tile = UNROLLED
     if _has_tensor_cores(query):
         tile = next(tile for width, tile in TILES.items() if head <= width)
@@ -265,7 +264,7 @@ def _launch_token_attention(
         C=C,
         GROUP=H // H_kv,
         CAPPED=scores.cap is not None,
-        ROWS=max(triton.next_power_of_2(H // H_kv), MIN_ROWS),
+        ROWS=max(next_power_of_2(H // H_kv), MIN_ROWS),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **shape,
@@ -274,7 +273,7 @@ def _launch_token_attention(
     h = None if A is None else query.new_empty(B, A.shape[0])
     launch(
         _add_splits_kernel,
-        (B, triton.cdiv(H, HEADS) if A is None else A.shape[0]),
+        (B, cdiv(H, HEADS) if A is None else A.shape[0]),
         mixed_ptr=mixed,
         h_ptr=mixed if h is None else h,
         sums_ptr=sums,

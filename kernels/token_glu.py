@@ -12,13 +12,15 @@ again, because the projection that follows needs h before it begins. A program r
 Gated linear units: Shazeer 2020. LoRA: Hu et al. 2021.
 """
 
-import triton
-import triton.language as tl
+# triton's annotations know neither static_range nor tuples of tensors
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+
 from torch import Tensor
 
 from kernels.checks import check_dtype, check_is, check_is_contiguous, check_one_device
 from kernels.glu import Activation, gated, glu_reference, load_chunks
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import cdiv, launch
 
 NUM_WARPS = 16
 # the widest access of a thread
@@ -79,7 +81,7 @@ def _launch_token_glu(gate_up: Tensor, activation: Activation, A: Tensor) -> tup
         F=F,
         ACTIVATION=activation,
         CHUNK=chunk,
-        CHUNKS=triton.cdiv(F, chunk),
+        CHUNKS=cdiv(F, chunk),
         num_warps=NUM_WARPS,
     )
     return y, h

@@ -18,12 +18,11 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous, check_one_device
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of
 from kernels.rope import rope_reference
@@ -169,7 +168,7 @@ def _launch_token_heads(
         OFFSET=0.0 if norms is None else norms.offset,
         HAS_NORM=norms is not None,
         HALF=half,
-        COLUMNS=triton.next_power_of_2(half),
+        COLUMNS=next_power_of_2(half),
         num_warps=1,
         # each product rounded, as in rope.py
         enable_fp_fusion=False,

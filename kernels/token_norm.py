@@ -19,12 +19,11 @@ Root mean square layer normalization: Zhang and Sennrich 2019, equation 4. LoRA:
 # pyright: reportAttributeAccessIssue=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_is_contiguous, check_like, check_one_device
-from kernels.launch import launch
+from kernels.language import tl, triton
+from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import check_rows, factor_of, rstd_of, sum_with_residual
 
@@ -87,7 +86,7 @@ def _launch_token_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, A: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, D = x.shape
-    width = triton.next_power_of_2(D)
+    width = next_power_of_2(D)
     y, h = torch.empty_like(x), x.new_empty(M, A.shape[0])
     r = x if delta is None else torch.empty_like(x)
     launch(

@@ -34,7 +34,12 @@ from kernels.lora_extension import Update, extend_with_lora, make_lora_extension
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
 from kernels.nf4_dequantize import nf4_dequantize
-from kernels.nf4_matmul import make_nf4_matmul_tables, matmul_path, nf4_matmul
+from kernels.nf4_matmul import (
+    MOST_DECODED_ROWS,
+    make_nf4_matmul_tables,
+    matmul_path,
+    nf4_matmul,
+)
 from kernels.nf4_quantize import nf4_quantize_member_unchecked
 from lora.config import UpdateSize
 from nf4.weight import NF4Weight, Quantization, empty_weight, member
@@ -286,7 +291,11 @@ class LinearGroup(nn.Module):
         """Tell whether x has so few rows that the packed weight is faster than the expanded one."""
         if not isinstance(self.weight, NF4Weight) or x.device.type == "cpu" or self._drops(seed):
             return False
-        return matmul_path(x.shape[0], self.weight, x.dtype).name != "expand"
+        num_rows = x.shape[0]
+        return (
+            num_rows <= MOST_DECODED_ROWS
+            and matmul_path(num_rows, self.weight, x.dtype).name != "expand"
+        )
 
     def _multiply_packed(self, x: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
         assert isinstance(self.weight, NF4Weight)

@@ -7,7 +7,8 @@ terminal sends SIGHUP when it is closed. In each case the run has time for a che
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -61,6 +62,30 @@ class StopRequest:
         with suppress(OSError):
             # not print: the signal may have interrupted a print
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let the block ask whether Ctrl-C was pressed in it; a second one ends the block.
+
+    Yields a function that tells it.
+
+    Raises:
+        KeyboardInterrupt: at the second Ctrl-C.
+    """
+    before, is_pressed = signal.getsignal(signal.SIGINT), False
+
+    def take(number: int, frame: FrameType | None) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, take)
+    try:
+        yield lambda: is_pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_at_once() -> None:

@@ -10,9 +10,11 @@ from support.tiny_llama import VARIANTS, write_variant
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from generation.generator import generate_greedy
+from generation.generator import Generator, generate_greedy
+from generation.sampling import Sampling
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
+from nf4.weight import Quantization
 from rows.batch import Batch
 
 # what the issue promises of float32 logits and losses of order one
@@ -105,3 +107,101 @@ def test_generation_has_no_dropout_and_leaves_the_mode(tiny: Llama) -> None:
 def test_an_empty_prompt_is_refused(tiny: Llama) -> None:
     with pytest.raises(ValueError, match="a prompt must hold at least one token: got none"):
         generate_greedy(tiny, [], max_new_tokens=1, stop_ids=())
+
+
+PROMPTS = [[1, 5, 9], [4], [7, 7, 30, 2, 11], [8, 1], [40, 41, 42, 43]]
+
+
+DRAWN = Sampling(0.8, 20, 0.9, 1.1, 3)
+
+
+def greedy(num_sequences: int, model: Llama, max_new_tokens: int = 20) -> Generator:
+    capacity = max(map(len, PROMPTS)) + max_new_tokens
+    return Generator(model, Sampling(), capacity, num_sequences)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3, 8])
+# of phi3 the rotary frequencies change at 16 tokens, for each text on its own
+@pytest.mark.parametrize("variant", ["grouped-query", "phi3", "gemma2"])
+def test_texts_beside_each_other_are_those_alone(
+    tmp_path: Path, variant: str, num_sequences: int
+) -> None:
+    model = load_model(open_checkpoint(write_variant(tmp_path, variant)), CPU, torch.float32, None)
+    alone = [generate_greedy(model, prompt, 20, ()) for prompt in PROMPTS]
+    # some end early, so that slots change hands
+    stops = {alone[0][3], alone[2][10]}
+    expected = [
+        ids[: next((i for i, token in enumerate(ids) if token in stops), 20)] for ids in alone
+    ]
+    assert len({len(ids) for ids in expected}) > 1
+    generator = greedy(num_sequences, model)
+    for _ in range(2):
+        found = dict(generator.complete(PROMPTS, 20, stops))
+        assert [found[number] for number in range(len(PROMPTS))] == expected
+
+
+def test_texts_come_as_they_end(tiny: Llama) -> None:
+    stop = generate_greedy(tiny, PROMPTS[1], 20, ())[2]
+    others = [p for p in PROMPTS if stop not in generate_greedy(tiny, p, 20, ())]
+    assert others
+    numbers = [n for n, _ in greedy(2, tiny).complete([others[0], PROMPTS[1]], 20, {stop})]
+    assert numbers == [1, 0]
+
+
+def test_drawn_texts_depend_on_seed_and_number_alone(tiny: Llama) -> None:
+    def drawn(num_sequences: int, seed: int) -> dict[int, list[int]]:
+        generator = Generator(tiny, Sampling(temperature=1.0, seed=seed), 40, num_sequences)
+        return dict(generator.complete([[1, 2]] * 4, 20, ()))
+
+    alone = drawn(1, 0)
+    assert alone == drawn(3, 0)
+    assert len({tuple(ids) for ids in alone.values()}) == 4
+    assert alone != drawn(1, 1)
+
+
+def test_a_stream_that_is_closed_leaves_its_slot(tiny: Llama) -> None:
+    generator = greedy(1, tiny)
+    expected = generate_greedy(tiny, PROMPTS[0], 20, ())
+    for _ in range(2):
+        stream = generator.stream(PROMPTS[0], 20, ())
+        assert [next(stream), next(stream)] == expected[:2]
+        stream.close()
+    assert list(generator.stream(PROMPTS[0], 20, ())) == expected
+
+
+def test_a_prompt_that_fails_leaves_all_slots(tiny: Llama) -> None:
+    generator = greedy(2, tiny)
+    with pytest.raises(ValueError, match="must have at most 25 tokens: got 6 and 20"):
+        list(generator.complete([[1], [2], [3] * 6], 20, ()))
+    with pytest.raises(ValueError, match="at least one token: got none"):
+        list(generator.complete([[1], []], 20, ()))
+    assert len(dict(generator.complete(PROMPTS, 20, ()))) == len(PROMPTS)
+
+
+def test_no_tokens_are_asked_for_beyond_the_capacity(tiny: Llama) -> None:
+    generator = Generator(tiny, Sampling(), 8, 2)
+    # one slot's text ends where the cache does, while the other's goes on
+    found = dict(generator.complete([[1] * 4, [2] * 3, [3] * 4], 4, ()))
+    assert [len(ids) for ids in found.values()] == [4, 4, 4]
+    for number, prompt in enumerate(([1] * 4, [2] * 3, [3] * 4)):
+        assert found[number] == generate_greedy(tiny, prompt, 4, ())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.8, 20, 0.9, 1.1, 3)], ids=["", "drawn"]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gpu_captured_tokens_are_those_launched(
+    tmp_path: Path, variant: str, sampling: Sampling
+) -> None:
+    device = torch.device("cuda")
+    checkpoint = open_checkpoint(write_variant(tmp_path, variant))
+    model = load_model(checkpoint, device, torch.bfloat16, Quantization(64, True))
+    found = []
+    for captures in (False, True):
+        generator = Generator(model, sampling, 40, 3, captures)
+        for _ in range(2):
+            found.append(dict(generator.complete(PROMPTS, 20, ())))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert all(len(ids) == 20 for ids in found[0].values())

@@ -61,6 +61,19 @@ FLOORS = {
         "step",
         "training",
     },
+    "answering": {
+        "checkpoint",
+        "data",
+        "foreign",
+        "generation",
+        "llama",
+        "lora",
+        "nf4",
+        "prepare",
+        "run",
+        "step",
+    },
+    "generate": {"answering", "checkpoint", "foreign", "generation", "lora", "run"},
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
     "export": {"checkpoint", "data", "foreign", "kernels", "llama"},
     "merging": {
@@ -81,14 +94,14 @@ FLOORS = {
 # what is not ours, and the rooms or files that may know it
 THEIRS = {
     "torch": set(FLOORS) - {"hub"},
-    "triton": {"kernels"},
+    "triton": {"kernels/language.py"},
     "safetensors": {"checkpoint", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
     "numpy": {"data", "export/gguf_file.py", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "prepare", "train", "quantize", "merge", "bundled"},
+    "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # optional extras, looked for before they are imported
     "matplotlib": {"run/loss_chart.py"},

@@ -10,6 +10,7 @@ import pytest
 from test_house import FLOORS
 
 import quantize
+from answering import flags as answer_flags
 from benchmarks import fits
 from benchmarks.__main__ import benchmarks
 from bundled.valley import animals
@@ -68,6 +69,25 @@ def flag_tables() -> str:
 def test_the_tables_of_flags_are_train_pys() -> None:
     text = (ROOT / "docs" / "flags.md").read_text()
     expected = flag_tables()
+    assert between(text, "flags") == expected, f"put this between the markers:\n{expected}"
+
+
+def answer_flag_tables() -> str:
+    """The tables of flags as docs/generate.md must have them, a group each."""
+    parts = []
+    # the first two are argparse's own
+    for group in answer_flags.build_parser()._action_groups[2:]:
+        lines = ["| flag | what it is |", "|---|---|"]
+        for action in group._group_actions:
+            choices = f" ({', '.join(action.choices)})" if action.choices else ""
+            lines.append(f"| `{action.option_strings[0]}` | {action.help}{choices} |")
+        parts.append("\n".join([f"### {str(group.title).capitalize()}\n", *lines]))
+    return "\n\n".join(parts)
+
+
+def test_the_tables_of_flags_are_generate_pys() -> None:
+    text = (ROOT / "docs" / "generate.md").read_text()
+    expected = answer_flag_tables()
     assert between(text, "flags") == expected, f"put this between the markers:\n{expected}"
 
 
@@ -166,6 +186,8 @@ def check_door(words: list[str]) -> None:
         assert vars(given).keys() <= known
     elif door == "merge.py":
         job.build_parser().parse_args(flags)
+    elif door == "generate.py":
+        answer_flags.build_parser().parse_args(flags)
     else:
         assert door == "quantize.py"
         quantize.build_parser().parse_args(flags)

@@ -62,12 +62,25 @@ def trainable_line(job: dict[str, Any], targets: Any) -> str:
     return printed.getvalue().strip()
 
 
-def load_adapter(job: dict[str, Any], adapter: str, input_ids: Tensor) -> tuple[Tensor, list[str]]:
-    """Load an adapter with PEFT and compute its logits, recording every warning."""
+def load_adapter(job: dict[str, Any], adapter: str) -> tuple[Any, list[str]]:
+    """Load an adapter with PEFT, recording every warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(load(job), adapter)
-    return model(input_ids=input_ids).logits.detach(), [str(each.message) for each in caught]
+    return model, [str(each.message) for each in caught]
+
+
+def greedy(model: Any, input_ids: Tensor) -> Tensor:
+    """Continue the first tokens by the most probable ones, whatever ends an answer."""
+    # a prompt longer than a window; no token of it is padding
+    prompt = input_ids[:1, :12]
+    return model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+    )
 
 
 def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,15 +90,7 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
     facts: dict[str, Any] = {}
     with torch.no_grad():
         output["logits"] = model(input_ids=input_ids).logits
-        # a prompt longer than a window; no token of it is padding
-        prompt = input_ids[:1, :12]
-        output["greedy"] = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=24,
-            do_sample=False,
-            eos_token_id=None,
-        )
+        output["greedy"] = greedy(model, input_ids)
         for dtype in job.get("dtypes", []):
             output[f"logits.{dtype}"] = load(job, getattr(torch, dtype))(input_ids=input_ids).logits
         if "chunks" in inputs:
@@ -94,10 +99,10 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
         model.save_pretrained(job["resaved"], max_shard_size="20KB")
     if "lora" in job:
         output |= make_adapter(job, inputs)
-        _, facts["peft_adapter_warnings"] = load_adapter(job, job["peft_adapter"], input_ids)
-        output["our_adapter_logits"], facts["our_adapter_warnings"] = load_adapter(
-            job, job["our_adapter"], input_ids
-        )
+        _, facts["peft_adapter_warnings"] = load_adapter(job, job["peft_adapter"])
+        adapted, facts["our_adapter_warnings"] = load_adapter(job, job["our_adapter"])
+        output["our_adapter_logits"] = adapted(input_ids=input_ids).logits.detach()
+        output["our_adapter_greedy"] = greedy(adapted, input_ids)
     for name, targets in job.get("trainable", {}).items():
         facts[f"trainable.{name}"] = trainable_line(job, targets)
     return output, facts

@@ -1,0 +1,66 @@
+"""answering/memory.py: bytes of weights, keys and values, against what is free."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_llama import VARIANTS, write_variant
+
+from answering.memory import available_bytes, cache_bytes, check_memory, weight_bytes
+from checkpoint.loading import load_model, load_sizes
+from checkpoint.opening import Checkpoint, open_checkpoint
+from llama.cache import KeyValueCache
+from llama.model import Llama, projections
+from lora.config import LoRAConfig
+from nf4.weight import Quantization
+
+CPU = torch.device("cpu")
+
+
+def sizes_of(checkpoint: Checkpoint, quantization: Quantization | None) -> Llama:
+    sizes = load_sizes(checkpoint, torch.float32, quantization)
+    sizes.attach_lora(LoRAConfig(4, 8, 0.0, projections(checkpoint.config)), seed=0)
+    return sizes
+
+
+@pytest.mark.parametrize("variant", ["grouped-query", "phi3", "gemma2"])
+def test_keys_and_values_take_what_a_cache_of_them_takes(tmp_path: Path, variant: str) -> None:
+    assert variant in VARIANTS
+    model = load_model(open_checkpoint(write_variant(tmp_path, variant)), CPU, torch.float32, None)
+    cache = KeyValueCache()
+    model.hidden_states(torch.ones(3, 10, dtype=torch.int64), cache)
+    held = sum(tensor.nbytes for pair in cache.layers for tensor in pair)
+    assert cache_bytes(model.config, torch.float32, 3, 10) == held
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(32, True)])
+def test_weights_take_what_the_loaded_model_takes(
+    tmp_path: Path, quantization: Quantization | None
+) -> None:
+    checkpoint = open_checkpoint(write_variant(tmp_path, "grouped-query"))
+    model = load_model(checkpoint, CPU, torch.float32, quantization)
+    model.attach_lora(LoRAConfig(4, 8, 0.0, projections(checkpoint.config)), seed=0)
+    assert weight_bytes(sizes_of(checkpoint, quantization)) == weight_bytes(model)
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = sizes_of(open_checkpoint(write_variant(tmp_path, "grouped-query")), None)
+    weights, cache = weight_bytes(sizes), cache_bytes(sizes.config, torch.float32, 2, 100)
+    free = weights + cache
+    monkeypatch.setattr("answering.memory.available_bytes", lambda device: free)
+    check_memory(sizes, CPU, 2, 100)
+    free -= 1
+    with pytest.raises(ValueError, match=r"for 2 x 100 tokens .* --max-length or --batch-size$"):
+        check_memory(sizes, CPU, 2, 100)
+    with pytest.raises(ValueError, match=r"for 1 x 201 tokens .*lower --max-length$"):
+        check_memory(sizes, CPU, 1, 201)
+    free = weights
+    with pytest.raises(ValueError, match=r"a smaller model, or --quant nf4$"):
+        check_memory(sizes, CPU, 1, 1)
+
+
+def test_a_machine_says_what_it_has() -> None:
+    free = available_bytes(CPU)
+    assert free is None or free > 1 << 20
