@@ -26,6 +26,7 @@ from lora.adapter_file import load_adapter
 from run.last_door import LastDoor
 from run.privacy import as_private_as
 from run.shortage import is_shortage
+from run.signals import end_at_once
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -97,3 +98,5 @@ if __name__ == "__main__":
             f"error: the GPU's memory must suffice: {one_line(first_line(error))}; lower "
             "--max-length or --batch-size"
         )
+    finally:
+        end_at_once()

@@ -4,20 +4,10 @@ from pathlib import Path
 
 import torch
 
-from llama.config import LlamaConfig
+from llama.cache import KeyValueCache
 from llama.model import Llama
 from step.memory_plan import GIB
 from step.preflight import memory_budget
-
-
-def cache_bytes(config: LlamaConfig, dtype: torch.dtype, num_sequences: int, capacity: int) -> int:
-    """Count the bytes of keys and values.
-
-    Args:
-        capacity: tokens of each sequence.
-    """
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * capacity * num_sequences * dtype.itemsize
 
 
 def weight_bytes(sizes: Llama) -> int:
@@ -37,7 +27,7 @@ def check_memory(sizes: Llama, device: torch.device, num_sequences: int, capacit
     """
     free = available_bytes(device)
     weights = weight_bytes(sizes)
-    cache = cache_bytes(sizes.config, sizes.compute_dtype, num_sequences, capacity)
+    cache = KeyValueCache.num_bytes(sizes.config, num_sequences, capacity, sizes.compute_dtype)
     if free is None or weights + cache <= free:
         return
     advice = "--max-length or --batch-size" if num_sequences > 1 else "--max-length"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_llama import VARIANTS, write_variant
+from support.tiny_llama import write_variant
 
-from answering.memory import available_bytes, cache_bytes, check_memory, weight_bytes
+from answering.memory import available_bytes, check_memory, weight_bytes
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from llama.cache import KeyValueCache
@@ -23,16 +23,6 @@ def sizes_of(checkpoint: Checkpoint, quantization: Quantization | None) -> Llama
     return sizes
 
 
-@pytest.mark.parametrize("variant", ["grouped-query", "phi3", "gemma2"])
-def test_keys_and_values_take_what_a_cache_of_them_takes(tmp_path: Path, variant: str) -> None:
-    assert variant in VARIANTS
-    model = load_model(open_checkpoint(write_variant(tmp_path, variant)), CPU, torch.float32, None)
-    cache = KeyValueCache()
-    model.hidden_states(torch.ones(3, 10, dtype=torch.int64), cache)
-    held = sum(tensor.nbytes for pair in cache.layers for tensor in pair)
-    assert cache_bytes(model.config, torch.float32, 3, 10) == held
-
-
 @pytest.mark.parametrize("quantization", [None, Quantization(32, True)])
 def test_weights_take_what_the_loaded_model_takes(
     tmp_path: Path, quantization: Quantization | None
@@ -47,7 +37,10 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = sizes_of(open_checkpoint(write_variant(tmp_path, "grouped-query")), None)
-    weights, cache = weight_bytes(sizes), cache_bytes(sizes.config, torch.float32, 2, 100)
+    weights, cache = (
+        weight_bytes(sizes),
+        KeyValueCache.num_bytes(sizes.config, 2, 100, torch.float32),
+    )
     free = weights + cache
     monkeypatch.setattr("answering.memory.available_bytes", lambda device: free)
     check_memory(sizes, CPU, 2, 100)

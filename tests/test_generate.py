@@ -24,6 +24,7 @@ import generate
 from data.tokenizer import Tokenizer
 from generation.generator import Generator
 from generation.sampling import Sampling
+from llama.cache import KeyValueCache
 from run.config import CONFIG_FILE, TrainConfig, to_json
 
 ROOT = Path(generate.__file__).parent
@@ -129,9 +130,13 @@ def settings_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         for number in reversed(range(len(prompts))):
             yield number, Tokenizer.from_folder(MODEL).encode(f"answer {number}", False)
 
+    def stream(self: Generator, *given: object) -> Iterator[int]:
+        seen.append(given)
+        yield from ()
+
     monkeypatch.setattr(Generator, "__init__", make)
     monkeypatch.setattr(Generator, "complete", complete)
-    monkeypatch.setattr(Generator, "stream", lambda self, *given: iter(seen.append(given) or ()))
+    monkeypatch.setattr(Generator, "stream", stream)
     return seen
 
 
@@ -320,7 +325,7 @@ def test_a_longer_answer_than_there_is_room_for_is_said_to_be_cut(
 
 
 def test_a_context_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("answering.memory.cache_bytes", lambda *sizes: 1 << 50)
+    monkeypatch.setattr(KeyValueCache, "num_bytes", staticmethod(lambda *sizes: 1 << 50))
     with pytest.raises(ValueError, match=r"keys and values of .* 1 x 256 tokens .* --max-length"):
         run("--model", MODEL, "--prompt", "a")
 

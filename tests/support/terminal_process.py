@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # a test that waits longer than this has missed what it waits for
 DEADLINE_S = 120
+PATIENCE_S = 10
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 
@@ -85,15 +85,17 @@ class Terminal:
         """Wait for the end, and return the exit code.
 
         Args:
-            key: is pressed until then. Python misses one that comes between readline's prompt and
-                its wait for keys.
+            key: is pressed, and again where that has no effect: Python misses a key that comes
+                between readline's prompt and its wait for keys.
         """
-        deadline = time.monotonic() + DEADLINE_S
+        start = pressed = time.monotonic()
+        self.type(key)
         while self._read():
-            assert time.monotonic() < deadline, f"the process never ended:\n{self.shown}"
-            # nobody may be at the other end any more
-            with suppress(OSError):
+            now = time.monotonic()
+            assert now < start + DEADLINE_S, f"the process never ended:\n{self.shown}"
+            if now > pressed + PATIENCE_S:
                 self.type(key)
+                pressed = now
         code = self._process.wait(DEADLINE_S)
         os.close(self._ours)
         return code
