@@ -3,6 +3,7 @@
     python merge.py --adapter OUT --output DIR              into the 16-bit weights of its base
     python merge.py --adapter OUT --output DIR --base nf4   into dequantized weights
     ... --model M                                 into this base
+    ... --gguf f16|bf16|q8_0                      and write it for llama.cpp and Ollama, too
     ... --text FILE | --data DATA                 and compare base, adapter and result on a text
 
 QLoRA trains an adapter beside NF4 weights. The original weights, without NF4's errors, are the
@@ -11,6 +12,7 @@ beside. Both round to the checkpoint's dtype, which loses a part of the update. 
 was asked for, the files that come along and the report.
 """
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,10 +20,12 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from checkpoint.merged_copy import read_updates, write_merged_shards
+from export.modelfile import MODELFILE
 from foreign.terminal import guard_output, one_line
 from llama.model import projection_shapes
 from lora.adapter_file import WEIGHTS_NAME
 from merging.files import files_beside_the_weights
+from merging.gguf_export import plan_export, write_export
 from merging.job import check_base, parse
 from merging.report import compare, describe_merge, describe_text, load_windows
 from run.folder import check_new_folder, new_output
@@ -38,8 +42,12 @@ def main(arguments: Sequence[str]) -> None:
     updates = read_updates(job.adapter, shapes, base.vocabulary_tensors)
     check_base(job)
     files = files_beside_the_weights(job)
+    export = plan_export(job) if job.gguf else None
+    for remark in export.remarks if export else ():
+        print(one_line(remark))
     num_bytes = sum(shard.num_bytes for shard in base.shards)
-    check_new_folder(job.output, num_bytes + sum(p.stat().st_size for p in files.values()))
+    num_bytes += sum(path.stat().st_size for path in files.values())
+    check_new_folder(job.output, num_bytes + (export.num_bytes if export else 0))
     weights = (*(shard.path for shard in base.shards), job.adapter / WEIGHTS_NAME)
     windows = load_windows(job)
 
@@ -67,8 +75,14 @@ def main(arguments: Sequence[str]) -> None:
         for place, path in files.items():
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
+        if export:
+            bar.set_description("writing GGUF")
+            bar.reset()
+            write_export(export, folder, job.output.name, report)
     print(describe_merge(job, figures))
     print(f"saved the merged model in {job.output}")
+    if export:
+        print(f"ollama create NAME -f {shlex.quote(str(job.output / MODELFILE))}")
     if windows:
         print(describe_text(job, windows, compare(job, windows)))
 

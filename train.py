@@ -45,7 +45,7 @@ from training.answers import compare_answers, first_answer, last_answer, say_ans
 from training.ending import CannotGoOn, end, naming_device_failure
 from training.evaluation import evaluate_and_log, restore_best
 from training.figures import settle
-from training.results import push, save_results, write_card
+from training.results import push, save_results, say_usage, write_card
 from training.run import PendingStep, Run, first_state
 from training.saving import (
     check_disk,
@@ -217,6 +217,7 @@ def train_and_save(run: Run) -> None:
         log.say(memory_line(job.plan))
     compare_answers(run, log)
     push(run, log, names)
+    say_usage(run, log, names)
 
 
 def train(run: Run, log: RunLog, stop: StopRequest) -> str:

@@ -31,6 +31,9 @@ BYTES_A_CHARACTER = 256
 # texts with fewer characters need no more memory than any call may have
 _MANY_CHARACTERS = 100_000
 
+# Linux tells here how much virtual memory this process has
+_STATUS = Path("/proc/self/statm")
+
 # the bytes that this process may have; None if it is not confined
 _most_bytes: int | None = None
 
@@ -39,7 +42,7 @@ def confine() -> None:
     """Limit the memory of this process, which from now on runs foreign programs only."""
     global _most_bytes
     _most_bytes = _bytes_in_use() + NUM_BYTES
-    _limit(resource.RLIMIT_AS, _most_bytes)
+    _limit_memory(_most_bytes)
     # no core dump of a process that the kernel ends on purpose
     _limit(resource.RLIMIT_CORE, 0)
     _silence()
@@ -58,14 +61,19 @@ def _silence() -> None:
 
 
 def _bytes_in_use() -> int:
-    """The virtual memory of this process; 0 on a system without /proc, such as macOS.
-
-    The kernel of macOS enforces no limit of memory anyway: there only the limit of time holds.
-    """
-    status = Path("/proc/self/statm")
-    if not status.exists():
+    """The virtual memory of this process; 0 on a system without /proc, such as macOS."""
+    if not _STATUS.exists():
         return 0
-    return int(status.read_text().split()[0]) * resource.getpagesize()
+    return int(_STATUS.read_text().split()[0]) * resource.getpagesize()
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limit the memory of this process; without /proc, only the limit of time holds.
+
+    There nobody knows how much the process has, and a limit below that is refused or ends it.
+    """
+    if _STATUS.exists():
+        _limit(resource.RLIMIT_AS, num_bytes)
 
 
 def allow(num_characters: int = 0) -> None:
@@ -77,7 +85,7 @@ def allow(num_characters: int = 0) -> None:
         return
     signal.setitimer(signal.ITIMER_PROF, SECONDS + SECONDS_A_CHARACTER * num_characters)
     if num_characters > _MANY_CHARACTERS:
-        _limit(resource.RLIMIT_AS, _most_bytes + BYTES_A_CHARACTER * num_characters)
+        _limit_memory(_most_bytes + BYTES_A_CHARACTER * num_characters)
 
 
 def end_with_parent() -> None:

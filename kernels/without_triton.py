@@ -1,6 +1,6 @@
 """Stand-ins for triton: what files with kernels use of it outside of the kernels.
 
-Decorators, constants, dtypes and sizes work as triton's; a kernel that is launched raises. A name
+Decorators, constants and dtypes work as triton's; a kernel that is launched raises. A name
 that is missing here is missing where it is used, when the file is imported.
 """
 
@@ -38,21 +38,11 @@ class _OutOfResources(Exception):
     """A GPU has less than a kernel takes: never raised here."""
 
 
-def _cdiv(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 triton = SimpleNamespace(
     # before every release
     __version__="0.0",
     OutOfResources=_OutOfResources,
-    cdiv=_cdiv,
     jit=_jit,
-    next_power_of_2=_next_power_of_2,
 )
 tl = SimpleNamespace(bfloat16="bfloat16", constexpr=_Constant, dtype=str, float16="float16")
 knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))

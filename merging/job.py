@@ -9,6 +9,7 @@ import torch
 
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.opening import Checkpoint, open_checkpoint
+from export.gguf_file import TYPES
 from lora.adapter_file import find_adapter
 from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
@@ -27,6 +28,7 @@ class MergeJob:
         quantization: of the weights while the adapter was trained; None: 16 or 32 bits.
         where: the source of `quantization`, for messages.
         other_base: whether the model may be another one than the adapter was trained on.
+        gguf: the type of the GGUF file that is written, too; empty for none.
     """
 
     model: Checkpoint
@@ -41,6 +43,7 @@ class MergeJob:
     quantization: Quantization | None
     where: str
     other_base: bool
+    gguf: str
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -88,6 +91,7 @@ def parse(arguments: Sequence[str]) -> MergeJob:
         quantization=quantization,
         where=where,
         other_base=given.other_base,
+        gguf=given.gguf,
     )
 
 
@@ -115,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--other-base",
         action="store_true",
         help="merge although --model is not the checkpoint that the adapter was trained on",
+    )
+    parser.add_argument(
+        "--gguf",
+        choices=TYPES,
+        default="",
+        help="write a GGUF file of this type, for llama.cpp, and a Modelfile for Ollama, too",
     )
     read = parser.add_mutually_exclusive_group()
     read.add_argument("--text", help="file to measure perplexity and logits on, as plain text")

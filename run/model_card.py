@@ -6,19 +6,22 @@ import math
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from foreign.terminal import one_line
 from run.config import FREE_ON_RESUME, TrainConfig
 from run.metrics import GIB, Row
+from run.usage import Usage
 
 CARD_FILE = "README.md"
 # flags left out of the recipe: they do not change the adapter, or the card names them elsewhere
 _LEFT_OUT = FREE_ON_RESUME | {"model", "sample_prompt", "device"}
 _PATHS = ("data", "eval_data", "chat_template", "init_adapter")
 _LIBRARIES = ("torch", "triton", "safetensors", "tokenizers")
+# transformers' BitsAndBytesConfig has no other
+_THEIR_BLOCK_SIZE = 64
 # for readers to whom adapter_config.json came without the base model's folder
 _ADVICE = """The base model was read from a folder of that name: write the folder's place into
 `adapter_config.json`, as `base_model_name_or_path`, where it has the name alone.
@@ -85,20 +88,117 @@ def _recipe(config: TrainConfig) -> dict[str, object]:
     return found
 
 
+def _use(config: TrainConfig, usage: Usage) -> str:
+    """Say how to load the adapter and to generate with it, in lines that run as they stand."""
+    prompt = f'"{usage.prompt}"'
+    request, door = f'"prompt": {prompt}', "completions"
+    encode = f'tokenizer({prompt}, return_tensors="pt")'
+    if usage.is_chat:
+        prompt = f'[{{"role": "user", "content": {prompt}}}]'
+        request, door = f'"messages": {prompt}', "chat/completions"
+        encode = "tokenizer.apply_chat_template(\n"
+        encode += f"    {prompt},\n    add_generation_prompt=True,\n    return_dict=True,\n"
+        encode += '    return_tensors="pt",\n)'
+    is_as_trained = config.quant == "nf4" and config.block_size == _THEIR_BLOCK_SIZE
+    model = "adapter" if "--lora-modules" in usage.serve else usage.merged
+    warning = f"**{usage.warning}.**\n\n" if usage.warning else ""
+    return f"""{warning}With Quatrain, on the terminal:
+
+```bash
+{usage.talk if usage.is_chat else usage.answer}
+```
+
+With transformers (`pip install transformers peft accelerate bitsandbytes`), the base model in
+NF4{" as in training" if is_as_trained else ""}:
+
+```python
+import torch
+from transformers import BitsAndBytesConfig, pipeline
+
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={config.double_quant},
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+folder = "{usage.adapter}"
+loading = {{"quantization_config": nf4}}
+writer = pipeline("text-generation", folder, device_map="auto", model_kwargs=loading)
+prompt = {prompt}
+print(writer(prompt, max_new_tokens=200, return_full_text=False)[0]["generated_text"])
+```
+
+In 16 bits:
+
+```python
+import torch
+from transformers import pipeline
+
+folder = "{usage.adapter}"
+writer = pipeline("text-generation", folder, device_map="auto", dtype=torch.bfloat16)
+prompt = {prompt}
+print(writer(prompt, max_new_tokens=200, return_full_text=False)[0]["generated_text"])
+```
+
+With PEFT's own class:
+
+```python
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "{usage.adapter}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder, device_map="auto", dtype=torch.bfloat16)
+inputs = {encode}.to(model.device)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With vLLM:
+
+```bash
+{usage.serve}
+curl http://localhost:8000/v1/{door} -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", {request}}}'
+```
+
+Merged into the base model's weights by Quatrain, with Ollama:
+
+```bash
+{usage.merge}
+ollama create my-model -f {usage.merged}/Modelfile
+ollama run my-model "{usage.prompt}"
+```"""
+
+
 def model_card(
-    config: TrainConfig, rows: Sequence[Row], files: Sequence[str], base: str, *, is_on_hub: bool
+    config: TrainConfig,
+    rows: Sequence[Row],
+    files: Sequence[str],
+    base: str,
+    usage: Usage,
+    *,
+    is_on_hub: bool,
 ) -> str:
-    """Write the card: the adapter's base model, how it was trained, and the results.
+    """Write the card: the adapter's base model, how it was trained, the results, and its use.
 
     Args:
         rows: the rows of metrics.jsonl, at least one.
         files: names of the adapter's files.
         base: the base model's public name: a hub id, with @revision if there is one, or the name of
             a folder.
+        usage: of this run; its places are private, and the card has others.
     """
-    name = base.partition("@")[0] if is_on_hub else base
-    place = base if is_on_hub else "path/to/the/base"
+    name, _, revision = base.partition("@") if is_on_hub else (base, "", "")
     advice = "" if is_on_hub else _ADVICE
+    usage = replace(
+        usage,
+        adapter="path/to/this/folder",
+        merged="merged",
+        base=name if is_on_hub else "path/to/the/base",
+        revision=revision or None,
+    )
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return f"""{_front_matter(config, name if is_on_hub else None)}
@@ -118,19 +218,7 @@ Trained by Quatrain with the base model frozen {frozen}. The adapter's files are
 
 ## Use
 
-{advice}With PEFT:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-
-Merged into the base model's weights, by Quatrain:
-
-```bash
-python merge.py --model {place} --adapter path/to/this/folder --output merged
-```
+{advice}{_use(config, usage)}
 
 ### Framework versions
 

@@ -147,6 +147,7 @@ def test_every_template_renders_every_row_as_transformers(
     assert num_texts > num_errors > len(templates)
 
 
+@pytest.mark.usefixtures("assets")
 def test_arguments_as_text_are_written_as_transformers_writes_objects(
     facts: dict[str, Any], templates: dict[str, str]
 ) -> None:

@@ -86,6 +86,24 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer: Toke
     ]
 
 
+@pytest.mark.parametrize(
+    ("num_processors", "num_bytes", "expected"),
+    [(4, 1 << 22, 4), (4, 1 << 20, 2), (4, 10, 1), (None, 1 << 22, 1)],
+    ids=["all", "two", "one", "unknown"],
+)
+def test_a_system_that_tells_only_how_many_processors_it_has_uses_those_worth_it(
+    num_processors: int | None,
+    num_bytes: int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: num_processors)
+    (tmp_path / "x").write_bytes(bytes(num_bytes))
+    assert tokenization._worthwhile_processes([tmp_path / "x"]) == expected
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_first_fault_of_the_file_is_reported(
     tmp_path: Path, tokenizer: Tokenizer, processes: int

@@ -1,10 +1,10 @@
 """data/formats/tool_calls.py: arguments that come as text become objects, as transformers wants."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ASSETS
 from support.chat_cases import JOINED_CALLS, TOOLS, asset_templates, call, make, say
 
 from data.chat.template import ChatTemplate
@@ -69,9 +69,9 @@ def test_calls_that_are_none_are_refused(message: dict[str, Any], match: str) ->
         decode_arguments(message, "x")
 
 
-def test_every_template_for_tools_writes_text_as_it_writes_objects() -> None:
+def test_every_template_for_tools_writes_text_as_it_writes_objects(assets: Path) -> None:
     num_written = 0
-    for name, text in asset_templates(ASSETS).items():
+    for name, text in asset_templates(assets).items():
         if "tool_calls" not in text:
             continue
         template = make(text)

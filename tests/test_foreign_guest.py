@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def double() -> None:
 def test_work_without_bounds_is_ended(work: Callable[[], None]) -> None:
     with pytest.raises(ValueError, match=r"^x must come to an end: it used 256 MiB of memory$"):
         in_guest(work, "x")
+
+
+def test_a_system_that_does_not_tell_its_memory_gets_no_limit_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_limit(kind: int, limits: tuple[int, int]) -> None:
+        # as macOS does where the limit is below what the process has
+        if kind == resource.RLIMIT_AS:
+            raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(guest, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    assert in_guest(lambda: 3, "x") == 3
 
 
 def test_what_is_wrong_with_the_work_comes_back() -> None:

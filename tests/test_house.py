@@ -75,9 +75,11 @@ FLOORS = {
     },
     "generate": {"answering", "checkpoint", "foreign", "generation", "lora", "run"},
     "quantize": {"checkpoint", "foreign", "nf4", "run"},
+    "export": {"checkpoint", "data", "foreign", "kernels", "llama"},
     "merging": {
         "checkpoint",
         "data",
+        "export",
         "foreign",
         "llama",
         "lora",
@@ -86,7 +88,7 @@ FLOORS = {
         "rows",
         "run",
     },
-    "merge": {"checkpoint", "foreign", "llama", "lora", "merging", "run"},
+    "merge": {"checkpoint", "export", "foreign", "llama", "lora", "merging", "run"},
 }
 
 # what is not ours, and the rooms or files that may know it
@@ -96,13 +98,14 @@ THEIRS = {
     "safetensors": {"checkpoint", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
-    "numpy": {"data", "optim/unified_memory.py"},
+    "numpy": {"data", "export/gguf_file.py", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
     "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
     "cuda": {"optim/unified_memory.py"},
-    # an optional extra, looked for before it is imported
+    # optional extras, looked for before they are imported
     "matplotlib": {"run/loss_chart.py"},
+    "gguf": {"export/gguf_file.py"},
 }
 
 # lines that a file of the product may have, and that half of the files have at most

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton
 from conftest import ROOT
 from test_house import product_files
 from test_train import assert_same_adapter, rows_of, small_data, timeless
 
-from kernels import without_triton
 from prepare.job import BUNDLED
 
 # Python runs it as it starts a process: triton is not found, as where it is not installed
@@ -84,11 +82,3 @@ def test_a_launch_says_that_triton_is_missing(without: dict[str, str]) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "OSError: triton must be installed to launch _glu_kernel: this Python has none"
     )
-
-
-def test_sizes_are_computed_as_triton_computes_them() -> None:
-    ours = without_triton.triton
-    for n in range(1, 1100):
-        assert ours.next_power_of_2(n) == triton.next_power_of_2(n)
-        for divisor in (1, 2, 3, 64, 1024):
-            assert ours.cdiv(n - 1, divisor) == triton.cdiv(n - 1, divisor)

@@ -1,8 +1,10 @@
 """merging/ and checkpoint/adapter_base.py: a merge from an adapter alone, the files that come
-along, and the report on data."""
+along, the report on data, and --gguf."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from gguf import GGUFReader, GGUFWriter, dequantize
+from safetensors.torch import save_file
 from support.hub_server import Repository, files_of, serving
 from support.merge_cases import weights_of, write_adapter
 
@@ -169,3 +173,108 @@ def test_text_and_data_exclude_each_other(
     with pytest.raises(SystemExit):
         run(adapter, "--text", "x", "--data", "y")
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_gguf_file_and_a_modelfile_lie_in_the_merged_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run(make_adapter(tmp_path / "adapter"), "--gguf", "bf16")
+    said = capsys.readouterr().out
+    assert f"ollama create NAME -f {output / 'Modelfile'}" in said
+    tensors = {t.name: t for t in GGUFReader(output / "model-bf16.gguf").tensors}
+    merged = weights_of(output)
+    for name in ("v_proj", "o_proj"):
+        target = {"v_proj": "blk.0.attn_v.weight", "o_proj": "blk.0.attn_output.weight"}[name]
+        expected = merged[f"model.layers.0.self_attn.{name}.weight"].float()
+        data = tensors[target]
+        assert torch.equal(torch.from_numpy(dequantize(data.data, data.tensor_type)), expected)
+    # the update is in it: rows of both halves of each head in turn
+    q = merged["model.layers.0.self_attn.q_proj.weight"].float()
+    assert not torch.equal(q, weights_of(MODEL)["model.layers.0.self_attn.q_proj.weight"].float())
+    expected = q.view(4, 2, 16, 128).transpose(1, 2).reshape(128, 128)
+    data = tensors["blk.0.attn_q.weight"]
+    assert torch.equal(torch.from_numpy(dequantize(data.data, data.tensor_type)), expected)
+    text = (output / "Modelfile").read_text()
+    assert text.startswith('FROM ./model-bf16.gguf\nTEMPLATE """')
+    assert text.endswith('PARAMETER stop "<|im_end|>"\n')
+    names = {path.name for path in output.iterdir()}
+    assert names == {*files_of(MODEL), "model-bf16.gguf", "Modelfile"}
+
+
+def test_a_template_without_turns_is_left_to_ollama_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    text = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(text)
+    output = run(make_adapter(tmp_path / "adapter", model), "--gguf", "q8_0", "--other-base")
+    assert "Modelfile has no TEMPLATE, because the chat template is not made of" in (
+        capsys.readouterr().out
+    )
+    written = (output / "Modelfile").read_text()
+    assert written == 'FROM ./model-q8_0.gguf\nPARAMETER stop "<|im_end|>"\n'
+
+
+def test_gguf_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "model-f16.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"new or empty folder: .* holds model-f16\.gguf"):
+        run(adapter, "--gguf", "f16")
+    assert (output / "model-f16.gguf").read_bytes() == b"GGUF"
+    shutil.rmtree(output)
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="--gguf must be for a tokenizer that GGUF can hold"):
+        run(adapter, "--gguf", "f16", "--model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu_pytorch_tanh"}))
+    with pytest.raises(ValueError, match="--gguf must compute what"):
+        run(adapter, "--gguf", "f16", "--model", model)
+    monkeypatch.setattr("export.gguf_file.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--gguf must find the gguf package"):
+        run(adapter, "--gguf", "f16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_a_disk_must_have_room_for_the_gguf_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    num_bytes = sum(path.stat().st_size for path in MODEL.iterdir())
+    usage = shutil.disk_usage(ROOT)._replace(free=num_bytes + 1_000_000)
+    monkeypatch.setattr("run.room.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"--output must have room for 3\.2 MB"):
+        run(adapter, "--gguf", "f16")
+    run(adapter)
+
+
+@pytest.mark.parametrize("fault", ["full", "overflow"])
+def test_a_gguf_file_that_cannot_be_finished_leaves_nothing(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    if fault == "overflow":
+        tensors = weights_of(model)
+        tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = 1e6
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        message, kind = r"layers\.3\.mlp\.up_proj\.weight must fit --gguf f16", ValueError
+    else:
+        written = GGUFWriter.write_tensor_data
+
+        def write(self: GGUFWriter, tensor: Any) -> None:
+            if len(self.tensors[0]) < 10:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written(self, tensor)
+
+        monkeypatch.setattr(GGUFWriter, "write_tensor_data", write)
+        message, kind = "No space left on device", OSError
+    adapter = make_adapter(tmp_path / "adapter", model)
+    with pytest.raises(kind, match=message):
+        run(adapter, "--gguf", "f16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]

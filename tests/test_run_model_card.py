@@ -1,5 +1,9 @@
 """run/model_card.py: the hub reads its front matter, which is PEFT's; its figures are the run's."""
 
+import ast
+import json
+import re
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -10,6 +14,7 @@ from support.llama_peers import tiny_peer
 from run.config import TrainConfig
 from run.metrics import GIB, Row
 from run.model_card import model_card
+from run.usage import Usage
 
 
 def row(step: int, tokens: int, target_tokens: int, gib: float, **known: Any) -> Row:
@@ -30,6 +35,15 @@ ROWS = [
     row(3, 3500, 1200, 1, loss=1.25, eval_loss=2.0, tokens_per_second=300.0),
 ]
 FLAGS: dict[str, Any] = {"model": "/somewhere/else", "data": "/somewhere/private/chats.jsonl"}
+USAGE = Usage(
+    adapter="/somewhere/out",
+    merged="/somewhere/out-merged",
+    base="/somewhere/else",
+    revision=None,
+    rank=7,
+    is_chat=True,
+    misreaders=(),
+)
 FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"]
 
 
@@ -39,11 +53,12 @@ def card_of(
     files: list[str] = FILES,
     *,
     is_on_hub: bool = True,
+    usage: Usage = USAGE,
     **changes: Any,
 ) -> tuple[dict[str, Any], str]:
     """The front matter as the hub parses it, and the text after it."""
     config = TrainConfig(**(FLAGS | changes))
-    card = ModelCard(model_card(config, rows, files, base, is_on_hub=is_on_hub))
+    card = ModelCard(model_card(config, rows, files, base, usage, is_on_hub=is_on_hub))
     return card.data.to_dict(), card.text
 
 
@@ -67,7 +82,7 @@ def test_a_revision_is_no_part_of_the_hubs_id() -> None:
     ours, text = card_of(base="owner/base-1B@v2")
     assert ours["base_model"] == "owner/base-1B"
     assert "base_model:adapter:owner/base-1B" in ours["tags"]
-    assert "python merge.py --model owner/base-1B@v2 --adapter" in text
+    assert "\nvllm serve owner/base-1B --revision v2 --tokenizer path/to/this/folder --" in text
     assert "base_model_name_or_path" not in text
 
 
@@ -76,7 +91,7 @@ def test_a_base_model_from_the_disk_is_not_given_to_the_hub() -> None:
     assert "base_model" not in ours
     assert ours["tags"] == ["lora", "qlora", "transformers"]
     assert "# LoRA adapter for my base\n" in text
-    assert "python merge.py --model path/to/the/base --adapter" in text
+    assert "\nvllm serve path/to/the/base --tokenizer path/to/this/folder --enable-lora" in text
     # who has the adapter alone reads what to do about it
     assert "The base model was read from a folder of that name: write the folder's place" in text
 
@@ -144,3 +159,61 @@ def test_the_recipe_is_every_flag_that_made_the_adapter() -> None:
         assert f"\n{line}\n" in text
     for left_out in ("somewhere", "--output`", "--plan", "--device`", "--eval-data", "--resume"):
         assert left_out not in text
+
+
+def pieces(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_card_shows_every_way_to_generate() -> None:
+    _, text = card_of()
+    shell = "".join(pieces(text, "bash")).splitlines()
+    for line in (
+        "python generate.py --adapter path/to/this/folder --chat",
+        "vllm serve owner/base-1B --tokenizer path/to/this/folder --enable-lora --max-lora-rank 8 "
+        "--lora-modules adapter=path/to/this/folder",
+        "python merge.py --adapter path/to/this/folder --output merged --gguf q8_0",
+        "ollama create my-model -f merged/Modelfile",
+    ):
+        assert line in shell
+    assert len(pieces(text, "python")) == 3
+    assert "would misread" not in text
+
+
+def test_requests_of_the_card_are_json() -> None:
+    for is_chat, door in ((True, "chat/completions"), (False, "completions")):
+        _, text = card_of(usage=replace(USAGE, is_chat=is_chat))
+        found = re.search(r"localhost:8000/v1/(\S+) .*\\\n  -d '(.*)'\n", text)
+        assert found is not None
+        assert found[1] == door
+        request = json.loads(found[2])
+        assert request["model"] == "adapter"
+        assert ("messages" in request, "prompt" in request) == (is_chat, not is_chat)
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "as_trained"),
+    [
+        ({}, True),
+        ({"double_quant": False}, True),
+        ({"block_size": 128}, False),
+        ({"quant": "none"}, False),
+    ],
+)
+def test_the_base_in_nf4_is_called_trained_where_it_is(
+    flags: dict[str, Any], as_trained: bool, is_chat: bool
+) -> None:
+    _, text = card_of(usage=replace(USAGE, is_chat=is_chat), **flags)
+    assert ("NF4 as in training:" in text) == as_trained
+    assert f"bnb_4bit_use_double_quant={flags.get('double_quant', True)}," in text
+    for piece in pieces(text, "python"):
+        ast.parse(piece)
+        assert ('"role": "user"' in piece) == is_chat
+
+
+def test_programs_that_would_misread_the_adapter_are_named_first() -> None:
+    _, text = card_of(usage=replace(USAGE, misreaders=("vLLM and SGLang",)))
+    assert "## Use\n\n**vLLM and SGLang would misread this adapter: its projections have" in text
+    assert "\nvllm serve merged\n" in text
+    assert '{"model": "merged", "messages"' in text

@@ -235,6 +235,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 
 # alone on its GPU, of which it counts what is taken
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_gpu_holds_what_was_planned() -> None:

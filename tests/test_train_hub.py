@@ -33,6 +33,7 @@ def test_model_and_data_come_from_the_hub_and_the_adapter_goes_there(tmp_path: P
         assert TOKEN not in done.stdout + done.stderr
         pushed = hub.repositories["models/owner/adapter"]
         assert f"pushed the adapter: {hub.url}/owner/adapter/commit/{pushed.sha}" in done.stdout
+        assert f"vllm serve owner/base --revision v1 --tokenizer {output} --" in done.stdout
         fetched = hub.downloads()
         assert sorted(fetched) == sorted([*files_of(BUNDLED / "model"), "train.jsonl"])
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= pushed.files.keys()

@@ -246,7 +246,7 @@ def end_on_second_rank(place: str, number: int) -> None:
         at_call(number, functools.partial(refuse, RUNTIME), owner, name)
 
 
-# alone on its GPU
+# it takes all memory of its GPU
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["keep", "offload"])
@@ -346,7 +346,8 @@ def read_nowhere() -> None:
     torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")]
 
 
-# alone on its GPU
+# it takes all memory of a GPU and uses another
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,4 +1,4 @@
-"""training/results.py: other programs open the output folder of a run as it stands."""
+"""training/results.py: other programs open the output folder of a run, as its card says."""
 
 import json
 import math
@@ -13,11 +13,15 @@ from conftest import SUPPORT
 from support.equality import assert_equal, assert_no_worse_than
 from support.merge_cases import write_adapter
 from support.peer_process import run_peer
-from torch import Tensor
 
 import train
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
+from data.prompt import encode_prompt
+from data.tokenizer import Tokenizer
+from generation.generator import Generator
+from generation.sampling import Sampling
+from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
 from prepare.job import BUNDLED
 from run.config import CONFIG_FILE, OLD_CONFIG_FILE
@@ -64,13 +68,13 @@ BEGUN: dict[str, Callable[[Path], None]] = {
 }
 
 
-def our_logits(adapter: Path | None, input_ids: Tensor) -> Tensor:
+def our_model(adapter: Path | None, dtype: torch.dtype = torch.float32) -> Llama:
     checkpoint = open_checkpoint(BUNDLED / "model")
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32, None)
+    model = load_model(checkpoint, torch.device("cpu"), dtype, None)
     if adapter:
         model.attach_lora(read_adapter_config(adapter), seed=0)
         load_adapter(adapter, model.adapter_tensors())
-    return model.logits(input_ids).detach()
+    return model
 
 
 def test_transformers_opens_the_output_folder_of_a_run(tmp_path: Path) -> None:
@@ -85,9 +89,9 @@ def test_transformers_opens_the_output_folder_of_a_run(tmp_path: Path) -> None:
             {"input_ids": input_ids},
             {"folders": json.dumps(folders)},
         )
-    base = our_logits(None, input_ids)
+    base = our_model(None).logits(input_ids)
     for name, folder in folders.items():
-        ours, peer = our_logits(Path(folder), input_ids), theirs[f"{name}/float32"]
+        ours, peer = our_model(Path(folder)).logits(input_ids), theirs[f"{name}/float32"]
         assert_no_worse_than(ours, peer, theirs[f"{name}/float64"], what=name)
         assert_equal(theirs[f"{name}/pipeline"], peer, name)
         assert (ours - base).abs().max() > 0.1
@@ -98,3 +102,43 @@ def test_transformers_opens_the_output_folder_of_a_run(tmp_path: Path) -> None:
         factor_of_8,
         pytest.approx(5 / math.sqrt(3), rel=2**-52),
     ]
+
+
+def test_the_python_of_a_model_card_runs_as_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "path" / "to" / "this" / "folder"
+    train_bundled(folder)
+    said = capsys.readouterr().out
+    assert f"\n\ntalk    python generate.py --adapter {folder} --chat\n" in said
+    with patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+        run_peer(SUPPORT / "card_peer.py", tmp_path, {"nothing": torch.zeros(1)})
+    in_nf4, in_16_bits, with_peft = json.loads((tmp_path / "said.json").read_text())
+    # transformers' pipelines draw their tokens
+    assert in_nf4.strip()
+    assert in_16_bits.strip()
+    model, tokenizer = our_model(folder, torch.bfloat16), Tokenizer.from_folder(folder)
+    prompt = "Write a verse about the sea."
+    ids = encode_prompt(prompt, tokenizer, model.config.vocab_size)
+    stop_ids = {*model.config.eos_token_ids, tokenizer.eos_token_id}
+    generator = Generator(model, Sampling(), len(ids) + 200)
+    ours = tokenizer.decode(list(generator.stream(ids, 200, stop_ids)))
+    assert with_peft.strip() == ours.strip()
+
+
+def test_who_would_misread_an_adapter_is_said_at_the_end_and_in_its_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun_from_patterns(tmp_path / "out")
+    said = capsys.readouterr().out
+    names = "llama.cpp and Ollama, vLLM and SGLang"
+    for text in (said, (tmp_path / "out" / "README.md").read_text()):
+        assert f"{names} would misread this adapter: its projections have ranks or" in text
+    assert f"\nserve   vllm serve {tmp_path / 'out-merged'}\n" in said
+
+
+def test_a_run_that_saved_no_adapter_names_no_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_bundled(tmp_path / "out", f"--max-steps 0 --eval-data {BUNDLED / 'eval.jsonl'}")
+    assert "generate.py" not in capsys.readouterr().out

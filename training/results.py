@@ -6,10 +6,13 @@ from pathlib import Path
 
 from foreign.terminal import one_line
 from hub.push import push_folder
+from llama.model import projection_shapes, update_sizes
 from lora.adapter_file import rename_base
+from lora.readers import misreaders
 from run.atomic import new_files, new_folder, remove_folder, write_text
 from run.log import RunLog
 from run.model_card import CARD_FILE, model_card
+from run.usage import Usage
 from run.watching import Watching
 from training.ending import cannot_save
 from training.run import Run
@@ -52,9 +55,35 @@ def write_card(run: Run, log: RunLog, names: list[str]) -> None:
     if names:
         with Watching(CARD_FILE, log.say, is_last=True):
             is_on_hub = job.base_id is not None
-            card = model_card(job.config, log.rows, names, job.base_name, is_on_hub=is_on_hub)
+            usage = usage_of(run)
+            card = model_card(
+                job.config, log.rows, names, job.base_name, usage, is_on_hub=is_on_hub
+            )
             write_text(job.output / CARD_FILE, card)
             names.append(CARD_FILE)
+
+
+def usage_of(run: Run) -> Usage:
+    """Gather what the commands that use a run's adapter depend on."""
+    job, output = run.job, str(run.job.output)
+    sizes = update_sizes(job.lora, projection_shapes(job.checkpoint.config))
+    hub_id = None if job.is_base_local else job.base_id
+    return Usage(
+        adapter=output,
+        merged=f"{output}-merged",
+        base=hub_id.repository if hub_id else job.config.model,
+        revision=hub_id.revision if hub_id else None,
+        rank=max(size.rank for size in sizes.values()),
+        is_chat=job.tokenizer.has_chat_template,
+        misreaders=tuple(misreaders(job.lora, sizes)),
+    )
+
+
+def say_usage(run: Run, log: RunLog, names: Sequence[str]) -> None:
+    """Say how to go on with the adapter, if one was saved."""
+    if names:
+        for line in usage_of(run).last_lines():
+            log.say(one_line(line))
 
 
 def push(run: Run, log: RunLog, names: Sequence[str]) -> None:

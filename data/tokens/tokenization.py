@@ -279,4 +279,11 @@ def _document(windows: Iterator[Encoded], tokenizer: Tokenizer, recipe: Recipe) 
 
 def _worthwhile_processes(files: Sequence[Path]) -> int:
     size = sum(path.stat().st_size for path in files)
-    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_WORTH_A_PROCESS))
+    return max(1, min(_num_processors(), size // _BYTES_WORTH_A_PROCESS))
+
+
+def _num_processors() -> int:
+    """Count the processors that this process may use; macOS tells only how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
