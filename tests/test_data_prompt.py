@@ -22,7 +22,11 @@ def with_template(folder: Path, template: str) -> Tokenizer:
     return Tokenizer.from_folder(save_byte_level(folder, config=config))
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, INST, MARKED, IN_THE_LOOP])
+# a prompt that begins the thoughts, which an answer without thoughts does not have
+THINKING = CHATML.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>\\n'")
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, INST, MARKED, IN_THE_LOOP, THINKING])
 def test_templates_that_begin_an_answer_are_taken(template: str) -> None:
     check_generation_prompt(ChatTemplate(template, "the template", SPECIAL))
 

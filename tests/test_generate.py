@@ -225,15 +225,17 @@ def test_what_is_complete_stays_where_the_rest_fails(
 ) -> None:
     def fail(*given: object) -> Iterator[tuple[int, list[int]]]:
         yield 1, Tokenizer.from_folder(MODEL).encode("one", False)
+        # a process that is killed here has written it
+        assert unfinished.read_text()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "complete", fail)
     prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    unfinished = tmp_path / "answers.jsonl.unfinished"
     prompts.write_text("a\nb\n")
     given = ("--model", MODEL, "--prompts", prompts, "--output", output)
     with pytest.raises(KeyboardInterrupt):
         run(*given)
-    unfinished = tmp_path / "answers.jsonl.unfinished"
     assert json.loads(unfinished.read_text()) == {"index": 1, "prompt": "b", "answer": "one"}
     assert f"1 of 2 answers are in {unfinished}" in capsys.readouterr().err
     assert not output.exists()
