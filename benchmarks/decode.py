@@ -39,7 +39,7 @@ from llama.cache import KeyValueCache
 from llama.config import LlamaConfig
 
 HERE = Path(__file__).resolve().parent
-SHAPES = "1x256+256,8x256+256,1x2048+128,8x2048+128,1x2048+1"
+SHAPES = "1x320+128,8x320+128,1x2048+1"
 PEERS = ("hf", "unsloth")
 # of a weight in NF4: half a byte, a code of its block of 64, two numbers of 256 blocks
 BYTES_PER_WEIGHT = 0.5 + (1 + 4 / 256) / 64
