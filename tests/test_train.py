@@ -541,7 +541,7 @@ def test_loraplus_lets_lora_b_learn_faster(tmp_path: Path) -> None:
         ("--device cuda", "--device cuda must find a GPU"),
         ("--optimizer-residency host", "--optimizer-residency must be auto on a CPU"),
         ("--optimizer-residency host --optim adamw", "must be auto with --optim adamw"),
-        ("--max-memory 24", "--max-memory must be a size such as 24GiB"),
+        ("--max-memory 24g", "--max-memory must be a size such as 24GiB"),
         ("--max-memory 24GiB", "must be given for a GPU: the device is the CPU"),
         ("--activations offload", "must be given for a GPU: the device is the CPU"),
         ("--loraplus-lr-ratio 0", "--loraplus-lr-ratio must be positive"),
