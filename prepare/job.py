@@ -26,7 +26,7 @@ from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
 from llama.model import projection_shapes, projections, update_sizes
-from lora.adapter_file import find_adapter
+from lora.adapter_file import WEIGHTS_NAME, find_adapter
 from lora.config import LoRAConfig
 from lora.readers import plain
 from prepare.adapter import follow_adapter, lora_config
@@ -174,6 +174,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if resumed:
         start = resumed.path
         print(f"resumed from {start}: {resumed.state.step:,} steps done")
+    elif config.resume and (Path(config.output) / WEIGHTS_NAME).is_file():
+        raise ValueError(
+            "--resume must go on with a run that has not ended, or that kept a checkpoint: "
+            f"{config.output} has its adapter and no checkpoint; to train that further, start a "
+            f"new run with --init-adapter {config.output}"
+        )
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 

@@ -138,7 +138,22 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config")
     given = _expand_home(given)
+    if given.get("resume", "") not in ("", "auto"):
+        return _read_run(Path(given["resume"]).expanduser(), file, given)
     return read_fields(Path(file).expanduser()) | given if file else given
+
+
+def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings of the run that --resume names the folder of."""
+    if file or "output" in given:
+        other = "--config" if file else "--output"
+        raise ValueError(f"--resume {folder} says which run it is: leave out {other}")
+    path = find_config(folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"--resume must name the folder of a run: {folder} has no {CONFIG_FILE}"
+        )
+    return read_fields(path) | given | {"output": str(folder), "resume": "auto"}
 
 
 def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainConfig:

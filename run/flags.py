@@ -224,7 +224,8 @@ class RunFlags(_Flags):
     )
     resume: str = _flag(
         "",
-        "auto, or no value: go on from the last whole checkpoint in --output, or from the "
+        "folder of a run to go on with, under its own settings; no value, or auto: the one in "
+        "--output, under the flags that are given; from the last whole checkpoint, or from the "
         "first step if there is none",
         bare="auto",
     )

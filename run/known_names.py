@@ -44,7 +44,7 @@ ALSO = {
 ELSEWHERE = {
     "--gradient-checkpointing": "leave it out, --activations auto recomputes where memory is "
     "short; --activations recompute always",
-    "--resume-from-checkpoint": "give --resume, and --output with the run's folder",
+    "--resume-from-checkpoint": "give --resume with the run's folder",
     "--load-in-8bit": "weights are in NF4 or as they are stored: --quant nf4 or none",
     "--use-dora": "adapters are plain LoRA, or rsLoRA: --use-rslora",
     "--warmup-steps": "give --warmup-ratio, a share of all steps",
