@@ -171,6 +171,25 @@ def test_a_stream_that_is_closed_leaves_its_slot(tiny: Llama) -> None:
     assert list(generator.stream(PROMPTS[0], 20, ())) == expected
 
 
+def test_a_second_call_is_refused_while_the_first_is_half_read(tiny: Llama) -> None:
+    # with a slot to spare as well
+    generator = greedy(2, tiny)
+    stream = generator.stream(PROMPTS[0], 20, ())
+    found = [next(stream)]
+    with pytest.raises(ValueError, match="of one call at a time: .* is half-read"):
+        list(generator.stream(PROMPTS[1], 20, ()))
+    assert found + list(stream) == generate_greedy(tiny, PROMPTS[0], 20, ())
+    # and between two texts, where no slot is taken
+    generator = greedy(1, tiny)
+    texts = generator.complete(PROMPTS, 3, ())
+    found = [next(texts)]
+    with pytest.raises(ValueError, match="of one call at a time: .* is half-read"):
+        list(generator.stream(PROMPTS[1], 20, ()))
+    assert [ids for _, ids in found + list(texts)] == [
+        generate_greedy(tiny, prompt, 3, ()) for prompt in PROMPTS
+    ]
+
+
 def test_a_prompt_that_fails_leaves_all_slots(tiny: Llama) -> None:
     generator = greedy(2, tiny)
     with pytest.raises(ValueError, match="must have at most 25 tokens: got 6 and 20"):
