@@ -25,7 +25,7 @@ from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, by_case, matmul_table, short_name
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import (
-    Path,
+    PathName,
     matmul_path,
     nf4_matmul,
     path_obstacle,
@@ -36,7 +36,7 @@ DTYPE = torch.bfloat16
 NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # kernels that decode inside the product are no candidates beyond
 DECODING_MOST_ROWS = 256
-DECODING: tuple[Path, ...] = ("fused", "warpgroup")
+DECODING: tuple[PathName, ...] = ("fused", "warpgroup")
 # the crossover is looked for to this many rows, a tile of the tensor cores
 CROSSOVER_STEP = 16
 # of the list of cases that are slower, on the terminal
@@ -83,7 +83,7 @@ def operand(layer: str, machine: Machine) -> Operand:
     return Operand(weight, nf4_dequantize(weight, DTYPE), theirs)
 
 
-def products(mode: str, paths: Sequence[Path], peer: Bitsandbytes | None) -> dict[str, Product]:
+def products(mode: str, paths: Sequence[PathName], peer: Bitsandbytes | None) -> dict[str, Product]:
     """Name the ways to multiply in a mode: what ours chooses, some of its paths, the peers."""
 
     def torch_product(x: Tensor, operand: Operand) -> Tensor:
@@ -149,7 +149,7 @@ class LayerBench:
         inputs = [torch.randn(m, num_columns, dtype=DTYPE, device=machine.device) for _ in operands]
         rows = {} if only else {"limit": limit_row(work, machine) | {"path": None}}
         weight = operands[0].weight
-        paths: list[Path] = [
+        paths: list[PathName] = [
             path
             for path in DECODING
             if m <= DECODING_MOST_ROWS and not path_obstacle(path, weight, DTYPE)

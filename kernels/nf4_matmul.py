@@ -27,13 +27,13 @@ from kernels.nf4_matmul_warpgroup import _launch_nf4_matmul_warpgroup, warpgroup
 from kernels.ptx import level_planes
 from nf4.weight import NF4Weight, dequantize
 
-Path = Literal["fused", "warpgroup", "expand"]
+PathName = Literal["fused", "warpgroup", "expand"]
 
 
 class MatmulPath(NamedTuple):
     """How a CUDA tensor is multiplied, and why."""
 
-    name: Path
+    name: PathName
     reason: str
 
 
@@ -99,7 +99,7 @@ def matmul_path(num_rows: int, weight: NF4Weight, dtype: torch.dtype) -> MatmulP
     table = CROSSOVERS.get(key, DEFAULT_CROSSOVERS)
     N, K = weight.shape
     crossover = next(row for row in table if row.min_weights <= N * K)
-    bounds: tuple[tuple[Path, int], ...] = (
+    bounds: tuple[tuple[PathName, int], ...] = (
         ("fused", crossover.fused),
         ("warpgroup", crossover.warpgroup),
     )
@@ -119,7 +119,7 @@ def matmul_path(num_rows: int, weight: NF4Weight, dtype: torch.dtype) -> MatmulP
     return MatmulPath("expand", obstacles[0] if obstacles else beyond)
 
 
-def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype) -> str:
+def path_obstacle(path: PathName, weight: NF4Weight, dtype: torch.dtype) -> str:
     """Say what keeps a weight on a GPU from a path; an empty string if nothing does."""
     capability = properties(weight.device).capability
     if path == "fused":
@@ -129,11 +129,11 @@ def path_obstacle(path: Path, weight: NF4Weight, dtype: torch.dtype) -> str:
     return ""
 
 
-def _resolve(path: Path | None, x: Tensor, weight: NF4Weight) -> Path:
+def _resolve(path: PathName | None, x: Tensor, weight: NF4Weight) -> PathName:
     if path is None:
         return matmul_path(x.shape[0], weight, x.dtype).name
-    if path not in get_args(Path):
-        raise ValueError(f"path must be one of {', '.join(get_args(Path))}: got {path!r}")
+    if path not in get_args(PathName):
+        raise ValueError(f"path must be one of {', '.join(get_args(PathName))}: got {path!r}")
     obstacle = path_obstacle(path, weight, x.dtype)
     if obstacle:
         raise ValueError(f"path must fit the weight: got {path}, but {obstacle}; use expand")
@@ -153,7 +153,7 @@ def _check(x: Tensor, weight: NF4Weight) -> None:
 def nf4_matmul(
     x: Tensor,  # (M, K)
     weight: NF4Weight,  # (N, K)
-    path: Path | None = None,
+    path: PathName | None = None,
 ) -> Tensor:  # (M, N), x's dtype
     """Multiply by the transpose of an NF4 weight.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels import nf4_matmul_fused as fused_module
 from kernels import nf4_matmul_warpgroup as warpgroup_module
 from kernels.device import H200, Properties, meta_stands_for
-from kernels.nf4_matmul import CROSSOVERS, Path, matmul_path, nf4_matmul
+from kernels.nf4_matmul import CROSSOVERS, PathName, matmul_path, nf4_matmul
 from kernels.nf4_matmul_fused import CONFIGS, fused_obstacle
 from kernels.nf4_matmul_warpgroup import warpgroup_obstacle
 from nf4.double_quant import QuantizedAbsmax, dequantize_absmax
@@ -71,7 +71,7 @@ ODD_WEIGHTS = [
     WeightCase((257,), 1031, double_quant=False),
     WeightCase((1030,), 1376, 4096),
 ]
-CANDIDATES: list[tuple[Path, list[WeightCase], list[torch.dtype]]] = [
+CANDIDATES: list[tuple[PathName, list[WeightCase], list[torch.dtype]]] = [
     ("fused", WHOLE_WEIGHTS, HALF_DTYPES),
     ("expand", WHOLE_WEIGHTS[:1] + ODD_WEIGHTS, DTYPES),
 ]
@@ -149,7 +149,7 @@ def h200() -> Iterator[None]:
         yield
 
 
-def path_of(num_rows: int, weight: WeightCase, dtype: torch.dtype) -> Path:
+def path_of(num_rows: int, weight: WeightCase, dtype: torch.dtype) -> PathName:
     empty = empty_weight(
         weight.rows, weight.in_features, weight.block_size, weight.double_quant, META
     )
@@ -372,7 +372,7 @@ def test_a_spill_is_seen() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "path"), GPU_PRODUCTS, ids=str)
-def test_gpu_product_is_right(case: ProductCase, path: Path) -> None:
+def test_gpu_product_is_right(case: ProductCase, path: PathName) -> None:
     device = torch.device("cuda")
     rows = random_rows(case)
     # a copy would be contiguous: rows of x start anywhere, and what lies between them is NaN
@@ -406,7 +406,7 @@ def test_gpu_rows_in_float32_are_not_rounded_to_tf32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "path"), GPU_PRODUCTS, ids=str)
-def test_two_gpu_products_are_bit_equal(case: ProductCase, path: Path) -> None:
+def test_two_gpu_products_are_bit_equal(case: ProductCase, path: PathName) -> None:
     device = torch.device("cuda")
     # contiguous here
     x, weight = random_rows(case).to(device), to_device(random_weight(case.weight), device)
