@@ -16,6 +16,7 @@ from benchmarks.__main__ import benchmarks
 from bundled.valley import animals
 from merging import job
 from run.config import TrainConfig, build_parser
+from run.usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -215,13 +216,27 @@ def test_every_command_is_one_that_works(page: Path) -> None:
         words = shlex.split(command)
         if words[0] == "torchrun":
             words = ["python", *words[words.index("train.py") :]]
-        if words[0] in ("pip", ".ci/run", "hf"):
+        if words[0] in ("pip", ".ci/run", "hf", "vllm"):
             continue
         assert words[0] == "python", command
         if words[1] == "-m":
             check_module(words[2:])
         else:
             check_door(words[1:])
+
+
+def test_the_last_lines_of_a_run_are_docs_runs_mds() -> None:
+    usage = Usage(
+        adapter="out/mine",
+        merged="out/mine-merged",
+        base="meta-llama/Llama-3.2-1B-Instruct",
+        revision=None,
+        rank=TrainConfig().lora_r,
+        is_chat=True,
+        misreaders=(),
+    )
+    block = "\n".join(["```bash", usage.talk, usage.merge, usage.serve, "```"])
+    assert block in (ROOT / "docs" / "runs.md").read_text()
 
 
 def said_in(path: Path) -> str:
