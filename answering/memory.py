@@ -16,6 +16,18 @@ def weight_bytes(sizes: Llama) -> int:
     return adapter + sum(tensor.nbytes for tensor in sizes.frozen_tensors())
 
 
+def expanded_bytes(sizes: Llama, device: torch.device) -> int:
+    """Count the bytes of expanded weights: a CPU keeps all of them, a GPU expands one group at a
+    time."""
+    itemsize = sizes.compute_dtype.itemsize
+    found = [
+        group.num_rows * group.in_features * itemsize
+        for _, group in sizes.groups()
+        if not isinstance(group.weight, torch.Tensor) or group.weight.dtype != sizes.compute_dtype
+    ]
+    return sum(found) if device.type == "cpu" else max(found, default=0)
+
+
 def check_memory(sizes: Llama, device: torch.device, num_sequences: int, capacity: int) -> None:
     """Refuse a model and a cache that the device's free memory does not hold.
 
@@ -26,7 +38,7 @@ def check_memory(sizes: Llama, device: torch.device, num_sequences: int, capacit
         ValueError: they do not fit.
     """
     free = available_bytes(device)
-    weights = weight_bytes(sizes)
+    weights = weight_bytes(sizes) + expanded_bytes(sizes, device)
     cache = KeyValueCache.num_bytes(sizes.config, num_sequences, capacity, sizes.compute_dtype)
     if free is None or weights + cache <= free:
         return

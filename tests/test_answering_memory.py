@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny_llama import write_variant
 
-from answering.memory import available_bytes, check_memory, weight_bytes
+from answering.memory import available_bytes, check_memory, expanded_bytes, weight_bytes
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from llama.cache import KeyValueCache
@@ -31,6 +31,16 @@ def test_weights_take_what_the_loaded_model_takes(
     model = load_model(checkpoint, CPU, torch.float32, quantization)
     model.attach_lora(LoRAConfig(4, 8, 0.0, projections(checkpoint.config)), seed=0)
     assert weight_bytes(sizes_of(checkpoint, quantization)) == weight_bytes(model)
+
+
+def test_expanded_weights_are_counted_where_they_are_kept(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_variant(tmp_path, "grouped-query"))
+    sizes = sizes_of(checkpoint, Quantization(32, True))
+    expanded = [4 * group.num_rows * group.in_features for _, group in sizes.groups()]
+    assert expanded_bytes(sizes, CPU) == sum(expanded)
+    assert expanded_bytes(sizes, torch.device("cuda")) == max(expanded)
+    # weights in the computation's dtype are used as they are
+    assert expanded_bytes(sizes_of(checkpoint, None), CPU) == 0
 
 
 def test_what_does_not_fit_is_refused_with_what_would_help(
