@@ -74,8 +74,8 @@ class PromptPass:
         """
         padded = num_tokens + -num_tokens % PADDED_TOKENS
         # padding must not make a sequence one of the long ones
-        starts_anew = self._model.starts_anew
-        if not self._captures or starts_anew(0, num_tokens) != starts_anew(0, padded):
+        is_long = self._model.config.is_long
+        if not self._captures or is_long(num_tokens) != is_long(padded):
             return None
         is_known = padded in self._seen
         self._seen.add(padded)
