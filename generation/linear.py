@@ -12,7 +12,7 @@ from nf4.weight import NF4Weight
 
 
 class TokenLinear:
-    """A linear group with its updates rounded once.
+    """A linear group with its low-rank updates rounded once.
 
         y = x W^T + bias + h B^T             h = x A^T, which whoever makes x computes as well
 

@@ -84,8 +84,8 @@ class PromptPass:
         """Round a length up where lengths are captured."""
         padded = num_tokens + -num_tokens % PADDED_TOKENS
         # padding must not make a sequence one of the long ones
-        starts_anew = self._model.starts_anew
-        is_alike = starts_anew(0, num_tokens) == starts_anew(0, padded)
+        is_long = self._model.config.is_long
+        is_alike = is_long(num_tokens) == is_long(padded)
         return padded if self._captures and is_alike else num_tokens
 
     def _captured_for(self, padded: int) -> _Captured | None:

@@ -69,7 +69,7 @@ class TokenStep:
         hidden = self._prompt_pass(prompt, slot)
         self._numbers[slot] = number
         self._lengths[slot] = T
-        self._is_long[slot] = int(self._model.starts_anew(0, T))
+        self._is_long[slot] = int(self._model.config.is_long(T))
         self._is_running[slot] = 1
         seen = None
         if self._seen is not None:

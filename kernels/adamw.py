@@ -96,7 +96,7 @@ def adamw_reference(
 
 
 def _spans_of_groups(arenas: Arenas) -> list[tuple[slice, float, float]]:
-    """List runs of blocks of one group: their elements, factor and weight decay."""
+    """List runs of blocks of one parameter group: their elements, factor and weight decay."""
     settings = arenas.groups.tolist()
     indices, counts = torch.unique_consecutive(arenas.group_of_block, return_counts=True)
     spans, start = [], 0
@@ -260,7 +260,7 @@ def adamw(
         norm = |gradients| / loss_scale
         g    = gradients min(1, max_norm / (norm + 1e-6)) / loss_scale
 
-    and then AdamW, with the learning rate and the weight decay of each block's group.
+    and then AdamW, with the learning rate and the weight decay of each block's parameter group.
 
     Args:
         max_norm: clip to this norm; 0 does not clip.

@@ -20,7 +20,7 @@ TILE_BLOCKS = 4
 SUM_PROGRAMS = 1024
 
 # the scalars that the plan writes and the update reads: these four, then decay and step size of
-# each group
+# each parameter group
 NORM, IS_FINITE, FACTOR, CORRECTION2 = (tl.constexpr(index) for index in range(4))
 NUM_SHARED_SCALARS = tl.constexpr(4)
 
@@ -44,7 +44,7 @@ class Arenas:
     parameters: Tensor  # (num_blocks * MOMENT_BLOCK,) float32
     gradients: Tensor  # (num_blocks * MOMENT_BLOCK,) float32
     moments: Moments
-    group_of_block: Tensor  # (num_blocks,) uint8
+    group_of_block: Tensor  # (num_blocks,) uint8, the parameter group of each block
     groups: Tensor  # (num_groups, 2) float64: factor of the learning rate, weight decay
     num_updates: Tensor  # (1,) int32, t: steps that were not skipped
     scalars: Tensor  # (NUM_SHARED_SCALARS + 2 * num_groups,) float32, from launch to launch

@@ -35,7 +35,7 @@ def low_rank_of(
     rows: Sequence[int],  # of each member
     dtype: torch.dtype,
 ) -> LowRank:
-    """Round a group's updates for the kernels."""
+    """Round the low-rank updates of a weight's members for the kernels."""
     B = lora_B.new_zeros(sum(rows), lora_B.shape[1])
     for update in updates:
         B[update.y] = lora_B[update.B] * update.scaling

@@ -1,9 +1,9 @@
 """What the NF4 kernels share: where each member of a weight begins, the tables, a block's scale.
 
 A device function and the tables the kernels read; no launches. An NF4 weight stacks members (q, k,
-v) whose bytes, blocks and groups each start anew, so a kernel must know where each member begins.
-It reads that from a small table in device memory, one row a member, which `member_table` makes once
-for a shape.
+v) whose bytes, blocks and groups of blocks each start anew, so a kernel must know where each member
+begins. It reads that from a small table in device memory, one row a member, which `member_table`
+makes once for a shape.
 
     member_table   | row | byte | block | group | num_elements |      int64, one line a member
 """
@@ -66,7 +66,7 @@ def load_absmax(
     dynamic_map_ptr,
     block,  # index of the block within its member
     block_start,  # the member's first block
-    group_start,  # the member's first group
+    group_start,  # the member's first group of blocks
     member,
     mask,
     DOUBLE_QUANT: tl.constexpr,

@@ -19,7 +19,7 @@ from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
-from llama.rope_scaling import RopeScaling, read_rope
+from llama.rope_scaling import LongRopeScaling, RopeScaling, read_rope
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -60,6 +60,18 @@ class LlamaConfig:
     norm_offset: float  # what the weights of all norms are stored less
     embedding_scale: float
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+
+    @property
+    def rotary_factor(self) -> float:
+        """The factor of cosines and sines."""
+        scaling = self.rope_scaling
+        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+
+    def is_long(self, num_tokens: int) -> bool:
+        """Tell whether a sequence is rotated by LongRoPE's frequencies for long ones."""
+        scaling = self.rope_scaling
+        is_longrope = isinstance(scaling, LongRopeScaling)
+        return is_longrope and scaling.original_max_position_embeddings < num_tokens
 
 
 def _eos_token_ids(fields: JsonFields) -> tuple[int, ...] | None:

@@ -18,6 +18,10 @@ Kernels that read the sources anyway compute everything else again, or gradients
 buffer holds the gradient of the residual stream from the last layer to the first.
 
     M = B T rows, D hidden_size, F intermediate_size
+
+A name in `_ext` is a matrix with more columns behind its own: h = x A^T behind an input x, the
+gradient of h behind the gradient of an output. They are the tail of a linear group, and its width
+is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
 import math
@@ -60,15 +64,15 @@ class Activations:
     # queries and keys before their norms, (M H, head_dim), and rstd; empty without such norms
     heads: list[tuple[Tensor, Tensor]]
     mixed: Mixed
-    h_o: Tensor  # (M, T of the group)
+    h_o: Tensor  # (M, tail)
     # o's output before the norm behind it, (M, D), and rstd; None without such a norm
     output_o: tuple[Tensor, Tensor] | None = None
-    h_qkv: Tensor  # (M, T of the group)
+    h_qkv: Tensor  # (M, tail)
     r2: Tensor  # (M, D), the residual stream at the norm before the MLP
     rstd2: Tensor  # (M,) float32
-    gate_up_ext: Tensor  # (M, 2 F + T of the group)
-    h_gate_up: Tensor  # (M, T of the group)
-    h_down: Tensor  # (M, T of the group)
+    gate_up_ext: Tensor  # (M, 2 F + tail)
+    h_gate_up: Tensor  # (M, tail)
+    h_down: Tensor  # (M, tail)
     output_down: tuple[Tensor, Tensor] | None = None  # as output_o
 
 
@@ -274,7 +278,7 @@ class DecoderLayer(nn.Module):
         gate_up.forward(y_ext, shared.dropout_seed, out=gates_and_ups)
         kept.h_gate_up = _own(y_ext[:, D:])
 
-    def _inner(self, kept: Activations) -> Tensor:  # (M, F + T of down)
+    def _inner(self, kept: Activations) -> Tensor:  # (M, F + tail)
         """Compute activation(gate) up."""
         down = self.mlp.down
         inner_ext = down.empty_input(kept.r2.shape[0], kept.r2)
@@ -372,7 +376,7 @@ class DecoderLayer(nn.Module):
         grad_ext: Tensor,
         kept: tuple[Tensor, Tensor] | None,
         group: LinearGroup,
-    ) -> Tensor:  # (M, D + T of the group)
+    ) -> Tensor:  # (M, D + tail)
         """Compute the gradient of o's or down's output from that of what was added."""
         D = group.num_rows
         if name is None or kept is None:

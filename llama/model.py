@@ -173,7 +173,7 @@ class Llama(nn.Module):
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The stacked updates of every group, in the model's order."""
+        """The stacked low-rank updates of every linear group, in the model's order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def frozen_tensors(self) -> Iterator[Tensor]:
@@ -217,7 +217,7 @@ class Llama(nn.Module):
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
         scaling = self.config.rope_scaling
-        is_long = self.starts_anew(0, input_ids.shape[1])
+        is_long = self.config.is_long(input_ids.shape[1])
         if is_long and samples is not None:
             assert isinstance(scaling, LongRopeScaling)
             raise ValueError(
@@ -225,31 +225,22 @@ class Llama(nn.Module):
                 f"{scaling.original_max_position_embeddings:,} tokens: got {input_ids.shape[1]:,}; "
                 "lower --max-length or use --no-packing"
             )
-        cos, sin = rope_tables(self.frequencies[int(is_long)], rows, self._rotary_factor)
+        cos, sin = rope_tables(self.frequencies[int(is_long)], rows, self.config.rotary_factor)
         positions = rows.expand_as(input_ids) if samples is None else samples.positions.long()
         return Shared(positions, cos, sin, dropout_seed, samples)
-
-    @property
-    def _rotary_factor(self) -> float:
-        """The factor of cosines and sines."""
-        scaling = self.config.rope_scaling
-        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
 
     def rotary_tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines of so many positions, twice: by the frequencies for sequences
         of the usual length, and below by those for long ones."""
         positions = torch.arange(num_positions, device=self.device)
-        tables = [rope_tables(f, positions, self._rotary_factor) for f in self.frequencies]
+        factor = self.config.rotary_factor
+        tables = [rope_tables(f, positions, factor) for f in self.frequencies]
         cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
         return cos, sin
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""
-        scaling = self.config.rope_scaling
-        return (
-            isinstance(scaling, LongRopeScaling)
-            and num_tokens <= scaling.original_max_position_embeddings < num_more
-        )
+        return not self.config.is_long(num_tokens) and self.config.is_long(num_more)
 
     @torch.no_grad()
     def hidden_states(

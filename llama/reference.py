@@ -1,9 +1,11 @@
 """The Llama family in plain torch, under autograd: the function that the rest of `llama/` computes.
 
 A layer here has the order and the names of `llama/layer.py`, where forward and backward
-passes are written out and kernels do the work. Here every operation is one of torch's, weights are
-plain matrices, and autograd finds the gradients. Tests hold the written-out passes against this
-module in float64, and `bundled/` trains the demo's model with it.
+passes are written out and kernels do the work. Here every operation is one of torch's, and autograd
+finds the gradients. Weights are plain matrices: QLoRA is this module with each projection's frozen
+weight read as `nf4.weight.dequantize` expands it, and `lora_A` and `lora_B` alone trained.
+`tests/test_llama_reference.py` copies a quantized model into this module like that, and holds the
+written-out passes against it in float64; `bundled/` trains the demo's model with it.
 
     B batch, T tokens, D hidden_size, H heads, V vocab_size
 """
@@ -15,10 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
-from llama.model import Llama
 from llama.rope import rope_frequencies, rope_tables
-from llama.rope_scaling import LongRopeScaling
-from nf4.weight import NF4Weight, dequantize
 from rows.batch import Batch
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
@@ -33,7 +32,7 @@ class Projection(nn.Linear):
     """
 
     def attach(self, rank: int, scaling: float) -> None:
-        """Give the projection an update of a rank, whose values are for the caller to set."""
+        """Add a low-rank update; its values are for the caller to set."""
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         self.scaling = scaling
@@ -173,12 +172,8 @@ class Reference(nn.Module):
         is_same = (sample[:, :, None] == sample[:, None, :])[:, None]
         distance = torch.where(is_same, order[:, None] - order, -1)  # (B, 1, T, T)
 
-        scaling = config.rope_scaling
-        is_long = (
-            isinstance(scaling, LongRopeScaling) and scaling.original_max_position_embeddings < T
-        )
-        factor = scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
-        tables = rope_tables(rope_frequencies(config, is_long), positions.flatten(), factor)
+        frequencies = rope_frequencies(config, config.is_long(T))
+        tables = rope_tables(frequencies, positions.flatten(), config.rotary_factor)
         x = self.model.embed_tokens(input_ids) * config.embedding_scale
         cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
         for layer in self.model.layers:
@@ -192,27 +187,3 @@ class Reference(nn.Module):
         """Sum the cross-entropy of each label (-100: none) given the tokens before it."""
         logits = self(batch.input_ids, batch.positions)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
-
-
-def reference_of(model: Llama, dtype: torch.dtype = torch.float64) -> Reference:
-    """Copy a model and its adapter, which alone trains: NF4 expanded, groups taken apart."""
-    reference = Reference(model.config)
-    tensors = {n: p for n, p in model.named_parameters() if not n.endswith(("lora_A", "lora_B"))}
-    for prefix, group in model.groups():
-        weight = group.weight
-        if isinstance(weight, NF4Weight):
-            weight = dequantize(weight, torch.float32)
-        stacked = (
-            {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
-        )
-        for kind, tensor in stacked.items():
-            parts = tensor.split(group.rows)
-            tensors |= {f"{prefix}{n}.{kind}": p for n, p in zip(group.names, parts, strict=True)}
-        for name, size in group.sizes.items():
-            projection = reference.get_submodule(prefix + name)
-            assert isinstance(projection, Projection)
-            projection.attach(*size)
-    reference.to(dtype).load_state_dict(tensors | model.adapter_tensors())
-    for name, parameter in reference.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return reference

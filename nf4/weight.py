@@ -2,9 +2,9 @@
 
 A weight may hold several matrices with the same number of columns, one below the other: q, k and v
 of an attention, gate and up of an MLP. Each of these members is quantized by itself (its blocks,
-groups and mean start anew), and their bytes lie one after the other. So one launch expands them
-all, and each member's bytes are those that bitsandbytes writes. The record is no tensor subclass:
-code that takes a quantized weight names it.
+groups of blocks and mean start anew), and their bytes lie one after the other. So one launch
+expands them all, and each member's bytes are those that bitsandbytes writes. The record is no
+tensor subclass: code that takes a quantized weight names it.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,8 @@ class MemberSpan:
 
 
 def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list[MemberSpan]:
-    """Lay the members of a weight out one after the other in whole bytes, blocks and groups."""
+    """Lay the members of a weight out one after the other in whole bytes, blocks and groups of
+    blocks."""
     spans = []
     row = byte = block = group = 0
     for num_rows in rows:

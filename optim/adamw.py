@@ -100,7 +100,7 @@ class AdamW:
                 parameter.data = view
 
     def _groups(self, factors: dict[str, float], weight_decay: float) -> tuple[Tensor, Tensor]:
-        """Tabulate which blocks have which factor of the learning rate."""
+        """Tabulate the parameter groups: which blocks have which factor of the learning rate."""
         layout = self._layout
         distinct = sorted({1.0, *factors.values()})
         # the kernel reads a byte a block

@@ -60,7 +60,7 @@ def follow_adapter(
     }
     config = replace(config, **{name: shape[name] for name in shape if name not in given})
     asked = lora_config(config, names)
-    # a run with rsLoRA leaves an adapter without, which scales as much
+    # a run with rsLoRA saves an adapter without it, whose alpha gives the same scaling
     scales_alike = math.isclose(asked.scaling, found.scaling)
     agrees = {
         "lora_r": asked.r == found.r,

@@ -39,20 +39,20 @@ def identify_base(
     if resumed is None:
         trained_on = read_base_identity(start) if start else ""
         if trained_on and base.original and trained_on != base.original:
-            print(f"--init-adapter was trained on another base: it goes on with {config.model}")
+            print(f"--init-adapter was trained on another base than {config.model}: going on")
     elif not resumed.state.base:
         print(f"{resumed.path} does not say what its base was: {config.model} is not checked")
     elif resumed.state.base != base.own:
         raise ValueError(
             f"--resume must go on with the base that the run began with: {config.model} has other "
-            "weights or another config.json than it had then; give it back its files, or start "
-            f"another run from the adapter: --init-adapter {resumed.path}"
+            "weights or another config.json than it had then; restore its files, or start another "
+            f"run from the adapter: --init-adapter {resumed.path}"
         )
     return base
 
 
 def packable_length(llama: LlamaConfig) -> int | None:
-    """Find how many tokens a row may have that several samples share; None: any number.
+    """Find the most tokens of a row that several samples share; None: there is no limit.
 
     In a longer row LongRoPE's frequencies would depend on the length of each sample.
     """
@@ -86,8 +86,8 @@ def workload(
 
 
 def _num_shapes(epochs: Epochs, device: torch.device) -> int:
-    """Count the shapes of micro-batches that may be captured: each length has a whole one and the
-    last of an epoch."""
+    """Count the shapes of micro-batches that CUDA graphs may capture: for each length of rows, a
+    full micro-batch and the last of an epoch."""
     lengths = {padded_tokens(length, device) for length in epochs.row_lengths}
     return min(2 * len(lengths), MAX_GRAPHS)
 

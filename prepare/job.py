@@ -228,9 +228,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_steps = math.ceil(config.epochs * epochs.num_steps)
     if resumed and resumed.state.step > num_steps:
         raise ValueError(
-            f"--resume must go on with a run that is not beyond its end: {start} is of step "
-            f"{resumed.state.step:,}, and the run has {num_steps:,}; start a new run in another "
-            "--output"
+            f"--resume must go on from a step of the run: {start} is of step "
+            f"{resumed.state.step:,}, and the run has {num_steps:,} steps; start a new run in "
+            "another --output"
         )
     plan = None
     if device.type == "cuda" or config.plan:

@@ -21,7 +21,7 @@ def follow_checkpoint(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfi
     A flag with its default value counts as not given.
 
     Raises:
-        ValueError: the flags ask for another one.
+        ValueError: the flags ask for another quantization.
     """
     stored = checkpoint.quantization
     if stored is None:

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: folders `checkpoint-N`, each whole, in safetensors and JSON.
+"""Checkpoints of a run, from which it resumes: folders `checkpoint-N`, in safetensors and JSON.
+
+A model's checkpoint, which a run begins with, is the room `checkpoint/`.
 
     checkpoint-N/   the adapter, as lora/ writes it
                     optimizer.safetensors     the moments: float32, or codes and their scales

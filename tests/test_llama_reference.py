@@ -20,8 +20,8 @@ from support.tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
 from llama.model import Llama, projections
-from llama.reference import reference_of
-from nf4.weight import Quantization
+from llama.reference import Projection, Reference
+from nf4.weight import NF4Weight, Quantization, dequantize
 from rows.batch import Batch
 
 # rows of samples of 5, 1, 6 and 4, 9, 1 tokens, for windows of 8
@@ -39,6 +39,30 @@ def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama
         if "lora_B" in name:
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     return model
+
+
+def reference_of(model: Llama) -> Reference:
+    """Copy a model and its adapter, which alone trains: NF4 expanded, groups taken apart."""
+    reference = Reference(model.config)
+    tensors = {n: p for n, p in model.named_parameters() if not n.endswith(("lora_A", "lora_B"))}
+    for prefix, group in model.groups():
+        weight = group.weight
+        if isinstance(weight, NF4Weight):
+            weight = dequantize(weight, torch.float32)
+        stacked = (
+            {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
+        )
+        for kind, tensor in stacked.items():
+            parts = tensor.split(group.rows)
+            tensors |= {f"{prefix}{n}.{kind}": p for n, p in zip(group.names, parts, strict=True)}
+        for name, size in group.sizes.items():
+            projection = reference.get_submodule(prefix + name)
+            assert isinstance(projection, Projection)
+            projection.attach(*size)
+    reference.double().load_state_dict(tensors | model.adapter_tensors())
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return reference
 
 
 def results_of_autograd(

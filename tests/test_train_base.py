@@ -193,7 +193,7 @@ def test_an_adapter_that_goes_on_with_another_base_is_said(
     capsys.readouterr()
     more = f"--init-adapter {output / 'checkpoint-2'}"
     train.main([*flags(output.parent, more), "--output", str(output.parent / "second")])
-    line = f"--init-adapter was trained on another base: it goes on with {model}"
+    line = f"--init-adapter was trained on another base than {model}: going on"
     assert (line in capsys.readouterr().out) == is_changed
     named = metadata_of(output.parent / "second")["base_identity"]
     assert named == identity_of(model).own
