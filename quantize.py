@@ -17,6 +17,7 @@ from tqdm import tqdm
 from checkpoint.files import find_checkpoint
 from checkpoint.opening import open_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
+from foreign.command_line import Parser
 from foreign.terminal import guard_output, one_line
 from nf4.weight import Quantization
 from run.folder import check_new_folder, new_output
@@ -55,11 +56,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="quantize.py",
         description="Write a checkpoint in NF4, as transformers and bitsandbytes do.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--output", required=True, help="a new folder for the quantized one")

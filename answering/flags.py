@@ -4,16 +4,17 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from foreign.command_line import Parser
+
 # where no flag says it: prompts that are answered at a time, and tokens of the longest answer
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_NEW_TOKENS = 512
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="generate.py",
         description="Let a model, alone or with an adapter, answer prompts or talk.",
-        allow_abbrev=False,
     )
     model = parser.add_argument_group("model")
     model.add_argument(

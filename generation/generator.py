@@ -47,6 +47,9 @@ class Generator:
     The device is one step ahead of the host: while the host looks at a token, the next one is being
     computed. A text that has ended leaves its slot to the next prompt at once.
 
+    The model's adapter must stay as it is: a generator has rounded copies of it. After a change of
+    the adapter make a new generator.
+
     Attributes:
         capacity: tokens that a prompt and its answer may have together.
     """
@@ -59,7 +62,7 @@ class Generator:
         num_sequences: int = 1,
         captures: bool = True,
     ) -> None:
-        """Allocate the cache; the adapter is that of now.
+        """Allocate the cache, and round the adapter.
 
         Args:
             num_sequences: that are continued at a time.
@@ -68,6 +71,7 @@ class Generator:
         self.capacity = capacity
         self._model = model
         self._free = list(range(num_sequences))
+        self._is_busy = False
         self._step = TokenStep(model, sampling, capacity, num_sequences, captures)
 
     def stream(
@@ -78,7 +82,8 @@ class Generator:
         Closing the iterator ends the text.
 
         Raises:
-            ValueError: the prompt is empty, or it and `max_new_tokens` exceed the capacity.
+            ValueError: the prompt is empty, it and `max_new_tokens` exceed the capacity, or an
+                iterator of an earlier call is neither at its end nor closed.
         """
         with closing(self._continue([prompt], max_new_tokens, stop_ids)) as texts:
             for _, token in texts:
@@ -107,6 +112,13 @@ class Generator:
         self, prompts: Iterable[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
     ) -> abc.Generator[tuple[_Text, int | None], None, None]:
         """Continue prompts, and yield each new token, and None where a text ends."""
+        # a step moves all slots on: the texts of two calls would miss tokens
+        if self._is_busy:
+            raise ValueError(
+                "a generator must continue the prompts of one call at a time: the iterator of an "
+                "earlier call is half-read; read it to its end or close it"
+            )
+        self._is_busy = True
         waiting = enumerate(prompts)
         running: list[_Text] = []
         reads: deque[_Read] = deque()
@@ -156,6 +168,7 @@ class Generator:
         finally:
             for text in running:
                 self._leave(text)
+            self._is_busy = False
 
     def _begin(self, text: _Text, reads: deque[_Read]) -> None:
         """Run all of a text that is known through the model."""

@@ -3,7 +3,8 @@
 On a GPU the launches of a length that comes again are captured into a CUDA graph, as in training:
 they take Python longer than the GPU needs for 2,000 tokens. Lengths are rounded up to PADDED_TOKENS
 so that they come again; attention is causal, so padding behind a prompt changes nothing in it, and
-what it leaves in the cache is written over before it is seen.
+the padding's keys and values are written over before they are seen. A length is padded from its
+first time on, so that a prompt has the same roundings whether it is launched or replayed.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,19 @@ PADDED_TOKENS = 64
 MAX_GRAPHS = 32
 
 
+class _Inputs(NamedTuple):
+    """A prompt on the device, and its place."""
+
+    ids: Tensor  # (1, padded)
+    last: Tensor  # (1,), index of the prompt's last token
+    sequence: Tensor  # (1,)
+
+
 class _Captured(NamedTuple):
     """The graph of a length, and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor  # (1, padded)
-    last: Tensor  # (1,), index of the prompt's last token
-    sequence: Tensor  # (1,)
+    inputs: _Inputs
     hidden: Tensor  # (1, D)
 
 
@@ -50,45 +57,52 @@ class PromptPass:
     @torch.no_grad()
     def __call__(self, prompt: Sequence[int], sequence: int) -> Tensor:  # (1, D)
         """Fill a sequence's rows of the cache, and find the last token's hidden state."""
-        device, T = self._model.device, len(prompt)
-        captured = self._captured_for(T)
+        T = len(prompt)
+        padded = self._padded(T)
+        captured = self._captured_for(padded)
+        inputs = self._inputs(padded) if captured is None else captured.inputs
+        inputs.ids.zero_()
+        inputs.ids[0, :T] = torch.tensor(prompt, device=inputs.ids.device)
+        inputs.last.fill_(T - 1)
+        inputs.sequence.fill_(sequence)
         if captured is None:
-            ids = torch.tensor([prompt], device=device)
-            last = torch.full((1,), T - 1, device=device)
-            return self._run(ids, last, torch.full((1,), sequence, device=device))
-        captured.ids.zero_()
-        captured.ids[0, :T] = torch.tensor(prompt, device=device)
-        captured.last.fill_(T - 1)
-        captured.sequence.fill_(sequence)
+            return self._run(inputs)
         captured.graph.replay()
         return captured.hidden
 
-    def _run(self, ids: Tensor, last: Tensor, sequence: Tensor) -> Tensor:
-        hidden = self._model.hidden_states(ids, Slot(self._cache, sequence))
-        return hidden[0].index_select(0, last)
+    def _inputs(self, padded: int) -> _Inputs:
+        shapes = ((1, padded), (1,), (1,))
+        return _Inputs(
+            *(torch.zeros(s, dtype=torch.int64, device=self._model.device) for s in shapes)
+        )
 
-    def _captured_for(self, num_tokens: int) -> _Captured | None:
+    def _run(self, inputs: _Inputs) -> Tensor:
+        hidden = self._model.hidden_states(inputs.ids, Slot(self._cache, inputs.sequence))
+        return hidden[0].index_select(0, inputs.last)
+
+    def _padded(self, num_tokens: int) -> int:
+        """Round a length up where lengths are captured."""
+        padded = num_tokens + -num_tokens % PADDED_TOKENS
+        # padding must not make a sequence one of the long ones
+        is_long = self._model.config.is_long
+        is_alike = is_long(num_tokens) == is_long(padded)
+        return padded if self._captures and is_alike else num_tokens
+
+    def _captured_for(self, padded: int) -> _Captured | None:
         """Find a length's graph, recording it when the length comes for the second time.
 
         By then its kernels are compiled.
         """
-        padded = num_tokens + -num_tokens % PADDED_TOKENS
-        # padding must not make a sequence one of the long ones
-        is_long = self._model.config.is_long
-        if not self._captures or is_long(num_tokens) != is_long(padded):
-            return None
         is_known = padded in self._seen
         self._seen.add(padded)
-        if is_known and padded not in self._captured and len(self._captured) < MAX_GRAPHS:
+        has_room = self._captures and len(self._captured) < MAX_GRAPHS
+        if is_known and has_room and padded not in self._captured:
             self._captured[padded] = self._capture(padded)
         return self._captured.get(padded)
 
     def _capture(self, padded: int) -> _Captured:
         """Record the pass; nothing is computed."""
-        graph = torch.cuda.CUDAGraph()
-        device = self._model.device
-        ids = torch.zeros(1, padded, dtype=torch.int64, device=device)
-        last, sequence = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        graph, inputs = torch.cuda.CUDAGraph(), self._inputs(padded)
         with no_new_constants(), torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._run(ids, last, sequence)
-        return _Captured(graph, ids, last, sequence, hidden)
+            hidden = self._run(inputs)
+        return _Captured(graph, inputs, hidden)

@@ -34,8 +34,8 @@ from kernels.softcap import softcap, softcap_reference
 # the fewest rows of a tensor core's product
 MIN_ROWS = 16
 MAX_SPLITS = 32
-# heads that the second kernel adds up at a time
-HEADS = 8
+# the most heads that the second kernel adds up at a time, and their sums: 64 of a thread
+MAX_HEADS, MAX_SUMS = 8, 1 << 15
 
 
 class Tile(NamedTuple):
@@ -249,6 +249,7 @@ def _launch_token_attention(
         "window": scores.window or C,
         "place_ptr": place,
     }
+    heads = min(MAX_HEADS, MAX_SUMS // (splits * head))
     launch(
         _token_attention_kernel,
         (B * H_kv, splits),
@@ -273,7 +274,7 @@ def _launch_token_attention(
     h = None if A is None else query.new_empty(B, A.shape[0])
     launch(
         _add_splits_kernel,
-        (B, cdiv(H, HEADS) if A is None else A.shape[0]),
+        (B, cdiv(H, heads) if A is None else A.shape[0]),
         mixed_ptr=mixed,
         h_ptr=mixed if h is None else h,
         sums_ptr=sums,
@@ -282,7 +283,7 @@ def _launch_token_attention(
         A_ptr=mixed if A is None else A,
         H=H,
         HAS_UPDATE=A is not None,
-        HEADS=HEADS,
+        HEADS=heads,
         num_warps=16,
         **shape,
     )

@@ -10,6 +10,7 @@ import torch
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.opening import Checkpoint, open_checkpoint
 from export.gguf_file import TYPES
+from foreign.command_line import Parser
 from lora.adapter_file import find_adapter
 from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
@@ -96,10 +97,9 @@ def parse(arguments: Sequence[str]) -> MergeJob:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="merge.py",
         description="Merge an adapter into its base model's weights.",
-        allow_abbrev=False,
     )
     parser.add_argument("--adapter", required=True, help="adapter folder or hub id, ours or PEFT's")
     parser.add_argument("--output", required=True, help="new folder for the merged model")

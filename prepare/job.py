@@ -20,13 +20,13 @@ from checkpoint.loading import describe_loading
 from checkpoint.opening import Checkpoint, open_checkpoint
 from data import audit
 from data.epochs import Epochs
-from data.prompt import encode_prompt
+from data.prompt import encode_prompt, stop_ids
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
 from llama.model import projection_shapes, projections, update_sizes
-from lora.adapter_file import find_adapter
+from lora.adapter_file import WEIGHTS_NAME, find_adapter
 from lora.config import LoRAConfig
 from lora.readers import plain
 from prepare.adapter import follow_adapter, lora_config
@@ -78,6 +78,7 @@ class Job:
         data_mode: the permissions of files that hold text of the data.
         evaluation: the batches of an evaluation, if there is evaluation data.
         prompt: the tokens of --sample-prompt, if there is one.
+        stop_ids: what ends the answer to it.
         plan: the memory plan, on a GPU.
         policies: whether each layer keeps, recomputes or offloads its activations.
     """
@@ -96,6 +97,7 @@ class Job:
     epochs: Epochs
     evaluation: Epochs | None
     prompt: list[int] | None
+    stop_ids: frozenset[int]
     num_steps: int
     work: Workload
     plan: MemoryPlan | None
@@ -174,6 +176,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if resumed:
         start = resumed.path
         print(f"resumed from {start}: {resumed.state.step:,} steps done")
+    elif config.resume and (Path(config.output) / WEIGHTS_NAME).is_file():
+        raise ValueError(
+            "--resume must go on with a run that has not ended, or that kept a checkpoint: "
+            f"{config.output} has its adapter and no checkpoint; to train that further, start a "
+            f"new run with --init-adapter {config.output}"
+        )
     elif config.resume:
         print(f"nothing to resume in {config.output}: starting from the first step")
 
@@ -185,9 +193,10 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt = None
+    prompt, stops = None, frozenset[int]()
     if config.sample_prompt:
         prompt = encode_prompt(config.sample_prompt, tokenizer, llama_config.vocab_size)
+        stops = stop_ids(tokenizer, llama_config.eos_token_ids)
 
     row_length = config.max_length if config.packing else 0
     num_own = config.gradient_accumulation_steps
@@ -247,6 +256,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         epochs=epochs,
         evaluation=evaluation,
         prompt=prompt,
+        stop_ids=stops,
         num_steps=num_steps,
         work=work,
         plan=plan,

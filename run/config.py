@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from foreign.command_line import Parser
 from foreign.json_text import read_object
 from foreign.reading import Reading
 from run.flags import (
@@ -24,6 +25,7 @@ from run.flags import (
     RunFlags,
     flag_name,
 )
+from run.known_names import ALSO, ELSEWHERE
 
 CONFIG_FILE = "run.json"
 # of version 0.1; transformers takes a file of this name for a model's
@@ -86,11 +88,12 @@ def _default(f: Field) -> Any:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of train.py: one flag per field of TrainConfig, and --config."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description="Fine-tune a Llama checkpoint with QLoRA. "
         "Without --model and --data: a bundled tiny model on bundled data.",
-        allow_abbrev=False,
+        also=ALSO,
+        elsewhere=ELSEWHERE,
     )
     parser.add_argument("--config", help="the run.json of an earlier run; flags override it")
     for title, flags in GROUPS.items():
@@ -109,7 +112,14 @@ def _add_flag(group: Any, f: Field) -> None:
     if isinstance(default, bool) or default is None:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options |= {"type": type(default), "choices": choices}
+        also = f.metadata["also"]
+
+        def read(text: str) -> Any:
+            return type(default)(also.get(text, text))
+
+        # argparse's message names it
+        read.__name__ = type(default).__name__
+        options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
@@ -128,7 +138,22 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config")
     given = _expand_home(given)
+    if given.get("resume", "") not in ("", "auto"):
+        return _read_run(Path(given["resume"]).expanduser(), file, given)
     return read_fields(Path(file).expanduser()) | given if file else given
+
+
+def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings of the run that --resume names the folder of."""
+    if file or "output" in given:
+        other = "--config" if file else "--output"
+        raise ValueError(f"--resume {folder} says which run it is: leave out {other}")
+    path = find_config(folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"--resume must name the folder of a run: {folder} has no {CONFIG_FILE}"
+        )
+    return read_fields(path) | given | {"output": str(folder), "resume": "auto"}
 
 
 def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainConfig:

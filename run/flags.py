@@ -9,22 +9,29 @@ takes that group, so its signature says which flags decide what it does.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
-_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})?")
 
 
 def _flag(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, bare: str | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    bare: str | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> Any:
     """Describe a flag.
 
     Args:
         bare: the value of the flag where none follows it; such a flag has a --no-flag, too.
+        also: other programs' names of values, each with ours.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+    metadata = {"help": help, "choices": choices, "bare": bare, "also": also or {}}
+    return field(default=default, metadata=metadata)
 
 
 def flag_name(name: str) -> str:
@@ -156,6 +163,11 @@ class OptimizerFlags(_Flags):
         "paged_adamw_32bit",
         "paged: moments in CUDA unified memory; 8bit: quantized in blocks",
         ("paged_adamw_32bit", "paged_adamw_8bit", "adamw"),
+        also={
+            "paged_adamw": "paged_adamw_32bit",
+            "adamw_torch": "adamw",
+            "adamw_torch_fused": "adamw",
+        },
     )
     optimizer_residency: str = _flag(
         "auto",
@@ -212,7 +224,8 @@ class RunFlags(_Flags):
     )
     resume: str = _flag(
         "",
-        "auto, or no value: go on from the last whole checkpoint in --output, or from the "
+        "folder of a run to go on with, under its own settings; no value, or auto: the one in "
+        "--output, under the flags that are given; from the last whole checkpoint, or from the "
         "first step if there is none",
         bare="auto",
     )
@@ -252,6 +265,7 @@ class MachineFlags(_Flags):
         "number format of the computation; auto: bfloat16 on a GPU that has it, float16 on "
         "another GPU, float32 on a CPU",
         ("auto", "bfloat16", "float16", "float32"),
+        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
     )
     activations: str = _flag(
         "auto",
@@ -259,7 +273,9 @@ class MachineFlags(_Flags):
         "layer's input, or offload that input to the host; auto: the fastest mix that fits",
         ("auto", "keep", "recompute", "offload"),
     )
-    max_memory: str = _flag("", "GPU memory to use, such as 24GiB; by default all that is free")
+    max_memory: str = _flag(
+        "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
+    )
     plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
     deterministic: bool = _flag(
         False,
@@ -271,7 +287,7 @@ class MachineFlags(_Flags):
         self._require(
             "max_memory",
             not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
-            "a size such as 24GiB, 24GB or 800MiB",
+            "a size such as 24GiB, 24GB, 800MiB or 24, which is in GiB",
         )
         super().__post_init__()
 
@@ -279,4 +295,4 @@ class MachineFlags(_Flags):
     def max_memory_bytes(self) -> int | None:
         """--max-memory in bytes; None where it is not given."""
         found = _SIZE.fullmatch(self.max_memory)
-        return int(float(found[1]) * _UNITS[found[2]]) if found else None
+        return int(float(found[1]) * _UNITS[found[2] or "GiB"]) if found else None

@@ -229,13 +229,12 @@ def _launch_heads(dtype: torch.dtype) -> None:
     token_heads._launch_token_heads(qkv, cache, cache, places, cos, cos, norms)
 
 
-def _launch_attention(dtype: torch.dtype, head_dim: int = 128) -> None:
+def _launch_attention(dtype: torch.dtype, head_dim: int = 128, num_splits: int = 16) -> None:
     cache, place = _cache(dtype, head_dim), torch.zeros(2, dtype=torch.int64)
     query, A = torch.empty(2, 32, head_dim, dtype=dtype), torch.empty(16, 32 * head_dim)
     scores = token_attention.TokenScores(0.1, 50.0, 4096)
     with pytest.MonkeyPatch.context() as patch:
-        # as on an H200 for one sequence
-        patch.setattr(token_attention, "num_splits", lambda device, num_kv_heads: 16)
+        patch.setattr(token_attention, "num_splits", lambda device, num_kv_heads: num_splits)
         token_attention._launch_token_attention(query, cache, cache, place, scores, A.to(dtype))
 
 
@@ -254,7 +253,13 @@ COMPILED: dict[str, tuple[Any, str, Callable[[torch.dtype], None]]] = {
         "_token_attention_kernel",
         lambda dtype: _launch_attention(dtype, 256),
     ),
+    # 16 on an H200 for one sequence of 8 kv heads, 32 for 4
     "splits": (token_attention, "_add_splits_kernel", _launch_attention),
+    "splits-wide": (
+        token_attention,
+        "_add_splits_kernel",
+        lambda dtype: _launch_attention(dtype, 256, 32),
+    ),
     "linear": (nf4_matmul_fused, "_nf4_matmul_fused_kernel", _launch_linear),
 }
 
@@ -297,6 +302,9 @@ GPU_CASES: list[Any] = [
         ("attn", AttentionCase(HeadsCase((1000,), 32, 8, 128, dtype, 1024), num_ranks=16)),
         ("attn", AttentionCase(HeadsCase((0, 5, 900), 8, 2, 256, dtype, 1024), 30.0, 512)),
         ("attn", AttentionCase(HeadsCase(tuple(range(9)), 6, 6, 64, dtype), num_ranks=2)),
+        # more queries share a key than a product has rows; the most splits of the widest heads
+        ("attn", AttentionCase(HeadsCase((40, 700), 40, 1, 80, dtype, 800), num_ranks=40)),
+        ("attn", AttentionCase(HeadsCase((513,), 6, 2, 256, dtype, 600), num_ranks=1)),
     )
 ] + [
     ("linear", case)
@@ -306,6 +314,7 @@ GPU_CASES: list[Any] = [
         LinearCase(LLAMA, 8, dtype, 16, (0, 1, 2), True),
         LinearCase(WeightCase((2048, 2048), 1024), 17, dtype, 40, (1,)),
         LinearCase(WeightCase((512,), 14336), 3, dtype, has_bias=True),
+        LinearCase(WeightCase((512, 256), 1024), 2, dtype, 130, (0, 1)),
     )
 ]
 

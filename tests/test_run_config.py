@@ -93,13 +93,15 @@ def test_every_flag_that_is_a_path_knows_the_home_folder(
 
 
 @pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
-def test_unknown_flags_and_choices_end_with_usage(
+def test_unknown_flags_and_choices_end_with_a_line(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(line)
     assert stop.value.code == 2
-    assert "usage" in capsys.readouterr().err
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: ")
+    assert message.endswith("; train.py --help lists all flags")
 
 
 def test_every_field_is_a_flag_and_the_reverse() -> None:
@@ -119,6 +121,25 @@ def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
     assert parse(f"--config {path}") == config
     assert parse(f"--config {path} --epochs 3").epochs == 3.0
     assert json.loads(path.read_text()) == asdict(config)
+
+
+def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
+    config = parse(f"--model m --data d --learning-rate 3e-5 --epochs 2 --output {tmp_path}/gone")
+    (tmp_path / "run.json").write_text(to_json(config))
+    # wherever the folder is by now
+    found = parse(f"--resume {tmp_path} --save-steps 7")
+    moved = {"output": str(tmp_path), "resume": "auto", "save_steps": 7}
+    assert asdict(found) == asdict(config) | moved
+    with pytest.raises(ValueError, match=r"--resume .* says which run it is: leave out --output"):
+        parse(f"--resume {tmp_path} --output x")
+    with pytest.raises(ValueError, match="leave out --config"):
+        parse(f"--resume {tmp_path} --config x")
+    with pytest.raises(FileNotFoundError, match=r"must name the folder of a run: .*none has no"):
+        parse(f"--resume {tmp_path}/none")
+    # a file of settings has no folder's name in it
+    (tmp_path / "run.json").write_text('{"resume": "out/last"}')
+    with pytest.raises(ValueError, match="--resume must be auto, or be left bare: got out/last"):
+        parse(f"--config {tmp_path}/run.json --output a")
 
 
 @pytest.mark.parametrize(
@@ -165,11 +186,6 @@ def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) 
 )
 def test_resume_may_be_bare(line: str, resume: str) -> None:
     assert parse(line).resume == resume
-
-
-def test_resume_has_no_other_value() -> None:
-    with pytest.raises(ValueError, match="--resume must be auto, or be left bare: got last"):
-        parse("--output a --resume last")
 
 
 @pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])

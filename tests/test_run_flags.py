@@ -20,7 +20,7 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (OptimizerFlags, {"optim": "adamw", "optimizer_residency": "host"}, "auto with --optim adamw"),
     (RunFlags, {"logging_steps": 0}, "--logging-steps must be at least 1: got 0"),
     (RunFlags, {"save_steps": 1 << 63}, r"--save-steps must be less than 2\^63"),
-    (MachineFlags, {"max_memory": "24"}, "--max-memory must be a size such as 24GiB"),
+    (MachineFlags, {"max_memory": "24g"}, "--max-memory must be a size such as 24GiB"),
     (MachineFlags, {"dtype": "fp8"}, "--dtype must be one of"),
 ]
 

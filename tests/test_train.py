@@ -541,7 +541,7 @@ def test_loraplus_lets_lora_b_learn_faster(tmp_path: Path) -> None:
         ("--device cuda", "--device cuda must find a GPU"),
         ("--optimizer-residency host", "--optimizer-residency must be auto on a CPU"),
         ("--optimizer-residency host --optim adamw", "must be auto with --optim adamw"),
-        ("--max-memory 24", "--max-memory must be a size such as 24GiB"),
+        ("--max-memory 24g", "--max-memory must be a size such as 24GiB"),
         ("--max-memory 24GiB", "must be given for a GPU: the device is the CPU"),
         ("--activations offload", "must be given for a GPU: the device is the CPU"),
         ("--loraplus-lr-ratio 0", "--loraplus-lr-ratio must be positive"),
@@ -595,7 +595,7 @@ def test_an_rslora_run_leaves_its_function_and_the_next_run_begins_with_it(tmp_p
     assert (first / "adapter_model.safetensors").read_bytes() == saved
     # the flags that made it mean the same as its own rank, alpha and targets
     for name, flags in {"second": "--lora-r 8", "third": shape}.items():
-        begun = run(tmp_path, f"{data} --init-adapter {first} {flags}", name)[0]
+        begun = run(tmp_path, f"{data} --save-steps 1 --init-adapter {first} {flags}", name)[0]
         assert begun["eval_loss"] == rows[-1]["eval_loss"]
         again = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert again == fields | {"target_modules": again["target_modules"]}
@@ -605,6 +605,14 @@ def test_an_rslora_run_leaves_its_function_and_the_next_run_begins_with_it(tmp_p
     assert (config["target_modules"], config["use_rslora"]) == ("v_proj,up_proj", False)
     # the file that the run wrote goes on with it
     train.main(["--config", str(path), "--resume"])
+
+
+def test_a_run_that_has_ended_without_a_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    run(tmp_path, "--max-steps 2 --save-steps 0", "out")
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"has its adapter and no checkpoint; .*--init-adapter"):
+        train.main(["--resume", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_an_adapter_with_the_bases_embeddings_goes_on_and_with_others_does_not(

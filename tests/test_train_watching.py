@@ -3,8 +3,10 @@
 import errno
 import itertools
 import json
+import shutil
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -177,6 +179,29 @@ def test_no_tracker_is_imported_that_is_not_asked_for(tmp_path: Path) -> None:
     before = {name for name in ("wandb", "trackio") if name in sys.modules}
     train_small(tmp_path, "")
     assert {name for name in ("wandb", "trackio") if name in sys.modules} == before
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # EOS is another token than the one behind a turn
+    folder = Path(shutil.copytree(BUNDLED / "model", tmp_path / "model"))
+    for name, eos in (
+        ("tokenizer_config.json", {"eos_token": "<|im_start|>"}),
+        ("config.json", {"eos_token_id": 0}),
+        ("generation_config.json", {"eos_token_id": 0}),
+    ):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | eos))
+    stops: list[Collection[int]] = []
+
+    def recorded(*given: Any) -> list[int]:
+        stops.append(given[-1])
+        return []
+
+    monkeypatch.setattr("training.answers.generate_greedy", recorded)
+    train_small(tmp_path, f"--model {folder} --max-steps 1", prompt="Who is Ember?")
+    assert stops == [{0, 1}] * 2
 
 
 def test_the_prompt_is_answered_on_the_way(

@@ -39,11 +39,10 @@ def answer(run: Run, log: RunLog) -> str:
     with run.ranks.sharing_shortage():
         if run.ranks.is_first:
             with Watching("--sample-prompt", log.say, is_spared=is_of_device):
-                prompt, tokenizer = run.job.prompt, run.job.tokenizer
-                assert prompt is not None
-                stop_ids = {*run.model.config.eos_token_ids, tokenizer.eos_token_id}
-                new_ids = generate_greedy(run.model, prompt, SAMPLE_TOKENS, stop_ids)
-                text = tokenizer.decode(new_ids).strip()
+                job = run.job
+                assert job.prompt is not None
+                new_ids = generate_greedy(run.model, job.prompt, SAMPLE_TOKENS, job.stop_ids)
+                text = job.tokenizer.decode(new_ids).strip()
                 log.add_answer(run.state.step, text)
     return text
 

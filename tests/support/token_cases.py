@@ -203,6 +203,8 @@ def _tiny() -> dict[str, list[Any]]:
             AttentionCase(heads),
             AttentionCase(heads, cap=2.0, window=70, num_ranks=2),
             AttentionCase(wide, window=64, num_ranks=1),
+            # more queries share a key than a product has rows, and a window is shorter than a split
+            AttentionCase(HeadsCase((0, 70), 20, 1, 24, dtype), window=3, num_ranks=4),
         ]
         if dtype != torch.float32:
             cases["linear"] += [

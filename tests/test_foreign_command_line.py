@@ -1,0 +1,85 @@
+"""foreign/command_line.py: other programs' names, switches with values, errors of one line."""
+
+import argparse
+
+import pytest
+
+from foreign.command_line import Parser
+
+
+def parser() -> Parser:
+    result = Parser(
+        prog="x.py",
+        also={"--max-seq-len": "--max-length", "--bf16": "--dtype bfloat16", "--pack": "--packing"},
+        elsewhere={"--stage": "leave it out"},
+    )
+    result.add_argument("--max-length", type=int)
+    result.add_argument("--dtype", choices=("auto", "bfloat16"))
+    result.add_argument("--packing", action=argparse.BooleanOptionalAction)
+    result.add_argument("--chat", action="store_true")
+    result.add_argument("--prompt")
+    return result
+
+
+def read(text: str) -> dict[str, object]:
+    found = vars(parser().parse_args(text.split()))
+    return {name: value for name, value in found.items() if value not in (None, False)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("--max-length 8", {"max_length": 8}),
+        ("--max_length 8", {"max_length": 8}),
+        ("--max_length=8", {"max_length": 8}),
+        ("--max_seq_len 8", {"max_length": 8}),
+        ("--max-seq-len=8", {"max_length": 8}),
+        ("--bf16", {"dtype": "bfloat16"}),
+        ("--bf16 True --max-length 8", {"dtype": "bfloat16", "max_length": 8}),
+        ("--packing", {"packing": True}),
+        ("--packing true", {"packing": True}),
+        ("--packing=TRUE --chat", {"packing": True, "chat": True}),
+        ("--pack true", {"packing": True}),
+        ("--no-packing false", {"packing": True}),
+        ("--chat True", {"chat": True}),
+        # a value is left as it is
+        ("--prompt a_b --packing", {"prompt": "a_b", "packing": True}),
+        ("--prompt true", {"prompt": "true"}),
+    ],
+)
+def test_names_and_switches_of_others_are_understood(typed: str, found: dict[str, object]) -> None:
+    assert read(typed) == found
+
+
+@pytest.mark.parametrize("typed", ["--packing false", "--no_packing", "--pack=false"])
+def test_a_switch_is_switched_off(typed: str) -> None:
+    assert parser().parse_args(typed.split()).packing is False
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--max-lenght 8", "there is no flag --max-lenght: did you mean --max-length?"),
+        ("--max_seq_lenn 8", "there is no flag --max_seq_lenn: did you mean --max-length?"),
+        ("--zzz", "there is no flag --zzz"),
+        ("more", "arguments must begin with a flag's name: got 'more'"),
+        ("--packing=7", "--packing must be left bare, or be true or false: got '7'"),
+        ("--bf16=bfloat16", "--bf16 must be left bare, or be true or false: got 'bfloat16'"),
+        ("--bf16 false", "--bf16 false says only what not to do: give --dtype and what to do"),
+        ("--chat false", "--chat false is how it is without the flag: leave it out"),
+        ("--stage sft", "--stage is another program's: leave it out"),
+        ("--dtype half", "argument --dtype: invalid choice: 'half'"),
+        ("--max-length many", "argument --max-length: invalid int value: 'many'"),
+        ("--no\x1b[31m", "there is no flag --no"),
+    ],
+)
+def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(typed.split())
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert line.endswith("; x.py --help lists all flags")
+    assert "\x1b" not in line
