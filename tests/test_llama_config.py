@@ -268,6 +268,8 @@ def test_rope_scalings_are_read(tmp_path: Path) -> None:
     factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
     short, longer = (tuple(PHI3["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
     assert long.rope_scaling == LongRopeScaling(short, longer, 16, factor)
+    # a sequence as long as those of the first training is not long yet
+    assert [long.is_long(num_tokens) for num_tokens in (16, 17)] == [False, True]
     assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
 
 
