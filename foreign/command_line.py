@@ -1,10 +1,12 @@
 """A command line as people type it who know other programs' flags.
 
---max_seq_length 2048       another program's name: --max-length 2048
---batch_size=4              underscores: --batch-size=4
---packing true              a value behind a switch: --packing; false: --no-packing
---bf16                      a flag that is ours with a value: --dtype bfloat16
---leraning-rate 1e-4        one line: did you mean --learning-rate?
+    --max_seq_length 2048       another program's name: --max-length 2048
+    --batch_size=4              underscores: --batch-size=4
+    --packing true              a value behind a switch: --packing; false: --no-packing
+    --bf16                      a flag that is ours with a value: --dtype bfloat16
+    --leraning-rate 1e-4        one line: did you mean --learning-rate?
+
+A name that is ours as it stands is never translated.
 """
 
 import argparse
