@@ -536,7 +536,9 @@ def test_a_state_beyond_the_runs_end_does_not_train_for_ever(tmp_path: Path) -> 
     train.main(config)
     path = list_checkpoints(tmp_path / "out")[-1].rename(tmp_path / "out" / "checkpoint-1000000000")
     rewrite_state(path, {"step": 10**9})
-    with pytest.raises(ValueError, match=r"is of step 1,000,000,000, and the run has 3 steps; start a"):
+    with pytest.raises(
+        ValueError, match=r"is of step 1,000,000,000, and the run has 3 steps; start a"
+    ):
         train.main([*config, "--resume"])
 
 
