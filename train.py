@@ -17,6 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from run.config import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 import torch
 from tqdm import tqdm
 
