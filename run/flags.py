@@ -276,7 +276,12 @@ class MachineFlags(_Flags):
     max_memory: str = _flag(
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
     )
-    plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
+    plan: bool = _flag(
+        False,
+        "print the memory and the time that the run needs, and stop; config.json is enough for it, "
+        "and without --data it is for full rows",
+    )
+    gpu: str = _flag("", "plan for this GPU, such as 4090 or A100-80, which need not be here")
     deterministic: bool = _flag(
         False,
         "add in a fixed order in attention's backward pass on a GPU, which is slower; equal "
@@ -289,6 +294,8 @@ class MachineFlags(_Flags):
             not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
             "a size such as 24GiB, 24GB, 800MiB or 24, which is in GiB",
         )
+        is_planned = self.plan and self.device != "cpu"
+        self._require("gpu", not self.gpu or is_planned, "given with --plan, and not for a CPU")
         super().__post_init__()
 
     @property

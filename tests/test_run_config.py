@@ -39,11 +39,21 @@ def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
     assert config == TrainConfig(model="m", data="d")
 
 
+def test_a_plan_needs_no_data() -> None:
+    assert parse("--model m --plan") == TrainConfig(model="m", plan=True)
+    assert parse("--plan").data == "bundled.jsonl"
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("--model m", "--model and --data must be given together: got --model without --data"),
         ("--data d", "got --data without --model"),
+        ("--data d --plan", "got --data without --model"),
+        ("--model m --gpu 4090", "--gpu must be given with --plan, and not for a CPU: got 4090"),
+        ("--plan --gpu 4090 --device cpu", "--gpu must be given with --plan, and not for a CPU"),
+        ("--model m --plan --eval-data e", "--eval-data must be given with --data: got none"),
+        ("--model m --plan --inspect 1", "--inspect must be given with --data: got none"),
         ("--resume", "--resume must be given with --output"),
         ("--batch-size 0", "--batch-size must be at least 1: got 0"),
         ("--learning-rate 0", "--learning-rate must be positive: got 0.0"),
