@@ -77,6 +77,17 @@ class DataFlags(_Flags):
     )
     output: str = _flag("", "folder for the results; by default the next free out/run-N")
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
+    subset: str = _flag(
+        "",
+        "subset of a data set that has several; where several data sets have them, names separated "
+        "by commas: each takes the one that it has",
+    )
+    split: str = _flag(
+        "",
+        "split to learn from, where it is not the one called train; a+b: two as one; names as for "
+        "--subset",
+    )
+    eval_split: str = _flag("", "split of --eval-data, by default validation or else test")
     eval_fraction: float = _flag(
         0.0, "share of --data held out for evaluation instead, chosen by the samples' content"
     )
@@ -114,6 +125,13 @@ class DataFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(0, "inspect", "dataset_num_proc")
+        for name in ("split", "eval_split"):
+            self._require(
+                name,
+                "[" not in getattr(self, name),
+                "the name of a split, not a slice (--eval-fraction 0.1 sets a tenth aside for "
+                "evaluation, --max-steps ends a run early)",
+            )
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
         has_both = bool(self.eval_fraction and self.eval_data)
         self._require("eval_fraction", not has_both, "0 where --eval-data is given")
