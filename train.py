@@ -34,7 +34,7 @@ from optim.unified_memory import paged_memory
 from prepare.job import Job, check
 from prepare.quantization import quantization_of
 from run.checkpoint import RunState
-from run.flags import OptimizerFlags
+from run.flags import TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
@@ -158,7 +158,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
     return Run(job, ranks, state, model, micro_step, optimizer, loss_scale, best)
 
 
-def make_optimizer(model: Llama, config: OptimizerFlags) -> AdamW:
+def make_optimizer(model: Llama, config: TrainingFlags) -> AdamW:
     """Build the optimizer of --optim over the adapter, lora_B learning faster by LoRA+'s ratio.
 
     Hayou et al. 2024, "LoRA+".
