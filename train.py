@@ -168,6 +168,7 @@ def make_optimizer(model: Llama, config: TrainingFlags) -> AdamW:
     return AdamW(
         GradientArena(parameters, is_8bit=config.optim == "paged_adamw_8bit"),
         weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
         memory=OrdinaryMemory if config.optim == "adamw" else paged,
         rate_factors={
             name: config.loraplus_lr_ratio for name in parameters if name.endswith("lora_B")

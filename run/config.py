@@ -244,11 +244,12 @@ def to_json(config: TrainConfig) -> str:
 
 def differences(config: TrainConfig, path: Path) -> list[str]:
     """The fields whose values make a config another run than a run.json's, a line for each."""
-    earlier = read_fields(path)
+    # a flag that is younger than the file had no other value
+    earlier = {f.name: _default(f) for f in fields(TrainConfig)} | read_fields(path)
     # where the run may end
     decides = {"eval_steps"} if config.early_stopping_patience else set()
     return [
-        f"{flag_name(name)} was {earlier.get(name)!r}, now {value!r}"
+        f"{flag_name(name)} was {earlier[name]!r}, now {value!r}"
         for name, value in asdict(config).items()
-        if name not in FREE_ON_RESUME - decides and earlier.get(name) != value
+        if name not in FREE_ON_RESUME - decides and earlier[name] != value
     ]

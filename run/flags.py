@@ -190,6 +190,8 @@ class TrainingFlags(_Flags):
     loraplus_lr_ratio: float = _flag(1.0, "LoRA+: the rate of lora_B over that of lora_A")
     lr_scheduler: str = _flag("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
     warmup_ratio: float = _flag(0.03, "share of the steps in which the learning rate rises")
+    adam_beta1: float = _flag(0.9, "share of the first moment that a step keeps")
+    adam_beta2: float = _flag(0.999, "share of the second moment that a step keeps")
     weight_decay: float = _flag(0.0, "decoupled decay of the adapter")
     max_grad_norm: float = _flag(1.0, "clip the gradient norm to this; 0: no clipping")
     eval_steps: int = _flag(0, "steps between evaluations; 0: only at the start and the end")
@@ -225,6 +227,9 @@ class TrainingFlags(_Flags):
         self._require("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
         for name in ("learning_rate", "loraplus_lr_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
+        for name in ("adam_beta1", "adam_beta2"):
+            # their bias corrections are a table, which takes 0.5 s and 6 MB for 0.9999
+            self._require(name, 0 <= getattr(self, name) <= 0.9999, "in [0, 0.9999]")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._require(
             "optimizer_residency",

@@ -23,6 +23,8 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (DataFlags, {"train_on": "none"}, "--train-on must be one of"),
     (AdapterFlags, {"lora_alpha": float("inf")}, "--lora-alpha must be finite"),
     (TrainingFlags, {"loraplus_lr_ratio": 0.0}, "--loraplus-lr-ratio must be positive"),
+    (TrainingFlags, {"adam_beta1": -0.1}, r"--adam-beta1 must be in \[0, 0.9999\]: got -0.1"),
+    (TrainingFlags, {"adam_beta2": 1.0}, r"--adam-beta2 must be in \[0, 0.9999\]: got 1.0"),
     (TrainingFlags, {"optim": "adam"}, "--optim must be one of"),
     (TrainingFlags, {"optim": "adamw", "optimizer_residency": "host"}, "auto with --optim adamw"),
     (OutputFlags, {"logging_steps": 0}, "--logging-steps must be at least 1: got 0"),
