@@ -117,8 +117,8 @@ class DataFlags(_Flags):
     train_on: str = _flag("completions", "tokens that have a loss", ("completions", "all"))
     chat_template: str = _flag(
         "",
-        "the bundled template (chatml), a .jinja file, or the name of one of the checkpoint's "
-        "templates",
+        "a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
+        "file, or the name of one of the checkpoint's templates",
     )
     shuffle: bool = _flag(True, "shuffle the samples anew in each epoch")
     skip_bad_lines: bool = _flag(False, "leave out malformed records, and say how many")
