@@ -254,7 +254,10 @@ def test_a_run_that_no_longer_improves_ends_with_its_best_adapter(
     flags = f"--eval-data {tmp_path / 'data.jsonl'} --eval-steps 1 --save-steps 1"
     flags += " --early-stopping-patience 3"
     evaluate_to(monkeypatch, losses)
+    stars = []
+    monkeypatch.setattr("run.log.draw_losses", lambda rows, path, best: stars.append(best))
     whole = train_small(tmp_path, flags, "whole")
+    assert stars == [2]
     assert [row["step"] for row in rows_of(whole)] == [0, 1, 2, 3, 4, 5]
     assert "the adapter of step 2 is taken: its eval_loss 1.0000 is the lowest" in (
         capsys.readouterr().out
