@@ -14,6 +14,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from answering.flags import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 from answering.chat import print_answer, talk
 from answering.job import AnswerJob, check, say
 from answering.output import new_answers

@@ -17,6 +17,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from merging.flags import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from export.modelfile import MODELFILE
 from foreign.terminal import guard_output, one_line

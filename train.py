@@ -17,6 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from run.config import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 import torch
 
 from checkpoint.loading import load_model
@@ -34,7 +40,7 @@ from prepare.job import Job, check
 from prepare.quantization import quantization_of
 from run.bars import reporting
 from run.checkpoint import RunState
-from run.flags import OptimizerFlags
+from run.flags import TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
@@ -151,7 +157,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
     return Run(job, ranks, state, model, micro_step, optimizer, loss_scale, best)
 
 
-def make_optimizer(model: Llama, config: OptimizerFlags) -> AdamW:
+def make_optimizer(model: Llama, config: TrainingFlags) -> AdamW:
     """Build the optimizer of --optim over the adapter, lora_B learning faster by LoRA+'s ratio.
 
     Hayou et al. 2024, "LoRA+".
@@ -161,6 +167,7 @@ def make_optimizer(model: Llama, config: OptimizerFlags) -> AdamW:
     return AdamW(
         GradientArena(parameters, is_8bit=config.optim == "paged_adamw_8bit"),
         weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
         memory=OrdinaryMemory if config.optim == "adamw" else paged,
         rate_factors={
             name: config.loraplus_lr_ratio for name in parameters if name.endswith("lora_B")
