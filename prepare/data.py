@@ -3,8 +3,6 @@
 from datetime import datetime
 from functools import partial
 
-from tqdm import tqdm
-
 from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
 from data import audit
@@ -13,6 +11,7 @@ from data.dataset import Dataset, load_dataset
 from data.sources import Found, Wanted, check_names, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
+from run.bars import progress_bar
 from run.config import TrainConfig
 
 
@@ -34,7 +33,7 @@ def load_data(
     def load(flag: str, place: str, found: Found) -> Dataset:
         files = found.files
         print(one_line(f"{flag}: {found.describe()}"))
-        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
+        with progress_bar("tokenizing", "records") as bar:
 
             def report(num_records: int) -> None:
                 bar.update(num_records - bar.n)
