@@ -26,6 +26,8 @@ def resolve(
     Raises:
         ValueError: flags that the machine, the model or each other rule out.
     """
+    if planned and config.device == "cpu":
+        raise ValueError("--device cpu must be given without --gpu, which is planned for: got both")
     device = "cuda" if planned else choose_device(config.device, local_rank)
     if device == "cpu" and config.optimizer_residency != "auto":
         raise ValueError(

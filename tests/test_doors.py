@@ -34,6 +34,6 @@ def test_a_door_answers_before_it_imports_what_takes_seconds(
         assert done.stderr.startswith("error: ")
         assert f"{door} --help lists all flags" in done.stderr
     else:
-        assert answer.startswith(f"usage: {door}")
+        assert door in answer.splitlines()[0]
         # a door reads its own command line, not another's
         assert "--output" in answer

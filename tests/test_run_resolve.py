@@ -59,3 +59,5 @@ def test_the_gpu_of_a_plan_need_not_be_there(
     asked = replace(CONFIG, device="auto", plan=True, max_memory="24GiB", activations="offload")
     config = resolve(asked, positions=4096, planned=capability)
     assert (config.device, config.packing, config.dtype) == ("cuda", packing, dtype)
+    with pytest.raises(ValueError, match="--device cpu must be given without --gpu"):
+        resolve(replace(asked, device="cpu"), positions=4096, planned=capability)
