@@ -17,8 +17,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from run.config import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 import torch
-from tqdm import tqdm
 
 from checkpoint.loading import load_model
 from foreign.terminal import guard_output
@@ -33,8 +38,9 @@ from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
 from prepare.job import Job, check
 from prepare.quantization import quantization_of
+from run.bars import reporting
 from run.checkpoint import RunState
-from run.flags import OptimizerFlags
+from run.flags import TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
@@ -126,14 +132,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
     """
     config, resumed = job.config, job.resumed
     dtype, quantization = getattr(torch, config.dtype), quantization_of(config)
-    # the first rank alone has a bar, and only on a terminal
-    is_off = None if ranks.is_first else True
-    with tqdm(desc="loading", unit="tensor", disable=is_off, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with reporting("loading", "tensors", is_shown=ranks.is_first) as report:
         if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)
@@ -158,7 +157,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
     return Run(job, ranks, state, model, micro_step, optimizer, loss_scale, best)
 
 
-def make_optimizer(model: Llama, config: OptimizerFlags) -> AdamW:
+def make_optimizer(model: Llama, config: TrainingFlags) -> AdamW:
     """Build the optimizer of --optim over the adapter, lora_B learning faster by LoRA+'s ratio.
 
     Hayou et al. 2024, "LoRA+".
@@ -168,6 +167,7 @@ def make_optimizer(model: Llama, config: OptimizerFlags) -> AdamW:
     return AdamW(
         GradientArena(parameters, is_8bit=config.optim == "paged_adamw_8bit"),
         weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
         memory=OrdinaryMemory if config.optim == "adamw" else paged,
         rate_factors={
             name: config.loraplus_lr_ratio for name in parameters if name.endswith("lora_B")

@@ -25,6 +25,7 @@ root, which is MKL's and errs by one unit in the last place for a fifth of all n
 # pyright: reportOperatorIssue=false
 
 import math
+import struct
 from collections.abc import Iterable
 
 import torch
@@ -49,7 +50,7 @@ from kernels.adamw_arenas import (
     Arenas,
     Moments,
 )
-from kernels.adamw_plan import BETA1, BETA2, CLIP_EPSILON, _launch_adamw_plan, corrections
+from kernels.adamw_plan import CLIP_EPSILON, _launch_adamw_plan, corrections
 from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.ptx import load_byte, load_float
@@ -61,9 +62,6 @@ EPSILON = 1e-8
 NUM_REGISTERS_8BIT = 96
 
 BLOCK = tl.constexpr(MOMENT_BLOCK)
-B1_REST = tl.constexpr(1 - BETA1)
-B2 = tl.constexpr(BETA2)
-B2_REST = tl.constexpr(1 - BETA2)
 # elements of a vector: 16 bytes in float32, 4 of codes
 VECTOR = tl.constexpr(4)
 EPS = tl.constexpr(EPSILON)
@@ -84,13 +82,14 @@ def adamw_reference(
     t = int(arenas.num_updates.add_(1))
     g = arenas.gradients * (clip / scale)
     m, v = _expand_moments(arenas.moments)
-    m.lerp_(g, 1 - BETA1)
-    v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-    denominator = v.sqrt().div_(math.sqrt(1 - BETA2**t)).add_(EPSILON)
+    beta1, beta2 = arenas.betas
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(EPSILON)
     for span, factor, weight_decay in _spans_of_groups(arenas):
         p, rate = arenas.parameters[span], learning_rate * factor
         p.mul_(1 - rate * weight_decay)
-        p.addcdiv_(m[span], denominator[span], value=-rate / (1 - BETA1**t))
+        p.addcdiv_(m[span], denominator[span], value=-rate / (1 - beta1**t))
     _store_moments(arenas.moments, m, v)
     return norm
 
@@ -131,18 +130,20 @@ def _store_moments(moments: Moments, m: Tensor, v: Tensor) -> None:
     moments.exp_avg_sq.copy_(v[num_8bit:])
 
 
-def make_adamw_tables(device: torch.device) -> None:
+def make_adamw_tables(device: torch.device, betas: tuple[float, float]) -> None:
     """Make the tables that a step reads on a device, so that they are there when memory ends."""
-    corrections(device)
+    corrections(device, betas)
     moment_tables(device)
 
 
 @triton.jit
-def _step(p, g, m, v, decay, step_size, factor, correction2):
+def _step(p, g, m, v, decay, step_size, factor, correction2, b1_rest, b2, b2_rest):
     # fused where torch's CPU kernels fuse; launch with enable_fp_fusion=False for the rest
     g *= factor
-    m = tl.fma(g - m, B1_REST, m)
-    v = tl.fma(g * B2_REST, g, v * B2)
+    # torch's lerp begins at the nearer end
+    is_near = b1_rest < 0.5
+    m = tl.fma(g - m, tl.where(is_near, b1_rest, b1_rest - 1), tl.where(is_near, m, g))
+    v = tl.fma(g * b2_rest, g, v * b2)
     denominator = tl.div_rn(tl.sqrt_rn(v), correction2) + EPS
     p = p * decay + tl.div_rn(m * step_size, denominator)
     return p, m, v
@@ -165,6 +166,9 @@ def _adamw_kernel(
     unsigned_map_ptr,
     unsigned_thresholds_ptr,
     num_8bit_blocks,
+    b1_rest,  # 1 - b1
+    b2,
+    b2_rest,  # 1 - b2
     HAS_8BIT: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -191,7 +195,7 @@ def _adamw_kernel(
         # past the cache of written data: each scale is read before this kernel writes it
         m = load_float(map_ptr + m_code) * load_float(exp_avg_absmax_ptr + row)
         v = load_float(unsigned_map_ptr + v_code) * load_float(exp_avg_sq_absmax_ptr + row)
-        p, m, v = _step(p, g, m, v, decay, step_size, factor, correction2)
+        p, m, v = _step(p, g, m, v, decay, step_size, factor, correction2, b1_rest, b2, b2_rest)
         m_scaled, m_absmax = scaled_to_absmax(m)
         magnitude = nearest_magnitude(tl.abs(m_scaled), thresholds_ptr, 1)
         # -1 is no level, and a negative moment does not become zero
@@ -208,7 +212,7 @@ def _adamw_kernel(
         offs_moments = offs - num_8bit_blocks.to(tl.int64) * BLOCK
         m = tl.load(exp_avg_ptr + offs_moments)
         v = tl.load(exp_avg_sq_ptr + offs_moments)
-        p, m, v = _step(p, g, m, v, decay, step_size, factor, correction2)
+        p, m, v = _step(p, g, m, v, decay, step_size, factor, correction2, b1_rest, b2, b2_rest)
         tl.store(exp_avg_ptr + offs_moments, m)
         tl.store(exp_avg_sq_ptr + offs_moments, v)
     tl.store(parameters_ptr + offs, p)
@@ -219,6 +223,7 @@ def _launch_adamw(arenas: Arenas) -> None:
     num_blocks, num_8bit_blocks = len(arenas.group_of_block), len(moments.exp_avg_absmax)
     assert num_blocks % TILE_BLOCKS == 0
     assert num_8bit_blocks % TILE_BLOCKS == 0
+    beta1, beta2 = arenas.betas
     levels, thresholds, unsigned_levels, unsigned_thresholds = moment_tables(
         arenas.parameters.device
     )
@@ -240,6 +245,10 @@ def _launch_adamw(arenas: Arenas) -> None:
         unsigned_map_ptr=unsigned_levels,
         unsigned_thresholds_ptr=unsigned_thresholds,
         num_8bit_blocks=num_8bit_blocks,
+        # rounded before the kernel subtracts from it, also by the interpreter
+        b1_rest=struct.unpack("f", struct.pack("f", 1 - beta1))[0],
+        b2=beta2,
+        b2_rest=1 - beta2,
         HAS_8BIT=num_8bit_blocks > 0,
         BLOCKS=TILE_BLOCKS,
         num_warps=TILE_BLOCKS,

@@ -46,6 +46,7 @@ class Arenas:
     moments: Moments
     group_of_block: Tensor  # (num_blocks,) uint8, the parameter group of each block
     groups: Tensor  # (num_groups, 2) float64: factor of the learning rate, weight decay
+    betas: tuple[float, float]  # decay of the first and of the second moment
     num_updates: Tensor  # (1,) int32, t: steps that were not skipped
     scalars: Tensor  # (NUM_SHARED_SCALARS + 2 * num_groups,) float32, from launch to launch
     partial_sums: Tensor  # (SUM_PROGRAMS,) float64, of the gradients' squares

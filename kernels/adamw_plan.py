@@ -33,7 +33,6 @@ from kernels.constants import constant
 from kernels.language import tl, triton
 from kernels.launch import launch
 
-BETA1, BETA2 = 0.9, 0.999
 CLIP_EPSILON = 1e-6
 CLIP_EPS = tl.constexpr(CLIP_EPSILON)
 
@@ -42,15 +41,18 @@ PLAN_WARPS = 4
 
 
 @constant
-def corrections(device: torch.device) -> Tensor:  # (num_steps, 2) float64
+def corrections(
+    device: torch.device, betas: tuple[float, float]
+) -> Tensor:  # (num_steps, 2) float64
     """Tabulate 1 - b1^t and sqrt(1 - b2^t) from t = 0, until float32 knows no difference from 1.
 
     A GPU's power function would round differently from Python's. Row 0 is never used.
     """
+    beta1, beta2 = betas
     rows = [(1.0, 1.0)]
     while len(rows) == 1 or rows[-1][0] < 1 or rows[-1][1] < 1 - 2**-26:
         t = len(rows)
-        rows.append((1 - BETA1**t, math.sqrt(1 - BETA2**t)))
+        rows.append((1 - beta1**t, math.sqrt(1 - beta2**t)))
     return torch.tensor(rows, dtype=torch.float64).to(device)
 
 
@@ -126,7 +128,7 @@ def _launch_adamw_plan(
 ) -> None:
     tile = TILE_BLOCKS * MOMENT_BLOCK
     gradients = arenas.gradients
-    table = corrections(gradients.device)
+    table = corrections(gradients.device, arenas.betas)
     launch(
         _adamw_sum_squares_kernel,
         (SUM_PROGRAMS,),

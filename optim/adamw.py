@@ -27,6 +27,9 @@ from kernels.adamw_arenas import (
 from optim.arena import GradientArena
 from optim.state_memory import OrdinaryMemory, StateMemory
 
+# Kingma and Ba 2015, "Adam", and torch's
+BETAS = (0.9, 0.999)
+
 
 def moment_bytes_per_element(is_8bit: bool) -> float:
     """Count the bytes of both moments of an element: two codes and its share of two scales, or two
@@ -48,6 +51,7 @@ class AdamW:
         gradients: GradientArena,
         *,
         weight_decay: float,
+        betas: tuple[float, float] = BETAS,
         memory: Callable[[int, torch.device], StateMemory] = OrdinaryMemory,
         rate_factors: Mapping[str, float] | None = None,
     ) -> None:
@@ -55,6 +59,7 @@ class AdamW:
 
         Args:
             gradients: of the parameters to train.
+            betas: decay of the first and of the second moment in a step.
             memory: allocates the moments: takes bytes and a device.
             rate_factors: by which a parameter's learning rate differs from the step's; 1 for those
                 that are not named.
@@ -85,12 +90,13 @@ class AdamW:
             moments=moments,
             group_of_block=group_of_block.to(device),
             groups=groups.to(device),
+            betas=betas,
             num_updates=torch.zeros(1, dtype=torch.int32, device=device),
             scalars=torch.zeros(NUM_SHARED_SCALARS.value + 2 * len(groups), device=device),
             partial_sums=torch.zeros(SUM_PROGRAMS, dtype=torch.float64, device=device),
         )
         if device.type != "cpu":
-            make_adamw_tables(self._arenas.parameters.device)
+            make_adamw_tables(self._arenas.parameters.device, betas)
         self.gradients = gradients
         self._unscaled = torch.ones((), device=device)
         with torch.no_grad():

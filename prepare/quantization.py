@@ -6,10 +6,10 @@ from checkpoint.opening import Checkpoint
 from checkpoint.stored_nf4 import describe_quantization
 from nf4.weight import Quantization
 from run.config import TrainConfig
-from run.flags import QuantizationFlags
+from run.flags import ModelFlags
 
 
-def quantization_of(config: QuantizationFlags) -> Quantization | None:
+def quantization_of(config: ModelFlags) -> Quantization | None:
     """Gather what the flags say of the weights' quantization; None: 16 or 32 bits."""
     is_nf4 = config.quant == "nf4"
     return Quantization(config.block_size, config.double_quant) if is_nf4 else None

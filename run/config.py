@@ -19,10 +19,10 @@ from foreign.reading import Reading
 from run.flags import (
     AdapterFlags,
     DataFlags,
-    MachineFlags,
-    OptimizerFlags,
-    QuantizationFlags,
-    RunFlags,
+    MemoryFlags,
+    ModelFlags,
+    OutputFlags,
+    TrainingFlags,
     flag_name,
 )
 from run.known_names import ALSO, ELSEWHERE
@@ -60,20 +60,18 @@ _PLACES = ("model", "data", "output", "eval_data", "chat_template", "init_adapte
 
 # in the order of --help, by title
 GROUPS = {
+    "model": ModelFlags,
     "data": DataFlags,
-    "quantization": QuantizationFlags,
     "adapter": AdapterFlags,
-    "optimizer": OptimizerFlags,
-    "run": RunFlags,
-    "machine": MachineFlags,
+    "training": TrainingFlags,
+    "memory": MemoryFlags,
+    "output": OutputFlags,
 }
 
 
 # a dataclass has the fields of its last base first
 @dataclass(frozen=True)
-class TrainConfig(
-    MachineFlags, RunFlags, OptimizerFlags, AdapterFlags, QuantizationFlags, DataFlags
-):
+class TrainConfig(OutputFlags, MemoryFlags, TrainingFlags, AdapterFlags, DataFlags, ModelFlags):
     """All flags of train.py, in the order of --help.
 
     Raises:
@@ -90,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of train.py: one flag per field of TrainConfig, and --config."""
     parser = Parser(
         prog="train.py",
+        # argparse's own is a page
+        usage="python train.py [--model MODEL --data DATA] [--output FOLDER] [more flags]",
         description="Fine-tune a Llama checkpoint with QLoRA. "
         "Without --model and --data: a bundled tiny model on bundled data.",
         also=ALSO,
@@ -247,11 +247,12 @@ def to_json(config: TrainConfig) -> str:
 
 def differences(config: TrainConfig, path: Path) -> list[str]:
     """The fields whose values make a config another run than a run.json's, a line for each."""
-    earlier = read_fields(path)
+    # a flag that is younger than the file had no other value
+    earlier = {f.name: _default(f) for f in fields(TrainConfig)} | read_fields(path)
     # where the run may end
     decides = {"eval_steps"} if config.early_stopping_patience else set()
     return [
-        f"{flag_name(name)} was {earlier.get(name)!r}, now {value!r}"
+        f"{flag_name(name)} was {earlier[name]!r}, now {value!r}"
         for name, value in asdict(config).items()
-        if name not in FREE_ON_RESUME - decides and earlier.get(name) != value
+        if name not in FREE_ON_RESUME - decides and earlier[name] != value
     ]

@@ -66,17 +66,44 @@ class _Flags:
 
 
 @dataclass(frozen=True)
-class DataFlags(_Flags):
-    """The model, the data, and how samples are made of it."""
+class ModelFlags(_Flags):
+    """The base model, how its frozen weights are stored, and where it computes."""
 
     model: str = _flag("", "checkpoint folder or hub id, @revision if wanted")
+    quant: str = _flag("nf4", "number format of the frozen weights", ("nf4", "none"))
+    block_size: int = _flag(64, "weights that share a scale: 32 to 4096")
+    double_quant: bool = _flag(True, "quantize the scales to 8 bits")
+    dtype: str = _flag(
+        "auto",
+        "number format of the computation; auto: bfloat16 on a GPU that has it, float16 on "
+        "another GPU, float32 on a CPU",
+        ("auto", "bfloat16", "float16", "float32"),
+        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+    )
+    device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class DataFlags(_Flags):
+    """The data, and how samples are made of it."""
+
     data: str = _flag(
         "",
         "training data: a .jsonl, .json, .csv, .txt (each also .gz) or .parquet file, a "
         "folder of them, or a hub id",
     )
-    output: str = _flag("", "folder for the results; by default the next free out/run-N")
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
+    subset: str = _flag(
+        "",
+        "subset of a data set that has several; where several data sets have them, names separated "
+        "by commas: each takes the one that it has",
+    )
+    split: str = _flag(
+        "",
+        "split to learn from, where it is not the one called train; a+b: two as one; names as for "
+        "--subset",
+    )
+    eval_split: str = _flag("", "split of --eval-data, by default validation or else test")
     eval_fraction: float = _flag(
         0.0, "share of --data held out for evaluation instead, chosen by the samples' content"
     )
@@ -104,8 +131,8 @@ class DataFlags(_Flags):
     train_on: str = _flag("completions", "tokens that have a loss", ("completions", "all"))
     chat_template: str = _flag(
         "",
-        "the bundled template (chatml), a .jinja file, or the name of one of the checkpoint's "
-        "templates",
+        "a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
+        "file, or the name of one of the checkpoint's templates",
     )
     shuffle: bool = _flag(True, "shuffle the samples anew in each epoch")
     skip_bad_lines: bool = _flag(False, "leave out malformed records, and say how many")
@@ -117,6 +144,13 @@ class DataFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(0, "inspect", "dataset_num_proc")
+        for name in ("split", "eval_split"):
+            self._require(
+                name,
+                "[" not in getattr(self, name),
+                "the name of a split, not a slice (--eval-fraction 0.1 sets a tenth aside for "
+                "evaluation, --max-steps ends a run early)",
+            )
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
         has_both = bool(self.eval_fraction and self.eval_data)
         self._require("eval_fraction", not has_both, "0 where --eval-data is given")
@@ -129,15 +163,6 @@ class DataFlags(_Flags):
             "given with --shuffle and without --packing, which leaves no padding",
         )
         super().__post_init__()
-
-
-@dataclass(frozen=True)
-class QuantizationFlags(_Flags):
-    """The number format of the frozen weights."""
-
-    quant: str = _flag("nf4", "number format of the frozen weights", ("nf4", "none"))
-    block_size: int = _flag(64, "weights that share a scale: 32 to 4096")
-    double_quant: bool = _flag(True, "quantize the scales to 8 bits")
 
 
 @dataclass(frozen=True)
@@ -159,9 +184,13 @@ class AdapterFlags(_Flags):
 
 
 @dataclass(frozen=True)
-class OptimizerFlags(_Flags):
-    """The optimizer, its schedule and its memory."""
+class TrainingFlags(_Flags):
+    """The length of the run and of its steps, the optimizer and its schedule, evaluation."""
 
+    batch_size: int = _flag(4, "samples, or packed rows, in a micro-batch")
+    gradient_accumulation_steps: int = _flag(4, "micro-batches in a step, on each rank")
+    epochs: float = _flag(1.0, "passes over the data")
+    max_steps: int = _flag(-1, "number of steps, instead of --epochs; 0: evaluate only")
     optim: str = _flag(
         "paged_adamw_32bit",
         "paged: moments in CUDA unified memory; 8bit: quantized in blocks",
@@ -182,13 +211,46 @@ class OptimizerFlags(_Flags):
     loraplus_lr_ratio: float = _flag(1.0, "LoRA+: the rate of lora_B over that of lora_A")
     lr_scheduler: str = _flag("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
     warmup_ratio: float = _flag(0.03, "share of the steps in which the learning rate rises")
+    adam_beta1: float = _flag(0.9, "share of the first moment that a step keeps")
+    adam_beta2: float = _flag(0.999, "share of the second moment that a step keeps")
     weight_decay: float = _flag(0.0, "decoupled decay of the adapter")
     max_grad_norm: float = _flag(1.0, "clip the gradient norm to this; 0: no clipping")
+    eval_steps: int = _flag(0, "steps between evaluations; 0: only at the start and the end")
+    early_stopping_patience: int = _flag(
+        0,
+        "stop after this many evaluations in a row without a lower eval_loss, and save the "
+        "adapter that had the lowest; 0: train to the last step and save its adapter",
+    )
+    neftune_noise_alpha: float = _flag(
+        0.0, "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
+    )
+    max_bad_steps: int = _flag(
+        30,
+        "stop after this many steps in a row whose loss or gradients are not finite; each of "
+        "them is skipped; float16 has some at first, until its loss scale fits",
+    )
+    seed: int = _flag(
+        42, "decides the adapter's initial values, the order of the samples and the dropout"
+    )
+    deterministic: bool = _flag(
+        False,
+        "add in a fixed order in attention's backward pass on a GPU, which is slower; equal "
+        "runs then give equal bits on a GPU, too",
+    )
 
     def __post_init__(self) -> None:
-        self._require_at_least(0, "weight_decay", "max_grad_norm")
+        self._require_at_least(1, "batch_size", "gradient_accumulation_steps", "max_bad_steps")
+        self._require_at_least(0, "weight_decay", "max_grad_norm", "eval_steps")
+        self._require_at_least(0, "early_stopping_patience", "neftune_noise_alpha")
+        self._require("epochs", self.epochs > 0, "positive")
+        self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
+        # the seeds that torch.Generator takes
+        self._require("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
         for name in ("learning_rate", "loraplus_lr_ratio"):
             self._require(name, getattr(self, name) > 0, "positive")
+        for name in ("adam_beta1", "adam_beta2"):
+            # their bias corrections are a table, which takes 0.5 s and 6 MB for 0.9999
+            self._require(name, 0 <= getattr(self, name) <= 0.9999, "in [0, 0.9999]")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._require(
             "optimizer_residency",
@@ -199,77 +261,9 @@ class OptimizerFlags(_Flags):
 
 
 @dataclass(frozen=True)
-class RunFlags(_Flags):
-    """The length of the run and of its steps; evaluation, checkpoints, metrics."""
+class MemoryFlags(_Flags):
+    """The GPU's memory: what it is spent on, how much may be used, and what a run would use."""
 
-    neftune_noise_alpha: float = _flag(
-        0.0, "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
-    )
-    batch_size: int = _flag(4, "samples, or packed rows, in a micro-batch")
-    gradient_accumulation_steps: int = _flag(4, "micro-batches in a step, on each rank")
-    epochs: float = _flag(1.0, "passes over the data")
-    max_steps: int = _flag(-1, "number of steps, instead of --epochs; 0: evaluate only")
-    early_stopping_patience: int = _flag(
-        0,
-        "stop after this many evaluations in a row without a lower eval_loss, and save the "
-        "adapter that had the lowest; 0: train to the last step and save its adapter",
-    )
-    eval_steps: int = _flag(0, "steps between evaluations; 0: only at the start and the end")
-    save_steps: int = _flag(100, "steps between checkpoints; 0: no checkpoints")
-    save_total_limit: int = _flag(
-        0, "checkpoints to keep; the oldest is removed once the new one is whole; 0: keep all"
-    )
-    logging_steps: int = _flag(1, "steps between rows of metrics")
-    max_bad_steps: int = _flag(
-        30,
-        "stop after this many steps in a row whose loss or gradients are not finite; each of "
-        "them is skipped; float16 has some at first, until its loss scale fits",
-    )
-    resume: str = _flag(
-        "",
-        "folder of a run to go on with, under its own settings; no value, or auto: the one in "
-        "--output, under the flags that are given; from the last whole checkpoint, or from the "
-        "first step if there is none",
-        bare="auto",
-    )
-    seed: int = _flag(
-        42, "decides the adapter's initial values, the order of the samples and the dropout"
-    )
-    push_to_hub: str = _flag("", "hub id to upload the adapter to; a new repository is private")
-    report_to: str = _flag(
-        "", "trackers, separated by commas: tensorboard, wandb, trackio; each is an optional extra"
-    )
-    sample_steps: int = _flag(
-        0, "steps between answers to --sample-prompt; 0: only at the start and the end"
-    )
-    sample_prompt: str = _flag("", "a prompt to answer before and after training")
-
-    def __post_init__(self) -> None:
-        self._require_at_least(
-            1, "batch_size", "gradient_accumulation_steps", "logging_steps", "max_bad_steps"
-        )
-        self._require_at_least(0, "eval_steps", "save_steps", "save_total_limit", "sample_steps")
-        self._require_at_least(0, "early_stopping_patience", "neftune_noise_alpha")
-        self._require("epochs", self.epochs > 0, "positive")
-        self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
-        # the seeds that torch.Generator takes
-        self._require("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
-        self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
-        super().__post_init__()
-
-
-@dataclass(frozen=True)
-class MachineFlags(_Flags):
-    """The device, its memory, and how it computes."""
-
-    device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
-    dtype: str = _flag(
-        "auto",
-        "number format of the computation; auto: bfloat16 on a GPU that has it, float16 on "
-        "another GPU, float32 on a CPU",
-        ("auto", "bfloat16", "float16", "float32"),
-        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
-    )
     activations: str = _flag(
         "auto",
         "activations of each layer: keep them for the backward pass, recompute them from the "
@@ -280,11 +274,6 @@ class MachineFlags(_Flags):
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
     )
     plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
-    deterministic: bool = _flag(
-        False,
-        "add in a fixed order in attention's backward pass on a GPU, which is slower; equal "
-        "runs then give equal bits on a GPU, too",
-    )
 
     def __post_init__(self) -> None:
         self._require(
@@ -299,3 +288,36 @@ class MachineFlags(_Flags):
         """--max-memory in bytes; None where it is not given."""
         found = _SIZE.fullmatch(self.max_memory)
         return int(float(found[1]) * _UNITS[found[2] or "GiB"]) if found else None
+
+
+@dataclass(frozen=True)
+class OutputFlags(_Flags):
+    """The results of a run: where they are, what is kept and shown on the way, who is told."""
+
+    output: str = _flag("", "folder for the results; by default the next free out/run-N")
+    resume: str = _flag(
+        "",
+        "folder of a run to go on with, under its own settings; no value, or auto: the one in "
+        "--output, under the flags that are given; from the last whole checkpoint, or from the "
+        "first step if there is none",
+        bare="auto",
+    )
+    save_steps: int = _flag(100, "steps between checkpoints; 0: no checkpoints")
+    save_total_limit: int = _flag(
+        0, "checkpoints to keep; the oldest is removed once the new one is whole; 0: keep all"
+    )
+    logging_steps: int = _flag(1, "steps between rows of metrics")
+    sample_prompt: str = _flag("", "a prompt to answer before and after training")
+    sample_steps: int = _flag(
+        0, "steps between answers to --sample-prompt; 0: only at the start and the end"
+    )
+    report_to: str = _flag(
+        "", "trackers, separated by commas: tensorboard, wandb, trackio; each is an optional extra"
+    )
+    push_to_hub: str = _flag("", "hub id to upload the adapter to; a new repository is private")
+
+    def __post_init__(self) -> None:
+        self._require_at_least(1, "logging_steps")
+        self._require_at_least(0, "save_steps", "save_total_limit", "sample_steps")
+        self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
+        super().__post_init__()

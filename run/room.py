@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from run.atomic import half_written
-from run.flags import RunFlags
+from run.flags import OutputFlags, TrainingFlags
 
 MB = 10**6
 # bytes of a number of the adapter, which is written in float32
 NUMBER_BYTES = 4
 
 
-def checkpoint_bytes(config: RunFlags, num_parameters: int, moment_bytes: float) -> int:
+def checkpoint_bytes(config: TrainingFlags, num_parameters: int, moment_bytes: float) -> int:
     """Bytes of a checkpoint: the adapter, the best adapter if that is kept, and both moments.
 
     Args:
@@ -24,7 +24,7 @@ def checkpoint_bytes(config: RunFlags, num_parameters: int, moment_bytes: float)
     return int(num_parameters * (num_adapters * NUMBER_BYTES + moment_bytes))
 
 
-def num_checkpoints(config: RunFlags, step: int, num_steps: int) -> int:
+def num_checkpoints(config: OutputFlags, step: int, num_steps: int) -> int:
     """Count the checkpoints of a run from a step on that are on the disk at the same time.
 
     It is at least one: a run that is stopped writes a checkpoint.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from run.checkpoint import RunState
 from run.config import TrainConfig
-from run.flags import RunFlags
+from run.flags import OutputFlags
 from run.metrics import Row
 from run.watching import Watching
 
@@ -95,7 +95,7 @@ _TRACKERS: dict[str, Callable[[TrainConfig, RunState], Tracker]] = {
 }
 
 
-def tracker_names(config: RunFlags) -> list[str]:
+def tracker_names(config: OutputFlags) -> list[str]:
     """The trackers of --report-to.
 
     Raises:

@@ -14,6 +14,7 @@ from test_data_tokenizer import save_byte_level
 
 from data.chat.assistant_spans import render_with_spans
 from data.chat.template import ChatTemplate
+from data.chat.template_files import BUNDLED_TEMPLATES
 from data.formats.examples import Conversation, Text
 from data.formats.layouts import to_example
 from data.formats.tool_calls import show_arguments
@@ -75,7 +76,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def templates() -> dict[str, str]:
-    return TEMPLATES | asset_templates(ASSETS)
+    bundled = {path.name: path.read_text() for path in BUNDLED_TEMPLATES.glob("*.jinja")}
+    return TEMPLATES | bundled | asset_templates(ASSETS)
 
 
 @pytest.fixture(scope="module")

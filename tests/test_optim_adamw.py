@@ -25,7 +25,7 @@ from nf4.double_quant import (
     UNSIGNED_DYNAMIC_MAP_MIDPOINTS,
 )
 from optim import staged_memory
-from optim.adamw import AdamW, moment_bytes_per_element
+from optim.adamw import BETAS, AdamW, moment_bytes_per_element
 from optim.arena import SMALLEST_8BIT, GradientArena, Layout
 from optim.staged_memory import StagedMemory
 from optim.state_memory import OrdinaryMemory, StateMemory
@@ -84,11 +84,19 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: st
         assert_equal(actual[name].detach(), tensor.detach(), f"{what} {name}")
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no-decay", "decay"])
-def test_parameters_equal_torchs_bit_for_bit_on_the_cpu(weight_decay: float) -> None:
+@pytest.mark.parametrize(
+    ("weight_decay", "betas"),
+    [(0.0, BETAS), (0.1, BETAS), (0.1, (0.8, 0.95)), (0.0, (0.3, 0.0))],
+    ids=["no-decay", "decay", "other-betas", "low-betas"],
+)
+def test_parameters_equal_torchs_bit_for_bit_on_the_cpu(
+    weight_decay: float, betas: tuple[float, float]
+) -> None:
     ours, theirs = make_parameters(), make_parameters()
-    optimizer = optimizer_of(ours, weight_decay=weight_decay)
-    reference = torch.optim.AdamW(theirs.values(), lr=1.0, weight_decay=weight_decay, foreach=False)
+    optimizer = optimizer_of(ours, weight_decay=weight_decay, betas=betas)
+    reference = torch.optim.AdamW(
+        theirs.values(), lr=1.0, betas=betas, weight_decay=weight_decay, foreach=False
+    )
     for step in range(100):
         # a rate that changes, as a schedule's does
         rate = 1e-2 / (1 + step)

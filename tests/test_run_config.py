@@ -164,6 +164,14 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
         parse(f"--config {tmp_path / 'run.json'}")
 
 
+def test_a_flag_younger_than_the_file_had_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model": "m", "data": "d"}))
+    assert differences(parse("--model m --data d"), path) == []
+    changed = differences(parse("--model m --data d --adam-beta2 0.95"), path)
+    assert changed == ["--adam-beta2 was 0.999, now 0.95"]
+
+
 def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(to_json(parse("--output a --save-steps 5")))

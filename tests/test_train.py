@@ -30,7 +30,7 @@ from nf4.weight import Quantization
 from optim.adamw import AdamW
 from optim.arena import GradientArena
 from prepare.job import BUNDLED
-from run.config import CONFIG_FILE
+from run.config import CONFIG_FILE, TrainConfig
 from run.ranks import Ranks
 from step.micro_step import MicroStep
 
@@ -520,6 +520,19 @@ def test_paged_and_ordinary_moments_give_the_same_bits_on_a_cpu(tmp_path: Path) 
     paged = run(tmp_path, "--optim paged_adamw_32bit", "paged")
     assert timeless(run(tmp_path, "--optim adamw", "plain")) == timeless(paged)
     assert_same_adapter(tmp_path / "plain", tmp_path / "paged")
+
+
+def test_moments_decay_as_the_flags_say() -> None:
+    model: Any = torch.nn.Linear(2, 3)
+    config = TrainConfig(adam_beta1=0.5, adam_beta2=0.75, device="cpu", optim="adamw")
+    optimizer = train.make_optimizer(model, config)
+    for gradient in (1.0, 0.0):
+        optimizer.gradients.zero_()
+        model.weight.grad.fill_(gradient)
+        optimizer.step(1e-3)
+    moments = optimizer.state_tensors()
+    assert moments["exp_avg.weight"].eq(0.5 * 0.5).all()
+    assert moments["exp_avg_sq.weight"].eq(0.75 * 0.25).all()
 
 
 def test_loraplus_lets_lora_b_learn_faster(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from kernels.adamw_arenas import (
     Moments,
 )
 from nf4.double_quant import DYNAMIC_MAP_MIDPOINTS, UNSIGNED_DYNAMIC_MAP_MIDPOINTS
+from optim.adamw import BETAS
 
 LEARNING_RATE = 1e-2
 # factor of the learning rate, weight decay
@@ -40,9 +41,11 @@ class AdamWCase:
     loss_scale: float = 1.0
     num_groups: int = 1
     non_finite: float | None = None  # the last gradient of the second step
+    betas: tuple[float, float] = BETAS
 
     def __str__(self) -> str:
         last = f"-{self.non_finite}" if self.non_finite is not None else ""
+        last += "-betas{}-{}".format(*self.betas) if self.betas != BETAS else ""
         return (
             f"{self.num_8bit_tiles}x8bit-{self.num_32bit_tiles}x32bit-norm{self.max_norm}"
             f"-scale{self.loss_scale}-groups{self.num_groups}{last}"
@@ -55,6 +58,10 @@ CASES = [
     AdamWCase(0, 1, max_norm=1e9, loss_scale=65536.0),
     AdamWCase(2, 0, num_groups=2),
     AdamWCase(2, 1, loss_scale=1024.0, num_groups=3),
+    AdamWCase(1, 1, betas=(0.95, 0.95)),
+    # a moment that begins at the gradient's end, and one that is the gradient
+    AdamWCase(0, 1, betas=(0.4, 0.99)),
+    AdamWCase(1, 0, betas=(0.0, 0.0)),
     *(AdamWCase(1, 1, non_finite=float(value)) for value in ("nan", "inf", "-inf")),
 ]
 NUM_STEPS = 3
@@ -80,6 +87,7 @@ def random_arenas(case: AdamWCase, seed: int = 0) -> Arenas:
         moments,
         (torch.arange(num_blocks) // 3 % case.num_groups).to(torch.uint8),
         torch.tensor(GROUPS[: case.num_groups], dtype=torch.float64),
+        case.betas,
         torch.zeros(1, dtype=torch.int32),
         torch.zeros(NUM_SHARED_SCALARS.value + 2 * case.num_groups),
         torch.zeros(SUM_PROGRAMS, dtype=torch.float64),
@@ -129,7 +137,9 @@ def exact_arithmetic() -> Iterator[None]:
         return torch.from_numpy(np.sqrt(self.numpy()))
 
     def lerp_(self: Tensor, end: Tensor, weight: float) -> Tensor:
-        return self.copy_(_fused(torch.tensor(weight, dtype=torch.float32), end - self, self))
+        near = torch.tensor(weight, dtype=torch.float32)
+        factor, start = (near, self) if near < 0.5 else (near - 1, end)
+        return self.copy_(_fused(factor, end - self, start))
 
     def addcmul_(self: Tensor, a: Tensor, b: Tensor, value: float) -> Tensor:
         return self.copy_(_fused(a * value, b, self))
