@@ -229,6 +229,9 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("resume"), bool):
         # a switch, in folders that version 0.1 began
         values["resume"] = "auto" if values["resume"] else ""
+    if text_field := values.pop("text_field", None):
+        # a flag of its own in folders that version 0.1 began
+        values |= {} if text_field == "text" else {"fields": f"text={text_field}"}
     defaults = {f.name: _default(f) for f in fields(TrainConfig)}
     # a switch that is decided later may be on, off or not given
     kinds = {

@@ -112,7 +112,10 @@ class DataFlags(_Flags):
         "format of the records",
         ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"),
     )
-    text_field: str = _flag("text", "field of a text record")
+    fields: str = _flag(
+        "",
+        "which field of the records is which of ours, as in instruction=question,output=answer",
+    )
     ignore_fields: str = _flag("", "fields of records and messages to ignore, separated by commas")
     max_length: int = _flag(
         0, "tokens of the longest sample; 0: the model's positions, at most 2048"

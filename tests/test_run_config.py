@@ -205,6 +205,13 @@ def test_resume_may_be_bare(line: str, resume: str) -> None:
     assert parse(line).resume == resume
 
 
+@pytest.mark.parametrize(("name", "fields"), [("text", ""), ("body", "text=body")])
+def test_the_field_of_a_text_may_be_alone_in_a_file(tmp_path: Path, name: str, fields: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"text_field": name, "fields": ""}))
+    assert read_fields(path)["fields"] == fields
+
+
 @pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])
 def test_resume_may_be_the_switch_that_it_was_in_a_file(
     tmp_path: Path, switch: bool, resume: str
