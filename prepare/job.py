@@ -4,7 +4,6 @@ No model is loaded yet, and nothing is written into the output folder: a mistake
 tokens of the data are kept for the next start.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -208,6 +207,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         num_own * ranks.size,
         row_length=row_length,
         group_by_length=config.group_by_length,
+        shares=train_data.shares,
     )
     if config.packing:
         print(epochs.describe())
@@ -225,7 +225,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         evaluation = fixed_order(num_rows, 1, row_length=row_length)
     num_steps = config.max_steps
     if num_steps < 0:
-        num_steps = math.ceil(config.epochs * epochs.num_steps)
+        num_steps = epochs.steps_in(config.epochs)
     if resumed and resumed.state.step > num_steps:
         raise ValueError(
             f"--resume must go on from a step of the run: {start} is of step "
