@@ -17,13 +17,13 @@ if __name__ == "__main__":
     build_parser().parse_args()
 
 import torch
-from tqdm import tqdm
 
 from checkpoint.files import find_checkpoint
 from checkpoint.opening import open_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
 from foreign.terminal import guard_output, one_line
 from nf4.weight import Quantization
+from run.bars import reporting
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
@@ -46,15 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         print(one_line(remark))
     start = time.perf_counter()
     with (
-        tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
+        reporting("quantizing", "tensors") as report,
         as_private_as(tensor.file for tensor in source.needed()),
         new_output(output) as partial,
     ):
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
         write_quantized_copy(copy, partial, device, report)
     print(describe(copy, output, time.perf_counter() - start))
 

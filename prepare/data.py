@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 
-from tqdm import tqdm
-
 from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
 from data import audit, mixture
 from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
+from data.formats.field_names import parse_fields
 from data.sources import Found, Wanted, check_names, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
+from run.bars import progress_bar
 from run.config import TrainConfig
 from run.places import Place, read_places
 
@@ -30,6 +30,7 @@ def load_data(
         ValueError: the data cannot be read, or would teach the wrong thing.
     """
     ignored_fields = _listed(config.ignore_fields)
+    field_names = parse_fields(config.fields)
     find_untrained = partial(untrained_rows, checkpoint)
     places = read_places(config.data)
     found, eval_found = _find(config, places)
@@ -37,7 +38,7 @@ def load_data(
     def load(flag: str, place: str, found: Found) -> Dataset:
         files = found.files
         print(one_line(f"{flag}: {found.describe()}"))
-        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
+        with progress_bar("tokenizing", "records") as bar:
 
             def report(num_records: int) -> None:
                 bar.update(num_records - bar.n)
@@ -46,13 +47,13 @@ def load_data(
                 files,
                 tokenizer,
                 data_format=config.data_format,
-                text_field=config.text_field,
                 max_length=config.max_length,
                 train_on=config.train_on,
                 vocab_size=checkpoint.config.vocab_size,
                 now=datetime.fromisoformat(started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
+                field_names=field_names,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )

@@ -102,7 +102,7 @@ THEIRS = {
     "numpy": {"data", "export/gguf_file.py", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
+    "tqdm": {"run", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # optional extras, looked for before they are imported
     "matplotlib": {"run/loss_chart.py"},

@@ -301,10 +301,8 @@ def test_a_terminal_has_a_bar_with_what_is_left_speed_and_memory(
     progress.show(row | {"tokens_per_second": 1234.0, "peak_memory_bytes": 3 << 30})
     progress.close()
     last = capsys.readouterr().err.split("\r")[-1]
-    assert " 5/10 [" in last
-    # elapsed and left
-    assert "<" in last
-    assert "1,234 tok/s  3.00 GiB" in last
+    assert "| 5/10, " in last
+    assert " left, loss 1.0000  1,234 tok/s  3.00 GiB" in last
 
 
 PROMPT = "Who is Ember?"
