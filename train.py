@@ -252,7 +252,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             figures = settle(run, log)
 
         if logs:
-            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            row = log.row(state, job.epochs.epochs_after(state.step), figures)
             if not evaluates:
                 log.add(row)
             elif not evaluate_and_log(run, log, stop, row):

@@ -177,7 +177,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None
-    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size)
+    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
     work, num_steps = course.work, course.num_steps
     if resumed and resumed.state.step > num_steps:
         raise ValueError(
