@@ -30,7 +30,7 @@ def load_data(
     find_untrained = partial(untrained_rows, checkpoint)
     found, eval_found = _find(config)
 
-    def load(flag: str, place: str, found: Found) -> Dataset:
+    def load(flag: str, found: Found) -> Dataset:
         files = found.files
         print(one_line(f"{flag}: {found.describe()}"))
         with progress_bar("tokenizing", "records") as bar:
@@ -52,7 +52,7 @@ def load_data(
                 num_processes=config.dataset_num_proc,
                 report=report,
             )
-        print(f"{one_line(place)}: {audit.describe(dataset)}")
+        print(audit.describe(dataset))
         for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
             print(one_line(warning))
         num_shown = config.inspect or int(flag == "--data")
@@ -61,7 +61,7 @@ def load_data(
         audit.check(dataset, flag, allow_truncation=config.allow_truncation)
         return dataset
 
-    train_data = load("--data", config.data, found)
+    train_data = load("--data", found)
     if config.eval_fraction:
         train_data, eval_data = train_data.split(config.eval_fraction)
         print(
@@ -71,7 +71,7 @@ def load_data(
         return train_data, eval_data
     if not eval_found:
         return train_data, None
-    eval_data = load("--eval-data", config.eval_data, eval_found)
+    eval_data = load("--eval-data", eval_found)
     if shared := audit.num_shared(train_data, eval_data):
         print(
             f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "

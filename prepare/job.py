@@ -32,6 +32,7 @@ from lora.readers import plain
 from prepare.adapter import follow_adapter, lora_config
 from prepare.base import evaluated_at_once, identify_base, packable_length, workload
 from prepare.data import load_data
+from prepare.first_lines import first_lines
 from prepare.quantization import follow_checkpoint
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig, make_config, read_given
@@ -169,6 +170,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     device = torch.device(config.device)
     configure_torch(device, ranks.local_rank, config.deterministic)
 
+    if not (config.plan or config.inspect):
+        for line in first_lines(config, lora, checkpoint):
+            print(one_line(line))
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
