@@ -4,6 +4,7 @@
     --batch_size=4              underscores: --batch-size=4
     --packing true              a value behind a switch: --packing; false: --no-packing
     --bf16                      a flag that is ours with a value: --dtype bfloat16
+    --text-field body           a flag whose value is a part of ours: --fields text=body
     --leraning-rate 1e-4        one line: did you mean --learning-rate?
 
 A name that is ours as it stands is never translated.
@@ -34,7 +35,8 @@ class Parser(argparse.ArgumentParser):
 
         Args:
             also: other names of flags, with hyphens: each with ours, or with ours and a value
-                ("--bf16": "--dtype bfloat16"), which takes no other.
+                ("--bf16": "--dtype bfloat16"), which takes no other, or with ours and the
+                beginning of a value ("--text-field": "--fields text=").
             elsewhere: flags of other programs that have no like here, each with what to do.
         """
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -67,6 +69,11 @@ class Parser(argparse.ArgumentParser):
             if ours not in self._option_string_actions:
                 # as it was typed, to be told so
                 yield argument
+                continue
+            if fixed.endswith("="):
+                yield ours
+                if equals or (given and not given[0].startswith("--")):
+                    yield fixed + (value if equals else given.pop(0))
                 continue
             if not fixed and not self._is_switch(ours):
                 yield ours + equals + value

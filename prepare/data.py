@@ -8,6 +8,7 @@ from checkpoint.untrained_rows import untrained_rows
 from data import audit
 from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
+from data.formats.field_names import parse_fields
 from data.sources import Found, Wanted, check_names, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
@@ -27,6 +28,7 @@ def load_data(
         ValueError: the data cannot be read, or would teach the wrong thing.
     """
     ignored_fields = _listed(config.ignore_fields)
+    field_names = parse_fields(config.fields)
     find_untrained = partial(untrained_rows, checkpoint)
     found, eval_found = _find(config)
 
@@ -42,13 +44,13 @@ def load_data(
                 files,
                 tokenizer,
                 data_format=config.data_format,
-                text_field=config.text_field,
                 max_length=config.max_length,
                 train_on=config.train_on,
                 vocab_size=checkpoint.config.vocab_size,
                 now=datetime.fromisoformat(started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
+                field_names=field_names,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )

@@ -48,6 +48,7 @@ FREE_ON_RESUME = frozenset(
         "activations",
         "max_memory",
         "plan",
+        "gpu",
         "push_to_hub",
         "allow_truncation",
         "inspect",
@@ -168,7 +169,9 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
     if not given.get("model") and not given.get("data"):
         given = without_model | given
     config = TrainConfig(**given)
-    if not config.model or not config.data:
+    if config.plan and config.model and not config.data:
+        _check_without_data(config)
+    elif not config.model or not config.data:
         missing, there = ("--data", "--model") if config.model else ("--model", "--data")
         raise ValueError(
             f"--model and --data must be given together: got {there} without {missing}; "
@@ -179,6 +182,13 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
             "--resume must be given with --output, the folder of the run to go on with"
         )
     return config
+
+
+def _check_without_data(config: TrainConfig) -> None:
+    """Refuse flags of a plan that nothing can be said of without data and a tokenizer."""
+    for name in ("eval_data", "eval_fraction", "sample_prompt", "inspect"):
+        if getattr(config, name):
+            raise ValueError(f"{flag_name(name)} must be given with --data: got none")
 
 
 def find_config(folder: Path) -> Path | None:
@@ -219,6 +229,9 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("resume"), bool):
         # a switch, in folders that version 0.1 began
         values["resume"] = "auto" if values["resume"] else ""
+    if text_field := values.pop("text_field", None):
+        # a flag of its own in folders that version 0.1 began
+        values |= {} if text_field == "text" else {"fields": f"text={text_field}"}
     defaults = {f.name: _default(f) for f in fields(TrainConfig)}
     # a switch that is decided later may be on, off or not given
     kinds = {

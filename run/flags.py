@@ -112,7 +112,10 @@ class DataFlags(_Flags):
         "format of the records",
         ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"),
     )
-    text_field: str = _flag("text", "field of a text record")
+    fields: str = _flag(
+        "",
+        "which field of the records is which of ours, as in instruction=question,output=answer",
+    )
     ignore_fields: str = _flag("", "fields of records and messages to ignore, separated by commas")
     max_length: int = _flag(
         0, "tokens of the longest sample; 0: the model's positions, at most 2048"
@@ -270,7 +273,12 @@ class MemoryFlags(_Flags):
     max_memory: str = _flag(
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
     )
-    plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
+    plan: bool = _flag(
+        False,
+        "print the memory and the time that the run needs, and stop; config.json is enough for it, "
+        "and without --data it is for full rows",
+    )
+    gpu: str = _flag("", "plan for this GPU, such as 4090 or A100-80, which need not be here")
 
     def __post_init__(self) -> None:
         self._require(
@@ -278,6 +286,7 @@ class MemoryFlags(_Flags):
             not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
             "a size such as 24GiB, 24GB, 800MiB or 24, which is in GiB",
         )
+        self._require("gpu", self.plan or not self.gpu, "given with --plan")
         super().__post_init__()
 
     @property

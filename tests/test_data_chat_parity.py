@@ -161,7 +161,7 @@ def test_arguments_as_text_are_written_as_transformers_writes_objects(
         for m in row["messages"]
     ]
     record = Record("x.jsonl:1", {"messages": messages, "tools": row["tools"]})
-    example = to_example(record, "messages", text_field="text", has_chat_template=True)
+    example = to_example(record, "messages", has_chat_template=True)
     assert isinstance(example, Conversation)
     num_texts = 0
     for name, text in templates.items():

@@ -9,7 +9,13 @@ import torch
 import run.machine
 from run.machine import choose_device, choose_dtype, describe_device, has_bfloat16, why_no_gpu
 
-GPUS = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 0): "NVIDIA A100", (12, 1): "NVIDIA GB10"}
+GPUS = {
+    (7, 0): "Tesla V100",
+    (7, 5): "Tesla T4",
+    (8, 0): "NVIDIA A100",
+    (9, 0): "NVIDIA H100",
+    (12, 1): "NVIDIA GB10",
+}
 
 
 def install_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -133,3 +139,12 @@ def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert describe_device("cuda") == "NVIDIA A100, 79.2 GiB"
     assert describe_device("cpu") == "CPU (--device cpu)"
+
+
+def test_the_gpu_of_a_plan_counts_in_place_of_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch, (9, 0))
+    assert has_bfloat16("cuda", (8, 0))
+    assert not has_bfloat16("cuda", (7, 5))
+    assert choose_dtype("auto", "cuda", (7, 5)) == "float16"
+    with pytest.raises(ValueError, match=r"8\.0 or later: --gpu has 7\.5; choose --dtype float16$"):
+        choose_dtype("bfloat16", "cuda", (7, 5))
