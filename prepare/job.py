@@ -35,6 +35,7 @@ from prepare.data import load_data
 from prepare.quantization import follow_checkpoint
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig, make_config, read_given
+from run.flags import EPOCH
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.machine import configure_torch
 from run.ranks import Ranks
@@ -128,6 +129,10 @@ class Job:
     def steps_done(self) -> int:
         """The number of steps before this start of the run."""
         return self.resumed.state.step if self.resumed else 0
+
+    def num_between(self, steps: int) -> int:
+        """The steps between two evaluations or checkpoints, which may be given as an epoch's."""
+        return self.epochs.num_steps if steps == EPOCH else steps
 
     @property
     def output(self) -> Path:
