@@ -103,7 +103,7 @@ def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
     if not file:
         parser.add_argument(
             "--config",
-            help="settings in YAML or JSON, such as the run.json of an "
+            help="settings in YAML or JSON, such as a file of recipes/ or the run.json of an "
             "earlier run; flags override them",
         )
     for title, flags in GROUPS.items():
