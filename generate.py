@@ -14,7 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
+from answering.flags import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
 
 from answering.chat import print_answer, talk
 from answering.job import AnswerJob, check, say
@@ -23,6 +27,7 @@ from checkpoint.loading import load_model
 from foreign.terminal import first_line, guard_output, one_line
 from generation.generator import Generator
 from lora.adapter_file import load_adapter
+from run.bars import progress_bar, reporting
 from run.last_door import LastDoor
 from run.privacy import as_private_as
 from run.shortage import is_shortage
@@ -42,12 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def load(job: AnswerJob) -> Generator:
     """Load the model, its adapter beside it, and allocate the cache of keys and values."""
-    with tqdm(desc="loading", unit="tensor", disable=None, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with reporting("loading", "tensors") as report:
         model = load_model(job.checkpoint, job.device, job.dtype, job.quantization, report)
     if job.adapter:
         folder, lora = job.adapter
@@ -64,9 +64,7 @@ def answer_all(job: AnswerJob, generator: Generator) -> None:
     num_cut = 0
     with as_private_as([job.private_as]), new_answers(job.output) as answers:
         try:
-            with tqdm(
-                total=len(ids), desc="answering", unit="prompt", disable=None, leave=False
-            ) as bar:
+            with progress_bar("answering", "prompts", len(ids)) as bar:
                 for index, new_ids in generator.complete(ids, job.max_new_tokens, job.stop_ids):
                     answers.add(index, job.prompts[index][0].given, job.tokenizer.decode(new_ids))
                     num_cut += len(new_ids) == job.max_new_tokens

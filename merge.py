@@ -17,7 +17,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
+from merging.flags import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
 
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from export.modelfile import MODELFILE
@@ -28,6 +32,7 @@ from merging.files import files_beside_the_weights
 from merging.gguf_export import plan_export, write_export
 from merging.job import check_base, parse
 from merging.report import compare, describe_merge, describe_text, load_windows
+from run.bars import reporting
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.privacy import as_private_as
@@ -52,20 +57,12 @@ def main(arguments: Sequence[str]) -> None:
     windows = load_windows(job)
 
     # all that was given is checked: only from here on is anything written
-    with (
-        as_private_as(weights),
-        new_output(job.output) as folder,
-        tqdm(desc="merging", unit="tensor", disable=None, leave=False) as bar,
-    ):
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with as_private_as(weights), new_output(job.output) as folder:
         quantization = job.quantization if job.base == "nf4" else None
-        figures = write_merged_shards(
-            base.shards, shapes, updates, quantization, job.device, folder, report
-        )
+        with reporting("merging", "tensors") as report:
+            figures = write_merged_shards(
+                base.shards, shapes, updates, quantization, job.device, folder, report
+            )
         if figures.num_changed == 0:
             raise ValueError(
                 "the merge must change something: every update is lost when its weight is rounded "
@@ -76,9 +73,8 @@ def main(arguments: Sequence[str]) -> None:
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
         if export:
-            bar.set_description("writing GGUF")
-            bar.reset()
-            write_export(export, folder, job.output.name, report)
+            with reporting("writing GGUF", "tensors") as report:
+                write_export(export, folder, job.output.name, report)
     print(describe_merge(job, figures))
     print(f"saved the merged model in {job.output}")
     if export:

@@ -5,21 +5,25 @@
 train.py and transformers load the written checkpoint without quantizing it again.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint.quantize_flags import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 import torch
-from tqdm import tqdm
 
 from checkpoint.files import find_checkpoint
 from checkpoint.opening import open_checkpoint
 from checkpoint.quantized_copy import QuantizedCopy, plan_quantized_copy, write_quantized_copy
-from foreign.command_line import Parser
 from foreign.terminal import guard_output, one_line
 from nf4.weight import Quantization
+from run.bars import reporting
 from run.folder import check_new_folder, new_output
 from run.last_door import LastDoor
 from run.machine import choose_device
@@ -42,49 +46,12 @@ def main(arguments: Sequence[str]) -> None:
         print(one_line(remark))
     start = time.perf_counter()
     with (
-        tqdm(desc="quantizing", unit="tensor", disable=None, leave=False) as bar,
+        reporting("quantizing", "tensors") as report,
         as_private_as(tensor.file for tensor in source.needed()),
         new_output(output) as partial,
     ):
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
         write_quantized_copy(copy, partial, device, report)
     print(describe(copy, output, time.perf_counter() - start))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="quantize.py",
-        description="Write a checkpoint in NF4, as transformers and bitsandbytes do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--output", required=True, help="a new folder for the quantized one")
-    parser.add_argument(
-        "--block-size", type=int, default=64, help="weights that share a scale: 32 to 4096"
-    )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="quantize the scales to 8 bits",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="dtype of the tensors that are not quantized; auto: as they are stored",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="device that quantizes; auto: a GPU if there is one",
-    )
-    return parser
 
 
 def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:

@@ -17,8 +17,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from run.config import build_parser
+
+if __name__ == "__main__":
+    # --help and a mistyped flag are answered here: the imports below take seconds
+    build_parser().parse_args()
+
 import torch
-from tqdm import tqdm
 
 from checkpoint.loading import load_model
 from foreign.terminal import guard_output
@@ -33,6 +38,7 @@ from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
 from prepare.job import Job, check
 from prepare.quantization import quantization_of
+from run.bars import reporting
 from run.checkpoint import RunState
 from run.flags import TrainingFlags
 from run.last_door import LastDoor
@@ -126,14 +132,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
     """
     config, resumed = job.config, job.resumed
     dtype, quantization = getattr(torch, config.dtype), quantization_of(config)
-    # the first rank alone has a bar, and only on a terminal
-    is_off = None if ranks.is_first else True
-    with tqdm(desc="loading", unit="tensor", disable=is_off, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with reporting("loading", "tensors", is_shown=ranks.is_first) as report:
         if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)

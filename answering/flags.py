@@ -53,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--chat-template",
         default="",
-        help="the bundled template (chatml), a .jinja file, or the name of one of the checkpoint's "
-        "templates",
+        help="a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
+        "file, or the name of one of the checkpoint's templates",
     )
     asked.add_argument(
         "--raw", action="store_true", help="continue prompts as they stand, without a template"

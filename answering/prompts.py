@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.template import Message
-from data.formats.conversations import to_messages
+from data.formats.turns import to_messages
 from data.reading.content import decode, lines_of
 from data.reading.files import data_suffix, read_records
 from data.reading.record import Record

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.layouts import DEFAULT_TEXT_FIELD
 from data.tokenizer import Tokenizer
 from data.tokens.pieces import Counts
 from data.tokens.recipe import Recipe
@@ -83,20 +82,20 @@ def load_dataset(
     tokenizer: Tokenizer,
     *,
     data_format: str = "auto",
-    text_field: str = DEFAULT_TEXT_FIELD,
     max_length: int = 2048,
     train_on: str = "completions",
     vocab_size: int,
     now: datetime | None = None,
     skip_bad_lines: bool = False,
     ignored_fields: tuple[str, ...] = (),
+    field_names: dict[str, str] | None = None,
     num_processes: int = 0,
     report: Callable[[int], None] = lambda num_records: None,
 ) -> Dataset:
     """Read data files, tokenize them and label the tokens to learn, or find all that in the cache.
 
     Args:
-        data_format to ignored_fields: as data.tokens.tokenization.Recipe.
+        data_format to field_names: as data.tokens.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 
@@ -108,13 +107,13 @@ def load_dataset(
     """
     recipe = Recipe(
         data_format,
-        text_field,
         max_length,
         train_on,
         vocab_size,
         now or datetime.now(),
         skip_bad_lines,
         ignored_fields,
+        field_names or {},
     )
     _check_vocabulary(tokenizer, vocab_size)
     tokens = cached_tokens(files, tokenizer, recipe, num_processes, report)

@@ -1,53 +1,81 @@
 """The files that --data and --eval-data name: one file, or the files of a folder or a hub data set.
 
-A folder and a data set are read as load_dataset reads them without a configuration: a file or a
-folder in it that is called train, validation (or valid, val, dev, eval) or test is that split, by
-the words of its name; the files of a split are read in the order of their names. Training takes
-train; evaluation takes validation, or else test. Files without such names are all of one split.
-Where these rules leave a choice (two formats, two folders, train_sft beside train_gen, a missing
-split) that is an error: one set that is read twice, or two sets read as one, would go unnoticed.
-Links inside a folder are followed; a folder that is reached twice is read once.
+A data set has parts: splits, perhaps of several subsets. Its card declares them (data/card.py), or
+else the names of its files say them (data/splits.py). Training takes the split whose name has the
+word train. Evaluation takes validation, or else test: of the subset that is learned from, and of
+its family, as test_sft is of train_sft. Files without such names are all of one split. Where these
+rules leave a choice that no flag makes (two subsets, train_sft beside train_gen, two formats), that
+is an error: one set that is read twice, or two sets read as one, would go unnoticed. Links inside a
+folder are followed; a folder that is reached twice is read once.
 """
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from data.card import CARD, read_parts
 from data.reading.files import data_suffix, is_structured
+from data.splits import SHARD, Part, family_of, kind_of, parts_by_name
 from hub.fetch import find_folder, parse_hub_id
 
 Use = Literal["train", "eval"]
 
-_SPLIT_OF_WORD = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "evaluation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-_SPLITS_OF_USE = {"train": ("train",), "eval": ("validation", "test")}
+_KINDS_OF_USE = {"train": ("train",), "eval": ("validation", "test")}
+_FLAG_OF_USE = {"train": "--split", "eval": "--eval-split"}
 # files about a data set, which could be read as text but are no data
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|dataset_infos?|dataset_dict|state)\..*", re.I
 )
 
-# train-00000-of-00002.parquet, as datasets.push_to_hub names them
-_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\b")
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a data set.
 
-def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
-    """Find the files of a place: a path, or a hub data set, `owner/name` or `owner/name@revision`.
-
-    Args:
+    Attributes:
         what: such as "--data", for messages.
-        use: decides the split that is taken.
+        use: what for.
+        subsets, splits: names; a data set takes the one that it has. a+b is two splits as one.
+        beside: the part that is learned from, where it is of the same data set.
+    """
+
+    what: str
+    use: Use = "train"
+    subsets: Collection[str] = ()
+    splits: Collection[str] = ()
+    beside: Part | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files to read.
+
+    Attributes:
+        part: the part of the data set that they are; None for a path of a file.
+        parts: all parts of the data set.
+    """
+
+    files: list[Path]
+    part: Part | None = None
+    parts: tuple[Part, ...] = ()
+
+    def describe(self) -> str:
+        """Say which part is read and which files: how many, and the first of them."""
+        said = []
+        if self.part and len({part.subset for part in self.parts}) > 1:
+            said.append(f"subset {self.part.subset}, ")
+        if self.part and self.part.split and len(self.parts) > 1:
+            said.append(f"split {self.part.split}, ")
+        names = _some([str(file) for file in self.files])
+        number = "" if len(self.files) == 1 else f"{len(self.files):,} files: "
+        return f"{''.join(said)}reading {number}{names}"
+
+
+def find_data(place: str, wanted: Wanted) -> Found:
+    """Find the files of a place: a path, or a hub data set, `owner/name` or `owner/name@revision`.
 
     Raises:
         FileNotFoundError: the id is no data set, nor is it a path.
@@ -55,24 +83,44 @@ def find_data(place: str, what: str, use: Use = "train") -> list[Path]:
         ValueError: a folder or data set that has no files to read, or leaves a choice.
     """
     path = Path(os.path.expanduser(place))
-    if path.is_dir():
-        return [path / name for name in choose_files(_files_below(path), place, what, use)]
-    if path.exists() or data_suffix(place) or parse_hub_id(place) is None:
-        return [path]
-    chosen: list[str] = []
+    is_hub_id = not path.exists() and not data_suffix(place) and parse_hub_id(place)
+    if not path.is_dir() and not is_hub_id:
+        return Found([path])
+    chosen: list[tuple[Part, list[Part]]] = []
 
-    def choose(names: Collection[str], get: Callable[[str], Path]) -> list[str]:
-        chosen[:] = choose_files(names, place, what, use)
-        return chosen
+    def choose(names: Collection[str], get: Callable[[str], Path]) -> tuple[str, ...]:
+        parts = parts_of(names, place, wanted, get)
+        chosen[:] = [(choose_part(parts, place, wanted), parts)]
+        return chosen[0][0].names
 
-    folder = find_folder(place, what, "dataset", choose)
-    return [folder / name for name in chosen]
+    if is_hub_id:
+        path = find_folder(place, wanted.what, "dataset", choose)
+    else:
+        choose(_files_below(path), path.joinpath)
+    ((part, parts),) = chosen
+    return Found([path / name for name in part.names], part, tuple(parts))
 
 
-def describe_files(files: Sequence[Path]) -> str:
-    """Say which files are read: how many, and the first of them."""
-    names = _some([str(file) for file in files])
-    return f"reading {names}" if len(files) == 1 else f"reading {len(files):,} files: {names}"
+def check_names(flag: str, names: Collection[str], found: Sequence[Found]) -> None:
+    """Refuse the name of a subset or a split that no data set has.
+
+    Args:
+        flag: one of --subset, --split and --eval-split.
+        found: where the name may be.
+    """
+    kind = "subset" if flag == "--subset" else "split"
+    taken = {name for each in found if each.part for name in _names_of(each.part, kind)}
+    there = dict.fromkeys(getattr(part, kind) for each in found for part in each.parts)
+    for name in names:
+        if name not in taken:
+            raise ValueError(
+                f"{flag} must name a {kind} of the data: got {name!r}, and there "
+                f"{'is' if len(there) < 2 else 'are'} {_some([each for each in there if each])}"
+            )
+
+
+def _names_of(part: Part, kind: str) -> tuple[str, ...]:
+    return (part.subset,) if kind == "subset" else (part.split, kind_of(part.split))
 
 
 def _files_below(folder: Path) -> list[str]:
@@ -97,76 +145,116 @@ def _files_below(folder: Path) -> list[str]:
     return names
 
 
-def choose_files(names: Collection[str], place: str, what: str, use: Use) -> list[str]:
-    """Choose among the names of a folder's files those of the split.
-
-    Raises:
-        ValueError: there are none, or what is to be read is not one set of one format.
-    """
+def parts_of(
+    names: Collection[str], place: str, wanted: Wanted, get: Callable[[str], Path]
+) -> list[Part]:
+    """The parts of the data set whose files have these names."""
     visible = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
-    data = [n for n in visible if data_suffix(n) and not _ABOUT.fullmatch(PurePosixPath(n).name)]
+    readable = [name for name in visible if data_suffix(name)]
+    if CARD in names and (parts := read_parts(get(CARD), readable)):
+        return parts
+    data = [name for name in readable if not _ABOUT.fullmatch(PurePosixPath(name).name)]
     # a text beside records is about them
     data = [name for name in data if is_structured(name)] or data
     if not data:
         raise ValueError(
-            f"{what} must have files that can be read: {place} has {_some(sorted(names))}; "
+            f"{wanted.what} must have files that can be read: {place} has {_some(sorted(names))}; "
             "convert them to JSON lines"
         )
-    of_split: dict[str, list[str]] = {}
-    for name in sorted(data):
-        of_split.setdefault(split_of(name), []).append(name)
-    wanted = next((s for s in (*_SPLITS_OF_USE[use], "") if s in of_split), None)
-    # files without a split's name, beside files with one, are not the split asked for
-    if wanted is None or (wanted == "" and len(of_split) > 1):
+    return parts_by_name(data)
+
+
+def choose_part(parts: Sequence[Part], place: str, wanted: Wanted) -> Part:
+    """Choose the part that is wanted.
+
+    Raises:
+        ValueError: there is none, or what is to be read is not one set of one format.
+    """
+    what, flag = wanted.what, _FLAG_OF_USE[wanted.use]
+    some = _of_subset(parts, wanted)
+    found = list(_named(some, wanted.splits)) or _of_use(some, wanted)
+    if not found:
+        there = dict.fromkeys(part.split or _some(part.names) for part in some)
         raise ValueError(
-            f"{what} must have files of the split {' or '.join(_SPLITS_OF_USE[use])}: {place} has "
-            f"{_some(sorted(data))}; give the path of the file"
-            + (", or take a part of --data with --eval-fraction" if use == "eval" else "")
+            f"{what} must have a split for {' or '.join(_KINDS_OF_USE[wanted.use])}: {place} has "
+            f"{_some([*there])}; choose with {flag}, or give the path of a file"
+            + (", or take a part of --data with --eval-fraction" if wanted.use == "eval" else "")
         )
-    chosen = of_split[wanted]
-    one_of_each = (
-        ("format", data_suffix),
-        ("folder", lambda name: str(PurePosixPath(name).parent)),
-        ("split", _split_name),
-    )
-    for kind, key in one_of_each:
-        kinds = sorted({key(name) for name in chosen} - {""})
-        if len(kinds) > 1:
+    for kind, choice, given in (
+        ("subset", "--subset", wanted.subsets),
+        ("split", flag, wanted.splits),
+    ):
+        there = [*dict.fromkeys(getattr(part, kind) for part in found)]
+        if len(there) > 1:
+            lacks = f", and none is called {' or '.join(given)}" if given else ""
             raise ValueError(
-                f"{what} must have files of one {kind}, or sets would be mixed: {place} has "
-                f"{_some(kinds)}; download what you want and give its path"
+                f"{what} must be one {kind} of {place}, or sets would be mixed: there are "
+                f"{_some(there)}{lacks}; choose with {choice} {there[0]}"
             )
-    _check_shards(chosen, place, what)
-    return chosen
+    (part,) = found
+    if not part.names:
+        raise ValueError(
+            f"{what} must have files that can be read: {place} has none of the split {part.split} "
+            f"of {part.subset}, by the paths in {CARD}"
+        )
+    if len(formats := sorted({data_suffix(name) for name in part.names})) > 1:
+        raise ValueError(
+            f"{what} must have files of one format, or sets would be mixed: {place} has "
+            f"{_some(formats)}; download what you want and give its path"
+        )
+    _check_shards(part.names, place, what)
+    return part
+
+
+def _of_subset(parts: Sequence[Part], wanted: Wanted) -> list[Part]:
+    """The parts of the subset that a flag names, that is learned from, or that is the default."""
+    beside = wanted.beside.subset if wanted.beside else None
+    return (
+        [part for part in parts if part.subset in wanted.subsets]
+        or [part for part in parts if part.subset == beside]
+        or [part for part in parts if part.is_default]
+        or [*parts]
+    )
+
+
+def _named(parts: Sequence[Part], splits: Collection[str]) -> Iterator[Part]:
+    """The parts whose splits are named, by their whole names or else by their kinds."""
+    for subset in dict.fromkeys(part.subset for part in parts):
+        there = {part.split: part for part in parts if part.subset == subset}
+        exact = [name for name in splits if there.keys() >= {*name.split("+")}]
+        for name in exact:
+            files = (file for each in name.split("+") for file in there[each].names)
+            yield Part(subset, name, tuple(files))
+        if not exact:
+            yield from (part for split, part in there.items() if kind_of(split) in splits)
+
+
+def _of_use(parts: Sequence[Part], wanted: Wanted) -> list[Part]:
+    """The parts whose names say that they are for this use; of those of equal right, all."""
+    kinds = _KINDS_OF_USE[wanted.use]
+    if wanted.beside:
+        family = family_of(wanted.beside.split)
+        for kind in kinds:
+            if same := [
+                p for p in parts if kind_of(p.split) == kind and family_of(p.split) == family
+            ]:
+                return same
+    for kind in kinds:
+        if found := [part for part in parts if kind_of(part.split) == kind]:
+            return found
+    # files without a split's name, beside files with one, are not the split asked for
+    return [] if any(kind_of(part.split) for part in parts) else [*parts]
 
 
 def _check_shards(names: Sequence[str], place: str, what: str) -> None:
     """Refuse a set of which only some files are there, as a broken download leaves them."""
-    found = [m for name in names if (m := _SHARD.search(name))]
+    found = [m for name in names if (m := SHARD.search(name))]
     totals = {int(m[2]) for m in found}
     if found and {int(m[1]) for m in found} != set(range(max(totals))):
         raise ValueError(
             f"{what} must have all {max(totals):,} files of its set: {place} has "
             f"{len(found):,}, {_some(names)}; download the others"
         )
-
-
-def _split_name(name: str) -> str:
-    """The split as a file calls it, `train_sft` of train_sft-00000-of-00003.parquet; "" where the
-    name does not begin with a split."""
-    file = PurePosixPath(name).name.lower()
-    stem = _SHARD.sub("", file).partition(".")[0]
-    is_split = _SHARD.search(file) or re.split(r"[^a-z]+", stem)[0] in _SPLIT_OF_WORD
-    return stem.rstrip("0123456789_-") if is_split else ""
-
-
-def split_of(name: str) -> str:
-    """The split that a file's name says, or else the nearest folder's; "" if none does."""
-    for part in reversed(PurePosixPath(name).parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in _SPLIT_OF_WORD:
-                return _SPLIT_OF_WORD[word]
-    return ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -27,8 +27,6 @@ from export.sentencepiece_model import SENTENCEPIECE_FILE
 if TYPE_CHECKING:
     import gguf
 
-# the types of a file, by the values of --gguf
-TYPES = ("f16", "bf16", "q8_0")
 PACKAGE = "gguf>=0.19"
 
 
@@ -51,7 +49,7 @@ class GGUFPlan:
     """The plan of a GGUF file.
 
     Attributes:
-        type: one of TYPES.
+        type: f16, bf16 or q8_0.
         family: a word that the model's name must have for llama.cpp; empty for most.
         fields: the file's, by their names.
         remarks: lines about what llama.cpp does otherwise.

@@ -4,6 +4,7 @@
     --batch_size=4              underscores: --batch-size=4
     --packing true              a value behind a switch: --packing; false: --no-packing
     --bf16                      a flag that is ours with a value: --dtype bfloat16
+    --text-field body           a flag whose value is a part of ours: --fields text=body
     --save-strategy epoch       a value that is ours with another name: --save-steps epoch
     --bf16 true --fp16 false    says once what is meant: --dtype bfloat16
 
@@ -31,7 +32,8 @@ class Translation:
         Args:
             flags: our flags, and whether each is a switch.
             also: other names, with hyphens: each with our flag, or with our flag and a value, which
-                takes no other. A name may have a value, too ("--save-strategy no": "--save-steps
+                takes no other, or with our flag and the beginning of a value ("--text-field":
+                "--fields text="). A name may have a value, too ("--save-strategy no": "--save-steps
                 0"). Such a name may stand for nothing, which says how it is anyway, or for a flag
                 without a value, which must then be given.
             elsewhere: flags of other programs that have no like here, each with what to do.
@@ -85,7 +87,10 @@ class Translation:
         if ours not in self._flags:
             # as it was typed, to be told so
             return [argument]
-        if not fixed and not self._flags[ours]:
+        if fixed.endswith("=") and (equals or follows):
+            del rest[: int(follows)]
+            return self._fixed(ours, fixed + value, name, value)
+        if not self._flags[ours] and (not fixed or fixed.endswith("=")):
             self._note(ours, name, value)
             return [ours + equals + value] if equals else [ours]
         if follows and value.lower() in TRUTHS:

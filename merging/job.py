@@ -1,6 +1,5 @@
 """What a merge was asked for: the command line, resolved against the adapter and its run."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +8,8 @@ import torch
 
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.opening import Checkpoint, open_checkpoint
-from export.gguf_file import TYPES
-from foreign.command_line import Parser
 from lora.adapter_file import find_adapter
+from merging.flags import build_parser
 from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
 from prepare.quantization import quantization_of
@@ -94,63 +92,6 @@ def parse(arguments: Sequence[str]) -> MergeJob:
         other_base=given.other_base,
         gguf=given.gguf,
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="merge.py",
-        description="Merge an adapter into its base model's weights.",
-    )
-    parser.add_argument("--adapter", required=True, help="adapter folder or hub id, ours or PEFT's")
-    parser.add_argument("--output", required=True, help="new folder for the merged model")
-    parser.add_argument(
-        "--model",
-        default="",
-        help="the base: checkpoint folder or hub id (default: what the adapter says)",
-    )
-    parser.add_argument(
-        "--base",
-        choices=("original", "nf4"),
-        default="original",
-        help="weights to merge into: as the checkpoint has them, or quantized to NF4 and back "
-        "(default: original)",
-    )
-    parser.add_argument(
-        "--other-base",
-        action="store_true",
-        help="merge although --model is not the checkpoint that the adapter was trained on",
-    )
-    parser.add_argument(
-        "--gguf",
-        choices=TYPES,
-        default="",
-        help="write a GGUF file of this type, for llama.cpp, and a Modelfile for Ollama, too",
-    )
-    read = parser.add_mutually_exclusive_group()
-    read.add_argument("--text", help="file to measure perplexity and logits on, as plain text")
-    read.add_argument(
-        "--data",
-        default="",
-        help="file, folder or hub id to measure on, read as in training: chat template and "
-        "learned tokens",
-    )
-    parser.add_argument(
-        "--block-size", type=int, help="block size of NF4 (default: the adapter's run's, or 64)"
-    )
-    parser.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        help="scales in 8 bits (default: as in the adapter's run, or yes)",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="dtype of the computation with --text and --data; merged weights keep theirs "
-        "(default: auto)",
-    )
-    return parser
 
 
 def check_base(job: MergeJob) -> None:

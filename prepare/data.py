@@ -3,16 +3,16 @@
 from datetime import datetime
 from functools import partial
 
-from tqdm import tqdm
-
 from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
 from data import audit
 from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
-from data.sources import Use, describe_files, find_data
+from data.formats.field_names import parse_fields
+from data.sources import Found, Wanted, check_names, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
+from run.bars import progress_bar
 from run.config import TrainConfig
 
 
@@ -27,14 +27,15 @@ def load_data(
     Raises:
         ValueError: the data cannot be read, or would teach the wrong thing.
     """
-    names = (name.strip() for name in config.ignore_fields.split(","))
-    ignored_fields = tuple(name for name in names if name)
+    ignored_fields = _listed(config.ignore_fields)
+    field_names = parse_fields(config.fields)
     find_untrained = partial(untrained_rows, checkpoint)
+    found, eval_found = _find(config)
 
-    def load(flag: str, place: str, use: Use) -> Dataset:
-        files = find_data(place, flag, use)
-        print(one_line(f"{flag}: {describe_files(files)}"))
-        with tqdm(desc="tokenizing", unit=" records", disable=None, leave=False) as bar:
+    def load(flag: str, place: str, found: Found) -> Dataset:
+        files = found.files
+        print(one_line(f"{flag}: {found.describe()}"))
+        with progress_bar("tokenizing", "records") as bar:
 
             def report(num_records: int) -> None:
                 bar.update(num_records - bar.n)
@@ -43,25 +44,26 @@ def load_data(
                 files,
                 tokenizer,
                 data_format=config.data_format,
-                text_field=config.text_field,
                 max_length=config.max_length,
                 train_on=config.train_on,
                 vocab_size=checkpoint.config.vocab_size,
                 now=datetime.fromisoformat(started),
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
+                field_names=field_names,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )
         print(f"{one_line(place)}: {audit.describe(dataset)}")
         for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
             print(one_line(warning))
-        for index in range(min(config.inspect or int(use == "train"), len(dataset.samples))):
+        num_shown = config.inspect or int(flag == "--data")
+        for index in range(min(num_shown, len(dataset.samples))):
             audit.say_sample(dataset, index, tokenizer, is_shortened=not config.inspect)
         audit.check(dataset, flag, allow_truncation=config.allow_truncation)
         return dataset
 
-    train_data = load("--data", config.data, "train")
+    train_data = load("--data", config.data, found)
     if config.eval_fraction:
         train_data, eval_data = train_data.split(config.eval_fraction)
         print(
@@ -69,12 +71,33 @@ def load_data(
             f"learn from, {len(eval_data.samples):,} to evaluate on"
         )
         return train_data, eval_data
-    if not config.eval_data:
+    if not eval_found:
         return train_data, None
-    eval_data = load("--eval-data", config.eval_data, "eval")
+    eval_data = load("--eval-data", config.eval_data, eval_found)
     if shared := audit.num_shared(train_data, eval_data):
         print(
             f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
             "to learn from"
         )
     return train_data, eval_data
+
+
+def _find(config: TrainConfig) -> tuple[Found, Found | None]:
+    """Find the files of --data and of --eval-data."""
+    subsets = _listed(config.subset)
+    train = Wanted("--data", "train", subsets, _listed(config.split))
+    found, evaluation = find_data(config.data, train), None
+    if config.eval_data:
+        beside = found.part if config.eval_data == config.data else None
+        wanted = Wanted("--eval-data", "eval", subsets, _listed(config.eval_split), beside)
+        evaluation = find_data(config.eval_data, wanted)
+    check_names("--subset", subsets, [found, *([evaluation] if evaluation else [])])
+    check_names("--split", train.splits, [found])
+    check_names("--eval-split", _listed(config.eval_split), [evaluation] if evaluation else [])
+    return found, evaluation
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The names of a flag that takes several."""
+    names = (name.strip() for name in text.split(","))
+    return tuple(name for name in names if name)

@@ -48,6 +48,7 @@ FREE_ON_RESUME = frozenset(
         "activations",
         "max_memory",
         "plan",
+        "gpu",
         "push_to_hub",
         "allow_truncation",
         "inspect",
@@ -178,7 +179,9 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
     if not given.get("model") and not given.get("data"):
         given = without_model | given
     config = TrainConfig(**given)
-    if not config.model or not config.data:
+    if config.plan and config.model and not config.data:
+        _check_without_data(config)
+    elif not config.model or not config.data:
         missing, there = ("--data", "--model") if config.model else ("--model", "--data")
         raise ValueError(
             f"--model and --data must be given together: got {there} without {missing}; "
@@ -189,6 +192,13 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
             "--resume must be given with --output, the folder of the run to go on with"
         )
     return config
+
+
+def _check_without_data(config: TrainConfig) -> None:
+    """Refuse flags of a plan that nothing can be said of without data and a tokenizer."""
+    for name in ("eval_data", "eval_fraction", "sample_prompt", "inspect"):
+        if getattr(config, name):
+            raise ValueError(f"{flag_name(name)} must be given with --data: got none")
 
 
 def find_config(folder: Path) -> Path | None:

@@ -101,6 +101,19 @@ class DataFlags(_Flags):
         "folder of them, or a hub id",
     )
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
+    subset: str = _flag(
+        "",
+        "subset of a data set that has several; where several data sets have them, names separated "
+        "by commas: each takes the one that it has",
+        is_list=True,
+    )
+    split: str = _flag(
+        "",
+        "split to learn from, where it is not the one called train; a+b: two as one; names as for "
+        "--subset",
+        is_list=True,
+    )
+    eval_split: str = _flag("", "split of --eval-data, by default validation or else test")
     eval_fraction: float = _flag(
         0.0, "share of --data held out for evaluation instead, chosen by the samples' content"
     )
@@ -109,7 +122,11 @@ class DataFlags(_Flags):
         "format of the records",
         ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"),
     )
-    text_field: str = _flag("text", "field of a text record")
+    fields: str = _flag(
+        "",
+        "which field of the records is which of ours, as in instruction=question,output=answer",
+        is_list=True,
+    )
     ignore_fields: str = _flag(
         "", "fields of records and messages to ignore, separated by commas", is_list=True
     )
@@ -127,8 +144,8 @@ class DataFlags(_Flags):
     train_on: str = _flag("completions", "tokens that have a loss", ("completions", "all"))
     chat_template: str = _flag(
         "",
-        "the bundled template (chatml), a .jinja file, or the name of one of the checkpoint's "
-        "templates",
+        "a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
+        "file, or the name of one of the checkpoint's templates",
     )
     shuffle: bool = _flag(True, "shuffle the samples anew in each epoch")
     skip_bad_lines: bool = _flag(False, "leave out malformed records, and say how many")
@@ -140,6 +157,13 @@ class DataFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(0, "inspect", "dataset_num_proc")
+        for name in ("split", "eval_split"):
+            self._require(
+                name,
+                "[" not in getattr(self, name),
+                "the name of a split, not a slice (--eval-fraction 0.1 sets a tenth aside for "
+                "evaluation, --max-steps ends a run early)",
+            )
         self._require("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)")
         has_both = bool(self.eval_fraction and self.eval_data)
         self._require("eval_fraction", not has_both, "0 where --eval-data is given")
@@ -276,7 +300,12 @@ class MemoryFlags(_Flags):
     max_memory: str = _flag(
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
     )
-    plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
+    plan: bool = _flag(
+        False,
+        "print the memory and the time that the run needs, and stop; config.json is enough for it, "
+        "and without --data it is for full rows",
+    )
+    gpu: str = _flag("", "plan for this GPU, such as 4090 or A100-80, which need not be here")
 
     def __post_init__(self) -> None:
         self._require(
@@ -284,6 +313,7 @@ class MemoryFlags(_Flags):
             not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
             "a size such as 24GiB, 24GB, 800MiB or 24, which is in GiB",
         )
+        self._require("gpu", self.plan or not self.gpu, "given with --plan")
         super().__post_init__()
 
     @property

@@ -50,6 +50,7 @@ class RunLog:
         """
         self._device = torch.device(config.device)
         self._prompt = config.sample_prompt
+        self._patience, self._state = config.early_stopping_patience, state
         self._output = Path(config.output)
         self._writes = writes
         # a run that starts from its first step drops rows of an earlier start that saved nothing
@@ -86,7 +87,10 @@ class RunLog:
         if not can_draw():
             self.say(f"no {CHART_FILE} without matplotlib: pip install -e '.[report]'")
             return
-        draw_losses(self.rows, self._output / CHART_FILE)
+        # where the run may end early, the adapter of the best evaluation is taken
+        is_chosen = self._patience and self._state.best_eval_loss is not None
+        best_step = self._state.best_step if is_chosen else None
+        draw_losses(self.rows, self._output / CHART_FILE, best_step)
 
     def advance(self) -> None:
         """Count a step."""

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+Capability = tuple[int, int]
+
 # compute capabilities: the oldest that the kernels run on, and the oldest with bfloat16, where
 # Triton's products also use the tensor cores
 OLDEST = (7, 5)
@@ -41,26 +43,38 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     return name
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether a device is a GPU of compute capability 8.0 or later."""
-    return device == "cuda" and torch.cuda.get_device_capability() >= OLDEST_WITH_BFLOAT16
+def has_bfloat16(device: str, planned: Capability | None = None) -> bool:
+    """Whether a device is a GPU of compute capability 8.0 or later.
+
+    Args:
+        planned: the compute capability of the GPU of a plan, where that is not this machine's.
+    """
+    return device == "cuda" and (planned or torch.cuda.get_device_capability()) >= (
+        OLDEST_WITH_BFLOAT16
+    )
 
 
-def choose_dtype(name: str, device: str) -> str:
+def choose_dtype(name: str, device: str, planned: Capability | None = None) -> str:
     """Resolve --dtype: `auto` is bfloat16 on a GPU that has it, float16 on another, float32 on a
     CPU.
+
+    Args:
+        planned: as in has_bfloat16.
 
     Raises:
         ValueError: --dtype bfloat16 is given, and the GPU does not have it.
     """
-    if device == "cuda" and name == "bfloat16" and not has_bfloat16(device):
+    if device == "cuda" and name == "bfloat16" and not has_bfloat16(device, planned):
+        described = f"--gpu has {_dotted(planned)}" if planned else _describe_gpu(0)
         raise ValueError(
             "--dtype bfloat16 must be given for a GPU of compute capability "
-            f"{_dotted(OLDEST_WITH_BFLOAT16)} or later: {_describe_gpu(0)}; choose --dtype float16"
+            f"{_dotted(OLDEST_WITH_BFLOAT16)} or later: {described}; choose --dtype float16"
         )
     if name != "auto":
         return name
-    return "float32" if device == "cpu" else "bfloat16" if has_bfloat16(device) else "float16"
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if has_bfloat16(device, planned) else "float16"
 
 
 def _describe_gpu(index: int) -> str:
@@ -68,7 +82,7 @@ def _describe_gpu(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)} has {_dotted(capability)}"
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
 
 

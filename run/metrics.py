@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from foreign.json_text import parse_json
 from run.atomic import flush, write_text
+from run.bars import UNHEARD, progress_bar
 from run.privacy import READABLE, opener
 
 # `tokens` and `target_tokens` count from the run's first step, padding left out
@@ -136,10 +137,6 @@ class StepRows:
             flush(self._path.parent)
 
 
-# errors of print: a closed terminal, a full disk, a character that the terminal does not have
-_UNHEARD = (OSError, ValueError)
-
-
 class Progress:
     """A progress bar with the last figures on a terminal; elsewhere a line for each logged step.
 
@@ -149,35 +146,31 @@ class Progress:
     def __init__(self, num_steps: int, step: int, *, is_shown: bool = True) -> None:
         self._is_terminal = is_shown and sys.stderr.isatty()
         self._num_steps = num_steps
-        self._bar = tqdm(
-            total=num_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self._is_terminal,
+        self._bar = progress_bar(
+            "training", total=num_steps, done=step, is_shown=is_shown, stays=True
         )
 
     def advance(self) -> None:
-        with suppress(*_UNHEARD):
-            self._bar.update()
+        self._bar.update()
 
     def show(self, row: Row) -> None:
-        """Show the loss, the speed and the memory of a row of metrics."""
-        numbers = describe(row)
-        with suppress(*_UNHEARD):
-            if self._is_terminal:
-                self._bar.set_postfix_str(numbers)
-            else:
-                print(f"step {row['step']}/{self._num_steps}  {numbers}", flush=True)
+        """Show a row of metrics: beside the bar, or as a line where it would be gone too soon."""
+        step, shortly = f"step {row['step']}/{self._num_steps}", describe_shortly(row)
+        with suppress(*UNHEARD):
+            if not self._is_terminal:
+                print(f"{step}  {describe(row)}", flush=True)
+                return
+            if "eval_loss" in row:
+                self.say(f"{step}  eval_loss {row['eval_loss']:.4f}  {shortly}")
+            self._bar.set_postfix_str(shortly)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        with suppress(*_UNHEARD):
+        with suppress(*UNHEARD):
             tqdm.write(text)
 
     def close(self) -> None:
-        with suppress(*_UNHEARD):
-            self._bar.close()
+        self._bar.close()
 
 
 def describe(row: Row) -> str:
@@ -195,6 +188,14 @@ def describe(row: Row) -> str:
         ]
     parts.append(f"{row['peak_memory_bytes'] / GIB:.2f} GiB")
     return "  ".join(parts)
+
+
+def describe_shortly(row: Row) -> str:
+    """Write the figures of a row of metrics that have a place beside a bar."""
+    parts = []
+    if "loss" in row:
+        parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s"]
+    return "  ".join([*parts, f"{row['peak_memory_bytes'] / GIB:.2f} GiB"])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from test_data_tokenizer import save_byte_level
 
 from data.chat.assistant_spans import render_with_spans
 from data.chat.template import ChatTemplate
+from data.chat.template_files import BUNDLED_TEMPLATES
 from data.formats.examples import Conversation, Text
 from data.formats.layouts import to_example
 from data.formats.tool_calls import show_arguments
@@ -75,7 +76,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def templates() -> dict[str, str]:
-    return TEMPLATES | asset_templates(ASSETS)
+    bundled = {path.name: path.read_text() for path in BUNDLED_TEMPLATES.glob("*.jinja")}
+    return TEMPLATES | bundled | asset_templates(ASSETS)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_arguments_as_text_are_written_as_transformers_writes_objects(
         for m in row["messages"]
     ]
     record = Record("x.jsonl:1", {"messages": messages, "tools": row["tools"]})
-    example = to_example(record, "messages", text_field="text", has_chat_template=True)
+    example = to_example(record, "messages", has_chat_template=True)
     assert isinstance(example, Conversation)
     num_texts = 0
     for name, text in templates.items():

@@ -51,7 +51,7 @@ def tokenize(
     path: Path, tokenizer: Tokenizer, num_processes: int = 1, *, skip_bad_lines: bool = False
 ) -> Counts:
     now = datetime(2024, 7, 26)
-    recipe = Recipe("auto", "text", 64, "completions", 1000, now, skip_bad_lines)
+    recipe = Recipe("auto", 64, "completions", 1000, now, skip_bad_lines)
     counts = Counts()
     for piece in tokenize_files([path], tokenizer, recipe, num_processes)[1]:
         counts.add(piece.counts)

@@ -110,8 +110,8 @@ def test_nothing_to_learn_is_refused_with_counts(tmp_path: Path, tokenizer: Toke
         load(tmp_path, tokenizer, {"input_ids": [], "labels": []})
 
 
-def test_text_field_names_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    dataset = load(tmp_path, tokenizer, {"body": "yo", "text": 3}, text_field="body")
+def test_a_field_that_is_named_is_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dataset = load(tmp_path, tokenizer, {"body": "yo", "text": 3}, field_names={"text": "body"})
     assert list(dataset.samples) == list(load(tmp_path, tokenizer, {"text": "yo"}).samples)
 
 

@@ -67,7 +67,7 @@ def as_a_whole(text: str, tokenizer: Tokenizer, max_length: int) -> list[Sample]
 def load(
     path: Path, tokenizer: Tokenizer, max_length: int = 17, processes: int = 1, **changes: Any
 ) -> tuple[list[Sample], Counts]:
-    recipe = Recipe("auto", "text", max_length, "completions", 200_000, NOW, False)
+    recipe = Recipe("auto", max_length, "completions", 200_000, NOW, False)
     given = replace(recipe, **changes)
     counts = Counts()
     samples = []
@@ -216,7 +216,7 @@ def test_documents_keep_their_place_among_other_records(
     paths[2].write_bytes(gzip.compress(texts[2].encode()))
     paths[3].write_bytes(texts[3].encode())
     expected = [sample for path in paths for sample in load(path, tokenizer)[0]]
-    given = Recipe("text", "text", 17, "completions", 1000, NOW, False)
+    given = Recipe("text", 17, "completions", 1000, NOW, False)
     for processes in (1, 2):
         pieces = list(tokenize_files(paths, tokenizer, given, processes)[1])
         ids = np.concatenate([piece.input_ids for piece in pieces])

@@ -11,7 +11,7 @@ from data.formats.layouts import detect_format
 def test_a_field_that_would_be_lost_is_refused_by_name(data_format: str) -> None:
     fields: dict[str, object] = LAYOUTS.get(data_format, LAYOUTS["alpaca"])
     has_template = data_format != "no-template"
-    others = ["context", "persona"]
+    others = ["notes", "persona"]
     if data_format == "text-prompt":
         fields = {"prompt": "p", "completion": "c"}
     if data_format not in LAYOUTS:

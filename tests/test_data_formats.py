@@ -1,7 +1,7 @@
 """data/formats/layouts.py: what each layout means, and that nothing that does not fit passes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -19,13 +19,14 @@ def convert(
     *,
     has_template: bool = True,
     ignored_fields: Sequence[str] = (),
+    field_names: Mapping[str, str] | None = None,
 ) -> Example:
     return to_example(
         Record("x.jsonl:3", fields),
         data_format,
-        text_field="text",
         has_chat_template=has_template,
         ignored_fields=ignored_fields,
+        field_names=field_names,
     )
 
 
@@ -46,15 +47,12 @@ def test_formats_are_recognized_by_their_fields(fields: dict[str, object], expec
     assert expected in FORMATS
 
 
-def test_a_named_text_field_comes_first() -> None:
-    assert detect_format({"messages": [], "body": ""}, text_field="body") == "text"
-
-
 def test_an_unknown_layout_lists_what_came_and_what_is_needed() -> None:
     with pytest.raises(
-        ValueError, match=r"got question, answer; .*alpaca needs instruction and out"
+        ValueError,
+        match=r"got question, choices; .*alpaca needs instruction and output; .*--fields text=",
     ):
-        detect_format({"question": "", "answer": ""})
+        detect_format({"question": "", "choices": ""})
     with pytest.raises(ValueError, match="got none"):
         detect_format({})
 
@@ -358,12 +356,12 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "turns-object": ("sharegpt", {"conversations": {}}, "must be a list: got an object"),
     "turn-text": ("sharegpt", {"conversations": ["a"]}, r"conversations\[0\] must be an object"),
     "from-unknown": ("sharegpt", told(**{"from": "alice", "value": "a"}), "got 'alice'"),
-    "from-missing": ("sharegpt", told(value="a"), r"conversations\[1\] must come from.*got None"),
+    "from-missing": ("sharegpt", told(value="a"), r"conversations\[1\] must have a role.*got None"),
     "from-number": ("sharegpt", told(**{"from": 1, "value": "a"}), "got 1"),
     "value-twice": (
         "sharegpt",
         told(**{"from": "gpt", "value": "a", "content": "b"}),
-        r"conversations\[1\] .*got two that differ",
+        r"conversations\[1\] .*got both, which differ",
     ),
     "turn-weight": (
         "sharegpt",

@@ -38,6 +38,28 @@ def test_json_lines_under_the_name_of_json_are_read_as_lines(tmp_path: Path) -> 
     assert [r.location for r in records] == [f"{tmp_path / 'x.JSON'}:{i}" for i in (1, 2)]
 
 
+@pytest.mark.parametrize("indent", [None, 2], ids=["a line", "many lines"])
+def test_an_object_is_one_record(tmp_path: Path, indent: int | None) -> None:
+    values = {"a": [{"b": 1}], "data": [1], "c": None}
+    (record,) = read(tmp_path, "x.json", json.dumps(values, indent=indent).encode())
+    assert record == Record(f"{tmp_path / 'x.json'}:1", values)
+
+
+@pytest.mark.parametrize("beside", [{}, {"version": "1.1"}, {"type": "text2text"}])
+@pytest.mark.parametrize("name", ["data", "instances"])
+def test_an_object_may_hold_the_list_of_records(
+    tmp_path: Path, name: str, beside: dict[str, object]
+) -> None:
+    content = json.dumps({**beside, name: [{"a": 1}, {"a": 2}]}).encode()
+    path = tmp_path / "x.json"
+    expected = [Record(f"{path}[0]", {"a": 1}), Record(f"{path}[1]", {"a": 2})]
+    assert read(tmp_path, "x.json", content) == expected
+    # what else the object says would be lost
+    content = json.dumps({**beside, name: [{"a": 1}], "system": "s"}).encode()
+    (record,) = read(tmp_path, "x.json", content)
+    assert record.fields["system"] == "s"
+
+
 def test_csv_gives_text_and_the_line_where_a_row_starts(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     content = b'\xef\xbb\xbfprompt, completion\n"a,\n""b""",c\n\n1,\n'
@@ -108,10 +130,12 @@ MALFORMED = {
     "json-truncated-text": ("x.json", b'[{"a": 1},\n{"a": "b', ":2: the file must be a JSON"),
     "json-unclosed": ("x.json", b'[{"a": 1}', ":1: the file must be a JSON list"),
     "json-trailing-comma": ("x.json", b'[{"a": 1},]', ":1: the file must be a JSON list"),
-    "json-object": ("x.json", b'{"data": [1]}', ":1: .*got one object with the keys data"),
-    "json-string": ("x.json", b'"a"', ":1: .*got one string"),
-    "json-number": ("x.json", b"1", ":1: .*got one number"),
-    "json-null": ("x.json", b"null", ":1: .*got one null"),
+    "json-string": ("x.json", b'"a"', ":1: a file that is no JSON list .*: got string 'a'"),
+    "json-number": ("x.json", b"1", ":1: a file that is no JSON list .* object: got number"),
+    "json-null": ("x.json", b"null", ":1: a file that is no JSON list .* object: got null"),
+    "json-object-twice-a-key": ("x.json", b'{"a": 1, "a": 2}', ":1: .*'a' twice"),
+    "json-object-cut": ("x.json", b'{"a": 1,\n"b": ', ":2: the file must be a JSON list"),
+    "json-wrapped-text": ("x.json", b'{"data": [{"a": 1}, "b"]}', r"\[1\]: each element must be"),
     "json-text": ("x.json", b"hello", ":1: the file must be a JSON list"),
     "json-list-of-lists": ("x.json", b'[{"a": 1}, [1]]', r"\[1\]: each element must be"),
     "json-list-of-text": ("x.json", b'["a"]', r"\[0\]: each element must be"),
@@ -290,7 +314,9 @@ def test_nulls_that_parquet_made_go_and_those_of_json_stay(tmp_path: Path) -> No
         }
     )
     parquet.write_table(table, path)
-    assert [record.fields for record in read_records(path)] == rows
+    # a column is a field of every record
+    expected = [{**rows[0], "text": None}, {**rows[1], "schema": None}]
+    assert [record.fields for record in read_records(path)] == expected
     kept = {"a": None, "b": {"c": None, "d": [{"e": None}]}}
     (record,) = read(tmp_path, "x.jsonl", json.dumps(kept).encode())
     assert record.fields == kept

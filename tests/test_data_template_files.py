@@ -61,9 +61,31 @@ def test_a_choice_is_bundled_or_a_file_or_the_checkpoints(tmp_path: Path) -> Non
     path = tmp_path / "mine.jinja"
     assert choose(str(path)) == NamedText("m", f"the chat template {path}")
     assert choose("rag").text == "rag"
-    unknown = r"bundled template \(chatml\), .* of the checkpoint \(rag\): got 'chatlm'"
-    with pytest.raises(ValueError, match=unknown):
+    unknown = (
+        r"bundled template \(chatml, .* of the checkpoint \(rag\): got 'chatlm'; did you mean "
+    )
+    with pytest.raises(ValueError, match=unknown + r"chatml\?$"):
         choose("chatlm")
+    with pytest.raises(ValueError, match=r"did you mean llama-3\.1 or llama-3\?$"):
+        choose("Llama-3.1-chat")
+    with pytest.raises(ValueError, match=r"got 'xyz'$"):
+        choose("xyz")
+
+
+def test_a_bundled_template_comes_before_one_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, "qwen", "rag")
+    Path("qwen").write_text("a file")
+    Path("rag").write_text("a file")
+
+    def name_of(choice: str) -> str:
+        return choose_templates(choice, tmp_path, {}, tmp_path / CONFIG)["default"].name
+
+    assert name_of("qwen") == "the bundled chat template qwen"
+    assert name_of("./qwen") == "the chat template ./qwen"
+    assert name_of("rag") == "the chat template rag"
 
 
 def test_a_choice_makes_up_for_a_broken_checkpoint(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def said(
 
 
 @pytest.mark.parametrize(
-    "mark", ["<|start|>", "<\uff5cUser\uff5c>", "<start_of_turn>", "<|header-3|>"]
+    "mark",
+    ["<|start|>", "<\uff5cUser\uff5c>", "<start_of_turn>", "<|header-3|>", "[/AVAILABLE_TOOLS]"],
 )
 def test_a_mark_that_is_no_token_is_named_with_counts(tmp_path: Path, mark: str) -> None:
     template = f"{{% for m in messages %}}{{{{ '{mark}' + m.role + '<|end_of_text|>' }}}}{mark}"
@@ -54,16 +55,34 @@ def test_a_mark_that_is_no_token_is_named_with_counts(tmp_path: Path, mark: str)
 def test_a_template_of_the_tokenizers_own_tokens_is_passed_over(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|end_of_text|>{% endfor %}"
     assert said(tmp_path, template, adds_bos=True) == ""
-    # comparisons and arrows are no marks
-    assert said(tmp_path, "{% if 1 <2 %}<|{{ messages }}|>{% endif %}<x>") == ""
+    # comparisons and arrows are no marks, nor is what Llama 2 writes as plain text
+    assert said(tmp_path, "{% if 1 <2 %}<|{{ messages }}|>{% endif %}<x>[INST]<<SYS>>") == ""
 
 
 def test_a_template_that_leaves_bos_away_is_named(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     line = said(tmp_path, template, adds_bos=True)
-    assert "does not write <|begin|>, with which the tokenizer begins a text; records" in line
+    assert "does not begin with <|begin|>, with which the tokenizer begins a text; records" in line
+    assert line.endswith("that begins with {{- bos_token }} (--chat-template)")
     assert said(tmp_path, template, adds_bos=False) == ""
     assert said(tmp_path, "<|begin|>" + template, adds_bos=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "is_lost"),
+    [
+        ("{% if not messages %}{{ bos_token }}{% endif %}{{ messages }}", True),
+        ("{{ messages }}{{ bos_token }}", True),
+        # a system message must come first, says this one
+        ("{{ bos_token }}{{ raise_exception('no') }}", False),
+        ("{{ raise_exception('no') }}", True),
+    ],
+    ids=["sometimes", "at-the-end", "refused-and-named", "refused-and-not-named"],
+)
+def test_bos_is_lost_where_a_conversation_begins_without_it(
+    tmp_path: Path, template: str, is_lost: bool
+) -> None:
+    assert ("does not begin with <|begin|>" in said(tmp_path, template, adds_bos=True)) == is_lost
 
 
 def test_each_template_counts_its_own_records(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from data.tokens.stored_samples import StoredSamples
 from data.tokens.token_cache import Tokens, cache_folder, cached_tokens
 from data.tokens.tokenization import tokenize_files
 
-RECIPE = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
+RECIPE = Recipe("auto", 64, "completions", 1000, datetime(2024, 7, 26), False)
 RECORDS = [{"prompt": f"say {i}", "completion": "hello"} for i in range(5)]
 
 
@@ -74,7 +74,8 @@ def test_what_was_made_is_found_and_is_the_same(path: Path, tokenizer: Tokenizer
     "change",
     [
         {"data_format": "prompt-completion"},
-        {"text_field": "body"},
+        {"field_names": {"completion": "prompt", "prompt": "completion"}},
+        {"ignored_fields": ("id",)},
         {"max_length": 63},
         {"train_on": "all"},
         {"vocab_size": 999},
@@ -85,6 +86,15 @@ def test_what_was_made_is_found_and_is_the_same(path: Path, tokenizer: Tokenizer
 def test_every_setting_makes_it_another(path: Path, tokenizer: Tokenizer, change: dict) -> None:
     tokens(path, tokenizer)
     assert not tokens(path, tokenizer, replace(RECIPE, **change)).is_cached
+
+
+def test_fields_that_are_named_are_part_of_what_is_found(path: Path, tokenizer: Tokenizer) -> None:
+    swapped = replace(RECIPE, field_names={"completion": "prompt", "prompt": "completion"})
+    first = tokens(path, tokenizer)
+    other = tokens(path, tokenizer, swapped)
+    assert list(first.samples) != list(other.samples)
+    assert tokens(path, tokenizer, swapped).is_cached
+    assert list(tokens(path, tokenizer).samples) == list(first.samples)
 
 
 def test_other_source_code_in_any_file_of_the_room_makes_it_another(
@@ -215,7 +225,7 @@ from pathlib import Path
 from data.tokens.recipe import Recipe
 from data.tokens.token_cache import cached_tokens
 from data.tokenizer import Tokenizer
-recipe = Recipe("auto", "text", 64, "completions", 1000, datetime(2024, 7, 26), False)
+recipe = Recipe("auto", 64, "completions", 1000, datetime(2024, 7, 26), False)
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
 tokens = cached_tokens([Path(sys.argv[2])], tokenizer, recipe, 1, lambda n: None)
 print(tokens.is_cached, len(tokens.samples), tokens.sha256)

@@ -38,7 +38,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def recipe(**changes: object) -> Recipe:
     given = {
         "data_format": "auto",
-        "text_field": "text",
         "max_length": 64,
         "train_on": "completions",
         "vocab_size": 1000,
@@ -153,6 +152,24 @@ def test_ignored_fields_change_neither_the_format_nor_the_samples(
         tokens_of(path, tokenizer, 1, data_format="prompt-completion")
 
 
+def test_fields_that_are_named_make_the_samples_of_our_names(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = [{"prompt": f"say {i}", "completion": "hello"} for i in range(3)]
+    name, _, expected = tokens_of(write(tmp_path / "x.jsonl", [*records]), tokenizer, 1)
+    theirs = [{"q": r["prompt"], "a": r["completion"]} for r in records]
+    path = write(tmp_path / "x.jsonl", [*theirs, {"q": "no answer"}])
+    given = {"field_names": {"prompt": "q", "completion": "a"}}
+    with pytest.raises(ValueError, match=r"x\.jsonl:4: --fields completion=a must .* got q;"):
+        tokens_of(path, tokenizer, 1, **given)
+    found = tokens_of(path, tokenizer, 1, skip_bad_lines=True, **given)
+    assert (found[0], found[1].num_bad, found[2]) == (name, 1, expected)
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: --fields prompt=x must .* got q, a;"):
+        tokens_of(path, tokenizer, 1, field_names={"prompt": "x"})
+    with pytest.raises(ValueError, match="fields of the format text, text: got prompt"):
+        tokens_of(path, tokenizer, 1, data_format="text", **given)
+
+
 def test_preference_data_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pair = {"prompt": "say", "chosen": "a", "rejected": "b"}
     path = write(tmp_path / "x.jsonl", [pair])
@@ -209,7 +226,7 @@ from data.tokenizer import Tokenizer
 from data.tokens.recipe import Recipe
 from data.tokens.tokenization import tokenize_files
 tokenizer = Tokenizer.from_folder(Path(sys.argv[1]))
-recipe = Recipe("auto", "text", 64, "completions", 1000, datetime.now(), False)
+recipe = Recipe("auto", 64, "completions", 1000, datetime.now(), False)
 _, pieces = tokenize_files([Path(sys.argv[2])], tokenizer, recipe, 2)
 next(pieces)
 print("started", flush=True)

@@ -4,10 +4,13 @@ The templates in Go's language below were run with Go 1.19's text/template on th
 `CONVERSATIONS`, and wrote what Jinja writes.
 """
 
+from pathlib import Path
+
 import pytest
 from conftest import ROOT
 
 from data.chat.template import ChatTemplate
+from data.chat.template_files import BUNDLED_TEMPLATES
 from data.tokenizer import Tokenizer
 from export.chat_turns import begins_with, find_turns
 from export.modelfile import go_template, stops_of, write_modelfile
@@ -74,6 +77,13 @@ CONVERSATIONS = [
         ],
     )
 ]
+
+
+@pytest.mark.parametrize("path", sorted(BUNDLED_TEMPLATES.glob("*.jinja")), ids=lambda p: p.stem)
+def test_every_bundled_template_can_be_written_for_ollama(path: Path) -> None:
+    turns = find_turns(ChatTemplate(path.read_text(), "x", SPECIAL))
+    assert turns is not None
+    assert go_template(turns, "<s>")
 
 
 @pytest.mark.parametrize(

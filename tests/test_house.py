@@ -98,11 +98,11 @@ THEIRS = {
     "safetensors": {"checkpoint", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
-    "yaml": {"foreign/yaml_text.py"},
+    "yaml": {"foreign/yaml_head.py", "foreign/yaml_text.py"},
     "numpy": {"data", "export/gguf_file.py", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},
-    "tqdm": {"run", "prepare", "train", "quantize", "merge", "generate", "bundled"},
+    "tqdm": {"run", "bundled"},
     "cuda": {"optim/unified_memory.py"},
     # optional extras, looked for before they are imported
     "matplotlib": {"run/loss_chart.py"},

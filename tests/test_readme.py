@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from test_house import FLOORS
 
-import quantize
 from answering import flags as answer_flags
 from benchmarks import fits
 from benchmarks.__main__ import benchmarks
 from bundled.valley import animals
-from merging import job
+from checkpoint import quantize_flags
+from merging import flags as merge_flags
 from run.config import TrainConfig, build_parser
 from run.usage import Usage
 
@@ -186,12 +186,12 @@ def check_door(words: list[str]) -> None:
         known = {f.name for f in fields(TrainConfig)} | {"config"}
         assert vars(given).keys() <= known
     elif door == "merge.py":
-        job.build_parser().parse_args(flags)
+        merge_flags.build_parser().parse_args(flags)
     elif door == "generate.py":
         answer_flags.build_parser().parse_args(flags)
     else:
         assert door == "quantize.py"
-        quantize.build_parser().parse_args(flags)
+        quantize_flags.build_parser().parse_args(flags)
 
 
 def check_module(words: list[str]) -> None:

@@ -39,11 +39,20 @@ def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
     assert config == TrainConfig(model="m", data="d")
 
 
+def test_a_plan_needs_no_data() -> None:
+    assert parse("--model m --plan") == TrainConfig(model="m", plan=True)
+    assert parse("--plan").data == "bundled.jsonl"
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("--model m", "--model and --data must be given together: got --model without --data"),
         ("--data d", "got --data without --model"),
+        ("--data d --plan", "got --data without --model"),
+        ("--model m --data d --gpu 4090", "--gpu must be given with --plan: got 4090"),
+        ("--model m --plan --eval-data e", "--eval-data must be given with --data: got none"),
+        ("--model m --plan --inspect 1", "--inspect must be given with --data: got none"),
         ("--resume", "--resume must be given with --output"),
         ("--batch-size 0", "--batch-size must be at least 1: got 0"),
         ("--learning-rate 0", "--learning-rate must be positive: got 0.0"),
@@ -195,6 +204,13 @@ def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) 
 )
 def test_resume_may_be_bare(line: str, resume: str) -> None:
     assert parse(line).resume == resume
+
+
+@pytest.mark.parametrize(("name", "fields"), [("text", ""), ("body", "text=body")])
+def test_the_field_of_a_text_may_be_alone_in_a_file(tmp_path: Path, name: str, fields: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"text_field": name}))
+    assert read_fields(path).get("fields", "") == fields
 
 
 @pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])

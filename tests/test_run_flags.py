@@ -20,6 +20,7 @@ from run.flags import (
 OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (DataFlags, {"eval_fraction": 1.0}, r"--eval-fraction must be in \[0, 1\): got 1.0"),
     (DataFlags, {"eval_fraction": 0.1, "eval_data": "e"}, "--eval-fraction must be 0 where"),
+    (DataFlags, {"split": "train[:9]"}, "--split must be the name of a split, not a slice"),
     (DataFlags, {"train_on": "none"}, "--train-on must be one of"),
     (AdapterFlags, {"lora_alpha": float("inf")}, "--lora-alpha must be finite"),
     (TrainingFlags, {"loraplus_lr_ratio": 0.0}, "--loraplus-lr-ratio must be positive"),

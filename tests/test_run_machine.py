@@ -5,7 +5,13 @@ import torch
 
 from run.machine import choose_device, choose_dtype, has_bfloat16
 
-GPUS = {(7, 0): "Tesla V100", (7, 5): "Tesla T4", (8, 0): "NVIDIA A100", (12, 1): "NVIDIA GB10"}
+GPUS = {
+    (7, 0): "Tesla V100",
+    (7, 5): "Tesla T4",
+    (8, 0): "NVIDIA A100",
+    (9, 0): "NVIDIA H100",
+    (12, 1): "NVIDIA GB10",
+}
 
 
 def install_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -77,3 +83,12 @@ def test_bfloat16_is_refused_where_the_gpu_does_not_have_it(
 def test_on_a_cpu_the_dtype_is_float32() -> None:
     assert choose_dtype("auto", "cpu") == "float32"
     assert not has_bfloat16("cpu")
+
+
+def test_the_gpu_of_a_plan_counts_in_place_of_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch, (9, 0))
+    assert has_bfloat16("cuda", (8, 0))
+    assert not has_bfloat16("cuda", (7, 5))
+    assert choose_dtype("auto", "cuda", (7, 5)) == "float16"
+    with pytest.raises(ValueError, match=r"8\.0 or later: --gpu has 7\.5; choose --dtype float16$"):
+        choose_dtype("bfloat16", "cuda", (7, 5))

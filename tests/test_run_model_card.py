@@ -106,16 +106,14 @@ def test_the_card_names_the_adapters_files() -> None:
 def test_no_name_is_more_than_text_in_the_card() -> None:
     name = "a\n---\nlicense: mit\n# b<img src=x onerror=y>|[c](d)`e`*f*&\x1b"
     shown = r"a\\n---\\nlicense: mit\\n# b&lt;img src=x onerror=y&gt;\|\[c\](d)\`e\`\*f\*&amp;\\x1b"
-    ours, text = card_of(
-        base=name, is_on_hub=False, files=[name], data=f"/x/{name}", text_field=name
-    )
+    ours, text = card_of(base=name, is_on_hub=False, files=[name], data=f"/x/{name}", fields=name)
     plain, _ = card_of(is_on_hub=False)
     assert ours == plain
     for line in (
         f"# LoRA adapter for {shown}",
         f"{shown} and this card.",
         f"| `--data` | {shown} |",
-        f"| `--text-field` | {shown} |",
+        f"| `--fields` | {shown} |",
     ):
         assert f"\n{line}\n" in text
     for mark in ("<img", "\x1b", "\nlicense"):

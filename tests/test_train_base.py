@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.train_process import train_ranks
 
-import prepare.job
+import prepare.asked
 import quantize
 import train
 from checkpoint.identity import Identity, identify
@@ -149,7 +149,7 @@ def test_ranks_with_different_bases_do_not_begin(tmp_path: Path, model: Path) ->
 def find_another() -> None:
     """Let the second rank find other files under the same name."""
     if os.environ["RANK"] == "1":
-        setattr(prepare.job, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
+        setattr(prepare.asked, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
 
 
 def test_an_adapter_names_its_base(output: Path, model: Path) -> None:

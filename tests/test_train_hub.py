@@ -35,7 +35,8 @@ def test_model_and_data_come_from_the_hub_and_the_adapter_goes_there(tmp_path: P
         assert f"pushed the adapter: {hub.url}/owner/adapter/commit/{pushed.sha}" in done.stdout
         assert f"vllm serve owner/base --revision v1 --tokenizer {output} --" in done.stdout
         fetched = hub.downloads()
-        assert sorted(fetched) == sorted([*files_of(BUNDLED / "model"), "train.jsonl"])
+        of_data = ["README.md", "train.jsonl"]
+        assert sorted(fetched) == sorted([*files_of(BUNDLED / "model"), *of_data])
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= pushed.files.keys()
     # what the card names, and nothing else
     card = pushed.files["README.md"].decode()
@@ -89,30 +90,52 @@ def test_the_recipe_of_quotes_trains_from_a_hub_id_and_a_field(tmp_path: Path) -
         flags += f" --eval-fraction 0.3 --output {output} {FEW}"
         done = hub.run(["train.py", *flags.split()], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert hub.downloads() == ["quotes.jsonl"]
+        assert sorted(hub.downloads()) == ["README.md", "quotes.jsonl"]
     assert "[[Say 0 before 1." in done.stdout
     facts = json.loads((output / "data.json").read_bytes())
     assert facts["train"]["samples"] + facts["eval"]["samples"] == 30
     assert facts["train"]["format"] == "text"
 
 
+# as that of HuggingFaceH4/ultrachat_200k
+CARD = b"""---
+configs:
+- config_name: default
+  data_files:
+  - {split: train_sft, path: data/train_sft-*}
+  - {split: train_gen, path: data/train_gen-*}
+  - {split: test_sft, path: data/test_sft-*}
+  - {split: test_gen, path: data/test_gen-*}
+---
+# A card
+"""
+
+
 def test_a_data_set_of_parquet_files_is_read_split_by_split(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    files = {"README.md": b"# a card"}
+    files = {"README.md": CARD}
     for name, texts in {
-        "train-00000-of-00002": ["one", "two"],
-        "train-00001-of-00002": ["three"],
-        "test-00000-of-00001": ["four"],
+        "train_sft-00000-of-00002": ["one", "two"],
+        "train_sft-00001-of-00002": ["three"],
+        "train_gen-00000-of-00001": ["five"],
+        "test_sft-00000-of-00001": ["four"],
+        "test_gen-00000-of-00001": ["six"],
     }.items():
         buffer = pyarrow.BufferOutputStream()
         parquet.write_table(pyarrow.table({"text": texts}), buffer)
         files[f"data/{name}.parquet"] = buffer.getvalue().to_pybytes()
     with serving(datasets__owner__name=Repository(files)) as hub:
         flags = "--data owner/name --eval-data owner/name --inspect 9 --device cpu"
-        done = hub.run(["train.py", "--model", str(BUNDLED / "model"), *flags.split()], tmp_path)
+        command = ["train.py", "--model", str(BUNDLED / "model"), *flags.split()]
+        done = hub.run(command, tmp_path)
+        assert "there are train_sft, train_gen; choose with --split train_sft" in done.stderr
+        assert hub.downloads() == ["README.md"]
+        # as TRL's users name it
+        done = hub.run([*command, "--dataset_train_split", "train_sft"], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert sorted(hub.downloads()) == sorted(set(files) - {"README.md"})
+        assert sorted(hub.downloads()) == sorted(name for name in files if "_gen" not in name)
+    assert "--eval-data: split test_sft, reading " in done.stdout
     shown = [line.partition("[[")[2] for line in done.stdout.splitlines() if "[[" in line]
     texts = [text.partition("<")[0] for text in shown if not text.startswith("what is learned")]
     assert texts == ["one", "two", "three", "four"]

@@ -254,7 +254,10 @@ def test_a_run_that_no_longer_improves_ends_with_its_best_adapter(
     flags = f"--eval-data {tmp_path / 'data.jsonl'} --eval-steps 1 --save-steps 1"
     flags += " --early-stopping-patience 3"
     evaluate_to(monkeypatch, losses)
+    stars = []
+    monkeypatch.setattr("run.log.draw_losses", lambda rows, path, best: stars.append(best))
     whole = train_small(tmp_path, flags, "whole")
+    assert stars == [2]
     assert [row["step"] for row in rows_of(whole)] == [0, 1, 2, 3, 4, 5]
     assert "the adapter of step 2 is taken: its eval_loss 1.0000 is the lowest" in (
         capsys.readouterr().out
@@ -298,10 +301,8 @@ def test_a_terminal_has_a_bar_with_what_is_left_speed_and_memory(
     progress.show(row | {"tokens_per_second": 1234.0, "peak_memory_bytes": 3 << 30})
     progress.close()
     last = capsys.readouterr().err.split("\r")[-1]
-    assert " 5/10 [" in last
-    # elapsed and left
-    assert "<" in last
-    assert "1,234 tok/s  3.00 GiB" in last
+    assert "| 5/10, " in last
+    assert " left, loss 1.0000  1,234 tok/s  3.00 GiB" in last
 
 
 PROMPT = "Who is Ember?"

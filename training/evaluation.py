@@ -1,5 +1,6 @@
 """The loss on the evaluation data, and the adapter that had the lowest."""
 
+from run.bars import progress_bar
 from run.log import RunLog
 from run.metrics import Row
 from run.signals import StopRequest
@@ -41,8 +42,12 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     evaluation, ranks = run.job.evaluation, run.ranks
     assert evaluation is not None
     total, is_cut = 0.0, False
-    with ranks.sharing_shortage():
-        for _, step in ranks.share(range(evaluation.num_steps)):
+    own = ranks.share(range(evaluation.num_steps))
+    with (
+        ranks.sharing_shortage(),
+        progress_bar("evaluating", "batches", len(own), is_shown=ranks.is_first) as bar,
+    ):
+        for _, step in own:
             is_cut = stop.number > 0
             if is_cut:
                 break
@@ -50,6 +55,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
             batch = evaluation.batch(rows)
             loss = run.micro_step.evaluate(batch)
             total += float(loss)
+            bar.update()
     total = ranks.sum_of(total)
     return None if ranks.largest(is_cut) else total / evaluation.num_target_tokens
 

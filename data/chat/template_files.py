@@ -3,8 +3,13 @@
 A checkpoint has one or several, by name, as transformers reads them: chat_template.jinja is the
 "default" and additional_chat_templates/NAME.jinja the others; only where there is neither, the
 chat_template of tokenizer_config.json, one text or a list of {"name": ..., "template": ...}.
+
+The bundled ones are the formats of model families, for base models that come without a template.
+Each is written for training: {% generation %} marks enclose what the assistant says, up to the
+token that ends its turn.
 """
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +94,8 @@ def choose_templates(
 
     Args:
         choice: the name of a bundled template, the path of a file, the name of one of the
-            checkpoint's templates, or "" for all of the checkpoint's.
+            checkpoint's templates, the first of these that there is; or "" for all of the
+            checkpoint's.
 
     Raises:
         ValueError: there is no such template, or it is not UTF-8; as checkpoint_templates().
@@ -103,10 +109,12 @@ def choose_templates(
         return {DEFAULT: NamedText(_read(Path(choice)), f"the chat template {choice}")}
     own = checkpoint_templates(folder, config, config_path)
     if choice not in own:
+        nearest = difflib.get_close_matches(choice.lower(), [*bundled, *own], n=2)
+        question = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
         raise ValueError(
             f"--chat-template must be a bundled template ({', '.join(bundled)}), the path of a "
             f".jinja file, or a template of the checkpoint ({', '.join(own) or 'it has none'}): "
-            f"got {choice!r}"
+            f"got {choice!r}{question}"
         )
     return {DEFAULT: own[choice]}
 

@@ -11,13 +11,17 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeAlias
 
-from data.chat.template import ChatTemplate
+from data.chat.template import TEMPLATE_ERRORS, ChatTemplate
 from data.tokenizer import Tokenizer
 from data.tokens.pieces import Counts
 from foreign.guest import in_guest
 
-# <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, and <start_of_turn>
-_MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s'\"{}]+[|\uff5c]>|<[a-z]+_of_[a-z]+>")
+# <|im_start|>, DeepSeek's <\uff5cUser\uff5c>, <start_of_turn>, and [AVAILABLE_TOOLS]; [INST] is
+# plain text to Llama 2 and to the first Mistral
+_MARK = re.compile(
+    r"<[|\uff5c][^<>|\uff5c\s'\"{}]+[|\uff5c]>|<[a-z]+_of_[a-z]+>|\[/?[A-Z]+_[A-Z]+\]"
+)
+_CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 # given the ids of some tokens and of all added tokens, finds which of the first the model was never
 # trained on: rows of the embeddings are compared
@@ -36,10 +40,21 @@ def marks_without_token(template: ChatTemplate, tokenizer: Tokenizer) -> dict[st
 
 
 def lacks_bos(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
-    """Whether a template never writes the BOS that the tokenizer begins a text with."""
-    if not tokenizer.adds_bos or tokenizer.bos_token is None:
+    """Whether a template begins conversations without the BOS that the tokenizer begins a text
+    with."""
+    bos = tokenizer.bos_token
+    if not tokenizer.adds_bos or bos is None:
         return False
-    return "bos_token" not in template.text and tokenizer.bos_token not in template.text
+
+    def begins_without() -> bool:
+        seen = template.variables(tools=None, variables=None, now=None)
+        try:
+            return not template.attempt(_CONVERSATION, seen).startswith(bos)
+        except TEMPLATE_ERRORS:
+            # it wants other messages than these: is BOS named in it at all?
+            return "bos_token" not in template.text and bos not in template.text
+
+    return in_guest(begins_without, f"{template.name}, which writes a conversation,")
 
 
 def marks_written(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
@@ -69,8 +84,10 @@ def warnings(counts: Counts, tokenizer: Tokenizer, find_untrained: FindUntrained
             )
         if lacks_bos(template, tokenizer):
             yield (
-                f"warning: {name} does not write {tokenizer.bos_token}, with which the tokenizer "
-                f"begins a text; records written with it: {number:,}"
+                f"warning: {name} does not begin with {tokenizer.bos_token}, with which the "
+                f"tokenizer begins a text; records written with it: {number:,}; if the model was "
+                "trained with it, give a copy of the template that begins with {{- bos_token }} "
+                "(--chat-template)"
             )
         written = marks_written(template, tokenizer)
         untrained = find_untrained(written.values(), tokenizer.added_ids.values())

@@ -1,8 +1,5 @@
 """A record's messages as a conversation, with the system prompt, the tools and the variables that
 stand beside them in the record.
-
-Roles, contents and calls that no chat template can take are errors with their place; a message
-keeps all its fields.
 """
 
 from collections.abc import Sequence
@@ -11,7 +8,6 @@ from typing import Any
 from data.chat.template import GIVEN_VARIABLES
 from data.formats.examples import Conversation
 from data.formats.fields import Fields, excerpt, kind_of
-from data.formats.tool_calls import decode_arguments
 from foreign.json_text import parse_json
 
 # the fields that a record may have beside its messages
@@ -23,7 +19,6 @@ CONVERSATION_FIELDS = (
     "documents",
     "chat_template_kwargs",
 )
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 def to_conversation(
@@ -65,7 +60,7 @@ def _system(messages: list[dict[str, Any]], fields: Fields) -> str:
 
 
 def _tools(fields: Fields) -> list[dict[str, Any]] | None:
-    given = [name for name in ("tools", "functions") if fields.values.get(name) is not None]
+    given = [ours for ours in ("tools", "functions") if fields.value(ours) not in (None, "")]
     if not given:
         return None
     if len(given) > 1:
@@ -73,24 +68,24 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
             f"{fields.location}: a record must give its functions once: got tools and functions; "
             "delete one of them"
         )
-    (name,) = given
-    tools = fields.values[name]
+    (ours,) = given
+    name, tools = fields.name(ours), fields.value(ours)
     if isinstance(tools, str):
         what = f"{fields.location}: {name!r} must be a list, or the JSON text of one, which"
         tools = parse_json(tools, what, "correct it")
     objects = _objects(tools, name, fields.location)
-    if name == "tools":
+    if ours == "tools" and fields.data_format != "sharegpt":
         return objects
-    # OpenAI's older form, without the wrapper of type "function"
+    # OpenAI's older form and LLaMA-Factory's tools have no wrapper of type "function"
     return [f if "function" in f else {"type": "function", "function": f} for f in objects]
 
 
 def _variables(fields: Fields) -> dict[str, Any]:
     variables: dict[str, Any] = {}
-    if fields.values.get("documents") is not None:
-        documents = _objects(fields.values["documents"], "documents", fields.location)
-        variables["documents"] = documents
-    if fields.values.get("chat_template_kwargs") is not None:
+    if (documents := fields.value("documents")) is not None:
+        name = fields.name("documents")
+        variables["documents"] = _objects(documents, name, fields.location)
+    if fields.value("chat_template_kwargs") is not None:
         variables |= fields.get("chat_template_kwargs", dict)
     reserved = [name for name in GIVEN_VARIABLES if name in variables]
     if reserved:
@@ -110,53 +105,3 @@ def _objects(values: object, name: str, location: str) -> list[dict[str, Any]]:
                 f"{location}: {name}[{index}] must be an object: got {kind_of(value)}; correct it"
             )
     return values
-
-
-def to_messages(values: list[object], location: str, field: str) -> list[dict[str, Any]]:
-    messages = []
-    for index, value in enumerate(values):
-        where = f"{location}: {field}[{index}]"
-        if not isinstance(value, dict):
-            raise ValueError(
-                f'{where} must be an object with "role" and "content": got {kind_of(value)}; '
-                "correct it"
-            )
-        role = value.get("role")
-        if role not in ROLES:
-            raise ValueError(
-                f"{where} must have a role among {', '.join(ROLES)}: got {excerpt(role)}; "
-                "correct it"
-            )
-        if value.get("weight") not in (None, 0, 1):
-            raise ValueError(
-                f"{where} must have a weight of 0 (not learned) or 1: got "
-                f"{excerpt(value['weight'])}"
-            )
-        is_call = role == "assistant" and bool(value.get("tool_calls"))
-        message = {key: each for key, each in value.items() if each is not None}
-        # a call needs no words; templates see that there are none
-        if "content" in message or not is_call:
-            message["content"] = _content(value.get("content"), where)
-        messages.append(decode_arguments(message, where))
-    return messages
-
-
-def _content(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(
-            f"{where} must have text as its content: got {kind_of(content)}; correct it"
-        )
-    parts = []
-    for part in content:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        text = part.get("text") if is_text else None
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{where} must have content parts "
-                f'{{"type": "text", "text": "..."}}: got {excerpt(part)}; '
-                "only text can be learned from"
-            )
-        parts.append(text)
-    return "".join(parts)

@@ -39,19 +39,33 @@ _VERDICTS = ("true", "false", "0", "1")
 
 @dataclass(frozen=True)
 class Fields:
-    """A record's fields, each looked up with an error that names the record."""
+    """A record's fields, each looked up by our name, with an error that names the record.
+
+    Attributes:
+        names: our name of each field that the record has, with the record's
+            (data/formats/field_names.py).
+    """
 
     location: str
     values: Mapping[str, object]
     data_format: str
+    names: Mapping[str, str]
 
-    def get(self, name: str, kind: type) -> Any:
-        if name not in self.values:
+    def name(self, ours: str) -> str:
+        return self.names.get(ours, ours)
+
+    def value(self, ours: str) -> object:
+        """The value of a field, None where the record has none."""
+        return self.values[self.names[ours]] if ours in self.names else None
+
+    def get(self, ours: str, kind: type) -> Any:
+        name, value = self.name(ours), self.value(ours)
+        if ours not in self.names:
             raise ValueError(
                 f"{self.location}: a {self.data_format} record must have the field {name!r}: got "
-                f"{', '.join(self.values) or 'no fields'}; add it, or choose another --data-format"
+                f"{', '.join(self.values) or 'no fields'}; add it, say which it is with --fields "
+                f"{name}=..., or choose another --data-format"
             )
-        value = self.values[name]
         if not isinstance(value, kind):
             raise ValueError(
                 f"{self.location}: {name!r} must be {_KINDS[kind]}: got {kind_of(value)}; "
@@ -59,24 +73,26 @@ class Fields:
             )
         return value
 
-    def text(self, name: str) -> str:
-        return self.get(name, str)
+    def text(self, ours: str) -> str:
+        return self.get(ours, str)
 
-    def optional_text(self, name: str) -> str:
-        return "" if self.values.get(name) is None else self.text(name)
+    def optional_text(self, ours: str) -> str:
+        return "" if self.value(ours) is None else self.text(ours)
 
     def refuse_others(self, taken: Collection[str], texts: Collection[str] = ()) -> None:
         """Refuse fields that are not taken and would be lost.
 
         Args:
+            taken: our names.
             texts: the texts of the fields that are taken.
         """
+        taken = [self.name(ours) for ours in taken]
         others = [
             name
             for name, value in self.values.items()
             if name not in taken
             and name not in IGNORED_FIELDS
-            and value not in (None, "", [], {})
+            and not is_empty(value)
             and value not in texts
         ]
         if others:
@@ -86,6 +102,10 @@ class Fields:
                 f"{', '.join(name for name in taken if name in self.values)}; if no answer depends "
                 f"on it, give --ignore-fields {','.join(others)}"
             )
+
+
+def is_empty(value: object) -> bool:
+    return value in (None, "", [], {})
 
 
 def without(value: Any, names: Collection[str]) -> Any:

@@ -4,6 +4,8 @@ OpenAI's API and the data sets recorded from it keep arguments as JSON text. Mos
 arguments with `tojson`, which turns such text into one escaped string, and the model would learn
 to call functions with a string. Arguments are therefore objects in every conversation. The few
 templates that join arguments to other text (DeepSeek's) are shown the object's JSON.
+
+LLaMA-Factory and ms-swift keep a call as JSON text in a turn of its own.
 """
 
 import functools
@@ -37,6 +39,30 @@ def decode_arguments(message: Message, where: str) -> Message:
     return decoded
 
 
+def read_calls(value: object, where: str) -> list[dict[str, Any]]:
+    """The calls that a turn consists of, as those of a message.
+
+    Args:
+        value: {"name": ..., "arguments": {...}}, a list of such objects, or their JSON text.
+        where: the turn's place, for errors.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}: a call", "correct it")
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not _is_bare_call(call):
+            raise ValueError(
+                f'{where}: a call must be {{"name": "...", "arguments": {{...}}}}, or a list of '
+                f"such calls: got {call!r:.60}; correct it"
+            )
+    if not calls:
+        raise ValueError(f"{where}: a turn of calls must have one: got none; delete the turn")
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def show_arguments(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
     """The messages with the arguments of their calls as the template can write them."""
     if not any(message.get("tool_calls") for message in messages) or not _wants_text(
@@ -49,6 +75,13 @@ def show_arguments(messages: Sequence[Message], template: ChatTemplate) -> list[
         else message
         for message in messages
     ]
+
+
+def _is_bare_call(call: object) -> bool:
+    """Whether it is a call, and nothing more, which would be lost."""
+    if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+        return False
+    return isinstance(call["name"], str)
 
 
 def _decode_call(call: object, where: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def read_records(path: Path, refuse: Refuse = raise_it) -> Iterator[Record]:
 
     By the end of its name: .jsonl, .json, .csv, .parquet, .txt, .text or .md; all but parquet may
     be compressed, as .jsonl.gz. A text file is records {"text": a part of it}. A .json file that
-    holds JSON lines is read as such.
+    holds JSON lines is read as such, one that holds an object as one record or, under "data" or
+    "instances", a list of them.
 
     Args:
         refuse: is given the error of each record that cannot be read; if it returns, the record is

@@ -1,4 +1,4 @@
-"""Records of JSON lines and of JSON lists. Nulls of JSON stay."""
+"""Records of JSON lines and of JSON lists, or one object. Nulls of JSON stay."""
 
 import codecs
 import io
@@ -23,6 +23,10 @@ from foreign.json_text import check_value
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _READ_BYTES = 1 << 20
+# the records of a file are under these in SQuAD's form, {"version": ..., "data": [...]}, and in
+# LMFlow's, {"type": ..., "instances": [...]}
+_LIST_NAMES = ("data", "instances")
+_FACTS_BESIDE = ("version", "type")
 
 
 class _Decoder:
@@ -157,16 +161,35 @@ def read_json(path: Path, refuse: Refuse) -> Iterator[Record]:
             yield from read_json_lines(path, refuse)
             return
     text = decode(b"".join(line for _, line in lines_of(path)), path)
+    decoder = _Decoder()
     try:
-        value = json.loads(text)
+        value = decoder.decode(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise _no_json_list(path, line, str(error)) from error
-    keys = f" with the keys {', '.join(list(value)[:8])}" if isinstance(value, dict) else ""
-    raise ValueError(
-        f"{path}:1: the file must be a JSON list of objects: got one {_kind(value)}{keys}; "
-        "put the list of records at the top, or use JSON lines"
-    )
+    try:
+        record = decoder.record(value, text, f"{path}:1", "a file that is no JSON list")
+    except ValueError as error:
+        refuse(error)
+        return
+    elements = _elements_in(record.fields)
+    if elements is None:
+        yield record
+        return
+    for index, element in enumerate(elements):
+        try:
+            yield decoder.record(element, "", f"{path}[{index}]", "each element")
+        except ValueError as error:
+            refuse(error)
+
+
+def _elements_in(fields: dict[str, Any]) -> list[object] | None:
+    """The records of an object that is none itself, but has a list of them."""
+    for name in _LIST_NAMES:
+        value = fields.get(name)
+        if isinstance(value, list) and {*fields} <= {name, *_FACTS_BESIDE}:
+            return value if any(isinstance(each, dict) for each in value) else None
+    return None
 
 
 def _read_json_list(

@@ -1,4 +1,4 @@
-"""Records of tables: CSV and parquet. A record of parquet is without the fields that are null."""
+"""Records of tables: CSV and parquet. Structs of parquet are without the fields that are null."""
 
 import csv
 from collections.abc import Iterator
@@ -76,7 +76,9 @@ def read_parquet(path: Path, refuse: Refuse) -> Iterator[Record]:
                 )
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for fields in batch.to_pylist():
-                    yield Record(f"{path}[{index}]", _without_nulls(fields))
+                    # a column that is null is there all the same, as it is in JSON
+                    values = {name: _without_nulls(value) for name, value in fields.items()}
+                    yield Record(f"{path}[{index}]", values)
                     index += 1
     # damaged pages are an OSError, text may not be UTF-8, dates may overflow Python's
     except (ValueError, OSError, OverflowError, pyarrow.ArrowException) as error:

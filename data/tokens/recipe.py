@@ -1,6 +1,6 @@
 """The settings that decide, with the tokenizer, which tokens a record becomes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from data.formats.layouts import FORMATS
@@ -23,19 +23,20 @@ class Recipe:
         skip_bad_lines: leave out and count a record that is malformed or takes too much; a text
             file is no line.
         ignored_fields: fields of a record and of its messages that are left out.
+        field_names: our names of fields that the user named, each with the record's.
 
     Raises:
         ValueError: a value out of range.
     """
 
     data_format: str
-    text_field: str
     max_length: int
     train_on: str
     vocab_size: int
     now: datetime
     skip_bad_lines: bool
     ignored_fields: tuple[str, ...] = ()
+    field_names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.data_format not in ("auto", *FORMATS):

@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from data.samples import Sample
-from data.tokens.pieces import TOKEN
+from data.tokens.pieces import ROW, TOKEN
 
 
 class TokenFile:
@@ -76,3 +76,11 @@ class StoredSamples(Sequence[Sample]):
         start = int(self._starts[index])
         end = start + int(self.rows["length"][index])
         return Sample(self._input_ids[start:end].tolist(), self._labels[start:end].tolist())
+
+
+def full_rows(num_rows: int, num_tokens: int) -> StoredSamples:
+    """Make samples of one length without their tokens, for a plan without data."""
+    rows = np.zeros(num_rows, ROW)
+    rows["length"] = num_tokens
+    nothing = np.empty(0, TOKEN)
+    return StoredSamples(nothing, nothing, rows)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from data.formats.examples import Conversation, Example, Text, TokenIds
+from data.formats.field_names import check_fields
 from data.formats.fields import without
-from data.formats.layouts import DEFAULT_TEXT_FIELD, detect_format, to_example
+from data.formats.layouts import detect_format, to_example
 from data.reading.files import read_records
 from data.reading.record import Record, Refuse, raise_it
 from data.samples import NO_LOSS, Sample, to_sample
@@ -73,6 +74,7 @@ def tokenize_files(
             f"the first of them {unread.bad[0]}"
         )
     name = _detect(first, recipe) if recipe.data_format == "auto" else recipe.data_format
+    check_fields(recipe.field_names, name)
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
@@ -90,7 +92,7 @@ def tokenize_files(
         refuse(fault)
         return rest
 
-    is_text = name == "text" and DEFAULT_TEXT_FIELD not in recipe.ignored_fields
+    is_text = name == "text" and "text" not in recipe.ignored_fields
     tasks = _tasks(chain([first], records), is_text)
     num_processes = num_processes or _worthwhile_processes(files)
     results = in_turn(tokenize, tasks, num_processes, leave_out)
@@ -117,9 +119,9 @@ def tokenize_records(
                 example = to_example(
                     record,
                     data_format,
-                    text_field=recipe.text_field,
                     has_chat_template=tokenizer.has_chat_template,
                     ignored_fields=recipe.ignored_fields,
+                    field_names=recipe.field_names,
                 )
         except ValueError as error:
             refuse(error)
@@ -177,7 +179,7 @@ def _detect(record: Record, recipe: Recipe) -> str:
     if record.is_document:
         return "text"
     try:
-        return detect_format(without(record.fields, recipe.ignored_fields), recipe.text_field)
+        return detect_format(without(record.fields, recipe.ignored_fields), recipe.field_names)
     except ValueError as error:
         raise ValueError(f"{record.location}: {error}") from error
 
