@@ -228,6 +228,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
     job, config, state = run.job, run.config, run.state
 
     def is_due(every: int) -> bool:
+        every = job.num_between(every)
         return every > 0 and state.step % every == 0
 
     # the row of step 0, or the row whose evaluation an earlier process did not finish
@@ -294,7 +295,7 @@ def train_step(run: Run) -> PendingStep:
     learning_rate = learning_rate_at(
         state.step,
         run.job.num_steps,
-        num_warmup_steps(run.job.num_steps, config.warmup_ratio),
+        num_warmup_steps(run.job.num_steps, config.warmup_ratio, config.warmup_steps),
         config.learning_rate,
         config.lr_scheduler,
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from foreign.command_line import Parser
-from foreign.json_text import read_object
 from foreign.reading import Reading
 from run.flags import (
     AdapterFlags,
@@ -26,6 +25,7 @@ from run.flags import (
     flag_name,
 )
 from run.known_names import ALSO, ELSEWHERE
+from run.settings_file import as_arguments
 
 CONFIG_FILE = "run.json"
 # of version 0.1; transformers takes a file of this name for a model's
@@ -85,8 +85,12 @@ def _default(f: Field) -> Any:
     return f.default
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of train.py: one flag per field of TrainConfig, and --config."""
+def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
+    """The command line of train.py: one flag per field of TrainConfig, and --config.
+
+    Args:
+        file: the file of --config, where the settings are from that, not from a command line.
+    """
     parser = Parser(
         prog="train.py",
         # argparse's own is a page
@@ -95,8 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
         "Without --model and --data: a bundled tiny model on bundled data.",
         also=ALSO,
         elsewhere=ELSEWHERE,
+        file=file,
     )
-    parser.add_argument("--config", help="the run.json of an earlier run; flags override it")
+    if not file:
+        parser.add_argument(
+            "--config",
+            help="settings in YAML or JSON, such as a file of recipes/ or the run.json of an "
+            "earlier run; flags override them",
+        )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for f in fields(flags):
@@ -136,7 +146,7 @@ def _add_flag(group: Any, f: Field) -> None:
         read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
-        if f.metadata["several"]:
+        if f.metadata["is_list"]:
             options["action"] = _AddToList
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
@@ -150,11 +160,11 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or has other fields or kinds of value than TrainConfig.
+        ValueError: the file is neither YAML nor JSON, or a setting is not what a flag could be.
     """
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config")
-    given = _expand_home(given)
+    given = _instead(_expand_home(given))
     if given.get("resume", "") not in ("", "auto"):
         return _read_run(Path(given["resume"]).expanduser(), file, given)
     return read_fields(Path(file).expanduser()) | given if file else given
@@ -220,6 +230,12 @@ def find_config(folder: Path) -> Path | None:
     return old if is_ours else None
 
 
+def _instead(values: dict[str, Any]) -> dict[str, Any]:
+    """Let --warmup-steps stand instead of --warmup-ratio, and the reverse, where one is given."""
+    neither = {"warmup_steps": 0, "warmup_ratio": 0.0}
+    return neither | values if values.keys() & neither.keys() else values
+
+
 def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
     """Write out the ~ of places on the disk."""
     return values | {name: _at_home(values[name]) for name in _PLACES if name in values}
@@ -230,44 +246,22 @@ def _at_home(places: str) -> str:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Read the fields of a run.json.
+    """Read the fields of a file of settings, such as a run.json.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has other fields or kinds of value than TrainConfig.
+        ValueError: it is neither YAML nor JSON, or a setting is not what a flag could be.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"--config must be the {CONFIG_FILE} of a run: there is no file {path}"
+            f"--config must be a file of settings, such as the {CONFIG_FILE} of a run: there is no "
+            f"file {path}"
         )
+    lists = {flag_name(f.name) for f in fields(TrainConfig) if f.metadata["is_list"]}
+    lists |= {name for name, ours in ALSO.items() if ours in lists}
     with Reading(path):
-        return _expand_home(_checked(path, read_object(path)))
-
-
-def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(values.get("resume"), bool):
-        # a switch, in folders that version 0.1 began
-        values["resume"] = "auto" if values["resume"] else ""
-    if text_field := values.pop("text_field", None):
-        # a flag of its own in folders that version 0.1 began
-        values |= {} if text_field == "text" else {"fields": f"text={text_field}"}
-    defaults = {f.name: _default(f) for f in fields(TrainConfig)}
-    # a switch that is decided later may be on, off or not given
-    kinds = {
-        name: (bool, type(None)) if default is None else (type(default),)
-        for name, default in defaults.items()
-    }
-    if unknown := sorted(set(values) - set(kinds)):
-        raise ValueError(
-            f"{path} must hold fields of a training run only: got {', '.join(unknown)}; "
-            f"give the {CONFIG_FILE} of an output folder"
-        )
-    for name, value in values.items():
-        if kinds[name] == (float,) and type(value) is int:
-            values[name] = float(value)
-        elif type(value) not in kinds[name]:
-            raise ValueError(f"{path}: {name} must be {kinds[name][0].__name__}: got {value!r}")
-    return values
+        given = vars(build_parser(path).parse_args(as_arguments(path, lists, ELSEWHERE)))
+    return _instead(_expand_home(given))
 
 
 def to_json(config: TrainConfig) -> str:

@@ -171,9 +171,10 @@ def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     [
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object: got a list"),
-        ('{"lerning_rate": 1}', "fields of a training run only: got lerning_rate"),
-        ('{"epochs": "3"}', "epochs must be float: got '3'"),
-        ('{"batch_size": true}', "batch_size must be int: got True"),
+        ('{"lerning_rate": 1}', "no flag --lerning_rate: did you mean --learning-rate"),
+        ('{"epochs": "three"}', "argument --epochs: invalid float value: 'three'"),
+        ('{"batch_size": true}', "argument --batch-size: invalid int value: 'true'"),
+        ('{"batch_size": 2.5}', "argument --batch-size: invalid int value: '2.5'"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
@@ -223,8 +224,8 @@ def test_resume_may_be_bare(line: str, resume: str) -> None:
 @pytest.mark.parametrize(("name", "fields"), [("text", ""), ("body", "text=body")])
 def test_the_field_of_a_text_may_be_alone_in_a_file(tmp_path: Path, name: str, fields: str) -> None:
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"text_field": name, "fields": ""}))
-    assert read_fields(path)["fields"] == fields
+    path.write_text(json.dumps({"text_field": name}))
+    assert read_fields(path).get("fields", "") == fields
 
 
 @pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])
