@@ -137,7 +137,6 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
-    print(model.describe_trainable_parameters())
     if job.start:
         load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)
     optimizer = make_optimizer(model, config)

@@ -35,7 +35,7 @@ def load_data(
     places = read_places(config.data)
     found, eval_found = _find(config, places)
 
-    def load(flag: str, place: str, found: Found) -> Dataset:
+    def load(flag: str, found: Found) -> Dataset:
         files = found.files
         print(one_line(f"{flag}: {found.describe()}"))
         with progress_bar("tokenizing", "records") as bar:
@@ -57,7 +57,7 @@ def load_data(
                 num_processes=config.dataset_num_proc,
                 report=report,
             )
-        print(f"{one_line(place)}: {audit.describe(dataset)}")
+        print(audit.describe(dataset))
         for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
             print(one_line(warning))
         num_shown = config.inspect or int(flag == "--data")
@@ -67,7 +67,7 @@ def load_data(
         return dataset
 
     train_data = mixture.mix(
-        [load("--data", place.name, each) for place, each in zip(places, found, strict=True)],
+        [load("--data", each) for each in found],
         [place.name for place in places],
         [place.weight for place in places],
     )
@@ -82,7 +82,7 @@ def load_data(
         return train_data, eval_data
     if not eval_found:
         return train_data, None
-    eval_data = load("--eval-data", config.eval_data, eval_found)
+    eval_data = load("--eval-data", eval_found)
     if shared := audit.num_shared(train_data, eval_data):
         print(
             f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
