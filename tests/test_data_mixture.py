@@ -20,6 +20,7 @@ def test_several_sets_are_one_with_all_samples(
     tokenizer: Tokenizer,
 ) -> None:
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").touch(0o600)
     one = load(tmp_path, tokenizer, *({"text": f"number {i}"} for i in range(40)))
     two = load(
         tmp_path / "a", tokenizer, *({"prompt": f"{i} ", "completion": "a"} for i in range(9))
@@ -30,6 +31,8 @@ def test_several_sets_are_one_with_all_samples(
     assert mixed.format == "text, prompt-completion"
     assert mixed.counts.num_records == 49
     assert one.counts.num_records == 40
+    # text of both is as private as the more private of them
+    assert mixed.mode == two.mode == 0o600 != one.mode
     other = [mixture.mix(pair, ["", ""], [1.0, 1.0]) for pair in ([one, two], [two, one])]
     assert mixed.sha256 == other[0].sha256 != other[1].sha256
     # one alone is as it was
