@@ -105,12 +105,12 @@ def test_data_given_again_is_one_more_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = parse("--model m --data=~/a.jsonl=0.5 --dataset_name owner/name --data b,~/c")
+    config = parse("--model m --data=~/a.jsonl=0.5 --data owner/name --data b,~/c")
     assert config.data == f"{tmp_path}/a.jsonl=0.5,owner/name,b,{tmp_path}/c"
     (tmp_path / "run.json").write_text(to_json(config))
     assert parse(f"--config {tmp_path}/run.json") == config
     assert parse(f"--config {tmp_path}/run.json --data d --data e").data == "d,e"
-    # the last value of any other flag
+    # the last value of a flag that is no list
     assert parse("--model m --model n --data d").model == "n"
     with pytest.raises(ValueError, match="must name each data set once: got d twice"):
         parse("--model m --data d --data d=2")
