@@ -28,6 +28,7 @@ from prepare.asked import ask
 from prepare.base import identify_base
 from prepare.course import course_of
 from prepare.data import load_data
+from prepare.first_lines import first_lines
 from prepare.plan import say_plan
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
@@ -147,6 +148,9 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if config.push_to_hub and ranks.is_first:
         check_push(config.push_to_hub)
 
+    if not config.inspect:
+        for line in first_lines(config, asked.lora, checkpoint):
+            print(one_line(line))
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
@@ -177,7 +181,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None
-    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size)
+    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
     work, num_steps = course.work, course.num_steps
     if resumed and resumed.state.step > num_steps:
         raise ValueError(

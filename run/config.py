@@ -104,6 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _AddToList(argparse.Action):
+    """Adds a value to those that the same flag had before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest, "")
+        setattr(namespace, self.dest, f"{earlier},{values}" if earlier else values)
+
+
 def _add_flag(group: Any, f: Field) -> None:
     """Add the flag of a field of TrainConfig to its group in --help."""
     default, choices, bare = _default(f), f.metadata["choices"], f.metadata["bare"]
@@ -122,6 +136,8 @@ def _add_flag(group: Any, f: Field) -> None:
         read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
+        if f.metadata["several"]:
+            options["action"] = _AddToList
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}
@@ -206,8 +222,11 @@ def find_config(folder: Path) -> Path | None:
 
 def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
     """Write out the ~ of places on the disk."""
-    places = {name: os.path.expanduser(values[name]) for name in _PLACES if name in values}
-    return values | places
+    return values | {name: _at_home(values[name]) for name in _PLACES if name in values}
+
+
+def _at_home(places: str) -> str:
+    return ",".join(map(os.path.expanduser, places.split(",")))
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -60,6 +60,10 @@ ELSEWHERE = {
     "--eval-strategy": "give --eval-steps",
     "--evaluation-strategy": "give --eval-steps",
     "--save-strategy": "give --save-steps",
+    "--interleave-probs": "give a weight with each data set: --data a.jsonl --data b.jsonl=0.5",
+    "--mix-strategy": "leave it out, an epoch has each data set as often as its weight says",
+    "--max-samples": "give a weight with the data set, --data PLACE=0.1 for a tenth an epoch; or "
+    "--max-steps",
     "--deepspeed": "start it with torchrun for several GPUs",
     "--fsdp": "start it with torchrun for several GPUs",
     "--flash-attn": "leave it out, the fastest exact attention is chosen",

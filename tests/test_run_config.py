@@ -101,6 +101,21 @@ def test_every_flag_that_is_a_path_knows_the_home_folder(
     assert differences(config, tmp_path / "run.json") == []
 
 
+def test_data_given_again_is_one_more_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse("--model m --data=~/a.jsonl=0.5 --dataset_name owner/name --data b,~/c")
+    assert config.data == f"{tmp_path}/a.jsonl=0.5,owner/name,b,{tmp_path}/c"
+    (tmp_path / "run.json").write_text(to_json(config))
+    assert parse(f"--config {tmp_path}/run.json") == config
+    assert parse(f"--config {tmp_path}/run.json --data d --data e").data == "d,e"
+    # the last value of any other flag
+    assert parse("--model m --model n --data d").model == "n"
+    with pytest.raises(ValueError, match="must name each data set once: got d twice"):
+        parse("--model m --data d --data d=2")
+
+
 @pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
 def test_unknown_flags_and_choices_end_with_a_line(
     line: str, capsys: pytest.CaptureFixture[str]

@@ -115,7 +115,7 @@ def test_the_loss_falls_and_everything_is_written(
         "tokenizer_config.json",
     }
     said = capsys.readouterr().out
-    for part in ("trainable params: ", "messages (detected)", "12 samples, ", "before", "after"):
+    for part in ("parameters, ", "messages (detected)", "12 samples, ", "before", "after"):
         assert part in said
 
 
@@ -500,20 +500,18 @@ def test_float16_finds_its_scale_and_a_resumed_run_keeps_it(
 
 
 def test_8_bit_moments_train_as_well_as_32_bit_ones(tmp_path: Path) -> None:
-    flags = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --max-steps 300"
-    flags += " --save-steps 0 --learning-rate 1e-4 --sample-prompt "
-    losses = []
-    for optim in ("adamw", "paged_adamw_8bit"):
-        output = tmp_path / optim
-        bundled = ["--data", str(BUNDLED / "data.jsonl"), "--model", str(BUNDLED / "model")]
-        train.main([*flags.split(" "), *bundled, "--optim", optim, "--output", str(output)])
-        losses.append([row["loss"] for row in rows_of(output)])
-    exact, coarse = losses
+    # of a rank at which tensors are large enough for 8 bits
+    flags = "--lora-r 32 --gradient-accumulation-steps 1 --epochs 12 --max-steps -1"
+    flags += " --save-steps 0 --learning-rate 3e-4"
+    exact, coarse = (
+        [row["loss"] for row in run(tmp_path, f"{flags} --optim {optim}", optim)]
+        for optim in ("adamw", "paged_adamw_8bit")
+    )
     assert coarse != exact
     # far from where it started
-    assert fmean(exact[-100:]) < 0.3 * fmean(exact[:10])
+    assert fmean(exact[-24:]) < 0.3 * fmean(exact[:6])
     assert fmean(coarse) == pytest.approx(fmean(exact), rel=0.005)
-    assert fmean(coarse[-100:]) == pytest.approx(fmean(exact[-100:]), rel=0.005)
+    assert fmean(coarse[-24:]) == pytest.approx(fmean(exact[-24:]), rel=0.005)
 
 
 def test_paged_and_ordinary_moments_give_the_same_bits_on_a_cpu(tmp_path: Path) -> None:
