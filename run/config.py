@@ -2,13 +2,15 @@
 
     python train.py --learning-rate 1e-4    ->    TrainConfig(learning_rate=1e-4)
 
-The resolved settings are written to OUT/run.json; `--config OUT/run.json` runs them again.
+The resolved settings are written to OUT/run.json, and under "asked" those that were left to the
+machine. `--config OUT/run.json` runs what was asked: a trial on a laptop uses the GPU elsewhere.
+`--resume OUT` goes on with what it became.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from run.flags import (
 from run.known_names import ALSO, ELSEWHERE
 
 CONFIG_FILE = "run.json"
+# the key of a run.json under which the fields are as they were asked for
+ASKED = "asked"
 # of version 0.1; transformers takes a file of this name for a model's
 OLD_CONFIG_FILE = "config.json"
 
@@ -141,7 +145,10 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     given = _expand_home(given)
     if given.get("resume", "") not in ("", "auto"):
         return _read_run(Path(given["resume"]).expanduser(), file, given)
-    return read_fields(Path(file).expanduser()) | given if file else given
+    if not file:
+        return given
+    path = Path(file).expanduser()
+    return read_fields(path) | read_asked(path) | given
 
 
 def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -217,12 +224,26 @@ def read_fields(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is not JSON, or has other fields or kinds of value than TrainConfig.
     """
+    return _read(path)[0]
+
+
+def read_asked(path: Path) -> dict[str, Any]:
+    """Read the fields of a run.json that were left to the machine, as they were asked for; raises
+    the same errors as read_fields()."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"--config must be the {CONFIG_FILE} of a run: there is no file {path}"
         )
     with Reading(path):
-        return _expand_home(_checked(path, read_object(path)))
+        values = read_object(path)
+        asked = values.pop(ASKED, {})
+        if not isinstance(asked, dict):
+            raise ValueError(f"{path}: {ASKED} must be an object: got {asked!r:.60}")
+        return _expand_home(_checked(path, values)), _expand_home(_checked(path, asked))
 
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -251,8 +272,13 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def to_json(config: TrainConfig) -> str:
-    return json.dumps(asdict(config), indent=2) + "\n"
+def to_json(config: TrainConfig, asked: Mapping[str, Any] | None = None) -> str:
+    """Write a run.json.
+
+    Args:
+        asked: the fields that were left to the machine, as they were asked for.
+    """
+    return json.dumps(asdict(config) | ({ASKED: asked} if asked else {}), indent=2) + "\n"
 
 
 def differences(config: TrainConfig, path: Path) -> list[str]:
