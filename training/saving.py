@@ -54,7 +54,7 @@ def opened_output(run: Run) -> Iterator[None]:
     if not run.ranks.is_first:
         yield
         return
-    with open_output(job.config, job.resumed, job.damaged) as config:
+    with open_output(job.config, job.resumed, job.damaged, job.undecided) as config:
         if not job.config.output:
             print(f"output: {config.output}")
         run.job = job = replace(job, config=config)
