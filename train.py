@@ -228,6 +228,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
     job, config, state = run.job, run.config, run.state
 
     def is_due(every: int) -> bool:
+        every = job.num_between(every)
         return every > 0 and state.step % every == 0
 
     # the row of step 0, or the row whose evaluation an earlier process did not finish
@@ -251,7 +252,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             figures = settle(run, log)
 
         if logs:
-            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            row = log.row(state, job.epochs.epochs_after(state.step), figures)
             if not evaluates:
                 log.add(row)
             elif not evaluate_and_log(run, log, stop, row):
@@ -294,7 +295,7 @@ def train_step(run: Run) -> PendingStep:
     learning_rate = learning_rate_at(
         state.step,
         run.job.num_steps,
-        num_warmup_steps(run.job.num_steps, config.warmup_ratio),
+        num_warmup_steps(run.job.num_steps, config.warmup_ratio, config.warmup_steps),
         config.learning_rate,
         config.lr_scheduler,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data import mixture
 from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     sample = show(dataset.samples[0], tokenizer, in_colour=False, is_shortened=True)
     bad = [one_line(error) for error in dataset.counts.bad]
-    return {**_count(dataset), "bad": bad, "sample": sample}
+    sets = {"sets": mixture.figures(dataset)} if dataset.shares else {}
+    return {**_count(dataset), "bad": bad, **sets, "sample": sample}
 
 
 def _count(dataset: Dataset) -> dict[str, Any]:

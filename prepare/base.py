@@ -81,7 +81,7 @@ def workload(
     return Workload(
         model=sized_model(config, lora, checkpoint),
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
-        batch=min(config.batch_size, epochs.num_rows),
+        batch=epochs.rows_at_once,
         tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,
         has_noise=config.neftune_noise_alpha > 0,

@@ -33,6 +33,7 @@ from prepare.first_lines import first_lines
 from prepare.plan import say_plan
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
+from run.flags import EPOCH
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.ranks import Ranks
 from run.trackers import tracker_names
@@ -125,6 +126,10 @@ class Job:
         """The number of steps before this start of the run."""
         return self.resumed.state.step if self.resumed else 0
 
+    def num_between(self, steps: int) -> int:
+        """The steps between two evaluations or checkpoints, which may be given as an epoch's."""
+        return self.epochs.num_steps if steps == EPOCH else steps
+
     @property
     def output(self) -> Path:
         return Path(self.config.output)
@@ -190,7 +195,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None
-    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size)
+    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
     work, num_steps = course.work, course.num_steps
     if resumed and resumed.state.step > num_steps:
         raise ValueError(

@@ -61,7 +61,7 @@ def _with_data(asked: Asked, num_ranks: int, now: datetime) -> Course:
     if config.sample_prompt:
         prompt = encode_prompt(config.sample_prompt, tokenizer, checkpoint.config.vocab_size)
     evaluated = eval_data.samples if eval_data else None
-    return course_of(asked, train_data.samples, evaluated, prompt, num_ranks)
+    return course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
 
 
 def _full(asked: Asked, num_ranks: int) -> Course:

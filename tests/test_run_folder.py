@@ -734,8 +734,7 @@ def test_a_line_of_the_log_has_speed_and_memory() -> None:
 def test_the_checkpoints_of_a_run_are_counted_before_it(
     save_steps: int, limit: int, step: int, expected: int
 ) -> None:
-    config = replace(CONFIG, save_steps=save_steps, save_total_limit=limit)
-    assert num_checkpoints(config, step, num_steps=40) == expected
+    assert num_checkpoints(save_steps, limit, step, num_steps=40) == expected
 
 
 def test_a_checkpoint_is_as_large_as_is_reckoned(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def check_disk(job: Job) -> None:
         ValueError: the disk has fewer bytes free.
     """
     config = job.config
-    count = num_checkpoints(config, job.steps_done, job.num_steps)
+    every = job.num_between(config.save_steps)
+    count = num_checkpoints(every, config.save_total_limit, job.steps_done, job.num_steps)
     advice = "--save-total-limit, " if count > 1 else ""
     # one more for the adapter at the end, which is a part of a checkpoint
     num_bytes = (count + 1) * _size_of_checkpoint(job)
