@@ -137,7 +137,6 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
-    print(model.describe_trainable_parameters())
     if job.start:
         load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
@@ -253,7 +252,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             figures = settle(run, log)
 
         if logs:
-            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            row = log.row(state, job.epochs.epochs_after(state.step), figures)
             if not evaluates:
                 log.add(row)
             elif not evaluate_and_log(run, log, stop, row):

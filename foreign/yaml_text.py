@@ -8,7 +8,7 @@ are refused.
 """
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -18,8 +18,8 @@ MOST_BYTES = 1 << 20
 _NOTHING = ("", "~", "null", "Null", "NULL")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
 
-# None: a name without a value; a dict, which is empty: a value with names or lists inside
-Setting: TypeAlias = str | list[str] | dict[str, str] | None
+# None: a name without a value; a dict, which is empty here: a value with names or lists inside
+Setting: TypeAlias = str | list[str] | dict[str, Any] | None
 
 
 def read_yaml_settings(path: Path) -> dict[str, Setting]:
@@ -58,7 +58,7 @@ def read_yaml_settings(path: Path) -> dict[str, Setting]:
     return settings
 
 
-def _scalar(node: yaml.Node, path: Path) -> str | dict[str, str] | None:
+def _scalar(node: yaml.Node, path: Path) -> str | dict[str, Any] | None:
     if node.tag not in _PLAIN_TAGS:
         raise ValueError(f"{path} must have no tags: got {node.tag} in {_place(node)}")
     if not isinstance(node, yaml.ScalarNode):

@@ -1,7 +1,7 @@
 """What the command line asks for: flags that are resolved, the base's checkpoint, the adapter."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Asked:
         lora: the shape of the adapter that is trained.
         start: the adapter to begin with, if any.
         gpu: the GPU that a plan is for, where that is not this machine's.
+        undecided: the fields that were left to the machine and the model, as they were asked for:
+            device auto, and the like.
     """
 
     config: TrainConfig
@@ -40,6 +42,7 @@ class Asked:
     lora: LoRAConfig
     start: Path | None
     gpu: Gpu | None
+    undecided: dict[str, Any]
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +69,9 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
         config, lora = follow_adapter(config, given, start, names, paths)
     else:
         lora = lora_config(config, names)
+    followed = follow_checkpoint(config, checkpoint)
     config = resolve(
-        follow_checkpoint(config, checkpoint),
+        followed,
         llama_config.max_position_embeddings,
         packable_length(llama_config),
         ranks.local_rank,
@@ -75,7 +79,11 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     )
     local_rank = 0 if gpu else ranks.local_rank
     configure_torch(torch.device(config.device), local_rank, config.deterministic)
-    return Asked(config, checkpoint, plain(lora, update_sizes(lora, paths)), start, gpu)
+    undecided = {
+        name: value for name, value in asdict(followed).items() if getattr(config, name) != value
+    }
+    lora = plain(lora, update_sizes(lora, paths))
+    return Asked(config, checkpoint, lora, start, gpu, undecided)
 
 
 def _planned_gpu(config: TrainConfig) -> Gpu | None:

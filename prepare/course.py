@@ -1,10 +1,11 @@
 """The course of a run: its batches, its evaluations, its steps, and the largest micro-batch."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from data.epochs import Epochs
+from data.shares import Share
 from data.tokens.stored_samples import StoredSamples
 from prepare.asked import Asked
 from prepare.base import evaluated_at_once, workload
@@ -40,6 +41,7 @@ def course_of(
     evaluated: StoredSamples | None,
     prompt: list[int] | None,  # tokens of --sample-prompt
     num_ranks: int,
+    shares: Sequence[Share] = (),
 ) -> Course:
     """Put samples into batches, and size the largest of them."""
     config = asked.config
@@ -53,6 +55,7 @@ def course_of(
         num_own * num_ranks,
         row_length=row_length,
         group_by_length=config.group_by_length,
+        shares=shares,
     )
     if config.packing:
         print(epochs.describe())
@@ -71,5 +74,5 @@ def course_of(
         evaluation = fixed_order(num_rows, 1, row_length=row_length)
     num_steps = config.max_steps
     if num_steps < 0:
-        num_steps = math.ceil(config.epochs * epochs.num_steps)
+        num_steps = epochs.steps_in(config.epochs)
     return Course(epochs, evaluation, num_steps, work)

@@ -28,6 +28,8 @@ from prepare.asked import ask
 from prepare.base import identify_base
 from prepare.course import course_of
 from prepare.data import load_data
+from prepare.finished import finished_lines
+from prepare.first_lines import first_lines
 from prepare.plan import say_plan
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
@@ -64,6 +66,7 @@ class Job:
         config: its output is empty until the output folder is made, unless --output names one.
         checkpoint: the base model's folder, opened.
         base: the checkpoint's identity.
+        undecided: as in Asked.
         start: the adapter to begin with, if any.
         resumed: the run's own checkpoint to go on from, if any.
         damaged: the run's later checkpoints, and the damage of each.
@@ -79,6 +82,7 @@ class Job:
     config: TrainConfig
     checkpoint: Checkpoint
     base: Identity
+    undecided: dict[str, Any]
     lora: LoRAConfig
     start: Path | None
     resumed: ResumePoint | None
@@ -135,7 +139,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     """Check everything that the user gave, and describe it in lines.
 
     Returns:
-        The run to carry out; None after --plan or --inspect, which end here.
+        The run to carry out; None after --plan or --inspect, or where --resume finds the run
+        finished.
 
     Raises:
         FileNotFoundError, ValueError: a flag, the data or the checkpoint is not as it must be.
@@ -152,6 +157,14 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if config.push_to_hub and ranks.is_first:
         check_push(config.push_to_hub)
 
+    if not config.inspect:
+        for line in first_lines(config, asked.lora, checkpoint):
+            print(one_line(line))
+        lines = finished_lines(Path(config.output)) if config.resume else []
+        for line in lines:
+            print(one_line(line))
+        if lines:
+            return None
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
@@ -187,7 +200,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None
-    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size)
+    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
     work, num_steps = course.work, course.num_steps
     if resumed and resumed.state.step > num_steps:
         raise ValueError(
@@ -204,6 +217,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         config=config,
         checkpoint=checkpoint,
         base=identify_base(config, checkpoint, resumed, start),
+        undecided=asked.undecided,
         lora=asked.lora,
         start=start,
         resumed=resumed,

@@ -34,9 +34,8 @@ def say_plan(asked: Asked, num_ranks: int, now: datetime) -> None:
     checkpoint, gpu = asked.checkpoint, asked.gpu
     if not checkpoint.shards:
         dtype = str(checkpoint.embeddings.dtype).removeprefix("torch.")
-        print(
-            one_line(f"{checkpoint.folder}: planned from config.json alone, as stored in {dtype}")
-        )
+        name = asked.config.model
+        print(one_line(f"{name}: planned from config.json alone, as stored in {dtype}"))
     course = _with_data(asked, num_ranks, now) if asked.config.data else _full(asked, num_ranks)
     if asked.config.inspect:
         return
@@ -66,7 +65,7 @@ def _with_data(asked: Asked, num_ranks: int, now: datetime) -> Course:
             config.system_prompt,
         )
     evaluated = eval_data.samples if eval_data else None
-    return course_of(asked, train_data.samples, evaluated, prompt, num_ranks)
+    return course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
 
 
 def _full(asked: Asked, num_ranks: int) -> Course:

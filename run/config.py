@@ -2,19 +2,22 @@
 
     python train.py --learning-rate 1e-4    ->    TrainConfig(learning_rate=1e-4)
 
-The resolved settings are written to OUT/run.json; `--config OUT/run.json` runs them again.
+The resolved settings are written to OUT/run.json, and under "asked" those that were left to the
+machine. `--config OUT/run.json` runs what was asked: a trial on a laptop uses the GPU elsewhere.
+`--resume OUT` goes on with what it became.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from foreign.command_line import Parser
 from foreign.reading import Reading
+from foreign.yaml_text import Setting
 from run.flags import (
     AdapterFlags,
     DataFlags,
@@ -25,9 +28,11 @@ from run.flags import (
     flag_name,
 )
 from run.known_names import ALSO, ELSEWHERE
-from run.settings_file import as_arguments
+from run.settings_file import as_arguments, read_settings
 
 CONFIG_FILE = "run.json"
+# the key of a run.json under which the fields are as they were asked for
+ASKED = "asked"
 # of version 0.1; transformers takes a file of this name for a model's
 OLD_CONFIG_FILE = "config.json"
 
@@ -114,6 +119,20 @@ def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+class _AddToList(argparse.Action):
+    """Adds a value to those that the same flag had before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest, "")
+        setattr(namespace, self.dest, f"{earlier},{values}" if earlier else values)
+
+
 def _add_flag(group: Any, f: Field) -> None:
     """Add the flag of a field of TrainConfig to its group in --help."""
     default, choices, bare = _default(f), f.metadata["choices"], f.metadata["bare"]
@@ -132,6 +151,8 @@ def _add_flag(group: Any, f: Field) -> None:
         read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
+        if f.metadata["is_list"]:
+            options["action"] = _AddToList
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}
@@ -151,7 +172,10 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     given = _instead(_expand_home(given))
     if given.get("resume", "") not in ("", "auto"):
         return _read_run(Path(given["resume"]).expanduser(), file, given)
-    return read_fields(Path(file).expanduser()) | given if file else given
+    if not file:
+        return given
+    path = Path(file).expanduser()
+    return read_fields(path) | read_asked(path) | given
 
 
 def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +246,11 @@ def _instead(values: dict[str, Any]) -> dict[str, Any]:
 
 def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
     """Write out the ~ of places on the disk."""
-    places = {name: os.path.expanduser(values[name]) for name in _PLACES if name in values}
-    return values | places
+    return values | {name: _at_home(values[name]) for name in _PLACES if name in values}
+
+
+def _at_home(places: str) -> str:
+    return ",".join(map(os.path.expanduser, places.split(",")))
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -233,20 +260,47 @@ def read_fields(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is neither YAML nor JSON, or a setting is not what a flag could be.
     """
+    return _read(path)[0]
+
+
+def read_asked(path: Path) -> dict[str, Any]:
+    """Read the fields of a run.json that were left to the machine, as they were asked for; raises
+    the same errors as read_fields()."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"--config must be a file of settings, such as the {CONFIG_FILE} of a run: there is no "
             f"file {path}"
         )
+    with Reading(path):
+        settings = read_settings(path)
+        asked = settings.get(ASKED)
+        if not isinstance(asked, dict) or not asked:
+            return _parse(settings, path), {}
+        del settings[ASKED]
+        # a switch that was left open has no value
+        left_open = {name: None for name, value in asked.items() if value is None}
+        return _parse(settings, path), left_open | _parse(asked, path)
+
+
+def _parse(settings: Mapping[str, Setting], path: Path) -> dict[str, Any]:
+    """Read settings of a file as the command line would be read that says the same."""
     lists = {flag_name(f.name) for f in fields(TrainConfig) if f.metadata["is_list"]}
     lists |= {name for name, ours in ALSO.items() if ours in lists}
-    with Reading(path):
-        given = vars(build_parser(path).parse_args(as_arguments(path, lists, ELSEWHERE)))
-    return _instead(_expand_home(given))
+    arguments = as_arguments(settings, path, lists, ELSEWHERE)
+    return _instead(_expand_home(vars(build_parser(path).parse_args(arguments))))
 
 
-def to_json(config: TrainConfig) -> str:
-    return json.dumps(asdict(config), indent=2) + "\n"
+def to_json(config: TrainConfig, asked: Mapping[str, Any] | None = None) -> str:
+    """Write a run.json.
+
+    Args:
+        asked: the fields that were left to the machine, as they were asked for.
+    """
+    return json.dumps(asdict(config) | ({ASKED: asked} if asked else {}), indent=2) + "\n"
 
 
 def differences(config: TrainConfig, path: Path) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from run.places import read_places
+
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})?")
 
@@ -30,7 +32,7 @@ def _flag(
     Args:
         bare: the value of the flag where none follows it; such a flag has a --no-flag, too.
         also: other programs' names of values, each with ours.
-        is_list: the value is texts separated by commas.
+        is_list: texts separated by commas; given again, the flag has one more.
     """
     metadata = {"help": help, "choices": choices, "bare": bare, "also": also or {}}
     metadata["is_list"] = is_list
@@ -98,7 +100,9 @@ class DataFlags(_Flags):
     data: str = _flag(
         "",
         "training data: a .jsonl, .json, .csv, .txt (each also .gz) or .parquet file, a "
-        "folder of them, or a hub id",
+        "folder of them, or a hub id; again, or after a comma, for several; PLACE=0.5 has half of "
+        "its samples in each epoch, PLACE=2 each of them twice",
+        is_list=True,
     )
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
     subset: str = _flag(
@@ -158,6 +162,7 @@ class DataFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(0, "inspect", "dataset_num_proc")
+        read_places(self.data)
         for name in ("split", "eval_split"):
             self._require(
                 name,

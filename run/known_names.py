@@ -109,9 +109,12 @@ ELSEWHERE = {
     "--dataloader-num-workers": "leave it out, --dataset-num-proc is for tokenizing",
     "--overwrite-output-dir": "leave it out, no results are written over: give --output another "
     "folder, or --resume",
-    "--max-samples": "give --max-steps, or --inspect to look at samples",
     "--wandb-project": "give --report-to wandb",
     "--tf32": "leave it out, --dtype says how numbers are computed",
+    "--interleave-probs": "give a weight with each data set: --data a.jsonl --data b.jsonl=0.5",
+    "--mix-strategy": "leave it out, an epoch has each data set as often as its weight says",
+    "--max-samples": "give a weight with the data set, --data PLACE=0.1 for a tenth an epoch; or "
+    "--max-steps",
     "--deepspeed": "start it with torchrun for several GPUs",
     "--fsdp": "start it with torchrun for several GPUs",
     "--flash-attn": "leave it out, the fastest exact attention is chosen",

@@ -1,9 +1,13 @@
 """The device and the dtype of a run, and how torch uses the device."""
 
 import os
+from pathlib import Path
 
 import torch
 
+from foreign.terminal import first_line
+
+DEVICES = Path("/dev")
 Capability = tuple[int, int]
 
 # compute capabilities: the oldest that the kernels run on, and the oldest with bfloat16, where
@@ -32,8 +36,8 @@ def choose_device(name: str, local_rank: int = 0) -> str:
         )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
-            "choose --device cpu"
+            f"--device cuda must find a GPU that torch can use: {why_no_gpu()}; install a CUDA "
+            "build of torch or choose --device cpu"
         )
     if name == "cuda" and torch.cuda.get_device_capability(local_rank) < OLDEST:
         raise ValueError(
@@ -41,6 +45,33 @@ def choose_device(name: str, local_rank: int = 0) -> str:
             f"{_describe_gpu(local_rank)}; choose --device cpu"
         )
     return name
+
+
+def why_no_gpu() -> str:
+    """Say why torch uses no GPU: there is none, or what keeps torch from it."""
+    if torch.cuda.is_available():
+        return "--device cpu"
+    if not any(DEVICES.glob("nvidia[0-9]*")):
+        return "no NVIDIA GPU"
+    if torch.version.cuda is None:
+        return f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides the NVIDIA GPU"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        # a driver that is too old, for instance
+        return f"torch cannot use the NVIDIA GPU: {first_line(error)}"
+    return "torch cannot use the NVIDIA GPU"
+
+
+def describe_device(device: str) -> str:
+    """Name the device; with the reason where it is a CPU."""
+    if device == "cpu":
+        return f"CPU ({why_no_gpu()})"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / (1 << 30):.1f} GiB"
 
 
 def has_bfloat16(device: str, planned: Capability | None = None) -> bool:

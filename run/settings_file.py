@@ -7,7 +7,7 @@ So a name or a value is understood, or refused, as on the command line. A name w
 nothing.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,31 @@ from foreign.json_text import read_object
 from foreign.yaml_text import Setting, read_yaml_settings
 
 
-def as_arguments(path: Path, lists: Collection[str], answered: Collection[str]) -> list[str]:
-    """Read a file of settings as arguments.
+def read_settings(path: Path) -> dict[str, Setting]:
+    """Read a file of settings; of YAML no names inside a value are kept.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is neither YAML nor JSON.
+    """
+    if not _is_json(path):
+        return read_yaml_settings(path)
+    return {name: _setting(value) for name, value in read_object(path).items()}
+
+
+def as_arguments(
+    settings: Mapping[str, Setting], path: Path, lists: Collection[str], answered: Collection[str]
+) -> list[str]:
+    """Write settings as arguments.
 
     Args:
+        path: of the file that they are from, for messages.
         lists: flags that take texts separated by commas.
         answered: flags that are refused with an answer, whatever their value.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is neither YAML nor JSON, or a setting has no form of a value.
+        ValueError: a setting has no form of a value.
     """
-    settings = _settings_of_json(path) if _is_json(path) else read_yaml_settings(path)
     arguments: dict[str, str] = {}
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -53,10 +66,6 @@ def _is_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _settings_of_json(path: Path) -> dict[str, Setting]:
-    return {name: _setting(value) for name, value in read_object(path).items()}
-
-
 def _setting(value: Any) -> Setting:
     """Write a value of JSON as it would be typed."""
     if isinstance(value, list):
@@ -64,7 +73,7 @@ def _setting(value: Any) -> Setting:
         flat = [text for text in texts if isinstance(text, str)]
         return flat if len(flat) == len(texts) else {}
     if isinstance(value, dict):
-        return {}
+        return {name: _setting(each) for name, each in value.items()}
     if isinstance(value, bool):
         return str(value).lower()
     return None if value is None else str(value)

@@ -2,10 +2,10 @@
 
     4090, rtx4090, "NVIDIA GeForce RTX 4090"    a100-80, A100-80GB, "NVIDIA A100 80GB PCIe"
 
-The memory is the least of what torch 2 was seen to report as a card's total, in messages of
-errors that users of it published: less than its label by what the driver and error correction
-take. A desktop on the same GPU takes some hundreds of MiB more. Multiprocessors and compute
-capability are the vendor's, shared memory that of the CUDA programming guide.
+The memory is the least that torch told users of each card, as they published it in error messages
+and lists of properties: less than the label says, by what the driver and error correction take. A
+desktop on the same GPU takes some hundreds of MiB more. Multiprocessors and compute capability are
+the vendor's, shared memory is that of the CUDA programming guide.
 """
 
 import re
@@ -64,11 +64,11 @@ GPUS: tuple[tuple[int, Gpu], ...] = (
     (8, _gpu("RTX 4060", 7.7, (8, 9), 24)),
     (10, _gpu("RTX 3080", 9.7, (8, 6), 68)),
     (11, _gpu("RTX 2080 Ti", 10.7, (7, 5), 68)),
-    (12, _gpu("RTX 3060", 11.7, (8, 6), 28)),
+    (12, _gpu("RTX 3060", 11.6, (8, 6), 28)),
     (16, _gpu("T4", 14.5, (7, 5), 40)),
     (16, _gpu("RTX 5060 Ti 16", 15.4, (12, 0), 36)),
-    (16, _gpu("RTX A4000", 15.6, (8, 6), 48)),
-    (16, _gpu("RTX 4080", 15.6, (8, 9), 76)),
+    (16, _gpu("RTX A4000", 15.5, (8, 6), 48)),
+    (16, _gpu("RTX 4080", 15.5, (8, 9), 76)),
     (24, _gpu("A10", 22.0, (8, 6), 72)),
     (24, _gpu("A10G", 22.0, (8, 6), 80)),
     (24, _gpu("L4", 22.0, (8, 9), 58)),
@@ -76,10 +76,10 @@ GPUS: tuple[tuple[int, Gpu], ...] = (
     (24, _gpu("RTX 4090", 23.5, (8, 9), 128)),
     (24, _gpu("A30", 23.5, (8, 0), 56)),
     (32, _gpu("RTX 5090", 31.3, (12, 0), 170)),
-    (40, _gpu("A100-40", 39.4, (8, 0), 108)),
+    (40, _gpu("A100-40", 39.3, (8, 0), 108)),
     (48, _gpu("A40", 44.3, (8, 6), 84)),
-    (48, _gpu("L40", 44.4, (8, 9), 142)),
-    (48, _gpu("L40S", 44.4, (8, 9), 142)),
+    (48, _gpu("L40", 44.3, (8, 9), 142)),
+    (48, _gpu("L40S", 44.3, (8, 9), 142)),
     (48, _gpu("RTX 6000 Ada", 44.4, (8, 9), 142)),
     (48, _gpu("RTX A6000", 47.4, (8, 6), 84)),
     (80, _gpu("A100-80", 79.1, (8, 0), 108)),

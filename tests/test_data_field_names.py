@@ -102,6 +102,7 @@ NAMED: dict[str, tuple[str, dict[str, object], object]] = {
         {"prompt": "a", "completion": "b"},
         PromptCompletion("b", "a"),
     ),
+    "known-name-of-another": ("instruction=answer", {"answer": "hi", "response": "yo"}, ANSWERED),
     "one-of-two": ("output=response", {"question": "hi", "response": "yo"}, ANSWERED),
 }
 

@@ -346,6 +346,15 @@ def test_what_is_refused_may_be_left_out_and_the_rest_is_read(tmp_path: Path) ->
         assert said == [f"{path}:{p}" if isinstance(p, int) else f"{path}{p}" for p in places]
 
 
+@pytest.mark.parametrize("content", [b'{"a": 1, "a": 2}', b'"a"'])
+def test_an_object_that_is_refused_may_be_left_out(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    refused: list[ValueError] = []
+    assert list(read_records(path, refused.append)) == []
+    assert [str(error).partition(": ")[0] for error in refused] == [f"{path}:1"]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("x.csv", b'a,b\n1,2\n"3,4\n5,6\n'), ("x.json", b'[{"a": 1}, {"a"]'), ("x.txt", b"\xff")],

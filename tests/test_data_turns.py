@@ -64,6 +64,20 @@ def test_turns_of_all_kinds_may_be_mixed() -> None:
     assert convert(said, "messages") == Conversation([USER, ASSISTANT], [1])
 
 
+def test_a_message_with_the_names_of_a_pair_beside_it_keeps_them() -> None:
+    noted = {**ASSISTANT, "input": "a", "output": "b"}
+    assert converse(USER, noted) == Conversation([USER, noted], [1])
+    assert converse(USER, turn("gpt", "yo", input="a", output="b")).messages == [USER, noted]
+
+
+def test_a_function_that_speaks_in_turns_is_a_tool() -> None:
+    assert converse(USER, turn("function", "3"), ASSISTANT).messages == [USER, RESULT, ASSISTANT]
+    said: dict[str, object] = {"messages": [USER, {**RESULT, "role": "function"}, ASSISTANT]}
+    example = convert(said, "messages")
+    assert isinstance(example, Conversation)
+    assert example.messages[1]["role"] == "function"
+
+
 @pytest.mark.parametrize("name", ["text", "value"])
 def test_a_part_may_have_its_text_as_a_value(name: str) -> None:
     parts = [{"type": "text", name: "y", "text" if name == "value" else "value": None}]

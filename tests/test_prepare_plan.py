@@ -14,8 +14,9 @@ from test_step_memory_plan import WORK
 import prepare.plan
 import quantize
 from benchmarks.random_model import LLAMA_3_8B
+from kernels.device import properties
 from prepare.asked import ask
-from prepare.job import BUNDLED
+from prepare.job import BUNDLED, check
 from prepare.plan import say_plan
 from run.ranks import Ranks
 from step.duration import Rates
@@ -217,3 +218,20 @@ def test_flags_that_need_a_tokenizer_need_data(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{flag.split()[0]} must be given with --data: got none"):
         planned.of(config_8b, f"--gpu 4090 {flag}")
+
+
+@pytest.mark.gpu
+def test_gpu_that_is_here_is_planned_for_as_a_run_does(tmp_path: Path, planned: Planned) -> None:
+    arguments = f"--data {DATA} --device cuda --output {tmp_path / 'out'}"
+    plan = planned.of(BUNDLED / "model", arguments)
+    assert planned.work.gpu == properties(torch.device("cuda"))
+    assert planned.rates is not None
+    given = ["--model", str(BUNDLED / "model"), *arguments.split()]
+    job = check(given, Ranks(), datetime(2026, 1, 1))
+    assert job is not None
+    assert job.plan == plan
+    assert planned.steps[0] == job.num_steps
+    # and another one, beside it
+    planned.of(BUNDLED / "model", f"--data {DATA} --gpu t4")
+    assert planned.work.gpu == find_gpu("t4").facts
+    assert planned.work.dtype == torch.float16

@@ -4,12 +4,16 @@ import json
 from statistics import median
 
 import pytest
+import torch
 from conftest import ROOT
 from support.ahead_of_time import SHARED_BYTES_LIMIT
 
+from kernels.device import properties
 from run.machine import OLDEST
+from step.duration import measure_rates
 from step.gpus import GPUS, Gpu, find_gpu, smallest_with, unnamed_gpu
-from step.memory_plan import GIB
+from step.memory_plan import CONTEXT_BYTES, GIB
+from step.preflight import usable_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -77,6 +81,19 @@ def test_the_smallest_gpu_comes_first() -> None:
     assert smallest_with(budgets[-1] + 1) is None
 
 
+def test_the_page_lists_all_gpus() -> None:
+    head = ["| `--gpu` | memory for a run | compute capability | time |", "|---|---|---|---|"]
+    lines = [
+        f"| {gpu.name} | {gpu.budget / GIB:.1f} GiB | {'.'.join(map(str, gpu.facts.capability))} | "
+        f"{'yes' if gpu.rates else 'no'} |"
+        for _, gpu in GPUS
+    ]
+    expected = "\n".join([*head, *lines])
+    text = (ROOT / "docs" / "memory.md").read_text()
+    found = text.partition("<!-- gpus -->\n")[2].partition("\n<!-- /gpus -->")[0]
+    assert found == expected, f"put this between the markers:\n{expected}"
+
+
 def test_rates_are_those_of_the_records() -> None:
     records = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     known = {gpu.name: gpu.rates for _, gpu in GPUS if gpu.rates}
@@ -94,3 +111,21 @@ def test_rates_are_those_of_the_records() -> None:
 def test_of_a_gpu_without_a_name_the_memory_is_known() -> None:
     gpu = unnamed_gpu(24 * GIB)
     assert (gpu.budget, gpu.rates, gpu.facts.capability) == (24 * GIB, None, (9, 0))
+
+
+@pytest.mark.gpu
+def test_gpu_that_is_here_is_as_the_table_says() -> None:
+    device = torch.device("cuda")
+    try:
+        gpu = find_gpu(torch.cuda.get_device_name())
+    except ValueError:
+        pytest.skip(f"{torch.cuda.get_device_name()} is not in the table")
+    assert gpu.facts == properties(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    usable = usable_bytes(total - CONTEXT_BYTES)
+    assert 0.97 * usable < gpu.budget <= usable
+    if gpu.rates:
+        measured = measure_rates(device, torch.bfloat16)
+        # one shape of a product, against the mean of several
+        assert gpu.rates.product == pytest.approx(measured.product, rel=0.15)
+        assert gpu.rates.memory == pytest.approx(measured.memory, rel=0.1)

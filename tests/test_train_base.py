@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.train_process import train_ranks
+from support.train_process import cut_off, train_ranks
 
 import prepare.asked
 import quantize
@@ -169,6 +169,7 @@ def test_a_run_on_a_quantized_copy_keeps_the_copy_and_names_its_source(
     train.main(given)
     assert metadata_of(output)["base_identity"] == identity_of(model).own
     assert state_of(output, 2)["base"] == identity_of(copy).own
+    cut_off(output)
     change(copy, "model.layers.2.mlp.up_proj.weight")
     # the copy still names its source, and is another one all the same
     assert identity_of(copy).original == identity_of(model).own

@@ -54,7 +54,9 @@ def opened_output(run: Run) -> Iterator[None]:
     if not run.ranks.is_first:
         yield
         return
-    with open_output(job.config, job.resumed, job.damaged) as config:
+    with open_output(job.config, job.resumed, job.damaged, job.undecided) as config:
+        if not job.config.output:
+            print(f"output: {config.output}")
         run.job = job = replace(job, config=config)
         write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits), job.data_mode)
         with reserved(job.output, _size_of_checkpoint(job)) as run.make_room:
