@@ -103,13 +103,14 @@ def load_dataset(
     skip_bad_lines: bool = False,
     ignored_fields: tuple[str, ...] = (),
     field_names: dict[str, str] | None = None,
+    system_prompt: str = "",
     num_processes: int = 0,
     report: Callable[[int], None] = lambda num_records: None,
 ) -> Dataset:
     """Read data files, tokenize them and label the tokens to learn, or find all that in the cache.
 
     Args:
-        data_format to field_names: as data.tokens.tokenization.Recipe.
+        data_format to system_prompt: as data.tokens.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 
@@ -128,6 +129,7 @@ def load_dataset(
         skip_bad_lines,
         ignored_fields,
         field_names or {},
+        system_prompt,
     )
     _check_vocabulary(tokenizer, vocab_size)
     tokens = cached_tokens(files, tokenizer, recipe, num_processes, report)

@@ -54,6 +54,7 @@ def load_data(
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
                 field_names=field_names,
+                system_prompt=config.system_prompt,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )

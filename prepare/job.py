@@ -191,7 +191,12 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt, stops = None, frozenset[int]()
     if config.sample_prompt:
-        prompt = encode_prompt(config.sample_prompt, tokenizer, checkpoint.config.vocab_size)
+        prompt = encode_prompt(
+            config.sample_prompt,
+            tokenizer,
+            checkpoint.config.vocab_size,
+            config.system_prompt,
+        )
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None

@@ -58,7 +58,12 @@ def _with_data(asked: Asked, num_ranks: int, now: datetime) -> Course:
     train_data, eval_data = load_data(config, tokenizer, checkpoint, now.isoformat())
     prompt = None
     if config.sample_prompt:
-        prompt = encode_prompt(config.sample_prompt, tokenizer, checkpoint.config.vocab_size)
+        prompt = encode_prompt(
+            config.sample_prompt,
+            tokenizer,
+            checkpoint.config.vocab_size,
+            config.system_prompt,
+        )
     evaluated = eval_data.samples if eval_data else None
     return course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
 

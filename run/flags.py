@@ -151,6 +151,7 @@ class DataFlags(_Flags):
         "a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
         "file, or the name of one of the checkpoint's templates",
     )
+    system_prompt: str = _flag("", "system message for conversations that have none")
     shuffle: bool = _flag(True, "shuffle the samples anew in each epoch")
     skip_bad_lines: bool = _flag(False, "leave out malformed records, and say how many")
     allow_truncation: bool = _flag(

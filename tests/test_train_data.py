@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from test_train import BUNDLED, FEW, rows_of, small_data
 import train
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
+from prepare.job import check
+from run.ranks import Ranks
 
 
 def run(data: Path, output: Path, flags: str = "") -> None:
@@ -140,6 +143,21 @@ def test_a_run_goes_on_only_with_the_samples_it_began_with(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="--skip-bad-lines was False, now True"):
         run(data, output, f"{flags} --skip-bad-lines --resume")
     run(data, output, f"{flags} --resume --allow-truncation --dataset-num-proc 2")
+
+
+def test_a_system_prompt_is_in_the_samples_and_before_the_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--model {BUNDLED / 'model'} --data {small_data(tmp_path)} --device cpu --no-packing"
+    given = [*flags.split(), "--sample-prompt", "Hi", "--output", str(tmp_path / "out")]
+    jobs = [
+        check([*given, "--system-prompt", text], Ranks(), datetime(2026, 1, 1))
+        for text in ("Be kind.", "")
+    ]
+    with_it, without = [job.tokenizer.decode(job.prompt) for job in jobs if job and job.prompt]
+    assert "Be kind." in with_it
+    assert "Be kind." not in without
+    assert "Be kind." in capsys.readouterr().out
 
 
 def test_inspecting_shows_samples_and_writes_and_loads_nothing(
