@@ -60,8 +60,10 @@ def small_data(folder: Path, count: int = 12) -> Path:
     return path
 
 
-def run(folder: Path, flags: str, name: str = "out") -> list[dict[str, Any]]:
-    data = small_data(folder)
+def run(
+    folder: Path, flags: str, name: str = "out", data: Path | None = None
+) -> list[dict[str, Any]]:
+    data = data or small_data(folder)
     output = folder / name
     model = BUNDLED / "model"
     train.main(f"--model {model} --data {data} --output {output} {FEW} {flags}".split())
@@ -342,8 +344,9 @@ def test_rows_count_tokens_targets_and_epochs_of_the_run(tmp_path: Path) -> None
     records = [
         {"input_ids": [1, *range(3, 3 + n)], "labels": [-100] * n + [2 + n]} for n in (9, 5, 12)
     ]
-    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows = run(tmp_path, f"--data {tmp_path / 'ids.jsonl'} --max-steps 3")
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = run(tmp_path, "--max-steps 3", data=data)
     # steps of four samples: an epoch is one, of all three
     for step, row in enumerate(rows, start=1):
         counts = (row["tokens"], row["target_tokens"], row["epoch"])
