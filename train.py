@@ -137,7 +137,6 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)
     model.attach_lora(job.lora, config.seed)
-    print(model.describe_trainable_parameters())
     if job.start:
         load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)
     optimizer = make_optimizer(model, config)
@@ -229,6 +228,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
     job, config, state = run.job, run.config, run.state
 
     def is_due(every: int) -> bool:
+        every = job.num_between(every)
         return every > 0 and state.step % every == 0
 
     # the row of step 0, or the row whose evaluation an earlier process did not finish
@@ -252,7 +252,7 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
             figures = settle(run, log)
 
         if logs:
-            row = log.row(state, state.step / job.epochs.num_steps, figures)
+            row = log.row(state, job.epochs.epochs_after(state.step), figures)
             if not evaluates:
                 log.add(row)
             elif not evaluate_and_log(run, log, stop, row):
@@ -295,7 +295,7 @@ def train_step(run: Run) -> PendingStep:
     learning_rate = learning_rate_at(
         state.step,
         run.job.num_steps,
-        num_warmup_steps(run.job.num_steps, config.warmup_ratio),
+        num_warmup_steps(run.job.num_steps, config.warmup_ratio, config.warmup_steps),
         config.learning_rate,
         config.lr_scheduler,
     )

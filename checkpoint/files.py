@@ -60,12 +60,34 @@ def find_checkpoint(model: str, what: str = "--model") -> Path:
     return find_folder(model, what, "model", partial(_needed_files, model, what))
 
 
+def find_description(model: str, *, has_tokenizer: bool) -> Path:
+    """Find the folder of a config.json, and of the tokenizer's files if they are asked for.
+
+    Of a hub id these files alone are fetched, and no weights.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `hub.fetch.find_folder`.
+        ValueError: the repository has no config.json.
+    """
+    patterns = (CONFIG_NAME, *(TOKENIZER_COMPANIONS if has_tokenizer else ()))
+
+    def choose(names: Collection[str], get: Callable[[str], Path]) -> set[str]:
+        if CONFIG_NAME not in names:
+            raise ValueError(f"--model must have {CONFIG_NAME}: {model} has {first_few(names)}")
+        return _fitting(names, patterns)
+
+    return find_folder(model, "--model", "model", choose)
+
+
+def _fitting(names: Collection[str], patterns: Iterable[str]) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
 def _needed_files(
     model: str, what: str, names: Collection[str], get: Callable[[str], Path]
 ) -> set[str]:
     """Choose from a repository's files those that a checkpoint is read from."""
-    patterns = (CONFIG_NAME, *COMPANIONS)
-    needed = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    needed = _fitting(names, (CONFIG_NAME, *COMPANIONS))
     if SINGLE_NAME in names:
         return needed | {SINGLE_NAME}
     if INDEX_NAME in names:

@@ -44,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         config_json: the fields of config.json, also those that decide nothing here.
-        shards: the files of weights, sorted by name.
+        shards: the files of weights, sorted by name; none where config.json is all that is known.
         stored: their tensors, in the files' order.
         nf4: the weights that are stored in NF4.
         left_alone: names of stored tensors that the model does not need.

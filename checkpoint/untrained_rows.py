@@ -19,9 +19,13 @@ def untrained_rows(
 ) -> set[int]:
     """Find those of some tokens whose row of the embeddings, or of the head, was never trained.
 
+    Without files of weights none is found.
+
     Args:
         others: more tokens, whose rows are compared with those of `ids`.
     """
+    if not checkpoint.shards:
+        return set()
     untrained: set[int] = set()
     for table in set(checkpoint.vocabulary().values()):
         rows = {i: _row(table, i) for i in {*ids, *others} if i < table.shape[0]}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data import mixture
 from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def facts_of(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
     """
     sample = show(dataset.samples[0], tokenizer, in_colour=False, is_shortened=True)
     bad = [one_line(error) for error in dataset.counts.bad]
-    return {**_count(dataset), "bad": bad, "sample": sample}
+    sets = {"sets": mixture.figures(dataset)} if dataset.shares else {}
+    return {**_count(dataset), "bad": bad, **sets, "sample": sample}
 
 
 def _count(dataset: Dataset) -> dict[str, Any]:
@@ -88,18 +90,14 @@ def describe(dataset: Dataset) -> str:
     """The audit as lines of text: format, counts, what was cut or dropped, and the lengths."""
     facts, counts = _count(dataset), dataset.counts
     how = "detected" if dataset.is_detected else "as given"
-    source = f"{dataset.format} ({how})"
-    if dataset.templates:
-        source += f", written by {' and '.join(dataset.templates)}"
-    if dataset.is_cached:
-        source += ", tokenized before"
     share = facts["target_tokens"] / facts["tokens"]
     lines = [
-        source,
+        f"{dataset.format} ({how})" + (", tokenized before" if dataset.is_cached else ""),
+        *(f"written by {name}" for name in dataset.templates),
         f"{count(facts['samples'], 'sample')}, {count(facts['tokens'], 'token')}, "
-        f"{facts['target_tokens']:,} of them learned ({share:.0%}); "
-        f"{facts['closed']:,} {'ends' if facts['closed'] == 1 else 'end'} in EOS or a token that "
-        "closes a turn",
+        f"{facts['target_tokens']:,} of them learned ({share:.0%})",
+        f"{count(facts['closed'], 'sample')} {'ends' if facts['closed'] == 1 else 'end'} in EOS "
+        "or a token that closes a turn",
     ]
     lost = []
     if facts["truncated"]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.shares import Share
 from data.tokenizer import Tokenizer
 from data.tokens.pieces import Counts
 from data.tokens.recipe import Recipe
@@ -35,6 +36,8 @@ class Dataset:
         sha256: of all samples of the files.
         is_cached: an earlier run made the samples.
         mode: permissions of files that repeat text of the data files.
+        shares: the data sets that the samples are of, one after the other, with their weights; none
+            where each epoch has each sample once.
     """
 
     samples: StoredSamples
@@ -46,6 +49,7 @@ class Dataset:
     sha256: str
     is_cached: bool
     mode: int
+    shares: tuple[Share, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +78,17 @@ class Dataset:
                 "another, or give --eval-data"
             )
         train, evaluation = (self.samples.select(chosen) for chosen in (~is_eval, is_eval))
-        return replace(self, samples=train), replace(self, samples=evaluation)
+        shares, start = list[Share](), 0
+        for share in self.shares:
+            is_of_share = slice(start, start + share.num_samples)
+            left = int(np.count_nonzero(~is_eval[is_of_share]))
+            shares.append(replace(share, num_samples=left))
+            start += share.num_samples
+        # an evaluation has each sample once
+        return (
+            replace(self, samples=train, shares=tuple(shares)),
+            replace(self, samples=evaluation, shares=()),
+        )
 
 
 def load_dataset(
@@ -89,13 +103,14 @@ def load_dataset(
     skip_bad_lines: bool = False,
     ignored_fields: tuple[str, ...] = (),
     field_names: dict[str, str] | None = None,
+    system_prompt: str = "",
     num_processes: int = 0,
     report: Callable[[int], None] = lambda num_records: None,
 ) -> Dataset:
     """Read data files, tokenize them and label the tokens to learn, or find all that in the cache.
 
     Args:
-        data_format to field_names: as data.tokens.tokenization.Recipe.
+        data_format to system_prompt: as data.tokens.tokenization.Recipe.
         num_processes: 0 for as many as the files are worth and the machine has.
         report: is given the number of records done so far.
 
@@ -114,6 +129,7 @@ def load_dataset(
         skip_bad_lines,
         ignored_fields,
         field_names or {},
+        system_prompt,
     )
     _check_vocabulary(tokenizer, vocab_size)
     tokens = cached_tokens(files, tokenizer, recipe, num_processes, report)

@@ -2,8 +2,13 @@
 
 The rows are a pure function of the samples, the epoch and the seed. So a resumed run needs only the
 number of its step, and the ranks of a run know each other's samples without a message.
+
+Where an epoch has a part of the samples (data/shares.py) and several share a row, another epoch,
+with other lengths, may have some rows more or fewer. Then the steps of each epoch are counted.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -17,6 +22,7 @@ from data.batches import (
     step_micro_batches,
 )
 from data.packing import Packing, collate_packed, mean_sample_tokens
+from data.shares import Share, samples_of_epoch
 from data.tokens.stored_samples import StoredSamples
 from rows.batch import Batch
 
@@ -37,6 +43,7 @@ class Epochs:
         *,
         row_length: int = 0,
         group_by_length: bool = False,
+        shares: Sequence[Share] = (),
     ) -> None:
         """Decide on an order.
 
@@ -45,23 +52,28 @@ class Epochs:
             micro_batches_per_step: of all ranks together.
             row_length: tokens of a row that several samples share; 0: each sample has a row.
             group_by_length: a micro-batch has samples of like lengths, rather than random ones.
+            shares: of the data sets that the samples are of; none: an epoch has each sample once.
         """
-        self.samples = samples
+        self.samples, self._shares = samples, shares
         self._seed, self._shuffle, self._groups = seed, shuffle, group_by_length
         self._sizes = (batch_size, micro_batches_per_step)
         self._lengths: list[int] = samples.lengths.tolist()
-        self._packing = Packing(self._lengths, row_length, seed, shuffle) if row_length else None
+        self._packing = None
+        if row_length:
+            self._packing = Packing(self._lengths, row_length, seed, shuffle, self._samples_of)
+        first = self._samples_of(0)
+        # of the first epoch
+        self.num_rows = self._packing.num_rows if self._packing else len(first)
+        self._first_lengths = [self._lengths[index] for index in first]
+        has_parts = any(not share.weight.is_integer() for share in shares)
+        # the first step of each epoch so far, where not all epochs have as many
+        self._first_steps = [0] if self._packing and has_parts else None
         # asked for at every step, made once an epoch: shuffling a million samples takes 30 ms
         self._epoch, self._order = -1, list[int]()
 
     @property
-    def num_rows(self) -> int:
-        """Rows of an epoch; all epochs have as many."""
-        return self._packing.num_rows if self._packing else len(self.samples)
-
-    @property
     def num_steps(self) -> int:
-        """Optimizer steps of an epoch; the last step may have fewer rows than the others."""
+        """Optimizer steps of the first epoch; the last step may have fewer rows than the others."""
         return epoch_steps(self.num_rows, *self._sizes)
 
     @property
@@ -78,16 +90,23 @@ class Epochs:
     def packed_sample_tokens(self) -> float | None:
         """The mean over all tokens of the length of their sample, where rows hold several
         samples."""
-        return mean_sample_tokens(self._lengths) if self._packing else None
+        return mean_sample_tokens(self._first_lengths) if self._packing else None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the largest micro-batch."""
+        batch_size, _ = self._sizes
+        # a later epoch may have more rows than the first
+        return batch_size if self._first_steps else min(batch_size, self.num_rows)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an epoch without padding."""
-        return sum(self._lengths)
+        """Tokens of the first epoch without padding."""
+        return sum(self._first_lengths)
 
     @property
     def num_target_tokens(self) -> int:
-        """Labels of an epoch that a loss sees."""
+        """Labels of all samples that a loss sees."""
         return int(self.samples.rows["num_targets"].sum(dtype=np.int64))
 
     def describe(self) -> str:
@@ -95,9 +114,49 @@ class Epochs:
         share = self.num_tokens / (self.num_rows * self.row_length)
         return f"packed into {self.num_rows:,} rows of {self.row_length:,} tokens, {share:.1%} full"
 
+    def steps_in(self, num_epochs: float) -> int:
+        """The optimizer steps of so many epochs."""
+        if self._first_steps is None:
+            return math.ceil(num_epochs * self.num_steps)
+        whole = int(num_epochs)
+        first = self._first_step(whole)
+        rest = num_epochs - whole
+        return first + (math.ceil(rest * (self._first_step(whole + 1) - first)) if rest else 0)
+
+    def epochs_after(self, num_steps: int) -> float:
+        """How many epochs so many optimizer steps are."""
+        if self._first_steps is None:
+            return num_steps / self.num_steps
+        epoch, step_in_epoch = self._epoch_of(num_steps)
+        first = self._first_step(epoch)
+        return epoch + step_in_epoch / (self._first_step(epoch + 1) - first)
+
+    def _epoch_of(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the number of the step in it."""
+        if self._first_steps is None:
+            return divmod(step, self.num_steps)
+        while self._first_steps[-1] <= step:
+            self._first_step(len(self._first_steps))
+        epoch = bisect_right(self._first_steps, step) - 1
+        return epoch, step - self._first_steps[epoch]
+
+    def _first_step(self, epoch: int) -> int:
+        """The first step of an epoch, where not all epochs have as many."""
+        assert self._packing is not None
+        assert self._first_steps is not None
+        for earlier in range(len(self._first_steps) - 1, epoch):
+            num_rows = len(self._packing.rows(earlier))
+            self._first_steps.append(self._first_steps[-1] + epoch_steps(num_rows, *self._sizes))
+        return self._first_steps[epoch]
+
+    def _samples_of(self, epoch: int) -> Sequence[int]:
+        if not self._shares:
+            return range(len(self.samples))
+        return samples_of_epoch(self._shares, epoch, self._seed, self._shuffle)
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of an optimizer step, counted from 0 in the first epoch."""
-        epoch, step_in_epoch = divmod(step, self.num_steps)
+        epoch, step_in_epoch = self._epoch_of(step)
         if self._packing:
             return step_micro_batches(self._packing.rows(epoch), step_in_epoch, *self._sizes)
         some = step_micro_batches(self._order_of(epoch), step_in_epoch, *self._sizes)
@@ -105,7 +164,9 @@ class Epochs:
 
     def _order_of(self, epoch: int) -> list[int]:
         if epoch != self._epoch:
-            order = epoch_order(len(self.samples), epoch, self._seed, self._shuffle)
+            some = self._samples_of(epoch)
+            places = epoch_order(len(some), epoch, self._seed, self._shuffle)
+            order = [some[place] for place in places]
             if self._groups:
                 batch_size, _ = self._sizes
                 order = group_by_length(order, self._lengths, batch_size, epoch, self._seed)
@@ -128,5 +189,4 @@ class Epochs:
     def largest_batch(self) -> Batch:
         """Make the largest micro-batch that an epoch can have, out of the longest sample."""
         longest = self._lengths.index(max(self._lengths))
-        batch_size, _ = self._sizes
-        return self.batch([[longest]] * min(batch_size, self.num_rows))
+        return self.batch([[longest]] * self.rows_at_once)

@@ -7,14 +7,14 @@ Which samples share a row, and the order of the rows, is a pure function of the 
 and the seed: a resumed run needs nothing more. The longest samples come first, and each goes into
 the fullest row that has room for it (best fit decreasing). Like first fit decreasing this needs at
 most 11/9 of the smallest possible number of rows and one more (Johnson 1974); the number of rows
-depends on the lengths alone, so all epochs have as many steps. Samples of one length change their
-neighbours from epoch to epoch.
+depends on the lengths alone, so all epochs of the same samples have as many steps. Samples of one
+length change their neighbours from epoch to epoch.
 
 The samples of a row do not see each other: the positions of each start at 0, attention does not
 cross its ends (llama/attention.py), and its first token is no target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -64,26 +64,32 @@ def pack(
 class Packing:
     """The rows of every epoch of a data set."""
 
-    def __init__(self, lengths: Sequence[int], row_length: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        row_length: int,
+        seed: int,
+        shuffle: bool,
+        samples_of: Callable[[int], Sequence[int]],
+    ) -> None:
         """Args:
         lengths: of all samples.
+        samples_of: the indices of the samples of an epoch.
         """
         self.row_length = row_length
         self._arguments = (seed, shuffle)
-        self._lengths = lengths
-        self._epoch = 0
-        self._rows = pack(lengths, row_length, 0, seed, shuffle)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an epoch; all epochs have as many."""
-        return len(self._rows)
+        self._lengths, self._samples_of = lengths, samples_of
+        self._epoch, self._rows = -1, list[list[int]]()
+        # of the first epoch
+        self.num_rows = len(self.rows(0))
 
     def rows(self, epoch: int) -> list[list[int]]:
         """Indices of the samples of each row, in the epoch's order."""
         if epoch != self._epoch:
-            self._rows = pack(self._lengths, self.row_length, epoch, *self._arguments)
-            self._epoch = epoch
+            some = self._samples_of(epoch)
+            lengths = [self._lengths[index] for index in some]
+            rows = pack(lengths, self.row_length, epoch, *self._arguments)
+            self._epoch, self._rows = epoch, [[some[i] for i in row] for row in rows]
         return self._rows
 
 

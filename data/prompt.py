@@ -12,8 +12,11 @@ _QUESTION = [{"role": "user", "content": "Who are you?"}]
 _ANSWER = "Quatrain"
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Token ids of a prompt, as a user's message where there is a chat template.
+def encode_prompt(
+    prompt: str, tokenizer: Tokenizer, vocab_size: int, system_prompt: str = ""
+) -> list[int]:
+    """Token ids of a prompt, as a user's message where there is a chat template, under the system
+    prompt if there is one.
 
     Args:
         vocab_size: rows of the model's embedding.
@@ -23,7 +26,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[in
             its tokens.
     """
     if tokenizer.has_chat_template:
-        return encode_messages([{"role": "user", "content": prompt}], tokenizer, vocab_size)
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages = [*system, {"role": "user", "content": prompt}]
+        return encode_messages(messages, tokenizer, vocab_size)
     return encode_text(prompt, tokenizer, vocab_size)
 
 

@@ -190,14 +190,6 @@ class Llama(nn.Module):
         frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
         return trainable, trainable + frozen + sum(group.num_frozen for _, group in self.groups())
 
-    def describe_trainable_parameters(self) -> str:
-        """Say how many parameters train, in the words of PEFT's print_trainable_parameters."""
-        trainable, total = self.num_parameters()
-        return (
-            f"trainable params: {trainable:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
-
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) on the device -> (B T, D)
         """Look up the embeddings of tokens, scaled where the family scales them."""
         embedded = self.model.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)

@@ -5,9 +5,9 @@ import math
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def num_warmup_steps(num_steps: int, warmup_ratio: float) -> int:
-    """Steps of warm-up: the ratio of all steps, rounded up."""
-    return math.ceil(num_steps * warmup_ratio)
+def num_warmup_steps(num_steps: int, warmup_ratio: float, warmup_steps: int = 0) -> int:
+    """Steps of warm-up: so many, or else the ratio of all steps, rounded up."""
+    return warmup_steps or math.ceil(num_steps * warmup_ratio)
 
 
 def learning_rate_at(

@@ -9,6 +9,7 @@ from checkpoint.loading import load_sizes
 from checkpoint.opening import Checkpoint
 from data.epochs import Epochs
 from llama.config import LlamaConfig
+from llama.model import Llama
 from llama.rope_scaling import LongRopeScaling
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
@@ -61,6 +62,13 @@ def packable_length(llama: LlamaConfig) -> int | None:
     return scaling.original_max_position_embeddings if is_long else None
 
 
+def sized_model(config: TrainConfig, lora: LoRAConfig, checkpoint: Checkpoint) -> Llama:
+    """Make the run's model, the adapter beside it, of sizes without values."""
+    model = load_sizes(checkpoint, getattr(torch, config.dtype), quantization_of(config))
+    model.attach_lora(lora, seed=0)
+    return model
+
+
 def workload(
     config: TrainConfig,
     lora: LoRAConfig,
@@ -70,12 +78,10 @@ def workload(
 ) -> Workload:
     """Size the largest micro-batch of the run."""
     device = torch.device(config.device)
-    model = load_sizes(checkpoint, getattr(torch, config.dtype), quantization_of(config))
-    model.attach_lora(lora, seed=0)
     return Workload(
-        model=model,
+        model=sized_model(config, lora, checkpoint),
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
-        batch=min(config.batch_size, epochs.num_rows),
+        batch=epochs.rows_at_once,
         tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,
         has_noise=config.neftune_noise_alpha > 0,

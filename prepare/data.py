@@ -1,11 +1,12 @@
 """The data of a run, to learn from and to evaluate on: tokenized, described and checked."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 
 from checkpoint.opening import Checkpoint
 from checkpoint.untrained_rows import untrained_rows
-from data import audit
+from data import audit, mixture
 from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
 from data.formats.field_names import parse_fields
@@ -14,6 +15,7 @@ from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from run.bars import progress_bar
 from run.config import TrainConfig
+from run.places import Place, read_places
 
 
 def load_data(
@@ -30,9 +32,10 @@ def load_data(
     ignored_fields = _listed(config.ignore_fields)
     field_names = parse_fields(config.fields)
     find_untrained = partial(untrained_rows, checkpoint)
-    found, eval_found = _find(config)
+    places = read_places(config.data)
+    found, eval_found = _find(config, places)
 
-    def load(flag: str, place: str, found: Found) -> Dataset:
+    def load(flag: str, found: Found) -> Dataset:
         files = found.files
         print(one_line(f"{flag}: {found.describe()}"))
         with progress_bar("tokenizing", "records") as bar:
@@ -51,10 +54,11 @@ def load_data(
                 skip_bad_lines=config.skip_bad_lines,
                 ignored_fields=ignored_fields,
                 field_names=field_names,
+                system_prompt=config.system_prompt,
                 num_processes=config.dataset_num_proc,
                 report=report,
             )
-        print(f"{one_line(place)}: {audit.describe(dataset)}")
+        print(audit.describe(dataset))
         for warning in template_marks.warnings(dataset.counts, tokenizer, find_untrained):
             print(one_line(warning))
         num_shown = config.inspect or int(flag == "--data")
@@ -63,7 +67,13 @@ def load_data(
         audit.check(dataset, flag, allow_truncation=config.allow_truncation)
         return dataset
 
-    train_data = load("--data", config.data, found)
+    train_data = mixture.mix(
+        [load("--data", each) for each in found],
+        [place.name for place in places],
+        [place.weight for place in places],
+    )
+    for line in mixture.describe(train_data):
+        print(one_line(line))
     if config.eval_fraction:
         train_data, eval_data = train_data.split(config.eval_fraction)
         print(
@@ -73,7 +83,7 @@ def load_data(
         return train_data, eval_data
     if not eval_found:
         return train_data, None
-    eval_data = load("--eval-data", config.eval_data, eval_found)
+    eval_data = load("--eval-data", eval_found)
     if shared := audit.num_shared(train_data, eval_data):
         print(
             f"{shared:,} of the {len(eval_data.samples):,} samples to evaluate on are among those "
@@ -82,19 +92,20 @@ def load_data(
     return train_data, eval_data
 
 
-def _find(config: TrainConfig) -> tuple[Found, Found | None]:
-    """Find the files of --data and of --eval-data."""
-    subsets = _listed(config.subset)
-    train = Wanted("--data", "train", subsets, _listed(config.split))
-    found, evaluation = find_data(config.data, train), None
+def _find(config: TrainConfig, places: Sequence[Place]) -> tuple[list[Found], Found | None]:
+    """Find the files of each data set of --data, and of --eval-data."""
+    subsets, splits = _listed(config.subset), _listed(config.split)
+    wanted = Wanted("--data", "train", subsets, splits)
+    found, evaluation = [find_data(place.name, wanted) for place in places], list[Found]()
+    eval_splits = _listed(config.eval_split)
     if config.eval_data:
-        beside = found.part if config.eval_data == config.data else None
-        wanted = Wanted("--eval-data", "eval", subsets, _listed(config.eval_split), beside)
-        evaluation = find_data(config.eval_data, wanted)
-    check_names("--subset", subsets, [found, *([evaluation] if evaluation else [])])
-    check_names("--split", train.splits, [found])
-    check_names("--eval-split", _listed(config.eval_split), [evaluation] if evaluation else [])
-    return found, evaluation
+        same = (f.part for p, f in zip(places, found, strict=True) if p.name == config.eval_data)
+        wanted = Wanted("--eval-data", "eval", subsets, eval_splits, next(same, None))
+        evaluation = [find_data(config.eval_data, wanted)]
+    check_names("--subset", subsets, [*found, *evaluation])
+    check_names("--split", splits, found)
+    check_names("--eval-split", eval_splits, evaluation)
+    return found, next(iter(evaluation), None)
 
 
 def _listed(text: str) -> tuple[str, ...]:

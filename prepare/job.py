@@ -4,20 +4,17 @@ No model is loaded yet, and nothing is written into the output folder: a mistake
 tokens of the data are kept for the next start.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint.files import find_checkpoint
 from checkpoint.identity import Identity
 from checkpoint.loading import describe_loading
-from checkpoint.opening import Checkpoint, open_checkpoint
+from checkpoint.opening import Checkpoint
 from data import audit
 from data.epochs import Epochs
 from data.prompt import encode_prompt, stop_ids
@@ -25,24 +22,24 @@ from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
-from llama.model import projection_shapes, projections, update_sizes
-from lora.adapter_file import WEIGHTS_NAME, find_adapter
+from lora.adapter_file import WEIGHTS_NAME
 from lora.config import LoRAConfig
-from lora.readers import plain
-from prepare.adapter import follow_adapter, lora_config
-from prepare.base import evaluated_at_once, identify_base, packable_length, workload
+from prepare.asked import ask
+from prepare.base import identify_base
+from prepare.course import course_of
 from prepare.data import load_data
-from prepare.quantization import follow_checkpoint
+from prepare.finished import finished_lines
+from prepare.first_lines import first_lines
+from prepare.plan import say_plan
 from run.checkpoint import ResumePoint
-from run.config import TrainConfig, make_config, read_given
+from run.config import TrainConfig
+from run.flags import EPOCH
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
-from run.machine import configure_torch
 from run.ranks import Ranks
-from run.resolve import resolve
 from run.trackers import tracker_names
 from step.memory_plan import MemoryPlan
 from step.micro_step import Policy
-from step.preflight import cpu_policies, describe_plan, plan_run
+from step.preflight import cpu_policies, plan_run
 from step.workload import Workload
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
@@ -59,8 +56,6 @@ BUNDLED_RUN = {
     "packing": False,
     "sample_prompt": "Write a verse about Ember.",
 }
-# the most tokens of an answer to --sample-prompt
-SAMPLE_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,7 @@ class Job:
         config: its output is empty until the output folder is made, unless --output names one.
         checkpoint: the base model's folder, opened.
         base: the checkpoint's identity.
+        undecided: as in Asked.
         start: the adapter to begin with, if any.
         resumed: the run's own checkpoint to go on from, if any.
         damaged: the run's later checkpoints, and the damage of each.
@@ -86,6 +82,7 @@ class Job:
     config: TrainConfig
     checkpoint: Checkpoint
     base: Identity
+    undecided: dict[str, Any]
     lora: LoRAConfig
     start: Path | None
     resumed: ResumePoint | None
@@ -129,6 +126,10 @@ class Job:
         """The number of steps before this start of the run."""
         return self.resumed.state.step if self.resumed else 0
 
+    def num_between(self, steps: int) -> int:
+        """The steps between two evaluations or checkpoints, which may be given as an epoch's."""
+        return self.epochs.num_steps if steps == EPOCH else steps
+
     @property
     def output(self) -> Path:
         return Path(self.config.output)
@@ -138,37 +139,32 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     """Check everything that the user gave, and describe it in lines.
 
     Returns:
-        The run to carry out; None after --plan or --inspect, which end here.
+        The run to carry out; None after --plan or --inspect, or where --resume finds the run
+        finished.
 
     Raises:
         FileNotFoundError, ValueError: a flag, the data or the checkpoint is not as it must be.
     """
-    given = read_given(arguments)
-    config = make_config(given, without_model=BUNDLED_RUN)
-    checkpoint = open_checkpoint(find_checkpoint(config.model))
-    llama_config = checkpoint.config
-    names, paths = projections(llama_config), projection_shapes(llama_config)
-    start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
-    if start:
-        config, lora = follow_adapter(config, given, start, names, paths)
-    else:
-        lora = lora_config(config, names)
-    lora = plain(lora, update_sizes(lora, paths))
-    config = resolve(
-        follow_checkpoint(config, checkpoint),
-        llama_config.max_position_embeddings,
-        packable_length(llama_config),
-        ranks.local_rank,
-    )
+    asked = ask(arguments, BUNDLED_RUN, ranks)
+    config, checkpoint, start = asked.config, asked.checkpoint, asked.start
+    if config.plan:
+        say_plan(asked, ranks.size, now)
+        return None
     check_output(config)
-    if ranks.is_first and not (config.plan or config.inspect):
+    if ranks.is_first and not config.inspect:
         check_writable(Path(config.output or DEFAULT_PARENT))
     tracker_names(config)
-    if config.push_to_hub and not config.plan and ranks.is_first:
+    if config.push_to_hub and ranks.is_first:
         check_push(config.push_to_hub)
-    device = torch.device(config.device)
-    configure_torch(device, ranks.local_rank, config.deterministic)
 
+    if not config.inspect:
+        for line in first_lines(config, asked.lora, checkpoint):
+            print(one_line(line))
+        lines = finished_lines(Path(config.output)) if config.resume else []
+        for line in lines:
+            print(one_line(line))
+        if lines:
+            return None
     resumed, damaged = resume_point(config, ranks.size)
     for complaint in damaged.values():
         print(one_line(f"{complaint}; going back to the one before it"))
@@ -195,37 +191,17 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
     prompt, stops = None, frozenset[int]()
     if config.sample_prompt:
-        prompt = encode_prompt(config.sample_prompt, tokenizer, llama_config.vocab_size)
-        stops = stop_ids(tokenizer, llama_config.eos_token_ids)
+        prompt = encode_prompt(
+            config.sample_prompt,
+            tokenizer,
+            checkpoint.config.vocab_size,
+            config.system_prompt,
+        )
+        stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
-    row_length = config.max_length if config.packing else 0
-    num_own = config.gradient_accumulation_steps
-    epochs = Epochs(
-        train_data.samples,
-        config.seed,
-        config.shuffle,
-        config.batch_size,
-        num_own * ranks.size,
-        row_length=row_length,
-        group_by_length=config.group_by_length,
-    )
-    if config.packing:
-        print(epochs.describe())
-    if ranks.size > 1:
-        print(f"{ranks.size} ranks x {num_own} micro-batches x {config.batch_size} rows a step")
-    work = workload(config, lora, checkpoint, epochs, ranks.size)
-    if prompt:
-        work = replace(work, prompt_tokens=len(prompt) + SAMPLE_TOKENS)
-    evaluation = None
-    if eval_data:
-        fixed_order = partial(Epochs, eval_data.samples, config.seed, False)
-        evaluation = fixed_order(config.batch_size, 1, row_length=row_length)
-        num_rows = evaluated_at_once(work, evaluation, config.batch_size)
-        work = replace(work, evaluation=(num_rows, evaluation.row_length))
-        evaluation = fixed_order(num_rows, 1, row_length=row_length)
-    num_steps = config.max_steps
-    if num_steps < 0:
-        num_steps = math.ceil(config.epochs * epochs.num_steps)
+    evaluated = eval_data.samples if eval_data else None
+    course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
+    work, num_steps = course.work, course.num_steps
     if resumed and resumed.state.step > num_steps:
         raise ValueError(
             f"--resume must go on from a step of the run: {start} is of step "
@@ -233,19 +209,16 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
             "another --output"
         )
     plan = None
-    if device.type == "cuda" or config.plan:
-        plan = plan_run(work, device, config.activations, config.max_memory_bytes)
+    if asked.device.type == "cuda":
+        plan = plan_run(work, asked.device, config.activations, config.max_memory_bytes)
     for line in describe_loading(checkpoint, work.dtype):
         print(one_line(line))
-    if plan and config.plan:
-        num_tokens = epochs.num_tokens * num_steps / epochs.num_steps
-        print(describe_plan(work, plan, device, ranks.size, num_steps, num_tokens))
-        return None
     return Job(
         config=config,
         checkpoint=checkpoint,
         base=identify_base(config, checkpoint, resumed, start),
-        lora=lora,
+        undecided=asked.undecided,
+        lora=asked.lora,
         start=start,
         resumed=resumed,
         damaged=damaged,
@@ -253,8 +226,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         tokenizer=tokenizer,
         audits=audits,
         data_mode=train_data.mode & (eval_data or train_data).mode,
-        epochs=epochs,
-        evaluation=evaluation,
+        epochs=course.epochs,
+        evaluation=course.evaluation,
         prompt=prompt,
         stop_ids=stops,
         num_steps=num_steps,
@@ -263,6 +236,6 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         policies=(
             plan.policies
             if plan
-            else cpu_policies(config.activations, llama_config.num_hidden_layers)
+            else cpu_policies(config.activations, checkpoint.config.num_hidden_layers)
         ),
     )

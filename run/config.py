@@ -2,20 +2,22 @@
 
     python train.py --learning-rate 1e-4    ->    TrainConfig(learning_rate=1e-4)
 
-The resolved settings are written to OUT/run.json; `--config OUT/run.json` runs them again.
+The resolved settings are written to OUT/run.json, and under "asked" those that were left to the
+machine. `--config OUT/run.json` runs what was asked: a trial on a laptop uses the GPU elsewhere.
+`--resume OUT` goes on with what it became.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from foreign.command_line import Parser
-from foreign.json_text import read_object
 from foreign.reading import Reading
+from foreign.yaml_text import Setting
 from run.flags import (
     AdapterFlags,
     DataFlags,
@@ -26,8 +28,11 @@ from run.flags import (
     flag_name,
 )
 from run.known_names import ALSO, ELSEWHERE
+from run.settings_file import as_arguments, read_settings
 
 CONFIG_FILE = "run.json"
+# the key of a run.json under which the fields are as they were asked for
+ASKED = "asked"
 # of version 0.1; transformers takes a file of this name for a model's
 OLD_CONFIG_FILE = "config.json"
 
@@ -48,6 +53,7 @@ FREE_ON_RESUME = frozenset(
         "activations",
         "max_memory",
         "plan",
+        "gpu",
         "push_to_hub",
         "allow_truncation",
         "inspect",
@@ -84,8 +90,12 @@ def _default(f: Field) -> Any:
     return f.default
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of train.py: one flag per field of TrainConfig, and --config."""
+def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
+    """The command line of train.py: one flag per field of TrainConfig, and --config.
+
+    Args:
+        file: the file of --config, where the settings are from that, not from a command line.
+    """
     parser = Parser(
         prog="train.py",
         # argparse's own is a page
@@ -94,13 +104,33 @@ def build_parser() -> argparse.ArgumentParser:
         "Without --model and --data: a bundled tiny model on bundled data.",
         also=ALSO,
         elsewhere=ELSEWHERE,
+        file=file,
     )
-    parser.add_argument("--config", help="the run.json of an earlier run; flags override it")
+    if not file:
+        parser.add_argument(
+            "--config",
+            help="settings in YAML or JSON, such as a file of recipes/ or the run.json of an "
+            "earlier run; flags override them",
+        )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for f in fields(flags):
             _add_flag(group, f)
     return parser
+
+
+class _AddToList(argparse.Action):
+    """Adds a value to those that the same flag had before."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest, "")
+        setattr(namespace, self.dest, f"{earlier},{values}" if earlier else values)
 
 
 def _add_flag(group: Any, f: Field) -> None:
@@ -121,6 +151,8 @@ def _add_flag(group: Any, f: Field) -> None:
         read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
+        if f.metadata["is_list"]:
+            options["action"] = _AddToList
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}
@@ -133,14 +165,17 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or has other fields or kinds of value than TrainConfig.
+        ValueError: the file is neither YAML nor JSON, or a setting is not what a flag could be.
     """
     given = vars(build_parser().parse_args(arguments))
     file = given.pop("config")
-    given = _expand_home(given)
+    given = _instead(_expand_home(given))
     if given.get("resume", "") not in ("", "auto"):
         return _read_run(Path(given["resume"]).expanduser(), file, given)
-    return read_fields(Path(file).expanduser()) | given if file else given
+    if not file:
+        return given
+    path = Path(file).expanduser()
+    return read_fields(path) | read_asked(path) | given
 
 
 def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +203,9 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
     if not given.get("model") and not given.get("data"):
         given = without_model | given
     config = TrainConfig(**given)
-    if not config.model or not config.data:
+    if config.plan and config.model and not config.data:
+        _check_without_data(config)
+    elif not config.model or not config.data:
         missing, there = ("--data", "--model") if config.model else ("--model", "--data")
         raise ValueError(
             f"--model and --data must be given together: got {there} without {missing}; "
@@ -179,6 +216,13 @@ def make_config(given: dict[str, Any], without_model: dict[str, Any]) -> TrainCo
             "--resume must be given with --output, the folder of the run to go on with"
         )
     return config
+
+
+def _check_without_data(config: TrainConfig) -> None:
+    """Refuse flags of a plan that nothing can be said of without data and a tokenizer."""
+    for name in ("eval_data", "eval_fraction", "sample_prompt", "inspect"):
+        if getattr(config, name):
+            raise ValueError(f"{flag_name(name)} must be given with --data: got none")
 
 
 def find_config(folder: Path) -> Path | None:
@@ -194,55 +238,69 @@ def find_config(folder: Path) -> Path | None:
     return old if is_ours else None
 
 
+def _instead(values: dict[str, Any]) -> dict[str, Any]:
+    """Let --warmup-steps stand instead of --warmup-ratio, and the reverse, where one is given."""
+    neither = {"warmup_steps": 0, "warmup_ratio": 0.0}
+    return neither | values if values.keys() & neither.keys() else values
+
+
 def _expand_home(values: dict[str, Any]) -> dict[str, Any]:
     """Write out the ~ of places on the disk."""
-    places = {name: os.path.expanduser(values[name]) for name in _PLACES if name in values}
-    return values | places
+    return values | {name: _at_home(values[name]) for name in _PLACES if name in values}
+
+
+def _at_home(places: str) -> str:
+    return ",".join(map(os.path.expanduser, places.split(",")))
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Read the fields of a run.json.
+    """Read the fields of a file of settings, such as a run.json.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has other fields or kinds of value than TrainConfig.
+        ValueError: it is neither YAML nor JSON, or a setting is not what a flag could be.
     """
+    return _read(path)[0]
+
+
+def read_asked(path: Path) -> dict[str, Any]:
+    """Read the fields of a run.json that were left to the machine, as they were asked for; raises
+    the same errors as read_fields()."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"--config must be the {CONFIG_FILE} of a run: there is no file {path}"
+            f"--config must be a file of settings, such as the {CONFIG_FILE} of a run: there is no "
+            f"file {path}"
         )
     with Reading(path):
-        return _expand_home(_checked(path, read_object(path)))
+        settings = read_settings(path)
+        asked = settings.get(ASKED)
+        if not isinstance(asked, dict) or not asked:
+            return _parse(settings, path), {}
+        del settings[ASKED]
+        # a switch that was left open has no value
+        left_open = {name: None for name, value in asked.items() if value is None}
+        return _parse(settings, path), left_open | _parse(asked, path)
 
 
-def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(values.get("resume"), bool):
-        # a switch, in folders that version 0.1 began
-        values["resume"] = "auto" if values["resume"] else ""
-    if text_field := values.pop("text_field", None):
-        # a flag of its own in folders that version 0.1 began
-        values |= {} if text_field == "text" else {"fields": f"text={text_field}"}
-    defaults = {f.name: _default(f) for f in fields(TrainConfig)}
-    # a switch that is decided later may be on, off or not given
-    kinds = {
-        name: (bool, type(None)) if default is None else (type(default),)
-        for name, default in defaults.items()
-    }
-    if unknown := sorted(set(values) - set(kinds)):
-        raise ValueError(
-            f"{path} must hold fields of a training run only: got {', '.join(unknown)}; "
-            f"give the {CONFIG_FILE} of an output folder"
-        )
-    for name, value in values.items():
-        if kinds[name] == (float,) and type(value) is int:
-            values[name] = float(value)
-        elif type(value) not in kinds[name]:
-            raise ValueError(f"{path}: {name} must be {kinds[name][0].__name__}: got {value!r}")
-    return values
+def _parse(settings: Mapping[str, Setting], path: Path) -> dict[str, Any]:
+    """Read settings of a file as the command line would be read that says the same."""
+    lists = {flag_name(f.name) for f in fields(TrainConfig) if f.metadata["is_list"]}
+    lists |= {name for name, ours in ALSO.items() if ours in lists}
+    arguments = as_arguments(settings, path, lists, ELSEWHERE)
+    return _instead(_expand_home(vars(build_parser(path).parse_args(arguments))))
 
 
-def to_json(config: TrainConfig) -> str:
-    return json.dumps(asdict(config), indent=2) + "\n"
+def to_json(config: TrainConfig, asked: Mapping[str, Any] | None = None) -> str:
+    """Write a run.json.
+
+    Args:
+        asked: the fields that were left to the machine, as they were asked for.
+    """
+    return json.dumps(asdict(config) | ({ASKED: asked} if asked else {}), indent=2) + "\n"
 
 
 def differences(config: TrainConfig, path: Path) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from run.places import read_places
+
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})?")
 
@@ -23,15 +25,23 @@ def _flag(
     choices: tuple[str, ...] | None = None,
     bare: str | None = None,
     also: Mapping[str, str] | None = None,
+    is_list: bool = False,
 ) -> Any:
     """Describe a flag.
 
     Args:
         bare: the value of the flag where none follows it; such a flag has a --no-flag, too.
         also: other programs' names of values, each with ours.
+        is_list: texts separated by commas; given again, the flag has one more.
     """
     metadata = {"help": help, "choices": choices, "bare": bare, "also": also or {}}
+    metadata["is_list"] = is_list
     return field(default=default, metadata=metadata)
+
+
+# a number of steps that is an epoch's, whatever that is
+EPOCH = -1
+_EACH_EPOCH = {"epoch": str(EPOCH)}
 
 
 def flag_name(name: str) -> str:
@@ -90,18 +100,22 @@ class DataFlags(_Flags):
     data: str = _flag(
         "",
         "training data: a .jsonl, .json, .csv, .txt (each also .gz) or .parquet file, a "
-        "folder of them, or a hub id",
+        "folder of them, or a hub id; again, or after a comma, for several; PLACE=0.5 has half of "
+        "its samples in each epoch, PLACE=2 each of them twice",
+        is_list=True,
     )
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
     subset: str = _flag(
         "",
         "subset of a data set that has several; where several data sets have them, names separated "
         "by commas: each takes the one that it has",
+        is_list=True,
     )
     split: str = _flag(
         "",
         "split to learn from, where it is not the one called train; a+b: two as one; names as for "
         "--subset",
+        is_list=True,
     )
     eval_split: str = _flag("", "split of --eval-data, by default validation or else test")
     eval_fraction: float = _flag(
@@ -115,8 +129,11 @@ class DataFlags(_Flags):
     fields: str = _flag(
         "",
         "which field of the records is which of ours, as in instruction=question,output=answer",
+        is_list=True,
     )
-    ignore_fields: str = _flag("", "fields of records and messages to ignore, separated by commas")
+    ignore_fields: str = _flag(
+        "", "fields of records and messages to ignore, separated by commas", is_list=True
+    )
     max_length: int = _flag(
         0, "tokens of the longest sample; 0: the model's positions, at most 2048"
     )
@@ -134,6 +151,7 @@ class DataFlags(_Flags):
         "a bundled template (chatml, gemma, llama-3, llama-3.1, mistral, phi, qwen), a .jinja "
         "file, or the name of one of the checkpoint's templates",
     )
+    system_prompt: str = _flag("", "system message for conversations that have none")
     shuffle: bool = _flag(True, "shuffle the samples anew in each epoch")
     skip_bad_lines: bool = _flag(False, "leave out malformed records, and say how many")
     allow_truncation: bool = _flag(
@@ -144,6 +162,7 @@ class DataFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(0, "inspect", "dataset_num_proc")
+        read_places(self.data)
         for name in ("split", "eval_split"):
             self._require(
                 name,
@@ -173,7 +192,10 @@ class AdapterFlags(_Flags):
     lora_alpha: float = _flag(32.0, "the update is scaled by alpha / r")
     lora_dropout: float = _flag(0.0, "dropout before lora_A")
     target_modules: str = _flag(
-        "all-linear", "projections to adapt: all-linear, or names separated by commas"
+        "all-linear",
+        "projections to adapt: all-linear, or names separated by commas",
+        also={"all": "all-linear"},
+        is_list=True,
     )
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
     init_adapter: str = _flag(
@@ -199,6 +221,8 @@ class TrainingFlags(_Flags):
             "paged_adamw": "paged_adamw_32bit",
             "adamw_torch": "adamw",
             "adamw_torch_fused": "adamw",
+            "adamw_8bit": "paged_adamw_8bit",
+            "adamw_bnb_8bit": "paged_adamw_8bit",
         },
     )
     optimizer_residency: str = _flag(
@@ -211,11 +235,17 @@ class TrainingFlags(_Flags):
     loraplus_lr_ratio: float = _flag(1.0, "LoRA+: the rate of lora_B over that of lora_A")
     lr_scheduler: str = _flag("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
     warmup_ratio: float = _flag(0.03, "share of the steps in which the learning rate rises")
+    warmup_steps: int = _flag(0, "steps in which it rises, instead of --warmup-ratio")
     adam_beta1: float = _flag(0.9, "share of the first moment that a step keeps")
     adam_beta2: float = _flag(0.999, "share of the second moment that a step keeps")
     weight_decay: float = _flag(0.0, "decoupled decay of the adapter")
     max_grad_norm: float = _flag(1.0, "clip the gradient norm to this; 0: no clipping")
-    eval_steps: int = _flag(0, "steps between evaluations; 0: only at the start and the end")
+    eval_steps: int = _flag(
+        0,
+        "steps between evaluations, or epoch, which is -1: at the end of each; 0: only at the "
+        "start and the end of the run",
+        also=_EACH_EPOCH,
+    )
     early_stopping_patience: int = _flag(
         0,
         "stop after this many evaluations in a row without a lower eval_loss, and save the "
@@ -240,8 +270,9 @@ class TrainingFlags(_Flags):
 
     def __post_init__(self) -> None:
         self._require_at_least(1, "batch_size", "gradient_accumulation_steps", "max_bad_steps")
-        self._require_at_least(0, "weight_decay", "max_grad_norm", "eval_steps")
+        self._require_at_least(0, "weight_decay", "max_grad_norm", "warmup_steps")
         self._require_at_least(0, "early_stopping_patience", "neftune_noise_alpha")
+        self._require_at_least(EPOCH, "eval_steps")
         self._require("epochs", self.epochs > 0, "positive")
         self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")
         # the seeds that torch.Generator takes
@@ -252,6 +283,8 @@ class TrainingFlags(_Flags):
             # their bias corrections are a table, which takes 0.5 s and 6 MB for 0.9999
             self._require(name, 0 <= getattr(self, name) <= 0.9999, "in [0, 0.9999]")
         self._require("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
+        has_both = bool(self.warmup_steps and self.warmup_ratio)
+        self._require("warmup_steps", not has_both, "given without --warmup-ratio")
         self._require(
             "optimizer_residency",
             self.optimizer_residency == "auto" or self.optim != "adamw",
@@ -273,7 +306,12 @@ class MemoryFlags(_Flags):
     max_memory: str = _flag(
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"
     )
-    plan: bool = _flag(False, "print the memory and the time that the run needs, and stop")
+    plan: bool = _flag(
+        False,
+        "print the memory and the time that the run needs, and stop; config.json is enough for it, "
+        "and without --data it is for full rows",
+    )
+    gpu: str = _flag("", "plan for this GPU, such as 4090 or A100-80, which need not be here")
 
     def __post_init__(self) -> None:
         self._require(
@@ -281,6 +319,7 @@ class MemoryFlags(_Flags):
             not self.max_memory or _SIZE.fullmatch(self.max_memory) is not None,
             "a size such as 24GiB, 24GB, 800MiB or 24, which is in GiB",
         )
+        self._require("gpu", self.plan or not self.gpu, "given with --plan")
         super().__post_init__()
 
     @property
@@ -301,8 +340,14 @@ class OutputFlags(_Flags):
         "--output, under the flags that are given; from the last whole checkpoint, or from the "
         "first step if there is none",
         bare="auto",
+        # a switch, in folders that version 0.1 began
+        also={"true": "auto", "false": ""},
     )
-    save_steps: int = _flag(100, "steps between checkpoints; 0: no checkpoints")
+    save_steps: int = _flag(
+        100,
+        "steps between checkpoints, or epoch, which is -1: at the end of each; 0: no checkpoints",
+        also=_EACH_EPOCH,
+    )
     save_total_limit: int = _flag(
         0, "checkpoints to keep; the oldest is removed once the new one is whole; 0: keep all"
     )
@@ -312,12 +357,16 @@ class OutputFlags(_Flags):
         0, "steps between answers to --sample-prompt; 0: only at the start and the end"
     )
     report_to: str = _flag(
-        "", "trackers, separated by commas: tensorboard, wandb, trackio; each is an optional extra"
+        "",
+        "trackers, separated by commas: tensorboard, wandb, trackio; each is an optional extra",
+        also={"none": ""},
+        is_list=True,
     )
     push_to_hub: str = _flag("", "hub id to upload the adapter to; a new repository is private")
 
     def __post_init__(self) -> None:
         self._require_at_least(1, "logging_steps")
-        self._require_at_least(0, "save_steps", "save_total_limit", "sample_steps")
+        self._require_at_least(0, "save_total_limit", "sample_steps")
+        self._require_at_least(EPOCH, "save_steps")
         self._require("resume", self.resume in ("", "auto"), "auto, or be left bare")
         super().__post_init__()

@@ -5,10 +5,11 @@ No run overwrites another, and no two processes write into one folder.
 
 import itertools
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from run.atomic import clean, flush, is_partial, make_folder, new_folder, write_text
 from run.checkpoint import (
@@ -24,9 +25,11 @@ from run.config import (
     TrainConfig,
     differences,
     find_config,
+    read_asked,
     to_json,
 )
 from run.lock import LOCK_FILE, check_unlocked, locked
+from run.model_card import CARD_FILE
 from run.room import check_room
 
 DEFAULT_PARENT = Path("out")
@@ -72,10 +75,16 @@ def _check_contents(config: TrainConfig, folder: Path) -> None:
             f"--resume must be given the folder of a run: {folder} has no {CONFIG_FILE}"
         )
     if changed := differences(config, path):
+        further = f", with --init-adapter {folder}" if is_finished(folder) else ""
         raise ValueError(
             f"--resume must keep the flags that decide the result: {'; '.join(changed)}; "
-            "give the same flags, or start a new run in another --output"
+            f"give the same flags, or start a new run in another --output{further}"
         )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: the model card is the last of its results."""
+    return (folder / CARD_FILE).is_file()
 
 
 def check_new_folder(folder: Path, num_bytes: int) -> None:
@@ -167,7 +176,10 @@ def resume_point(
 
 @contextmanager
 def open_output(
-    config: TrainConfig, resumed: ResumePoint | None = None, damaged: Collection[Path] = ()
+    config: TrainConfig,
+    resumed: ResumePoint | None = None,
+    damaged: Collection[Path] = (),
+    asked: Mapping[str, Any] | None = None,
 ) -> Iterator[TrainConfig]:
     """Lock the output folder for this process, write run.json into it, and tidy it up.
 
@@ -177,6 +189,8 @@ def open_output(
         resumed: the checkpoint to go on from, which must still be the newest.
         damaged: later checkpoints; they are renamed, because the run will write checkpoints of the
             same steps.
+        asked: the fields that were left to the machine, as they were asked for. A resumed run keeps
+            those of its first start.
 
     Raises:
         ValueError: another process writes into the folder, or has done so since `check_output`.
@@ -201,7 +215,8 @@ def open_output(
             # one rename: at no moment are the settings lost, or there twice
             (folder / OLD_CONFIG_FILE).replace(folder / CONFIG_FILE)
             flush(folder)
-        write_text(folder / CONFIG_FILE, to_json(config))
+        path = folder / CONFIG_FILE
+        write_text(path, to_json(config, read_asked(path) if path.is_file() else asked))
         yield config
 
 

@@ -1,8 +1,14 @@
 """The device and the dtype of a run, and how torch uses the device."""
 
 import os
+from pathlib import Path
 
 import torch
+
+from foreign.terminal import first_line
+
+DEVICES = Path("/dev")
+Capability = tuple[int, int]
 
 # compute capabilities: the oldest that the kernels run on, and the oldest with bfloat16, where
 # Triton's products also use the tensor cores
@@ -30,8 +36,8 @@ def choose_device(name: str, local_rank: int = 0) -> str:
         )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda must find a GPU: torch sees none; install a CUDA build of torch or "
-            "choose --device cpu"
+            f"--device cuda must find a GPU that torch can use: {why_no_gpu()}; install a CUDA "
+            "build of torch or choose --device cpu"
         )
     if name == "cuda" and torch.cuda.get_device_capability(local_rank) < OLDEST:
         raise ValueError(
@@ -41,26 +47,65 @@ def choose_device(name: str, local_rank: int = 0) -> str:
     return name
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether a device is a GPU of compute capability 8.0 or later."""
-    return device == "cuda" and torch.cuda.get_device_capability() >= OLDEST_WITH_BFLOAT16
+def why_no_gpu() -> str:
+    """Say why torch uses no GPU: there is none, or what keeps torch from it."""
+    if torch.cuda.is_available():
+        return "--device cpu"
+    if not any(DEVICES.glob("nvidia[0-9]*")):
+        return "no NVIDIA GPU"
+    if torch.version.cuda is None:
+        return f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides the NVIDIA GPU"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        # a driver that is too old, for instance
+        return f"torch cannot use the NVIDIA GPU: {first_line(error)}"
+    return "torch cannot use the NVIDIA GPU"
 
 
-def choose_dtype(name: str, device: str) -> str:
+def describe_device(device: str) -> str:
+    """Name the device; with the reason where it is a CPU."""
+    if device == "cpu":
+        return f"CPU ({why_no_gpu()})"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / (1 << 30):.1f} GiB"
+
+
+def has_bfloat16(device: str, planned: Capability | None = None) -> bool:
+    """Whether a device is a GPU of compute capability 8.0 or later.
+
+    Args:
+        planned: the compute capability of the GPU of a plan, where that is not this machine's.
+    """
+    return device == "cuda" and (planned or torch.cuda.get_device_capability()) >= (
+        OLDEST_WITH_BFLOAT16
+    )
+
+
+def choose_dtype(name: str, device: str, planned: Capability | None = None) -> str:
     """Resolve --dtype: `auto` is bfloat16 on a GPU that has it, float16 on another, float32 on a
     CPU.
+
+    Args:
+        planned: as in has_bfloat16.
 
     Raises:
         ValueError: --dtype bfloat16 is given, and the GPU does not have it.
     """
-    if device == "cuda" and name == "bfloat16" and not has_bfloat16(device):
+    if device == "cuda" and name == "bfloat16" and not has_bfloat16(device, planned):
+        described = f"--gpu has {_dotted(planned)}" if planned else _describe_gpu(0)
         raise ValueError(
             "--dtype bfloat16 must be given for a GPU of compute capability "
-            f"{_dotted(OLDEST_WITH_BFLOAT16)} or later: {_describe_gpu(0)}; choose --dtype float16"
+            f"{_dotted(OLDEST_WITH_BFLOAT16)} or later: {described}; choose --dtype float16"
         )
     if name != "auto":
         return name
-    return "float32" if device == "cpu" else "bfloat16" if has_bfloat16(device) else "float16"
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if has_bfloat16(device, planned) else "float16"
 
 
 def _describe_gpu(index: int) -> str:
@@ -68,7 +113,7 @@ def _describe_gpu(index: int) -> str:
     return f"{torch.cuda.get_device_name(index)} has {_dotted(capability)}"
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
 
 

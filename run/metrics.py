@@ -46,6 +46,13 @@ def _parse_row(line: str, is_row: Callable[[Row], bool]) -> Row | None:
     return row if has_step and is_row(row) else None
 
 
+def last_step(path: Path) -> int | None:
+    """Find the last step that a run has written into its metrics.jsonl; None if there is none."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    rows = (_parse_row(line, has_figures) for line in reversed(lines))
+    return next((row["step"] for row in rows if row), None)
+
+
 def _set_aside(path: Path, content: bytes, mode: int) -> Path:
     """Write a copy of a damaged file's content under a name that is free."""
     number = 1

@@ -13,12 +13,13 @@ from pathlib import Path
 from foreign.terminal import one_line
 from run.config import FREE_ON_RESUME, TrainConfig
 from run.metrics import GIB, Row
+from run.places import read_places
 from run.usage import Usage
 
 CARD_FILE = "README.md"
 # flags left out of the recipe: they do not change the adapter, or the card names them elsewhere
 _LEFT_OUT = FREE_ON_RESUME | {"model", "sample_prompt", "device"}
-_PATHS = ("data", "eval_data", "chat_template", "init_adapter")
+_PATHS = ("eval_data", "chat_template", "init_adapter")
 _LIBRARIES = ("torch", "triton", "safetensors", "tokenizers")
 # transformers' BitsAndBytesConfig has no other
 _THEIR_BLOCK_SIZE = 64
@@ -83,7 +84,10 @@ def _recipe(config: TrainConfig) -> dict[str, object]:
         value = getattr(config, f.name)
         if f.name not in _LEFT_OUT and value != "":
             # the folders of this disk are private
-            value = Path(value).name if f.name in _PATHS else value
+            if f.name == "data":
+                value = ", ".join(place.public for place in read_places(value))
+            elif f.name in _PATHS:
+                value = Path(value).name
             found[f"`--{f.name.replace('_', '-')}`"] = value
     return found
 

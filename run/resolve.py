@@ -3,13 +3,17 @@
 from dataclasses import replace
 
 from run.config import TrainConfig
-from run.machine import choose_device, choose_dtype, has_bfloat16
+from run.machine import Capability, choose_device, choose_dtype, has_bfloat16
 
 DEFAULT_MAX_LENGTH = 2048
 
 
 def resolve(
-    config: TrainConfig, positions: int, packable: int | None = None, local_rank: int = 0
+    config: TrainConfig,
+    positions: int,
+    packable: int | None = None,
+    local_rank: int = 0,
+    planned: Capability | None = None,
 ) -> TrainConfig:
     """Replace every `auto` and open default by a definite value, except --output.
 
@@ -17,11 +21,14 @@ def resolve(
         positions: the number of the model's positions.
         packable: tokens of the longest row that several samples may share; None: of any length.
         local_rank: as in choose_device.
+        planned: as in has_bfloat16.
 
     Raises:
         ValueError: flags that the machine, the model or each other rule out.
     """
-    device = choose_device(config.device, local_rank)
+    if planned and config.device == "cpu":
+        raise ValueError("--device cpu must be given without --gpu, which is planned for: got both")
+    device = "cuda" if planned else choose_device(config.device, local_rank)
     if device == "cpu" and config.optimizer_residency != "auto":
         raise ValueError(
             "--optimizer-residency must be auto on a CPU, where moments do not move: "
@@ -56,6 +63,6 @@ def resolve(
     packing = config.packing
     if packing is None:
         # without tensor cores, attention in packed rows takes longer than padding
-        packing = has_bfloat16(device) and can_pack and not config.group_by_length
-    dtype = choose_dtype(config.dtype, device)
+        packing = has_bfloat16(device, planned) and can_pack and not config.group_by_length
+    dtype = choose_dtype(config.dtype, device, planned)
     return replace(config, device=device, dtype=dtype, max_length=max_length, packing=packing)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from run.atomic import half_written
-from run.flags import OutputFlags, TrainingFlags
+from run.flags import TrainingFlags
 
 MB = 10**6
 # bytes of a number of the adapter, which is written in float32
@@ -24,16 +24,18 @@ def checkpoint_bytes(config: TrainingFlags, num_parameters: int, moment_bytes: f
     return int(num_parameters * (num_adapters * NUMBER_BYTES + moment_bytes))
 
 
-def num_checkpoints(config: OutputFlags, step: int, num_steps: int) -> int:
+def num_checkpoints(save_steps: int, limit: int, step: int, num_steps: int) -> int:
     """Count the checkpoints of a run from a step on that are on the disk at the same time.
 
     It is at least one: a run that is stopped writes a checkpoint.
+
+    Args:
+        save_steps: the steps between two checkpoints; 0: there are none.
+        limit: the most that are kept; 0: all.
     """
-    due = 0
-    if config.save_steps:
-        due = (num_steps - 1) // config.save_steps - step // config.save_steps
+    due = (num_steps - 1) // save_steps - step // save_steps if save_steps else 0
     # the oldest is removed after the new one is whole
-    most = config.save_total_limit + 1 if config.save_total_limit else due
+    most = limit + 1 if limit else due
     return max(1, min(due, most))
 
 

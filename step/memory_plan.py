@@ -107,6 +107,18 @@ class MemoryPlan:
         return ", ".join(f"{count} {policy}" for policy, count in counts.items())
 
 
+class DoesNotFit(ValueError):
+    """A run needs more memory than there is; the message names the nearest settings that fit.
+
+    Attributes:
+        num_bytes: what it needs at the least.
+    """
+
+    def __init__(self, message: str, num_bytes: int) -> None:
+        super().__init__(message)
+        self.num_bytes = num_bytes
+
+
 class Planner:
     """Plans a workload's memory, for one mix of policies after the other."""
 
@@ -284,7 +296,7 @@ def plan_within(work: Workload, policy: Policy | None, budget: int) -> MemoryPla
         budget: bytes of the device for the process.
 
     Raises:
-        ValueError: it does not fit; the message names the nearest settings that would.
+        DoesNotFit: the run needs more.
     """
     num_layers = work.config.num_hidden_layers
     plan = choose_policies(work, budget) if policy is None else None
@@ -298,10 +310,11 @@ def plan_within(work: Workload, policy: Policy | None, budget: int) -> MemoryPla
     advice = (
         f"--activations auto with --batch-size {nearest.batch} --max-length {nearest.tokens} fits"
         if nearest
-        else "no micro-batch fits beside the weights"
+        else f"no micro-batch fits beside the weights, {_size(least.weights)}"
     )
-    raise ValueError(
+    raise DoesNotFit(
         f"the run must fit {_size(budget)} of the GPU: micro-batches of {work.batch} x "
         f"{work.tokens:,} tokens need {_size(least.device)}{'' if policy else ' at the least'}; "
-        f"{advice}"
+        f"{advice}",
+        least.device,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rows.batch import Batch
-from step.duration import measure_rates, step_seconds
+from step.duration import Rates, step_seconds
 from step.memory_plan import (
     CONTEXT_BYTES,
     GIB,
@@ -51,26 +51,33 @@ def plan_run(
 
 def memory_budget(max_memory: int | None) -> int:
     """Count what the process may take of the GPU: what is free on it, or less where asked for."""
-    # the context is there already; a plan has been 2 % too low
-    available = int(0.97 * torch.cuda.mem_get_info()[0]) + CONTEXT_BYTES
+    available = usable_bytes(torch.cuda.mem_get_info()[0])
     return min(max_memory or available, available)
+
+
+def usable_bytes(free: int) -> int:
+    """Count what a process may take of a GPU, its context included, from what is free beside that
+    context."""
+    # a plan has been 2 % too low
+    return int(0.97 * free) + CONTEXT_BYTES
 
 
 def describe_plan(
     work: Workload,
     plan: MemoryPlan,
-    device: torch.device,
-    num_gpus: int,
+    rates: Rates | None,  # of the GPU, if they are known
     num_steps: int,
     num_tokens: float,
 ) -> str:
-    """Say what the run will take: memory of each GPU, tokens and, where there is one, time."""
+    """Say what the run will take: memory of each GPU, tokens and, where rates are known, time."""
     text = f"plan for micro-batches of {work.batch} x {work.tokens:,} tokens\n{plan.table()}"
-    text += f"\n{num_steps:,} steps over about {num_tokens:,.0f} tokens"
-    if device.type == "cuda":
-        seconds = step_seconds(work, plan.policies, measure_rates(device, work.dtype))
-        speed = num_gpus * work.M / seconds
-        text += f", {speed:,.0f} tokens/s: about {num_tokens / speed / 60:,.0f} min without padding"
+    steps = "1 step" if num_steps == 1 else f"{num_steps:,} steps"
+    text += f"\n{steps} over about {num_tokens:,.0f} tokens"
+    if rates:
+        speed = work.num_ranks * work.M / step_seconds(work, plan.policies, rates)
+        seconds = num_tokens / speed
+        time = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:,.0f} min"
+        text += f", {speed:,.0f} tokens/s: about {time} without padding"
     return text
 
 

@@ -32,6 +32,7 @@ class Workload:
         num_shapes: of micro-batches that may be captured as graphs.
         num_ranks: processes that train together, a GPU each.
         device: on which the run takes place.
+        planned_gpu: the GPU of a plan that is for another than this machine has.
     """
 
     model: Llama
@@ -45,10 +46,13 @@ class Workload:
     num_shapes: int = 1
     num_ranks: int = 1
     device: torch.device = CPU
+    planned_gpu: Properties | None = None
 
     @property
     def gpu(self) -> Properties:
         """The facts of the GPU, an H200 where there is none."""
+        if self.planned_gpu:
+            return self.planned_gpu
         return properties(self.device) if self.device.type == "cuda" else H200
 
     @property

@@ -1,6 +1,7 @@
 """What all tests share: seeds, poisoned memory, and what to do without a GPU or the assets."""
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ ASSETS = ROOT.parent / "shared" / "assets"
 # small tensors gain nothing from more and lose much where cores are shared; and so sums add up in
 # one order on every machine
 torch.set_num_threads(1)
+
+# a shell starts what runs in its background with Ctrl-C ignored, and so would every process be that
+# a test starts; a test that sends one would wait for ever
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

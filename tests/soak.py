@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-import prepare.job
+import prepare.course
 import run.log
 from run.checkpoint import list_checkpoints
 from tests.support.door_process import ROOT, Process
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str]) -> int:
     # a process that is forked has one thread
     torch.set_num_threads(1)
     # an answer of any length is written at once, and the chart is nothing that a run goes on from
-    prepare.job.SAMPLE_TOKENS = 4
+    prepare.course.SAMPLE_TOKENS = 4
     run.log.can_draw = lambda: False
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

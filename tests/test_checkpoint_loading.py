@@ -608,8 +608,13 @@ def test_a_hub_id_fetches_only_the_files_needed(tmp_path: Path) -> None:
             {INDEX_NAME: b'{"weight_map": {"a": "../../x.safetensors"}}'}
         ),
     ) as hub:
-        done = hub.run(["-c", code, "owner/name"], tmp_path)
-        assert files_of(Path(done.stdout.strip())).keys() == needed.keys(), done.stderr
+        before = "import sys; from checkpoint.files import find_description as d; "
+        before += "print(*d(sys.argv[1], has_tokenizer=False).glob('*')); "
+        done = hub.run(["-c", before + code, "owner/name"], tmp_path)
+        described, folder = done.stdout.splitlines()
+        # a plan needs no more
+        assert described == str(Path(folder) / "config.json"), done.stderr
+        assert files_of(Path(folder)).keys() == needed.keys()
         assert sorted(hub.downloads()) == sorted(needed)
         done = hub.run(["-c", code, "owner/both"], tmp_path)
         assert files_of(Path(done.stdout.strip())).keys() == {*small, SINGLE_NAME}, done.stderr

@@ -20,6 +20,7 @@ from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoin
 from torch import Tensor
 
 import quantize
+from checkpoint.implied import implied_checkpoint
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
 from llama.model import Llama
@@ -212,6 +213,16 @@ def assert_same(actual: Llama, expected: Llama) -> None:
         assert (ours.bias is None) == (theirs.bias is None)
         if ours.bias is not None and theirs.bias is not None:
             assert_equal(ours.bias, theirs.bias, prefix)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_json_alone_says_what_transformers_stores(base: Path, case: str) -> None:
+    opened = open_checkpoint(base / case / "theirs")
+    assert opened.quantization
+    implied = implied_checkpoint(opened.folder, opened.quantization.block_size)
+    assert implied.quantization == opened.quantization
+    found = {tensor.name: (tensor.shape, tensor.dtype) for tensor in implied.needed()}
+    assert found == {tensor.name: (tensor.shape, tensor.dtype) for tensor in opened.needed()}
 
 
 def test_modules_left_in_16_bits_stay_as_stored(base: Path) -> None:

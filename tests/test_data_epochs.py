@@ -1,5 +1,7 @@
 """data/epochs.py: every epoch has each sample once, in rows that two integers restore."""
 
+import math
+from collections import Counter
 from statistics import fmean
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from data.epochs import Epochs
 from data.samples import NO_LOSS
+from data.shares import Share
 from data.tokens.pieces import ROW
 from data.tokens.stored_samples import StoredSamples
 from rows.batch import Batch
@@ -102,3 +105,76 @@ def test_what_is_counted_is_what_the_batches_have(kind: dict[str, Any]) -> None:
         assert epochs.count(micro_batches) == (num_tokens, num_targets)
         total += num_targets
     assert total == 2 * epochs.num_target_tokens == 2 * (sum(LENGTHS) - len(LENGTHS))
+
+
+SHARES = [Share("a", 0.5, 6), Share("b", 1.5, 5)]
+
+
+@KINDS
+def test_a_weight_is_kept_in_rows_of_every_kind(kind: dict[str, Any]) -> None:
+    epochs = make(kind | {"shares": SHARES}, micro_batches_per_step=1)
+    counted: Counter[int] = Counter()
+    steps = [epochs.steps_in(number) for number in range(5)]
+    for epoch in range(4):
+        rows = [
+            row
+            for step in range(steps[epoch], steps[epoch + 1])
+            for rows in epochs.micro_batches(step)
+            for row in rows
+        ]
+        indices = [index for row in rows for index in row]
+        assert sum(index < 6 for index in indices) == 3
+        # 7.5 of 5 samples, to the nearest whole number
+        assert len(indices) == 3 + 8
+        counted.update(indices)
+    assert [counted[index] for index in range(6)] == [2] * 6
+
+
+@KINDS
+def test_weighted_epochs_are_a_function_of_seed_and_step(kind: dict[str, Any]) -> None:
+    first, again = (make(kind | {"shares": SHARES}, 1, 2) for _ in range(2))
+    steps = range(first.steps_in(6))
+    forwards = [first.micro_batches(step) for step in steps]
+    # as a run that is resumed at its end, and another in its middle
+    assert [again.micro_batches(step) for step in reversed(steps)] == forwards[::-1]
+    # ranks share the micro-batches of a step among each other
+    assert [b for step in forwards for b in step] == [
+        batch
+        for step in range(make(kind | {"shares": SHARES}, 1, 1).steps_in(6))
+        for batch in make(kind | {"shares": SHARES}, 1, 1).micro_batches(step)
+    ]
+
+
+@KINDS
+def test_sets_of_weight_one_are_as_one_file(kind: dict[str, Any]) -> None:
+    one, two = make(kind), make(kind | {"shares": [Share("a", 1.0, 4), Share("b", 1.0, 7)]})
+    assert [rows_of(one, epoch) for epoch in range(3)] == [
+        rows_of(two, epoch) for epoch in range(3)
+    ]
+    assert one.num_tokens == two.num_tokens
+    assert one.packed_sample_tokens == two.packed_sample_tokens
+
+
+def test_packed_epochs_of_parts_may_have_other_numbers_of_steps() -> None:
+    epochs = make({"row_length": 64, "shares": [Share("a", 0.3, 11)]}, 1, 1)
+    sizes = [epochs.steps_in(n + 1) - epochs.steps_in(n) for n in range(9)]
+    assert len(set(sizes)) > 1
+    assert epochs.num_steps == epochs.num_rows == sizes[0]
+    for number, size in enumerate(sizes):
+        start = epochs.steps_in(number)
+        assert epochs.epochs_after(start) == number
+        assert epochs.steps_in(number + 0.5) == start + math.ceil(size / 2)
+        rows = [row for step in range(start, start + size) for row in epochs.micro_batches(step)[0]]
+        assert sum(len(row) for row in rows) == 3
+        assert epochs.epochs_after(start + 1) == number + (1 / size if size > 1 else 1)
+    assert epochs.rows_at_once == 1
+    # with more rows at once than the first epoch has
+    assert make({"row_length": 64, "shares": [Share("a", 0.3, 11)]}, 8, 1).rows_at_once == 8
+
+
+def test_twice_is_twice_as_many_rows_and_tokens() -> None:
+    once, twice = make({}), make({"shares": [Share("a", 2.0, 11)]})
+    assert twice.num_rows == 2 * once.num_rows
+    assert twice.num_tokens == 2 * once.num_tokens
+    assert twice.steps_in(1.5) == math.ceil(1.5 * twice.num_steps)
+    assert sorted(rows_of(twice, 0)) == sorted([[i] for i in range(11)] * 2)

@@ -48,6 +48,7 @@ def test_a_prompt_is_a_conversation_of_one_message(tmp_path: Path) -> None:
     longer = [{"role": "system", "content": "Be kind."}, message]
     text = f"<|im_start|>system\nBe kind.<|im_end|>\n{text}"
     assert encode_messages(longer, tokenizer, size) == tokenizer.encode(text, False)
+    assert encode_prompt("Hi", tokenizer, size, "Be kind.") == tokenizer.encode(text, False)
 
 
 def test_a_message_may_have_no_words(tmp_path: Path) -> None:

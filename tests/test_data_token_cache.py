@@ -70,6 +70,14 @@ def test_what_was_made_is_found_and_is_the_same(path: Path, tokenizer: Tokenizer
     assert len(made()) == 1
 
 
+def test_a_system_prompt_is_no_setting_that_is_passed_over(
+    path: Path, tokenizer: Tokenizer
+) -> None:
+    tokens(path, tokenizer)
+    with pytest.raises(ValueError, match="--system-prompt must be given with conversations"):
+        tokens(path, tokenizer, replace(RECIPE, system_prompt="Be kind."))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -139,6 +139,55 @@ def test_what_is_wrong_with_every_record_is_no_bad_line(tmp_path: Path) -> None:
         tokens_of(path, tokenizer, 1, skip_bad_lines=True)
 
 
+USER, ANSWER = ({"role": role, "content": "abc"} for role in ("user", "assistant"))
+SAID, DEVELOPER = ({"role": role, "content": "Be kind."} for role in ("system", "developer"))
+
+
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ANSWER, USER, ANSWER]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "output": "b"},
+        {"prompt": [USER], "completion": [ANSWER]},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+def test_a_system_prompt_is_as_if_the_record_had_it(
+    tmp_path: Path, tokenizer: Tokenizer, record: dict[str, object], train_on: str
+) -> None:
+    def tokens(record: dict[str, object], **changes: object):
+        path = write(tmp_path / "x.jsonl", [record])
+        return tokens_of(path, tokenizer, 1, train_on=train_on, max_length=256, **changes)
+
+    actual = tokens(record, system_prompt="Be kind.")
+    assert actual == tokens({**record, "system": "Be kind."})
+    assert actual != tokens(record)
+
+
+@pytest.mark.parametrize("own", [SAID, DEVELOPER], ids=lambda message: message["role"])
+def test_a_system_prompt_of_its_own_stays_alone(
+    tmp_path: Path, tokenizer: Tokenizer, own: dict[str, str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", [{"messages": [own, USER, ANSWER]}])
+    plain = tokens_of(path, tokenizer, 1, max_length=256)
+    assert tokens_of(path, tokenizer, 1, max_length=256, system_prompt="Be brief.") == plain
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"text": "abc"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2], "labels": [1, 2]}],
+    ids=lambda record: next(iter(record)),
+)
+def test_a_system_prompt_is_refused_where_it_would_do_nothing(
+    tmp_path: Path, tokenizer: Tokenizer, record: dict[str, object]
+) -> None:
+    path = write(tmp_path / "x.jsonl", [record])
+    with pytest.raises(ValueError, match="--system-prompt must be given with conversations"):
+        tokens_of(path, tokenizer, 1, system_prompt="Be kind.")
+
+
 def test_ignored_fields_change_neither_the_format_nor_the_samples(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

@@ -1,4 +1,4 @@
-"""foreign/command_line.py: other programs' names, switches with values, errors of one line."""
+"""foreign/command_line.py and foreign/other_names.py: names of others, errors of one line."""
 
 import argparse
 
@@ -10,20 +10,31 @@ from foreign.command_line import Parser
 def parser() -> Parser:
     result = Parser(
         prog="x.py",
-        also={"--max-seq-len": "--max-length", "--bf16": "--dtype bfloat16", "--pack": "--packing"},
-        elsewhere={"--stage": "leave it out"},
+        also={
+            "--max-seq-len": "--max-length",
+            "--bf16": "--dtype bfloat16",
+            "--bf16 auto": "--dtype auto",
+            "--pack": "--packing",
+            "--save-strategy no": "--save-steps 0",
+            "--save-strategy steps": "--save-steps",
+            "--save-strategy epoch": "--save-steps -1",
+            "--stage sft": "",
+            "--quiet true": "",
+        },
+        elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
     result.add_argument("--max-length", type=int)
-    result.add_argument("--dtype", choices=("auto", "bfloat16"))
+    result.add_argument("--dtype", choices=("auto", "bfloat16", "float16"))
     result.add_argument("--packing", action=argparse.BooleanOptionalAction)
     result.add_argument("--chat", action="store_true")
     result.add_argument("--prompt")
+    result.add_argument("--save-steps", type=int)
     return result
 
 
 def read(text: str) -> dict[str, object]:
     found = vars(parser().parse_args(text.split()))
-    return {name: value for name, value in found.items() if value not in (None, False)}
+    return {n: v for n, v in found.items() if v is not None and (n, v) != ("chat", False)}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,20 @@ def read(text: str) -> dict[str, object]:
         ("--pack true", {"packing": True}),
         ("--no-packing false", {"packing": True}),
         ("--chat True", {"chat": True}),
+        ("--packing yes", {"packing": True}),
+        ("--packing off --chat", {"packing": False, "chat": True}),
+        ("--bf16 auto --chat", {"dtype": "auto", "chat": True}),
+        ("--bf16=true --dtype bfloat16", {"dtype": "bfloat16"}),
+        ("--bf16 false --dtype=float16", {"dtype": "float16"}),
+        ("--save_strategy no", {"save_steps": 0}),
+        ("--save-strategy=steps --save-steps 7", {"save_steps": 7}),
+        ("--save-steps=7 --save-strategy steps", {"save_steps": 7}),
+        ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
+        ("--stage sft --quiet --chat", {"chat": True}),
+        ("--quiet On --chat", {"chat": True}),
+        # the last one
+        ("--max-length 8 --max_length 9", {"max_length": 9}),
+        ("--packing --no-packing", {"packing": False}),
         # a value is left as it is
         ("--prompt a_b --packing", {"prompt": "a_b", "packing": True}),
         ("--prompt true", {"prompt": "true"}),
@@ -65,9 +90,25 @@ def test_a_switch_is_switched_off(typed: str) -> None:
         ("more", "arguments must begin with a flag's name: got 'more'"),
         ("--packing=7", "--packing must be left bare, or be true or false: got '7'"),
         ("--bf16=bfloat16", "--bf16 must be left bare, or be true or false: got 'bfloat16'"),
-        ("--bf16 false", "--bf16 false says only what not to do: give --dtype and what to do"),
+        ("--bf16 false", "--bf16 false does not say enough: give --dtype, too"),
+        ("--save-strategy steps", "--save-strategy steps does not say enough: give --save-steps"),
+        (
+            "--save-strategy steps --save-steps 0",
+            "--save-strategy (steps) and --save-steps (0) contradict each other",
+        ),
+        (
+            "--save-strategy epoch --save-steps 7",
+            "--save-strategy (-1) and --save-steps (7) contradict each other: give one of them",
+        ),
+        ("--bf16 --dtype auto", "--bf16 (bfloat16) and --dtype (auto) contradict each other"),
+        ("--dtype bfloat16 --bf16 no", "--bf16 (no) and --dtype (bfloat16) contradict"),
+        ("--pack --packing false", "--pack (True) and --packing (False) contradict each other"),
+        ("--stage=dpo", "--stage is another program's: leave it out; "),
+        (
+            "--stage dpo --chat --fsdp full",
+            "--stage is another program's: leave it out; --fsdp is another program's: start it",
+        ),
         ("--chat false", "--chat false is how it is without the flag: leave it out"),
-        ("--stage sft", "--stage is another program's: leave it out"),
         ("--dtype half", "argument --dtype: invalid choice: 'half'"),
         ("--max-length many", "argument --max-length: invalid int value: 'many'"),
         ("--no\x1b[31m", "there is no flag --no"),

@@ -98,7 +98,7 @@ THEIRS = {
     "safetensors": {"checkpoint", "lora", "run", "bundled"},
     "tokenizers": {"data", "bundled"},
     "jinja2": {"data"},
-    "yaml": {"foreign/yaml_head.py"},
+    "yaml": {"foreign/yaml_head.py", "foreign/yaml_text.py"},
     "numpy": {"data", "export/gguf_file.py", "optim/unified_memory.py"},
     "pyarrow": {"data/reading/tables.py"},
     "huggingface_hub": {"hub"},

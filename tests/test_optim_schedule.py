@@ -27,6 +27,7 @@ def test_decay_is_transformers() -> None:
 
 def test_warm_up_is_rounded_up_and_may_be_all_or_nothing() -> None:
     assert [num_warmup_steps(10, ratio) for ratio in (0.0, 0.01, 0.3, 1.0)] == [0, 1, 3, 10]
+    assert num_warmup_steps(10, 0.0, 4) == 4
     assert learning_rate_at(9, 10, 10, 1.0, "cosine") == 1.0
     assert learning_rate_at(0, 1, 0, 1.0, "linear") == 1.0
 

@@ -1,7 +1,7 @@
 """run/config.py: the command line, the config file, and what a resumed run may change."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from run.config import (
     build_parser,
     differences,
     make_config,
+    read_asked,
     read_fields,
     read_given,
     to_json,
@@ -39,11 +40,20 @@ def test_a_named_model_has_nothing_of_the_bundled_run() -> None:
     assert config == TrainConfig(model="m", data="d")
 
 
+def test_a_plan_needs_no_data() -> None:
+    assert parse("--model m --plan") == TrainConfig(model="m", plan=True)
+    assert parse("--plan").data == "bundled.jsonl"
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("--model m", "--model and --data must be given together: got --model without --data"),
         ("--data d", "got --data without --model"),
+        ("--data d --plan", "got --data without --model"),
+        ("--model m --data d --gpu 4090", "--gpu must be given with --plan: got 4090"),
+        ("--model m --plan --eval-data e", "--eval-data must be given with --data: got none"),
+        ("--model m --plan --inspect 1", "--inspect must be given with --data: got none"),
         ("--resume", "--resume must be given with --output"),
         ("--batch-size 0", "--batch-size must be at least 1: got 0"),
         ("--learning-rate 0", "--learning-rate must be positive: got 0.0"),
@@ -92,6 +102,21 @@ def test_every_flag_that_is_a_path_knows_the_home_folder(
     assert differences(config, tmp_path / "run.json") == []
 
 
+def test_data_given_again_is_one_more_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse("--model m --data=~/a.jsonl=0.5 --data owner/name --data b,~/c")
+    assert config.data == f"{tmp_path}/a.jsonl=0.5,owner/name,b,{tmp_path}/c"
+    (tmp_path / "run.json").write_text(to_json(config))
+    assert parse(f"--config {tmp_path}/run.json") == config
+    assert parse(f"--config {tmp_path}/run.json --data d --data e").data == "d,e"
+    # the last value of a flag that is no list
+    assert parse("--model m --model n --data d").model == "n"
+    with pytest.raises(ValueError, match="must name each data set once: got d twice"):
+        parse("--model m --data d --data d=2")
+
+
 @pytest.mark.parametrize("line", ["--quant int8", "--learning-rte 1", "--model", "--dtype fp8"])
 def test_unknown_flags_and_choices_end_with_a_line(
     line: str, capsys: pytest.CaptureFixture[str]
@@ -123,6 +148,25 @@ def test_a_config_file_runs_again_and_flags_override_it(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == asdict(config)
 
 
+def test_a_config_file_asks_for_what_was_asked_and_a_resumed_run_for_what_it_became(
+    tmp_path: Path,
+) -> None:
+    became = parse("--model m --data d --device cpu --dtype float32 --max-length 256 --lora-r 8")
+    asked = {"device": "auto", "dtype": "auto", "max_length": 0, "packing": None}
+    path = tmp_path / "run.json"
+    path.write_text(to_json(became, asked))
+    assert json.loads(path.read_text()) == asdict(became) | {"asked": asked}
+    assert parse(f"--config {path}") == replace(became, **asked)
+    # what is given on the command line comes first
+    assert parse(f"--config {path} --device cpu").device == "cpu"
+    found = parse(f"--resume {tmp_path}")
+    assert found == replace(became, output=str(tmp_path), resume="auto")
+    # so compares another start with the run
+    assert differences(became, path) == []
+    assert differences(replace(became, device="cuda"), path) == ["--device was 'cpu', now 'cuda'"]
+    assert read_asked(path) == asked
+
+
 def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     config = parse(f"--model m --data d --learning-rate 3e-5 --epochs 2 --output {tmp_path}/gone")
     (tmp_path / "run.json").write_text(to_json(config))
@@ -147,9 +191,12 @@ def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     [
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object: got a list"),
-        ('{"lerning_rate": 1}', "fields of a training run only: got lerning_rate"),
-        ('{"epochs": "3"}', "epochs must be float: got '3'"),
-        ('{"batch_size": true}', "batch_size must be int: got True"),
+        ('{"lerning_rate": 1}', "no flag --lerning_rate: did you mean --learning-rate"),
+        ('{"epochs": "three"}', "argument --epochs: invalid float value: 'three'"),
+        ('{"batch_size": true}', "argument --batch-size: invalid int value: 'true'"),
+        ('{"batch_size": 2.5}', "argument --batch-size: invalid int value: '2.5'"),
+        ('{"asked": ["auto"]}', "asked must be one value: got a list"),
+        ('{"asked": {"epochs": "three"}}', "argument --epochs: invalid float value: 'three'"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
@@ -199,8 +246,8 @@ def test_resume_may_be_bare(line: str, resume: str) -> None:
 @pytest.mark.parametrize(("name", "fields"), [("text", ""), ("body", "text=body")])
 def test_the_field_of_a_text_may_be_alone_in_a_file(tmp_path: Path, name: str, fields: str) -> None:
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"text_field": name, "fields": ""}))
-    assert read_fields(path)["fields"] == fields
+    path.write_text(json.dumps({"text_field": name}))
+    assert read_fields(path).get("fields", "") == fields
 
 
 @pytest.mark.parametrize(("switch", "resume"), [(True, "auto"), (False, "")])

@@ -20,6 +20,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from support.equality import assert_equal
 
+from lora.adapter_file import WEIGHTS_NAME
+from prepare.finished import finished_lines
 from run.atomic import clean, is_partial, make_folder, new_files, new_folder, write_text
 from run.checkpoint import (
     BEST_FILE,
@@ -45,6 +47,7 @@ from run.folder import (
 )
 from run.lock import LOCK_FILE, check_unlocked, locked
 from run.metrics import ANSWERS_FILE, METRICS_FILE, StepRows, describe, has_answer
+from run.model_card import CARD_FILE
 from run.room import checkpoint_bytes, num_checkpoints, reserved
 from run.trackers import run_name
 
@@ -400,6 +403,38 @@ def test_a_folder_of_an_earlier_version_goes_on_under_the_new_name(tmp_path: Pat
     assert (tmp_path / CONFIG_FILE).read_text() == to_json(config)
 
 
+def test_a_resumed_run_keeps_what_its_first_start_asked_for(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path / "out"), device="cpu")
+    path = tmp_path / "out" / CONFIG_FILE
+    with open_output(config, asked={"device": "auto"}):
+        assert path.read_text() == to_json(config, {"device": "auto"})
+    # its own file names the device
+    resumed = replace(config, resume="auto", save_steps=7)
+    with open_output(resumed, asked={}):
+        assert path.read_text() == to_json(resumed, {"device": "auto"})
+
+
+def test_the_card_is_the_mark_of_a_finished_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, output=str(tmp_path), resume="auto")
+    (tmp_path / CONFIG_FILE).write_text(to_json(config))
+    (tmp_path / METRICS_FILE).write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "los')
+    (tmp_path / WEIGHTS_NAME).touch()
+    assert finished_lines(tmp_path) == []
+    with pytest.raises(ValueError, match=r"start a new run in another --output$"):
+        check_output(replace(config, max_steps=9))
+    (tmp_path / CARD_FILE).touch()
+    since, further = finished_lines(tmp_path)
+    assert since == f"{tmp_path} is finished since step 3, its adapter is there: nothing to resume"
+    assert further == f"to train it further, start a new run with --init-adapter {tmp_path}"
+    with pytest.raises(ValueError, match=rf"another --output, with --init-adapter {tmp_path}$"):
+        check_output(replace(config, max_steps=9))
+    (tmp_path / METRICS_FILE).unlink()
+    assert finished_lines(tmp_path)[0].startswith(f"{tmp_path} is finished, its adapter")
+    # whoever moved the adapter away gets it again
+    (tmp_path / WEIGHTS_NAME).unlink()
+    assert finished_lines(tmp_path) == []
+
+
 @pytest.mark.parametrize("last", ["flush", "write_text"])
 def test_an_old_folders_settings_are_there_once_wherever_a_kill_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
@@ -699,8 +734,7 @@ def test_a_line_of_the_log_has_speed_and_memory() -> None:
 def test_the_checkpoints_of_a_run_are_counted_before_it(
     save_steps: int, limit: int, step: int, expected: int
 ) -> None:
-    config = replace(CONFIG, save_steps=save_steps, save_total_limit=limit)
-    assert num_checkpoints(config, step, num_steps=40) == expected
+    assert num_checkpoints(save_steps, limit, step, num_steps=40) == expected
 
 
 def test_a_checkpoint_is_as_large_as_is_reckoned(tmp_path: Path) -> None:

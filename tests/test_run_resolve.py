@@ -48,3 +48,16 @@ def test_rows_are_not_shared_by_default_on_a_cpu_or_where_lengths_are_grouped(
     install_gpu(monkeypatch, (9, 0))
     assert not resolve(replace(CONFIG, group_by_length=True), positions=4096).packing
     assert not resolve(CONFIG, positions=4096, packable=1024).packing
+
+
+@pytest.mark.parametrize(
+    ("capability", "packing", "dtype"), [((7, 5), False, "float16"), ((8, 6), True, "bfloat16")]
+)
+def test_the_gpu_of_a_plan_need_not_be_there(
+    capability: tuple[int, int], packing: bool, dtype: str
+) -> None:
+    asked = replace(CONFIG, device="auto", plan=True, max_memory="24GiB", activations="offload")
+    config = resolve(asked, positions=4096, planned=capability)
+    assert (config.device, config.packing, config.dtype) == ("cuda", packing, dtype)
+    with pytest.raises(ValueError, match="--device cpu must be given without --gpu"):
+        resolve(replace(asked, device="cpu"), positions=4096, planned=capability)

@@ -24,6 +24,7 @@ from step.memory_plan import (
     GRAPHS_BYTES_PER_LAYER,
     MIB,
     NCCL_BYTES,
+    DoesNotFit,
     choose_policies,
     evaluated_rows,
     mix,
@@ -230,8 +231,12 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     single = replace(WORK, batch=2, tokens=65536, evaluation=(1, 65536))
     with pytest.raises(ValueError, match=r"--batch-size 1 --max-length \d+ fits"):
         plan_within(single, None, 9 * GIB)
-    with pytest.raises(ValueError, match="no micro-batch fits beside the weights"):
+    least = plan_memory(WORK, mix(NUM_LAYERS, 0, 0))
+    with pytest.raises(
+        DoesNotFit, match=r"no micro-batch fits beside the weights, 5\.31 GiB$"
+    ) as no:
         plan_within(WORK, None, 5 * GIB)
+    assert no.value.num_bytes == least.device
 
 
 # alone on its GPU, of which it counts what is taken

@@ -1,14 +1,16 @@
 """step/preflight.py: what is free decides the plan, and what did not fit has a next setting."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_step_memory_plan import WORK
 
+from step.duration import Rates, step_seconds
 from step.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory
-from step.preflight import limit_memory, next_setting, plan_run
+from step.preflight import describe_plan, limit_memory, next_setting, plan_run
 
 
 def planned(
@@ -85,3 +87,27 @@ def test_torchs_allocator_is_left_what_a_plan_does_not_need_beside_it(
     beside = plan.moments + plan.graphs + CONTEXT_BYTES
     assert share == pytest.approx((available - beside) / (80 * GIB))
     assert plan.reserved <= share * 80 * GIB
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_tokens", "said"),
+    [(1, 32_768, "1 step over about 32,768 tokens"), (9, 9e6, "9 steps over about 9,000,000 ")],
+)
+def test_a_plan_says_time_where_rates_are_known(
+    num_steps: int, num_tokens: float, said: str
+) -> None:
+    plan = plan_memory(WORK, ("keep",) * 32)
+    text = describe_plan(WORK, plan, None, num_steps, num_tokens)
+    assert plan.table() in text
+    assert text.splitlines()[0] == "plan for micro-batches of 4 x 2,048 tokens"
+    assert said in text
+    assert "tokens/s" not in text
+    rates = Rates(product=789e12, memory=3e12)
+    ranks = replace(WORK, num_ranks=2)
+    speed = WORK.M / step_seconds(WORK, plan.policies, rates)
+    for work, num_gpus in ((WORK, 1), (ranks, 2)):
+        text = describe_plan(work, plan, rates, num_steps, num_tokens)
+        seconds = num_tokens / (num_gpus * speed)
+        time = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:,.0f} min"
+        assert text.endswith(f", {num_gpus * speed:,.0f} tokens/s: about {time} without padding")
+        assert (num_tokens < 1e6) == time.endswith(" s")

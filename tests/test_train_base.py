@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.train_process import train_ranks
+from support.train_process import cut_off, train_ranks
 
-import prepare.job
+import prepare.asked
 import quantize
 import train
 from checkpoint.identity import Identity, identify
@@ -149,7 +149,7 @@ def test_ranks_with_different_bases_do_not_begin(tmp_path: Path, model: Path) ->
 def find_another() -> None:
     """Let the second rank find other files under the same name."""
     if os.environ["RANK"] == "1":
-        setattr(prepare.job, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
+        setattr(prepare.asked, "find_checkpoint", lambda model: Path(f"{model}-of-rank-1"))  # noqa: B010
 
 
 def test_an_adapter_names_its_base(output: Path, model: Path) -> None:
@@ -169,6 +169,7 @@ def test_a_run_on_a_quantized_copy_keeps_the_copy_and_names_its_source(
     train.main(given)
     assert metadata_of(output)["base_identity"] == identity_of(model).own
     assert state_of(output, 2)["base"] == identity_of(copy).own
+    cut_off(output)
     change(copy, "model.layers.2.mlp.up_proj.weight")
     # the copy still names its source, and is another one all the same
     assert identity_of(copy).original == identity_of(model).own

@@ -5,16 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from support.train_process import cut_off
 from test_train import BUNDLED, FEW, rows_of, small_data
 
 import train
 from data.dataset import load_dataset
 from data.tokenizer import Tokenizer
+from prepare.job import check
+from run.ranks import Ranks
 
 
 def run(data: Path, output: Path, flags: str = "") -> None:
@@ -34,6 +38,26 @@ def test_a_fraction_is_set_aside_by_content_and_evaluated_on(
     assert all("eval_loss" in rows_of(tmp_path / "out")[at] for at in (0, -1))
     said = capsys.readouterr().out
     assert f"{num_train} samples to learn from, {num_eval} to evaluate on" in said
+
+
+def test_several_data_sets_are_learned_from_by_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, pairs, output = small_data(tmp_path, 3), tmp_path / "pairs.jsonl", tmp_path / "out"
+    lines = (json.dumps({"prompt": "a" * i, "completion": "b"}) for i in range(1, 9))
+    pairs.write_text("\n".join(lines))
+    arguments = f"--model {BUNDLED / 'model'} --data {chats}=2 --data {pairs}=0.5 --output {output}"
+    train.main(f"{arguments} {FEW} --max-steps -1 --epochs 2".split())
+    said = capsys.readouterr().out
+    assert f"{chats}: weight 2, 6 samples an epoch of its 3, " in said
+    assert f"{pairs}: weight 0.5, 4 samples an epoch of its 8, " in said
+    figures = json.loads((output / "data.json").read_bytes())["train"]["sets"]
+    # two epochs have all of one twice two times, and of the other once
+    num_tokens = 4 * figures[str(chats)]["tokens"] + figures[str(pairs)]["tokens"]
+    last = rows_of(output)[-1]
+    assert (last["step"], last["epoch"], last["tokens"]) == (6, 2.0, num_tokens)
+    card = (output / "README.md").read_text()
+    assert "| `--data` | small.jsonl=2, pairs.jsonl=0.5 |" in card
 
 
 def test_it_is_said_which_files_are_read_and_that_a_template_is_another_models(
@@ -106,6 +130,7 @@ def test_a_run_goes_on_only_with_the_samples_it_began_with(tmp_path: Path) -> No
     data, output = small_data(tmp_path), tmp_path / "out"
     flags = "--save-steps 2 --eval-fraction 0.3"
     run(data, output, flags)
+    cut_off(output)
     content = data.read_text()
     data.write_text(content.replace("mouse", "moose").replace("heron", "herons"))
     before = sorted((p, p.read_bytes()) for p in output.rglob("*") if p.is_file())
@@ -118,6 +143,21 @@ def test_a_run_goes_on_only_with_the_samples_it_began_with(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="--skip-bad-lines was False, now True"):
         run(data, output, f"{flags} --skip-bad-lines --resume")
     run(data, output, f"{flags} --resume --allow-truncation --dataset-num-proc 2")
+
+
+def test_a_system_prompt_is_in_the_samples_and_before_the_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--model {BUNDLED / 'model'} --data {small_data(tmp_path)} --device cpu --no-packing"
+    given = [*flags.split(), "--sample-prompt", "Hi", "--output", str(tmp_path / "out")]
+    jobs = [
+        check([*given, "--system-prompt", text], Ranks(), datetime(2026, 1, 1))
+        for text in ("Be kind.", "")
+    ]
+    with_it, without = [job.tokenizer.decode(job.prompt) for job in jobs if job and job.prompt]
+    assert "Be kind." in with_it
+    assert "Be kind." not in without
+    assert "Be kind." in capsys.readouterr().out
 
 
 def test_inspecting_shows_samples_and_writes_and_loads_nothing(

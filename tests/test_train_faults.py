@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from support.micro_steps import in_runs
-from support.train_process import DEADLINE_S, ROOT, TrainProcess, heed_signals
+from support.train_process import DEADLINE_S, ROOT, TrainProcess, cut_off, heed_signals
 from test_run_folder import rewrite_state
 
 import train
@@ -521,6 +521,7 @@ def test_a_loss_that_is_not_a_number_changes_nothing_and_ends_the_run(
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
     config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
     train.main(config)
+    cut_off(tmp_path / "out")
     data = tmp_path / "data.jsonl"
     lines = data.read_text().splitlines()
     # of as many samples and steps
@@ -534,6 +535,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
 def test_a_state_beyond_the_runs_end_does_not_train_for_ever(tmp_path: Path) -> None:
     config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
     train.main(config)
+    cut_off(tmp_path / "out")
     path = list_checkpoints(tmp_path / "out")[-1].rename(tmp_path / "out" / "checkpoint-1000000000")
     rewrite_state(path, {"step": 10**9})
     with pytest.raises(
@@ -546,6 +548,7 @@ def test_a_damaged_row_of_metrics_does_not_end_the_run(tmp_path: Path) -> None:
     config = ["--output", str(tmp_path / "out"), *flags(tmp_path, "--max-steps", "3")]
     config += ["--sample-prompt", "who"]
     train.main(config)
+    cut_off(tmp_path / "out")
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = tmp_path / "out" / name
         path.write_text("{}\n" + path.read_text())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.micro_steps import in_runs
-from support.train_process import ROOT, TrainProcess, train_ranks
+from support.train_process import ROOT, TrainProcess, cut_off, train_ranks
 
 import train
 from optim.adamw import AdamW
@@ -124,6 +124,7 @@ def test_the_first_rank_answers_and_all_stop_early_together(tmp_path: Path) -> N
 
 def test_a_run_goes_on_with_as_many_ranks_only(tmp_path: Path) -> None:
     run_ranks(tmp_path / "out", flags(tmp_path, 2, "--save-steps 1"))
+    cut_off(tmp_path / "out")
     with pytest.raises(ValueError, match=r"as many processes as the run has, 2: got 1, .*per-node"):
         train.main(["--output", str(tmp_path / "out"), *flags(tmp_path, 2), "--resume"])
 

@@ -2,7 +2,7 @@
 
 from foreign.terminal import one_line
 from generation.generator import generate_greedy
-from prepare.job import SAMPLE_TOKENS
+from prepare.course import SAMPLE_TOKENS
 from run.log import RunLog
 from run.watching import Watching
 from training.ending import is_of_device

@@ -28,7 +28,8 @@ def check_disk(job: Job) -> None:
         ValueError: the disk has fewer bytes free.
     """
     config = job.config
-    count = num_checkpoints(config, job.steps_done, job.num_steps)
+    every = job.num_between(config.save_steps)
+    count = num_checkpoints(every, config.save_total_limit, job.steps_done, job.num_steps)
     advice = "--save-total-limit, " if count > 1 else ""
     # one more for the adapter at the end, which is a part of a checkpoint
     num_bytes = (count + 1) * _size_of_checkpoint(job)
@@ -53,7 +54,9 @@ def opened_output(run: Run) -> Iterator[None]:
     if not run.ranks.is_first:
         yield
         return
-    with open_output(job.config, job.resumed, job.damaged) as config:
+    with open_output(job.config, job.resumed, job.damaged, job.undecided) as config:
+        if not job.config.output:
+            print(f"output: {config.output}")
         run.job = job = replace(job, config=config)
         write_text(job.output / audit.AUDIT_FILE, audit.to_json(job.audits), job.data_mode)
         with reserved(job.output, _size_of_checkpoint(job)) as run.make_room:

@@ -1,6 +1,6 @@
 """The kinds of examples: a conversation, a prompt with its completion, a text, or token ids."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 
@@ -18,6 +18,13 @@ class Conversation:
     targets: list[int]
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+
+    def with_system_prompt(self, text: str) -> "Conversation":
+        """The conversation under a system prompt, unless it has its own."""
+        if any(message["role"] in ("system", "developer") for message in self.messages):
+            return self
+        messages = [{"role": "system", "content": text}, *self.messages]
+        return replace(self, messages=messages, targets=[index + 1 for index in self.targets])
 
 
 @dataclass(frozen=True)

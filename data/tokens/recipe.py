@@ -24,6 +24,7 @@ class Recipe:
             file is no line.
         ignored_fields: fields of a record and of its messages that are left out.
         field_names: our names of fields that the user named, each with the record's.
+        system_prompt: for conversations that have none; other records are refused.
 
     Raises:
         ValueError: a value out of range.
@@ -37,6 +38,7 @@ class Recipe:
     skip_bad_lines: bool
     ignored_fields: tuple[str, ...] = ()
     field_names: dict[str, str] = field(default_factory=dict)
+    system_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.data_format not in ("auto", *FORMATS):

@@ -81,7 +81,7 @@ def tokenize_files(
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
             begin_record(task.location)
-            _check_tokenizer(Text(task.text), tokenizer, recipe.train_on)
+            _check_example(Text(task.text), tokenizer, recipe)
             return encode_window(task, tokenizer)
         return tokenize_records(task, name, tokenizer, recipe, settled)
 
@@ -136,7 +136,9 @@ def tokenize_records(
         except ValueError as error:
             refuse(error)
             continue
-        _check_tokenizer(example, tokenizer, recipe.train_on)
+        _check_example(example, tokenizer, recipe)
+        if recipe.system_prompt and isinstance(example, Conversation):
+            example = example.with_system_prompt(recipe.system_prompt)
         try:
             with Reading(record.location):
                 sample = _to_sample(example, record.location, tokenizer, recipe)
@@ -197,7 +199,7 @@ def _detect(record: Record, recipe: Recipe) -> str:
 def _settle(record: Record, data_format: str, recipe: Recipe) -> dict[str, str]:
     """The names that all records must have for the fields of a format, by the first record.
 
-    None where it is refused, which is found where it is read.
+    There are none where the record is refused, which is said where it is read.
     """
     values = without(record.fields, recipe.ignored_fields)
     with contextlib.suppress(ValueError):
@@ -205,10 +207,15 @@ def _settle(record: Record, data_format: str, recipe: Recipe) -> dict[str, str]:
     return {}
 
 
-def _check_tokenizer(example: Example, tokenizer: Tokenizer, train_on: str) -> None:
-    """Refuse faults that every record has: of the tokenizer, or of --train-on."""
+def _check_example(example: Example, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Refuse faults that every record has: of the tokenizer, or of the recipe."""
+    if recipe.system_prompt and not isinstance(example, Conversation):
+        raise ValueError(
+            "--system-prompt must be given with conversations, which a chat template writes: the "
+            "data has texts or token ids; leave it out"
+        )
     if isinstance(example, TokenIds):
-        if train_on == "all":
+        if recipe.train_on == "all":
             raise ValueError(
                 "--train-on must be completions for tokenized data: got all; "
                 "its labels already say what is learned"

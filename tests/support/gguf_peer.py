@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from checkpoint.opening import open_checkpoint
 from data.tokenizer import Tokenizer
-from export.gguf_file import TYPES, plan_gguf, write_gguf
+from export.gguf_file import plan_gguf, write_gguf
+from merging.flags import TYPES
 
 # descriptions that decide nothing
 DESCRIPTIONS = "general."
