@@ -219,6 +219,23 @@ def test_fields_that_are_named_make_the_samples_of_our_names(
         tokens_of(path, tokenizer, 1, data_format="text", **given)
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "missing"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"}, {"input": "b", "output": "c"}, "instr"),
+        ({"question": "a", "answer": "b"}, {"query": "a", "answer": "b"}, "question"),
+        ({"question": "a", "answer": "b"}, {"question": "a", "response": "b"}, "answer"),
+    ],
+)
+def test_names_are_those_of_the_first_record(
+    tmp_path: Path, tokenizer: Tokenizer, first: object, other: object, missing: str
+) -> None:
+    path = write(tmp_path / "x.jsonl", [first, first, other])
+    for data_format in ("auto", "alpaca"):
+        with pytest.raises(ValueError, match=rf"x\.jsonl:3: .* must have the field '{missing}"):
+            tokens_of(path, tokenizer, 1, data_format=data_format)
+
+
 def test_preference_data_is_refused_with_its_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pair = {"prompt": "say", "chosen": "a", "rejected": "b"}
     path = write(tmp_path / "x.jsonl", [pair])

@@ -102,19 +102,23 @@ def check_present(values: Mapping[str, object], given: Mapping[str, str]) -> Non
 
 
 def find_names(
-    values: Mapping[str, object], data_format: str, given: Mapping[str, str]
+    values: Mapping[str, object],
+    data_format: str,
+    given: Mapping[str, str],
+    settled: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Find the fields of a format in a record: our name of each that the record has, with its own.
 
     Args:
         given: those that the user named.
+        settled: those that the format needs, as the first record of the data calls them.
 
     Raises:
         ValueError: the record lacks a field that the user named, or two of its fields can be one
             of ours.
     """
     check_present(values, given)
-    names = dict(given)
+    names = {**(settled or {}), **given}
     for ours in FIELDS[data_format]:
         if ours in names:
             continue
@@ -129,6 +133,21 @@ def find_names(
         if found:
             names[ours] = found[0]
     return names
+
+
+def settle_names(
+    values: Mapping[str, object], data_format: str, given: Mapping[str, str]
+) -> dict[str, str]:
+    """Find the names that the first record has for the fields that its format needs.
+
+    All records must have these. One that lacks its question would otherwise be read with another
+    field as the question.
+
+    Raises:
+        ValueError: as find_names.
+    """
+    names = find_names(values, data_format, given)
+    return {ours: names[ours] for ours in NEEDED_FIELDS[data_format] if ours in names}
 
 
 def has_names(

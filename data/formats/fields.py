@@ -56,11 +56,11 @@ class Fields:
 
     def value(self, ours: str) -> object:
         """The value of a field, None where the record has none."""
-        return self.values[self.names[ours]] if ours in self.names else None
+        return self.values.get(self.names[ours]) if ours in self.names else None
 
     def get(self, ours: str, kind: type) -> Any:
         name, value = self.name(ours), self.value(ours)
-        if ours not in self.names:
+        if ours not in self.names or name not in self.values:
             raise ValueError(
                 f"{self.location}: a {self.data_format} record must have the field {name!r}: got "
                 f"{', '.join(self.values) or 'no fields'}; add it, say which it is with --fields "

@@ -98,6 +98,7 @@ def to_example(
     has_chat_template: bool,
     ignored_fields: Collection[str] = (),
     field_names: Mapping[str, str] | None = None,
+    settled_names: Mapping[str, str] | None = None,
 ) -> Example:
     """Read a record as an example of a format.
 
@@ -107,6 +108,7 @@ def to_example(
         ignored_fields: fields of the record and of its messages that are left out.
         field_names: our names of fields that the user named, each with the record's; a text file
             has none.
+        settled_names: as find_names.
 
     Raises:
         ValueError: the record does not fit the format; the message starts with its location.
@@ -119,7 +121,7 @@ def to_example(
         if data_format in _ANSWERS:
             named = given.values()
             check_objective({name: each for name, each in values.items() if name not in named})
-        names = find_names(values, data_format, given)
+        names = find_names(values, data_format, given, settled_names)
     except ValueError as error:
         raise ValueError(f"{record.location}: {error}") from error
     fields = Fields(record.location, values, data_format, names)

@@ -6,14 +6,15 @@ few chunks in memory. Where datasets.map sends examples to processes that write 
 there is one stream here and one writer (data/tokens/token_cache.py).
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeAlias
 
 from data.formats.examples import Conversation, Example, Text, TokenIds
-from data.formats.field_names import check_fields
+from data.formats.field_names import check_fields, settle_names
 from data.formats.fields import without
 from data.formats.layouts import detect_format, to_example
 from data.reading.files import read_records
@@ -75,13 +76,14 @@ def tokenize_files(
         )
     name = _detect(first, recipe) if recipe.data_format == "auto" else recipe.data_format
     check_fields(recipe.field_names, name)
+    settled = _settle(first, name, recipe)
 
     def tokenize(task: Task) -> Result:
         if isinstance(task, Window):
             begin_record(task.location)
             _check_example(Text(task.text), tokenizer, recipe)
             return encode_window(task, tokenizer)
-        return tokenize_records(task, name, tokenizer, recipe)
+        return tokenize_records(task, name, tokenizer, recipe, settled)
 
     def leave_out(task: Task, fault: TakesTooMuch) -> Task | None:
         if isinstance(task, Window):
@@ -101,9 +103,16 @@ def tokenize_files(
 
 
 def tokenize_records(
-    records: Iterable[Record], data_format: str, tokenizer: Tokenizer, recipe: Recipe
+    records: Iterable[Record],
+    data_format: str,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    settled_names: Mapping[str, str] | None = None,
 ) -> Piece:
     """Tokenize records, label what is learned, cut what is too long, and drop what has no target.
+
+    Args:
+        settled_names: as find_names.
 
     Raises:
         ValueError: as tokenize_files.
@@ -122,6 +131,7 @@ def tokenize_records(
                     has_chat_template=tokenizer.has_chat_template,
                     ignored_fields=recipe.ignored_fields,
                     field_names=recipe.field_names,
+                    settled_names=settled_names,
                 )
         except ValueError as error:
             refuse(error)
@@ -184,6 +194,17 @@ def _detect(record: Record, recipe: Recipe) -> str:
         return detect_format(without(record.fields, recipe.ignored_fields), recipe.field_names)
     except ValueError as error:
         raise ValueError(f"{record.location}: {error}") from error
+
+
+def _settle(record: Record, data_format: str, recipe: Recipe) -> dict[str, str]:
+    """The names that all records must have for the fields of a format, by the first record.
+
+    There are none where the record is refused, which is said where it is read.
+    """
+    values = without(record.fields, recipe.ignored_fields)
+    with contextlib.suppress(ValueError):
+        return settle_names(values, data_format, recipe.field_names)
+    return {}
 
 
 def _check_example(example: Example, tokenizer: Tokenizer, recipe: Recipe) -> None:
