@@ -79,7 +79,7 @@ class Translation:
         name = typed if typed in self._flags else typed.replace("_", "-")
         follows = not equals and bool(rest) and not rest[0].startswith("--")
         value = rest[0] if follows else value if equals else "true"
-        special = self._special(name, value.lower())
+        special = self._special(name, value)
         if special is not None or name in self._elsewhere:
             del rest[: int(follows)]
         if special is not None:
@@ -120,8 +120,9 @@ class Translation:
 
     def _special(self, name: str, value: str) -> str | None:
         """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value)).lower()
-        return self._also.get(f"{name} {value}", self._also.get(f"{name} {truth}"))
+        truth = str(TRUTHS.get(value.lower())).lower()
+        keys = (f"{name} {each}" for each in (value, value.lower(), truth))
+        return next((self._also[key] for key in keys if key in self._also), None)
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:
         """Our flag with its value; without a value, the flag is needed beside the name."""

@@ -20,6 +20,7 @@ def parser() -> Parser:
             "--save-strategy epoch": "--save-steps -1",
             "--stage sft": "",
             "--quiet true": "",
+            "--kind Auto": "",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -63,7 +64,7 @@ def read(text: str) -> dict[str, object]:
         ("--save-steps=7 --save-strategy steps", {"save_steps": 7}),
         ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
         ("--stage sft --quiet --chat", {"chat": True}),
-        ("--quiet On --chat", {"chat": True}),
+        ("--quiet On --kind Auto --chat", {"chat": True}),
         # the last one
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),

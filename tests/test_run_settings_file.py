@@ -8,9 +8,12 @@ import pytest
 
 from foreign.terminal import Complaints, printable
 from run.config import answer_mistakes, read_given
+from run.known_names import ELSEWHERE
 
 AXOLOTL = """
 base_model: NousResearch/Meta-Llama-3-8B
+model_type: AutoModelForCausalLM
+tokenizer_type: AutoTokenizer
 load_in_8bit: false
 load_in_4bit: true
 strict: false
@@ -40,8 +43,9 @@ fp16:
 tf32: false
 early_stopping_patience:
 logging_steps: 1
+flash_attention: true
 warmup_steps: 10
-save_strategy: epoch
+saves_per_epoch: 1
 weight_decay: 0.0
 deepspeed:
 fsdp:
@@ -51,6 +55,7 @@ FACTORY = """
 ### model
 model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
 quantization_bit: 4
+quantization_method: bnb
 ### method
 stage: sft
 do_train: true
@@ -60,6 +65,7 @@ lora_target: all
 ### dataset
 dataset: alpaca.json
 cutoff_len: 2048
+overwrite_cache: true
 preprocessing_num_workers: 16
 ### output
 output_dir: saves/llama3-8b/lora/sft
@@ -173,7 +179,7 @@ def test_a_value_is_read_as_on_the_command_line(
         ("dtype: fp8", "dtype: invalid choice: 'fp8'"),
         ("batch_size: 2.5", "batch-size: invalid int value: '2.5'"),
         ("packing: 7", "packing must be left bare, or be true or false: got '7'"),
-        ("fsdp_config: {a: b}", "fsdp_config is unknown"),
+        ("roles: {a: b}", "roles is unknown"),
         ("datasets:\n- path: a\n  type: alpaca", "datasets: give --data"),
         ("model: [a, b]", "model must be one value: got a list"),
         ("model: {a: b}", "model must be one value: got names or lists inside it"),
@@ -208,15 +214,15 @@ def test_all_settings_that_must_change_are_said_in_one_go(tmp_path: Path) -> Non
         datasets:
           - path: a
             type: alpaca
-        fsdp_config: {a: b}
+        roles: {a: b}
         batch_size: many
     """
     with pytest.raises(Complaints, match=r"recipe\.yaml: 4 settings must change") as refused:
         read(tmp_path, dedent(text))
     assert printable(refused.value).splitlines()[1:] == [
         "  stage: leave it out, it is supervised fine-tuning",
-        "  datasets: give --data with a file, a folder or a hub id",
-        "  fsdp_config is unknown",
+        f"  datasets: {ELSEWHERE['--datasets']}",
+        "  roles is unknown",
         "  batch-size: invalid int value: 'many'",
     ]
 
