@@ -13,6 +13,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -64,6 +65,13 @@ def snapshot_id(folder: Path) -> HubId | None:
     return parse_hub_id(f"{found[1]}/{found[2]}@{folder.name}")
 
 
+def _nearest(folder: Path) -> str:
+    """Ask for the folders beside one that is not there, whose names are like its."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    nearest = get_close_matches(folder.name, [path.name for path in beside if path.is_dir()])
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
 def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
     """Find a local folder, or fetch the needed files of a repository.
 
@@ -85,7 +93,7 @@ def find_folder(place: str, what: str, kind: Kind, choose: Choose) -> Path:
     if hub_id is None:
         raise FileNotFoundError(
             f"{what} must be a folder or a hub id like owner/name or owner/name@revision: "
-            f"got {place!r}"
+            f"got {place!r}{_nearest(folder)}"
         )
     try:
         ask = HfApi().model_info if kind == "model" else HfApi().dataset_info

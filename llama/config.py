@@ -202,7 +202,15 @@ def read_config_json(folder: Path) -> JsonFields:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"a checkpoint folder must hold {CONFIG_NAME}: none in {folder}")
+        is_adapter = (folder / "adapter_config.json").is_file()
+        advice = (
+            ", which is an adapter's: it goes on with --init-adapter in train.py, and is given as "
+            "--adapter elsewhere"
+        )
+        raise FileNotFoundError(
+            f"a checkpoint folder must hold {CONFIG_NAME}: none in {folder}"
+            + (advice if is_adapter else "")
+        )
     with Reading(path):
         return JsonFields(path, read_object(path))
 

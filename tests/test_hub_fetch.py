@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from support.hub_server import TOKEN, Hub, Repository, files_of, serving
 
-from hub.fetch import HubId, parse_hub_id, snapshot_id
+from hub.fetch import HubId, find_folder, parse_hub_id, snapshot_id
 
 # the choice is the smallest that reads a file first, as that of a checkpoint does
 FETCH = """
@@ -175,3 +175,12 @@ def test_gated_and_absent_repositories_are_refused_by_name(tmp_path: Path) -> No
         )
     said = fetch(hub, tmp_path, "owner/other")
     assert said.startswith("ConnectionError: --model must be fetched or in the hub's cache: http:")
+
+
+def test_a_folder_that_is_not_there_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"got '.*/smolm2'; did you mean smollm2\?$"):
+        find_folder(f"{tmp_path}/smolm2", "--model", "model", lambda names, get: ())
+    with pytest.raises(FileNotFoundError, match=r"got '.*/none/smollm2'$"):
+        find_folder(f"{tmp_path}/none/smollm2", "--model", "model", lambda names, get: ())

@@ -199,7 +199,10 @@ def test_a_quantization_config_does_not_change_the_model(tmp_path: Path, describ
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"must hold config.json: none in {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match=f"must hold config.json: none in {tmp_path}$"):
+        read_config(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"is an adapter's: .* --init-adapter in train\.py"):
         read_config(tmp_path)
     for content, message in (("{", "must be JSON"), ("[1]", "must hold a JSON object: got a list")):
         (tmp_path / "config.json").write_text(content)
