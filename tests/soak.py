@@ -108,10 +108,12 @@ def check_same(folder: Path, whole: Path, without: str = "/") -> None:
     """Hold a folder's files against those of an undisturbed run.
 
     Args:
-        without: what begins the names of files that may be missing.
+        without: what begins the names of files that are not looked at.
     """
-    found, expected = contents(folder), contents(whole)
-    found = {n: b for n, b in expected.items() if n.startswith(without)} | found
+    found, expected = (
+        {name: content for name, content in contents(each).items() if not name.startswith(without)}
+        for each in (folder, whole)
+    )
     differing = [n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)]
     assert not differing, f"other bytes than an undisturbed run: {', '.join(sorted(differing))}"
 
@@ -285,7 +287,7 @@ class Soak:
                     again = Process(case.door, case.again, folder).finish()
                     assert again.code == 0, again.said
                 if ended.code == 0:
-                    # a run that ended where no checkpoint had room is not trained again
+                    # a run that ended where a checkpoint had no room is not trained again
                     check_same(folder / "out", whole, without="checkpoint-")
                 elif case.door == "train":
                     check_same(folder / "out", whole)
