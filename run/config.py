@@ -153,7 +153,7 @@ def _add_flag(group: Any, f: Field) -> None:
         read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
-        if f.metadata["is_list"]:
+        if f.metadata["adds_up"]:
             options["action"] = _AddToList
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
