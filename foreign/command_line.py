@@ -1,6 +1,6 @@
 """A command line for people who know other programs' flags (foreign/other_names.py).
 
-An error is a line, and names the flag that may have been meant:
+An error is a line for each flag, and names the flag that may have been meant:
 
     --leraning-rate 1e-4        there is no flag --leraning-rate: did you mean --learning-rate?
 
@@ -10,7 +10,6 @@ A file of settings is read by the same code, as a command line of all its settin
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,32 +45,29 @@ class Parser(argparse.ArgumentParser):
         """
         given = sys.argv[1:] if args is None else args
         flags = {name: self._is_switch(name) for name in self._option_string_actions}
+        translation = Translation(flags, self._also, self._elsewhere)
         try:
-            words = Translation(flags, self._also, self._elsewhere).translate(given)
+            words = translation.translate(given)
         except ValueError as error:
             self.error(str(error))
+        if translation.answers:
+            self.error(*translation.answers)
         found, unknown = self.parse_known_args(words, namespace)
+        if unknown and unknown[0].startswith("-"):
+            self.error(translation.describe_unknown(unknown[0].partition("=")[0]))
         if unknown:
-            self.error(self._describe(unknown[0]))
+            self.error(f"arguments must begin with a flag's name: got {unknown[0]!r}")
         return found
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str, *more: str) -> NoReturn:
         """Say what is wrong, without the page of usage that would push it off the screen."""
         if self._file:
-            raise ValueError(f"{self._file}: {message}; {self.prog} --help lists all settings")
-        self.exit(2, f"error: {one_line(message)}; {self.prog} --help lists all flags\n")
+            text = "; ".join([message, *more])
+            raise ValueError(f"{self._file}: {text}; {self.prog} --help lists all settings")
+        lines = "\nerror: ".join(map(one_line, [message, *more]))
+        self.exit(2, f"error: {lines}; {self.prog} --help lists all flags\n")
 
     def _is_switch(self, name: str) -> bool:
         action = self._option_string_actions[name]
         kinds = (argparse.BooleanOptionalAction, argparse._StoreTrueAction)
         return isinstance(action, kinds)
-
-    def _describe(self, unknown: str) -> str:
-        """Say that an argument is unknown, and what it may have been meant to be."""
-        if not unknown.startswith("-"):
-            return f"arguments must begin with a flag's name: got {unknown!r}"
-        typed = unknown.partition("=")[0]
-        known = [*self._option_string_actions, *(name.split()[0] for name in self._also)]
-        near = get_close_matches(typed.replace("_", "-"), known, n=1, cutoff=0.7)
-        meant = self._also.get(near[0], near[0]) if near else ""
-        return f"there is no flag {typed}" + (f": did you mean {meant}?" if near else "")

@@ -9,10 +9,12 @@
     --bf16 true --fp16 false    says once what is meant: --dtype bfloat16
 
 A name that is ours as it stands is never translated. Two names of one flag must agree; a name that
-is given twice means its last value, as everywhere.
+is given twice means its last value, as everywhere. All names that are not understood are answered
+at once, so that a command is typed twice at most.
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 # YAML 1.1 has the six, in files that other programs read
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -34,8 +36,8 @@ class Translation:
             also: other names, with hyphens: each with our flag, or with our flag and a value, which
                 takes no other, or with our flag and the beginning of a value ("--text-field":
                 "--fields text="). A name may have a value, too ("--save-strategy no": "--save-steps
-                0"). Such a name may stand for nothing, which says how it is anyway, or for a flag
-                without a value, which must then be given.
+                0"). Such a name, which may be ours, may stand for nothing, which says how it is
+                anyway, or for a flag without a value, which must then be given.
             elsewhere: flags of other programs that have no like here, each with what to do.
         """
         self._flags, self._also, self._elsewhere = flags, also, elsewhere
@@ -43,24 +45,25 @@ class Translation:
         self._given: dict[str, tuple[str, str]] = {}
         # by our flag, which must be given, too: the name that needs it
         self._needed: dict[str, tuple[str, str]] = {}
-        self._answers: list[str] = []
+        # to each flag that is not understood
+        self.answers: list[str] = []
 
     def translate(self, arguments: Sequence[str]) -> list[str]:
-        """Translate all arguments; what nobody knows stays as it is.
+        """Translate all arguments; flags that are not understood are left out, and answered.
 
         Raises:
-            ValueError: a switch has a value that is no truth, two names of one flag contradict each
-                other, or a flag is another program's.
+            ValueError: a switch has a value that is no truth, or two names of one flag contradict
+                each other.
         """
         rest, words = [*arguments], []
         while rest:
             argument = rest.pop(0)
             is_flag = argument.startswith("--") and argument != "--"
             words += self._words_of(argument, rest) if is_flag else [argument]
-        if self._answers:
-            raise ValueError("; ".join(self._answers))
         for ours, (name, value) in self._needed.items():
             if ours not in self._given:
+                if name == ours:
+                    raise ValueError(f"{name} must have a value")
                 raise ValueError(f"{name} {value} does not say enough: give {ours}, too")
             # what the name stands for with another value
             others = {words for key, words in self._also.items() if key.split()[0] == name}
@@ -81,12 +84,13 @@ class Translation:
             ours, _, fixed = special.partition(" ")
             return self._fixed(ours, fixed, name, value) if special else []
         if name in self._elsewhere:
-            self._answers.append(f"{typed} is another program's: {self._elsewhere[name]}")
+            self.answers.append(f"{typed} is another program's: {self._elsewhere[name]}")
             return []
         ours, _, fixed = self._also.get(name, name).partition(" ")
         if ours not in self._flags:
-            # as it was typed, to be told so
-            return [argument]
+            del rest[: int(follows)]
+            self.answers.append(self.describe_unknown(typed))
+            return []
         if fixed.endswith("=") and (equals or follows):
             del rest[: int(follows)]
             return self._fixed(ours, fixed + value, name, value)
@@ -107,9 +111,16 @@ class Translation:
         self._note(positive, name.replace("--no-", "--", 1), str(is_on != negates))
         return [ours if is_on else self._opposite(typed, ours)]
 
+    def describe_unknown(self, typed: str) -> str:
+        """Say that there is no such flag, and which one may have been meant."""
+        known = [*self._flags, *(name.split()[0] for name in self._also)]
+        near = get_close_matches(typed.replace("_", "-"), known, n=1, cutoff=0.7)
+        meant = self._also.get(near[0], near[0]) if near else ""
+        return f"there is no flag {typed}" + (f": did you mean {meant}?" if near else "")
+
     def _special(self, name: str, value: str) -> str | None:
         """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value)).lower()
+        truth = str(TRUTHS.get(value, value)).lower()
         return self._also.get(f"{name} {value}", self._also.get(f"{name} {truth}"))
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:

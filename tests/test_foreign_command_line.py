@@ -19,7 +19,10 @@ def parser() -> Parser:
             "--save-strategy steps": "--save-steps",
             "--save-strategy epoch": "--save-steps -1",
             "--stage sft": "",
+            "--stage none": "",
             "--quiet true": "",
+            "--upload true": "--upload",
+            "--upload-name": "--upload",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -29,6 +32,7 @@ def parser() -> Parser:
     result.add_argument("--chat", action="store_true")
     result.add_argument("--prompt")
     result.add_argument("--save-steps", type=int)
+    result.add_argument("--upload")
     return result
 
 
@@ -64,6 +68,8 @@ def read(text: str) -> dict[str, object]:
         ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
         ("--stage sft --quiet --chat", {"chat": True}),
         ("--quiet On --chat", {"chat": True}),
+        ("--upload a/b", {"upload": "a/b"}),
+        ("--upload --upload_name a/b --chat", {"upload": "a/b", "chat": True}),
         # the last one
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),
@@ -104,10 +110,8 @@ def test_a_switch_is_switched_off(typed: str) -> None:
         ("--dtype bfloat16 --bf16 no", "--bf16 (no) and --dtype (bfloat16) contradict"),
         ("--pack --packing false", "--pack (True) and --packing (False) contradict each other"),
         ("--stage=dpo", "--stage is another program's: leave it out; "),
-        (
-            "--stage dpo --chat --fsdp full",
-            "--stage is another program's: leave it out; --fsdp is another program's: start it",
-        ),
+        ("--upload --chat", "--upload must have a value; "),
+        ("-m a", "there is no flag -m; "),
         ("--chat false", "--chat false is how it is without the flag: leave it out"),
         ("--dtype half", "argument --dtype: invalid choice: 'half'"),
         ("--max-length many", "argument --max-length: invalid int value: 'many'"),
@@ -124,3 +128,16 @@ def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFi
     assert line.startswith(f"error: {message}")
     assert line.endswith("; x.py --help lists all flags")
     assert "\x1b" not in line
+
+
+def test_all_that_is_not_understood_is_answered_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--stage", "dpo", "--chat", "--zzz", "8", "--no\nsuch", "--fsdp=full"])
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --stage is another program's: leave it out",
+        "error: there is no flag --zzz",
+        "error: there is no flag --no\\nsuch",
+        "error: --fsdp is another program's: start it with torchrun; x.py --help lists all flags",
+    ]
