@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from run.config import build_parser
+from run.config import answer_mistakes
 
 if __name__ == "__main__":
-    # --help and a mistyped flag are answered here: the imports below take seconds
-    build_parser().parse_args()
+    # --help and a mistyped flag or setting are answered here: the imports below take seconds
+    answer_mistakes(sys.argv[1:])
 
 import torch
 

@@ -9,8 +9,7 @@
     --bf16 true --fp16 false    says once what is meant: --dtype bfloat16
 
 A name that is ours as it stands is never translated. Two names of one flag must agree; a name that
-is given twice means its last value, as everywhere. All names that are not understood are answered
-at once, so that a command is typed twice at most.
+is given twice means its last value, as everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,12 @@ TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 class Translation:
-    """The translation of one command line."""
+    """The translation of one command line.
+
+    Attributes:
+        complaints: a sentence for each argument that is wrong, in their order; it begins with the
+            name as it was typed.
+    """
 
     def __init__(
         self,
@@ -45,30 +49,29 @@ class Translation:
         self._given: dict[str, tuple[str, str]] = {}
         # by our flag, which must be given, too: the name that needs it
         self._needed: dict[str, tuple[str, str]] = {}
-        # to each flag that is not understood
-        self.answers: list[str] = []
+        self.complaints: list[str] = []
 
     def translate(self, arguments: Sequence[str]) -> list[str]:
-        """Translate all arguments; flags that are not understood are left out, and answered.
-
-        Raises:
-            ValueError: a switch has a value that is no truth, or two names of one flag contradict
-                each other.
-        """
+        """Translate all arguments, and leave out those that there is a complaint about: a name that
+        nobody knows or that is another program's, a switch whose value is no truth, two names of
+        one flag that contradict each other."""
         rest, words = [*arguments], []
         while rest:
             argument = rest.pop(0)
             is_flag = argument.startswith("--") and argument != "--"
-            words += self._words_of(argument, rest) if is_flag else [argument]
+            try:
+                words += self._words_of(argument, rest) if is_flag else [argument]
+            except ValueError as error:
+                self.complaints.append(str(error))
         for ours, (name, value) in self._needed.items():
             if ours not in self._given:
-                if name == ours:
-                    raise ValueError(f"{name} must have a value")
-                raise ValueError(f"{name} {value} does not say enough: give {ours}, too")
+                lacks = f"{name} {value} does not say enough: give {ours}, too"
+                self.complaints.append(lacks if name != ours else f"{name} must have a value")
+                continue
             # what the name stands for with another value
             others = {words for key, words in self._also.items() if key.split()[0] == name}
             if f"{ours} {self._given[ours][1]}" in others:
-                raise ValueError(self._contradiction((name, value), self._given[ours]))
+                self.complaints.append(self._contradiction((name, value), self._given[ours]))
         return words
 
     def _words_of(self, argument: str, rest: list[str]) -> list[str]:
@@ -77,20 +80,18 @@ class Translation:
         name = typed if typed in self._flags else typed.replace("_", "-")
         follows = not equals and bool(rest) and not rest[0].startswith("--")
         value = rest[0] if follows else value if equals else "true"
-        special = self._special(name, value.lower())
+        special = self._special(name, value)
         if special is not None or name in self._elsewhere:
             del rest[: int(follows)]
         if special is not None:
             ours, _, fixed = special.partition(" ")
             return self._fixed(ours, fixed, name, value) if special else []
         if name in self._elsewhere:
-            self.answers.append(f"{typed} is another program's: {self._elsewhere[name]}")
-            return []
+            raise ValueError(f"{typed}: {self._elsewhere[name]}")
         ours, _, fixed = self._also.get(name, name).partition(" ")
         if ours not in self._flags:
             del rest[: int(follows)]
-            self.answers.append(self.describe_unknown(typed))
-            return []
+            raise ValueError(self._unknown(typed))
         if fixed.endswith("=") and (equals or follows):
             del rest[: int(follows)]
             return self._fixed(ours, fixed + value, name, value)
@@ -111,17 +112,18 @@ class Translation:
         self._note(positive, name.replace("--no-", "--", 1), str(is_on != negates))
         return [ours if is_on else self._opposite(typed, ours)]
 
-    def describe_unknown(self, typed: str) -> str:
-        """Say that there is no such flag, and which one may have been meant."""
+    def _unknown(self, typed: str) -> str:
+        """Say that a name is unknown, and what it may have been meant to be."""
         known = [*self._flags, *(name.split()[0] for name in self._also)]
         near = get_close_matches(typed.replace("_", "-"), known, n=1, cutoff=0.7)
         meant = self._also.get(near[0], near[0]) if near else ""
-        return f"there is no flag {typed}" + (f": did you mean {meant}?" if near else "")
+        return f"{typed} is unknown" + (f": did you mean {meant}?" if meant else "")
 
     def _special(self, name: str, value: str) -> str | None:
         """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value, value)).lower()
-        return self._also.get(f"{name} {value}", self._also.get(f"{name} {truth}"))
+        truth = str(TRUTHS.get(value.lower(), value)).lower()
+        keys = (f"{name} {each}" for each in (value, truth))
+        return next((self._also[key] for key in keys if key in self._also), None)
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:
         """Our flag with its value; without a value, the flag is needed beside the name."""
@@ -132,10 +134,10 @@ class Translation:
         return [ours, fixed]
 
     def _note(self, ours: str, name: str, value: str) -> None:
-        """Keep what a flag was given, and refuse another value under another name."""
+        """Keep what a flag was given, and complain of another value under another name."""
         first = self._given.get(ours, (name, value))
         if first[0] != name and first[1] != value:
-            raise ValueError(self._contradiction(first, (name, value)))
+            self.complaints.append(self._contradiction(first, (name, value)))
         self._given[ours] = (name, value)
 
     def _contradiction(self, first: tuple[str, str], second: tuple[str, str]) -> str:

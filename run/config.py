@@ -10,6 +10,7 @@ machine. `--config OUT/run.json` runs what was asked: a trial on a laptop uses t
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from foreign.command_line import Parser
 from foreign.reading import Reading
+from foreign.terminal import printable
 from foreign.yaml_text import Setting
 from run.flags import (
     AdapterFlags,
@@ -198,6 +200,14 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     return read_fields(path) | read_asked(path) | given
 
 
+def answer_mistakes(arguments: Sequence[str]) -> None:
+    """End the process with a message if read_given() refuses the arguments."""
+    try:
+        read_given(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {printable(error)}")
+
+
 def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Read the settings of the run that --resume names the folder of."""
     if file or "output" in given:
@@ -313,7 +323,8 @@ def _parse(settings: Mapping[str, Setting], path: Path) -> dict[str, Any]:
     """Read settings of a file as the command line would be read that says the same."""
     lists = {flag_name(f.name) for f in fields(TrainConfig) if f.metadata["is_list"]}
     lists |= {name for name, ours in ALSO.items() if ours in lists}
-    arguments = as_arguments(settings, path, lists, ELSEWHERE)
+    known = {flag_name(f.name) for f in fields(TrainConfig)} | (ALSO.keys() - ELSEWHERE.keys())
+    arguments = as_arguments(settings, path, lists, known)
     return _instead(_expand_home(vars(build_parser(path).parse_args(arguments))))
 
 

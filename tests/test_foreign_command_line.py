@@ -23,6 +23,7 @@ def parser() -> Parser:
             "--quiet true": "",
             "--upload true": "--upload",
             "--upload-name": "--upload",
+            "--kind Auto": "",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -67,7 +68,7 @@ def read(text: str) -> dict[str, object]:
         ("--save-steps=7 --save-strategy steps", {"save_steps": 7}),
         ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
         ("--stage sft --quiet --chat", {"chat": True}),
-        ("--quiet On --chat", {"chat": True}),
+        ("--quiet On --kind Auto --chat", {"chat": True}),
         ("--upload a/b", {"upload": "a/b"}),
         ("--upload --upload_name a/b --chat", {"upload": "a/b", "chat": True}),
         # the last one
@@ -90,9 +91,9 @@ def test_a_switch_is_switched_off(typed: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("--max-lenght 8", "there is no flag --max-lenght: did you mean --max-length?"),
-        ("--max_seq_lenn 8", "there is no flag --max_seq_lenn: did you mean --max-length?"),
-        ("--zzz", "there is no flag --zzz"),
+        ("--max-lenght 8", "--max-lenght is unknown: did you mean --max-length?"),
+        ("--max_seq_lenn 8", "--max_seq_lenn is unknown: did you mean --max-length?"),
+        ("--zzz", "--zzz is unknown"),
         ("more", "arguments must begin with a flag's name: got 'more'"),
         ("--packing=7", "--packing must be left bare, or be true or false: got '7'"),
         ("--bf16=bfloat16", "--bf16 must be left bare, or be true or false: got 'bfloat16'"),
@@ -109,13 +110,12 @@ def test_a_switch_is_switched_off(typed: str) -> None:
         ("--bf16 --dtype auto", "--bf16 (bfloat16) and --dtype (auto) contradict each other"),
         ("--dtype bfloat16 --bf16 no", "--bf16 (no) and --dtype (bfloat16) contradict"),
         ("--pack --packing false", "--pack (True) and --packing (False) contradict each other"),
-        ("--stage=dpo", "--stage is another program's: leave it out; "),
+        ("--stage=dpo", "--stage: leave it out; "),
         ("--upload --chat", "--upload must have a value; "),
-        ("-m a", "there is no flag -m; "),
         ("--chat false", "--chat false is how it is without the flag: leave it out"),
-        ("--dtype half", "argument --dtype: invalid choice: 'half'"),
-        ("--max-length many", "argument --max-length: invalid int value: 'many'"),
-        ("--no\x1b[31m", "there is no flag --no"),
+        ("--dtype half", "--dtype: invalid choice: 'half'"),
+        ("--max-length many", "--max-length: invalid int value: 'many'"),
+        ("--no\x1b[31m", "--no\\x1b[31m is unknown"),
     ],
 )
 def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,14 +130,25 @@ def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFi
     assert "\x1b" not in line
 
 
-def test_all_that_is_not_understood_is_answered_at_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_all_complaints_are_listed_in_one_go(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = "--fsdp full --z\x1b 3 --chat false --save-strategy steps --max_length many --stage=dpo"
     with pytest.raises(SystemExit):
-        parser().parse_args(["--stage", "dpo", "--chat", "--zzz", "8", "--no\nsuch", "--fsdp=full"])
+        parser().parse_args(typed.split())
     assert capsys.readouterr().err.splitlines() == [
-        "error: --stage is another program's: leave it out",
-        "error: there is no flag --zzz",
-        "error: there is no flag --no\\nsuch",
-        "error: --fsdp is another program's: start it with torchrun; x.py --help lists all flags",
+        "error: 6 flags must change; x.py --help lists all flags",
+        "  --fsdp: start it with torchrun",
+        "  --z\\x1b is unknown",
+        "  --chat false is how it is without the flag: leave it out",
+        "  --stage: leave it out",
+        "  --save-strategy steps does not say enough: give --save-steps, too",
+        "  --max-length: invalid int value: 'many'",
+    ]
+
+
+def test_complaints_come_before_what_ends_the_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--stage", "dpo", "--prompt"])
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  --stage: leave it out",
+        "  argument --prompt: expected one argument",
     ]

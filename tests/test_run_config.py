@@ -192,12 +192,12 @@ def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     [
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object: got a list"),
-        ('{"lerning_rate": 1}', "no flag --lerning_rate: did you mean --learning-rate"),
-        ('{"epochs": "three"}', "argument --epochs: must be a number: got 'three'"),
-        ('{"batch_size": true}', "argument --batch-size: must be a whole number: got 'true' "),
-        ('{"batch_size": 2.5}', "argument --batch-size: must be a whole number: got '2.5'"),
-        ('{"asked": ["auto"]}', "asked must be one value: got a list"),
-        ('{"asked": {"epochs": "three"}}', "argument --epochs: must be a number: got 'three'"),
+        ('{"lerning_rate": 1}', "lerning_rate is unknown: did you mean --learning-rate"),
+        ('{"epochs": "three"}', "epochs: must be a number: got 'three'"),
+        ('{"batch_size": true}', "batch-size: must be a whole number: got 'true' "),
+        ('{"batch_size": 2.5}', "batch-size: must be a whole number: got '2.5'"),
+        ('{"asked": ["auto"]}', "asked is unknown"),
+        ('{"asked": {"epochs": "three"}}', "epochs: must be a number: got 'three'"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
