@@ -74,7 +74,7 @@ class Translation:
         name = typed if typed in self._flags else typed.replace("_", "-")
         follows = not equals and bool(rest) and not rest[0].startswith("--")
         value = rest[0] if follows else value if equals else "true"
-        special = self._special(name, value.lower())
+        special = self._special(name, value)
         if special is not None or name in self._elsewhere:
             del rest[: int(follows)]
         if special is not None:
@@ -108,9 +108,12 @@ class Translation:
         return [ours if is_on else self._opposite(typed, ours)]
 
     def _special(self, name: str, value: str) -> str | None:
-        """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value)).lower()
-        return self._also.get(f"{name} {value}", self._also.get(f"{name} {truth}"))
+        """Find what a name stands for with a value, of which only a truth may be written in other
+        ways."""
+        exact = self._also.get(f"{name} {value}")
+        if exact is not None or value.lower() not in TRUTHS:
+            return exact
+        return self._also.get(f"{name} {str(TRUTHS[value.lower()]).lower()}")
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:
         """Our flag with its value; without a value, the flag is needed beside the name."""

@@ -20,6 +20,8 @@ def parser() -> Parser:
             "--save-strategy epoch": "--save-steps -1",
             "--stage sft": "",
             "--quiet true": "",
+            "--field": "--prompt field=",
+            "--field text": "",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -68,6 +70,8 @@ def read(text: str) -> dict[str, object]:
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),
         # a value is left as it is
+        ("--field text --chat", {"chat": True}),
+        ("--field Text", {"prompt": "field=Text"}),
         ("--prompt a_b --packing", {"prompt": "a_b", "packing": True}),
         ("--prompt true", {"prompt": "true"}),
     ],
