@@ -33,7 +33,6 @@ from prepare.first_lines import first_lines
 from prepare.plan import say_plan
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
-from run.flags import EPOCH
 from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
 from run.ranks import Ranks
 from run.trackers import tracker_names
@@ -125,10 +124,6 @@ class Job:
     def steps_done(self) -> int:
         """The number of steps before this start of the run."""
         return self.resumed.state.step if self.resumed else 0
-
-    def num_between(self, steps: int) -> int:
-        """The steps between two evaluations or checkpoints, which may be given as an epoch's."""
-        return self.epochs.num_steps if steps == EPOCH else steps
 
     @property
     def output(self) -> Path:
