@@ -40,7 +40,7 @@ from prepare.job import Job, check
 from prepare.quantization import quantization_of
 from run.bars import reporting
 from run.checkpoint import RunState
-from run.flags import TrainingFlags
+from run.flags import EPOCH, TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
@@ -230,7 +230,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
     job, config, state = run.job, run.config, run.state
 
     def is_due(every: int) -> bool:
-        every = job.num_between(every)
+        if every == EPOCH:
+            return job.epochs.is_end(state.step)
         return every > 0 and state.step % every == 0
 
     # the row of step 0, or the row whose evaluation an earlier process did not finish

@@ -131,6 +131,10 @@ class Epochs:
         first = self._first_step(epoch)
         return epoch + step_in_epoch / (self._first_step(epoch + 1) - first)
 
+    def is_end(self, num_steps: int) -> bool:
+        """Whether an epoch ends with the last of so many optimizer steps."""
+        return num_steps > 0 and self._epoch_of(num_steps)[1] == 0
+
     def _epoch_of(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and the number of the step in it."""
         if self._first_steps is None:

@@ -40,8 +40,8 @@ class Translation:
             also: other names, with hyphens: each with our flag, or with our flag and a value, which
                 takes no other, or with our flag and the beginning of a value ("--text-field":
                 "--fields text="). A name may have a value, too ("--save-strategy no": "--save-steps
-                0"). Such a name may stand for nothing, which says how it is anyway, or for a flag
-                without a value, which must then be given.
+                0"). Such a name, which may be ours, may stand for nothing, which says how it is
+                anyway, or for a flag without a value, which must then be given.
             elsewhere: flags of other programs that have no like here, each with what to do.
         """
         self._flags, self._also, self._elsewhere = flags, also, elsewhere
@@ -65,7 +65,8 @@ class Translation:
                 self.complaints.append(str(error))
         for ours, (name, value) in self._needed.items():
             if ours not in self._given:
-                self.complaints.append(f"{name} {value} does not say enough: give {ours}, too")
+                lacks = f"{name} {value} does not say enough: give {ours}, too"
+                self.complaints.append(lacks if name != ours else f"{name} must have a value")
                 continue
             # what the name stands for with another value
             others = {words for key, words in self._also.items() if key.split()[0] == name}
@@ -119,10 +120,12 @@ class Translation:
         return f"{typed} is unknown" + (f": did you mean {meant}?" if meant else "")
 
     def _special(self, name: str, value: str) -> str | None:
-        """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value.lower())).lower()
-        keys = (f"{name} {each}" for each in (value, value.lower(), truth))
-        return next((self._also[key] for key in keys if key in self._also), None)
+        """Find what a name stands for with a value, of which only a truth may be written in other
+        ways."""
+        exact = self._also.get(f"{name} {value}")
+        if exact is not None or value.lower() not in TRUTHS:
+            return exact
+        return self._also.get(f"{name} {str(TRUTHS[value.lower()]).lower()}")
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:
         """Our flag with its value; without a value, the flag is needed beside the name."""

@@ -90,7 +90,7 @@ class ModelFlags(_Flags):
         "number format of the computation; auto: bfloat16 on a GPU that has it, float16 on "
         "another GPU, float32 on a CPU",
         ("auto", "bfloat16", "float16", "float32"),
-        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "None": "auto"},
     )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
 
@@ -236,7 +236,12 @@ class TrainingFlags(_Flags):
     )
     learning_rate: float = _flag(2e-4, "the highest rate of the schedule")
     loraplus_lr_ratio: float = _flag(1.0, "LoRA+: the rate of lora_B over that of lora_A")
-    lr_scheduler: str = _flag("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
+    lr_scheduler: str = _flag(
+        "cosine",
+        "decay after the warm-up",
+        ("cosine", "linear", "constant"),
+        also={"constant_with_warmup": "constant"},
+    )
     warmup_ratio: float = _flag(0.03, "share of the steps in which the learning rate rises")
     warmup_steps: int = _flag(0, "steps in which it rises, instead of --warmup-ratio")
     adam_beta1: float = _flag(0.9, "share of the first moment that a step keeps")

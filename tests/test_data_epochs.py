@@ -167,6 +167,8 @@ def test_packed_epochs_of_parts_may_have_other_numbers_of_steps() -> None:
         rows = [row for step in range(start, start + size) for row in epochs.micro_batches(step)[0]]
         assert sum(len(row) for row in rows) == 3
         assert epochs.epochs_after(start + 1) == number + (1 / size if size > 1 else 1)
+        assert epochs.is_end(start) == (number > 0)
+        assert epochs.is_end(start + 1) == (size == 1)
     assert epochs.rows_at_once == 1
     # with more rows at once than the first epoch has
     assert make({"row_length": 64, "shares": [Share("a", 0.3, 11)]}, 8, 1).rows_at_once == 8

@@ -19,8 +19,13 @@ def parser() -> Parser:
             "--save-strategy steps": "--save-steps",
             "--save-strategy epoch": "--save-steps -1",
             "--stage sft": "",
+            "--stage none": "",
             "--quiet true": "",
+            "--upload true": "--upload",
+            "--upload-name": "--upload",
             "--kind Auto": "",
+            "--field": "--prompt field=",
+            "--field text": "",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -30,6 +35,7 @@ def parser() -> Parser:
     result.add_argument("--chat", action="store_true")
     result.add_argument("--prompt")
     result.add_argument("--save-steps", type=int)
+    result.add_argument("--upload")
     return result
 
 
@@ -65,10 +71,14 @@ def read(text: str) -> dict[str, object]:
         ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
         ("--stage sft --quiet --chat", {"chat": True}),
         ("--quiet On --kind Auto --chat", {"chat": True}),
+        ("--upload a/b", {"upload": "a/b"}),
+        ("--upload --upload_name a/b --chat", {"upload": "a/b", "chat": True}),
         # the last one
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),
         # a value is left as it is
+        ("--field text --chat", {"chat": True}),
+        ("--field Text", {"prompt": "field=Text"}),
         ("--prompt a_b --packing", {"prompt": "a_b", "packing": True}),
         ("--prompt true", {"prompt": "true"}),
     ],
@@ -105,6 +115,7 @@ def test_a_switch_is_switched_off(typed: str) -> None:
         ("--dtype bfloat16 --bf16 no", "--bf16 (no) and --dtype (bfloat16) contradict"),
         ("--pack --packing false", "--pack (True) and --packing (False) contradict each other"),
         ("--stage=dpo", "--stage: leave it out; "),
+        ("--upload --chat", "--upload must have a value; "),
         ("--chat false", "--chat false is how it is without the flag: leave it out"),
         ("--dtype half", "--dtype: invalid choice: 'half'"),
         ("--max-length many", "--max-length: invalid int value: 'many'"),

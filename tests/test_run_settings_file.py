@@ -177,7 +177,7 @@ def test_a_value_is_read_as_on_the_command_line(
         ("config: other.yaml", "config is unknown"),
         ("help: true", "help is unknown"),
         ("dtype: fp8", "dtype: invalid choice: 'fp8'"),
-        ("batch_size: 2.5", "batch-size: invalid int value: '2.5'"),
+        ("batch_size: 2.5", "batch-size: must be a whole number: got '2.5'"),
         ("packing: 7", "packing must be left bare, or be true or false: got '7'"),
         ("roles: {a: b}", "roles is unknown"),
         ("datasets:\n- path: a\n  type: alpaca", "datasets: give --data"),
@@ -195,7 +195,11 @@ def test_a_value_is_read_as_on_the_command_line(
             ": 1",
             "mapping expected <block end>, but found ':' in line 1",
         ),
-        ("'': 1", "recipe.yaml:  is unknown"),
+        ("'': 1", "must have the name of a flag before each colon: got ''"),
+        # slips whose value would be lost, or read as that of another flag
+        ("learning_rate 1e-4:", "before each colon: got 'learning_rate 1e-4'"),
+        ("seed=5 --lr: 1", "before each colon: got 'seed=5 --lr'"),
+        ("model my: true", "before each colon: got 'model my'"),
         ("[" * 5000, "must be readable: got RecursionError"),
     ],
 )
@@ -223,7 +227,8 @@ def test_all_settings_that_must_change_are_said_in_one_go(tmp_path: Path) -> Non
         "  stage: leave it out, it is supervised fine-tuning",
         f"  datasets: {ELSEWHERE['--datasets']}",
         "  roles is unknown",
-        "  batch-size: invalid int value: 'many'",
+        "  batch-size: must be a whole number: got 'many' (samples, or packed rows, in a "
+        "micro-batch)",
     ]
 
 
