@@ -10,11 +10,20 @@ from foreign.command_line import Parser
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_NEW_TOKENS = 512
 
+# names of Unsloth, TRL and LLaMA-Factory
+ALSO = {
+    "--model-name-or-path": "--model",
+    "--model-name": "--model",
+    "--adapter-name-or-path": "--adapter",
+    "--load-in-4bit": "--quant nf4",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="generate.py",
         description="Let a model, alone or with an adapter, answer prompts or talk.",
+        also=ALSO,
     )
     model = parser.add_argument_group("model")
     model.add_argument(

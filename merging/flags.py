@@ -7,11 +7,25 @@ from foreign.command_line import Parser
 # of a GGUF file
 TYPES = ("f16", "bf16", "q8_0")
 
+# names of Unsloth and LLaMA-Factory
+ALSO = {
+    "--model-name-or-path": "--model",
+    "--model-name": "--model",
+    "--adapter-name-or-path": "--adapter",
+    "--save-path": "--output",
+    "--export-dir": "--output",
+    "--quantization-method": "--gguf",
+    "--save-method merged_16bit": "",
+}
+ELSEWHERE = {"--save-method": "leave it out, the merged model is in the format of its base"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="merge.py",
         description="Merge an adapter into its base model's weights.",
+        also=ALSO,
+        elsewhere=ELSEWHERE,
     )
     parser.add_argument("--adapter", required=True, help="adapter folder or hub id, ours or PEFT's")
     parser.add_argument("--output", required=True, help="new folder for the merged model")

@@ -1,9 +1,12 @@
 """run/known_names.py: every name of another trainer leads to a flag that there is."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from answering import flags as answer_flags
+from merging import flags as merge_flags
 from run.config import build_parser, read_given
 from run.known_names import ALSO, ELSEWHERE
 
@@ -120,6 +123,30 @@ def test_a_command_of_unsloth_is_read() -> None:
 )
 def test_values_have_their_other_names(typed: str, field: str, value: str) -> None:
     assert read_given(typed.split()) == {field: value}
+
+
+@pytest.mark.parametrize(
+    ("door", "typed", "ours"),
+    [
+        (
+            answer_flags,
+            "--model_name a --adapter_name_or_path b --load_in_4bit --chat",
+            "--model a --adapter b --quant nf4 --chat",
+        ),
+        (
+            merge_flags,
+            "--model_name_or_path a --adapter b --save_path c --save_method merged_16bit "
+            "--quantization_method q8_0",
+            "--model a --adapter b --output c --gguf q8_0",
+        ),
+    ],
+    ids=["generate.py", "merge.py"],
+)
+def test_the_other_doors_know_the_names_of_what_they_take(
+    door: ModuleType, typed: str, ours: str
+) -> None:
+    read = door.build_parser().parse_args
+    assert read(typed.split()) == read(ours.split())
 
 
 def test_the_page_lists_them() -> None:
