@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from run.config import build_parser
+from run.config import answer_mistakes
 
 if __name__ == "__main__":
-    # --help and a mistyped flag are answered here: the imports below take seconds
-    build_parser().parse_args()
+    # --help and a mistyped flag or setting are answered here: the imports below take seconds
+    answer_mistakes(sys.argv[1:])
 
 import torch
 
@@ -206,10 +206,12 @@ def train_and_save(run: Run) -> None:
                 save_stopped(run, log, stopped_by)
                 return
             restore_best(run, log)
-            # the adapter first: the card and the last answer may fail without harm
+            # the adapter first: all that follows may fail without harm
             names = save_results(run, log)
-        write_card(run, log, names)
         last_answer(run, log)
+        log.flush()
+    # last of all results: a folder that has it is that of a finished run
+    write_card(run, log, names)
     if run.optimizer.describe() != described:
         log.say(f"optimizer: {run.optimizer.describe()}")
     if job.plan:

@@ -13,13 +13,19 @@ is given twice means its last value, as everywhere.
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 # YAML 1.1 has the six, in files that other programs read
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Translation:
-    """The translation of one command line."""
+    """The translation of one command line.
+
+    Attributes:
+        complaints: a sentence for each argument that is wrong, in their order; it begins with the
+            name as it was typed.
+    """
 
     def __init__(
         self,
@@ -34,8 +40,8 @@ class Translation:
             also: other names, with hyphens: each with our flag, or with our flag and a value, which
                 takes no other, or with our flag and the beginning of a value ("--text-field":
                 "--fields text="). A name may have a value, too ("--save-strategy no": "--save-steps
-                0"). Such a name may stand for nothing, which says how it is anyway, or for a flag
-                without a value, which must then be given.
+                0"). Such a name, which may be ours, may stand for nothing, which says how it is
+                anyway, or for a flag without a value, which must then be given.
             elsewhere: flags of other programs that have no like here, each with what to do.
         """
         self._flags, self._also, self._elsewhere = flags, also, elsewhere
@@ -43,29 +49,29 @@ class Translation:
         self._given: dict[str, tuple[str, str]] = {}
         # by our flag, which must be given, too: the name that needs it
         self._needed: dict[str, tuple[str, str]] = {}
-        self._answers: list[str] = []
+        self.complaints: list[str] = []
 
     def translate(self, arguments: Sequence[str]) -> list[str]:
-        """Translate all arguments; what nobody knows stays as it is.
-
-        Raises:
-            ValueError: a switch has a value that is no truth, two names of one flag contradict each
-                other, or a flag is another program's.
-        """
+        """Translate all arguments, and leave out those that there is a complaint about: a name that
+        nobody knows or that is another program's, a switch whose value is no truth, two names of
+        one flag that contradict each other."""
         rest, words = [*arguments], []
         while rest:
             argument = rest.pop(0)
             is_flag = argument.startswith("--") and argument != "--"
-            words += self._words_of(argument, rest) if is_flag else [argument]
-        if self._answers:
-            raise ValueError("; ".join(self._answers))
+            try:
+                words += self._words_of(argument, rest) if is_flag else [argument]
+            except ValueError as error:
+                self.complaints.append(str(error))
         for ours, (name, value) in self._needed.items():
             if ours not in self._given:
-                raise ValueError(f"{name} {value} does not say enough: give {ours}, too")
+                lacks = f"{name} {value} does not say enough: give {ours}, too"
+                self.complaints.append(lacks if name != ours else f"{name} must have a value")
+                continue
             # what the name stands for with another value
             others = {words for key, words in self._also.items() if key.split()[0] == name}
             if f"{ours} {self._given[ours][1]}" in others:
-                raise ValueError(self._contradiction((name, value), self._given[ours]))
+                self.complaints.append(self._contradiction((name, value), self._given[ours]))
         return words
 
     def _words_of(self, argument: str, rest: list[str]) -> list[str]:
@@ -81,12 +87,11 @@ class Translation:
             ours, _, fixed = special.partition(" ")
             return self._fixed(ours, fixed, name, value) if special else []
         if name in self._elsewhere:
-            self._answers.append(f"{typed} is another program's: {self._elsewhere[name]}")
-            return []
+            raise ValueError(f"{typed}: {self._elsewhere[name]}")
         ours, _, fixed = self._also.get(name, name).partition(" ")
         if ours not in self._flags:
-            # as it was typed, to be told so
-            return [argument]
+            del rest[: int(follows)]
+            raise ValueError(self._unknown(typed))
         if fixed.endswith("=") and (equals or follows):
             del rest[: int(follows)]
             return self._fixed(ours, fixed + value, name, value)
@@ -107,6 +112,13 @@ class Translation:
         self._note(positive, name.replace("--no-", "--", 1), str(is_on != negates))
         return [ours if is_on else self._opposite(typed, ours)]
 
+    def _unknown(self, typed: str) -> str:
+        """Say that a name is unknown, and what it may have been meant to be."""
+        known = [*self._flags, *(name.split()[0] for name in self._also)]
+        near = get_close_matches(typed.replace("_", "-"), known, n=1, cutoff=0.7)
+        meant = self._also.get(near[0], near[0]) if near else ""
+        return f"{typed} is unknown" + (f": did you mean {meant}?" if meant else "")
+
     def _special(self, name: str, value: str) -> str | None:
         """Find what a name stands for with a value, of which only a truth may be written in other
         ways."""
@@ -124,10 +136,10 @@ class Translation:
         return [ours, fixed]
 
     def _note(self, ours: str, name: str, value: str) -> None:
-        """Keep what a flag was given, and refuse another value under another name."""
+        """Keep what a flag was given, and complain of another value under another name."""
         first = self._given.get(ours, (name, value))
         if first[0] != name and first[1] != value:
-            raise ValueError(self._contradiction(first, (name, value)))
+            self.complaints.append(self._contradiction(first, (name, value)))
         self._given[ours] = (name, value)
 
     def _contradiction(self, first: tuple[str, str], second: tuple[str, str]) -> str:

@@ -12,12 +12,14 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO, cast
 
 # characters of a message, and of a text that is written at once
 MOST_OF_A_MESSAGE = 2_000
 MOST_AT_ONCE = 1 << 16
+# complaints that are listed
+MOST_COMPLAINTS = 50
 
 _HIDDEN = "***"
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -70,6 +72,27 @@ def one_line(text: object) -> str:
     Line breaks are escaped: the foreign text cannot pretend to be another message.
     """
     return escaped(shortened(without_secrets(str(text)), MOST_OF_A_MESSAGE), kept="")
+
+
+class Complaints(ValueError):
+    """Several complaints about one text, such as a command line.
+
+    Attributes:
+        complaints: a sentence each.
+    """
+
+    def __init__(self, head: str, complaints: Sequence[str]) -> None:
+        super().__init__(head)
+        self.complaints = complaints
+
+
+def printable(error: object) -> str:
+    """Write an error as one_line() does; each of several complaints has a line of its own."""
+    complaints = error.complaints if isinstance(error, Complaints) else ()
+    lines = [one_line(each) for each in (error, *complaints[:MOST_COMPLAINTS])]
+    if more := len(complaints[MOST_COMPLAINTS:]):
+        lines.append(f"and {more:,} more")
+    return "\n  ".join(lines)
 
 
 def first_line(error: BaseException) -> str:

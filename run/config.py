@@ -10,6 +10,7 @@ machine. `--config OUT/run.json` runs what was asked: a trial on a laptop uses t
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from foreign.command_line import Parser
 from foreign.reading import Reading
+from foreign.terminal import printable
 from foreign.yaml_text import Setting
 from run.flags import (
     AdapterFlags,
@@ -85,6 +87,10 @@ class TrainConfig(OutputFlags, MemoryFlags, TrainingFlags, AdapterFlags, DataFla
     """
 
 
+# of values
+_KINDS = {int: "a whole number", float: "a number"}
+
+
 def _default(f: Field) -> Any:
     assert f.default is not MISSING
     return f.default
@@ -119,8 +125,21 @@ def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-class _AddToList(argparse.Action):
-    """Adds a value to those that the same flag had before."""
+class _Join(argparse.Action):
+    """Joins the values of a flag by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+
+
+class _AddAndJoin(_Join):
+    """Adds values to those that the same flag had before, and joins them."""
 
     def __call__(
         self,
@@ -130,7 +149,8 @@ class _AddToList(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         earlier = getattr(namespace, self.dest, "")
-        setattr(namespace, self.dest, f"{earlier},{values}" if earlier else values)
+        values = [earlier, *values] if earlier else values
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _add_flag(group: Any, f: Field) -> None:
@@ -145,14 +165,16 @@ def _add_flag(group: Any, f: Field) -> None:
         also = f.metadata["also"]
 
         def read(text: str) -> Any:
-            return type(default)(also.get(text, text))
+            try:
+                return type(default)(also.get(text, text))
+            except ValueError:
+                message = f"must be {_KINDS[type(default)]}: got {text!r} ({f.metadata['help']})"
+                raise argparse.ArgumentTypeError(message) from None
 
-        # argparse's message names it
-        read.__name__ = type(default).__name__
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
         if f.metadata["is_list"]:
-            options["action"] = _AddToList
+            options |= {"action": _AddAndJoin if f.metadata["adds_up"] else _Join, "nargs": "+"}
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}
@@ -178,6 +200,14 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
     return read_fields(path) | read_asked(path) | given
 
 
+def answer_mistakes(arguments: Sequence[str]) -> None:
+    """End the process with a message if read_given() refuses the arguments."""
+    try:
+        read_given(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {printable(error)}")
+
+
 def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Read the settings of the run that --resume names the folder of."""
     if file or "output" in given:
@@ -185,8 +215,11 @@ def _read_run(folder: Path, file: str | None, given: dict[str, Any]) -> dict[str
         raise ValueError(f"--resume {folder} says which run it is: leave out {other}")
     path = find_config(folder)
     if path is None:
+        # a folder in it, such as a checkpoint's
+        run = folder.absolute().parent
+        advice = f"; it is in that of a run: --resume {run}" if find_config(run) else ""
         raise FileNotFoundError(
-            f"--resume must name the folder of a run: {folder} has no {CONFIG_FILE}"
+            f"--resume must name the folder of a run: {folder} has no {CONFIG_FILE}{advice}"
         )
     return read_fields(path) | given | {"output": str(folder), "resume": "auto"}
 
@@ -290,7 +323,8 @@ def _parse(settings: Mapping[str, Setting], path: Path) -> dict[str, Any]:
     """Read settings of a file as the command line would be read that says the same."""
     lists = {flag_name(f.name) for f in fields(TrainConfig) if f.metadata["is_list"]}
     lists |= {name for name, ours in ALSO.items() if ours in lists}
-    arguments = as_arguments(settings, path, lists, ELSEWHERE)
+    known = {flag_name(f.name) for f in fields(TrainConfig)} | (ALSO.keys() - ELSEWHERE.keys())
+    arguments = as_arguments(settings, path, lists, known)
     return _instead(_expand_home(vars(build_parser(path).parse_args(arguments))))
 
 

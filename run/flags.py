@@ -26,16 +26,18 @@ def _flag(
     bare: str | None = None,
     also: Mapping[str, str] | None = None,
     is_list: bool = False,
+    adds_up: bool = False,
 ) -> Any:
     """Describe a flag.
 
     Args:
         bare: the value of the flag where none follows it; such a flag has a --no-flag, too.
         also: other programs' names of values, each with ours.
-        is_list: texts separated by commas; given again, the flag has one more.
+        is_list: the value is texts separated by commas.
+        adds_up: given again, such a flag has one more; another flag has its last value.
     """
     metadata = {"help": help, "choices": choices, "bare": bare, "also": also or {}}
-    metadata["is_list"] = is_list
+    metadata |= {"is_list": is_list, "adds_up": adds_up}
     return field(default=default, metadata=metadata)
 
 
@@ -88,7 +90,7 @@ class ModelFlags(_Flags):
         "number format of the computation; auto: bfloat16 on a GPU that has it, float16 on "
         "another GPU, float32 on a CPU",
         ("auto", "bfloat16", "float16", "float32"),
-        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+        also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "None": "auto"},
     )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
 
@@ -103,6 +105,7 @@ class DataFlags(_Flags):
         "folder of them, or a hub id; again, or after a comma, for several; PLACE=0.5 has half of "
         "its samples in each epoch, PLACE=2 each of them twice",
         is_list=True,
+        adds_up=True,
     )
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
     subset: str = _flag(
@@ -233,7 +236,12 @@ class TrainingFlags(_Flags):
     )
     learning_rate: float = _flag(2e-4, "the highest rate of the schedule")
     loraplus_lr_ratio: float = _flag(1.0, "LoRA+: the rate of lora_B over that of lora_A")
-    lr_scheduler: str = _flag("cosine", "decay after the warm-up", ("cosine", "linear", "constant"))
+    lr_scheduler: str = _flag(
+        "cosine",
+        "decay after the warm-up",
+        ("cosine", "linear", "constant"),
+        also={"constant_with_warmup": "constant"},
+    )
     warmup_ratio: float = _flag(0.03, "share of the steps in which the learning rate rises")
     warmup_steps: int = _flag(0, "steps in which it rises, instead of --warmup-ratio")
     adam_beta1: float = _flag(0.9, "share of the first moment that a step keeps")

@@ -32,14 +32,14 @@ def read_settings(path: Path) -> dict[str, Setting]:
 
 
 def as_arguments(
-    settings: Mapping[str, Setting], path: Path, lists: Collection[str], answered: Collection[str]
+    settings: Mapping[str, Setting], path: Path, lists: Collection[str], known: Collection[str]
 ) -> list[str]:
     """Write settings as arguments.
 
     Args:
         path: of the file that they are from, for messages.
         lists: flags that take texts separated by commas.
-        answered: flags that are refused with an answer, whatever their value.
+        known: flags whose values are read; any other is refused, whatever its value.
 
     Raises:
         ValueError: a name cannot be a flag's, or a setting has no form of a value.
@@ -53,7 +53,7 @@ def as_arguments(
             continue
         if isinstance(value, list) and flag in lists:
             value = ",".join(value)
-        elif not isinstance(value, str) and flag in answered:
+        elif not isinstance(value, str) and flag not in known:
             value = ""
         if not isinstance(value, str):
             got = "a list" if isinstance(value, list) else "names or lists inside it"

@@ -19,7 +19,11 @@ def parser() -> Parser:
             "--save-strategy steps": "--save-steps",
             "--save-strategy epoch": "--save-steps -1",
             "--stage sft": "",
+            "--stage none": "",
             "--quiet true": "",
+            "--upload true": "--upload",
+            "--upload-name": "--upload",
+            "--kind Auto": "",
             "--field": "--prompt field=",
             "--field text": "",
         },
@@ -31,6 +35,7 @@ def parser() -> Parser:
     result.add_argument("--chat", action="store_true")
     result.add_argument("--prompt")
     result.add_argument("--save-steps", type=int)
+    result.add_argument("--upload")
     return result
 
 
@@ -65,7 +70,9 @@ def read(text: str) -> dict[str, object]:
         ("--save-steps=7 --save-strategy steps", {"save_steps": 7}),
         ("--save-strategy epoch --max-length 8", {"save_steps": -1, "max_length": 8}),
         ("--stage sft --quiet --chat", {"chat": True}),
-        ("--quiet On --chat", {"chat": True}),
+        ("--quiet On --kind Auto --chat", {"chat": True}),
+        ("--upload a/b", {"upload": "a/b"}),
+        ("--upload --upload_name a/b --chat", {"upload": "a/b", "chat": True}),
         # the last one
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),
@@ -88,9 +95,9 @@ def test_a_switch_is_switched_off(typed: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("--max-lenght 8", "there is no flag --max-lenght: did you mean --max-length?"),
-        ("--max_seq_lenn 8", "there is no flag --max_seq_lenn: did you mean --max-length?"),
-        ("--zzz", "there is no flag --zzz"),
+        ("--max-lenght 8", "--max-lenght is unknown: did you mean --max-length?"),
+        ("--max_seq_lenn 8", "--max_seq_lenn is unknown: did you mean --max-length?"),
+        ("--zzz", "--zzz is unknown"),
         ("more", "arguments must begin with a flag's name: got 'more'"),
         ("--packing=7", "--packing must be left bare, or be true or false: got '7'"),
         ("--bf16=bfloat16", "--bf16 must be left bare, or be true or false: got 'bfloat16'"),
@@ -107,15 +114,12 @@ def test_a_switch_is_switched_off(typed: str) -> None:
         ("--bf16 --dtype auto", "--bf16 (bfloat16) and --dtype (auto) contradict each other"),
         ("--dtype bfloat16 --bf16 no", "--bf16 (no) and --dtype (bfloat16) contradict"),
         ("--pack --packing false", "--pack (True) and --packing (False) contradict each other"),
-        ("--stage=dpo", "--stage is another program's: leave it out; "),
-        (
-            "--stage dpo --chat --fsdp full",
-            "--stage is another program's: leave it out; --fsdp is another program's: start it",
-        ),
+        ("--stage=dpo", "--stage: leave it out; "),
+        ("--upload --chat", "--upload must have a value; "),
         ("--chat false", "--chat false is how it is without the flag: leave it out"),
-        ("--dtype half", "argument --dtype: invalid choice: 'half'"),
-        ("--max-length many", "argument --max-length: invalid int value: 'many'"),
-        ("--no\x1b[31m", "there is no flag --no"),
+        ("--dtype half", "--dtype: invalid choice: 'half'"),
+        ("--max-length many", "--max-length: invalid int value: 'many'"),
+        ("--no\x1b[31m", "--no\\x1b[31m is unknown"),
     ],
 )
 def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,3 +132,27 @@ def test_an_error_is_one_line(typed: str, message: str, capsys: pytest.CaptureFi
     assert line.startswith(f"error: {message}")
     assert line.endswith("; x.py --help lists all flags")
     assert "\x1b" not in line
+
+
+def test_all_complaints_are_listed_in_one_go(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = "--fsdp full --z\x1b 3 --chat false --save-strategy steps --max_length many --stage=dpo"
+    with pytest.raises(SystemExit):
+        parser().parse_args(typed.split())
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 6 flags must change; x.py --help lists all flags",
+        "  --fsdp: start it with torchrun",
+        "  --z\\x1b is unknown",
+        "  --chat false is how it is without the flag: leave it out",
+        "  --stage: leave it out",
+        "  --save-strategy steps does not say enough: give --save-steps, too",
+        "  --max-length: invalid int value: 'many'",
+    ]
+
+
+def test_complaints_come_before_what_ends_the_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--stage", "dpo", "--prompt"])
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  --stage: leave it out",
+        "  argument --prompt: expected one argument",
+    ]

@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from foreign.terminal import AsIs, escaped, guard_output, one_line, without_secrets
+from foreign.terminal import (
+    MOST_COMPLAINTS,
+    AsIs,
+    Complaints,
+    escaped,
+    guard_output,
+    one_line,
+    printable,
+    without_secrets,
+)
 from prepare.job import BUNDLED
 from run.watching import Watching
 
@@ -411,3 +420,12 @@ def test_no_bad_record_makes_data_json_long(tmp_path: Path, capsys: Capture) -> 
     text = command(capsys, *train(tmp_path, "--skip-bad-lines", data=data))
     assert len(text) < 5_000
     assert len((tmp_path / "out" / "data.json").read_bytes()) < 5_000
+
+
+def test_complaints_are_printed_a_line_each_and_not_without_end() -> None:
+    error = Complaints("many", ["a\nb", *["c"] * (MOST_COMPLAINTS + 6)])
+    lines = printable(error).splitlines()
+    assert lines[:3] == ["many", "  a\\nb", "  c"]
+    assert lines[-1] == "  and 7 more"
+    assert len(lines) == MOST_COMPLAINTS + 2
+    assert printable(ValueError("a\nb")) == "a\\nb"

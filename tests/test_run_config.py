@@ -111,8 +111,9 @@ def test_data_given_again_is_one_more_data_set(
     (tmp_path / "run.json").write_text(to_json(config))
     assert parse(f"--config {tmp_path}/run.json") == config
     assert parse(f"--config {tmp_path}/run.json --data d --data e").data == "d,e"
-    # the last value of a flag that is no list
+    # the last value of any other flag
     assert parse("--model m --model n --data d").model == "n"
+    assert parse("--target-modules q_proj --target-modules v_proj").target_modules == "v_proj"
     with pytest.raises(ValueError, match="must name each data set once: got d twice"):
         parse("--model m --data d --data d=2")
 
@@ -191,12 +192,12 @@ def test_a_run_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     [
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object: got a list"),
-        ('{"lerning_rate": 1}', "no flag --lerning_rate: did you mean --learning-rate"),
-        ('{"epochs": "three"}', "argument --epochs: invalid float value: 'three'"),
-        ('{"batch_size": true}', "argument --batch-size: invalid int value: 'true'"),
-        ('{"batch_size": 2.5}', "argument --batch-size: invalid int value: '2.5'"),
-        ('{"asked": ["auto"]}', "asked must be one value: got a list"),
-        ('{"asked": {"epochs": "three"}}', "argument --epochs: invalid float value: 'three'"),
+        ('{"lerning_rate": 1}', "lerning_rate is unknown: did you mean --learning-rate"),
+        ('{"epochs": "three"}', "epochs: must be a number: got 'three'"),
+        ('{"batch_size": true}', "batch-size: must be a whole number: got 'true' "),
+        ('{"batch_size": 2.5}', "batch-size: must be a whole number: got '2.5'"),
+        ('{"asked": ["auto"]}', "asked is unknown"),
+        ('{"asked": {"epochs": "three"}}', "epochs: must be a number: got 'three'"),
     ],
 )
 def test_a_bad_config_file_is_refused(tmp_path: Path, content: str, complaint: str) -> None:
@@ -241,6 +242,39 @@ def test_only_flags_that_decide_the_result_count_as_differences(tmp_path: Path) 
 )
 def test_resume_may_be_bare(line: str, resume: str) -> None:
     assert parse(line).resume == resume
+
+
+def test_a_checkpoint_is_answered_with_its_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(to_json(parse("--model m --data d")))
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"in that of a run: --resume {tmp_path}$"):
+        parse(f"--resume {tmp_path}/checkpoint-2")
+    with pytest.raises(FileNotFoundError, match=r"has no run\.json$"):
+        parse(f"--resume {tmp_path}/checkpoint-2/more")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--data a.jsonl b.jsonl --data c.jsonl=2", "data", "a.jsonl,b.jsonl,c.jsonl=2"),
+        ("--lora_target_modules q_proj v_proj", "target_modules", "q_proj,v_proj"),
+        ("--report_to wandb tensorboard", "report_to", "wandb,tensorboard"),
+    ],
+)
+def test_texts_of_a_list_may_be_apart(line: str, name: str, value: str) -> None:
+    assert read_given(line.split()) == {name: value}
+
+
+def test_a_value_of_a_wrong_kind_is_answered_with_what_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # a share, as transformers takes it
+    with pytest.raises(SystemExit):
+        read_given(["--warmup_steps", "0.03"])
+    assert (
+        "--warmup-steps: must be a whole number: got '0.03' (steps in which it rises, instead of "
+        "--warmup-ratio)" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("name", "fields"), [("text", ""), ("body", "text=body")])

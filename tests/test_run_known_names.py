@@ -15,14 +15,14 @@ FLAGS = {name: action for action in build_parser()._actions for name in action.o
 def test_a_known_name_is_one_of_our_flags(name: str) -> None:
     bare, _, of_value = name.partition(" ")
     ours, _, value = ALSO[name].partition(" ")
-    assert bare not in FLAGS, "a flag of ours needs no other name"
+    assert bare not in FLAGS or of_value, "a flag of ours needs no other name"
     assert not ours or ours in FLAGS
     # a beginning of a value goes on with what is typed
     rest = "x" if value.endswith("=") else ""
     if value:
         assert read_given([*name.split(), *rest]) == read_given([f"{ours}={value}{rest}"])
     # a name that says how it is anyway, or some of it, says so with this value only
-    assert not of_value or bare in {*ALSO, *ELSEWHERE}
+    assert not of_value or bare in {*ALSO, *ELSEWHERE, *FLAGS}
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -30,12 +30,12 @@ def test_what_is_not_here_is_answered(name: str, capsys: pytest.CaptureFixture[s
     assert name not in FLAGS
     assert name not in ALSO
     with pytest.raises(SystemExit):
-        read_given([name.replace("-", "_").replace("__", "--", 1), "1"])
+        read_given([name.replace("-", "_").replace("__", "--", 1), "other"])
     message = capsys.readouterr().err
     # it names flags that there are
-    for word in message.replace(",", " ").replace(";", " ").split():
+    for word in message.translate(str.maketrans(",;:=", "    ")).split():
         if word.startswith("--") and word.replace("_", "-") != name and word != "--help":
-            assert word.rstrip(":.") in FLAGS, word
+            assert word in FLAGS, word
 
 
 def test_a_command_of_transformers_and_trl_is_read() -> None:
@@ -72,12 +72,44 @@ def test_a_command_of_transformers_and_trl_is_read() -> None:
     }
 
 
+def test_a_command_of_unsloth_is_read() -> None:
+    typed = """
+        --model_name a --dataset b --max_seq_length 512 --dtype None --load_in_4bit --r 8
+        --lora_alpha 16 --lora_dropout 0 --bias none --use_gradient_checkpointing unsloth
+        --random_state 3407 --seed 3407 --loftq_config None --per_device_train_batch_size 2
+        --warmup_steps 5 --max_steps 60 --optim adamw_8bit --lr_scheduler_type linear
+        --report_to none --output_dir outputs
+    """
+    assert read_given(typed.split()) == {
+        "model": "a",
+        "data": "b",
+        "max_length": 512,
+        "dtype": "auto",
+        "quant": "nf4",
+        "lora_r": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "activations": "auto",
+        "seed": 3407,
+        "batch_size": 2,
+        "warmup_steps": 5,
+        "warmup_ratio": 0.0,
+        "max_steps": 60,
+        "optim": "paged_adamw_8bit",
+        "lr_scheduler": "linear",
+        "report_to": "",
+        "output": "outputs",
+    }
+
+
 @pytest.mark.parametrize(
     ("typed", "field", "value"),
     [
         ("--dtype bf16", "dtype", "bfloat16"),
         ("--dtype fp16", "dtype", "float16"),
         ("--dtype fp32", "dtype", "float32"),
+        ("--dtype None", "dtype", "auto"),
+        ("--lr_scheduler_type constant_with_warmup", "lr_scheduler", "constant"),
         ("--optim adamw_torch", "optim", "adamw"),
         ("--optim paged_adamw", "optim", "paged_adamw_32bit"),
         ("--text_field body", "fields", "text=body"),

@@ -1,14 +1,19 @@
 """run/settings_file.py: files of settings, ours and other programs', read as command lines."""
 
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 
-from run.config import read_given
+from foreign.terminal import Complaints, printable
+from run.config import answer_mistakes, read_given
+from run.known_names import ELSEWHERE
 
 AXOLOTL = """
 base_model: NousResearch/Meta-Llama-3-8B
+model_type: AutoModelForCausalLM
+tokenizer_type: AutoTokenizer
 load_in_8bit: false
 load_in_4bit: true
 strict: false
@@ -38,8 +43,9 @@ fp16:
 tf32: false
 early_stopping_patience:
 logging_steps: 1
+flash_attention: true
 warmup_steps: 10
-save_strategy: epoch
+saves_per_epoch: 1
 weight_decay: 0.0
 deepspeed:
 fsdp:
@@ -49,6 +55,7 @@ FACTORY = """
 ### model
 model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
 quantization_bit: 4
+quantization_method: bnb
 ### method
 stage: sft
 do_train: true
@@ -58,6 +65,7 @@ lora_target: all
 ### dataset
 dataset: alpaca.json
 cutoff_len: 2048
+overwrite_cache: true
 preprocessing_num_workers: 16
 ### output
 output_dir: saves/llama3-8b/lora/sft
@@ -164,25 +172,25 @@ def test_a_value_is_read_as_on_the_command_line(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("lerning_rate: 1", "there is no flag --lerning_rate: did you mean --learning-rate?"),
-        ("lora_rnk: 1", "there is no flag --lora_rnk: did you mean --lora-r"),
-        ("config: other.yaml", "there is no flag --config"),
-        ("help: true", "there is no flag --help"),
-        ("dtype: fp8", "argument --dtype: invalid choice: 'fp8'"),
-        ("batch_size: 2.5", "argument --batch-size: invalid int value: '2.5'"),
-        ("packing: 7", "--packing must be left bare, or be true or false: got '7'"),
-        ("gradient_checkpointing: true\nstage: dpo", "short; --activations recompute always; --st"),
-        ("datasets:\n- path: a\n  type: alpaca", "--datasets is another program's: give --data"),
+        ("lerning_rate: 1", "lerning_rate is unknown: did you mean --learning-rate?"),
+        ("lora_rnk: 1", "lora_rnk is unknown: did you mean --lora-r"),
+        ("config: other.yaml", "config is unknown"),
+        ("help: true", "help is unknown"),
+        ("dtype: fp8", "dtype: invalid choice: 'fp8'"),
+        ("batch_size: 2.5", "batch-size: must be a whole number: got '2.5'"),
+        ("packing: 7", "packing must be left bare, or be true or false: got '7'"),
+        ("roles: {a: b}", "roles is unknown"),
+        ("datasets:\n- path: a\n  type: alpaca", "datasets: give --data"),
         ("model: [a, b]", "model must be one value: got a list"),
         ("model: {a: b}", "model must be one value: got names or lists inside it"),
         ("target_modules: [[a]]", "target_modules must be one value: got names or lists inside"),
-        ("lr: 1\nlearning_rate: 2", "--lr (1) and --learning-rate (2) contradict each other"),
+        ("lr: 1\nlearning_rate: 2", "lr (1) and --learning-rate (2) contradict each other"),
         ("lora-r: 1\nlora_r: 2", "lora_r must be given once: got it with _ and with -"),
         (
             "save_strategy: epoch\nsave_steps: 9",
             "(epoch) and --save-steps (9) contradict each other",
         ),
-        ("fp16: false", "--fp16 false does not say enough: give --dtype, too"),
+        ("fp16: false", "fp16 false does not say enough: give --dtype, too"),
         (
             ": 1",
             "mapping expected <block end>, but found ':' in line 1",
@@ -202,6 +210,37 @@ def test_what_a_setting_cannot_be_is_said_with_the_name_of_the_file(
         read(tmp_path, text)
     assert complaint in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_all_settings_that_must_change_are_said_in_one_go(tmp_path: Path) -> None:
+    text = """
+        stage: dpo
+        datasets:
+          - path: a
+            type: alpaca
+        roles: {a: b}
+        batch_size: many
+    """
+    with pytest.raises(Complaints, match=r"recipe\.yaml: 4 settings must change") as refused:
+        read(tmp_path, dedent(text))
+    assert printable(refused.value).splitlines()[1:] == [
+        "  stage: leave it out, it is supervised fine-tuning",
+        f"  datasets: {ELSEWHERE['--datasets']}",
+        "  roles is unknown",
+        "  batch-size: must be a whole number: got 'many' (samples, or packed rows, in a "
+        "micro-batch)",
+    ]
+
+
+def test_a_refused_file_ends_the_process_with_its_list(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stage: dpo\nlerning_rate: 1")
+    with pytest.raises(SystemExit) as ended:
+        answer_mistakes(["--config", str(path)])
+    head, *lines = str(ended.value.code).splitlines()
+    assert head.startswith(f"error: {path}: 2 settings must change")
+    assert len(lines) == 2
+    answer_mistakes(["--lr", "1"])
 
 
 def test_flags_override_the_file_also_by_their_counterpart(tmp_path: Path) -> None:

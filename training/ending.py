@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from foreign.terminal import first_line, one_line
+from foreign.terminal import first_line, printable
 from prepare.job import Job
 from run.checkpoint import RunState, list_checkpoints
 from run.ranks import RankError
@@ -61,11 +61,11 @@ def last_checkpoint(job: Job) -> str:
 
 
 def end(error: Exception) -> NoReturn:
-    """Print an error as one line on stderr, and end the process with exit code 1.
+    """Print an error on stderr, a line for each complaint, and end the process with exit code 1.
 
     Where the GPU is lost the process ends at once: torch calls the GPU at a normal exit.
     """
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # a GPU that waits for a rank that has ended would not answer
     if not isinstance(error, RankError) and is_lost(torch.device("cuda")):
