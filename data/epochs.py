@@ -100,6 +100,13 @@ class Epochs:
         return batch_size if self._first_steps else min(batch_size, self.num_rows)
 
     @property
+    def most_batch_sizes(self) -> int:
+        """The most numbers of rows that micro-batches can have: a full one, and the last of each
+        epoch."""
+        batch_size, _ = self._sizes
+        return batch_size if self._first_steps else 2
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the first epoch without padding."""
         return sum(self._first_lengths)
