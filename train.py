@@ -40,7 +40,7 @@ from prepare.job import Job, check
 from prepare.quantization import quantization_of
 from run.bars import reporting
 from run.checkpoint import RunState
-from run.flags import TrainingFlags
+from run.flags import EPOCH, TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
@@ -206,10 +206,12 @@ def train_and_save(run: Run) -> None:
                 save_stopped(run, log, stopped_by)
                 return
             restore_best(run, log)
-            # the adapter first: the card and the last answer may fail without harm
+            # the adapter first: all that follows may fail without harm
             names = save_results(run, log)
-        write_card(run, log, names)
         last_answer(run, log)
+        log.flush()
+    # last of all results: a folder that has it is that of a finished run
+    write_card(run, log, names)
     if run.optimizer.describe() != described:
         log.say(f"optimizer: {run.optimizer.describe()}")
     if job.plan:
@@ -228,7 +230,8 @@ def train(run: Run, log: RunLog, stop: StopRequest) -> str:
     job, config, state = run.job, run.config, run.state
 
     def is_due(every: int) -> bool:
-        every = job.num_between(every)
+        if every == EPOCH:
+            return job.epochs.is_end(state.step)
         return every > 0 and state.step % every == 0
 
     # the row of step 0, or the row whose evaluation an earlier process did not finish

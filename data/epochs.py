@@ -100,6 +100,13 @@ class Epochs:
         return batch_size if self._first_steps else min(batch_size, self.num_rows)
 
     @property
+    def most_batch_sizes(self) -> int:
+        """The most numbers of rows that micro-batches can have: a full one, and the last of each
+        epoch."""
+        batch_size, _ = self._sizes
+        return batch_size if self._first_steps else 2
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the first epoch without padding."""
         return sum(self._first_lengths)
@@ -130,6 +137,10 @@ class Epochs:
         epoch, step_in_epoch = self._epoch_of(num_steps)
         first = self._first_step(epoch)
         return epoch + step_in_epoch / (self._first_step(epoch + 1) - first)
+
+    def is_end(self, num_steps: int) -> bool:
+        """Whether an epoch ends with the last of so many optimizer steps."""
+        return num_steps > 0 and self._epoch_of(num_steps)[1] == 0
 
     def _epoch_of(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and the number of the step in it."""

@@ -120,10 +120,12 @@ class Translation:
         return f"{typed} is unknown" + (f": did you mean {meant}?" if meant else "")
 
     def _special(self, name: str, value: str) -> str | None:
-        """Find what a name stands for with a value."""
-        truth = str(TRUTHS.get(value.lower(), value)).lower()
-        keys = (f"{name} {each}" for each in (value, truth))
-        return next((self._also[key] for key in keys if key in self._also), None)
+        """Find what a name stands for with a value, of which only a truth may be written in other
+        ways."""
+        exact = self._also.get(f"{name} {value}")
+        if exact is not None or value.lower() not in TRUTHS:
+            return exact
+        return self._also.get(f"{name} {str(TRUTHS[value.lower()]).lower()}")
 
     def _fixed(self, ours: str, fixed: str, name: str, value: str) -> list[str]:
         """Our flag with its value; without a value, the flag is needed beside the name."""

@@ -92,10 +92,10 @@ def workload(
 
 
 def _num_shapes(epochs: Epochs, device: torch.device) -> int:
-    """Count the shapes of micro-batches that CUDA graphs may capture: for each length of rows, a
-    full micro-batch and the last of an epoch."""
+    """Count the shapes of micro-batches that CUDA graphs may capture: for each length of rows,
+    each number of them."""
     lengths = {padded_tokens(length, device) for length in epochs.row_lengths}
-    return min(2 * len(lengths), MAX_GRAPHS)
+    return min(epochs.most_batch_sizes * len(lengths), MAX_GRAPHS)
 
 
 def evaluated_at_once(work: Workload, evaluation: Epochs, batch_size: int) -> int:

@@ -10,6 +10,7 @@ from data import audit, mixture
 from data.chat import template_marks
 from data.dataset import Dataset, load_dataset
 from data.formats.field_names import parse_fields
+from data.prompt import encode_prompt
 from data.sources import Found, Wanted, check_names, find_data
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
@@ -90,6 +91,16 @@ def load_data(
             "to learn from"
         )
     return train_data, eval_data
+
+
+def prompt_of(
+    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Checkpoint
+) -> list[int] | None:
+    """The tokens of --sample-prompt, None where it is not given."""
+    if not config.sample_prompt:
+        return None
+    size = checkpoint.config.vocab_size
+    return encode_prompt(config.sample_prompt, tokenizer, size, config.system_prompt)
 
 
 def _find(config: TrainConfig, places: Sequence[Place]) -> tuple[list[Found], Found | None]:

@@ -17,24 +17,22 @@ from checkpoint.loading import describe_loading
 from checkpoint.opening import Checkpoint
 from data import audit
 from data.epochs import Epochs
-from data.prompt import encode_prompt, stop_ids
+from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
 from foreign.terminal import one_line
 from hub.fetch import HubId, parse_hub_id, snapshot_id
 from hub.push import check_push
-from lora.adapter_file import WEIGHTS_NAME
 from lora.config import LoRAConfig
 from prepare.asked import ask
 from prepare.base import identify_base
 from prepare.course import course_of
-from prepare.data import load_data
-from prepare.finished import finished_lines
+from prepare.data import load_data, prompt_of
 from prepare.first_lines import first_lines
 from prepare.plan import say_plan
+from prepare.resuming import find_checkpoint_to_resume, finished_lines
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
-from run.flags import EPOCH
-from run.folder import DEFAULT_PARENT, check_output, check_writable, resume_point
+from run.folder import DEFAULT_PARENT, check_output, check_writable
 from run.ranks import Ranks
 from run.trackers import tracker_names
 from step.memory_plan import MemoryPlan
@@ -126,10 +124,6 @@ class Job:
         """The number of steps before this start of the run."""
         return self.resumed.state.step if self.resumed else 0
 
-    def num_between(self, steps: int) -> int:
-        """The steps between two evaluations or checkpoints, which may be given as an epoch's."""
-        return self.epochs.num_steps if steps == EPOCH else steps
-
     @property
     def output(self) -> Path:
         return Path(self.config.output)
@@ -150,36 +144,16 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     if config.plan:
         say_plan(asked, ranks.size, now)
         return None
-    check_output(config)
-    if ranks.is_first and not config.inspect:
-        check_writable(Path(config.output or DEFAULT_PARENT))
-    tracker_names(config)
-    if config.push_to_hub and ranks.is_first:
-        check_push(config.push_to_hub)
-
+    _check_places(config, ranks)
     if not config.inspect:
-        for line in first_lines(config, asked.lora, checkpoint):
+        ended = finished_lines(config)
+        for line in [*first_lines(config, asked.lora, checkpoint), *ended]:
             print(one_line(line))
-        lines = finished_lines(Path(config.output)) if config.resume else []
-        for line in lines:
-            print(one_line(line))
-        if lines:
+        if ended:
             return None
-    resumed, damaged = resume_point(config, ranks.size)
-    for complaint in damaged.values():
-        print(one_line(f"{complaint}; going back to the one before it"))
+    resumed, damaged = find_checkpoint_to_resume(config, ranks.size)
     started = resumed.state.started if resumed else now.isoformat()
-    if resumed:
-        start = resumed.path
-        print(f"resumed from {start}: {resumed.state.step:,} steps done")
-    elif config.resume and (Path(config.output) / WEIGHTS_NAME).is_file():
-        raise ValueError(
-            "--resume must go on with a run that has not ended, or that kept a checkpoint: "
-            f"{config.output} has its adapter and no checkpoint; to train that further, start a "
-            f"new run with --init-adapter {config.output}"
-        )
-    elif config.resume:
-        print(f"nothing to resume in {config.output}: starting from the first step")
+    start = resumed.path if resumed else start
 
     tokenizer = Tokenizer.from_folder(checkpoint.folder, config.chat_template)
     train_data, eval_data = load_data(config, tokenizer, checkpoint, started)
@@ -189,14 +163,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt, stops = None, frozenset[int]()
-    if config.sample_prompt:
-        prompt = encode_prompt(
-            config.sample_prompt,
-            tokenizer,
-            checkpoint.config.vocab_size,
-            config.system_prompt,
-        )
+    prompt, stops = prompt_of(config, tokenizer, checkpoint), frozenset[int]()
+    if prompt:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
 
     evaluated = eval_data.samples if eval_data else None
@@ -239,3 +207,13 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
             else cpu_policies(config.activations, checkpoint.config.num_hidden_layers)
         ),
     )
+
+
+def _check_places(config: TrainConfig, ranks: Ranks) -> None:
+    """Check where the run writes and whom it tells."""
+    check_output(config)
+    if ranks.is_first and not config.inspect:
+        check_writable(Path(config.output or DEFAULT_PARENT))
+    tracker_names(config)
+    if config.push_to_hub and ranks.is_first:
+        check_push(config.push_to_hub)

@@ -9,13 +9,12 @@ from dataclasses import replace
 from datetime import datetime
 
 from checkpoint.loading import describe_loading
-from data.prompt import encode_prompt
 from data.tokenizer import Tokenizer
 from data.tokens.stored_samples import full_rows
 from foreign.terminal import one_line
 from prepare.asked import Asked
 from prepare.course import Course, course_of
-from prepare.data import load_data
+from prepare.data import load_data, prompt_of
 from step.duration import Rates, measure_rates
 from step.gpus import smallest_with
 from step.memory_plan import GIB, DoesNotFit, MemoryPlan, plan_within
@@ -56,14 +55,7 @@ def _with_data(asked: Asked, num_ranks: int, now: datetime) -> Course:
     config, checkpoint = asked.config, asked.checkpoint
     tokenizer = Tokenizer.from_folder(checkpoint.folder, config.chat_template)
     train_data, eval_data = load_data(config, tokenizer, checkpoint, now.isoformat())
-    prompt = None
-    if config.sample_prompt:
-        prompt = encode_prompt(
-            config.sample_prompt,
-            tokenizer,
-            checkpoint.config.vocab_size,
-            config.system_prompt,
-        )
+    prompt = prompt_of(config, tokenizer, checkpoint)
     evaluated = eval_data.samples if eval_data else None
     return course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
 

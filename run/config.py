@@ -125,8 +125,21 @@ def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-class _AddToList(argparse.Action):
-    """Adds values to those that the same flag had before."""
+class _Join(argparse.Action):
+    """Joins the values of a flag by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+
+
+class _AddAndJoin(_Join):
+    """Adds values to those that the same flag had before, and joins them."""
 
     def __call__(
         self,
@@ -136,7 +149,8 @@ class _AddToList(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         earlier = getattr(namespace, self.dest, "")
-        setattr(namespace, self.dest, ",".join([earlier, *values] if earlier else values))
+        values = [earlier, *values] if earlier else values
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _add_flag(group: Any, f: Field) -> None:
@@ -160,7 +174,7 @@ def _add_flag(group: Any, f: Field) -> None:
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
         if f.metadata["is_list"]:
-            options |= {"action": _AddToList, "nargs": "+"}
+            options |= {"action": _AddAndJoin if f.metadata["adds_up"] else _Join, "nargs": "+"}
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}

@@ -26,16 +26,18 @@ def _flag(
     bare: str | None = None,
     also: Mapping[str, str] | None = None,
     is_list: bool = False,
+    adds_up: bool = False,
 ) -> Any:
     """Describe a flag.
 
     Args:
         bare: the value of the flag where none follows it; such a flag has a --no-flag, too.
         also: other programs' names of values, each with ours.
-        is_list: texts separated by commas; given again, the flag has one more.
+        is_list: the value is texts separated by commas.
+        adds_up: given again, such a flag has one more; another flag has its last value.
     """
     metadata = {"help": help, "choices": choices, "bare": bare, "also": also or {}}
-    metadata["is_list"] = is_list
+    metadata |= {"is_list": is_list, "adds_up": adds_up}
     return field(default=default, metadata=metadata)
 
 
@@ -103,6 +105,7 @@ class DataFlags(_Flags):
         "folder of them, or a hub id; again, or after a comma, for several; PLACE=0.5 has half of "
         "its samples in each epoch, PLACE=2 each of them twice",
         is_list=True,
+        adds_up=True,
     )
     eval_data: str = _flag("", "evaluation data, in the same forms as --data")
     subset: str = _flag(

@@ -51,7 +51,7 @@ ALSO = {
     "--lora-target-modules": "--target-modules",
     "--lora-task-type causal_lm": "",
     "--bias none": "",
-    "--loftq-config none": "",
+    "--loftq-config None": "",
     "--per-device-train-batch-size": "--batch-size",
     "--micro-batch-size": "--batch-size",
     "--num-train-epochs": "--epochs",

@@ -7,12 +7,16 @@ So a name or a value is understood, or refused, as on the command line. A name w
 nothing.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from foreign.json_text import read_object
 from foreign.yaml_text import Setting, read_yaml_settings
+
+# a name with a space or an equals sign would be read as a name and a value
+_NAME = re.compile(r"[\w-]+")
 
 
 def read_settings(path: Path) -> dict[str, Setting]:
@@ -38,11 +42,13 @@ def as_arguments(
         known: flags whose values are read; any other is refused, whatever its value.
 
     Raises:
-        ValueError: a setting has no form of a value.
+        ValueError: a name cannot be a flag's, or a setting has no form of a value.
     """
     arguments: dict[str, str] = {}
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{path} must have the name of a flag before each colon: got {name!r}")
         if value is None:
             continue
         if isinstance(value, list) and flag in lists:

@@ -167,9 +167,19 @@ def test_packed_epochs_of_parts_may_have_other_numbers_of_steps() -> None:
         rows = [row for step in range(start, start + size) for row in epochs.micro_batches(step)[0]]
         assert sum(len(row) for row in rows) == 3
         assert epochs.epochs_after(start + 1) == number + (1 / size if size > 1 else 1)
+        assert epochs.is_end(start) == (number > 0)
+        assert epochs.is_end(start + 1) == (size == 1)
     assert epochs.rows_at_once == 1
     # with more rows at once than the first epoch has
     assert make({"row_length": 64, "shares": [Share("a", 0.3, 11)]}, 8, 1).rows_at_once == 8
+
+
+def test_the_last_micro_batch_of_an_epoch_may_have_any_size_where_epochs_differ() -> None:
+    epochs = make({"row_length": 64, "shares": [Share("a", 0.6, 11)]}, 4, 1)
+    steps = range(epochs.steps_in(20))
+    sizes = {len(rows) for step in steps for rows in epochs.micro_batches(step)}
+    assert sizes == {1, 2, 3, 4}
+    assert epochs.most_batch_sizes == 4
 
 
 def test_twice_is_twice_as_many_rows_and_tokens() -> None:

@@ -243,6 +243,14 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         list(read_records(tmp_path / "x.jsonl"))
 
 
+def test_a_name_of_a_list_of_data_sets_is_led_to_its_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("identity.bin", "identity.json", "dataset_info.json"):
+        (tmp_path / "data" / name).write_text("[]")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*data/identity\.json\?"):
+        list(read_records(tmp_path / "identity"))
+
+
 def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
     contents = {"x.jsonl": GOOD * 2, "x.json": b'[{"a": 1}]', "x.csv": b"a\n1\n", "x.txt": b"a"}
     for name, content in contents.items():

@@ -24,6 +24,8 @@ def parser() -> Parser:
             "--upload true": "--upload",
             "--upload-name": "--upload",
             "--kind Auto": "",
+            "--field": "--prompt field=",
+            "--field text": "",
         },
         elsewhere={"--stage": "leave it out", "--fsdp": "start it with torchrun"},
     )
@@ -75,6 +77,8 @@ def read(text: str) -> dict[str, object]:
         ("--max-length 8 --max_length 9", {"max_length": 9}),
         ("--packing --no-packing", {"packing": False}),
         # a value is left as it is
+        ("--field text --chat", {"chat": True}),
+        ("--field Text", {"prompt": "field=Text"}),
         ("--prompt a_b --packing", {"prompt": "a_b", "packing": True}),
         ("--prompt true", {"prompt": "true"}),
     ],

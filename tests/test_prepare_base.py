@@ -12,6 +12,7 @@ from test_data_epochs import LENGTHS, samples
 
 from checkpoint.opening import open_checkpoint
 from data.epochs import Epochs
+from data.shares import Share
 from kernels.device import H200
 from prepare.base import evaluated_at_once, workload
 from run.config import TrainConfig
@@ -52,6 +53,9 @@ def test_every_length_of_a_batch_may_be_captured(tmp_path: Path) -> None:
     # all samples are padded to 64 tokens; the last batch of an epoch has fewer rows
     assert planned(tmp_path, "cuda").num_shapes == 2
     assert planned(tmp_path, "cuda", row_length=70).num_shapes == 2
+    # or any number up to the batch's four, where epochs have parts of the samples
+    parts = [Share("a", 0.6, len(LENGTHS))]
+    assert planned(tmp_path, "cuda", row_length=70, shares=parts).num_shapes == 4
     assert planned(tmp_path, "cpu").num_shapes == min(2 * len(set(LENGTHS)), MAX_GRAPHS)
 
 

@@ -111,8 +111,9 @@ def test_data_given_again_is_one_more_data_set(
     (tmp_path / "run.json").write_text(to_json(config))
     assert parse(f"--config {tmp_path}/run.json") == config
     assert parse(f"--config {tmp_path}/run.json --data d --data e").data == "d,e"
-    # the last value of a flag that is no list
+    # the last value of any other flag
     assert parse("--model m --model n --data d").model == "n"
+    assert parse("--target-modules q_proj --target-modules v_proj").target_modules == "v_proj"
     with pytest.raises(ValueError, match="must name each data set once: got d twice"):
         parse("--model m --data d --data d=2")
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from support.equality import assert_equal
 
 from lora.adapter_file import WEIGHTS_NAME
-from prepare.finished import finished_lines
+from prepare.resuming import finished_lines
 from run.atomic import clean, is_partial, make_folder, new_files, new_folder, write_text
 from run.checkpoint import (
     BEST_FILE,
@@ -419,20 +419,20 @@ def test_the_card_is_the_mark_of_a_finished_run(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(to_json(config))
     (tmp_path / METRICS_FILE).write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "los')
     (tmp_path / WEIGHTS_NAME).touch()
-    assert finished_lines(tmp_path) == []
+    assert finished_lines(config) == []
     with pytest.raises(ValueError, match=r"start a new run in another --output$"):
         check_output(replace(config, max_steps=9))
     (tmp_path / CARD_FILE).touch()
-    since, further = finished_lines(tmp_path)
+    since, further = finished_lines(config)
     assert since == f"{tmp_path} is finished since step 3, its adapter is there: nothing to resume"
     assert further == f"to train it further, start a new run with --init-adapter {tmp_path}"
     with pytest.raises(ValueError, match=rf"another --output, with --init-adapter {tmp_path}$"):
         check_output(replace(config, max_steps=9))
     (tmp_path / METRICS_FILE).unlink()
-    assert finished_lines(tmp_path)[0].startswith(f"{tmp_path} is finished, its adapter")
+    assert finished_lines(config)[0].startswith(f"{tmp_path} is finished, its adapter")
     # whoever moved the adapter away gets it again
     (tmp_path / WEIGHTS_NAME).unlink()
-    assert finished_lines(tmp_path) == []
+    assert finished_lines(config) == []
 
 
 @pytest.mark.parametrize("last", ["flush", "write_text"])

@@ -195,7 +195,11 @@ def test_a_value_is_read_as_on_the_command_line(
             ": 1",
             "mapping expected <block end>, but found ':' in line 1",
         ),
-        ("'': 1", "recipe.yaml:  is unknown"),
+        ("'': 1", "must have the name of a flag before each colon: got ''"),
+        # slips whose value would be lost, or read as that of another flag
+        ("learning_rate 1e-4:", "before each colon: got 'learning_rate 1e-4'"),
+        ("seed=5 --lr: 1", "before each colon: got 'seed=5 --lr'"),
+        ("model my: true", "before each colon: got 'model my'"),
         ("[" * 5000, "must be readable: got RecursionError"),
     ],
 )

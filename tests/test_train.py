@@ -228,20 +228,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
 
 def test_an_epoch_is_evaluated_and_saved_at_its_end_also_by_a_resumed_run(tmp_path: Path) -> None:
     data = small_data(tmp_path)
-    flags = f"--eval-data {data} --eval-strategy epoch --save-strategy epoch --epochs 1.5"
-    flags += " --max-steps -1 --warmup-steps 8 --learning-rate 0.008"
-    flags += " --early-stopping-patience 9 --batch-size 4 --gradient-accumulation-steps 1"
-    expected = run(tmp_path, flags, "whole")
-    # 12 samples are 3 steps, and half an epoch is 2
-    assert [row["step"] for row in expected if "eval_loss" in row] == [0, 3, 5]
+    flags = f"--eval-data {data} --eval-strategy epoch --save-strategy epoch --epochs 2.5"
+    flags += " --max-steps -1 --warmup-steps 8 --learning-rate 0.008 --packing --max-length 64"
+    flags += " --early-stopping-patience 9 --batch-size 1 --gradient-accumulation-steps 1"
+    # four of the 12 samples are 2 steps, then 3, then 2
+    part = Path(f"{data}=0.3")
+    expected = run(tmp_path, flags, "whole", part)
+    assert [row["step"] for row in expected if "eval_loss" in row] == [0, 2, 5, 6]
     rates = [row["learning_rate"] for row in expected[1:]]
-    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.005], rel=1e-12)
-    (saved,) = (tmp_path / "whole").glob("checkpoint-*")
-    assert saved.name == "checkpoint-3"
+    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.005, 0.006], rel=1e-12)
+    saved = sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert saved == ["checkpoint-2", "checkpoint-5"]
     adapter = tmp_path / "whole" / "adapter_model.safetensors"
     as_trained = adapter.read_bytes()
     adapter.unlink()
-    actual = run(tmp_path, f"{flags} --resume", "whole")
+    actual = run(tmp_path, f"{flags} --resume", "whole", part)
     assert timeless(actual) == timeless(expected)
     assert adapter.read_bytes() == as_trained
 

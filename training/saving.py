@@ -12,6 +12,7 @@ from optim.adamw import moment_bytes_per_element
 from prepare.job import Job
 from run.atomic import write_text
 from run.checkpoint import checkpoint_name, remove_old_checkpoints, save_checkpoint
+from run.flags import EPOCH
 from run.folder import DEFAULT_PARENT, open_output
 from run.log import RunLog
 from run.room import check_room, checkpoint_bytes, num_checkpoints, reserved
@@ -28,7 +29,7 @@ def check_disk(job: Job) -> None:
         ValueError: the disk has fewer bytes free.
     """
     config = job.config
-    every = job.num_between(config.save_steps)
+    every = job.epochs.num_steps if config.save_steps == EPOCH else config.save_steps
     count = num_checkpoints(every, config.save_total_limit, job.steps_done, job.num_steps)
     advice = "--save-total-limit, " if count > 1 else ""
     # one more for the adapter at the end, which is a part of a checkpoint

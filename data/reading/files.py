@@ -10,6 +10,7 @@ Files are read piece by piece; a text, which is one document, is a record for ea
 """
 
 import difflib
+import glob
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,10 @@ def is_structured(name: str) -> bool:
 def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
+    # of a list of names, as LLaMA-Factory has one, whose files are in data/
+    listed = sorted((path.parent / "data").glob(f"{glob.escape(path.name)}.*"))
+    if found := [p for p in listed if data_suffix(p.name)]:
+        return f"did you mean {found[0]}?"
     names = [p.name for p in path.parent.iterdir() if data_suffix(p.name)]
     nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4) or sorted(names)[:3]
     return (
