@@ -57,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="", help="new file for the answers to --prompts, in JSON lines"
     )
     asked.add_argument(
-        "--system-prompt", default="", help="a message of the system before each conversation"
+        "--system-prompt",
+        default=None,
+        help="a message of the system before each conversation; by default the --system-prompt "
+        'that the adapter was trained with; "": none',
     )
     asked.add_argument(
         "--chat-template",

@@ -99,14 +99,15 @@ def check(arguments: Sequence[str]) -> AnswerJob:
     quantization = _choose_quantization(given, checkpoint, adapter)
     lora = read_adapter_config(adapter) if adapter else None
 
+    system_prompt = _choose_system_prompt(given, adapter)
     folder = tokenizer_folder(adapter, checkpoint.folder)
     tokenizer = Tokenizer.from_folder(folder, given.chat_template)
     has_template = not given.raw and (
-        tokenizer.has_chat_template or given.chat or bool(given.system_prompt)
+        tokenizer.has_chat_template or given.chat or bool(system_prompt)
     )
     if has_template:
         check_generation_prompt(tokenizer.chat_template())
-    prompts = _encoded(_read(given), given, tokenizer, has_template, checkpoint)
+    prompts = _encoded(_read(given), system_prompt, tokenizer, has_template, checkpoint)
     positions = checkpoint.config.max_position_embeddings
     max_new_tokens, capacity = choose_lengths(given, prompts, positions)
     if max_new_tokens < (given.max_new_tokens or 0):
@@ -134,7 +135,7 @@ def check(arguments: Sequence[str]) -> AnswerJob:
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,
-        system_prompt=given.system_prompt,
+        system_prompt=system_prompt,
         stop_ids=stop_ids(tokenizer, checkpoint.config.eos_token_ids),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -186,6 +187,16 @@ def _choose_quantization(
     return trained
 
 
+def _choose_system_prompt(given: Namespace, adapter: Path | None) -> str:
+    """Take the run's own, and say so, where no flag has one; a text that goes on has none."""
+    if given.system_prompt is not None or not adapter or given.raw:
+        return given.system_prompt or ""
+    settings, where = settings_of(adapter)
+    if settings.system_prompt:
+        say(f"system prompt: {settings.system_prompt!r}, that of {where}")
+    return settings.system_prompt
+
+
 def _read(given: Namespace) -> list[Prompt]:
     if given.prompts:
         return read_prompts(Path(given.prompts).expanduser())
@@ -198,7 +209,7 @@ def _read(given: Namespace) -> list[Prompt]:
 
 def _encoded(
     prompts: Sequence[Prompt],
-    given: Namespace,
+    system_prompt: str,
     tokenizer: Tokenizer,
     has_template: bool,
     checkpoint: Checkpoint,
@@ -209,7 +220,7 @@ def _encoded(
     def encode(prompt: Prompt) -> list[int]:
         try:
             if has_template:
-                return encode_messages(prompt.messages(given.system_prompt), tokenizer, vocab_size)
+                return encode_messages(prompt.messages(system_prompt), tokenizer, vocab_size)
             return encode_text(prompt.text(), tokenizer, vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None

@@ -2,6 +2,7 @@
 
     FROM ./model-f16.gguf
     TEMPLATE "..."             the chat template in Go's template language, where it has fixed turns
+    SYSTEM "..."               the system message that the model was trained with, if there was one
     PARAMETER stop "..."       what ends an answer
 
 Without TEMPLATE Ollama looks for a template of its own that is like the one in the GGUF file. A
@@ -20,23 +21,29 @@ _QUOTES = '"""'
 _CODE = ("{{", "}}")
 
 
-def write_modelfile(gguf_name: str, template: str | None, stops: Sequence[str]) -> str:
+def write_modelfile(
+    gguf_name: str, template: str | None, stops: Sequence[str], system: str = ""
+) -> str:
     """Write the text of a Modelfile.
 
     Args:
         gguf_name: of the GGUF file, which lies beside it.
         template: in Go's template language; None leaves it to Ollama.
+        system: the system's message, one that can be quoted; empty for none.
     """
     lines = [f"FROM ./{gguf_name}"]
     if template is not None:
         lines.append(f"TEMPLATE {_QUOTES}{template}{_QUOTES}")
-    for stop in filter(_can_be_quoted, stops):
+    if system:
+        lines.append(f"SYSTEM {_QUOTES}{system}{_QUOTES}")
+    for stop in filter(can_be_quoted, stops):
         quotes = _QUOTES if '"' in stop else '"'
         lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
     return "\n".join(lines) + "\n"
 
 
-def _can_be_quoted(text: str) -> bool:
+def can_be_quoted(text: str) -> bool:
+    """Whether a text can stand in a Modelfile."""
     is_printed = all(character.isprintable() or character in "\n\t" for character in text)
     return is_printed and _QUOTES not in text and not text.endswith('"')
 
@@ -50,7 +57,7 @@ def go_template(turns: ChatTurns, bos: str | None) -> str | None:
     fixed = (turns.begin, turns.default_system, *turns.user, *turns.assistant, *turns.system)
     for text in (*fixed, turns.answer):
         # a brace at the end would open the code that follows
-        if any(code in text for code in _CODE) or text.endswith("{") or not _can_be_quoted(text):
+        if any(code in text for code in _CODE) or text.endswith("{") or not can_be_quoted(text):
             return None
     text = turns.begin.removeprefix(bos or "")
     user, assistant, system = turns.user, turns.assistant, turns.system

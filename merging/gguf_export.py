@@ -9,7 +9,7 @@ from checkpoint.shard_reader import Report
 from data.tokenizer import Tokenizer
 from export.chat_turns import find_turns
 from export.gguf_file import GGUFPlan, check_installed, plan_gguf, write_gguf
-from export.modelfile import MODELFILE, go_template, stops_of, write_modelfile
+from export.modelfile import MODELFILE, can_be_quoted, go_template, stops_of, write_modelfile
 from merging.job import MergeJob
 
 
@@ -50,9 +50,16 @@ def plan_export(job: MergeJob) -> GGUFExport:
             f"{MODELFILE} has no TEMPLATE, because the chat template is not made of fixed texts "
             "around messages: Ollama takes a template of its own that is like it, if it has one"
         )
+    system = job.run.system_prompt
+    if not can_be_quoted(system):
+        remarks.append(
+            f"{MODELFILE} has no SYSTEM, because the adapter's --system-prompt has characters that "
+            "do not print or quotes at its end: give it with each conversation"
+        )
+        system = ""
     file_name = f"model-{plan.type}.gguf"
     stops = stops_of(turns, tokenizer, job.model.config.eos_token_ids)
-    modelfile = write_modelfile(file_name, template, stops)
+    modelfile = write_modelfile(file_name, template, stops, system)
     return GGUFExport(plan, file_name, modelfile, remarks)
 
 

@@ -84,6 +84,10 @@ def _windows_of_data(job: MergeJob) -> list[Batch]:
         data=job.data,
         eval_data="",
         eval_fraction=0.0,
+        # of the run's own data
+        subset="",
+        split="",
+        eval_split="",
         max_length=min(job.run.max_length or DEFAULT_MAX_LENGTH, positions),
     )
     # the template of the run lies in its folder, under whatever name it was given

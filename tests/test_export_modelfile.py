@@ -197,6 +197,8 @@ def test_the_modelfile_names_file_template_and_stops() -> None:
         'PARAMETER stop "<|im_end|>"\nPARAMETER stop """a"\\"""\n'
     )
     assert write_modelfile("m.gguf", None, []) == "FROM ./m.gguf\n"
+    text = write_modelfile("m.gguf", None, ["<s>"], 'You say "no".\nAlways.')
+    assert text == ('FROM ./m.gguf\nSYSTEM """You say "no".\nAlways."""\nPARAMETER stop "<s>"\n')
 
 
 def test_stops_are_the_templates_and_the_models_each_once() -> None:

@@ -179,6 +179,27 @@ def test_a_prompt_is_a_users_message_and_raw_is_not(capsys: pytest.CaptureFixtur
     assert "chosen by: the most probable token (default)" in said.err
 
 
+def test_a_conversation_begins_with_the_runs_system_prompt(
+    tmp_path: Path, settings_seen: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = adapter_of_bundled(tmp_path, "none")
+    settings = TrainConfig(quant="none", system_prompt="You are brief.")
+    (adapter / CONFIG_FILE).write_text(to_json(settings))
+    tokenizer = Tokenizer.from_folder(MODEL)
+
+    def prompt_of(*flags: object) -> str:
+        run("--adapter", adapter, "--prompt", QUESTION, *flags)
+        return tokenizer.decode(settings_seen[-1][0])
+
+    assert "You are brief." in prompt_of()
+    assert "system prompt: 'You are brief.', that of" in capsys.readouterr().err
+    assert "You are brief." not in prompt_of("--system-prompt", "")
+    assert "You are brief." not in prompt_of("--raw")
+    said = prompt_of("--system-prompt", "You are kind.")
+    assert "You are kind." in said
+    assert "You are brief." not in said
+
+
 def test_flags_reach_the_generator(settings_seen: list[tuple]) -> None:
     flags = ("--temperature", 0.7, "--top-k", 40, "--top-p", 0.9, "--repetition-penalty", 1.2)
     run("--model", MODEL, "--prompt", QUESTION, *flags, "--seed", 7, "--max-new-tokens", 20)

@@ -139,7 +139,8 @@ def test_data_are_read_as_the_run_read_its_own(
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join((ROOT / "bundled" / "eval.jsonl").read_text().splitlines()[:3]))
     adapter = make_adapter(tmp_path / "adapter")
-    settings = TrainConfig(quant="none", train_on=train_on, max_length=60, eval_fraction=0.5)
+    own = {"eval_fraction": 0.5, "subset": "main", "split": "train_sft"}
+    settings = TrainConfig(quant="none", train_on=train_on, max_length=60, **own)
     (adapter / CONFIG_FILE).write_text(to_json(settings))
     run(adapter, "--data", data)
     said = capsys.readouterr().out
