@@ -125,34 +125,6 @@ def build_parser(file: Path | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-class _Join(argparse.Action):
-    """Joins the values of a flag by commas."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, ",".join(values))
-
-
-class _AddAndJoin(_Join):
-    """Adds values to those that the same flag had before, and joins them."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        earlier = getattr(namespace, self.dest, "")
-        values = [earlier, *values] if earlier else values
-        super().__call__(parser, namespace, values, option_string)
-
-
 def _add_flag(group: Any, f: Field) -> None:
     """Add the flag of a field of TrainConfig to its group in --help."""
     default, choices, bare = _default(f), f.metadata["choices"], f.metadata["bare"]
@@ -174,12 +146,18 @@ def _add_flag(group: Any, f: Field) -> None:
         options |= {"type": read, "choices": choices}
         options["metavar"] = None if choices else type(default).__name__.upper()
         if f.metadata["is_list"]:
-            options |= {"action": _AddAndJoin if f.metadata["adds_up"] else _Join, "nargs": "+"}
+            options |= {"action": "extend" if f.metadata["adds_up"] else "store", "nargs": "+"}
     if bare is not None:
         options |= {"nargs": "?", "const": bare}
         without = {"dest": f.name, "action": "store_const", "const": default}
         group.add_argument(flag_name(f"no_{f.name}"), default=argparse.SUPPRESS, **without)
     group.add_argument(flag_name(f.name), **options)
+
+
+def _values(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the fields that arguments give; the texts of a list are joined by commas."""
+    given = vars(parser.parse_args(arguments))
+    return {n: ",".join(value) if isinstance(value, list) else value for n, value in given.items()}
 
 
 def read_given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -189,7 +167,7 @@ def read_given(arguments: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is neither YAML nor JSON, or a setting is not what a flag could be.
     """
-    given = vars(build_parser().parse_args(arguments))
+    given = _values(build_parser(), arguments)
     file = given.pop("config")
     given = _instead(_expand_home(given))
     if given.get("resume", "") not in ("", "auto"):
@@ -325,7 +303,7 @@ def _parse(settings: Mapping[str, Setting], path: Path) -> dict[str, Any]:
     lists |= {name for name, ours in ALSO.items() if ours in lists}
     known = {flag_name(f.name) for f in fields(TrainConfig)} | (ALSO.keys() - ELSEWHERE.keys())
     arguments = as_arguments(settings, path, lists, known)
-    return _instead(_expand_home(vars(build_parser(path).parse_args(arguments))))
+    return _instead(_expand_home(_values(build_parser(path), arguments)))
 
 
 def to_json(config: TrainConfig, asked: Mapping[str, Any] | None = None) -> str:
