@@ -18,7 +18,7 @@ from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
-from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
+from llama.families import FAMILIES, Family, LayerNorms
 from llama.rope_scaling import LongRopeScaling, RopeScaling, read_rope
 
 CONFIG_NAME = "config.json"
@@ -99,13 +99,16 @@ def _family(fields: JsonFields) -> Family:
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
             + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
-    family = FAMILIES[name]
-    if values.get("model_type", family.model_type) != family.model_type:
+    sharing = [f for key, f in FAMILIES.items() if name in (key, f.transformers_class)]
+    by_type = {family.model_type: family for family in sharing}
+    model_type = values.get("model_type", FAMILIES[name].model_type)
+    if model_type not in tuple(by_type):
         raise ValueError(
-            f"{path}: model_type must be {family.model_type!r} with {name}: "
-            f"got {values['model_type']!r}"
+            f"{path}: model_type must be {' or '.join(map(repr, by_type))} with {name}: "
+            f"got {model_type!r}"
         )
-    known = COMPUTED | family.fields | WITHOUT_EFFECT | ONE_VALUE.keys()
+    family = by_type[model_type]
+    known = COMPUTED | family.fields | family.aliases.keys() | WITHOUT_EFFECT | ONE_VALUE.keys()
     unknown = sorted(key for key, value in values.items() if value and key not in known)
     if unknown:
         raise ValueError(
@@ -126,7 +129,7 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
         sees_window = [layer % 2 == 0 for layer in range(num_layers)]
     elif family.windows == "none" or size is None:
         sees_window = [False] * num_layers
-    elif family.windows == "all":
+    elif family.windows in ("all", "listed"):
         sees_window = [True] * num_layers
     else:
         first = 28 if (first := values.get("max_window_layers")) is None else first
@@ -144,7 +147,7 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
                 f"{num_layers} layers: got {kinds!r}"
             )
         given = [named[kind] for kind in kinds]
-        if family.windows in ("alternating", "later"):
+        if family.windows in ("alternating", "later", "listed"):
             sees_window = given
         elif given != sees_window:
             raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
@@ -156,7 +159,7 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
-    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+    for key in ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"):
         if (dropout := values.get(key)) not in (None, 0):
             raise ValueError(
                 f"{path}: {key} must be 0: got {dropout!r}; "
@@ -175,12 +178,16 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
     name = fields.values.get(family.activation_field)
     if name is None:
         name = family.defaults.get(family.activation_field, "silu")
-    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in family.activation_names:
         raise ValueError(
             f"{fields.path}: {family.activation_field} must be one of "
-            f"{', '.join(ACTIVATION_NAMES)}: got {name!r}"
+            f"{', '.join(family.activation_names)}: got {name!r}"
         )
-    return ACTIVATION_NAMES[name]
+    return family.activation_names[name]
+
+
+def _has_bias(fields: JsonFields, said: bool | str) -> bool:
+    return fields.boolean(said, False) if isinstance(said, str) else said
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -230,7 +237,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     path = fields.path
     family = _family(fields)
     _check_function(fields)
-    fields = JsonFields(path, {**family.defaults, **fields.values})
+    named = {family.aliases.get(key, key): value for key, value in fields.values.items()}
+    fields = JsonFields(path, {**family.defaults, **named})
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
@@ -247,7 +255,6 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         eos_token_ids = _eos_token_ids(fields)
     rope_theta, rope_scaling = read_rope(fields)
     num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
-    bias = "attention_bias" in family.fields and fields.boolean("attention_bias", False)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
     head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
     config = LlamaConfig(
@@ -263,9 +270,9 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         rope_scaling=rope_scaling,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-        o_bias=bias if family.o_bias is None else family.o_bias,
-        mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
+        qkv_bias=_has_bias(fields, family.qkv_bias),
+        o_bias=_has_bias(fields, family.o_bias),
+        mlp_bias=_has_bias(fields, family.mlp_bias),
         is_fused=family.is_fused,
         activation=_activation(fields, family),
         qk_norm=family.qk_norm,

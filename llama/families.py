@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from kernels.glu import Activation
 
+# what the activations of the gates are called in config.json
+ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
 
 class LayerNorms(NamedTuple):
     """Where a layer normalizes, by what the checkpoint calls each norm; None: nowhere there.
@@ -32,45 +35,81 @@ class Family:
     """How a family reads its config.json.
 
     Attributes:
-        qkv_bias, o_bias: whether the projections have one; None where `attention_bias` says.
+        qkv_bias, o_bias, mlp_bias: whether the projections have one, or what the field of
+            config.json is called that says so.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
-        windows: which layers see only the last `sliding_window` tokens: none, all, every other one
-            from the first on, or, where `use_sliding_window` is set, those from `max_window_layers`
-            on.
+        windows: which layers see only the last `sliding_window` tokens: none, all, all unless
+            `layer_types` says otherwise, every other one from the first on, or, where
+            `use_sliding_window` is set, those from `max_window_layers` on.
         activation_field: what names the activation of the gates.
+        activation_names: what the file may call it.
         norm_offset: added to the stored weights of all norms.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
         defaults: for fields missing in the file, where they differ from Llama's; null in the file
             stays null.
         fields: of config.json that this family has beside Llama's.
+        aliases: what the family's first config.json called fields, and what they are called here.
+        transformers_class: the architecture that transformers writes, where it computes the family
+            by another one's class.
     """
 
     model_type: str
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
+    qkv_bias: bool | str = "attention_bias"
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
     qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "alternating", "later"] = "none"
+    windows: Literal["none", "all", "listed", "alternating", "later"] = "none"
     activation_field: str = "hidden_act"
+    activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
     norms: LayerNorms = LLAMA_NORMS
     norm_offset: float = 0.0
     scales_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    transformers_class: str | None = None
 
 
 _WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", fields=frozenset({"attention_bias", "mlp_bias"})),
+    "LlamaForCausalLM": Family(
+        "llama", mlp_bias="mlp_bias", fields=frozenset({"attention_bias", "mlp_bias"})
+    ),
+    "InternLM3ForCausalLM": Family(
+        "internlm3",
+        o_bias="mlp_bias",
+        mlp_bias="mlp_bias",
+        head_dim=128,
+        fields=frozenset({"attention_bias", "mlp_bias"}),
+        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        transformers_class="LlamaForCausalLM",
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss",
+        o_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+        head_dim=128,
+        defaults={"attention_bias": True},
+        fields=frozenset({"attention_bias", "attention_out_bias", "mlp_bias"}),
+    ),
     "MistralForCausalLM": Family(
         "mistral",
         qkv_bias=False,
         o_bias=False,
         windows="all",
+        defaults={"sliding_window": 4096},
+        fields=frozenset({"sliding_window"}),
+    ),
+    "MinistralForCausalLM": Family(
+        "ministral",
+        qkv_bias=False,
+        o_bias=False,
+        windows="listed",
         defaults={"sliding_window": 4096},
         fields=frozenset({"sliding_window"}),
     ),
@@ -92,6 +131,21 @@ FAMILIES = {
         windows="all",
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
+    ),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        head_dim=256,
+        # the first checkpoints call it gelu and were trained with tanh
+        activation_names={"gelu": "gelu_tanh", **ACTIVATION_NAMES},
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
+        # transformers ignores the second name of the activation
+        fields=frozenset({"attention_bias", "hidden_activation"}),
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
@@ -126,6 +180,3 @@ FAMILIES = {
         ),
     ),
 }
-
-# what the activations of the gates are called in config.json
-ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -90,7 +90,15 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "must describe one of the architectures Llama"),
         ({"architectures": ["LlamaForCausalLM"] * 2}, "must describe one of the architectures"),
         ({"architectures": "LlamaForCausalLM"}, "must describe one of the architectures Llama"),
-        ({"model_type": "mistral"}, "model_type must be 'llama' with LlamaForCausalLM"),
+        (
+            {"model_type": "mistral"},
+            "model_type must be 'llama' or 'internlm3' with LlamaForCausalLM: got 'mistral'",
+        ),
+        ({"model_type": []}, "with LlamaForCausalLM: got []"),
+        ({"qkv_bias": True}, "must hold fields that LlamaForCausalLM has: got qkv_bias"),
+        (VARIANTS["internlm3"] | {"bias": 1}, "mlp_bias must be true or false: got 1"),
+        (VARIANTS["seed-oss"] | {"residual_dropout": 0.1}, "residual_dropout must be 0: got 0.1"),
+        (VARIANTS["gemma"] | {"hidden_act": "relu"}, "hidden_act must be one of gelu, silu"),
         (
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
             "got ['Mine'] (model_type 'llama'); code that auto_map names is never run",
@@ -220,6 +228,9 @@ def test_families_differ_in_their_fields(tmp_path: Path) -> None:
     )
     assert read_config(tmp_path).windows == (4096, 4096)
     assert read(tmp_path, **MISTRAL | {"sliding_window": None}).windows == (None, None)
+    ministral = VARIANTS["ministral"]
+    assert read(tmp_path, **ministral).windows == (8, None)
+    assert read(tmp_path, **ministral | {"layer_types": None}).windows == (8, 8)
     qwen2 = read(tmp_path, **QWEN2)
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.windows) == (True, False, (None, 8))
     assert read(tmp_path, **QWEN2 | {"use_sliding_window": False}).windows == (None, None)
@@ -228,6 +239,33 @@ def test_families_differ_in_their_fields(tmp_path: Path) -> None:
     qwen3 = read(tmp_path, **VARIANTS["qwen3"])
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 12)
     assert read(tmp_path, **VARIANTS["qwen3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_biases_have_the_names_that_a_family_gives_them(tmp_path: Path) -> None:
+    def biases(variant: str, **changes: Any) -> tuple[bool, bool, bool]:
+        config = read(tmp_path, **VARIANTS[variant] | changes)
+        return config.qkv_bias, config.o_bias, config.mlp_bias
+
+    assert biases("seed-oss", attention_bias=None, attention_out_bias=True) == (False, True, False)
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in (FIELDS | VARIANTS["seed-oss"]).items() if k[-4:] != "bias"})
+    )
+    assert read_config(tmp_path).qkv_bias
+    assert biases("internlm3", bias=False) == (True, False, False)
+    assert biases("internlm3", qkv_bias=False) == (False, True, True)
+    # as transformers writes it
+    names = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
+    resaved = read(tmp_path, model_type="internlm3", head_dim=12, **names)
+    assert resaved == read(tmp_path, **VARIANTS["internlm3"])
+    assert read(tmp_path, **VARIANTS["internlm3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_gemma_calls_its_activation_by_two_names(tmp_path: Path) -> None:
+    for name in ("gelu", "gelu_pytorch_tanh", None):
+        gemma = read(tmp_path, **VARIANTS["gemma"] | {"hidden_act": name})
+        assert gemma.activation == "gelu_tanh"
+    assert (gemma.norm_offset, gemma.embedding_scale, gemma.head_dim) == (1.0, math.sqrt(32), 12)
+    assert gemma.attn_logit_softcapping is None
 
 
 def test_gemma_2_has_its_own_defaults(tmp_path: Path) -> None:

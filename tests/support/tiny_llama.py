@@ -52,6 +52,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model_type": "mistral",
         "sliding_window": 8,
     },
+    "ministral": {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "head_dim": 12,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "internlm3": {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "head_dim": 12,
+        "qkv_bias": True,
+        "bias": True,
+    },
+    "seed-oss": {
+        "architectures": ["SeedOssForCausalLM"],
+        "model_type": "seed_oss",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+    },
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -72,6 +96,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "short_factor": [1.0, 1.1, 1.2, 1.5],
             "long_factor": [1.0, 2.0, 3.0, 4.0],
         },
+    },
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "pad_token_id": 0,
+        "hidden_act": "gelu",
+        "head_dim": 12,
+        "tie_word_embeddings": True,
     },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
@@ -94,6 +126,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+}
+
+
+# what says whether q, k and v have biases, o has one, and the MLP has
+BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
+OTHER_BIAS_FIELDS = {
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    "internlm3": ("qkv_bias", "bias", "bias"),
 }
 
 
@@ -122,9 +162,10 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if fields["model_type"] == "qwen3":
             found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
-        biased = set("qkvo") if fields.get("attention_bias") else set()
+        halves = (tuple("qkv"), tuple("o"), tuple(mlp))
+        names = OTHER_BIAS_FIELDS.get(fields["model_type"], BIAS_FIELDS)
+        biased = {m for some, n in zip(halves, names, strict=True) if fields.get(n) for m in some}
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
-        biased |= set(mlp) if fields.get("mlp_bias") else set()
         if fields["model_type"] == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
@@ -146,7 +187,7 @@ def random_tensors(
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             # Gemma adds the one itself
-            tensor = (fields["model_type"] != "gemma2") + 0.1 * noise
+            tensor = (not fields["model_type"].startswith("gemma")) + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         else:
@@ -179,6 +220,13 @@ def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32
     """Write the checkpoint of one of VARIANTS."""
     fields = FIELDS | VARIANTS[variant]
     return write_checkpoint(folder, fields, random_tensors(fields, dtype))
+
+
+def deeper(variant: str, num_layers: int) -> dict[str, Any]:
+    """The config fields of one of VARIANTS with more layers, in the order that its layers have."""
+    fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": num_layers}
+    kinds = fields.get("layer_types")
+    return fields if kinds is None else fields | {"layer_types": (kinds * num_layers)[:num_layers]}
 
 
 def float32_error(truth: Tensor, num_operations: int) -> Tensor:
