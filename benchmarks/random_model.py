@@ -38,6 +38,10 @@ LLAMA_3_8B = LlamaConfig(
     norms=LLAMA_NORMS,
     norm_offset=0.0,
     embedding_scale=1.0,
+    embedding_multiplier=None,
+    residual_multiplier=None,
+    attention_multiplier=None,
+    logit_scale=None,
     eos_token_ids=(128001,),
 )
 CONFIGS = {

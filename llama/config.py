@@ -58,8 +58,17 @@ class LlamaConfig:
     final_logit_softcapping: float | None  # what no logit exceeds
     norms: LayerNorms
     norm_offset: float  # what the weights of all norms are stored less
-    embedding_scale: float
+    embedding_scale: float  # rounded to the dtype of the computation before it multiplies
+    embedding_multiplier: float | None
+    residual_multiplier: float | None  # of what a half of a layer adds
+    attention_multiplier: float | None  # of scores, in place of the root's reciprocal
+    logit_scale: float | None  # of logits, before they are capped
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+
+    @property
+    def score_scale(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.attention_multiplier or 1 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
     def rotary_factor(self) -> float:
@@ -190,6 +199,11 @@ def _has_bias(fields: JsonFields, said: bool | str) -> bool:
     return fields.boolean(said, False) if isinstance(said, str) else said
 
 
+def _logit_scale(fields: JsonFields) -> float | None:
+    divisor = fields.optional_number("logits_scaling")
+    return None if divisor is None else 1 / divisor
+
+
 def read_config(folder: Path) -> LlamaConfig:
     """Read and check a checkpoint's config.json.
 
@@ -283,6 +297,10 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         norms=family.norms,
         norm_offset=family.norm_offset,
         embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else 1.0,
+        embedding_multiplier=fields.optional_number("embedding_multiplier"),
+        residual_multiplier=fields.optional_number("residual_multiplier"),
+        attention_multiplier=fields.optional_number("attention_multiplier"),
+        logit_scale=_logit_scale(fields),
         eos_token_ids=eos_token_ids or (),
     )
     if config.num_attention_heads % config.num_key_value_heads:

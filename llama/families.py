@@ -132,6 +132,21 @@ FAMILIES = {
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
     ),
+    "GraniteForCausalLM": Family(
+        "granite",
+        mlp_bias="mlp_bias",
+        defaults={"attention_multiplier": 1.0},
+        fields=frozenset(
+            {
+                "attention_bias",
+                "mlp_bias",
+                "embedding_multiplier",
+                "residual_multiplier",
+                "attention_multiplier",
+                "logits_scaling",
+            }
+        ),
+    ),
     "GemmaForCausalLM": Family(
         "gemma",
         head_dim=256,

@@ -24,7 +24,6 @@ gradient of h behind the gradient of an output. They are the tail of a linear gr
 is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.halves import MLP, Attention, own
-from llama.norm import RMSNorm
+from llama.norm import RMSNorm, stream_norm
 from lora.linear_group import LinearGroup
 
 
@@ -82,13 +81,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.index = index
         self.scores = Scores(
-            1 / math.sqrt(config.query_pre_attn_scalar),
-            config.attn_logit_softcapping,
-            config.windows[index],
+            config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.norms = config.norms
-        for name in filter(None, config.norms):
+        norms = config.norms
+        for name in filter(None, (norms.before_attention, norms.before_mlp)):
+            self.add_module(name, stream_norm(config))
+        for name in filter(None, (norms.behind_attention, norms.behind_mlp)):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
     def norm(self, name: str) -> RMSNorm:

@@ -25,7 +25,7 @@ from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
-from llama.norm import RMSNorm
+from llama.norm import stream_norm
 from llama.rope import rope_frequencies, rope_tables
 from llama.rope_scaling import LongRopeScaling
 from lora.config import LoRAConfig, UpdateSize
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = stream_norm(config)
 
 
 class Llama(nn.Module):
@@ -112,10 +112,13 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head.requires_grad_(False)
-        # rounded as transformers rounds it
-        self.embedding_scale = float(
-            torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
+        # of embeddings as the residual stream has them
+        self.embedding_multiplier = (config.embedding_multiplier or 1.0) / (
+            config.residual_multiplier or 1.0
         )
+        # rounded as transformers rounds it
+        rounded = torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
+        self.embedding_scale = float(rounded) * self.embedding_multiplier
         frequencies = torch.stack([rope_frequencies(config, is_long) for is_long in (False, True)])
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -268,7 +271,8 @@ class Llama(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) float32
         """Compute the logits of normalized hidden states."""
         logits = (hidden @ self.head.T).float()
-        cap = self.config.final_logit_softcapping
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        logits = logits if scale is None else scale * logits
         return logits if cap is None else softcap_reference(logits, cap)
 
     @torch.no_grad()
@@ -291,8 +295,8 @@ class Llama(nn.Module):
         hidden = self.hidden_states(ids, samples=samples).flatten(0, 1)
         picked = hidden[rows.to(self.device, non_blocking=True)]
         targets = targets.to(self.device, non_blocking=True)
-        cap = self.config.final_logit_softcapping
-        return linear_cross_entropy(picked, self.head, targets, cap)
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        return linear_cross_entropy(picked, self.head, targets, scale, cap)
 
 
 def samples_of(positions: Tensor) -> Samples:  # (B, T) int64

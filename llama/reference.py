@@ -61,7 +61,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v of rotated queries and keys, several queries to a key."""
+    """softmax(scale q k^T) v of rotated queries and keys, several queries to a key."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         num_sharing = self.counts[0] // self.counts[1]
         key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))
-        scores = query @ key.mT / math.sqrt(self.config.query_pre_attn_scalar)
+        scores = self.config.score_scale * (query @ key.mT)
         if cap := self.config.attn_logit_softcapping:
             scores = cap * torch.tanh(scores / cap)
         mixed = scores.masked_fill(~is_seen, -math.inf).softmax(dim=-1) @ value
@@ -122,6 +122,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.norms, self.window = config.norms, window
+        self.multiplier = config.residual_multiplier or 1.0
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
@@ -132,9 +133,9 @@ class DecoderLayer(nn.Module):
         is_seen = (distance >= 0) & (distance < (self.window or math.inf))
         r1 = x
         delta = self.self_attn(self.norm(self.norms.before_attention, r1), cos, sin, is_seen)
-        r2 = r1 + self.norm(self.norms.behind_attention, delta)
+        r2 = r1 + self.multiplier * self.norm(self.norms.behind_attention, delta)
         delta = self.mlp(self.norm(self.norms.before_mlp, r2))
-        return r2 + self.norm(self.norms.behind_mlp, delta)
+        return r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
 
 
 class Decoder(nn.Module):
@@ -174,12 +175,13 @@ class Reference(nn.Module):
 
         frequencies = rope_frequencies(config, config.is_long(T))
         tables = rope_tables(frequencies, positions.flatten(), config.rotary_factor)
-        x = self.model.embed_tokens(input_ids) * config.embedding_scale
+        scale = config.embedding_scale * (config.embedding_multiplier or 1.0)
+        x = scale * self.model.embed_tokens(input_ids)
         cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
         for layer in self.model.layers:
             x = layer(x, cos, sin, distance)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
-        logits = self.model.norm(x) @ head.weight.T
+        logits = (config.logit_scale or 1.0) * self.model.norm(x) @ head.weight.T
         cap = config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

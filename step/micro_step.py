@@ -135,7 +135,9 @@ class MicroStep:
         if self._noise_alpha:
             assert batch.lengths is not None
             D = self.model.config.hidden_size
-            given.append(noise_scale(batch.lengths, self._noise_alpha, D))
+            largest = noise_scale(batch.lengths, self._noise_alpha, D)
+            # the paper's noise is on embeddings before a multiplier
+            given.append(self.model.embedding_multiplier * largest)
         rows, targets = target_rows(batch.labels)
         if device.type == "cpu":
             return self._launch(given, rows, targets, factor)
@@ -170,9 +172,8 @@ class MicroStep:
             hidden = self._hidden_states(ids)
             with self._pooled():
                 model.hidden_states(ids, samples=Samples(*places) if places else None, out=hidden)
-            return linear_cross_entropy(
-                hidden[rows], model.head, targets, model.config.final_logit_softcapping
-            )
+            scale, cap = model.config.logit_scale, model.config.final_logit_softcapping
+            return linear_cross_entropy(hidden[rows], model.head, targets, scale, cap)
 
     def release(self) -> None:
         """Give the memory of all passes back; the next begin anew."""
@@ -310,9 +311,10 @@ class MicroStep:
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Compute the loss, and turn the hidden states into their gradient."""
-        cap = self.model.config.final_logit_softcapping
+        config = self.model.config
+        scale, cap = config.logit_scale, config.final_logit_softcapping
         loss, grad = linear_cross_entropy_with_gradient(
-            hidden[rows], self.model.head, targets, factor, cap
+            hidden[rows], self.model.head, targets, factor, scale, cap
         )
         # a token without a label has none
         hidden.zero_().index_copy_(0, rows, grad)

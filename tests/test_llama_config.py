@@ -98,6 +98,11 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"qkv_bias": True}, "must hold fields that LlamaForCausalLM has: got qkv_bias"),
         (VARIANTS["internlm3"] | {"bias": 1}, "mlp_bias must be true or false: got 1"),
         (VARIANTS["seed-oss"] | {"residual_dropout": 0.1}, "residual_dropout must be 0: got 0.1"),
+        ({"logits_scaling": 8.0}, "must hold fields that LlamaForCausalLM has: got logits_sca"),
+        (
+            VARIANTS["granite"] | {"residual_multiplier": 0},
+            "residual_multiplier must be a positive number: got 0",
+        ),
         (VARIANTS["gemma"] | {"hidden_act": "relu"}, "hidden_act must be one of gelu, silu"),
         (
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
@@ -258,6 +263,21 @@ def test_biases_have_the_names_that_a_family_gives_them(tmp_path: Path) -> None:
     resaved = read(tmp_path, model_type="internlm3", head_dim=12, **names)
     assert resaved == read(tmp_path, **VARIANTS["internlm3"])
     assert read(tmp_path, **VARIANTS["internlm3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_granite_multiplies(tmp_path: Path) -> None:
+    granite = read(tmp_path, **VARIANTS["granite"])
+    assert (granite.embedding_scale, granite.embedding_multiplier) == (1.0, 3.3)
+    assert (granite.residual_multiplier, granite.score_scale) == (0.22, 0.4)
+    assert granite.logit_scale == 1 / 0.7
+    own = ("architectures", "model_type")
+    bare = read(tmp_path, **{key: VARIANTS["granite"][key] for key in own})
+    # transformers' default, which is not the root's reciprocal
+    assert bare.score_scale == 1.0
+    llama = read(tmp_path)
+    assert llama.score_scale == 1 / math.sqrt(8)
+    for name in ("embedding_multiplier", "residual_multiplier", "logit_scale"):
+        assert getattr(bare, name) is getattr(llama, name) is None
 
 
 def test_gemma_calls_its_activation_by_two_names(tmp_path: Path) -> None:

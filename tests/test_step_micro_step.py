@@ -11,6 +11,7 @@ from support.micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, s
 from support.tiny_llama import write_variant
 from torch import Tensor
 
+import step.micro_step as step_module
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
 from kernels.neftune import neftune_, noise_scale
@@ -179,6 +180,19 @@ def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
     # the last token of the shorter row has no noise of its own, nor has the padding
     weight[places[is_token].to(device)] = embeddings[is_token.to(device)]
     assert_same(gradients_of(plain, input_ids, input_ids, 0.25, 7), actual)
+
+
+def test_noise_comes_before_a_multiplier_of_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(load_tiny(tmp_path, variant="granite"), KEEP, noise_alpha=5.0)
+    input_ids, lengths = tokens(2, 9), some_lengths(2, 9)
+    largest = []
+    monkeypatch.setattr(step_module, "neftune_", lambda x, scale, seed: largest.append(scale))
+    gradients_of(step, input_ids, input_ids, lengths=lengths)
+    # the residual stream is kept divided by its own multiplier
+    multiplied = (3.3 / 0.22) * noise_scale(lengths, 5.0, step.model.config.hidden_size)
+    assert_equal(largest[0], multiplied.flatten())
 
 
 def test_a_seed_decides_the_noise_and_evaluation_has_none(tmp_path: Path) -> None:

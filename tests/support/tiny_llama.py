@@ -97,6 +97,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 3.0, 4.0],
         },
     },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        # large enough to be seen beside a residual stream of several units
+        "rms_norm_eps": 0.5,
+        # none of them a power of two
+        "embedding_multiplier": 3.3,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 0.7,
+    },
     "gemma": {
         "architectures": ["GemmaForCausalLM"],
         "model_type": "gemma",
@@ -224,9 +235,11 @@ def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32
 
 def deeper(variant: str, num_layers: int) -> dict[str, Any]:
     """The config fields of one of VARIANTS with more layers, in the order that its layers have."""
-    fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": num_layers}
-    kinds = fields.get("layer_types")
-    return fields if kinds is None else fields | {"layer_types": (kinds * num_layers)[:num_layers]}
+    fields = FIELDS | VARIANTS[variant]
+    fields["num_hidden_layers"] = num_layers
+    if "layer_types" in fields:
+        fields["layer_types"] = (fields["layer_types"] * num_layers)[:num_layers]
+    return fields
 
 
 def float32_error(truth: Tensor, num_operations: int) -> Tensor:
