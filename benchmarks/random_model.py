@@ -31,6 +31,7 @@ LLAMA_3_8B = LlamaConfig(
     is_fused=False,
     activation="silu",
     qk_norm=False,
+    has_joint_qk_norm=False,
     windows=(None,) * 32,
     query_pre_attn_scalar=128,
     attn_logit_softcapping=None,

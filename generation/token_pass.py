@@ -26,7 +26,7 @@ from kernels.token_norm import token_norm
 from llama.cache import KeyValueCache
 from llama.layer import DecoderLayer
 from llama.model import Llama
-from llama.norm import RMSNorm
+from llama.norm import NoNorm, RMSNorm
 
 
 class TokenLayer:
@@ -40,7 +40,9 @@ class TokenLayer:
         )
         self.layer, self.scores = layer, TokenScores(*layer.scores)
         self.head_norms = None
-        if attention.head_norms:
+        # of all heads together, they are a launch of their own
+        self.normalizes_jointly = layer.self_attn.has_joint_norm
+        if attention.head_norms and not self.normalizes_jointly:
             query, key = attention.head_norms
             self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
@@ -56,12 +58,14 @@ class TokenLayer:
     ) -> tuple[Tensor, Tensor]:  # x, delta
         """Run the layer."""
         layer, norms = self.layer, self.layer.norms
-        y, h, r1 = _normalize(layer.norm(norms.before_attention), x, delta, self.qkv.A)
+        y, h, r1 = _normalize(layer.norm_before(norms.before_attention), x, delta, self.qkv.A)
         qkv = self.qkv(y, h)
+        if self.normalizes_jointly:
+            layer.self_attn.normalize_heads(qkv[:, None])
         query = token_heads(qkv, keys, values, places, cos, sin, self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
-        y, h, r2 = _normalize(layer.norm(norms.before_mlp), r1, delta, self.gate_up.A)
+        y, h, r2 = _normalize(layer.norm_before(norms.before_mlp), r1, delta, self.gate_up.A)
         gates_and_ups = self.gate_up(y, h)
         inner, h = self._gate(gates_and_ups)
         return r2, self._normalize_behind(norms.behind_mlp, self.down(inner, h))
@@ -77,11 +81,11 @@ class TokenLayer:
 
 
 def _normalize(
-    norm: RMSNorm, x: Tensor, delta: Tensor | None, A: Tensor | None
+    norm: RMSNorm | NoNorm, x: Tensor, delta: Tensor | None, A: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # y, h, r
-    if A is None:
+    if A is None or isinstance(norm, NoNorm):
         y, r, _ = norm(x, delta)
-        return y, None, r
+        return y, None if A is None else y @ A.T, r
     return token_norm(x, delta, norm.weight, norm.eps, norm.offset, A)
 
 

@@ -50,7 +50,8 @@ class LlamaConfig:
     mlp_bias: bool
     is_fused: bool  # qkv_proj and gate_up_proj are tensors of their own
     activation: Activation  # of the gates
-    qk_norm: bool  # queries and keys are normalized head by head before they are rotated
+    qk_norm: bool  # queries and keys are normalized before they are rotated, head by head
+    has_joint_qk_norm: bool  # or all heads of a token together
     # of each layer: how many tokens each sees, itself included; None: all before it
     windows: tuple[int | None, ...]
     query_pre_attn_scalar: float  # scores are divided by its root
@@ -64,6 +65,13 @@ class LlamaConfig:
     attention_multiplier: float | None  # of scores, in place of the root's reciprocal
     logit_scale: float | None  # of logits, before they are capped
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """How many numbers of queries are normalized together, and of keys."""
+        heads = (self.num_attention_heads, self.num_key_value_heads)
+        num_queries, num_keys = heads if self.has_joint_qk_norm else (1, 1)
+        return num_queries * self.head_dim, num_keys * self.head_dim
 
     @property
     def score_scale(self) -> float:
@@ -290,6 +298,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         is_fused=family.is_fused,
         activation=_activation(fields, family),
         qk_norm=family.qk_norm,
+        has_joint_qk_norm=family.has_joint_qk_norm,
         windows=_windows(fields, family, num_layers),
         query_pre_attn_scalar=fields.number("query_pre_attn_scalar", float(head_dim)),
         attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),

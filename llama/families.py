@@ -21,13 +21,19 @@ class LayerNorms(NamedTuple):
     A norm behind a half of the layer comes before its result is added to the residual stream.
     """
 
-    before_attention: str = "input_layernorm"
+    before_attention: str | None = "input_layernorm"
     behind_attention: str | None = None
-    before_mlp: str = "post_attention_layernorm"
+    before_mlp: str | None = "post_attention_layernorm"
     behind_mlp: str | None = None
 
 
 LLAMA_NORMS = LayerNorms()
+NORMS_BEHIND = LayerNorms(
+    before_attention=None,
+    behind_attention="post_attention_layernorm",
+    before_mlp=None,
+    behind_mlp="post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Family:
     Attributes:
         qkv_bias, o_bias, mlp_bias: whether the projections have one, or what the field of
             config.json is called that says so.
+        qk_norm: whether queries and keys are normalized, each head by itself.
+        has_joint_qk_norm: whether all heads of a token are normalized together instead.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
@@ -60,6 +68,7 @@ class Family:
     o_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    has_joint_qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
     windows: Literal["none", "all", "listed", "alternating", "later"] = "none"
@@ -131,6 +140,13 @@ FAMILIES = {
         windows="all",
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2",
+        qk_norm=True,
+        has_joint_qk_norm=True,
+        norms=NORMS_BEHIND,
+        fields=frozenset({"attention_bias"}),
     ),
     "GraniteForCausalLM": Family(
         "granite",

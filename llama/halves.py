@@ -26,11 +26,12 @@ class Attention(nn.Module):
         self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
         self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
         self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
+        self.has_joint_norm = config.has_joint_qk_norm
 
     def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Normalize queries and keys in place, head by head, in families that do.
+        """Normalize queries and keys in place, head by head or together, in families that do.
 
         Returns:
             What they were before, and rstd.

@@ -6,7 +6,8 @@
     gate | up = gate_up(norm(r2))
     x, delta = r2, down(activation(gate) up)
 
-In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. The
+In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
+that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. The
 reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate`, `_inner` and
 `_project`, each with the norms before and behind it; `llama/halves.py` has their projections.
 
@@ -36,7 +37,7 @@ from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.halves import MLP, Attention, own
-from llama.norm import RMSNorm, stream_norm
+from llama.norm import NoNorm, RMSNorm, stream_norm
 from lora.linear_group import LinearGroup
 
 
@@ -58,8 +59,9 @@ class Activations:
     """
 
     r1: Tensor  # (M, D), the residual stream at the norm before attention
-    rstd1: Tensor  # (M,) float32
-    # queries and keys before their norms, (M H, head_dim), and rstd; empty without such norms
+    rstd1: Tensor  # (M,) float32; empty without a norm there
+    # queries and keys before their norms, in rows of the norms' width, and rstd; empty without
+    # such norms
     heads: list[tuple[Tensor, Tensor]]
     mixed: Mixed
     h_o: Tensor  # (M, tail)
@@ -67,7 +69,7 @@ class Activations:
     output_o: tuple[Tensor, Tensor] | None = None
     h_qkv: Tensor  # (M, tail)
     r2: Tensor  # (M, D), the residual stream at the norm before the MLP
-    rstd2: Tensor  # (M,) float32
+    rstd2: Tensor  # as rstd1
     gate_up_ext: Tensor  # (M, 2 F + tail)
     h_gate_up: Tensor  # (M, tail)
     h_down: Tensor  # (M, tail)
@@ -84,8 +86,7 @@ class DecoderLayer(nn.Module):
             config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
         self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.norms = config.norms
-        norms = config.norms
+        self.norms = norms = config.norms
         for name in filter(None, (norms.before_attention, norms.before_mlp)):
             self.add_module(name, stream_norm(config))
         for name in filter(None, (norms.behind_attention, norms.behind_mlp)):
@@ -94,6 +95,10 @@ class DecoderLayer(nn.Module):
     def norm(self, name: str) -> RMSNorm:
         """Find one of the layer's norms by its name in the checkpoint."""
         return getattr(self, name)
+
+    def norm_before(self, name: str | None) -> RMSNorm | NoNorm:
+        """Find what stands before a half of the layer."""
+        return NoNorm() if name is None else self.norm(name)
 
     @property
     def grad_tail(self) -> int:
@@ -157,7 +162,7 @@ class DecoderLayer(nn.Module):
         qkv, o, seed = self.self_attn.qkv, self.self_attn.o, shared.dropout_seed
         M, D = x.shape
         y_ext = qkv.empty_input(M, x)
-        norm = self.norm(self.norms.before_attention)
+        norm = self.norm_before(self.norms.before_attention)
         _, kept.r1, kept.rstd1 = norm(x, delta, out=y_ext[:, :D])
         heads = qkv.forward(y_ext, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
@@ -176,7 +181,7 @@ class DecoderLayer(nn.Module):
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> None:
         """Compute gate | up."""
-        gate_up, norm = self.mlp.gate_up, self.norm(self.norms.before_mlp)
+        gate_up, norm = self.mlp.gate_up, self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
         y_ext = gate_up.empty_input(M, r1)
         _, kept.r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
@@ -249,7 +254,7 @@ class DecoderLayer(nn.Module):
         del grad_out, grad_inner, inner, kept.h_down
         grad_y = gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
         assert grad_y is not None
-        norm = self.norm(norms.before_mlp)
+        norm = self.norm_before(norms.before_mlp)
         norm.backward(grad_y, grad, kept.r2, kept.rstd2, out=grad, y=grad_y)
         gate_up.accumulate_grad_A(kept.gate_up_ext, grad_y, seed)
         del grad_y, gates_and_ups
@@ -269,7 +274,7 @@ class DecoderLayer(nn.Module):
         del grads
         self.self_attn.normalize_heads_backward(grad_qkv, kept.heads)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)
-        norm = self.norm(norms.before_attention)
+        norm = self.norm_before(norms.before_attention)
         if grad_y is None:
             y, _, _ = norm(kept.r1)
         else:

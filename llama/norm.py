@@ -55,6 +55,32 @@ class RMSNorm(nn.Module):
         return rms_norm_backward(grad_y, grad_r, r, rstd, self.weight, out, y, self.offset)
 
 
+class NoNorm:
+    """What stands before a half of a layer where a family has no norm there: y = r."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (0,) float32
+        """Add as `RMSNorm.forward` does."""
+        r = x if residual is None else x + residual
+        y = r if out is None else out.copy_(r)
+        return y, r, x.new_empty(0, dtype=torch.float32)
+
+    def backward(
+        self,
+        grad_y: Tensor,  # (M, D)
+        grad_r: Tensor,  # (M, D)
+        r: Tensor,  # (M, D)
+        rstd: Tensor,  # (0,)
+        out: Tensor,  # (M, D)
+        y: Tensor,  # (M, D)
+    ) -> Tensor:  # (M, D)
+        """Add the gradients up, and write y again, as `RMSNorm.backward` does."""
+        torch.add(grad_y, grad_r, out=out)
+        y.copy_(r)
+        return out
+
+
 def stream_norm(config: LlamaConfig) -> RMSNorm:
     """Make a norm of the residual stream."""
     return RMSNorm(config.hidden_size, config, config.residual_multiplier or 1.0)

@@ -43,7 +43,10 @@ class Projection(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019."""
+    """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019.
+
+    Rows may hold several times as many numbers as the weight: each part is normalized by itself.
+    """
 
     def __init__(self, width: int, config: LlamaConfig) -> None:
         super().__init__()
@@ -51,7 +54,9 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight + self.offset) * x * (x.square().mean(-1, True) + self.eps).rsqrt()
+        parts = x.unflatten(-1, (-1, len(self.weight)))
+        rstd = (parts.square().mean(-1, True) + self.eps).rsqrt()
+        return ((self.weight + self.offset) * parts * rstd).flatten(-2)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
@@ -77,14 +82,18 @@ class Attention(nn.Module):
             self.add_module(name, Projection(D, num_rows, config.qkv_bias))
         self.o_proj = Projection(self.counts[0] * head_dim, D, config.o_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_seen: Tensor) -> Tensor:
         qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
-        heads = qkv.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H, T, head_dim)
-        query, key, value = heads.split(self.counts, dim=1)
+        head_dim = self.config.head_dim
+        query, key, value = qkv.split([count * head_dim for count in self.counts], dim=-1)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        # (B, H, T, head_dim)
+        query, key, value = (
+            part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, key, value)
+        )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         num_sharing = self.counts[0] // self.counts[1]
         key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.equality import assert_equal
 from support.micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
-from support.tiny_llama import write_variant
+from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 import step.micro_step as step_module
@@ -103,7 +103,7 @@ def test_every_policy_gives_the_same_bits(
 
 
 @DEVICES
-@pytest.mark.parametrize("variant", ["biases", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_is_recomputed_bit_for_bit(
     tmp_path: Path, variant: str, device: torch.device
 ) -> None:

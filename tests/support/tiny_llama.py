@@ -97,6 +97,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 3.0, 4.0],
         },
     },
+    "olmo2": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "pad_token_id": 0,
+        "attention_bias": True,
+    },
     "granite": {
         "architectures": ["GraniteForCausalLM"],
         "model_type": "granite",
@@ -140,6 +146,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
+OTHER_NORMS = {
+    "gemma2": (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
@@ -165,14 +176,12 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        found[f"{prefix}input_layernorm.weight"] = (hidden,)
-        found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "gemma2":
-            found[f"{prefix}pre_feedforward_layernorm.weight"] = (hidden,)
-            found[f"{prefix}post_feedforward_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "qwen3":
-            found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
-            found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+        for name in OTHER_NORMS.get(fields["model_type"], NORMS):
+            found[f"{prefix}{name}.weight"] = (hidden,)
+        if fields["model_type"] in ("qwen3", "olmo2"):
+            is_joint = fields["model_type"] == "olmo2"
+            found[f"{prefix}self_attn.q_norm.weight"] = (queries if is_joint else head_dim,)
+            found[f"{prefix}self_attn.k_norm.weight"] = (keys if is_joint else head_dim,)
         halves = (tuple("qkv"), tuple("o"), tuple(mlp))
         names = OTHER_BIAS_FIELDS.get(fields["model_type"], BIAS_FIELDS)
         biased = {m for some, n in zip(halves, names, strict=True) if fields.get(n) for m in some}
