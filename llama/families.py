@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from kernels.glu import Activation
+from llama.layer_ropes import LayerRopes
 
 
 class LayerNorms(NamedTuple):
@@ -25,6 +26,11 @@ class LayerNorms(NamedTuple):
 
 
 LLAMA_NORMS = LayerNorms()
+_GEMMA_NORMS = LayerNorms(
+    behind_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    behind_mlp="post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,10 @@ class Family:
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see only the last `sliding_window` tokens: none, all, every other one
-            from the first on, or, where `use_sliding_window` is set, those from `max_window_layers`
-            on.
+            from the first on, all but every `sliding_window_pattern`th, or, where
+            `use_sliding_window` is set, those from `max_window_layers` on, or those without rotary
+            positions.
+        ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
         norm_offset: added to the stored weights of all norms.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
@@ -53,7 +61,8 @@ class Family:
     qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "alternating", "later"] = "none"
+    windows: Literal["none", "all", "alternating", "pattern", "later", "unrotated"] = "none"
+    ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
     norms: LayerNorms = LLAMA_NORMS
     norm_offset: float = 0.0
@@ -98,11 +107,7 @@ FAMILIES = {
         head_dim=256,
         windows="alternating",
         activation_field="hidden_activation",
-        norms=LayerNorms(
-            behind_attention="post_attention_layernorm",
-            before_mlp="pre_feedforward_layernorm",
-            behind_mlp="post_feedforward_layernorm",
-        ),
+        norms=_GEMMA_NORMS,
         norm_offset=1.0,
         scales_embeddings=True,
         defaults={
@@ -124,6 +129,48 @@ FAMILIES = {
                 "final_logit_softcapping",
             }
         ),
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        qk_norm=True,
+        head_dim=256,
+        windows="pattern",
+        ropes="by window",
+        activation_field="hidden_activation",
+        norms=_GEMMA_NORMS,
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+        },
+        fields=frozenset(
+            {
+                "attention_bias",
+                "sliding_window",
+                "sliding_window_pattern",
+                # written beside layer_types, and not read
+                "_sliding_window_pattern",
+                "rope_local_base_freq",
+                "hidden_activation",
+                "query_pre_attn_scalar",
+                "final_logit_softcapping",
+            }
+        ),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        windows="unrotated",
+        ropes="listed",
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        # transformers ignores max_window_layers
+        fields=_WINDOW_FIELDS
+        | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
     ),
 }
 

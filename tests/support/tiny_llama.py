@@ -94,7 +94,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+    # the first layer sees a window, the second everything, each with its own rotary positions
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "pad_token_id": 0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 12,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "query_pre_attn_scalar": 6,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    # the second layer does not rotate its heads, and sees a window
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
 }
+
+
+GEMMA = ("gemma2", "gemma3_text")
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -116,10 +145,10 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         found[f"{prefix}input_layernorm.weight"] = (hidden,)
         found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "gemma2":
+        if fields["model_type"] in GEMMA:
             found[f"{prefix}pre_feedforward_layernorm.weight"] = (hidden,)
             found[f"{prefix}post_feedforward_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "qwen3":
+        if fields["model_type"] in ("qwen3", "gemma3_text"):
             found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
         biased = set("qkvo") if fields.get("attention_bias") else set()
@@ -146,7 +175,7 @@ def random_tensors(
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             # Gemma adds the one itself
-            tensor = (fields["model_type"] != "gemma2") + 0.1 * noise
+            tensor = (fields["model_type"] not in GEMMA) + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         else:
