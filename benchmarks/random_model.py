@@ -9,6 +9,7 @@ from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
 from llama.families import LLAMA_NORMS
 from llama.model import Llama
+from llama.rope_scaling import Rope
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, Quantization
 
@@ -21,8 +22,7 @@ LLAMA_3_8B = LlamaConfig(
     num_key_value_heads=8,
     head_dim=128,
     rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=None,
+    ropes=(Rope(500000.0),) * 32,
     max_position_embeddings=8192,
     tie_word_embeddings=False,
     qkv_bias=False,
@@ -53,6 +53,7 @@ CONFIGS = {
         intermediate_size=28672,
         num_hidden_layers=80,
         num_attention_heads=64,
+        ropes=LLAMA_3_8B.ropes[:1] * 80,
         windows=(None,) * 80,
     ),
 }

@@ -86,8 +86,15 @@ def identify(checkpoint: Checkpoint) -> Identity:
 
 
 def _function(config: LlamaConfig) -> dict[str, Any]:
-    left_out = ("eos_token_ids", "norms")
-    return {name: v for name, v in asdict(config).items() if v and name not in left_out}
+    fields = asdict(config)
+    for name in ("eos_token_ids", "norms"):
+        del fields[name]
+    (rope, *others) = config.distinct_ropes
+    if rope is not None and not others:
+        # as config.json names what all layers share
+        del fields["ropes"]
+        fields |= {f"rope_{name}": value for name, value in asdict(rope).items()}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _digest(stored: StoredTensor, vocab_size: int) -> bytes:

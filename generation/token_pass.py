@@ -27,6 +27,7 @@ from llama.cache import KeyValueCache
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from llama.norm import NoNorm, RMSNorm
+from llama.rope import RopeTables
 
 
 class TokenLayer:
@@ -53,8 +54,7 @@ class TokenLayer:
         keys: Tensor,  # (B, H_kv, capacity, head_dim), one row of each sequence is written
         values: Tensor,
         places: Places,
-        cos: Tensor,
-        sin: Tensor,
+        tables: list[RopeTables],
     ) -> tuple[Tensor, Tensor]:  # x, delta
         """Run the layer."""
         layer, norms = self.layer, self.layer.norms
@@ -62,7 +62,7 @@ class TokenLayer:
         qkv = self.qkv(y, h)
         if self.normalizes_jointly:
             layer.self_attn.normalize_heads(qkv[:, None])
-        query = token_heads(qkv, keys, values, places, cos, sin, self.head_norms)
+        query = token_heads(qkv, keys, values, places, *tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
         y, h, r2 = _normalize(layer.norm_before(norms.before_mlp), r1, delta, self.gate_up.A)
@@ -97,7 +97,7 @@ class TokenPass:
         self._layers = [
             TokenLayer(layer, model.compute_dtype, cache.num_sequences) for layer in model.layers
         ]
-        self._cos, self._sin = model.rotary_tables(cache.capacity)
+        self._tables = model.rotary_tables(cache.capacity)
 
     def __call__(self, ids: Tensor, lengths: Tensor, is_long: Tensor) -> Tensor:  # (B, D)
         """Append the tokens to the cache, and find their normalized hidden states.
@@ -111,5 +111,5 @@ class TokenPass:
         x, delta = self._model.embed(ids[:, None]), None
         caches = zip(self._layers, self._cache.keys, self._cache.values, strict=True)
         for layer, keys, values in caches:
-            x, delta = layer(x, delta, keys, values, places, self._cos, self._sin)
+            x, delta = layer(x, delta, keys, values, places, self._tables)
         return self._model.model.norm(x, delta)[0]

@@ -19,7 +19,8 @@ from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import FAMILIES, Family, LayerNorms
-from llama.rope_scaling import LongRopeScaling, RopeScaling, read_rope
+from llama.layer_ropes import read_ropes, rotated_layers
+from llama.rope_scaling import LongRopeScaling, Rope
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -41,8 +42,7 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    ropes: tuple[Rope | None, ...]  # of each layer; None: its heads are not rotated
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
@@ -79,16 +79,25 @@ class LlamaConfig:
         return self.attention_multiplier or 1 / math.sqrt(self.query_pre_attn_scalar)
 
     @property
-    def rotary_factor(self) -> float:
-        """The factor of cosines and sines."""
-        scaling = self.rope_scaling
-        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+    def distinct_ropes(self) -> list[Rope | None]:
+        """The rotary positions of all layers, each once."""
+        return list(dict.fromkeys(self.ropes))
+
+    @property
+    def short_length(self) -> int | None:
+        """The most tokens of a sequence that is not rotated by LongRoPE's frequencies for long
+        ones; None: the frequencies do not depend on the length."""
+        scalings = [rope.scaling for rope in self.ropes if rope is not None]
+        lengths = (
+            scaling.original_max_position_embeddings
+            for scaling in scalings
+            if isinstance(scaling, LongRopeScaling)
+        )
+        return next(lengths, None)
 
     def is_long(self, num_tokens: int) -> bool:
         """Tell whether a sequence is rotated by LongRoPE's frequencies for long ones."""
-        scaling = self.rope_scaling
-        is_longrope = isinstance(scaling, LongRopeScaling)
-        return is_longrope and scaling.original_max_position_embeddings < num_tokens
+        return self.short_length is not None and self.short_length < num_tokens
 
 
 def _eos_token_ids(fields: JsonFields) -> tuple[int, ...] | None:
@@ -148,6 +157,12 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
         sees_window = [False] * num_layers
     elif family.windows in ("all", "listed"):
         sees_window = [True] * num_layers
+    elif family.windows == "pattern":
+        interval = fields.integer("sliding_window_pattern")
+        sees_window = [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    elif family.windows == "unrotated":
+        is_used = fields.boolean("use_sliding_window", False)
+        sees_window = [is_used and not has for has in rotated_layers(fields, num_layers)]
     else:
         first = 28 if (first := values.get("max_window_layers")) is None else first
         if type(first) is not int:
@@ -164,7 +179,7 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
                 f"{num_layers} layers: got {kinds!r}"
             )
         given = [named[kind] for kind in kinds]
-        if family.windows in ("alternating", "later", "listed"):
+        if family.windows not in ("none", "all"):
             sees_window = given
         elif given != sees_window:
             raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
@@ -275,8 +290,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         eos_token_ids = _eos_token_ids(JsonFields(generation_path, read_object(generation_path)))
     if eos_token_ids is None:
         eos_token_ids = _eos_token_ids(fields)
-    rope_theta, rope_scaling = read_rope(fields)
     num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
+    windows = _windows(fields, family, num_layers)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
     head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
     config = LlamaConfig(
@@ -288,8 +303,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         num_key_value_heads=fields.integer("num_key_value_heads", num_heads, _MOST_HEADS),
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        ropes=read_ropes(fields, family.ropes, [window is not None for window in windows]),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         qkv_bias=_has_bias(fields, family.qkv_bias),
@@ -299,7 +313,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         activation=_activation(fields, family),
         qk_norm=family.qk_norm,
         has_joint_qk_norm=family.has_joint_qk_norm,
-        windows=_windows(fields, family, num_layers),
+        windows=windows,
         query_pre_attn_scalar=fields.number("query_pre_attn_scalar", float(head_dim)),
         attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from kernels.glu import Activation
+from llama.layer_ropes import LayerRopes
 
 # what the activations of the gates are called in config.json
 ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -34,6 +35,11 @@ NORMS_BEHIND = LayerNorms(
     before_mlp=None,
     behind_mlp="post_feedforward_layernorm",
 )
+_GEMMA_NORMS = LayerNorms(
+    behind_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    behind_mlp="post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,10 @@ class Family:
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see only the last `sliding_window` tokens: none, all, all unless
-            `layer_types` says otherwise, every other one from the first on, or, where
-            `use_sliding_window` is set, those from `max_window_layers` on.
+            `layer_types` says otherwise, every other one from the first on, all but every
+            `sliding_window_pattern`th, or, where `use_sliding_window` is set, those from
+            `max_window_layers` on, or those without rotary positions.
+        ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
         activation_names: what the file may call it.
         norm_offset: added to the stored weights of all norms.
@@ -71,7 +79,10 @@ class Family:
     has_joint_qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "listed", "alternating", "later"] = "none"
+    windows: Literal["none", "all", "listed", "alternating", "pattern", "later", "unrotated"] = (
+        "none"
+    )
+    ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
     activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
     norms: LayerNorms = LLAMA_NORMS
@@ -183,11 +194,7 @@ FAMILIES = {
         head_dim=256,
         windows="alternating",
         activation_field="hidden_activation",
-        norms=LayerNorms(
-            behind_attention="post_attention_layernorm",
-            before_mlp="pre_feedforward_layernorm",
-            behind_mlp="post_feedforward_layernorm",
-        ),
+        norms=_GEMMA_NORMS,
         norm_offset=1.0,
         scales_embeddings=True,
         defaults={
@@ -209,5 +216,48 @@ FAMILIES = {
                 "final_logit_softcapping",
             }
         ),
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        qk_norm=True,
+        head_dim=256,
+        windows="pattern",
+        ropes="by window",
+        activation_field="hidden_activation",
+        norms=_GEMMA_NORMS,
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+        },
+        fields=frozenset(
+            {
+                "attention_bias",
+                "sliding_window",
+                "sliding_window_pattern",
+                # written beside layer_types, and not read
+                "_sliding_window_pattern",
+                "rope_local_base_freq",
+                "hidden_activation",
+                "query_pre_attn_scalar",
+                "final_logit_softcapping",
+            }
+        ),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        mlp_bias="mlp_bias",
+        windows="unrotated",
+        ropes="listed",
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        # transformers ignores max_window_layers
+        fields=_WINDOW_FIELDS
+        | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
     ),
 }

@@ -38,6 +38,7 @@ from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
+from llama.rope import RopeTables
 from lora.linear_group import LinearGroup
 
 
@@ -45,8 +46,7 @@ class Shared(NamedTuple):
     """What all layers of one pass share."""
 
     positions: Tensor  # (B, T), rows of the tables
-    cos: Tensor  # (T_max, head_dim / 2) float32
-    sin: Tensor
+    tables: list[RopeTables]  # of each of the config's distinct ropes
     dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
     samples: Samples | None = None  # where rows hold several
 
@@ -82,6 +82,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        # of the pass's tables, those that rotate this layer's heads
+        self.table = config.distinct_ropes.index(config.ropes[index])
         self.scores = Scores(
             config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
@@ -167,8 +169,8 @@ class DecoderLayer(nn.Module):
         heads = qkv.forward(y_ext, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
         # the rotation overwrites heads, which nothing else holds
-        tables, counts = (shared.positions, shared.cos, shared.sin), self.self_attn.counts
-        query, key, value = rope(heads, *tables, *counts[:2])
+        tables, counts = shared.tables[self.table], self.self_attn.counts
+        query, key, value = rope(heads, shared.positions, *tables, *counts[:2])
         if slot is not None:
             slot.store(self.index, key, value)
         kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
@@ -270,7 +272,7 @@ class DecoderLayer(nn.Module):
         del grad_mixed, grad_heads
         grad_qkv_ext = qkv.empty_output(M, grad)
         grad_qkv = grad_qkv_ext[:, : qkv.num_rows].unflatten(0, (B, T))
-        rope_backward(*grads, shared.positions, shared.cos, shared.sin, out=grad_qkv)
+        rope_backward(*grads, shared.positions, *shared.tables[self.table], out=grad_qkv)
         del grads
         self.self_attn.normalize_heads_backward(grad_qkv, kept.heads)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)

@@ -26,8 +26,7 @@ from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
-from llama.rope import rope_frequencies, rope_tables
-from llama.rope_scaling import LongRopeScaling
+from llama.rope import RopeTables, rope_factor, rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
 from rows.batch import NO_LOSS, Batch
@@ -100,8 +99,8 @@ class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    # (2, head_dim / 2) float32, for sequences of the usual length and for long ones; computed from
-    # the config
+    # (number of distinct ropes, 2, head_dim / 2) float32, for sequences of the usual length and for
+    # long ones; computed from the config
     frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
@@ -119,8 +118,11 @@ class Llama(nn.Module):
         # rounded as transformers rounds it
         rounded = torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
         self.embedding_scale = float(rounded) * self.embedding_multiplier
-        frequencies = torch.stack([rope_frequencies(config, is_long) for is_long in (False, True)])
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        frequencies = [
+            torch.stack([rope_frequencies(rope, config.head_dim, long) for long in (False, True)])
+            for rope in config.distinct_ropes
+        ]
+        self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -212,27 +214,27 @@ class Llama(nn.Module):
                 depend on how long each of them is.
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        scaling = self.config.rope_scaling
         is_long = self.config.is_long(input_ids.shape[1])
         if is_long and samples is not None:
-            assert isinstance(scaling, LongRopeScaling)
             raise ValueError(
                 "rows of several samples must not be longer than this model's frequencies are for, "
-                f"{scaling.original_max_position_embeddings:,} tokens: got {input_ids.shape[1]:,}; "
+                f"{self.config.short_length:,} tokens: got {input_ids.shape[1]:,}; "
                 "lower --max-length or use --no-packing"
             )
-        cos, sin = rope_tables(self.frequencies[int(is_long)], rows, self.config.rotary_factor)
+        tables = self._tables(rows, is_long)
         positions = rows.expand_as(input_ids) if samples is None else samples.positions.long()
-        return Shared(positions, cos, sin, dropout_seed, samples)
+        return Shared(positions, tables, dropout_seed, samples)
 
-    def rotary_tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, positions: Tensor, is_long: bool) -> list[RopeTables]:
+        ropes = zip(self.config.distinct_ropes, self.frequencies, strict=True)
+        return [rope_tables(own[int(is_long)], positions, rope_factor(rope)) for rope, own in ropes]
+
+    def rotary_tables(self, num_positions: int) -> list[RopeTables]:
         """Compute cosines and sines of so many positions, twice: by the frequencies for sequences
         of the usual length, and below by those for long ones."""
         positions = torch.arange(num_positions, device=self.device)
-        factor = self.config.rotary_factor
-        tables = [rope_tables(f, positions, factor) for f in self.frequencies]
-        cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
-        return cos, sin
+        halves = zip(*(self._tables(positions, long) for long in (False, True)), strict=True)
+        return [RopeTables(*map(torch.cat, zip(*half, strict=True))) for half in halves]
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""

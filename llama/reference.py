@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
-from llama.rope import rope_frequencies, rope_tables
+from llama.rope import rope_factor, rope_frequencies, rope_tables
 from rows.batch import Batch
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
@@ -182,13 +182,15 @@ class Reference(nn.Module):
         is_same = (sample[:, :, None] == sample[:, None, :])[:, None]
         distance = torch.where(is_same, order[:, None] - order, -1)  # (B, 1, T, T)
 
-        frequencies = rope_frequencies(config, config.is_long(T))
-        tables = rope_tables(frequencies, positions.flatten(), config.rotary_factor)
         scale = config.embedding_scale * (config.embedding_multiplier or 1.0)
         x = scale * self.model.embed_tokens(input_ids)
-        cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, distance)
+        rotations = {}
+        for rope in config.distinct_ropes:
+            frequencies = rope_frequencies(rope, config.head_dim, config.is_long(T))
+            tables = rope_tables(frequencies, positions.flatten(), rope_factor(rope))
+            rotations[rope] = [t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables]
+        for layer, rope in zip(self.model.layers, config.ropes, strict=True):
+            x = layer(x, *rotations[rope], distance)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         logits = (config.logit_scale or 1.0) * self.model.norm(x) @ head.weight.T
         cap = config.final_logit_softcapping

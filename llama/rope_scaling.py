@@ -1,11 +1,11 @@
-"""The rotary positions that config.json asks for: rope_theta and the scaling of frequencies."""
+"""One set of rotary positions that config.json asks for: rope_theta and the scaling of
+frequencies. `llama/layer_ropes.py` finds the set of each layer."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from foreign.json_fields import JsonFields
-
-DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -40,38 +40,49 @@ class LongRopeScaling:
 RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling
 
 
-def read_rope(fields: JsonFields) -> tuple[float, RopeScaling | None]:
-    """Read rope_theta and the scaling of its frequencies."""
-    path, values = fields.path, fields.values
-    # transformers 5 writes rope_parameters, with rope_theta inside; earlier versions rope_scaling
-    given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
-    if len(given) == 2 and given[0] != given[1]:
-        raise ValueError(
-            f"{path}: rope_parameters and rope_scaling must agree: "
-            f"got {given[0]!r} and {given[1]!r}"
-        )
-    rope = given[0] if given else {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {rope!r}")
-    theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-    inner = JsonFields(path, rope)
-    theta = inner.number("rope_theta", theta)
+@dataclass(frozen=True)
+class Rope:
+    """How fast the heads of a layer turn with their positions."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+def read_rope(
+    fields: JsonFields,
+    given: Any,  # the part of config.json that is about this set
+    theta: float,  # where that part has none
+) -> Rope:
+    """Read one set of rotary positions."""
+    path = fields.path
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
+    inner = JsonFields(path, given)
     for scope in (fields, inner):
         if (share := scope.number("partial_rotary_factor", 1.0)) != 1:
             raise ValueError(f"{path}: partial_rotary_factor must be absent or 1: got {share}")
-    kind = rope.get("rope_type", rope.get("type")) or "default"
+    return Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner))
+
+
+def _read_scaling(fields: JsonFields, inner: JsonFields) -> RopeScaling | None:
+    kind = inner.values.get("rope_type", inner.values.get("type")) or "default"
     # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
     if kind in ("default", "dynamic"):
-        return theta, None
+        return None
     if kind == "linear":
-        return theta, LinearRopeScaling(inner.number("factor"))
+        return LinearRopeScaling(inner.number("factor"))
     if kind in ("longrope", "su"):
-        return theta, _read_long_rope(fields, inner)
-    if kind != "llama3":
-        raise ValueError(
-            f"{path}: rope_scaling must be absent, default, linear, dynamic, llama3 or longrope: "
-            f"got {kind!r}"
-        )
+        return _read_long_rope(fields, inner)
+    if kind == "llama3":
+        return _read_llama3(fields, inner)
+    raise ValueError(
+        f"{fields.path}: rope_scaling must be absent, default, linear, dynamic, llama3 or "
+        f"longrope: got {kind!r}"
+    )
+
+
+def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:
+    path = fields.path
     scaling = Llama3RopeScaling(
         inner.number("factor"),
         inner.number("low_freq_factor"),
@@ -87,9 +98,9 @@ def read_rope(fields: JsonFields) -> tuple[float, RopeScaling | None]:
     if fields.integer("original_max_position_embeddings", original) != original:
         raise ValueError(
             f"{path}: original_max_position_embeddings must be the same inside rope_scaling and "
-            f"outside: got {original} and {values['original_max_position_embeddings']}"
+            f"outside: got {original} and {fields.values['original_max_position_embeddings']}"
         )
-    return theta, scaling
+    return scaling
 
 
 def _read_long_rope(fields: JsonFields, scaling: JsonFields) -> LongRopeScaling:

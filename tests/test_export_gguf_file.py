@@ -48,6 +48,11 @@ BLOCK_OF_GEMMA = BLOCK | {
 FAMILIES = {"mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"} | {
     "gemma2": "gemma2"
 }
+EXPORTED = [
+    variant
+    for variant, fields in sorted(VARIANTS.items())
+    if (FIELDS | fields)["architectures"][0] in ARCHITECTURES
+]
 # tensors that the checkpoint does not have
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -106,13 +111,6 @@ def expected_of(folder: Path, variant: str) -> dict[str, Tensor]:
             values = values + 1
         expected[target] = values
     return expected
-
-
-EXPORTED = [
-    variant
-    for variant, fields in sorted(VARIANTS.items())
-    if (FIELDS | fields)["architectures"][0] in ARCHITECTURES
-]
 
 
 @pytest.mark.parametrize("variant", EXPORTED)

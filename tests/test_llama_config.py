@@ -10,7 +10,7 @@ import pytest
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
+from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
 GEMMA2 = VARIANTS["gemma2"]
@@ -27,8 +27,8 @@ def test_every_field_is_read_under_its_name(tmp_path: Path) -> None:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         assert getattr(config, name) == FIELDS[name]
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 1, 12)
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 500000.0)
-    assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert config.rms_norm_eps == 1e-5
+    assert config.ropes == (Rope(500000.0, Llama3RopeScaling(8.0, 1.0, 4.0, 16)),) * 2
     assert config.max_position_embeddings == 128
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (1, 1, 1)
     assert (config.tie_word_embeddings, config.qk_norm) == (0, 0)
@@ -41,7 +41,7 @@ def test_absent_and_null_fields_have_transformers_defaults(tmp_path: Path) -> No
     nulls: dict[str, Any] = dict.fromkeys((*optional, "head_dim", "rope_scaling", "eos_token_id"))
     config = read(tmp_path, **nulls)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert config.ropes == (Rope(10000.0),) * 2
     assert (config.tie_word_embeddings, config.eos_token_ids) == (False, ())
     (tmp_path / "config.json").write_text(
         json.dumps({name: value for name, value in FIELDS.items() if name not in optional} | nulls)
@@ -321,14 +321,14 @@ def test_gemma_2_has_its_own_defaults(tmp_path: Path) -> None:
 
 def test_rope_scalings_are_read(tmp_path: Path) -> None:
     linear = read(tmp_path, rope_scaling={"type": "linear", "factor": 4})
-    assert linear.rope_scaling == LinearRopeScaling(4.0)
+    assert linear.ropes == (Rope(10000.0, LinearRopeScaling(4.0)),) * 2
     # it begins beyond the positions that the model has
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
-    assert read(tmp_path, rope_scaling=dynamic).rope_scaling is None
+    assert read(tmp_path, rope_scaling=dynamic).ropes == (Rope(10000.0),) * 2
     long = read(tmp_path, **PHI3)
     factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
     short, longer = (tuple(PHI3["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
-    assert long.rope_scaling == LongRopeScaling(short, longer, 16, factor)
+    assert long.ropes == (Rope(10000.0, LongRopeScaling(short, longer, 16, factor)),) * 2
     # a sequence as long as those of the first training is not long yet
     assert [long.is_long(num_tokens) for num_tokens in (16, 17)] == [False, True]
     assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
@@ -341,7 +341,9 @@ def test_real_configs_are_read(assets: Path) -> None:
         config = read_config(path.parent)
         num_read += 1
         assert config.hidden_size == fields["hidden_size"]
-        assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
+        (rope,) = config.distinct_ropes
+        assert rope is not None
+        assert (rope.scaling is None) == (not fields.get("rope_scaling"))
         # the others' windows are as long as their positions, or not used
         windows = {"Mistral-7B-v0.1": {4096}, "Phi-3.5-mini-instruct": {262144}}
         windows |= {name: {4096, None} for name in ("gemma-2-2b", "gemma-2-9b")}

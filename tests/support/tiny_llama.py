@@ -143,12 +143,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+    # the first layer sees a window, the second everything, each with its own rotary positions
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "pad_token_id": 0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 12,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "query_pre_attn_scalar": 6,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    # the second layer does not rotate its heads, and sees a window
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
 }
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
+GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 OTHER_NORMS = {
-    "gemma2": (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 # what says whether q, k and v have biases, o has one, and the MLP has
@@ -178,7 +206,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for name in OTHER_NORMS.get(fields["model_type"], NORMS):
             found[f"{prefix}{name}.weight"] = (hidden,)
-        if fields["model_type"] in ("qwen3", "olmo2"):
+        if fields["model_type"] in ("qwen3", "gemma3_text", "olmo2"):
             is_joint = fields["model_type"] == "olmo2"
             found[f"{prefix}self_attn.q_norm.weight"] = (queries if is_joint else head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (keys if is_joint else head_dim,)
