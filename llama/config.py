@@ -19,7 +19,8 @@ from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import FAMILIES, Family, LayerNorms
-from llama.layer_ropes import read_ropes, rotated_layers
+from llama.layer_ropes import read_ropes
+from llama.layer_windows import read_windows
 from llama.rope_scaling import LongRopeScaling, Rope
 
 CONFIG_NAME = "config.json"
@@ -145,49 +146,6 @@ def _family(fields: JsonFields) -> Family:
     return family
 
 
-def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """Read which layers see how many tokens."""
-    path, values = fields.path, fields.values
-    size = values.get("sliding_window")
-    if size is not None:
-        size = fields.integer("sliding_window")
-    if family.windows == "alternating":
-        sees_window = [layer % 2 == 0 for layer in range(num_layers)]
-    elif family.windows == "none" or size is None:
-        sees_window = [False] * num_layers
-    elif family.windows in ("all", "listed"):
-        sees_window = [True] * num_layers
-    elif family.windows == "pattern":
-        interval = fields.integer("sliding_window_pattern")
-        sees_window = [(layer + 1) % interval != 0 for layer in range(num_layers)]
-    elif family.windows == "unrotated":
-        is_used = fields.boolean("use_sliding_window", False)
-        sees_window = [is_used and not has for has in rotated_layers(fields, num_layers)]
-    else:
-        first = 28 if (first := values.get("max_window_layers")) is None else first
-        if type(first) is not int:
-            raise ValueError(f"{path}: max_window_layers must be an integer: got {first!r}")
-        is_used = fields.boolean("use_sliding_window", False)
-        sees_window = [is_used and layer >= first for layer in range(num_layers)]
-    kinds = values.get("layer_types")
-    if kinds is not None:
-        named = {"full_attention": False, "sliding_attention": True}
-        is_list = isinstance(kinds, list) and len(kinds) == num_layers
-        if not is_list or not all(kind in tuple(named) for kind in kinds):
-            raise ValueError(
-                f"{path}: layer_types must name one of {', '.join(named)} for each of "
-                f"{num_layers} layers: got {kinds!r}"
-            )
-        given = [named[kind] for kind in kinds]
-        if family.windows not in ("none", "all"):
-            sees_window = given
-        elif given != sees_window:
-            raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
-    if any(sees_window) and size is None:
-        raise ValueError(f"{path}: sliding_window must be given with sliding layers: got none")
-    return tuple(size if sees else None for sees in sees_window)
-
-
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.path, fields.values
@@ -274,8 +232,9 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     path = fields.path
     family = _family(fields)
     _check_function(fields)
-    named = {family.aliases.get(key, key): value for key, value in fields.values.items()}
-    fields = JsonFields(path, {**family.defaults, **named})
+    given = fields.values
+    named = {name: given[alias] for alias, name in family.aliases.items() if alias in given}
+    fields = JsonFields(path, {**family.defaults, **given, **named})
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
@@ -291,7 +250,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     if eos_token_ids is None:
         eos_token_ids = _eos_token_ids(fields)
     num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
-    windows = _windows(fields, family, num_layers)
+    windows = read_windows(fields, family.windows, num_layers)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
     head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
     config = LlamaConfig(

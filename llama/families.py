@@ -7,10 +7,11 @@ it is set, because it might change the function.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from kernels.glu import Activation
 from llama.layer_ropes import LayerRopes
+from llama.layer_windows import LayerWindows
 
 # what the activations of the gates are called in config.json
 ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -54,10 +55,7 @@ class Family:
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
-        windows: which layers see only the last `sliding_window` tokens: none, all, all unless
-            `layer_types` says otherwise, every other one from the first on, all but every
-            `sliding_window_pattern`th, or, where `use_sliding_window` is set, those from
-            `max_window_layers` on, or those without rotary positions.
+        windows: which layers see how many tokens, as `read_windows` takes it.
         ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
         activation_names: what the file may call it.
@@ -79,9 +77,7 @@ class Family:
     has_joint_qk_norm: bool = False
     is_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "listed", "alternating", "pattern", "later", "unrotated"] = (
-        "none"
-    )
+    windows: LayerWindows = "none"
     ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
     activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
@@ -158,6 +154,37 @@ FAMILIES = {
         has_joint_qk_norm=True,
         norms=NORMS_BEHIND,
         fields=frozenset({"attention_bias"}),
+    ),
+    "Olmo3ForCausalLM": Family(
+        "olmo3",
+        qk_norm=True,
+        has_joint_qk_norm=True,
+        windows="pattern",
+        ropes="by window",
+        norms=NORMS_BEHIND,
+        defaults={
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_theta": 5e5,
+            # transformers reads rope_theta for the other layers alone
+            "rope_local_base_freq": 5e5,
+        },
+        fields=frozenset({"attention_bias", "sliding_window"}),
+    ),
+    "Exaone4ForCausalLM": Family(
+        "exaone4",
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=True,
+        windows="pattern",
+        ropes="windowed",
+        norms=NORMS_BEHIND,
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        fields=frozenset({"sliding_window", "sliding_window_pattern"}),
     ),
     "GraniteForCausalLM": Family(
         "granite",

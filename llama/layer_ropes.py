@@ -10,7 +10,7 @@ DEFAULT_ROPE_THETA = 10000.0
 # SmolLM3's, where config.json lists no layers
 _UNROTATED_INTERVAL = 4
 
-LayerRopes = Literal["alike", "by window", "listed"]
+LayerRopes = Literal["alike", "by window", "listed", "windowed"]
 
 
 def read_ropes(
@@ -20,7 +20,8 @@ def read_ropes(
 
     Args:
         kind: all layers have the same; or those that see a window have others than the rest; or
-            no_rope_layers says which layers have any.
+            no_rope_layers says which layers have any; or those that see a window have some, and
+            all layers of a model without windows.
         sees_window: of each layer.
 
     Raises:
@@ -33,7 +34,11 @@ def read_ropes(
         theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
         rope = read_rope(fields, _only_set(fields), theta)
         num_layers = len(sees_window)
-        is_rotated = [True] * num_layers if kind == "alike" else rotated_layers(fields, num_layers)
+        is_rotated = [True] * num_layers
+        if kind == "listed":
+            is_rotated = rotated_layers(fields, num_layers)
+        elif kind == "windowed" and fields.values.get("sliding_window") is not None:
+            is_rotated = list(sees_window)
         ropes = tuple(rope if has_rope else None for has_rope in is_rotated)
     _check_one_length(fields, ropes)
     return ropes

@@ -117,7 +117,10 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ),
         (MISTRAL | {"sliding_window": -1}, "sliding_window must be a positive integer: got -1"),
         (MISTRAL | {"attention_bias": True}, "got attention_bias = True"),
-        (MISTRAL | {"layer_types": ["full_attention"] * 2}, "layer_types must be those of mistral"),
+        (
+            MISTRAL | {"layer_types": ["full_attention"] * 2},
+            "layer_types must be sliding_attention for all layers of this family: got ['full",
+        ),
         (QWEN2 | {"layer_types": ["full_attention"]}, "for each of 2 layers"),
         (QWEN2 | {"layer_types": ["chunked", "chunked"]}, "layer_types must name one of"),
         (

@@ -103,6 +103,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "attention_bias": True,
     },
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "pad_token_id": 0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "head_dim": 12,
+        "sliding_window": 8,
+        # as the 32B model has it, beside layer_types
+        "sliding_window_pattern": "LLLG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {
         "architectures": ["GraniteForCausalLM"],
         "model_type": "granite",
@@ -174,10 +190,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 OTHER_NORMS = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
-    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo2": NORMS_BEHIND,
+    "olmo3": NORMS_BEHIND,
+    "exaone4": NORMS_BEHIND,
 }
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
@@ -206,8 +225,8 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for name in OTHER_NORMS.get(fields["model_type"], NORMS):
             found[f"{prefix}{name}.weight"] = (hidden,)
-        if fields["model_type"] in ("qwen3", "gemma3_text", "olmo2"):
-            is_joint = fields["model_type"] == "olmo2"
+        if fields["model_type"] in ("qwen3", "gemma3_text", "olmo2", "olmo3", "exaone4"):
+            is_joint = fields["model_type"].startswith("olmo")
             found[f"{prefix}self_attn.q_norm.weight"] = (queries if is_joint else head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (keys if is_joint else head_dim,)
         halves = (tuple("qkv"), tuple("o"), tuple(mlp))
