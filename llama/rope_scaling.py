@@ -37,7 +37,23 @@ class LongRopeScaling:
     attention_factor: float  # of cosines and sines
 
 
-RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling
+@dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al. 2023): positions divided by a factor for the pairs of dimensions that turn
+    at most `beta_slow` times over the length that the model was first trained on, and kept for
+    those that turn at least `beta_fast` times."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+    attention_factor: float  # of cosines and sines
+    truncate: bool  # whether the bounds between the pairs are whole numbers
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling | YarnRopeScaling
+# turns over the first length, far beyond any model of today
+_LEAST_TURNS, _MOST_TURNS = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,10 @@ def read_rope(
     for scope in (fields, inner):
         if (share := scope.number("partial_rotary_factor", 1.0)) != 1:
             raise ValueError(f"{path}: partial_rotary_factor must be absent or 1: got {share}")
-    return Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner))
+    rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner))
+    if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
+        raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
+    return rope
 
 
 def _read_scaling(fields: JsonFields, inner: JsonFields) -> RopeScaling | None:
@@ -71,13 +90,16 @@ def _read_scaling(fields: JsonFields, inner: JsonFields) -> RopeScaling | None:
         return None
     if kind == "linear":
         return LinearRopeScaling(inner.number("factor"))
-    if kind in ("longrope", "su"):
+    # Phi-3's first files name it otherwise
+    if kind in ("longrope", "su") or (kind == "yarn" and inner.values.get("short_factor")):
         return _read_long_rope(fields, inner)
+    if kind == "yarn":
+        return _read_yarn(fields, inner)
     if kind == "llama3":
         return _read_llama3(fields, inner)
     raise ValueError(
-        f"{fields.path}: rope_scaling must be absent, default, linear, dynamic, llama3 or "
-        f"longrope: got {kind!r}"
+        f"{fields.path}: rope_scaling must be absent, default, linear, dynamic, llama3, longrope "
+        f"or yarn: got {kind!r}"
     )
 
 
@@ -94,13 +116,47 @@ def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:
             f"{path}: high_freq_factor must be above low_freq_factor: "
             f"got {scaling.high_freq_factor} and {scaling.low_freq_factor}"
         )
-    original = scaling.original_max_position_embeddings
+    _check_original(fields, scaling.original_max_position_embeddings)
+    return scaling
+
+
+def _check_original(fields: JsonFields, original: int) -> None:
+    """Refuse a length of the first training that is another outside of the set."""
     if fields.integer("original_max_position_embeddings", original) != original:
         raise ValueError(
-            f"{path}: original_max_position_embeddings must be the same inside rope_scaling and "
-            f"outside: got {original} and {fields.values['original_max_position_embeddings']}"
+            f"{fields.path}: original_max_position_embeddings must be the same inside rope_scaling "
+            f"and outside: got {original} and {fields.values['original_max_position_embeddings']}"
+        )
+
+
+def _read_yarn(fields: JsonFields, inner: JsonFields) -> YarnRopeScaling:
+    longest = fields.integer("max_position_embeddings")
+    original = inner.integer("original_max_position_embeddings", longest)
+    _check_original(fields, original)
+    factor = inner.number("factor", longest / original)
+    mscale, mscale_all_dim = (inner.optional_number(n) for n in ("mscale", "mscale_all_dim"))
+    default = _yarn_temperature(factor, 1)
+    if mscale is not None and mscale_all_dim is not None:
+        default = _yarn_temperature(factor, mscale) / _yarn_temperature(factor, mscale_all_dim)
+    scaling = YarnRopeScaling(
+        factor,
+        inner.number("beta_fast", 32),
+        inner.number("beta_slow", 1),
+        original,
+        inner.number("attention_factor", default),
+        inner.boolean("truncate", True),
+    )
+    if not _LEAST_TURNS <= scaling.beta_slow < scaling.beta_fast <= _MOST_TURNS:
+        raise ValueError(
+            f"{fields.path}: beta_fast must be above beta_slow, and both within {_LEAST_TURNS:g} "
+            f"and {_MOST_TURNS:g}: got {scaling.beta_fast} and {scaling.beta_slow}"
         )
     return scaling
+
+
+def _yarn_temperature(factor: float, mscale: float) -> float:
+    """The root of 1 / t in YaRN's equation 22, which its authors fitted."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _read_long_rope(fields: JsonFields, scaling: JsonFields) -> LongRopeScaling:

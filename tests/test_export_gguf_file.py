@@ -48,10 +48,11 @@ BLOCK_OF_GEMMA = BLOCK | {
 FAMILIES = {"mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"} | {
     "gemma2": "gemma2"
 }
+# of the others, YaRN alone is refused for a scaling
 EXPORTED = [
     variant
     for variant, fields in sorted(VARIANTS.items())
-    if (FIELDS | fields)["architectures"][0] in ARCHITECTURES
+    if (FIELDS | fields)["architectures"][0] in ARCHITECTURES and variant != "yarn"
 ]
 # tensors that the checkpoint does not have
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

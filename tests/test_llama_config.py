@@ -10,9 +10,16 @@ import pytest
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
+from llama.rope_scaling import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    Rope,
+    YarnRopeScaling,
+)
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
+YARN = VARIANTS["yarn"]["rope_scaling"]
 GEMMA2 = VARIANTS["gemma2"]
 MISTRAL, QWEN2, PHI3 = VARIANTS["mistral"], VARIANTS["qwen2"], VARIANTS["phi3"]
 
@@ -156,7 +163,20 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
             PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"long_factor": [1.0, 2.0, 0.0, 1.0]}},
             "long_factor must be 4 positive numbers: got [1.0, 2.0, 0.0, 1.0]",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "llama3, longrope or yarn: got 'axial'"),
+        ({"rope_scaling": YARN | {"factor": -2.0}}, "factor must be a positive number: got -2.0"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "must be above beta_slow, and both within"),
+        (
+            {"rope_scaling": YARN | {"beta_slow": 1e-9}},
+            "within 1e-06 and 1e+06: got 32.0",
+        ),
+        ({"rope_scaling": YARN | {"beta_fast": 1e9}}, "within 1e-06 and 1e+06: got 1000000000.0"),
+        ({"rope_scaling": YARN | {"rope_theta": 1.0}}, "rope_theta must be above 1 with yarn"),
+        ({"rope_scaling": YARN | {"truncate": 0}}, "truncate must be true or false: got 0"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            "must be the same inside rope_scaling and outside: got 64 and 32",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of parameters"),
         ({"rope_scaling": [8.0]}, "one set of parameters"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1.0}}, "must agree"),
@@ -328,6 +348,10 @@ def test_rope_scalings_are_read(tmp_path: Path) -> None:
     # it begins beyond the positions that the model has
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
     assert read(tmp_path, rope_scaling=dynamic).ropes == (Rope(10000.0),) * 2
+    # the names of Phi-3's files in time
+    for name in ("su", "yarn"):
+        renamed = PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"type": name}}
+        assert read(tmp_path, **renamed) == read(tmp_path, **PHI3)
     long = read(tmp_path, **PHI3)
     factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
     short, longer = (tuple(PHI3["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
@@ -335,6 +359,26 @@ def test_rope_scalings_are_read(tmp_path: Path) -> None:
     # a sequence as long as those of the first training is not long yet
     assert [long.is_long(num_tokens) for num_tokens in (16, 17)] == [False, True]
     assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor", "attention_factor"),
+    [
+        ({}, 4.0, (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        ({"mscale": None}, 4.0, 0.1 * math.log(4) + 1),
+        ({"attention_factor": 1.25}, 4.0, 1.25),
+        # max_position_embeddings is 128
+        ({"factor": None, "mscale": None}, 2.0, 0.1 * math.log(2) + 1),
+        ({"factor": 1.0}, 1.0, 1.0),
+    ],
+)
+def test_yarn_is_read(
+    tmp_path: Path, changes: dict[str, Any], factor: float, attention_factor: float
+) -> None:
+    (rope,) = read(tmp_path, rope_scaling=YARN | changes).distinct_ropes
+    assert rope == Rope(
+        10000.0, YarnRopeScaling(factor, 32.0, 1.0, 64, attention_factor, truncate=False)
+    )
 
 
 def test_real_configs_are_read(assets: Path) -> None:

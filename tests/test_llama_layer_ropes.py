@@ -11,7 +11,8 @@ from support.tiny_llama import FIELDS, VARIANTS
 from llama.config import LlamaConfig, read_config
 from llama.rope_scaling import LinearRopeScaling, Rope
 
-GEMMA3, SMOLLM3 = VARIANTS["gemma3"], VARIANTS["smollm3"]
+GEMMA3 = VARIANTS["gemma3"]
+SMOLLM3 = VARIANTS["smollm3"] | {"rope_scaling": None}
 LONGROPE = VARIANTS["phi3"]["rope_scaling"] | {"type": "longrope"}
 
 

@@ -11,7 +11,7 @@ from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
 from llama.rope import rope_frequencies
-from llama.rope_scaling import Llama3RopeScaling, Rope
+from llama.rope_scaling import Llama3RopeScaling, Rope, YarnRopeScaling
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -70,6 +70,29 @@ def test_frequencies_of_real_configs_follow_the_published_rule(assets: Path, nam
     # exponent is itself rounded, which log(theta) magnifies
     tolerance = (8 + math.log(rope.theta)) * EPS
     assert ((actual.double() - expected).abs() <= tolerance * expected).all()
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_yarn_of_a_real_model_follows_the_published_rule(truncate: bool) -> None:
+    # Qwen3 for 131,072 tokens
+    scaling = YarnRopeScaling(4.0, 32.0, 1.0, 32768, 1.0, truncate)
+    actual = rope_frequencies(Rope(1e6, scaling), 128)
+    turns = [32768 / (2 * math.pi * 1e6 ** (pair / 64)) for pair in range(64)]
+    # between the pairs that turn 32 times and once, straight over their numbers
+    low, high = (math.log(32768 / (2 * math.pi * n), 1e6) * 64 for n in (32, 1))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    for pair, turned in enumerate(turns):
+        plain = 1e6 ** (-pair / 64)
+        share = min(max((pair - low) / (high - low), 0), 1)
+        expected = plain * (1 - share) + plain / 4 * share
+        if truncate:
+            assert (share == 0) == (pair <= low)
+        else:
+            assert (share == 0, share == 1) == (turned >= 32, turned <= 1)
+        # as above, and the ramp's four operations
+        tolerance = (12 + math.log(1e6)) * EPS * expected
+        assert abs(float(actual[pair]) - expected) <= tolerance, pair
 
 
 def test_scaling_keeps_the_fast_and_divides_the_slow_frequencies(tmp_path: Path) -> None:

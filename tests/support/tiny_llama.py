@@ -47,6 +47,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "linear-rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    # of a first training on 64 tokens, over which some pairs of dimensions turn often, some not
+    "yarn": {
+        "head_dim": 12,
+        "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    },
     "mistral": {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -181,6 +194,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model_type": "smollm3",
         "pad_token_id": 0,
         "no_rope_layer_interval": 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4.0,
+        },
         "use_sliding_window": True,
         "sliding_window": 8,
         "tie_word_embeddings": True,
