@@ -8,7 +8,7 @@ import pytest
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope_scaling import Rope
+from llama.rope_scaling import Rope, YarnRopeScaling
 
 EXAONE4, OLMO3 = VARIANTS["exaone4"], VARIANTS["olmo3"]
 
@@ -47,5 +47,9 @@ def test_layers_without_a_window_are_not_rotated_in_exaone_4(tmp_path: Path) -> 
 
 
 def test_rope_theta_is_of_the_layers_without_a_window_in_olmo_3(tmp_path: Path) -> None:
-    assert read(tmp_path, OLMO3).ropes == (Rope(5e5), Rope(10000.0))
-    assert read(tmp_path, OLMO3, "rope_theta").ropes == (Rope(5e5), Rope(5e5))
+    assert read(tmp_path, OLMO3, "rope_scaling").ropes == (Rope(5e5), Rope(10000.0))
+    assert read(tmp_path, OLMO3, "rope_scaling", "rope_theta").ropes == (Rope(5e5), Rope(5e5))
+    # and so is the scaling
+    scaled = read(tmp_path, OLMO3).ropes[1]
+    assert scaled is not None
+    assert isinstance(scaled.scaling, YarnRopeScaling)

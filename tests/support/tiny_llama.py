@@ -120,6 +120,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "architectures": ["Olmo3ForCausalLM"],
         "model_type": "olmo3",
         "pad_token_id": 0,
+        # of the layers without a window
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.2,
+        },
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
