@@ -41,11 +41,15 @@ class Family:
         qkv_bias, o_bias: whether the projections have one; None where `attention_bias` says.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
+        is_mlp_fused: that holds for gate and up alone.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see only the last `sliding_window` tokens: none, all, every other one
             from the first on, all but every `sliding_window_pattern`th, or, where
             `use_sliding_window` is set, those from `max_window_layers` on, or those without rotary
             positions.
+        rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
+            say; None: all, and the family does not read that field.
+        is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
         ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
         norm_offset: added to the stored weights of all norms.
@@ -60,8 +64,11 @@ class Family:
     o_bias: bool | None = None
     qk_norm: bool = False
     is_fused: bool = False
+    is_mlp_fused: bool = False
     head_dim: int | None = None
     windows: Literal["none", "all", "alternating", "pattern", "later", "unrotated"] = "none"
+    rotary_share: float | None = None
+    is_interleaved: bool = False
     ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
     norms: LayerNorms = LLAMA_NORMS
@@ -99,6 +106,7 @@ FAMILIES = {
         o_bias=False,
         is_fused=True,
         windows="all",
+        rotary_share=1.0,
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
     ),
@@ -162,6 +170,31 @@ FAMILIES = {
                 "final_logit_softcapping",
             }
         ),
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        norms=LayerNorms(
+            behind_attention="post_self_attn_layernorm",
+            before_mlp="post_attention_layernorm",
+            behind_mlp="post_mlp_layernorm",
+        ),
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
+    ),
+    "GlmForCausalLM": Family(
+        "glm",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",

@@ -80,11 +80,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         # sequences of 40 are long, those of the first 16 tokens not
         "original_max_position_embeddings": 16,
+        # of 8 dimensions 6 turn, as in Phi-4-mini
+        "partial_rotary_factor": 0.75,
         "rope_scaling": {
             "type": "longrope",
-            "short_factor": [1.0, 1.1, 1.2, 1.5],
-            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "short_factor": [1.0, 1.1, 1.5],
+            "long_factor": [1.0, 2.0, 4.0],
         },
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"],
+        "model_type": "glm4",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
     },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
@@ -170,11 +179,16 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if fields["model_type"] in ("qwen3", "gemma3_text"):
             found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
+        if fields["model_type"] == "glm4":
+            found[f"{prefix}post_self_attn_layernorm.weight"] = (hidden,)
+            found[f"{prefix}post_mlp_layernorm.weight"] = (hidden,)
         biased = set("qkvo") if fields.get("attention_bias") else set()
+        biased -= set("o") if fields["model_type"] == "glm4" else set()
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
         biased |= set(mlp) if fields.get("mlp_bias") else set()
         if fields["model_type"] == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
+        if fields["model_type"] in ("phi3", "glm4"):
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
         for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
