@@ -131,7 +131,7 @@ def fields_of(checkpoint: Checkpoint, architecture: Architecture) -> Fields:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotary_dim,
         "rope.freq_base": float(rope_of(config).theta),
         **_rope_fields(config),
     }

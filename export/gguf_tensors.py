@@ -79,8 +79,8 @@ def _rope_factors(config: LlamaConfig) -> dict[str, Tensor]:
     rope = rope_of(config)
     scaling = rope.scaling
     if isinstance(scaling, Llama3RopeScaling):
-        plain = rope_frequencies(replace(rope, scaling=None), config.head_dim)
-        return {"rope_freqs.weight": plain / rope_frequencies(rope, config.head_dim)}
+        plain = rope_frequencies(replace(rope, scaling=None), config.rotary_dim)
+        return {"rope_freqs.weight": plain / rope_frequencies(rope, config.rotary_dim)}
     if isinstance(scaling, LongRopeScaling):
         return {
             "rope_factors_long.weight": torch.tensor(scaling.long_factor),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from generation.linear import TokenLinear
 from kernels.glu import glu
+from kernels.rope import RopeTables
 from kernels.token_attention import TokenScores, token_attention
 from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads
@@ -27,7 +28,6 @@ from llama.cache import KeyValueCache
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from llama.norm import NoNorm, RMSNorm
-from llama.rope import RopeTables
 
 
 class TokenLayer:
@@ -62,7 +62,7 @@ class TokenLayer:
         qkv = self.qkv(y, h)
         if self.normalizes_jointly:
             layer.self_attn.normalize_heads(qkv[:, None])
-        query = token_heads(qkv, keys, values, places, *tables[layer.table], self.head_norms)
+        query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
         y, h, r2 = _normalize(layer.norm_before(norms.before_mlp), r1, delta, self.gate_up.A)

@@ -19,7 +19,7 @@ from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import FAMILIES, Family, LayerNorms
-from llama.layer_ropes import read_ropes
+from llama.layer_ropes import read_ropes, read_rotary_dim
 from llama.layer_windows import read_windows
 from llama.rope_scaling import LongRopeScaling, Rope
 
@@ -44,12 +44,15 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     ropes: tuple[Rope | None, ...]  # of each layer; None: its heads are not rotated
+    rotary_dim: int  # of the dimensions of a head that turn, the first ones
+    is_interleaved: bool  # dimensions 2 i and 2 i + 1 turn together, not the halves
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    is_fused: bool  # qkv_proj and gate_up_proj are tensors of their own
+    is_fused: bool  # qkv_proj is a tensor of its own
+    is_mlp_fused: bool  # gate_up_proj is one
     activation: Activation  # of the gates
     qk_norm: bool  # queries and keys are normalized before they are rotated, head by head
     has_joint_qk_norm: bool  # or all heads of a token together
@@ -253,6 +256,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     windows = read_windows(fields, family.windows, num_layers)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
     head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
+    rotary_dim = read_rotary_dim(fields, family.rotary_share, head_dim)
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size", most=_MOST_SIZE),
         hidden_size=hidden_size,
@@ -262,13 +266,18 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         num_key_value_heads=fields.integer("num_key_value_heads", num_heads, _MOST_HEADS),
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
-        ropes=read_ropes(fields, family.ropes, [window is not None for window in windows]),
+        ropes=read_ropes(
+            fields, family.ropes, [window is not None for window in windows], rotary_dim
+        ),
+        rotary_dim=rotary_dim,
+        is_interleaved=family.is_interleaved,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         qkv_bias=_has_bias(fields, family.qkv_bias),
         o_bias=_has_bias(fields, family.o_bias),
         mlp_bias=_has_bias(fields, family.mlp_bias),
         is_fused=family.is_fused,
+        is_mlp_fused=family.is_fused or family.is_mlp_fused,
         activation=_activation(fields, family),
         qk_norm=family.qk_norm,
         has_joint_qk_norm=family.has_joint_qk_norm,
@@ -289,10 +298,6 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         raise ValueError(
             f"{path}: num_attention_heads must be a multiple of num_key_value_heads: "
             f"got {config.num_attention_heads} and {config.num_key_value_heads}"
-        )
-    if config.head_dim % 2:
-        raise ValueError(
-            f"{path}: head_dim must be even, rotary positions turn pairs: got {config.head_dim}"
         )
     if config.attn_logit_softcapping is not None and config.head_dim > MAX_HEAD:
         raise ValueError(

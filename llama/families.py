@@ -54,8 +54,12 @@ class Family:
         has_joint_qk_norm: whether all heads of a token are normalized together instead.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
+        is_mlp_fused: that holds for gate and up alone.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see how many tokens, as `read_windows` takes it.
+        rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
+            say; None: all, and the family does not read that field.
+        is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
         ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
         activation_names: what the file may call it.
@@ -76,8 +80,11 @@ class Family:
     qk_norm: bool = False
     has_joint_qk_norm: bool = False
     is_fused: bool = False
+    is_mlp_fused: bool = False
     head_dim: int | None = None
     windows: LayerWindows = "none"
+    rotary_share: float | None = None
+    is_interleaved: bool = False
     ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
     activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
@@ -145,6 +152,7 @@ FAMILIES = {
         o_bias=False,
         is_fused=True,
         windows="all",
+        rotary_share=1.0,
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
     ),
@@ -276,6 +284,31 @@ FAMILIES = {
                 "final_logit_softcapping",
             }
         ),
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        norms=LayerNorms(
+            behind_attention="post_self_attn_layernorm",
+            before_mlp="post_attention_layernorm",
+            behind_mlp="post_mlp_layernorm",
+        ),
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
+    ),
+    "GlmForCausalLM": Family(
+        "glm",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",

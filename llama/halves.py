@@ -19,6 +19,7 @@ class Attention(nn.Module):
         super().__init__()
         D, head_dim = config.hidden_size, config.head_dim
         self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
+        self.head_dim = head_dim
         rows = tuple(count * head_dim for count in self.counts)
         names = ("q_proj", "k_proj", "v_proj")
         if config.is_fused:
@@ -65,7 +66,7 @@ class MLP(nn.Module):
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
         names, rows = ("gate_proj", "up_proj"), (width, width)
-        if config.is_fused:
+        if config.is_mlp_fused:
             names, rows = ("gate_up_proj",), (2 * width,)
         self.gate_up = LinearGroup(names, rows, D, config.mlp_bias)
         self.down = LinearGroup(("down_proj",), (D,), width, config.mlp_bias)

@@ -31,14 +31,13 @@ from torch import Tensor, nn
 
 from kernels.glu import glu, glu_backward
 from kernels.masked_attention_mask import Samples
-from kernels.rope import rope
+from kernels.rope import RopeTables, rope
 from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
-from llama.rope import RopeTables
 from lora.linear_group import LinearGroup
 
 
@@ -169,8 +168,10 @@ class DecoderLayer(nn.Module):
         heads = qkv.forward(y_ext, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
         # the rotation overwrites heads, which nothing else holds
-        tables, counts = shared.tables[self.table], self.self_attn.counts
-        query, key, value = rope(heads, shared.positions, *tables, *counts[:2])
+        attn, tables = self.self_attn, shared.tables[self.table]
+        query, key, value = rope(
+            heads, shared.positions, tables, *attn.counts[:2], head_dim=attn.head_dim
+        )
         if slot is not None:
             slot.store(self.index, key, value)
         kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
@@ -272,7 +273,7 @@ class DecoderLayer(nn.Module):
         del grad_mixed, grad_heads
         grad_qkv_ext = qkv.empty_output(M, grad)
         grad_qkv = grad_qkv_ext[:, : qkv.num_rows].unflatten(0, (B, T))
-        rope_backward(*grads, shared.positions, *shared.tables[self.table], out=grad_qkv)
+        rope_backward(*grads, shared.positions, shared.tables[self.table], out=grad_qkv)
         del grads
         self.self_attn.normalize_heads_backward(grad_qkv, kept.heads)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)

@@ -13,8 +13,42 @@ _UNROTATED_INTERVAL = 4
 LayerRopes = Literal["alike", "by window", "listed", "windowed"]
 
 
+def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> int:
+    """Read how many dimensions of a head turn.
+
+    Args:
+        share: the family's where config.json gives none; None: the family turns all dimensions.
+
+    Raises:
+        ValueError: the family turns all and config.json asks for some, or half a pair would turn.
+    """
+    path, scopes = fields.path, [fields.values]
+    for key in ("rope_parameters", "rope_scaling"):
+        given = fields.values.get(key)
+        parts = (given, *given.values()) if isinstance(given, dict) else ()
+        scopes += [part for part in parts if isinstance(part, dict)]
+    given = [JsonFields(path, s).optional_number("partial_rotary_factor") for s in scopes]
+    shares = {each for each in given if each is not None} or {1.0 if share is None else share}
+    if len(shares) > 1:
+        raise ValueError(
+            f"{path}: partial_rotary_factor must be the same wherever it is given: "
+            f"got {sorted(shares)}"
+        )
+    (found,) = shares
+    if found > 1 or (share is None and found != 1):
+        most = "absent or 1" if share is None else "at most 1"
+        raise ValueError(f"{path}: partial_rotary_factor must be {most}: got {found}")
+    rotary_dim = int(head_dim * found)
+    if head_dim % 2 or rotary_dim % 2 or not rotary_dim:
+        raise ValueError(
+            f"{path}: head_dim must be even, and so the dimensions that turn, because rotary "
+            f"positions turn pairs: got {head_dim} and {rotary_dim}"
+        )
+    return rotary_dim
+
+
 def read_ropes(
-    fields: JsonFields, kind: LayerRopes, sees_window: Sequence[bool]
+    fields: JsonFields, kind: LayerRopes, sees_window: Sequence[bool], rotary_dim: int
 ) -> tuple[Rope | None, ...]:
     """Read the rotary positions of each layer; None: its heads are not rotated.
 
@@ -28,11 +62,11 @@ def read_ropes(
         ValueError: the fields are of the wrong type, or do not fit together.
     """
     if kind == "by window":
-        windowed, full = _ropes_by_window(fields)
+        windowed, full = _ropes_by_window(fields, rotary_dim)
         ropes = tuple(windowed if sees else full for sees in sees_window)
     else:
         theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-        rope = read_rope(fields, _only_set(fields), theta)
+        rope = read_rope(fields, _only_set(fields), theta, rotary_dim)
         num_layers = len(sees_window)
         is_rotated = [True] * num_layers
         if kind == "listed":
@@ -57,7 +91,7 @@ def _only_set(fields: JsonFields) -> Any:
     return given[0] if given else {}
 
 
-def _ropes_by_window(fields: JsonFields) -> tuple[Rope, Rope]:
+def _ropes_by_window(fields: JsonFields, rotary_dim: int) -> tuple[Rope, Rope]:
     """Read the rotary positions of layers that see a window, and of layers that see all tokens.
 
     transformers 5 writes a set of parameters for each; earlier versions a frequency for those that
@@ -75,9 +109,10 @@ def _ropes_by_window(fields: JsonFields) -> tuple[Rope, Rope]:
         # read_rope refuses what is no object
         full = full | scaling if isinstance(scaling, dict) else scaling
     theta = fields.number("rope_local_base_freq", DEFAULT_ROPE_THETA)
+    full_theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
     return (
-        read_rope(fields, windowed, theta),
-        read_rope(fields, full, fields.number("rope_theta", DEFAULT_ROPE_THETA)),
+        read_rope(fields, windowed, theta, rotary_dim),
+        read_rope(fields, full, full_theta, rotary_dim),
     )
 
 

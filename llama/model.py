@@ -20,24 +20,26 @@ from torch import Tensor, nn
 
 from foreign.guest import in_guest
 from kernels.masked_attention_mask import Samples
+from kernels.rope import RopeTables
 from kernels.softcap import softcap_reference
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
-from llama.rope import RopeTables, rope_factor, rope_frequencies, rope_tables
+from llama.rope import rope_factor, rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
 from rows.batch import NO_LOSS, Batch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 def projections(config: LlamaConfig) -> tuple[str, ...]:
     """The names of a layer's linear projections in the checkpoint and in adapters."""
-    return FUSED_PROJECTIONS if config.is_fused else PROJECTIONS
+    qkv = ("qkv_proj",) if config.is_fused else PROJECTIONS[:3]
+    gate_up = ("gate_up_proj",) if config.is_mlp_fused else PROJECTIONS[4:6]
+    return *qkv, "o_proj", *gate_up, "down_proj"
 
 
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -99,8 +101,8 @@ class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    # (number of distinct ropes, 2, head_dim / 2) float32, for sequences of the usual length and for
-    # long ones; computed from the config
+    # (number of distinct ropes, 2, rotary_dim / 2) float32, for sequences of the usual length and
+    # for long ones; computed from the config
     frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
@@ -119,7 +121,7 @@ class Llama(nn.Module):
         rounded = torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
         self.embedding_scale = float(rounded) * self.embedding_multiplier
         frequencies = [
-            torch.stack([rope_frequencies(rope, config.head_dim, long) for long in (False, True)])
+            torch.stack([rope_frequencies(rope, config.rotary_dim, long) for long in (False, True)])
             for rope in config.distinct_ropes
         ]
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
@@ -226,15 +228,25 @@ class Llama(nn.Module):
         return Shared(positions, tables, dropout_seed, samples)
 
     def _tables(self, positions: Tensor, is_long: bool) -> list[RopeTables]:
-        ropes = zip(self.config.distinct_ropes, self.frequencies, strict=True)
-        return [rope_tables(own[int(is_long)], positions, rope_factor(rope)) for rope, own in ropes]
+        tables = []
+        for rope, frequencies in zip(self.config.distinct_ropes, self.frequencies, strict=True):
+            cos, sin = rope_tables(frequencies[int(is_long)], positions, rope_factor(rope))
+            tables.append(RopeTables(cos, sin, self.config.is_interleaved))
+        return tables
 
     def rotary_tables(self, num_positions: int) -> list[RopeTables]:
         """Compute cosines and sines of so many positions, twice: by the frequencies for sequences
         of the usual length, and below by those for long ones."""
         positions = torch.arange(num_positions, device=self.device)
-        halves = zip(*(self._tables(positions, long) for long in (False, True)), strict=True)
-        return [RopeTables(*map(torch.cat, zip(*half, strict=True))) for half in halves]
+        lengths = (self._tables(positions, is_long) for is_long in (False, True))
+        return [
+            RopeTables(
+                torch.cat((short.cos, long.cos)),
+                torch.cat((short.sin, long.sin)),
+                short.is_interleaved,
+            )
+            for short, long in zip(*lengths, strict=True)
+        ]
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""

@@ -59,10 +59,22 @@ class RMSNorm(nn.Module):
         return ((self.weight + self.offset) * parts * rstd).flatten(-2)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
-    """Turn dimension i and dimension i + head_dim / 2 together, Su et al. 2021."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(
+    heads: Tensor,  # (B, H, T, head_dim)
+    cos: Tensor,  # (B, 1, T, r / 2)
+    sin: Tensor,
+    is_interleaved: bool,
+) -> Tensor:
+    """Turn dimensions i and i + r / 2 together, or 2 i and 2 i + 1, Su et al. 2021; those behind
+    the first r stay."""
+    turned, rest = heads[..., : 2 * cos.shape[-1]], heads[..., 2 * cos.shape[-1] :]
+    if is_interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    together = torch.stack(pairs, dim=-1 if is_interleaved else -2).flatten(-2)
+    return torch.cat((together, rest), dim=-1)
 
 
 class Attention(nn.Module):
@@ -94,7 +106,7 @@ class Attention(nn.Module):
         query, key, value = (
             part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, key, value)
         )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = (rotate(h, cos, sin, self.config.is_interleaved) for h in (query, key))
         num_sharing = self.counts[0] // self.counts[1]
         key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))
         scores = self.config.score_scale * (query @ key.mT)
@@ -111,7 +123,7 @@ class MLP(nn.Module):
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
         rows = {"gate_proj": width, "up_proj": width}
-        self.inputs = {"gate_up_proj": 2 * width} if config.is_fused else rows
+        self.inputs = {"gate_up_proj": 2 * width} if config.is_mlp_fused else rows
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.mlp_bias))
         self.down_proj = Projection(width, D, config.mlp_bias)
@@ -186,7 +198,7 @@ class Reference(nn.Module):
         x = scale * self.model.embed_tokens(input_ids)
         rotations = {}
         for rope in config.distinct_ropes:
-            frequencies = rope_frequencies(rope, config.head_dim, config.is_long(T))
+            frequencies = rope_frequencies(rope, config.rotary_dim, config.is_long(T))
             tables = rope_tables(frequencies, positions.flatten(), rope_factor(rope))
             rotations[rope] = [t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables]
         for layer, rope in zip(self.model.layers, config.ropes, strict=True):

@@ -1,7 +1,6 @@
 """The angles of rotary position embeddings (Su et al. 2021); `kernels.rope` rotates by them."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +9,13 @@ from llama.rope_scaling import LinearRopeScaling, LongRopeScaling, Rope, YarnRop
 
 
 def rope_frequencies(
-    rope: Rope | None, head_dim: int, is_long: bool = False
-) -> Tensor:  # (head_dim / 2,) float32, radians per position
+    rope: Rope | None,
+    rotary_dim: int,  # r, of the dimensions that turn
+    is_long: bool = False,
+) -> Tensor:  # (r / 2,) float32, radians per position
     """Compute the rotation speed of each pair of dimensions.
 
-        f[i] = rope_theta^(-2 i / head_dim)
+        f[i] = rope_theta^(-2 i / r)
 
     Linear scaling divides all by its factor. Llama 3.1 divides the slow ones by `factor`, keeps the
     fast ones and interpolates between, so that a model trained on short contexts (original =
@@ -35,7 +36,7 @@ def rope_frequencies(
         is_long: for sequences beyond original_max_position_embeddings of a LongRopeScaling.
     """
     # on the CPU, so that a model built on the meta device has them too
-    exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+    exponents = torch.arange(0, rotary_dim, 2, device="cpu").float() / rotary_dim
     if rope is None:
         return torch.zeros_like(exponents)
     frequencies = 1.0 / (rope.theta**exponents)
@@ -93,18 +94,11 @@ def rope_factor(rope: Rope | None) -> float:
     return scaling.attention_factor if has_factor else 1.0
 
 
-class RopeTables(NamedTuple):
-    """The rotations of positions: a row of each."""
-
-    cos: Tensor  # (T, head_dim / 2) float32
-    sin: Tensor
-
-
 def rope_tables(
-    frequencies: Tensor,  # (head_dim / 2,) float32
+    frequencies: Tensor,  # (r / 2,) float32
     positions: Tensor,  # (T,)
     factor: float = 1.0,
-) -> RopeTables:
+) -> tuple[Tensor, Tensor]:  # (T, r / 2) float32 each
     """Compute cos and sin of every position's rotation, times a factor."""
     angles = positions[:, None].float() * frequencies[None, :]
-    return RopeTables(angles.cos() * factor, angles.sin() * factor)
+    return angles.cos() * factor, angles.sin() * factor

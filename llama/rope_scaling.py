@@ -31,7 +31,7 @@ class LongRopeScaling:
     """Phi-3's factors for each pair of dimensions (Ding et al. 2024, "LongRoPE"): other ones for
     sequences beyond the length that the model was first trained on."""
 
-    short_factor: tuple[float, ...]  # (head_dim / 2,)
+    short_factor: tuple[float, ...]  # of each pair of dimensions
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int
     attention_factor: float  # of cosines and sines
@@ -68,22 +68,20 @@ def read_rope(
     fields: JsonFields,
     given: Any,  # the part of config.json that is about this set
     theta: float,  # where that part has none
+    rotary_dim: int,  # of the dimensions that turn
 ) -> Rope:
     """Read one set of rotary positions."""
     path = fields.path
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
     inner = JsonFields(path, given)
-    for scope in (fields, inner):
-        if (share := scope.number("partial_rotary_factor", 1.0)) != 1:
-            raise ValueError(f"{path}: partial_rotary_factor must be absent or 1: got {share}")
-    rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner))
+    rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner, rotary_dim // 2))
     if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
         raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
     return rope
 
 
-def _read_scaling(fields: JsonFields, inner: JsonFields) -> RopeScaling | None:
+def _read_scaling(fields: JsonFields, inner: JsonFields, num_pairs: int) -> RopeScaling | None:
     kind = inner.values.get("rope_type", inner.values.get("type")) or "default"
     # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
     if kind in ("default", "dynamic"):
@@ -92,7 +90,7 @@ def _read_scaling(fields: JsonFields, inner: JsonFields) -> RopeScaling | None:
         return LinearRopeScaling(inner.number("factor"))
     # Phi-3's first files name it otherwise
     if kind in ("longrope", "su") or (kind == "yarn" and inner.values.get("short_factor")):
-        return _read_long_rope(fields, inner)
+        return _read_long_rope(fields, inner, num_pairs)
     if kind == "yarn":
         return _read_yarn(fields, inner)
     if kind == "llama3":
@@ -159,11 +157,9 @@ def _yarn_temperature(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _read_long_rope(fields: JsonFields, scaling: JsonFields) -> LongRopeScaling:
+def _read_long_rope(fields: JsonFields, scaling: JsonFields, num_pairs: int) -> LongRopeScaling:
     """Read longrope's factors, and work out what they do to the cosines."""
     path = fields.path
-    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    num_pairs = fields.integer("head_dim", max(1, hidden_size // num_heads)) // 2
     factors = []
     for name in ("short_factor", "long_factor"):
         values = scaling.values.get(name)

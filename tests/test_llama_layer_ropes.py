@@ -13,7 +13,12 @@ from llama.rope_scaling import LinearRopeScaling, Rope
 
 GEMMA3 = VARIANTS["gemma3"]
 SMOLLM3 = VARIANTS["smollm3"] | {"rope_scaling": None}
-LONGROPE = VARIANTS["phi3"]["rope_scaling"] | {"type": "longrope"}
+PHI3, GLM4 = VARIANTS["phi3"], VARIANTS["glm4"]
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
 
 
 def read(folder: Path, fields: dict[str, Any]) -> LlamaConfig:
@@ -77,9 +82,47 @@ def test_one_length_decides_which_sequences_are_long(tmp_path: Path) -> None:
     assert [config.is_long(num_tokens) for num_tokens in (16, 17)] == [False, True]
 
 
+def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
+    def dims(fields: dict[str, Any]) -> tuple[int, int]:
+        config = read(tmp_path, fields)
+        return config.head_dim, config.rotary_dim
+
+    plain = PHI3 | {"rope_scaling": None, "partial_rotary_factor": None}
+    assert dims(plain) == (8, 8)
+    assert dims(plain | {"partial_rotary_factor": 0.75}) == (8, 6)
+    # transformers 5 writes it inside, and rounds down
+    inside = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.6}
+    assert dims(plain | {"rope_parameters": inside}) == (8, 4)
+    assert dims(plain | {"rope_parameters": inside, "partial_rotary_factor": 0.6}) == (8, 4)
+    assert dims(GLM4) == (12, 6)
+    assert dims(GLM4 | {"partial_rotary_factor": 1.0}) == (12, 12)
+    assert dims(GEMMA3 | {"partial_rotary_factor": 1.0}) == (12, 12)
+    assert [read(tmp_path, fields).is_interleaved for fields in (plain, GLM4)] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            GLM4 | {"partial_rotary_factor": 0.25},
+            "head_dim must be even, and so the dimensions that turn, because rotary positions turn "
+            "pairs: got 12 and 3",
+        ),
+        (GLM4 | {"partial_rotary_factor": 0.01}, "positions turn pairs: got 12 and 0"),
+        (GLM4 | {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be at most 1: got 1.5"),
+        (
+            GLM4
+            | {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "partial_rotary_factor must be the same wherever it is given: got [0.5, 1.0]",
+        ),
+        (
+            GEMMA3
+            | {
+                "rope_scaling": None,
+                "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}},
+            },
+            "partial_rotary_factor must be absent or 1: got 0.5",
+        ),
         (
             GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
             "rope_parameters must hold a set of parameters for each of sliding_attention and full",

@@ -104,11 +104,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         # sequences of 40 are long, those of the first 16 tokens not
         "original_max_position_embeddings": 16,
+        # of 8 dimensions 6 turn, as in Phi-4-mini
+        "partial_rotary_factor": 0.75,
         "rope_scaling": {
             "type": "longrope",
-            "short_factor": [1.0, 1.1, 1.2, 1.5],
-            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "short_factor": [1.0, 1.1, 1.5],
+            "long_factor": [1.0, 2.0, 4.0],
         },
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"],
+        "model_type": "glm4",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
     },
     "olmo2": {
         "architectures": ["Olmo2ForCausalLM"],
@@ -220,6 +229,7 @@ NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 OTHER_NORMS = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
+    "glm4": (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
     "olmo2": NORMS_BEHIND,
     "olmo3": NORMS_BEHIND,
     "exaone4": NORMS_BEHIND,
@@ -227,6 +237,7 @@ OTHER_NORMS = {
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
+    "glm4": ("attention_bias", "no field", "no field"),
     "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
     "internlm3": ("qkv_bias", "bias", "bias"),
 }
@@ -261,6 +272,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
         if fields["model_type"] == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
+        if fields["model_type"] in ("phi3", "glm4"):
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
         for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
