@@ -24,8 +24,9 @@ from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads
 from kernels.token_norm import token_norm
 from llama.cache import KeyValueCache
-from llama.layer import DecoderLayer, RMSNorm
+from llama.layer import DecoderLayer
 from llama.model import Llama
+from llama.norm import RMSNorm
 
 
 class TokenLayer:

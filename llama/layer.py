@@ -8,7 +8,7 @@
 
 In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. The
 reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate`, `_inner` and
-`_project`, each with the norms before and behind it.
+`_project`, each with the norms before and behind it; `llama/halves.py` has their projections.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -27,18 +27,17 @@ is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from kernels.glu import Activation, glu, glu_backward
+from kernels.glu import glu, glu_backward
 from kernels.masked_attention_mask import Samples
-from kernels.rms_norm import rms_norm
-from kernels.rms_norm_backward import rms_norm_backward
 from kernels.rope import rope
 from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
+from llama.halves import MLP, Attention, own
+from llama.norm import RMSNorm
 from lora.linear_group import LinearGroup
 
 
@@ -74,98 +73,6 @@ class Activations:
     h_gate_up: Tensor  # (M, tail)
     h_down: Tensor  # (M, tail)
     output_down: tuple[Tensor, Tensor] | None = None  # as output_o
-
-
-class RMSNorm(nn.Module):
-    """A root mean square normalization (Zhang and Sennrich 2019) and its weight.
-
-        y = (weight + offset) r / sqrt(mean(r^2) + eps)
-
-    In float32, rounded once. transformers rounds r / sqrt(...) first, so in 16 bits it differs by
-    up to one rounding.
-    """
-
-    def __init__(self, width: int, config: LlamaConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (M,) float32
-        """Normalize r = x + residual as `kernels.rms_norm.rms_norm` does."""
-        return rms_norm(x, self.weight, self.eps, residual, out, self.offset)
-
-    def backward(
-        self,
-        grad_y: Tensor,  # (M, D)
-        grad_r: Tensor | None,  # (M, D)
-        r: Tensor,  # (M, D)
-        rstd: Tensor,  # (M,) float32
-        out: Tensor | None = None,  # (M, D)
-        y: Tensor | None = None,  # (M, D)
-    ) -> Tensor:  # (M, D)
-        """Compute r's gradient as `kernels.rms_norm.rms_norm_backward` does."""
-        return rms_norm_backward(grad_y, grad_r, r, rstd, self.weight, out, y, self.offset)
-
-
-class Attention(nn.Module):
-    """The projections around causal grouped-query attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        D, head_dim = config.hidden_size, config.head_dim
-        self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
-        rows = tuple(count * head_dim for count in self.counts)
-        names = ("q_proj", "k_proj", "v_proj")
-        if config.is_fused:
-            names, rows = ("qkv_proj",), (sum(rows),)
-        self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
-        self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
-        self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
-
-    def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Normalize queries and keys in place, head by head, in families that do.
-
-        Returns:
-            What they were before, and rstd.
-        """
-        kept = []
-        parts = self._heads(qkv) if self.head_norms else ()
-        for norm, part in zip(self.head_norms, parts, strict=False):
-            heads = _own(part).view(-1, norm.weight.shape[0])
-            y, _, rstd = norm(heads)
-            part.copy_(y.view(part.shape))
-            kept.append((heads, rstd))
-        return kept
-
-    def normalize_heads_backward(self, grad_qkv: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
-        """Turn the gradients of normalized queries and keys into theirs, in place."""
-        parts = self._heads(grad_qkv) if self.head_norms else ()
-        for norm, part, (heads, rstd) in zip(self.head_norms, parts, kept, strict=False):
-            grad = _own(part).view(heads.shape)
-            norm.backward(grad, None, heads, rstd, out=grad)
-            part.copy_(grad.view(part.shape))
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """View the heads of queries, keys and values, each (B, T, heads, head_dim)."""
-        return qkv.unflatten(-1, (sum(self.counts), -1)).split(self.counts, dim=2)
-
-
-class MLP(nn.Module):
-    """The projections of a gated linear unit (Shazeer 2020): down(activation(gate(x)) up(x))."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        D, width = config.hidden_size, config.intermediate_size
-        names, rows = ("gate_proj", "up_proj"), (width, width)
-        if config.is_fused:
-            names, rows = ("gate_up_proj",), (2 * width,)
-        self.gate_up = LinearGroup(names, rows, D, config.mlp_bias)
-        self.down = LinearGroup(("down_proj",), (D,), width, config.mlp_bias)
-        self.activation: Activation = config.activation
 
 
 class DecoderLayer(nn.Module):
@@ -262,9 +169,9 @@ class DecoderLayer(nn.Module):
         kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
         mixed_ext = o.extended(_rows_of(kept.mixed.output))
         output = o.forward(mixed_ext, seed)
-        kept.h_o = _own(mixed_ext[:, o.in_features :])
+        kept.h_o = own(mixed_ext[:, o.in_features :])
         delta, kept.output_o = self._normalize_behind(self.norms.behind_attention, output)
-        kept.h_qkv = _own(y_ext[:, D:])
+        kept.h_qkv = own(y_ext[:, D:])
         return delta
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> None:
@@ -276,7 +183,7 @@ class DecoderLayer(nn.Module):
         kept.gate_up_ext = gate_up.empty_output(M, r1)
         gates_and_ups = kept.gate_up_ext[:, : gate_up.num_rows]
         gate_up.forward(y_ext, shared.dropout_seed, out=gates_and_ups)
-        kept.h_gate_up = _own(y_ext[:, D:])
+        kept.h_gate_up = own(y_ext[:, D:])
 
     def _inner(self, kept: Activations) -> Tensor:  # (M, F + tail)
         """Compute activation(gate) up."""
@@ -290,7 +197,7 @@ class DecoderLayer(nn.Module):
         """Compute what the MLP adds to the residual stream."""
         down = self.mlp.down
         output = down.forward(inner_ext, shared.dropout_seed)
-        kept.h_down = _own(inner_ext[:, down.in_features :])
+        kept.h_down = own(inner_ext[:, down.in_features :])
         delta, kept.output_down = self._normalize_behind(self.norms.behind_mlp, output)
         return delta
 
@@ -385,11 +292,6 @@ class DecoderLayer(nn.Module):
         grad_out = group.empty_output(grad.shape[0], grad)
         self.norm(name).backward(grad, None, *kept, out=grad_out[:, :D])
         return grad_out
-
-
-def _own(part: Tensor) -> Tensor:
-    """Copy a part of a buffer out, so that the rest can go or the part be written to."""
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_of(heads: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from kernels.masked_attention_mask import Samples
 from kernels.softcap import softcap_reference
 from llama.cache import Slot
 from llama.config import LlamaConfig
-from llama.layer import DecoderLayer, RMSNorm, Shared
+from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
+from llama.norm import RMSNorm
 from llama.rope import rope_frequencies, rope_tables
 from llama.rope_scaling import LongRopeScaling
 from lora.config import LoRAConfig, UpdateSize

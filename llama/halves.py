@@ -1,0 +1,76 @@
+"""The halves of a layer, attention and MLP: the linear groups of each, and the norms of its heads.
+
+Each half is named as the checkpoint names it. `llama/layer.py` runs both, forward and backward.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.glu import Activation
+from llama.config import LlamaConfig
+from llama.norm import RMSNorm
+from lora.linear_group import LinearGroup
+
+
+class Attention(nn.Module):
+    """The projections around causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, head_dim = config.hidden_size, config.head_dim
+        self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
+        rows = tuple(count * head_dim for count in self.counts)
+        names = ("q_proj", "k_proj", "v_proj")
+        if config.is_fused:
+            names, rows = ("qkv_proj",), (sum(rows),)
+        self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
+        self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+        self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
+
+    def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Normalize queries and keys in place, head by head, in families that do.
+
+        Returns:
+            What they were before, and rstd.
+        """
+        kept = []
+        parts = self._heads(qkv) if self.head_norms else ()
+        for norm, part in zip(self.head_norms, parts, strict=False):
+            heads = own(part).view(-1, norm.weight.shape[0])
+            y, _, rstd = norm(heads)
+            part.copy_(y.view(part.shape))
+            kept.append((heads, rstd))
+        return kept
+
+    def normalize_heads_backward(self, grad_qkv: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
+        """Turn the gradients of normalized queries and keys into theirs, in place."""
+        parts = self._heads(grad_qkv) if self.head_norms else ()
+        for norm, part, (heads, rstd) in zip(self.head_norms, parts, kept, strict=False):
+            grad = own(part).view(heads.shape)
+            norm.backward(grad, None, heads, rstd, out=grad)
+            part.copy_(grad.view(part.shape))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """View the heads of queries, keys and values, each (B, T, heads, head_dim)."""
+        return qkv.unflatten(-1, (sum(self.counts), -1)).split(self.counts, dim=2)
+
+
+class MLP(nn.Module):
+    """The projections of a gated linear unit (Shazeer 2020): down(activation(gate(x)) up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        names, rows = ("gate_proj", "up_proj"), (width, width)
+        if config.is_fused:
+            names, rows = ("gate_up_proj",), (2 * width,)
+        self.gate_up = LinearGroup(names, rows, D, config.mlp_bias)
+        self.down = LinearGroup(("down_proj",), (D,), width, config.mlp_bias)
+        self.activation: Activation = config.activation
+
+
+def own(part: Tensor) -> Tensor:
+    """Copy a part of a buffer out, so that the rest can go or the part be written to."""
+    return part.clone(memory_format=torch.contiguous_format)
