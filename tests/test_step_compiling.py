@@ -19,7 +19,12 @@ from kernels.device import H200, meta_stands_for
 from kernels.rms_norm import rms_norm
 from step.compiling import compiling_beside
 
+# torch computes with threads that a forked process has not
+torch.set_num_threads(2)
+numbers = torch.ones(1 << 20)
+
 def walk():
+    numbers.exp()
     with meta_stands_for(H200):
         for width in (64, 576, 64, 576):
             x = torch.empty(32, width, dtype=torch.bfloat16, device="meta")
@@ -29,6 +34,7 @@ def stop():
     walk()
     raise OSError("of one process alone")
 
+numbers.exp()
 with compiling_beside({walk}, H200):
     print("body")
 """
