@@ -65,7 +65,12 @@ class TokenLayer:
         query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
-        y, h, r2 = _normalize(layer.norm_before(norms.before_mlp), r1, delta, self.gate_up.A)
+        norm = layer.norm_before(norms.before_mlp)
+        if layer.is_parallel:
+            y, h, _ = _normalize(norm, r1, None, self.gate_up.A)
+            r2 = r1 + delta
+        else:
+            y, h, r2 = _normalize(norm, r1, delta, self.gate_up.A)
         gates_and_ups = self.gate_up(y, h)
         inner, h = self._gate(gates_and_ups)
         return r2, self._normalize_behind(norms.behind_mlp, self.down(inner, h))
@@ -86,7 +91,7 @@ def _normalize(
     if A is None or isinstance(norm, NoNorm):
         y, r, _ = norm(x, delta)
         return y, None if A is None else y @ A.T, r
-    return token_norm(x, delta, norm.weight, norm.eps, norm.offset, A)
+    return token_norm(x, delta, norm.weight, norm.eps, norm.offset, A, norm.is_centred)
 
 
 class TokenPass:

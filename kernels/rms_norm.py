@@ -7,6 +7,10 @@
 
     w    = weight + offset                           offset is 1 where a model stores weights less 1
 
+Where rows are centred, r - mean(r) takes r's place in y, rstd and grad, whose own mean goes too:
+
+    grad = rstd * (g - mean(g) - ...) + grad_r       layer normalization without a bias
+
     row of D | chunk 0   | chunk 1   | ...       16 bytes a thread and chunk: 8 values in 16 bit
                  sum of squares                  over the chunks in registers, then once across
                                                  the program's threads
@@ -29,7 +33,8 @@ stride is a multiple of 16 values.
 The arithmetic is float32, rounded once, where transformers rounds r * rstd before the weight is
 applied. r is rounded to x's dtype before it is normalized, as by a separate addition.
 
-Root mean square layer normalization: Zhang and Sennrich 2019, equation 4.
+Root mean square layer normalization: Zhang and Sennrich 2019, equation 4. Layer normalization: Ba
+et al. 2016, equation 4.
 """
 
 # triton's annotations know neither static_range nor tuples of tensors
@@ -43,9 +48,12 @@ from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_long_kernel
 from kernels.rms_norm_row import (
+    centred,
+    centred_reference,
     check_rows,
     factor_of,
     load_row,
+    mean_of,
     rstd_of,
     shape_of,
     sum_with_residual,
@@ -58,15 +66,16 @@ def rms_norm_reference(
     eps: float,
     residual: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add the residual, if any, and normalize in float32.
 
-    r    = x + residual
+    r    = x + residual                              centred behind this line, where rows are
     rstd = 1 / sqrt(mean(r^2) + eps)
     y    = (weight + offset) * r * rstd
     """
     r = x if residual is None else x + residual
-    wide = r.float()
+    wide = centred_reference(r, is_centred)
     rstd = torch.rsqrt(wide.square().mean(dim=1) + eps)
     return (wide * rstd[:, None] * (weight.float() + offset)).to(x.dtype), r, rstd
 
@@ -85,6 +94,7 @@ def _rms_norm_kernel(
     stride_xm,
     stride_residual_m,
     OFFSET: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -96,6 +106,7 @@ def _rms_norm_kernel(
     y_ptr += row * stride_ym
     r_ptr += row * D
     squares = tl.zeros((CHUNK,), tl.float32)
+    total = tl.zeros((CHUNK,), tl.float32)
     # all loads are under way before the first is worked on
     tiles = load_row(x_ptr, D, CHUNK, CHUNKS)
     if HAS_RESIDUAL:
@@ -109,12 +120,19 @@ def _rms_norm_kernel(
             offs = chunk * CHUNK + tl.arange(0, CHUNK)
             tl.store(r_ptr + offs, r, mask=offs < D)
         rows = rows + (r,)  # noqa: RUF005, triton knows no star
-        squares += r.to(tl.float32) * r.to(tl.float32)
+        if IS_CENTRED:
+            total += r.to(tl.float32)
+    mean = mean_of(total, D, IS_CENTRED)
+    for chunk in tl.static_range(CHUNKS):
+        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
+        squares += r * r
     rstd = rstd_of(squares, D, eps)
     tl.store(rstd_ptr + row, rstd)
     for chunk in tl.static_range(CHUNKS):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
-        y = rows[chunk].to(tl.float32) * rstd * factor_of(weights[chunk], OFFSET)
+        r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
+        y = r * rstd * factor_of(weights[chunk], OFFSET)
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
 
 
@@ -125,6 +143,7 @@ def _launch_rms_norm(
     residual: Tensor | None = None,  # (M, D)
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D); rstd (M,) float32
     M, D = x.shape
     y = torch.empty((M, D), dtype=x.dtype, device=x.device) if out is None else out
@@ -132,7 +151,7 @@ def _launch_rms_norm(
     has_residual = residual is not None
     r = torch.empty((M, D), dtype=x.dtype, device=x.device) if has_residual else x
     addend = residual if has_residual else x
-    shape = shape_of(x)
+    shape = shape_of(x, is_centred)
     if M > 0:
         launch(
             _rms_norm_kernel if "CHUNKS" in shape else _rms_norm_long_kernel,
@@ -149,6 +168,7 @@ def _launch_rms_norm(
             stride_xm=x.stride(0),
             stride_residual_m=addend.stride(0),
             OFFSET=offset,
+            IS_CENTRED=is_centred,
             HAS_RESIDUAL=has_residual,
             # multiply-adds round less
             enable_fp_fusion=True,
@@ -164,6 +184,7 @@ def rms_norm(
     residual: Tensor | None = None,  # (M, D)
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add a residual and normalize the sum by its root mean square.
 
@@ -175,6 +196,7 @@ def rms_norm(
         out: the matrix that takes y, for instance the first D columns of a wider one, whose other
             columns stay as they are; shares no memory with x or residual. A new tensor if None.
         offset: added to the weights, in float32.
+        is_centred: r - mean(r) takes r's place in rstd and y.
 
     Returns:
         y: out, if that is given.
@@ -187,6 +209,6 @@ def rms_norm(
     """
     check_rows(weight, x=x, residual=residual, out=out)
     if x.device.type == "cpu":
-        y, r, rstd = rms_norm_reference(x, weight, eps, residual, offset)
+        y, r, rstd = rms_norm_reference(x, weight, eps, residual, offset, is_centred)
         return y if out is None else out.copy_(y), r, rstd
-    return _launch_rms_norm(x, weight, eps, residual, out, offset)
+    return _launch_rms_norm(x, weight, eps, residual, out, offset, is_centred)

@@ -2,7 +2,8 @@
 
     grad = rstd * (g - r * rstd^2 * mean(g r)) + grad_r          g = w * grad_y
 
-    r, rstd, w         as the forward pass has them
+    r, rstd, w         as the forward pass has them; where rows are centred, r - mean(r) takes r's
+                       place, and g - mean(g) that of the first g
     grad_r             the gradient that reaches r along the residual stream, if any
 
 One program holds a row of grad_y, r and grad_r in registers. With D values in S bytes each, a row
@@ -23,10 +24,13 @@ from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_backward_long_kernel
 from kernels.rms_norm_row import (
+    centred,
+    centred_reference,
     check_rows,
     factor_of,
     gradient_of,
     load_row,
+    mean_of,
     shape_of,
     slope_of,
 )
@@ -39,16 +43,19 @@ def rms_norm_backward_reference(
     rstd: Tensor,  # (M,) float32
     weight: Tensor,  # (D,)
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> Tensor:  # (M, D), r's dtype
     """Compute the gradient of r in float32, rounded once.
 
     g    = (weight + offset) * grad_y
     grad = rstd * (g - n * mean(g n)) + grad_r          n = r * rstd
+
+    Where rows are centred, r and the first g of the second line are.
     """
-    normalized = r.float() * rstd[:, None]
+    normalized = centred_reference(r, is_centred) * rstd[:, None]
     g = grad_y.float() * (weight.float() + offset)
     slope = (g * normalized).mean(dim=1, keepdim=True)
-    grad = rstd[:, None] * (g - normalized * slope)
+    grad = rstd[:, None] * (centred_reference(g, is_centred) - normalized * slope)
     return (grad if grad_r is None else grad + grad_r.float()).to(r.dtype)
 
 
@@ -68,6 +75,7 @@ def _rms_norm_backward_kernel(
     stride_grad_rm,
     stride_rm,
     OFFSET: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_GRAD_R: tl.constexpr,
     WRITES_Y: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -83,24 +91,35 @@ def _rms_norm_backward_kernel(
     y_ptr += row * stride_ym
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((CHUNK,), tl.float32)
+    total = tl.zeros((CHUNK,), tl.float32)
+    total_g = tl.zeros((CHUNK,), tl.float32)
     grads_y = load_row(grad_y_ptr, D, CHUNK, CHUNKS)
     rows = load_row(r_ptr, D, CHUNK, CHUNKS)
     if HAS_GRAD_R:
         grads_r = load_row(grad_r_ptr, D, CHUNK, CHUNKS)
     weights = load_row(weight_ptr, D, CHUNK, CHUNKS)
-    for chunk in tl.static_range(CHUNKS):
-        g = grads_y[chunk].to(tl.float32) * factor_of(weights[chunk], OFFSET)
-        products += g * rows[chunk].to(tl.float32)
-        if WRITES_Y:
-            # after the sum more would be held at once, and sm_80 spills
-            offs = chunk * CHUNK + tl.arange(0, CHUNK)
-            y = rows[chunk].to(tl.float32) * rstd * factor_of(weights[chunk], OFFSET)
-            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
-    slope = slope_of(products, rstd, D)
+    if IS_CENTRED:
+        for chunk in tl.static_range(CHUNKS):
+            total += rows[chunk].to(tl.float32)
+    mean = mean_of(total, D, IS_CENTRED)
     for chunk in tl.static_range(CHUNKS):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
         g = grads_y[chunk].to(tl.float32) * factor_of(weights[chunk], OFFSET)
-        grad = gradient_of(g, rows[chunk].to(tl.float32), rstd, slope)
+        r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
+        products += g * r
+        if IS_CENTRED:
+            total_g += g
+        if WRITES_Y:
+            # after the sum more would be held at once, and sm_80 spills
+            y = r * rstd * factor_of(weights[chunk], OFFSET)
+            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
+    slope = slope_of(products, rstd, D)
+    mean_g = mean_of(total_g, D, IS_CENTRED)
+    for chunk in tl.static_range(CHUNKS):
+        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        g = grads_y[chunk].to(tl.float32) * factor_of(weights[chunk], OFFSET)
+        r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
+        grad = gradient_of(centred(g, mean_g, offs < D, IS_CENTRED), r, rstd, slope)
         if HAS_GRAD_R:
             grad += grads_r[chunk].to(tl.float32)
         tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)
@@ -115,13 +134,14 @@ def _launch_rms_norm_backward(
     out: Tensor | None = None,  # (M, D), may be grad_y or grad_r
     y: Tensor | None = None,  # (M, D), written; may be grad_y
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> Tensor:  # (M, D)
     M, D = r.shape
     grad = torch.empty((M, D), dtype=r.dtype, device=r.device) if out is None else out
     # stand-ins for matrices that were not given: the kernel neither reads nor writes them
     addend = grad_y if grad_r is None else grad_r
     again = grad if y is None else y
-    shape = shape_of(r)
+    shape = shape_of(r, is_centred)
     if M > 0:
         launch(
             _rms_norm_backward_kernel if "CHUNKS" in shape else _rms_norm_backward_long_kernel,
@@ -140,6 +160,7 @@ def _launch_rms_norm_backward(
             stride_grad_rm=addend.stride(0),
             stride_rm=r.stride(0),
             OFFSET=offset,
+            IS_CENTRED=is_centred,
             HAS_GRAD_R=grad_r is not None,
             WRITES_Y=y is not None,
             enable_fp_fusion=True,
@@ -157,6 +178,7 @@ def rms_norm_backward(
     out: Tensor | None = None,  # (M, D)
     y: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> Tensor:  # (M, D), r's dtype
     """Compute the gradient of `rms_norm`'s r, which is that of x and of the residual.
 
@@ -169,7 +191,7 @@ def rms_norm_backward(
             overwritten, and shares no other memory with the inputs. A new tensor if None.
         y: takes the norm's result again, bit for bit, for a caller that did not keep it: the
             gradient of a low-rank update needs it. It may be grad_y, unless out is grad_y.
-        offset: that of the forward pass.
+        offset, is_centred: those of the forward pass.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a row is not contiguous, or something
@@ -180,8 +202,9 @@ def rms_norm_backward(
     check_is_contiguous("rstd", rstd)
     check_one_device({"rstd": rstd, "r": r})
     if r.device.type == "cpu":
-        grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight, offset)
+        grad = rms_norm_backward_reference(grad_y, grad_r, r, rstd, weight, offset, is_centred)
         if y is not None:
-            y.copy_(r.float() * rstd[:, None] * (weight.float() + offset))
+            r = centred_reference(r, is_centred)
+            y.copy_(r * rstd[:, None] * (weight.float() + offset))
         return grad if out is None else out.copy_(grad)
-    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out, y, offset)
+    return _launch_rms_norm_backward(grad_y, grad_r, r, rstd, weight, out, y, offset, is_centred)

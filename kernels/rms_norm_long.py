@@ -1,9 +1,10 @@
 """Normalize rows that are too long for a program's registers, and compute the gradient, on the GPU.
 
 The equations, arguments and results are those of `rms_norm.py` and `rms_norm_backward.py`, which
-launch these kernels for rows of more than `rms_norm_row.MAX_CHUNKS` chunks: from 18,432 values on
-in 16 bit. A program reads its row chunk by chunk for the sum over the row, and once more for the
-result; the second time from L2, so memory moves as many bytes as for a row in registers.
+launch these kernels for rows of more than `rms_norm_row.MAX_CHUNKS` chunks, from 18,432 values on
+in 16 bit, or MAX_CENTRED_CHUNKS where rows are centred. A program reads its row chunk by chunk for
+the sum over the row, and once more for the result; the second time from L2, so memory moves as many
+bytes as for a row in registers. A row that is centred is read once more, for its mean.
 """
 
 # triton's annotations know neither static_range nor tuples of tensors
@@ -11,7 +12,15 @@ result; the second time from L2, so memory moves as many bytes as for a row in r
 # pyright: reportAttributeAccessIssue=false
 
 from kernels.language import tl, triton
-from kernels.rms_norm_row import factor_of, gradient_of, rstd_of, slope_of, sum_with_residual
+from kernels.rms_norm_row import (
+    centred,
+    factor_of,
+    gradient_of,
+    mean_of,
+    rstd_of,
+    slope_of,
+    sum_with_residual,
+)
 
 
 @triton.jit
@@ -28,6 +37,7 @@ def _rms_norm_long_kernel(
     stride_xm,
     stride_residual_m,
     OFFSET: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -38,6 +48,7 @@ def _rms_norm_long_kernel(
     y_ptr += row * stride_ym
     r_ptr += row * D
     squares = tl.zeros((CHUNK,), tl.float32)
+    total = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, D, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         r = tl.load(x_ptr + offs, mask=offs < D, other=0.0)
@@ -45,18 +56,29 @@ def _rms_norm_long_kernel(
             addend = tl.load(residual_ptr + offs, mask=offs < D, other=0.0)
             r = sum_with_residual(r, addend, r_ptr.dtype.element_ty)
             tl.store(r_ptr + offs, r, mask=offs < D)
-        squares += r.to(tl.float32) * r.to(tl.float32)
-    rstd = rstd_of(squares, D, eps)
-    tl.store(rstd_ptr + row, rstd)
+        if IS_CENTRED:
+            total += r.to(tl.float32)
+        else:
+            squares += r.to(tl.float32) * r.to(tl.float32)
     if HAS_RESIDUAL:
         # the next loop reads values of r that other threads have stored
         tl.debug_barrier()
         again_ptr = r_ptr
     else:
         again_ptr = x_ptr
+    mean = mean_of(total, D, IS_CENTRED)
+    if IS_CENTRED:
+        for start in range(0, D, CHUNK):
+            offs = start + tl.arange(0, CHUNK)
+            r = tl.load(again_ptr + offs, mask=offs < D, other=0.0)
+            r = centred(r, mean, offs < D, IS_CENTRED)
+            squares += r * r
+    rstd = rstd_of(squares, D, eps)
+    tl.store(rstd_ptr + row, rstd)
     for start in range(0, D, CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        r = tl.load(again_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+        r = tl.load(again_ptr + offs, mask=offs < D, other=0.0)
+        r = centred(r, mean, offs < D, IS_CENTRED)
         w = factor_of(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
         y = r * rstd * w
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
@@ -78,6 +100,7 @@ def _rms_norm_backward_long_kernel(
     stride_grad_rm,
     stride_rm,
     OFFSET: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_GRAD_R: tl.constexpr,
     WRITES_Y: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -93,19 +116,31 @@ def _rms_norm_backward_long_kernel(
     y_ptr += row * stride_ym
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((CHUNK,), tl.float32)
+    total = tl.zeros((CHUNK,), tl.float32)
+    total_g = tl.zeros((CHUNK,), tl.float32)
+    if IS_CENTRED:
+        for start in range(0, D, CHUNK):
+            offs = start + tl.arange(0, CHUNK)
+            total += tl.load(r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+    mean = mean_of(total, D, IS_CENTRED)
     for start in range(0, D, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         grad_y = tl.load(grad_y_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
         w = factor_of(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
-        r = tl.load(r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-        products += grad_y * w * r
+        r = tl.load(r_ptr + offs, mask=offs < D, other=0.0)
+        products += grad_y * w * centred(r, mean, offs < D, IS_CENTRED)
+        if IS_CENTRED:
+            total_g += grad_y * w
     slope = slope_of(products, rstd, D)
+    mean_g = mean_of(total_g, D, IS_CENTRED)
     for start in range(0, D, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         grad_y = tl.load(grad_y_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
         w = factor_of(tl.load(weight_ptr + offs, mask=offs < D, other=0.0), OFFSET)
-        r = tl.load(r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-        grad = gradient_of(grad_y * w, r, rstd, slope)
+        r = tl.load(r_ptr + offs, mask=offs < D, other=0.0)
+        r = centred(r, mean, offs < D, IS_CENTRED)
+        g = centred(grad_y * w, mean_g, offs < D, IS_CENTRED)
+        grad = gradient_of(g, r, rstd, slope)
         if HAS_GRAD_R:
             grad += tl.load(grad_r_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
         tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=offs < D)

@@ -2,8 +2,9 @@
 
     row of D | chunk 0   | chunk 1   | ...       16 bytes a thread and chunk: 8 values in 16 bit
 
-A row of at most MAX_CHUNKS chunks is held in registers (`rms_norm.py`, `rms_norm_backward.py`); a
-longer row is read twice (`rms_norm_long.py`). The arithmetic is the same in both.
+A row of at most MAX_CHUNKS chunks, or MAX_CENTRED_CHUNKS, is held in registers (`rms_norm.py`,
+`rms_norm_backward.py`); a longer row is read twice (`rms_norm_long.py`). The arithmetic is the same
+in both.
 """
 
 # triton's annotations know neither static_range nor tuples of tensors
@@ -29,8 +30,8 @@ VECTOR_BYTES = 16
 # vectors that a thread should have of a row, if it may choose the number of warps
 VECTORS = 4
 MAX_WARPS = 8
-# of a row in registers
-MAX_CHUNKS = 8
+# of a row in registers, and of one that is centred, whose backward pass takes more of them
+MAX_CHUNKS, MAX_CENTRED_CHUNKS = 8, 4
 
 
 @triton.jit
@@ -56,6 +57,22 @@ def sum_with_residual(x, residual, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def mean_of(values, D, IS_CENTRED: tl.constexpr):
+    # of a row whose values beyond D are zero; zero where rows are not centred
+    if IS_CENTRED:
+        return tl.div_rn(tl.sum(values, 0), D * 1.0)
+    return 0.0
+
+
+@triton.jit
+def centred(r, mean, is_inside, IS_CENTRED: tl.constexpr):
+    wide = r.to(tl.float32)
+    if IS_CENTRED:
+        wide = tl.where(is_inside, wide - mean, 0.0)
+    return wide
+
+
+@triton.jit
 def rstd_of(squares, D, eps):
     mean = tl.div_rn(tl.sum(squares, 0), D * 1.0)
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
@@ -72,7 +89,13 @@ def gradient_of(g, r, rstd, slope):
     return rstd * (g - r * rstd * slope)
 
 
-def shape_of(x: Tensor) -> dict[str, int]:
+def centred_reference(r: Tensor, is_centred: bool) -> Tensor:  # (M, D) -> (M, D) float32
+    """Subtract each row's mean, where rows are centred."""
+    wide = r.float()
+    return wide - wide.mean(dim=1, keepdim=True) if is_centred else wide
+
+
+def shape_of(x: Tensor, is_centred: bool = False) -> dict[str, int]:
     """Choose warps and chunks of a row, so that a thread has about VECTORS of its vectors.
 
     Without CHUNKS the row does not fit the registers.
@@ -85,7 +108,8 @@ def shape_of(x: Tensor) -> dict[str, int]:
     chunk = num_warps * warp_width
     num_chunks = cdiv(D, chunk)
     shape = {"CHUNK": chunk, "num_warps": num_warps}
-    return shape | {"CHUNKS": num_chunks} if num_chunks <= MAX_CHUNKS else shape
+    most = MAX_CENTRED_CHUNKS if is_centred else MAX_CHUNKS
+    return shape | {"CHUNKS": num_chunks} if num_chunks <= most else shape
 
 
 def check_rows(weight: Tensor, **matrices: Tensor | None) -> None:

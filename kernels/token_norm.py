@@ -1,7 +1,7 @@
 """Normalize a few rows and project them down to the ranks of their updates, in one launch.
 
     r = x + delta                        y = w r rstd            rstd = 1 / sqrt(mean(r^2) + eps)
-    h = y A^T                            w = weight + offset
+    h = y A^T                            w = weight + offset; r centred in y and rstd where rows are
 
     program (row, p) | r, rstd, y of the whole row | h[row, p] = y . A[p]
                        program (row, 0) writes r and y
@@ -25,7 +25,14 @@ from kernels.checks import check_is_contiguous, check_like, check_one_device
 from kernels.language import tl, triton
 from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
-from kernels.rms_norm_row import check_rows, factor_of, rstd_of, sum_with_residual
+from kernels.rms_norm_row import (
+    centred,
+    check_rows,
+    factor_of,
+    mean_of,
+    rstd_of,
+    sum_with_residual,
+)
 
 # values of a thread, where a row has enough for all threads
 VALUES = 16
@@ -39,9 +46,10 @@ def token_norm_reference(
     eps: float,
     offset: float,
     A: Tensor,  # (P, D)
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y (M, D), h (M, P), r (M, D)
     """Normalize as `rms_norm_reference` does, and multiply in float32."""
-    y, r, _ = rms_norm_reference(x, weight, eps, delta, offset)
+    y, r, _ = rms_norm_reference(x, weight, eps, delta, offset, is_centred)
     return y, (y.float() @ A.float().T).to(x.dtype), r
 
 
@@ -57,6 +65,7 @@ def _token_norm_kernel(
     D,
     eps,
     OFFSET: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     WIDTH: tl.constexpr,  # D, to a power of two
 ):
@@ -72,6 +81,7 @@ def _token_norm_kernel(
         delta = tl.load(delta_ptr + row * D + offs, mask=mask, other=0.0)
         r = sum_with_residual(r, delta, r_ptr.dtype.element_ty)
     wide = r.to(tl.float32)
+    wide = centred(wide, mean_of(wide, D, IS_CENTRED), mask, IS_CENTRED)
     y = wide * rstd_of(wide * wide, D, eps) * factor_of(weight, OFFSET)
     y = y.to(y_ptr.dtype.element_ty)
     if rank == 0:
@@ -83,7 +93,13 @@ def _token_norm_kernel(
 
 
 def _launch_token_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, A: Tensor
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    A: Tensor,
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, D = x.shape
     width = next_power_of_2(D)
@@ -102,6 +118,7 @@ def _launch_token_norm(
         D=D,
         eps=eps,
         OFFSET=offset,
+        IS_CENTRED=is_centred,
         HAS_DELTA=delta is not None,
         WIDTH=width,
         num_warps=min(max(width // (32 * VALUES), 1), MAX_WARPS),
@@ -116,10 +133,14 @@ def token_norm(
     eps: float,
     offset: float,
     A: Tensor,  # (P, D)
+    is_centred: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # y (M, D), h (M, P), r (M, D)
     """Add, normalize the sum, and multiply it by A.
 
         r = x + delta        y = (weight + offset) r / sqrt(mean(r^2) + eps)        h = y A^T
+
+    Args:
+        is_centred: r - mean(r) takes r's place in y.
 
     Returns:
         r is x itself without a delta.
@@ -134,5 +155,5 @@ def token_norm(
             check_is_contiguous(name, matrix)
     check_one_device({"x": x, "A": A})
     if x.device.type == "cpu":
-        return token_norm_reference(x, delta, weight, eps, offset, A)
-    return _launch_token_norm(x, delta, weight, eps, offset, A)
+        return token_norm_reference(x, delta, weight, eps, offset, A, is_centred)
+    return _launch_token_norm(x, delta, weight, eps, offset, A, is_centred)

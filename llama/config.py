@@ -63,6 +63,8 @@ class LlamaConfig:
     final_logit_softcapping: float | None  # what no logit exceeds
     norms: LayerNorms
     norm_offset: float  # what the weights of all norms are stored less
+    has_centred_norms: bool  # norms subtract the mean first: layer normalization
+    is_parallel: bool  # the MLP has attention's input, and not its result added to that
     embedding_scale: float  # rounded to the dtype of the computation before it multiplies
     embedding_multiplier: float | None
     residual_multiplier: float | None  # of what a half of a layer adds
@@ -185,7 +187,7 @@ def _has_bias(fields: JsonFields, said: bool | str) -> bool:
 
 def _logit_scale(fields: JsonFields) -> float | None:
     divisor = fields.optional_number("logits_scaling")
-    return None if divisor is None else 1 / divisor
+    return fields.optional_number("logit_scale") if divisor is None else 1 / divisor
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -287,6 +289,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
         norms=family.norms,
         norm_offset=family.norm_offset,
+        has_centred_norms=family.has_centred_norms,
+        is_parallel=family.is_parallel,
         embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else 1.0,
         embedding_multiplier=fields.optional_number("embedding_multiplier"),
         residual_multiplier=fields.optional_number("residual_multiplier"),

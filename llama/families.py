@@ -41,6 +41,8 @@ _GEMMA_NORMS = LayerNorms(
     before_mlp="pre_feedforward_layernorm",
     behind_mlp="post_feedforward_layernorm",
 )
+_PARALLEL_NORMS = LayerNorms(before_mlp="input_layernorm")
+_COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Family:
         activation_field: what names the activation of the gates.
         activation_names: what the file may call it.
         norm_offset: added to the stored weights of all norms.
+        has_centred_norms: whether all norms subtract the mean first.
+        is_parallel: whether the MLP has attention's input, and not its result added to that.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
         defaults: for fields missing in the file, where they differ from Llama's; null in the file
             stays null.
@@ -90,6 +94,8 @@ class Family:
     activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
     norms: LayerNorms = LLAMA_NORMS
     norm_offset: float = 0.0
+    has_centred_norms: bool = False
+    is_parallel: bool = False
     scales_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
@@ -193,6 +199,43 @@ FAMILIES = {
             "sliding_window_pattern": 4,
         },
         fields=frozenset({"sliding_window", "sliding_window_pattern"}),
+    ),
+    "CohereForCausalLM": Family(
+        "cohere",
+        is_interleaved=True,
+        norms=_PARALLEL_NORMS,
+        has_centred_norms=True,
+        is_parallel=True,
+        defaults=_COHERE_DEFAULTS | {"rope_theta": 5e5},
+        fields=frozenset({"attention_bias", "logit_scale"}),
+        aliases={"layer_norm_eps": "rms_norm_eps"},
+    ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        windows="pattern",
+        ropes="windowed",
+        is_interleaved=True,
+        norms=_PARALLEL_NORMS,
+        has_centred_norms=True,
+        is_parallel=True,
+        defaults=_COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4},
+        fields=frozenset(
+            {
+                "attention_bias",
+                "logit_scale",
+                "sliding_window",
+                "sliding_window_pattern",
+                # of the first checkpoint, which transformers does not read
+                "order_of_interleaved_layers",
+                "position_embedding_type",
+                "rotary_pct",
+                "use_embedding_sharing",
+                "use_gated_activation",
+                "use_parallel_block",
+                "use_parallel_embedding",
+            }
+        ),
+        aliases={"layer_norm_eps": "rms_norm_eps"},
     ),
     "GraniteForCausalLM": Family(
         "granite",

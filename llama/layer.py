@@ -7,9 +7,10 @@
     x, delta = r2, down(activation(gate) up)
 
 In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
-that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. The
-reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate`, `_inner` and
-`_project`, each with the norms before and behind it; `llama/halves.py` has their projections.
+that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. In
+Command-R gate_up has norm(r1), as qkv has. The reference's `Attention.forward` is `_attend` here,
+its `MLP.forward` is `_gate`, `_inner` and `_project`, each with the norms before and behind it;
+`llama/halves.py` has their projections.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -67,8 +68,10 @@ class Activations:
     # o's output before the norm behind it, (M, D), and rstd; None without such a norm
     output_o: tuple[Tensor, Tensor] | None = None
     h_qkv: Tensor  # (M, tail)
-    r2: Tensor  # (M, D), the residual stream at the norm before the MLP
-    rstd2: Tensor  # as rstd1
+    # the residual stream at the norm before the MLP, (M, D), and its rstd; unset where the MLP has
+    # attention's input
+    r2: Tensor
+    rstd2: Tensor
     gate_up_ext: Tensor  # (M, 2 F + tail)
     h_gate_up: Tensor  # (M, tail)
     h_down: Tensor  # (M, tail)
@@ -76,11 +79,12 @@ class Activations:
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too, and
+    in some both halves have the first x."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.is_parallel = index, config.is_parallel
         # of the pass's tables, those that rotate this layer's heads
         self.table = config.distinct_ropes.index(config.ropes[index])
         self.scores = Scores(
@@ -124,10 +128,9 @@ class DecoderLayer(nn.Module):
         r1 = attended.r1
         # one record; or three, each of which is dropped as soon as the next one is made of it
         gated = attended if has_backward else Activations()
-        self._gate(r1, delta, shared, gated)
+        r2 = self._gate(r1, delta, shared, gated)
         del attended, delta
         inner_ext = self._inner(gated)
-        r2 = gated.r2
         projected = gated if has_backward else Activations()
         del gated
         delta = self._project(inner_ext, shared, projected)
@@ -182,21 +185,27 @@ class DecoderLayer(nn.Module):
         kept.h_qkv = own(y_ext[:, D:])
         return delta
 
-    def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> None:
-        """Compute gate | up."""
+    def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> Tensor:
+        """Compute gate | up, and r2, (M, D)."""
         gate_up, norm = self.mlp.gate_up, self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
         y_ext = gate_up.empty_input(M, r1)
-        _, kept.r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
+        if self.is_parallel:
+            norm(r1, out=y_ext[:, :D])
+            r2 = r1 + delta
+        else:
+            _, r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
+            kept.r2 = r2
         kept.gate_up_ext = gate_up.empty_output(M, r1)
         gates_and_ups = kept.gate_up_ext[:, : gate_up.num_rows]
         gate_up.forward(y_ext, shared.dropout_seed, out=gates_and_ups)
         kept.h_gate_up = own(y_ext[:, D:])
+        return r2
 
     def _inner(self, kept: Activations) -> Tensor:  # (M, F + tail)
         """Compute activation(gate) up."""
         down = self.mlp.down
-        inner_ext = down.empty_input(kept.r2.shape[0], kept.r2)
+        inner_ext = down.empty_input(kept.gate_up_ext.shape[0], kept.gate_up_ext)
         gates_and_ups = kept.gate_up_ext[:, : self.mlp.gate_up.num_rows]
         glu(gates_and_ups, self.mlp.activation, out=inner_ext[:, : down.in_features])
         return inner_ext
@@ -231,7 +240,11 @@ class DecoderLayer(nn.Module):
             grad_r2  = grad + norm'(gate_up'(activation'(down'(grad))))
             grad_r1  = grad_r2 + norm'(qkv'(rotation'(attention'(o'(grad_r2)))))
 
-        down' and o' are of norm'(...) where a norm is behind them.
+        down' and o' are of norm'(...) where a norm is behind them. Where the MLP has attention's
+        input,
+
+            grad_r1  = grad + norm'(gate_up'(activation'(down'(grad)))
+                                    + qkv'(rotation'(attention'(o'(grad)))))
 
         Adds the gradients of the low-rank updates to those of the parameters.
 
@@ -257,11 +270,18 @@ class DecoderLayer(nn.Module):
         del grad_out, grad_inner, inner, kept.h_down
         grad_y = gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
         assert grad_y is not None
-        norm = self.norm_before(norms.before_mlp)
-        norm.backward(grad_y, grad, kept.r2, kept.rstd2, out=grad, y=grad_y)
-        gate_up.accumulate_grad_A(kept.gate_up_ext, grad_y, seed)
-        del grad_y, gates_and_ups
-        del kept.r2, kept.rstd2, kept.h_gate_up, kept.gate_up_ext
+        norm, waiting = self.norm_before(norms.before_mlp), None
+        if self.is_parallel:
+            # for the gradient of attention's input
+            waiting = grad_y
+            y, _, _ = norm(kept.r1)
+        else:
+            y = grad_y
+            norm.backward(grad_y, grad, kept.r2, kept.rstd2, out=grad, y=y)
+            del kept.r2, kept.rstd2
+        gate_up.accumulate_grad_A(kept.gate_up_ext, y, seed)
+        del grad_y, y, gates_and_ups
+        del kept.h_gate_up, kept.gate_up_ext
 
         grad_out = self._behind_backward(norms.behind_attention, grad_ext, kept.output_o, o)
         grad_mixed = o.backward(grad_out, kept.h_o, seed)
@@ -281,7 +301,7 @@ class DecoderLayer(nn.Module):
         if grad_y is None:
             y, _, _ = norm(kept.r1)
         else:
-            y = grad_y
+            y = grad_y if waiting is None else grad_y.add_(waiting)
             norm.backward(grad_y, grad, kept.r1, kept.rstd1, out=grad, y=y)
         qkv.accumulate_grad_A(grad_qkv_ext, y, seed)
 

@@ -22,8 +22,9 @@ class RMSNorm(nn.Module):
 
         y = (weight + offset) r / sqrt(mean(r^2) + eps)
 
-    In float32, rounded once. transformers rounds r / sqrt(...) first, so in 16 bits it differs by
-    up to one rounding.
+    Where r is centred before, it is layer normalization without a bias (Ba et al. 2016). In
+    float32, rounded once. transformers rounds r / sqrt(...) first, so in 16 bits it differs by up
+    to one rounding.
     """
 
     def __init__(self, width: int, config: LlamaConfig, divisor: float = 1.0) -> None:
@@ -35,12 +36,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
         self.eps, self.offset = config.rms_norm_eps / divisor**2, config.norm_offset
+        self.is_centred = config.has_centred_norms
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (M,) float32
         """Normalize r = x + residual as `kernels.rms_norm.rms_norm` does."""
-        return rms_norm(x, self.weight, self.eps, residual, out, self.offset)
+        return rms_norm(x, self.weight, self.eps, residual, out, self.offset, self.is_centred)
 
     def backward(
         self,
@@ -52,7 +54,8 @@ class RMSNorm(nn.Module):
         y: Tensor | None = None,  # (M, D)
     ) -> Tensor:  # (M, D)
         """Compute r's gradient as `kernels.rms_norm.rms_norm_backward` does."""
-        return rms_norm_backward(grad_y, grad_r, r, rstd, self.weight, out, y, self.offset)
+        kind = (self.offset, self.is_centred)
+        return rms_norm_backward(grad_y, grad_r, r, rstd, self.weight, out, y, *kind)
 
 
 class NoNorm:

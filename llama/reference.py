@@ -45,16 +45,20 @@ class Projection(nn.Linear):
 class RMSNorm(nn.Module):
     """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019.
 
-    Rows may hold several times as many numbers as the weight: each part is normalized by itself.
+    Where x is centred before, it is layer normalization without a bias, Ba et al. 2016. Rows may
+    hold several times as many numbers as the weight: each part is normalized by itself.
     """
 
     def __init__(self, width: int, config: LlamaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.is_centred = config.has_centred_norms
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.unflatten(-1, (-1, len(self.weight)))
+        if self.is_centred:
+            parts = parts - parts.mean(-1, True)
         rstd = (parts.square().mean(-1, True) + self.eps).rsqrt()
         return ((self.weight + self.offset) * parts * rstd).flatten(-2)
 
@@ -137,13 +141,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too, and
+    in some both halves have the first x."""
 
     def __init__(self, config: LlamaConfig, window: int | None) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.norms, self.window = config.norms, window
-        self.multiplier = config.residual_multiplier or 1.0
+        self.multiplier, self.is_parallel = config.residual_multiplier or 1.0, config.is_parallel
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
@@ -155,7 +160,7 @@ class DecoderLayer(nn.Module):
         r1 = x
         delta = self.self_attn(self.norm(self.norms.before_attention, r1), cos, sin, is_seen)
         r2 = r1 + self.multiplier * self.norm(self.norms.behind_attention, delta)
-        delta = self.mlp(self.norm(self.norms.before_mlp, r2))
+        delta = self.mlp(self.norm(self.norms.before_mlp, r1 if self.is_parallel else r2))
         return r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
 
 

@@ -46,7 +46,7 @@ ODD = FIELDS | {
 }
 PHI3 = VARIANTS["phi3"] | {
     "rope_scaling": VARIANTS["phi3"]["rope_scaling"]
-    | {name: [1.0 + i / 8 for i in range(16)] for name in ("short_factor", "long_factor")}
+    | {name: [1.0 + i / 8 for i in range(12)] for name in ("short_factor", "long_factor")}
 }
 DEFAULT = {
     "fields": WIDE,

@@ -188,8 +188,8 @@ def test_the_factors_of_llama_3_divide_the_frequencies(tmp_path: Path) -> None:
 def test_long_rope_has_two_tensors_of_factors(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "phi3")
     values = values_of(export(folder, "q8_0")[0])
-    assert values["rope_factors_long.weight"].tolist() == [1.0, 2.0, 3.0, 4.0]
-    short = torch.tensor([1.0, 1.1, 1.2, 1.5])
+    assert values["rope_factors_long.weight"].tolist() == [1.0, 2.0, 4.0]
+    short = torch.tensor([1.0, 1.1, 1.5])
     assert torch.equal(values["rope_factors_short.weight"], short)
 
 
@@ -223,6 +223,7 @@ WIDE = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.di
             "phi3",
             {
                 "attention.sliding_window": 8,
+                "rope.dimension_count": 6,
                 "rope.scaling.original_context_length": 16,
                 "rope.scaling.attn_factor": pytest.approx(
                     math.sqrt(1 + math.log(128 / 16) / math.log(16)), rel=2**-23

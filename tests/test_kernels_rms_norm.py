@@ -56,8 +56,9 @@ def truth_of(case: NormCase) -> dict[str, Tensor]:
     rounded = inputs["x"] + inputs["residual"] if case.has_residual else inputs["x"]
     r = rounded.double().requires_grad_()
     weight = inputs["weight"].double() + case.offset
-    rstd = 1 / (r.square().mean(dim=1) + EPS).sqrt()
-    y = weight * r * rstd[:, None]
+    wide = r - r.mean(dim=1, keepdim=True) if case.is_centred else r
+    rstd = 1 / (wide.square().mean(dim=1) + EPS).sqrt()
+    y = weight * wide * rstd[:, None]
     (grad,) = torch.autograd.grad(y, r, inputs["grad_y"].double())
     if case.has_grad_r:
         grad = grad + inputs["grad_r"].double()
@@ -119,9 +120,12 @@ def test_a_cpu_tensor_is_normalized_in_float32_and_rounded_once(dtype: torch.dty
         inputs = norm_inputs(case)
         residual = inputs["residual"] if case.has_residual else None
         weight = inputs["weight"]
-        y, r, rstd = rms_norm(inputs["x"], weight, EPS, residual, offset=case.offset)
+        kind = (case.offset, case.is_centred)
+        y, r, rstd = rms_norm(inputs["x"], weight, EPS, residual, None, *kind)
         added = inputs["x"] if residual is None else inputs["x"] + residual
         wide = added.float()
+        if case.is_centred:
+            wide = wide - wide.mean(dim=-1, keepdim=True)
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
         assert_equal(r, added)
         assert_equal(rstd, scale.squeeze(1))
@@ -258,15 +262,16 @@ def compile_forward(
     capability: int,
     num_extra: int = 0,
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight = torch.empty(width, dtype=dtype)
     residual = x if has_residual else None
-    is_long = "CHUNKS" not in shape_of(x)
+    is_long = "CHUNKS" not in shape_of(x, is_centred)
     return compile_launch(
         long_module if is_long else forward_module,
         "_rms_norm_long_kernel" if is_long else "_rms_norm_kernel",
-        lambda: forward_module._launch_rms_norm(x, weight, EPS, residual, x, offset),
+        lambda: forward_module._launch_rms_norm(x, weight, EPS, residual, x, offset, is_centred),
         capability,
     )
 
@@ -279,15 +284,18 @@ def compile_backward(
     num_extra: int = 0,
     writes_y: bool = False,
     offset: float = 0.0,
+    is_centred: bool = False,
 ) -> CompiledLaunch:
     x = torch.empty(2, width + num_extra, dtype=dtype)[:, :width]
     weight, rstd = torch.empty(width, dtype=dtype), torch.empty(2)
     grad_r, y = x if has_grad_r else None, x if writes_y else None
-    is_long = "CHUNKS" not in shape_of(x)
+    is_long = "CHUNKS" not in shape_of(x, is_centred)
     return compile_launch(
         long_module if is_long else backward_module,
         "_rms_norm_backward_long_kernel" if is_long else "_rms_norm_backward_kernel",
-        lambda: backward_module._launch_rms_norm_backward(x, grad_r, x, rstd, weight, x, y, offset),
+        lambda: backward_module._launch_rms_norm_backward(
+            x, grad_r, x, rstd, weight, x, y, offset, is_centred
+        ),
         capability,
     )
 
@@ -304,11 +312,14 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(
+compiled_kernels = pytest.mark.parametrize(
     "compile_kernel",
     [compile_forward, compile_backward, compile_backward_with_y],
     ids=["forward", "backward", "backward with y"],
 )
+
+
+@compiled_kernels
 @pytest.mark.parametrize("offset", [0.0, 1.0], ids="offset{:g}".format)
 @pytest.mark.parametrize(
     ("dtype", "width", "capability"),
@@ -328,6 +339,22 @@ def test_kernels_compile_without_spilling(
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     assert "sqrt.rn.f32" in compiled.ptx or compile_kernel is not compile_forward
+    assert not re.search(r"\.approx|\.full", compiled.ptx)
+
+
+# Command-R7B's rows, Command-R's, and Command-R+'s, which are read again
+@compiled_kernels
+@pytest.mark.parametrize("width", [4096, 8192, 12288])
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [(torch.float16, 75), (torch.bfloat16, 80), (torch.bfloat16, 90)],
+    ids=["sm75", "sm80", "sm90"],
+)
+def test_kernels_that_centre_compile_without_spilling(
+    compile_kernel: Callable[..., CompiledLaunch], dtype: torch.dtype, capability: int, width: int
+) -> None:
+    compiled = compile_kernel(dtype, width, True, capability, is_centred=True)
+    compiled.assert_fits(capability)
     assert not re.search(r"\.approx|\.full", compiled.ptx)
 
 

@@ -70,10 +70,17 @@ def _byte_starts(weight: NF4Weight) -> list[int]:
 
 
 def norm_truth(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float, A: Tensor
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    A: Tensor,
+    is_centred: bool,
 ) -> tuple[Tensor, ...]:
     r = (x if delta is None else x + delta).double()
-    y = r / (r.square().mean(1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
+    wide = r - r.mean(1, keepdim=True) if is_centred else r
+    y = wide / (wide.square().mean(1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
     return y, y @ A.double().T, r
 
 
@@ -229,7 +236,7 @@ def test_heads_equal_norm_and_rotation_bit_for_bit() -> None:
 def _launch_norm(dtype: torch.dtype) -> None:
     x, weight, A = torch.empty(1, 4096, dtype=dtype), torch.empty(4096, dtype=dtype), None
     A = torch.empty(48, 4096, dtype=dtype)
-    token_norm._launch_token_norm(x, x, weight, EPS, 1.0, A)
+    token_norm._launch_token_norm(x, x, weight, EPS, 1.0, A, True)
 
 
 def _launch_glu(dtype: torch.dtype) -> None:
@@ -327,6 +334,7 @@ GPU_CASES: list[Any] = [
     for kernel, case in (
         ("norm", NormCase(1, 4096, 48, dtype)),
         ("norm", NormCase(8, 5120, 3, dtype, False, 1.0)),
+        ("norm", NormCase(3, 4096, 16, dtype, True, 0.0, True)),
         ("glu", GluCase(1, 14336, 16, dtype)),
         ("glu", GluCase(8, 1111, 3, dtype, "gelu_tanh")),
         ("heads", HeadsCase((700,), 32, 8, 128, dtype, 1024)),

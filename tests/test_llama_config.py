@@ -110,6 +110,8 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
             VARIANTS["granite"] | {"residual_multiplier": 0},
             "residual_multiplier must be a positive number: got 0",
         ),
+        (VARIANTS["command-r"] | {"use_qk_norm": True}, "got use_qk_norm = True; remove it or"),
+        (VARIANTS["command-r"] | {"layer_norm_eps": 0}, "rms_norm_eps must be a positive number"),
         (VARIANTS["gemma"] | {"hidden_act": "relu"}, "hidden_act must be one of gelu, silu"),
         (
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
@@ -301,6 +303,26 @@ def test_granite_multiplies(tmp_path: Path) -> None:
     assert llama.score_scale == 1 / math.sqrt(8)
     for name in ("embedding_multiplier", "residual_multiplier", "logit_scale"):
         assert getattr(bare, name) is getattr(llama, name) is None
+
+
+def test_command_r_centres_and_has_one_input_for_both_halves(tmp_path: Path) -> None:
+    for variant, theta in (("command-r", 5e5), ("command-r7b", 1e4)):
+        fields = FIELDS | VARIANTS[variant]
+        config = read(tmp_path, **VARIANTS[variant])
+        assert (config.has_centred_norms, config.is_parallel, config.is_interleaved) == (1, 1, 1)
+        assert (config.rms_norm_eps, config.logit_scale) == (1e-2, 0.3)
+        assert config.norms.before_attention == config.norms.before_mlp == "input_layernorm"
+        own = ("layer_norm_eps", "rms_norm_eps", "logit_scale", "rope_theta", "tie_word_embeddings")
+        bare = {name: value for name, value in fields.items() if name not in own}
+        (tmp_path / "config.json").write_text(json.dumps(bare))
+        config = read_config(tmp_path)
+        assert (config.rms_norm_eps, config.logit_scale) == (1e-5, 0.0625)
+        assert config.tie_word_embeddings
+        assert config.ropes[0] == Rope(theta)
+    # Command-R7B's global layers have no rotary positions
+    assert config.ropes[1] is None
+    llama = read(tmp_path)
+    assert (llama.has_centred_norms, llama.is_parallel) == (False, False)
 
 
 def test_gemma_calls_its_activation_by_two_names(tmp_path: Path) -> None:

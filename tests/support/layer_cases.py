@@ -73,12 +73,13 @@ class NormCase:
     y_place: str = ""
     # what the weights are stored less
     offset: float = 0.0
+    is_centred: bool = False
 
     def __str__(self) -> str:
         words = ["residual"] * self.has_residual + ["grad_r"] * self.has_grad_r
         words += ["strided"] * self.is_strided + [f"over {self.in_place}"] * bool(self.in_place)
         words += [f"y {self.y_place}"] * bool(self.y_place)
-        words += [f"offset {self.offset:g}"] * bool(self.offset)
+        words += [f"offset {self.offset:g}"] * bool(self.offset) + ["centred"] * self.is_centred
         return "-".join((f"M{self.num_rows}-D{self.width}-{str(self.dtype)[6:]}", *words))
 
 
@@ -98,6 +99,8 @@ def norm_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -
         (True, True, False, "grad_r", "over grad_y", 1.0),
         # as one behind a sublayer
         (False, False, False, "", "", 1.0),
+        (False, False, True, "", "", 0.0, True),
+        (True, True, False, "grad_r", "over grad_y", 0.0, True),
     ]
     return [NormCase(*shape, dtype, *use) for dtype in dtypes for shape in shapes for use in uses]
 
@@ -109,7 +112,8 @@ TINY_NORMS = norm_cases([(0, 64), (1, 1), (5, 97), (3, 512), (2, 16400)], INTERP
 def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]:
     """Draw rows of very different scale, one of them zero, weights, and gradients.
 
-    The same whether y is written again or not, and whatever the weights are stored less.
+    The same whether y is written again or not, and whatever the weights are stored less. Rows to be
+    centred are about something else than zero.
     """
     generator = generator_of(replace(case, y_place="", offset=0.0))
     shape = (case.num_rows, case.width)
@@ -120,6 +124,8 @@ def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]
         "grad_y": torch.randn(shape, generator=generator),
         "grad_r": torch.randn(shape, generator=generator),
     }
+    if case.is_centred:
+        inputs["x"] += scale[:, None]
     if case.num_rows > 2:
         inputs["x"][2] = 0
         inputs["residual"][2] = 0
@@ -134,8 +140,8 @@ def norm_inputs(case: NormCase, device: torch.device = CPU) -> dict[str, Tensor]
 
 def norm_results(
     case: NormCase,
-    norm: Callable[..., Any],  # (x, weight, eps, residual, out, offset) -> y, r, rstd
-    norm_backward: Callable[..., Any],  # (grad_y, grad_r, r, rstd, weight, out, y, offset) -> grad
+    norm: Callable[..., Any],  # as rms_norm
+    norm_backward: Callable[..., Any],  # as rms_norm_backward
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a normalization forward and back, and see that only what may be is written to."""
@@ -149,7 +155,8 @@ def norm_results(
         return nan_in_wider_rows(shape, case.dtype, device) if case.is_strided else None
 
     out = place()
-    y, r, rstd = norm(x, weight, EPS, residual, out, case.offset)
+    kind = (case.offset, case.is_centred)
+    y, r, rstd = norm(x, weight, EPS, residual, out, *kind)
     assert (r is x) == (residual is None)
     results = contiguous({"y": y, "r": r, "rstd": rstd})
     grad_out = inputs[case.in_place] if case.in_place else place()
@@ -158,7 +165,7 @@ def norm_results(
         "elsewhere": nan_in_wider_rows((case.num_rows, case.width), case.dtype, device),
         "over grad_y": grad_y,
     }[case.y_place]
-    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out, y_again, case.offset)
+    grad = norm_backward(grad_y, grad_r, r, rstd, weight, grad_out, y_again, *kind)
     for given, result in ((out, y), (grad_out, grad)):
         assert given is None or result is given
         if case.is_strided:
@@ -173,13 +180,13 @@ def norm_results(
 
 def norm_results_of_autograd(
     case: NormCase,
-    norm: Callable[..., Any],  # (x, weight, eps, residual, offset) -> y, r, rstd
+    norm: Callable[..., Any],  # as rms_norm_reference
 ) -> dict[str, Tensor]:
     """Run a normalization forward, and autograd through it back."""
     inputs = norm_inputs(case)
     x = inputs["x"].requires_grad_()
     residual = inputs["residual"] if case.has_residual else None
-    y, r, rstd = norm(x, inputs["weight"], EPS, residual, case.offset)
+    y, r, rstd = norm(x, inputs["weight"], EPS, residual, case.offset, case.is_centred)
     outputs, grads = [y], [inputs["grad_y"]]
     if case.has_grad_r:
         outputs.append(r)

@@ -148,6 +148,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": "LLLG",
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "command-r": {
+        "architectures": ["CohereForCausalLM"],
+        "model_type": "cohere",
+        "pad_token_id": 0,
+        # beside rms_norm_eps, which this family does not have
+        "layer_norm_eps": 1e-2,
+        "logit_scale": 0.3,
+        "tie_word_embeddings": True,
+    },
+    "command-r7b": {
+        "architectures": ["Cohere2ForCausalLM"],
+        "model_type": "cohere2",
+        "pad_token_id": 0,
+        "attention_bias": True,
+        "layer_norm_eps": 1e-2,
+        "logit_scale": 0.3,
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {
         "architectures": ["GraniteForCausalLM"],
         "model_type": "granite",
@@ -233,6 +253,8 @@ OTHER_NORMS = {
     "olmo2": NORMS_BEHIND,
     "olmo3": NORMS_BEHIND,
     "exaone4": NORMS_BEHIND,
+    "cohere": NORMS[:1],
+    "cohere2": NORMS[:1],
 }
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")

@@ -28,10 +28,16 @@ class NormCase:
     dtype: torch.dtype
     has_delta: bool = True
     offset: float = 0.0
+    is_centred: bool = False
 
     def __str__(self) -> str:
         words = [f"M{self.num_rows}-D{self.width}-P{self.num_ranks}-{str(self.dtype)[6:]}"]
-        return " ".join(words + ["delta"] * self.has_delta + ["offset"] * bool(self.offset))
+        return " ".join(
+            words
+            + ["delta"] * self.has_delta
+            + ["offset"] * bool(self.offset)
+            + ["centred"] * self.is_centred
+        )
 
     def inputs(self, device: torch.device) -> tuple[Any, ...]:
         drawn = generator_of(self)
@@ -41,7 +47,9 @@ class NormCase:
 
         x, delta = draw(self.num_rows, self.width), draw(self.num_rows, self.width)
         weight, A = draw(self.width), draw(self.num_ranks, self.width) * self.width**-0.5
-        return x, delta if self.has_delta else None, weight, EPS, self.offset, A
+        x += self.is_centred
+        delta = delta if self.has_delta else None
+        return x, delta, weight, EPS, self.offset, A, self.is_centred
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,7 @@ def _tiny() -> dict[str, list[Any]]:
     cases: dict[str, list[Any]] = {name: [] for name in ("norm", "glu", "linear", "heads", "attn")}
     for dtype in INTERPRETED_DTYPES:
         cases["norm"] += [NormCase(2, 100, 3, dtype), NormCase(1, 64, 1, dtype, False, 1.0)]
+        cases["norm"].append(NormCase(2, 100, 3, dtype, is_centred=True))
         cases["glu"] += [GluCase(2, 2500, 3, dtype), GluCase(1, 96, 1, dtype, "gelu_tanh")]
         heads = HeadsCase((5, 130), 4, 2, 24, dtype)
         wide = HeadsCase((0, 63, 64), 3, 3, 16, dtype, has_norms=True)
