@@ -34,6 +34,7 @@ MODELS: dict[str, LlamaConfig] = {
         intermediate_size=8192,
         num_hidden_layers=16,
         head_dim=64,
+        rotary_dim=64,
         tie_word_embeddings=True,
         windows=(None,) * 16,
     ),

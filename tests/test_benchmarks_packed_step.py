@@ -19,6 +19,7 @@ TINY = replace(
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=32,
+    rotary_dim=32,
     windows=(None,),
 )
 

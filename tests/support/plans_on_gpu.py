@@ -29,7 +29,12 @@ NEW_TOKENS = 4
 CONFIGS: dict[str, LlamaConfig] = {
     "llama-3-8b": LLAMA_3_8B,
     "llama-3.2-1b": replace(
-        LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, head_dim=64, tie_word_embeddings=True
+        LLAMA_3_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        head_dim=64,
+        rotary_dim=64,
+        tie_word_embeddings=True,
     ),
     "mistral-7b": replace(LLAMA_3_8B, vocab_size=32768, windows=(1024,) * 32),
     "qwen2.5-7b": replace(
@@ -58,6 +63,7 @@ CONFIGS: dict[str, LlamaConfig] = {
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=256,
+        rotary_dim=256,
         activation="gelu_tanh",
         norms=FAMILIES["Gemma2ForCausalLM"].norms,
         norm_offset=1.0,
