@@ -112,6 +112,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 4.0],
         },
     },
+    # the whole of each head turns, in interleaved pairs
+    "glm": {
+        "architectures": ["GlmForCausalLM"],
+        "model_type": "glm",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "partial_rotary_factor": 1.0,
+        "attention_bias": False,
+    },
     "glm4": {
         "architectures": ["Glm4ForCausalLM"],
         "model_type": "glm4",
@@ -259,6 +268,7 @@ OTHER_NORMS = {
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
+    "glm": ("attention_bias", "no field", "no field"),
     "glm4": ("attention_bias", "no field", "no field"),
     "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
     "internlm3": ("qkv_bias", "bias", "bias"),
@@ -294,7 +304,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
         if fields["model_type"] == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
-        if fields["model_type"] in ("phi3", "glm4"):
+        if fields["model_type"] in ("phi3", "glm", "glm4"):
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
         for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
