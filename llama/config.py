@@ -9,7 +9,8 @@ set. `llama/config_fields.py` has the lists.
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foreign.json_fields import JsonFields
@@ -20,6 +21,7 @@ from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
 from llama.rope_scaling import LongRopeScaling, RopeScaling, read_rope
+from llama.towers import BESIDE_THE_TEXT, TOWERS, text_of
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -60,6 +62,12 @@ class LlamaConfig:
     norm_offset: float  # what the weights of all norms are stored less
     embedding_scale: float
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+    is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
+
+    @property
+    def decoder(self) -> str:
+        """The module that has embeddings, layers and the last norm, as transformers 5 names it."""
+        return "model.language_model" if self.is_tower else "model"
 
     @property
     def rotary_factor(self) -> float:
@@ -81,44 +89,66 @@ def _eos_token_ids(fields: JsonFields) -> tuple[int, ...] | None:
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ValueError(
-            f"{fields.path}: eos_token_id must be a token id or a list of them: got {value!r}"
+            f"{fields.where}: eos_token_id must be a token id or a list of them: got {value!r}"
         )
     return tuple(ids)
 
 
-def _family(fields: JsonFields) -> Family:
-    """Find the family, and refuse what it does not know."""
+def _language_model(fields: JsonFields) -> tuple[Family, JsonFields, bool]:
+    """Find the language model that config.json describes.
+
+    Returns:
+        Its family, the fields that describe it, and whether it is a tower of a larger model.
+    """
     path, values = fields.path, fields.values
     architectures = values.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     name = named[0] if len(named) == 1 else None
     # a list or an object is no key of a table
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES.keys() | TOWERS.keys():
         raise ValueError(
-            f"{path} must describe one of the architectures {', '.join(FAMILIES)}: "
+            f"{path} must describe one of the architectures {', '.join([*FAMILIES, *TOWERS])}: "
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
             + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
-    family = FAMILIES[name]
-    if values.get("model_type", family.model_type) != family.model_type:
+    expected = (TOWERS.get(name) or FAMILIES[name]).model_type
+    if values.get("model_type", expected) != expected:
         raise ValueError(
-            f"{path}: model_type must be {family.model_type!r} with {name}: "
-            f"got {values['model_type']!r}"
+            f"{path}: model_type must be {expected!r} with {name}: got {values['model_type']!r}"
         )
-    known = COMPUTED | family.fields | WITHOUT_EFFECT | ONE_VALUE.keys()
-    unknown = sorted(key for key, value in values.items() if value and key not in known)
+    if name not in TOWERS:
+        _check_fields(fields, name, FAMILIES[name].fields)
+        return FAMILIES[name], fields, False
+    family, text = text_of(fields, TOWERS[name])
+    if text.section:
+        _check_fields(fields, name, BESIDE_THE_TEXT)
+        _check_fields(text, name, family.fields)
+    else:
+        _check_fields(fields, name, BESIDE_THE_TEXT | family.fields)
+    return family, text, True
+
+
+def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
+    """Refuse fields that are unknown, and those that another model than this one is needed for.
+
+    Args:
+        name: of the architecture.
+        own: the fields that it has beside those of all.
+    """
+    known = COMPUTED | own | WITHOUT_EFFECT | ONE_VALUE.keys()
+    unknown = sorted(key for key, value in fields.values.items() if value and key not in known)
     if unknown:
         raise ValueError(
-            f"{path} must hold fields that {name} has: got {unknown[0]} = "
-            f"{values[unknown[0]]!r}; remove it or set it to null, which is safe if the field does "
-            "not change what the model computes"
+            f"{fields.where} must hold fields that {name} has: got {unknown[0]} = "
+            f"{fields.values[unknown[0]]!r}; remove it or set it to null, which is safe if the "
+            "field does not change what the model computes"
         )
-    return family
+    _check_function(fields)
 
 
 def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Read which layers see how many tokens."""
-    path, values = fields.path, fields.values
+    path, values = fields.where, fields.values
     size = values.get("sliding_window")
     if size is not None:
         size = fields.integer("sliding_window")
@@ -155,7 +185,7 @@ def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int |
 
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
-    path, values = fields.path, fields.values
+    path, values = fields.where, fields.values
     for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if (dropout := values.get(key)) not in (None, 0):
             raise ValueError(
@@ -177,7 +207,7 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
         name = family.defaults.get(family.activation_field, "silu")
     if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise ValueError(
-            f"{fields.path}: {family.activation_field} must be one of "
+            f"{fields.where}: {family.activation_field} must be one of "
             f"{', '.join(ACTIVATION_NAMES)}: got {name!r}"
         )
     return ACTIVATION_NAMES[name]
@@ -227,10 +257,9 @@ def check_config(fields: JsonFields) -> LlamaConfig:
 
 
 def _checked(fields: JsonFields) -> LlamaConfig:
-    path = fields.path
-    family = _family(fields)
-    _check_function(fields)
-    fields = JsonFields(path, {**family.defaults, **fields.values})
+    family, given, is_tower = _language_model(fields)
+    fields = replace(given, values={**family.defaults, **given.values})
+    path = fields.where
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
@@ -239,7 +268,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
             f"{path}: hidden_size must be a multiple of num_attention_heads where head_dim is not "
             f"given: got {hidden_size} and {num_heads}"
         )
-    generation_path = path.with_name(GENERATION_CONFIG_NAME)
+    generation_path = fields.path.with_name(GENERATION_CONFIG_NAME)
     eos_token_ids = None
     if generation_path.is_file():
         eos_token_ids = _eos_token_ids(JsonFields(generation_path, read_object(generation_path)))
@@ -277,6 +306,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         norm_offset=family.norm_offset,
         embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else 1.0,
         eos_token_ids=eos_token_ids or (),
+        is_tower=is_tower,
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
