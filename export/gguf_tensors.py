@@ -48,6 +48,8 @@ def tensors_of(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[E
         if name == HEAD and config.tie_word_embeddings:
             # tied embeddings may be stored as the head alone
             name = embeddings_name(config)
+        # a tower is a model of its own in GGUF
+        name = name.replace(f"{config.decoder}.", "model.", 1)
 
         def read(stored=stored, name=name) -> Tensor:
             return _in_layout(name, read_tensor(stored).float(), config, architecture)
