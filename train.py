@@ -60,7 +60,7 @@ from training.saving import (
     save_if_disk_allows,
     save_stopped,
 )
-from training.trial import try_micro_batch, try_step
+from training.trial import compiling_kernels, try_micro_batch, try_step
 
 # a hash of this size fits into an int64
 HASH_BYTES = 7
@@ -108,7 +108,7 @@ def begin(job: Job, ranks: Ranks, state: RunState) -> Run:
     """
     shape = f"{job.work.batch} x {job.work.tokens:,} tokens"
     try:
-        with ranks.sharing_shortage():
+        with ranks.sharing_shortage(), compiling_kernels(job, ranks, make_optimizer):
             run = load_run(job, ranks, state)
             print(f"optimizer: {run.optimizer.describe()}")
             if job.plan and job.num_steps:

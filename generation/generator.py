@@ -209,11 +209,15 @@ class Generator:
 def generate_greedy(
     model: Llama, prompt: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]
 ) -> list[int]:
-    """Continue one prompt by the most probable token until one of `stop_ids`, without a capture.
+    """Continue one prompt by the most probable token until one of `stop_ids`.
 
     Raises:
         ValueError: the prompt is empty.
     """
-    capacity = len(prompt) + max_new_tokens
-    generator = Generator(model, Sampling(), capacity, captures=False)
-    return list(generator.stream(prompt, max_new_tokens, stop_ids))
+    generator = Generator(model, Sampling(), len(prompt) + max_new_tokens)
+    new_ids = list(generator.stream(prompt, max_new_tokens, stop_ids))
+    if model.device.type == "cuda":
+        # no later graph could use the memory of this one
+        del generator
+        torch.cuda.empty_cache()
+    return new_ids

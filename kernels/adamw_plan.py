@@ -75,7 +75,7 @@ def _adamw_sum_squares_kernel(
     tl.store(partial_sums_ptr + tl.program_id(0), tl.sum(acc, 0))
 
 
-@triton.jit(do_not_specialize=["learning_rate_bits", "max_norm_bits"])
+@triton.jit(do_not_specialize=["learning_rate_bits", "max_norm_bits", "num_corrections"])
 def _adamw_plan_kernel(
     scalars_ptr,  # (NUM_SHARED_SCALARS + 2 * NUM_GROUPS,)
     num_updates_ptr,

@@ -4,8 +4,8 @@
 
 Three things that every launch needs stand here once: the device of the tensors, which need not be
 the current device; tensors of torch's meta device, which have sizes and no values, so that there is
-nothing to compute (`step/walk.py` walks through a step with such tensors); and a plain error where
-a GPU has less than a kernel takes.
+nothing to compute and at the most something to compile (`kernels/ahead.py`); and a plain error
+where a GPU has less than a kernel takes.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.ahead import compile_ahead
 from kernels.language import triton
 
 # CUDA programming guide, "Technical Specifications per Compute Capability"; the first axis has 2^31
@@ -36,6 +37,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     assert all(size <= MAX_LATER_AXIS for size in grid[1:]), (kernel, grid)
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if first.device.type == "meta":
+        compile_ahead(kernel, grid, arguments)
         return
     try:
         with torch.cuda.device_of(first):

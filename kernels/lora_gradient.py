@@ -140,7 +140,8 @@ def _sum_of_parts(parts_ptr, first, stop, length, offs):
     return total
 
 
-@triton.jit
+# not compiled anew for every number of rows
+@triton.jit(do_not_specialize=["num_groups", "programs_per_update"])
 def _lora_gradient_sum_kernel(
     grad_h_ptr,  # (M, T)
     grad_B_ptr,  # (rows of B, R) float32

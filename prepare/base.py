@@ -17,8 +17,9 @@ from optim.adamw import moment_bytes_per_element
 from prepare.quantization import quantization_of
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
+from step.captured_shapes import MAX_GRAPHS
 from step.memory_plan import evaluated_rows
-from step.micro_step import MAX_GRAPHS, padded_tokens
+from step.micro_step import padded_tokens
 from step.workload import Workload
 
 
@@ -85,14 +86,14 @@ def workload(
         tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,
         has_noise=config.neftune_noise_alpha > 0,
-        num_shapes=_num_shapes(epochs, device),
+        num_shapes=num_shapes(epochs, device),
         num_ranks=num_ranks,
         device=device,
     )
 
 
-def _num_shapes(epochs: Epochs, device: torch.device) -> int:
-    """Count the shapes of micro-batches that CUDA graphs may capture: for each length of rows,
+def num_shapes(epochs: Epochs, device: torch.device) -> int:
+    """Count the shapes of batches that CUDA graphs may capture: for each length of rows,
     each number of them."""
     lengths = {padded_tokens(length, device) for length in epochs.row_lengths}
     return min(epochs.most_batch_sizes * len(lengths), MAX_GRAPHS)

@@ -8,7 +8,7 @@ from data.epochs import Epochs
 from data.shares import Share
 from data.tokens.stored_samples import StoredSamples
 from prepare.asked import Asked
-from prepare.base import evaluated_at_once, workload
+from prepare.base import evaluated_at_once, num_shapes, workload
 from step.workload import Workload
 
 # the most tokens of an answer to --sample-prompt
@@ -72,6 +72,7 @@ def course_of(
         num_rows = evaluated_at_once(work, evaluation, config.batch_size)
         work = replace(work, evaluation=(num_rows, evaluation.row_length))
         evaluation = fixed_order(num_rows, 1, row_length=row_length)
+        work = replace(work, num_evaluated_shapes=num_shapes(evaluation, asked.device))
     num_steps = config.max_steps
     if num_steps < 0:
         num_steps = epochs.steps_in(config.epochs)

@@ -126,7 +126,8 @@ def configure_torch(device: torch.device, local_rank: int, is_deterministic: boo
             torch.cuda.set_device(local_rank)
         # cuBLAS asks for a fixed workspace before its first call: then a product repeats its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(is_deterministic)
+        # torch.use_deterministic_algorithms would import torch's compiler, which takes five seconds
+        torch.set_deterministic_debug_mode("error" if is_deterministic else "default")
         # deterministic algorithms also fill every empty tensor with NaN, a pass over each tensor;
         # the stubs of torch 2.13 do not know this switch
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore

@@ -13,7 +13,7 @@ from functools import cached_property
 from step.allocations import DEFAULT_POOL, Event
 from step.caching_allocator import CachingAllocator
 from step.micro_step import Policy
-from step.walk import PASSES, STEP, StepWalk
+from step.walk import PASSES, STEP, TOKENS, StepWalk
 from step.workload import Workload
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -27,6 +27,8 @@ CONTEXT_BYTES = 600 << 20
 # outside of torch's allocator for each shape that is captured: 32 shapes took 324 MiB on an H200,
 # Llama-3-8B with 32 layers
 GRAPHS_BYTES_PER_LAYER = 320 << 10
+# the same for each shape that is evaluated, a forward pass alone
+EVALUATED_BYTES_PER_LAYER = 100 << 10
 # NCCL's buffers on each GPU from the first reduction on, measured on two H200s
 NCCL_BYTES = 842 << 20
 
@@ -154,16 +156,21 @@ class Planner:
         standing = [(adapter, DEFAULT_POOL), (adapter, DEFAULT_POOL)]
         standing += [(WORKSPACE_BYTES, STEP), (LT_WORKSPACE_BYTES, STEP)]
         if work.prompt_tokens:
-            # text is sampled on the other stream
-            standing.append((WORKSPACE_BYTES, DEFAULT_POOL))
+            # text is sampled on the other stream, and captured on a third
+            standing += [(WORKSPACE_BYTES, DEFAULT_POOL), (WORKSPACE_BYTES, TOKENS)]
         allocator.run(Event(-1 - i, *block) for i, block in enumerate(standing) if block[0])
         held = allocator.in_use(DEFAULT_POOL)
         allocator.run(self._walk.sampling)
         sampling = allocator.most_in_use(DEFAULT_POOL) - held
+        if work.prompt_tokens:
+            sampling += allocator.most_in_use(TOKENS) - WORKSPACE_BYTES
         allocator.run(self._walk.events(policies))
         num_offloaded = sum(policy == "offload" for policy in policies)
         row_bytes = work.M * work.config.hidden_size * work.dtype.itemsize
-        graphs = GRAPHS_BYTES_PER_LAYER * work.config.num_hidden_layers * work.num_shapes
+        graphs = work.config.num_hidden_layers * (
+            GRAPHS_BYTES_PER_LAYER * work.num_shapes
+            + EVALUATED_BYTES_PER_LAYER * work.num_evaluated_shapes
+        )
         kept, inputs = self._kept
         return MemoryPlan(
             policies=policies,

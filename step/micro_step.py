@@ -8,11 +8,12 @@ its input waits in host memory.
 On a GPU a shape that comes again is captured into two CUDA graphs, one before the loss and one
 after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than the GPU needs
 for the work. The loss is between the graphs, because the number of tokens with a label differs from
-batch to batch. All passes, captured or not, take turns in one pool of memory, which is as large as
-the largest shape needs, however many shapes there are. torch's allocator takes the tensors that a
-captured pass keeps in the pool for free memory, and a replay overwrites them: so nothing that
-outlives a pass is made in the pool. Tables of kernels and cuBLAS's workspaces are made before the
-first pass, results outside of the pool.
+batch to batch; a shape that is evaluated has one graph, before its loss. All passes, captured or
+not, take turns in one pool of memory, which is as large as the largest shape needs, however many
+shapes there are. torch's allocator takes the tensors that a captured pass keeps in the pool for
+free memory, and a replay overwrites them: so nothing that outlives a pass is made in the pool.
+Tables of kernels and cuBLAS's workspaces are made before the first pass, results outside of the
+pool.
 
     M = B T rows, D hidden_size
 """
@@ -20,7 +21,6 @@ first pass, results outside of the pool.
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,12 +34,11 @@ from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
 from optim.arena import GradientArena
 from rows.batch import Batch
+from step.captured_shapes import Captured, CapturedShapes
 from step.host_stash import HostStash
 
 Policy = Literal["keep", "recompute", "offload"]
 POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}
-# of the shapes that are captured; each holds its launches, some 10 MB
-MAX_GRAPHS = 32
 # tokens to a multiple of which a GPU's batches are padded, so that their shapes come again
 PADDED_TOKENS = 64
 
@@ -51,17 +50,6 @@ def padded_tokens(num_tokens: int, device: torch.device) -> int:
 
 # for the backward pass: what the layers share, what each keeps, and the last norm's r and rstd
 _Kept = tuple[Shared, list[Activations], Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """The two graphs of a shape, and the memory that they read and write."""
-
-    given: tuple[Tensor, ...]  # (B, T) each, as `_forward` takes them
-    hidden: Tensor  # (M, D), of the step's buffer
-    host: list[Tensor]
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
 
 
 class MicroStep:
@@ -95,8 +83,7 @@ class MicroStep:
         self.policies = tuple(policies)
         self._noise_alpha = noise_alpha
         self._captures = captures
-        self._seen: set[tuple[int, ...]] = set()
-        self._captured: dict[tuple[int, ...], _Captured] = {}
+        self._trained, self._evaluated = CapturedShapes(), CapturedShapes()
         self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._hidden = torch.empty(0, dtype=model.compute_dtype, device=model.device)
         offloaded = [i for i, policy in enumerate(policies) if policy == "offload"]
@@ -126,30 +113,32 @@ class MicroStep:
             Does not wait for the device.
         """
         self._seed.fill_(dropout_seed)
-        device = self.model.device
-        num_tokens = batch.input_ids.shape[1]
-        batch = batch.padded(padded_tokens(num_tokens, device) - num_tokens)
-        given = [batch.input_ids]
-        if batch.positions is not None:
-            given += samples_of(batch.positions)
+        batch, given = self._padded(batch)
         if self._noise_alpha:
             assert batch.lengths is not None
             D = self.model.config.hidden_size
             given.append(noise_scale(batch.lengths, self._noise_alpha, D))
         rows, targets = target_rows(batch.labels)
-        if device.type == "cpu":
+        if self.model.device.type == "cpu":
             return self._launch(given, rows, targets, factor)
         *given, rows, targets = [self._send(t) for t in (*given, rows, targets)]
         with self._on_stream():
-            captured = self._captured_for(given)
+            captured = self._trained.find(given, self._capture) if self._captures else None
             if captured is None:
                 return self._launch(given, rows, targets, factor)
-            for place, tensor in zip(captured.given, given, strict=True):
-                place.copy_(tensor)
+            assert captured.backward is not None
+            captured.take(given)
             captured.forward.replay()
             loss = self._loss(captured.hidden, rows, targets, factor)
             captured.backward.replay()
             return loss
+
+    def _padded(self, batch: Batch) -> tuple[Batch, list[Tensor]]:
+        """Pad a batch as the device needs it, and list what the model is given of it."""
+        num_tokens = batch.input_ids.shape[1]
+        batch = batch.padded(padded_tokens(num_tokens, self.model.device) - num_tokens)
+        places = [] if batch.positions is None else samples_of(batch.positions)
+        return batch, [batch.input_ids, *places]
 
     def _send(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the CPU to the model's device."""
@@ -163,21 +152,31 @@ class MicroStep:
         model = self.model
         if model.device.type == "cpu":
             return model.loss(batch)
-        places = [] if batch.positions is None else samples_of(batch.positions)
-        given = (batch.input_ids, *places, *target_rows(batch.labels))
-        ids, *places, rows, targets = [self._send(tensor) for tensor in given]
+        batch, given = self._padded(batch)
+        *given, rows, targets = [self._send(t) for t in (*given, *target_rows(batch.labels))]
         with self._on_stream():
-            hidden = self._hidden_states(ids)
-            with self._pooled():
-                model.hidden_states(ids, samples=Samples(*places) if places else None, out=hidden)
-            return linear_cross_entropy(
-                hidden[rows], model.head, targets, model.config.final_logit_softcapping
-            )
+            captures = self._captures
+            captured = self._evaluated.find(given, self._capture_evaluation) if captures else None
+            if captured is None:
+                hidden = self._hidden_states(given[0])
+                with self._pooled():
+                    self._evaluate(given, hidden)
+            else:
+                captured.take(given)
+                captured.forward.replay()
+                hidden = captured.hidden
+            cap = model.config.final_logit_softcapping
+            return linear_cross_entropy(hidden[rows], model.head, targets, cap)
+
+    def _evaluate(self, given: Sequence[Tensor], hidden: Tensor) -> None:
+        """Write the hidden states, and keep nothing."""
+        input_ids, *places = given
+        samples = Samples(*places) if places else None
+        self.model.hidden_states(input_ids, samples=samples, out=hidden)
 
     def release(self) -> None:
         """Give the memory of all passes back; the next begin anew."""
-        self._captured.clear()
-        self._seen.clear()
+        self._trained, self._evaluated = CapturedShapes(), CapturedShapes()
         self._hidden = self._hidden.new_empty(0)
         if self._stash is not None:
             self._stash.abandon()
@@ -238,20 +237,7 @@ class MicroStep:
         with no_new_constants(), torch.cuda.use_mem_pool(self._pool):
             yield
 
-    def _captured_for(self, given: Sequence[Tensor]) -> _Captured | None:
-        """Find a shape's graphs, recording them when it comes for the second time.
-
-        By then its kernels are compiled and all constants are on the device.
-        """
-        shape = (len(given), *given[0].shape)
-        is_known = shape in self._seen
-        if self._captures:
-            self._seen.add(shape)
-        if is_known and shape not in self._captured and len(self._captured) < MAX_GRAPHS:
-            self._captured[shape] = self._capture([torch.zeros_like(x) for x in given])
-        return self._captured.get(shape)
-
-    def _capture(self, given: Sequence[Tensor]) -> _Captured:
+    def _capture(self, given: Sequence[Tensor]) -> Captured:
         """Record both passes; nothing is computed."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         hidden = self._hidden_states(given[0])
@@ -260,7 +246,14 @@ class MicroStep:
         with self._recording(backward):
             self._backward(hidden, *kept)
         host = self._stash.held() if self._stash else []
-        return _Captured(tuple(given), hidden, host, forward, backward)
+        return Captured(tuple(given), hidden, host, forward, backward)
+
+    def _capture_evaluation(self, given: Sequence[Tensor]) -> Captured:
+        """Record the forward pass of a batch that is evaluated; nothing is computed."""
+        forward, hidden = torch.cuda.CUDAGraph(), self._hidden_states(given[0])
+        with self._recording(forward):
+            self._evaluate(given, hidden)
+        return Captured(tuple(given), hidden, [], forward, None)
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from generation.prompt_pass import PADDED_TOKENS
 from generation.sampling import Sampling
 from generation.token_step import TokenStep
 from kernels.constants import no_new_constants
@@ -28,8 +29,9 @@ from step.workload import Workload
 
 META = torch.device("meta")
 # what a run takes memory from: weights and adapter lie in the allocator's own pool; hidden states
-# and loss in its pool for the step's stream; all passes in a pool of theirs
-STEP, PASSES = "step", "passes"
+# and loss in its pool for the step's stream; all passes in a pool of theirs, and what is captured
+# of a sampled text too
+STEP, PASSES, TOKENS = "step", "passes", "tokens"
 
 
 class _WalkedStep(MicroStep):
@@ -86,16 +88,19 @@ class StepWalk:
             self.weights = list(recorded.events)
             if work.prompt_tokens:
                 with recorded:
-                    self._sample()
+                    self._sample(recorded)
         self.sampling = recorded.events[len(self.weights) :]
         self._num_blocks = recorded.num_blocks
 
-    def _sample(self) -> None:
-        """Walk through a pass over the longest text and the pass for one token more."""
+    def _sample(self, recorded: Allocations) -> None:
+        """Walk through a pass over the longest text, padded as on a GPU, and the pass for one token
+        more, which is launched once and then captured."""
         num_tokens = self._work.prompt_tokens
         step = TokenStep(self._work.model, Sampling(), num_tokens, 1, captures=False)
-        step.begin(0, [0] * num_tokens, 0)
+        step.begin(0, [0] * (num_tokens + -num_tokens % PADDED_TOKENS), 0)
         step()
+        with recorded.taking_from(TOKENS):
+            step()
 
     def events(self, policies: Sequence[Policy]) -> list[Event]:
         """Record a micro-step, and the evaluation of a batch if there is one.

@@ -30,6 +30,7 @@ class Workload:
         evaluation: rows and tokens of the largest batch that is evaluated, if one is.
         prompt_tokens: of the longest text that is sampled, answer included; 0 where none is.
         num_shapes: of micro-batches that may be captured as graphs.
+        num_evaluated_shapes: of batches that are evaluated, likewise.
         num_ranks: processes that train together, a GPU each.
         device: on which the run takes place.
         planned_gpu: the GPU of a plan that is for another than this machine has.
@@ -44,6 +45,7 @@ class Workload:
     evaluation: tuple[int, int] | None = None
     prompt_tokens: int = 0
     num_shapes: int = 1
+    num_evaluated_shapes: int = 0
     num_ranks: int = 1
     device: torch.device = CPU
     planned_gpu: Properties | None = None

@@ -23,7 +23,7 @@ FLOORS = {
     "llama": {"foreign", "kernels", "lora", "nf4", "rows"},
     "checkpoint": {"foreign", "hub", "kernels", "llama", "lora", "nf4"},
     "generation": {"foreign", "kernels", "llama", "lora", "nf4"},
-    "step": {"generation", "kernels", "llama", "lora", "nf4", "optim", "rows"},
+    "step": {"foreign", "generation", "kernels", "llama", "lora", "nf4", "optim", "rows"},
     "prepare": {
         "checkpoint",
         "data",

@@ -16,7 +16,7 @@ from data.shares import Share
 from kernels.device import H200
 from prepare.base import evaluated_at_once, workload
 from run.config import TrainConfig
-from step.micro_step import MAX_GRAPHS
+from step.captured_shapes import MAX_GRAPHS
 from step.workload import Workload
 
 

@@ -1,10 +1,13 @@
 """run/machine.py: which device and dtype are chosen, and what a GPU is too old for."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.door_process import ROOT
 
 import run.machine
 from run.machine import choose_device, choose_dtype, describe_device, has_bfloat16, why_no_gpu
@@ -148,3 +151,17 @@ def test_the_gpu_of_a_plan_counts_in_place_of_the_machines(monkeypatch: pytest.M
     assert choose_dtype("auto", "cuda", (7, 5)) == "float16"
     with pytest.raises(ValueError, match=r"8\.0 or later: --gpu has 7\.5; choose --dtype float16$"):
         choose_dtype("bfloat16", "cuda", (7, 5))
+
+
+def test_setting_torch_up_imports_no_compiler() -> None:
+    """torch.use_deterministic_algorithms would: five seconds of every start on a GPU."""
+    script = (
+        "import sys, torch\n"
+        "from run.machine import configure_torch\n"
+        "for is_deterministic in (True, False):\n"
+        "    configure_torch(torch.device('cuda'), 0, is_deterministic)\n"
+        "    assert torch.are_deterministic_algorithms_enabled() == is_deterministic\n"
+        "    assert not torch.is_deterministic_algorithms_warn_only_enabled()\n"
+        "sys.exit(int('torch._inductor' in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -20,10 +20,12 @@ from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from step.memory_plan import (
     CONTEXT_BYTES,
+    EVALUATED_BYTES_PER_LAYER,
     GIB,
     GRAPHS_BYTES_PER_LAYER,
     MIB,
     NCCL_BYTES,
+    WORKSPACE_BYTES,
     DoesNotFit,
     choose_policies,
     evaluated_rows,
@@ -168,9 +170,11 @@ def test_attention_in_float32_holds_no_scores() -> None:
 def test_what_a_run_takes_outside_of_the_allocator_is_counted() -> None:
     policies = ("recompute",) * NUM_LAYERS
     alone = plan_memory(WORK, policies)
-    several = plan_memory(replace(WORK, num_ranks=2, num_shapes=5), policies)
+    shapes = replace(WORK, num_ranks=2, num_shapes=5, num_evaluated_shapes=3)
+    several = plan_memory(shapes, policies)
     assert alone.device == alone.reserved + alone.moments + alone.graphs + CONTEXT_BYTES
-    assert several.device - alone.device == NCCL_BYTES + 4 * NUM_LAYERS * GRAPHS_BYTES_PER_LAYER
+    per_layer = 4 * GRAPHS_BYTES_PER_LAYER + 3 * EVALUATED_BYTES_PER_LAYER
+    assert several.device - alone.device == NCCL_BYTES + NUM_LAYERS * per_layer
     assert "NCCL" in several.table()
     assert "NCCL" not in alone.table()
 
@@ -184,6 +188,8 @@ def test_evaluation_and_sampling_are_planned_for() -> None:
     sampling = plan_memory(replace(WORK, prompt_tokens=2048), policies)
     # keys and values of 8 heads of 128 in 32 layers
     assert sampling.sampling > 32 * 2048 * 2 * 8 * 128 * 2
+    # and cuBLAS has a workspace on the stream of a sampled text, and one on that of its capture
+    assert sampling.reserved - alone.reserved > 2 * WORKSPACE_BYTES
     assert sampling.device > alone.device
 
 

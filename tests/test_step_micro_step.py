@@ -244,6 +244,27 @@ def test_gpu_captured_steps_give_the_same_bits(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+def test_gpu_captured_evaluations_give_the_same_bits(
+    tmp_path: Path, variant: str, is_packed: bool
+) -> None:
+    model = load_tiny(tmp_path, adapter(0.3), NF4, CUDA, torch.bfloat16, variant)
+    launched, captured = (step_of(model, KEEP, captures=captures) for captures in (False, True))
+    losses = []
+    for turn in range(3):
+        for B, T in ((2, 40), (3, 65), (2, 64)):
+            input_ids = tokens(B, T, seed=turn)
+            positions = torch.arange(T).expand(B, T) % 24 if is_packed else None
+            batch = Batch(input_ids, some_labels(input_ids), positions)
+            losses.append(captured.evaluate(batch))
+            assert_equal(losses[-1], launched.evaluate(batch))
+        # training in between leaves the evaluation as it is
+        gradients_of(captured, input_ids, input_ids)
+    assert len(set(map(float, losses))) == len(losses)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("policies", GPU_POLICIES)
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_gpu_captured_steps_have_the_same_noise(

@@ -1,11 +1,41 @@
 """A micro-batch and an optimizer step tried out on a GPU, before the first step is taken."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from llama.model import Llama
+from optim.adamw import AdamW
+from prepare.job import Job
+from run.config import TrainConfig
+from run.ranks import Ranks
+from step.compiling import compiling_beside
 from step.preflight import preflight
+from step.walk import StepWalk
 from training.run import Run
+
+
+@contextmanager
+def compiling_kernels(
+    job: Job, ranks: Ranks, make_optimizer: Callable[[Llama, TrainConfig], AdamW]
+) -> Iterator[None]:
+    """Compile what a run's steps will launch on a GPU, beside what the caller does meanwhile.
+
+    One rank compiles for all of its machine.
+    """
+    if job.plan is None or not job.num_steps or ranks.local_rank:
+        yield
+        return
+    work = job.work
+
+    def walk() -> None:
+        StepWalk(work).events(job.policies)
+        make_optimizer(work.model, job.config).step(0.0)
+
+    with compiling_beside(walk, work.gpu):
+        yield
 
 
 def try_micro_batch(run: Run) -> None:
