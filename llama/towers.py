@@ -131,7 +131,6 @@ def _one_position(text: Mapping[str, Any]) -> dict[str, Any]:
     described = {}
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(rope := text.get(name), dict):
-            one = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
-            kinds = {k: "default" for k in ("type", "rope_type") if one.get(k) == "mrope"}
-            described[name] = one | kinds
+            kinds = {k: "default" for k in ("type", "rope_type") if rope.get(k) == "mrope"}
+            described[name] = rope | kinds
     return described

@@ -101,6 +101,22 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named_as_in_the_files(tmp_path: 
         open_checkpoint(folder)
 
 
+def test_a_tied_head_that_differs_is_named_as_in_the_files(tmp_path: Path) -> None:
+    fields = FIELDS_OF_TOWER | {"tie_word_embeddings": True}
+    tensors = tensors_of("transformers 4")
+    head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "other", fields, tensors))
+    assert "lm_head.weight" in checkpoint.left_alone
+    assert [tensor.num_bytes for tensor in checkpoint.encoders] == [36]
+    with pytest.raises(ValueError, match=f"{head} must equal {embeddings}: they differ"):
+        load_model(checkpoint, CPU, torch.float32, None)
+    # tied embeddings may be stored as the head alone
+    tensors[head] = tensors.pop(embeddings)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "head", fields, tensors))
+    model = load_model(checkpoint, CPU, torch.bfloat16, None)
+    assert_equal(model.head.detach(), tensors[head].bfloat16())
+
+
 def test_an_encoder_may_be_in_a_number_format_of_its_own(tmp_path: Path) -> None:
     codes = {
         "vision_tower.a.weight": torch.ones(8, 1, dtype=torch.uint8),

@@ -1,17 +1,19 @@
 """Towers against transformers, PEFT and bitsandbytes, and the fields of their config.json."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.equality import assert_equal
 from support.llama_peers import CPU
 from support.micro_steps import KEEP, adapter_gradients, gradients_of, step_of
 from support.tiny_llama import float32_error
 from support.tower_cases import (
+    OUR_LORA,
     PROCESSOR_FILES,
     QUANTIZATION,
     TEXT,
@@ -137,6 +139,31 @@ def test_tensors_for_images_are_counted_and_left_alone(peer: TowerPeer) -> None:
     assert 0 < needed <= total - sum(tensor.nbytes for tensor in images.values())
     trainable, every = load(peer.checkpoint).num_parameters()
     assert (trainable, 4 * every) == (0, needed)
+
+
+def test_the_vocabulary_of_a_tower_gets_no_update(peer: TowerPeer) -> None:
+    model = load(peer.checkpoint)
+    for name in ("lm_head", "embed_tokens"):
+        lora = replace(OUR_LORA, target_modules=rf".*(q_proj|{name})")
+        with pytest.raises(ValueError, match="head and embeddings stay as they are"):
+            model.attach_lora(lora, seed=0)
+
+
+def test_embeddings_that_peft_saves_with_an_adapter_must_be_the_towers(
+    peer: TowerPeer, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(peer.checkpoint)
+    name = "model.language_model.embed_tokens.weight"
+    embeddings = checkpoint.vocabulary_tensors()[name]
+    model = load(peer.checkpoint)
+    model.attach_lora(read_adapter_config(peer.folder / "peft_adapter"), seed=0)
+    saved = load_file(peer.folder / "peft_adapter" / "adapter_model.safetensors")
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(saved | {f"base_model.model.{name}": embeddings}, path)
+    load_adapter(tmp_path, model.adapter_tensors(), checkpoint.vocabulary_tensors)
+    save_file(saved | {f"base_model.model.{name}": embeddings + 1}, path)
+    with pytest.raises(ValueError, match=f"{name} must equal the base's"):
+        load_adapter(tmp_path, model.adapter_tensors(), checkpoint.vocabulary_tensors)
 
 
 @pytest.mark.parametrize("copy", ["merged", "quantized"])

@@ -69,6 +69,8 @@ def test_a_tower_is_trained_resumed_asked_and_merged_as_its_language_model_is(
     assert said.count("2 tensors for images, 0.00 GiB, are neither trained nor loaded") == 1
     shutil.rmtree(tower / "checkpoint-4", ignore_errors=True)
     cut_off(tower)
+    described = json.loads((tower / "adapter_config.json").read_text())
+    assert described["exclude_modules"] == r"(?!model\.language_model\.).*"
     train.main(["--resume", str(tower)])
     ours = {
         name.replace(".language_model.", "."): tensor
@@ -97,8 +99,15 @@ def test_a_gguf_file_has_the_language_model_alone(tmp_path: Path) -> None:
         write_gguf(plan, checkpoint, path, "tiny", lambda done, total: None)
         return path.read_bytes(), "\n".join(plan.remarks)
 
-    plain, said = export(BUNDLED / "model")
+    plain, tower = tmp_path / "plain", write_tower(tmp_path / "tower")
+    shutil.copytree(BUNDLED / "model", plain)
+    for folder in (plain, tower):
+        names = json.loads((folder / "tokenizer_config.json").read_text())
+        # its id is config.json's then
+        del names["eos_token"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    expected, said = export(plain)
     assert "language model alone" not in said
-    whole, said = export(write_tower(tmp_path / "tower"))
+    whole, said = export(tower)
     assert "the GGUF file has the language model alone, which answers text" in said
-    assert whole == plain
+    assert whole == expected
