@@ -13,12 +13,17 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
 from foreign.terminal import guard_output, one_line
 
 FOLDER = Path(__file__).resolve().parent
 WITHOUT_A_GPU = ("fits", "report")
+
+
+def has_gpu() -> bool:
+    """Ask torch, which takes seconds to import, where the answer matters."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def benchmarks() -> dict[str, str]:
@@ -36,7 +41,7 @@ def listed() -> str:
     found = benchmarks()
     width = max(map(len, found))
     lines = [f"  {name:<{width}}  {what}" for name, what in found.items()]
-    if not torch.cuda.is_available():
+    if not has_gpu():
         lines.append(f"\nThis machine has no CUDA GPU: {' and '.join(WITHOUT_A_GPU)} work here.")
     return "\n".join(["python -m benchmarks NAME [FLAGS]; NAME is one of\n", *lines])
 
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         advice = f"did you mean {near[0]}?" if near else "python -m benchmarks lists them"
         raise ValueError(f"NAME must be one of the {len(found)} benchmarks: got {name!r}; {advice}")
     asks_for_help = "-h" in flags or "--help" in flags
-    if not (name in WITHOUT_A_GPU or asks_for_help or torch.cuda.is_available()):
+    if not (name in WITHOUT_A_GPU or asks_for_help or has_gpu()):
         raise ValueError(
             f"{name} needs a CUDA GPU: torch.cuda.is_available() is False; "
             f"{' and '.join(WITHOUT_A_GPU)} work without one"

@@ -9,6 +9,7 @@ from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
 from llama.families import LLAMA_NORMS
 from llama.model import Llama
+from llama.rope_scaling import Rope
 from nf4.double_quant import QuantizedAbsmax
 from nf4.weight import NF4Weight, Quantization
 
@@ -21,16 +22,19 @@ LLAMA_3_8B = LlamaConfig(
     num_key_value_heads=8,
     head_dim=128,
     rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=None,
+    ropes=(Rope(500000.0),) * 32,
+    rotary_dim=128,
+    is_interleaved=False,
     max_position_embeddings=8192,
     tie_word_embeddings=False,
     qkv_bias=False,
     o_bias=False,
     mlp_bias=False,
     is_fused=False,
+    is_mlp_fused=False,
     activation="silu",
     qk_norm=False,
+    has_joint_qk_norm=False,
     windows=(None,) * 32,
     query_pre_attn_scalar=128,
     attn_logit_softcapping=None,
@@ -38,6 +42,10 @@ LLAMA_3_8B = LlamaConfig(
     norms=LLAMA_NORMS,
     norm_offset=0.0,
     embedding_scale=1.0,
+    embedding_multiplier=None,
+    residual_multiplier=None,
+    attention_multiplier=None,
+    logit_scale=None,
     eos_token_ids=(128001,),
 )
 CONFIGS = {
@@ -48,6 +56,7 @@ CONFIGS = {
         intermediate_size=28672,
         num_hidden_layers=80,
         num_attention_heads=64,
+        ropes=LLAMA_3_8B.ropes[:1] * 80,
         windows=(None,) * 80,
     ),
 }

@@ -6,10 +6,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kernels.language import triton
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +20,11 @@ def head(benchmark: str, commit: str) -> dict[str, Any]:
     Args:
         commit: of the checkout that is measured; empty to ask git.
     """
+    # the tables of files that exist are drawn without them
+    import torch
+
+    from kernels.language import triton
+
     query = "--query-gpu=driver_version"
     return {
         "benchmark": benchmark,

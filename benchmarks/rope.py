@@ -26,7 +26,7 @@ from benchmarks.layer_operations import (
 )
 from benchmarks.measure import num_input_sets
 from benchmarks.tables import Row, aligned, operation_table
-from kernels.rope import _launch_rope, rope_reference
+from kernels.rope import RopeTables, _launch_rope, rope_reference
 from kernels.rope_backward import _launch_rope_backward
 
 LAYER = "llama-3-8b.qkv_proj"
@@ -76,7 +76,7 @@ def measure_rope(
     positions = torch.arange(m, device=machine.device)
     exponents = torch.arange(0, head_dim, 2, device=machine.device) / head_dim
     angles = positions[:, None] * THETA**-exponents
-    tables = (positions[None], angles.cos(), angles.sin())
+    tables = (positions[None], RopeTables(angles.cos(), angles.sin()))
     # the reference's own, which ours does not overwrite
     sets = [(draw(1, m, width), *tables, num_heads, num_kv_heads) for _ in range(num_sets)]
     buffers = [draw(1, m, width) for _ in range(num_sets)]

@@ -6,7 +6,8 @@
 The place of a tensor does not count: the same weights in other shards are the same checkpoint.
 config.json counts as `read_config` reads it: the same function in another program's words is the
 same checkpoint, too. The ids of the tokens that end an answer are left out, because repositories
-correct them later; so are the places of the norms, which the tensors' names show. Fields at None,
+correct them later; so are the places of the norms and whether gate and up are one tensor, which the
+tensors' names show. Fields at None,
 False or 0 are left out, so that a field that another family brings later changes no identity.
 
 Of each tensor only a sample is read:
@@ -86,8 +87,17 @@ def identify(checkpoint: Checkpoint) -> Identity:
 
 
 def _function(config: LlamaConfig) -> dict[str, Any]:
-    left_out = ("eos_token_ids", "norms")
-    return {name: v for name, v in asdict(config).items() if v and name not in left_out}
+    fields = asdict(config)
+    for name in ("eos_token_ids", "norms", "is_mlp_fused"):
+        del fields[name]
+    if config.rotary_dim == config.head_dim:
+        del fields["rotary_dim"]
+    (rope, *others) = config.distinct_ropes
+    if rope is not None and not others:
+        # as config.json names what all layers share
+        del fields["ropes"]
+        fields |= {f"rope_{name}": value for name, value in asdict(rope).items()}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _digest(stored: StoredTensor, vocab_size: int) -> bytes:

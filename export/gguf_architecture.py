@@ -11,7 +11,7 @@ from typing import Any
 from checkpoint.opening import Checkpoint
 from kernels.glu import Activation
 from llama.config import LlamaConfig
-from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
+from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, Rope
 
 Fields = dict[str, Any]
 
@@ -87,7 +87,7 @@ def _differences(config: LlamaConfig, architecture: Architecture) -> list[str]:
     has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "mlp": config.mlp_bias}
     biased = [name for name, has in has_bias.items() if has and name not in architecture.biases]
     width = config.num_attention_heads * config.head_dim
-    scaling = config.rope_scaling
+    scaling = rope_of(config).scaling
     reasons = {
         f"has the activation {architecture.activation}, not {config.activation}": (
             config.activation != architecture.activation
@@ -138,8 +138,8 @@ def fields_of(checkpoint: Checkpoint, architecture: Architecture) -> Fields:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.rotary_dim,
+        "rope.freq_base": float(rope_of(config).theta),
         **_rope_fields(config),
     }
     if architecture.name == "gemma2":
@@ -152,8 +152,15 @@ def fields_of(checkpoint: Checkpoint, architecture: Architecture) -> Fields:
     return {f"{architecture.name}.{name}": value for name, value in fields.items()}
 
 
+def rope_of(config: LlamaConfig) -> Rope:
+    """Find the rotary positions, which all layers of the families here share."""
+    (rope,) = config.distinct_ropes
+    assert rope is not None
+    return rope
+
+
 def _rope_fields(config: LlamaConfig) -> Fields:
-    scaling = config.rope_scaling
+    scaling = rope_of(config).scaling
     if isinstance(scaling, LinearRopeScaling):
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
     if isinstance(scaling, LongRopeScaling):
@@ -177,10 +184,9 @@ def remarks_of(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
             f"llama.cpp's {architecture.name} has no sliding windows: its answers are the model's "
             f"up to {min(windows):,} tokens"
         )
-    if isinstance(config.rope_scaling, LongRopeScaling):
-        original = config.rope_scaling.original_max_position_embeddings
+    if config.short_length is not None:
         remarks.append(
             "llama.cpp chooses the rotary factors by the size of its context: run texts of up to "
-            f"{original:,} tokens with a context of at most that (--ctx-size, num_ctx)"
+            f"{config.short_length:,} tokens with a context of at most that (--ctx-size, num_ctx)"
         )
     return remarks

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import read_tensor
 from checkpoint.slots import HEAD, embeddings_name
-from export.gguf_architecture import Architecture
+from export.gguf_architecture import Architecture, rope_of
 from llama.config import LlamaConfig
 from llama.rope import rope_frequencies
 from llama.rope_scaling import Llama3RopeScaling, LongRopeScaling
@@ -78,10 +78,11 @@ def interleaved(rows: Tensor, num_heads: int) -> Tensor:  # (num_heads * head_di
 
 def _rope_factors(config: LlamaConfig) -> dict[str, Tensor]:
     """What llama.cpp divides rotary frequencies by, where it depends on the dimension."""
-    scaling = config.rope_scaling
+    rope = rope_of(config)
+    scaling = rope.scaling
     if isinstance(scaling, Llama3RopeScaling):
-        plain = rope_frequencies(replace(config, rope_scaling=None))
-        return {"rope_freqs.weight": plain / rope_frequencies(config)}
+        plain = rope_frequencies(replace(rope, scaling=None), config.rotary_dim)
+        return {"rope_freqs.weight": plain / rope_frequencies(rope, config.rotary_dim)}
     if isinstance(scaling, LongRopeScaling):
         return {
             "rope_factors_long.weight": torch.tensor(scaling.long_factor),

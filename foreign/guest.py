@@ -9,6 +9,7 @@ ends, however that happens.
 """
 
 import fcntl
+import gc
 import multiprocessing
 import os
 import resource
@@ -47,6 +48,8 @@ def confine() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _silence()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    # to collect what the parent's program holds would be to write to it, and so to copy all of it
+    gc.freeze()
 
 
 def _silence() -> None:

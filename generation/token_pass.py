@@ -19,6 +19,7 @@ from torch import Tensor
 
 from generation.linear import TokenLinear
 from kernels.glu import glu
+from kernels.rope import RopeTables
 from kernels.token_attention import TokenScores, token_attention
 from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads
@@ -26,7 +27,7 @@ from kernels.token_norm import token_norm
 from llama.cache import KeyValueCache
 from llama.layer import DecoderLayer
 from llama.model import Llama
-from llama.norm import RMSNorm
+from llama.norm import NoNorm, RMSNorm
 
 
 class TokenLayer:
@@ -40,7 +41,9 @@ class TokenLayer:
         )
         self.layer, self.scores = layer, TokenScores(*layer.scores)
         self.head_norms = None
-        if attention.head_norms:
+        # of all heads together, they are a launch of their own
+        self.normalizes_jointly = layer.self_attn.has_joint_norm
+        if attention.head_norms and not self.normalizes_jointly:
             query, key = attention.head_norms
             self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
@@ -51,17 +54,18 @@ class TokenLayer:
         keys: Tensor,  # (B, H_kv, capacity, head_dim), one row of each sequence is written
         values: Tensor,
         places: Places,
-        cos: Tensor,
-        sin: Tensor,
+        tables: list[RopeTables],
     ) -> tuple[Tensor, Tensor]:  # x, delta
         """Run the layer."""
         layer, norms = self.layer, self.layer.norms
-        y, h, r1 = _normalize(layer.norm(norms.before_attention), x, delta, self.qkv.A)
+        y, h, r1 = _normalize(layer.norm_before(norms.before_attention), x, delta, self.qkv.A)
         qkv = self.qkv(y, h)
-        query = token_heads(qkv, keys, values, places, cos, sin, self.head_norms)
+        if self.normalizes_jointly:
+            layer.self_attn.normalize_heads(qkv[:, None])
+        query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
-        y, h, r2 = _normalize(layer.norm(norms.before_mlp), r1, delta, self.gate_up.A)
+        y, h, r2 = _normalize(layer.norm_before(norms.before_mlp), r1, delta, self.gate_up.A)
         gates_and_ups = self.gate_up(y, h)
         inner, h = self._gate(gates_and_ups)
         return r2, self._normalize_behind(norms.behind_mlp, self.down(inner, h))
@@ -77,11 +81,11 @@ class TokenLayer:
 
 
 def _normalize(
-    norm: RMSNorm, x: Tensor, delta: Tensor | None, A: Tensor | None
+    norm: RMSNorm | NoNorm, x: Tensor, delta: Tensor | None, A: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # y, h, r
-    if A is None:
+    if A is None or isinstance(norm, NoNorm):
         y, r, _ = norm(x, delta)
-        return y, None, r
+        return y, None if A is None else y @ A.T, r
     return token_norm(x, delta, norm.weight, norm.eps, norm.offset, A)
 
 
@@ -93,7 +97,7 @@ class TokenPass:
         self._layers = [
             TokenLayer(layer, model.compute_dtype, cache.num_sequences) for layer in model.layers
         ]
-        self._cos, self._sin = model.rotary_tables(cache.capacity)
+        self._tables = model.rotary_tables(cache.capacity)
 
     def __call__(self, ids: Tensor, lengths: Tensor, is_long: Tensor) -> Tensor:  # (B, D)
         """Append the tokens to the cache, and find their normalized hidden states.
@@ -107,5 +111,5 @@ class TokenPass:
         x, delta = self._model.embed(ids[:, None]), None
         caches = zip(self._layers, self._cache.keys, self._cache.values, strict=True)
         for layer, keys, values in caches:
-            x, delta = layer(x, delta, keys, values, places, self._cos, self._sin)
+            x, delta = layer(x, delta, keys, values, places, self._tables)
         return self._model.decoder.norm(x, delta)[0]

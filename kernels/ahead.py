@@ -10,6 +10,8 @@ GPU finds it.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -80,5 +82,12 @@ def compile_share(
 
 def compile_ahead(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Compile a kernel that is launched on the meta device, where it is of this process's share."""
-    if _share is not None and _share.has(kernel, arguments):
-        kernel.warmup(grid=grid, **arguments)
+    if _share is None or not _share.has(kernel, arguments):
+        return
+    # what does not compile is for its launch to raise, and no reason to leave the rest
+    with suppress(Exception):
+        compiled = kernel.warmup(grid=grid, **arguments)
+        driver = import_module("triton.backends.nvidia.driver")
+        if hasattr(driver, "make_launcher"):
+            # Triton before 3.9 has a launcher in C for each signature, which takes as long
+            driver.CudaLauncher(compiled.src, compiled.metadata)

@@ -1,10 +1,13 @@
 """Rotate the queries and keys of a qkv buffer by their positions, in place, on the GPU.
 
-    y1 = x1 cos - x2 sin         (x1, x2) = (x[i], x[i + head_dim / 2]): Hugging Face's half-rotate
-    y2 = x2 cos + x1 sin         order; Meta's own files interleave the pairs
+    y1 = x1 cos - x2 sin         (x1, x2) = (x[i], x[i + r / 2]): Hugging Face's half-rotate order;
+    y2 = x2 cos + x1 sin         or (x[2 i], x[2 i + 1]): the pairs interleaved, as in Meta's files
 
     a token's row | q head 0 | q head 1 | ... | k head 0 | ... | v head 0 | ...
                     x1 | x2    x1 | x2    ...   x1 | x2          as it is
+
+The first r dimensions of a head turn, in most models all. The tables have a column for each pair,
+and say so: r = 2 columns. Dimensions behind them are neither read nor written.
 
 Queries and keys are one run of heads, so one launch rotates both, and a token's cosines and sines
 are read once a program for all heads of it. The rotation is in place, because nothing else holds
@@ -14,8 +17,8 @@ and values are views of the buffer.
 The backward pass is another function (`rope_backward.py`), and autograd records neither: the layer
 writes its backward pass out. Accesses stay 16 bytes wide where strides are multiples of 16 values.
 
-With M tokens, S bytes a value and W_qk values a token of queries and keys, a launch moves
-2 M W_qk S + 8 M (head_dim / 2) bytes, the last term of the tables, and costs 3 FLOPs a value:
+With M tokens, S bytes a value and W_qk values that turn a token, a launch moves
+2 M W_qk S + 8 M (r / 2) bytes, the last term of the tables, and costs 3 FLOPs a value:
 memory bandwidth is the limit. The arithmetic is float32, each product rounded, the result rounded
 once: the result equals the reference bit for bit.
 
@@ -25,6 +28,8 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 # triton's annotations know neither static_range nor tuples of tensors
 # pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +52,32 @@ VECTOR_BYTES = 16
 MAX_TILES = 4
 
 
+class RopeTables(NamedTuple):
+    """The rotations of positions, a row of each, and which dimensions turn together."""
+
+    cos: Tensor  # (num_positions, r / 2) float32
+    sin: Tensor
+    is_interleaved: bool = False
+
+    def at(self, positions: Tensor) -> "RopeTables":  # (B, T) to (B, 1, T, r / 2)
+        """Look up the rotations of tokens, for all heads of each."""
+        cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
+        return RopeTables(cos, sin, self.is_interleaved)
+
+
 def rotate_reference(
     x: Tensor,  # (B, H, T, head_dim)
-    cos: Tensor,  # (B, 1, T, head_dim / 2) float32
-    sin: Tensor,
+    rotations: RopeTables,  # (B, 1, T, r / 2)
 ) -> Tensor:  # x's shape and dtype
-    """Rotate the pairs (x[i], x[i + head_dim / 2]) in float32, rounded once."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs of the first r dimensions in float32, rounded once."""
+    cos, sin, is_interleaved = rotations
+    turned, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    if is_interleaved:
+        x1, x2 = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        x1, x2 = turned.float().chunk(2, dim=-1)
+    y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1 if is_interleaved else -2)
+    return torch.cat((y.flatten(-2).to(x.dtype), rest), dim=-1)
 
 
 def _heads_of(
@@ -71,64 +94,79 @@ def _heads_of(
 def rope_reference(
     qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim)
     positions: Tensor,  # (B, T)
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
     """Rotate queries and keys into new tensors."""
     query, key, value = _heads_of(qkv, num_heads, num_kv_heads)
-    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    return rotate_reference(query, cos, sin), rotate_reference(key, cos, sin), value
+    rotations = tables.at(positions)
+    return rotate_reference(query, rotations), rotate_reference(key, rotations), value
 
 
 @triton.jit
-def load_halves(
+def load_pairs(
     head_ptr,  # the first head of a token
     stride_h,
     num_heads,
     first_head,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head
     COLUMNS: tl.constexpr,  # HALF, to a power of two
     HEADS: tl.constexpr,  # of a tile
     TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    halves = ()
+    pairs = ()
     column = tl.arange(0, COLUMNS)[None, :]
+    # of both numbers of all pairs
+    dim = tl.arange(0, 2 * COLUMNS)[None, :]
     for tile in tl.static_range(TILES):
         head = first_head + tile * HEADS + tl.arange(0, HEADS)[:, None]
-        mask = (head < num_heads) & (column < HALF)
-        place = head_ptr + head * stride_h + column
-        halves = halves + (tl.load(place, mask=mask), tl.load(place + HALF, mask=mask))  # noqa: RUF005, triton knows no star
-    return halves
+        place = head_ptr + head * stride_h
+        if INTERLEAVED:
+            x = tl.load(place + dim, mask=(head < num_heads) & (dim < 2 * HALF))
+            x1, x2 = tl.split(tl.reshape(x, (HEADS, COLUMNS, 2)))
+        else:
+            mask = (head < num_heads) & (column < HALF)
+            x1 = tl.load(place + column, mask=mask)
+            x2 = tl.load(place + HALF + column, mask=mask)
+        pairs = pairs + (x1, x2)  # noqa: RUF005, triton knows no star
+    return pairs
 
 
 @triton.jit
 def store_rotated(
     out_ptr,  # the first head of a token, heads one behind the other
-    halves,
+    pairs,
     cos,  # (COLUMNS,)
     sin,
     num_heads,
     first_head,
+    HEAD: tl.constexpr,  # dimensions
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
+    dim = tl.arange(0, 2 * COLUMNS)[None, :]
     for tile in tl.static_range(TILES):
         head = first_head + tile * HEADS + tl.arange(0, HEADS)[:, None]
-        mask = (head < num_heads) & (column < HALF)
-        place = out_ptr + head * (2 * HALF) + column
-        y1, y2 = halves[2 * tile], halves[2 * tile + 1]
+        place = out_ptr + head * HEAD
+        y1, y2 = pairs[2 * tile], pairs[2 * tile + 1]
         if ROTATES:
             x1, x2 = y1.to(tl.float32), y2.to(tl.float32)
             y1 = (x1 * cos[None, :] - x2 * sin[None, :]).to(out_ptr.dtype.element_ty)
             y2 = (x2 * cos[None, :] + x1 * sin[None, :]).to(out_ptr.dtype.element_ty)
-        tl.store(place, y1, mask=mask)
-        tl.store(place + HALF, y2, mask=mask)
+        if INTERLEAVED:
+            y = tl.reshape(tl.join(y1, y2), (HEADS, 2 * COLUMNS))
+            tl.store(place + dim, y, mask=(head < num_heads) & (dim < 2 * HALF))
+        else:
+            mask = (head < num_heads) & (column < HALF)
+            tl.store(place + column, y1, mask=mask)
+            tl.store(place + HALF + column, y2, mask=mask)
 
 
 @triton.jit
@@ -154,7 +192,7 @@ def load_angle(
 
 @triton.jit
 def _rope_kernel(
-    qkv_ptr,  # (B, T, at least num_heads * 2 * HALF)
+    qkv_ptr,  # (B, T, at least num_heads * HEAD)
     positions_ptr,  # (B, T)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
@@ -165,10 +203,12 @@ def _rope_kernel(
     stride_t,
     stride_positions_b,
     stride_positions_t,
+    HEAD: tl.constexpr,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     # one program rotates HEADS * TILES heads of one token in place
     b = (tl.program_id(0) // num_tokens).to(tl.int64)
@@ -176,15 +216,30 @@ def _rope_kernel(
     first_head = tl.program_id(1) * (HEADS * TILES)
     token_ptr = qkv_ptr + b * stride_b + t * stride_t
     positions_ptr += b * stride_positions_b + t * stride_positions_t
-    halves = load_halves(token_ptr, 2 * HALF, num_heads, first_head, HALF, COLUMNS, HEADS, TILES)
+    pairs = load_pairs(
+        token_ptr, HEAD, num_heads, first_head, HALF, COLUMNS, HEADS, TILES, INTERLEAVED
+    )
     cos, sin = load_angle(cos_ptr, sin_ptr, positions_ptr, num_positions, HALF, COLUMNS)
     store_rotated(
-        token_ptr, halves, cos, sin, num_heads, first_head, HALF, COLUMNS, HEADS, TILES, True
+        token_ptr,
+        pairs,
+        cos,
+        sin,
+        num_heads,
+        first_head,
+        HEAD,
+        HALF,
+        COLUMNS,
+        HEADS,
+        TILES,
+        INTERLEAVED,
+        ROTATES=True,
     )
 
 
 def shape_of(num_heads: int, half: int, itemsize: int) -> dict[str, int]:
-    """Choose warps and tiles, so that every thread has a vector of each half of a tile's heads.
+    """Choose warps and tiles, so that every thread has a vector of each half of a tile's heads,
+    or two of its pairs where they are interleaved.
 
     Whole tiles in any case: two threads would load a smaller one's values, and one of them might do
     so after the other has written.
@@ -204,14 +259,14 @@ def shape_of(num_heads: int, half: int, itemsize: int) -> dict[str, int]:
 def _launch_rope(
     qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim), overwritten
     positions: Tensor,  # (B, T)
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     num_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
-    B, T, _ = qkv.shape
+    B, T, width = qkv.shape
     num_rotated = num_heads + num_kv_heads
-    shape = shape_of(num_rotated, cos.shape[1], qkv.element_size())
+    num_positions, half = tables.cos.shape
+    shape = shape_of(num_rotated, half, qkv.element_size())
     num_tiles = cdiv(num_rotated, shape["HEADS"])
     tiles = min(num_tiles, MAX_TILES)
     if B * T > 0:
@@ -220,37 +275,47 @@ def _launch_rope(
             (B * T, cdiv(num_tiles, tiles)),
             qkv_ptr=qkv,
             positions_ptr=positions,
-            cos_ptr=cos,
-            sin_ptr=sin,
+            cos_ptr=tables.cos,
+            sin_ptr=tables.sin,
             num_tokens=T,
             num_heads=num_rotated,
-            num_positions=cos.shape[0],
+            num_positions=num_positions,
             stride_b=qkv.stride(0),
             stride_t=qkv.stride(1),
             stride_positions_b=positions.stride(0),
             stride_positions_t=positions.stride(1),
+            HEAD=width // (num_rotated + num_kv_heads),
             TILES=tiles,
+            INTERLEAVED=tables.is_interleaved,
             enable_fp_fusion=False,
             **shape,
         )
     return _heads_of(qkv, num_heads, num_kv_heads)
 
 
-def check_tables(positions: Tensor, cos: Tensor, sin: Tensor, tokens: tuple[int, int]) -> None:
+def check_tables(
+    positions: Tensor, tables: RopeTables, tokens: tuple[int, int], head_dim: int
+) -> None:
     """Refuse tables that are not alike, and positions that are not one for each token.
 
     Raises:
         ValueError: a shape or a dtype does not fit, or a table is not contiguous.
     """
-    tables = (cos, sin)
+    cos, sin, _ = tables
+    halves = (cos, sin)
     if (
         cos.dim() != 2
         or cos.shape != sin.shape
-        or any(table.dtype != torch.float32 or not table.is_contiguous() for table in tables)
+        or any(table.dtype != torch.float32 or not table.is_contiguous() for table in halves)
     ):
         raise ValueError(
             "cos and sin must be contiguous float32 matrices of one shape: got "
-            + " and ".join(f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in tables)
+            + " and ".join(f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in halves)
+        )
+    if head_dim % 2 or not 0 < 2 * cos.shape[1] <= head_dim:
+        raise ValueError(
+            "heads must have an even number of dimensions, two or more for each column of cos and "
+            f"sin: got {head_dim} dimensions and {cos.shape[1]} columns"
         )
     if tuple(positions.shape) != tokens or positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -275,10 +340,10 @@ def check_buffer(
 def rope(
     qkv: Tensor,  # (B, T, (H + 2 H_kv) head_dim): queries, keys, values
     positions: Tensor,  # (B, T) int32 or int64, rows of the tables
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     num_heads: int,
     num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, head_dim), (B, H_kv, T, head_dim) twice
     """Rotate queries and keys by their positions and take the buffer apart.
 
@@ -297,12 +362,12 @@ def rope(
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have three dimensions, (B, T, -1): got {tuple(qkv.shape)}")
     B, T, _ = qkv.shape
-    check_tables(positions, cos, sin, (B, T))
-    width = (num_heads + 2 * num_kv_heads) * 2 * cos.shape[1]
+    check_tables(positions, tables, (B, T), head_dim)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
     check_buffer("qkv", qkv, qkv.dtype, (B, T, width))
-    given = {"qkv": qkv, "positions": positions, "cos": cos, "sin": sin}
+    given = {"qkv": qkv, "positions": positions, "cos": tables.cos, "sin": tables.sin}
     check_one_device(given)
     check_not_recorded(given, "rope_backward")
     if qkv.device.type == "cpu":
-        return rope_reference(qkv, positions, cos, sin, num_heads, num_kv_heads)
-    return _launch_rope(qkv, positions, cos, sin, num_heads, num_kv_heads)
+        return rope_reference(qkv, positions, tables, num_heads, num_kv_heads)
+    return _launch_rope(qkv, positions, tables, num_heads, num_kv_heads)

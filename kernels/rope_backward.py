@@ -7,12 +7,14 @@
     grad_k  (B, H_kv, T, head_dim)    >   | q head 0 | ... | k head 0 | ... | v head 0 | ... |
     grad_v  (B, H_kv, T, head_dim)   /        rotated          rotated          copied
 
+Dimensions of queries and keys behind those that turn are copied like values.
+
 Attention returns three gradients that lie apart, in any layout, and the linear group takes one
 buffer: so the rotation gathers them there, and copies the gradient of the values on the way. To
 rotate in place instead would follow a pass that moves all three.
 
 With M tokens, S bytes a value and W_qk, W_v values a token of queries and keys, and of values, it
-moves 2 M (W_qk + W_v) S + 8 M (head_dim / 2) bytes, the last term of the tables, and costs 3 FLOPs
+moves 2 M (W_qk + W_v) S + 8 M (r / 2) bytes, the last term of the tables, and costs 3 FLOPs
 a value: memory bandwidth is the limit. The result equals the reference bit for bit.
 """
 
@@ -31,13 +33,14 @@ from kernels.checks import (
     check_rows_are_contiguous,
 )
 from kernels.language import tl, triton
-from kernels.launch import cdiv, head_strides, launch
+from kernels.launch import cdiv, head_strides, launch, next_power_of_2
 from kernels.rope import (
     MAX_TILES,
+    RopeTables,
     check_buffer,
     check_tables,
     load_angle,
-    load_halves,
+    load_pairs,
     rotate_reference,
     shape_of,
     store_rotated,
@@ -49,21 +52,41 @@ def rope_backward_reference(
     grad_k: Tensor,  # (B, H_kv, T, head_dim)
     grad_v: Tensor,  # (B, H_kv, T, head_dim)
     positions: Tensor,  # (B, T)
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
 ) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
     """Rotate the gradients of queries and keys back and gather all three in a new buffer."""
-    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    grads = (rotate_reference(grad_q, cos, -sin), rotate_reference(grad_k, cos, -sin), grad_v)
+    back = tables._replace(sin=-tables.sin).at(positions)
+    grads = (rotate_reference(grad_q, back), rotate_reference(grad_k, back), grad_v)
     return torch.cat(grads, dim=1).transpose(1, 2).flatten(2)
 
 
 @triton.jit
+def _copy_rest(
+    out_ptr,  # the first head of a token, heads one behind the other
+    head_ptr,
+    stride_h,
+    num_heads,
+    first_head,
+    HEAD: tl.constexpr,
+    START: tl.constexpr,  # the first dimension that is copied
+    COLUMNS: tl.constexpr,  # HEAD - START, to a power of two
+    HEADS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    dim = START + tl.arange(0, COLUMNS)[None, :]
+    for tile in tl.static_range(TILES):
+        head = first_head + tile * HEADS + tl.arange(0, HEADS)[:, None]
+        mask = (head < num_heads) & (dim < HEAD)
+        rest = tl.load(head_ptr + head * stride_h + dim, mask=mask)
+        tl.store(out_ptr + head * HEAD + dim, rest, mask=mask)
+
+
+@triton.jit
 def _rope_backward_kernel(
-    grad_qkv_ptr,  # (B, T, (num_heads + 2 num_kv_heads) * 2 * HALF)
-    grad_q_ptr,  # (B, num_heads, T, 2 * HALF)
-    grad_k_ptr,  # (B, num_kv_heads, T, 2 * HALF)
-    grad_v_ptr,  # (B, num_kv_heads, T, 2 * HALF)
+    grad_qkv_ptr,  # (B, T, (num_heads + 2 num_kv_heads) * HEAD)
+    grad_q_ptr,  # (B, num_heads, T, HEAD)
+    grad_k_ptr,  # (B, num_kv_heads, T, HEAD)
+    grad_v_ptr,  # (B, num_kv_heads, T, HEAD)
     positions_ptr,  # (B, T)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
@@ -84,11 +107,15 @@ def _rope_backward_kernel(
     stride_vt,
     stride_positions_b,
     stride_positions_t,
+    HEAD: tl.constexpr,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
+    V_COLUMNS: tl.constexpr,  # half a head, to a power of two
+    REST_COLUMNS: tl.constexpr,  # dimensions that do not turn, to a power of two
     HEADS: tl.constexpr,
     Q_TILES: tl.constexpr,
     KV_TILES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     # one program gathers the gradients of a share of one token's heads: of queries, keys and values
     b = (tl.program_id(0) // num_tokens).to(tl.int64)
@@ -100,19 +127,87 @@ def _rope_backward_kernel(
     k_ptr = grad_k_ptr + b * stride_kb + t * stride_kt
     v_ptr = grad_v_ptr + b * stride_vb + t * stride_vt
     out_q_ptr = grad_qkv_ptr + b * stride_b + t * stride_t
-    out_k_ptr = out_q_ptr + num_heads * (2 * HALF)
-    out_v_ptr = out_k_ptr + num_kv_heads * (2 * HALF)
-    q = load_halves(q_ptr, stride_qh, num_heads, first_q, HALF, COLUMNS, HEADS, Q_TILES)
-    k = load_halves(k_ptr, stride_kh, num_kv_heads, first_kv, HALF, COLUMNS, HEADS, KV_TILES)
-    v = load_halves(v_ptr, stride_vh, num_kv_heads, first_kv, HALF, COLUMNS, HEADS, KV_TILES)
+    out_k_ptr = out_q_ptr + num_heads * HEAD
+    out_v_ptr = out_k_ptr + num_kv_heads * HEAD
+    q = load_pairs(q_ptr, stride_qh, num_heads, first_q, HALF, COLUMNS, HEADS, Q_TILES, INTERLEAVED)
+    k = load_pairs(
+        k_ptr, stride_kh, num_kv_heads, first_kv, HALF, COLUMNS, HEADS, KV_TILES, INTERLEAVED
+    )
+    # a head of values in two halves, whatever turns of the others
+    v = load_pairs(
+        v_ptr, stride_vh, num_kv_heads, first_kv, HEAD // 2, V_COLUMNS, HEADS, KV_TILES, False
+    )
     cos, sin = load_angle(cos_ptr, sin_ptr, positions_ptr, num_positions, HALF, COLUMNS)
-    store_rotated(out_q_ptr, q, cos, -sin, num_heads, first_q, HALF, COLUMNS, HEADS, Q_TILES, True)
     store_rotated(
-        out_k_ptr, k, cos, -sin, num_kv_heads, first_kv, HALF, COLUMNS, HEADS, KV_TILES, True
+        out_q_ptr,
+        q,
+        cos,
+        -sin,
+        num_heads,
+        first_q,
+        HEAD,
+        HALF,
+        COLUMNS,
+        HEADS,
+        Q_TILES,
+        INTERLEAVED,
+        ROTATES=True,
     )
     store_rotated(
-        out_v_ptr, v, cos, sin, num_kv_heads, first_kv, HALF, COLUMNS, HEADS, KV_TILES, False
+        out_k_ptr,
+        k,
+        cos,
+        -sin,
+        num_kv_heads,
+        first_kv,
+        HEAD,
+        HALF,
+        COLUMNS,
+        HEADS,
+        KV_TILES,
+        INTERLEAVED,
+        ROTATES=True,
     )
+    store_rotated(
+        out_v_ptr,
+        v,
+        cos,
+        sin,
+        num_kv_heads,
+        first_kv,
+        HEAD,
+        HEAD // 2,
+        V_COLUMNS,
+        HEADS,
+        KV_TILES,
+        INTERLEAVED=False,
+        ROTATES=False,
+    )
+    if REST_COLUMNS > 0:
+        _copy_rest(
+            out_q_ptr,
+            q_ptr,
+            stride_qh,
+            num_heads,
+            first_q,
+            HEAD,
+            2 * HALF,
+            REST_COLUMNS,
+            HEADS,
+            Q_TILES,
+        )
+        _copy_rest(
+            out_k_ptr,
+            k_ptr,
+            stride_kh,
+            num_kv_heads,
+            first_kv,
+            HEAD,
+            2 * HALF,
+            REST_COLUMNS,
+            HEADS,
+            KV_TILES,
+        )
 
 
 def _launch_rope_backward(
@@ -120,8 +215,7 @@ def _launch_rope_backward(
     grad_k: Tensor,  # (B, H_kv, T, head_dim)
     grad_v: Tensor,  # (B, H_kv, T, head_dim)
     positions: Tensor,  # (B, T)
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     out: Tensor | None = None,  # (B, T, (H + 2 H_kv) head_dim)
 ) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
     B, H, T, head_dim = grad_q.shape
@@ -129,7 +223,8 @@ def _launch_rope_backward(
     if out is None:
         width = (H + 2 * H_kv) * head_dim
         out = torch.empty((B, T, width), dtype=grad_q.dtype, device=grad_q.device)
-    shape = shape_of(H, head_dim // 2, grad_q.element_size())
+    num_positions, half = tables.cos.shape
+    shape = shape_of(H, half, grad_q.element_size())
     num_tiles = cdiv(H, shape["HEADS"])
     q_tiles = min(num_tiles, MAX_TILES)
     num_programs = cdiv(num_tiles, q_tiles)
@@ -142,19 +237,23 @@ def _launch_rope_backward(
             grad_k_ptr=grad_k,
             grad_v_ptr=grad_v,
             positions_ptr=positions,
-            cos_ptr=cos,
-            sin_ptr=sin,
+            cos_ptr=tables.cos,
+            sin_ptr=tables.sin,
             num_tokens=T,
             num_heads=H,
             num_kv_heads=H_kv,
-            num_positions=cos.shape[0],
+            num_positions=num_positions,
             stride_b=out.stride(0),
             stride_t=out.stride(1),
             **head_strides(q=grad_q, k=grad_k, v=grad_v),
             stride_positions_b=positions.stride(0),
             stride_positions_t=positions.stride(1),
+            HEAD=head_dim,
+            V_COLUMNS=next_power_of_2(head_dim // 2),
+            REST_COLUMNS=next_power_of_2(rest) if (rest := head_dim - 2 * half) else 0,
             Q_TILES=q_tiles,
             KV_TILES=cdiv(cdiv(H_kv, shape["HEADS"]), num_programs),
+            INTERLEAVED=tables.is_interleaved,
             enable_fp_fusion=False,
             **shape,
         )
@@ -166,8 +265,7 @@ def rope_backward(
     grad_k: Tensor,  # (B, H_kv, T, head_dim)
     grad_v: Tensor,  # (B, H_kv, T, head_dim)
     positions: Tensor,  # (B, T) int32 or int64, rows of the tables
-    cos: Tensor,  # (T_max, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     out: Tensor | None = None,  # (B, T, (H + 2 H_kv) head_dim)
 ) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
     """Compute the gradient of `rope`'s buffer: rotate back, and gather.
@@ -176,7 +274,7 @@ def rope_backward(
         grad_x2 = grad_y2 cos - grad_y1 sin
 
     Args:
-        positions, cos, sin: as they were given to `rope`.
+        positions, tables: as they were given to `rope`.
         out: the buffer that is written and returned, for instance the first columns of a wider
             buffer, whose other columns stay as they are; shares no memory with the gradients. A new
             tensor if None.
@@ -194,21 +292,17 @@ def rope_backward(
         )
     B, H, T, head_dim = grad_q.shape
     H_kv = grad_k.shape[1]
-    check_tables(positions, cos, sin, (B, T))
-    if head_dim != 2 * cos.shape[1]:
-        raise ValueError(
-            f"heads must be twice as long as the tables' rows: got {head_dim} and {cos.shape[1]}"
-        )
+    check_tables(positions, tables, (B, T), head_dim)
     for (name, grad), num_heads in zip(grads.items(), (H, H_kv, H_kv), strict=True):
         check_is(name, grad, grad_q.dtype, (B, num_heads, T, head_dim))
         check_rows_are_contiguous(name, grad, "heads")
     if out is not None:
         check_buffer("out", out, grad_q.dtype, (B, T, (H + 2 * H_kv) * head_dim))
         grads |= {"out": out}
-    given = grads | {"positions": positions, "cos": cos, "sin": sin}
+    given = grads | {"positions": positions, "cos": tables.cos, "sin": tables.sin}
     check_one_device(given)
     check_not_recorded(given, "rope_backward")
     if grad_q.device.type == "cpu":
-        grad_qkv = rope_backward_reference(grad_q, grad_k, grad_v, positions, cos, sin)
+        grad_qkv = rope_backward_reference(grad_q, grad_k, grad_v, positions, tables)
         return grad_qkv if out is None else out.copy_(grad_qkv)
-    return _launch_rope_backward(grad_q, grad_k, grad_v, positions, cos, sin, out)
+    return _launch_rope_backward(grad_q, grad_k, grad_v, positions, tables, out)

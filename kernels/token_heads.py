@@ -25,7 +25,7 @@ from kernels.language import tl, triton
 from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of
-from kernels.rope import rope_reference
+from kernels.rope import RopeTables, check_tables, rope_reference
 
 
 class HeadNorms(NamedTuple):
@@ -49,8 +49,7 @@ def token_heads_reference(
     keys: Tensor,  # (B, H_kv, C, head_dim)
     values: Tensor,
     places: Places,
-    cos: Tensor,  # (rows, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     norms: HeadNorms | None,
 ) -> Tensor:  # (B, H, head_dim)
     """Normalize, rotate and append with the references of each."""
@@ -66,7 +65,7 @@ def token_heads_reference(
             part.copy_(
                 rms_norm_reference(rows, weight, norms.eps, offset=norms.offset)[0].view(part.shape)
             )
-    rotated = rope_reference(heads.flatten(2), places.table[:, None], cos, sin, H, H_kv)
+    rotated = rope_reference(heads.flatten(2), places.table[:, None], tables, H, H_kv)
     query, key, value = (part.squeeze(2) for part in rotated)
     sequences = torch.arange(B, device=qkv.device)
     keys[sequences, :, places.cache] = key
@@ -76,15 +75,15 @@ def token_heads_reference(
 
 @triton.jit
 def _token_heads_kernel(
-    query_ptr,  # (B, H, 2 HALF), contiguous like all tensors here
-    keys_ptr,  # (B, H_kv, C, 2 HALF)
+    query_ptr,  # (B, H, HEAD), contiguous like all tensors here
+    keys_ptr,  # (B, H_kv, C, HEAD)
     values_ptr,
-    qkv_ptr,  # (B, (H + 2 H_kv) * 2 * HALF)
+    qkv_ptr,  # (B, (H + 2 H_kv) * HEAD)
     cache_place_ptr,  # (B,)
     table_place_ptr,  # (B,)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
-    query_weight_ptr,  # (2 HALF,), read where heads are normalized
+    query_weight_ptr,  # (HEAD,), read where heads are normalized
     key_weight_ptr,
     H,
     H_kv,
@@ -92,8 +91,10 @@ def _token_heads_kernel(
     eps,
     OFFSET: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HALF: tl.constexpr,
-    COLUMNS: tl.constexpr,  # HALF, to a power of two
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head that turn
+    INTERLEAVED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # HEAD / 2, to a power of two
 ):
     # one program works on one head of one sequence
     b = tl.program_id(0).to(tl.int64)
@@ -101,10 +102,16 @@ def _token_heads_kernel(
     is_query = head < H
     is_key = (head >= H) & (head < H + H_kv)
     column = tl.arange(0, COLUMNS)
-    mask = column < HALF
-    head_ptr = qkv_ptr + (b * tl.num_programs(1) + head) * (2 * HALF)
-    y1 = tl.load(head_ptr + column, mask=mask, other=0.0)
-    y2 = tl.load(head_ptr + HALF + column, mask=mask, other=0.0)
+    mask = column < HEAD // 2
+    turns = column < HALF
+    dim1, dim2 = column, column + HALF
+    if INTERLEAVED:
+        dim1, dim2 = 2 * column, 2 * column + 1
+    # behind the pairs that turn, the two halves of the rest
+    dim1, dim2 = tl.where(turns, dim1, column + HALF), tl.where(turns, dim2, column + HEAD // 2)
+    head_ptr = qkv_ptr + (b * tl.num_programs(1) + head) * HEAD
+    y1 = tl.load(head_ptr + dim1, mask=mask, other=0.0)
+    y2 = tl.load(head_ptr + dim2, mask=mask, other=0.0)
     dtype = query_ptr.dtype.element_ty
     if is_query | is_key:
         x1, x2 = y1.to(tl.float32), y2.to(tl.float32)
@@ -112,26 +119,27 @@ def _token_heads_kernel(
             weight_ptr = key_weight_ptr
             if is_query:
                 weight_ptr = query_weight_ptr
-            w1 = factor_of(tl.load(weight_ptr + column, mask=mask, other=0.0), OFFSET)
-            w2 = factor_of(tl.load(weight_ptr + HALF + column, mask=mask, other=0.0), OFFSET)
-            rstd = rstd_of(x1 * x1 + x2 * x2, 2 * HALF, eps)
+            w1 = factor_of(tl.load(weight_ptr + dim1, mask=mask, other=0.0), OFFSET)
+            w2 = factor_of(tl.load(weight_ptr + dim2, mask=mask, other=0.0), OFFSET)
+            rstd = rstd_of(x1 * x1 + x2 * x2, HEAD, eps)
             x1 = (x1 * rstd * w1).to(dtype).to(tl.float32)
             x2 = (x2 * rstd * w2).to(dtype).to(tl.float32)
         row = tl.load(table_place_ptr + b) * HALF
-        cos = tl.load(cos_ptr + row + column, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + row + column, mask=mask, other=0.0)
+        # the rest turns by nothing
+        cos = tl.load(cos_ptr + row + column, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + row + column, mask=turns, other=0.0)
         y1 = (x1 * cos - x2 * sin).to(dtype)
         y2 = (x2 * cos + x1 * sin).to(dtype)
-    out_ptr = query_ptr + (b * H + head) * (2 * HALF)
+    out_ptr = query_ptr + (b * H + head) * HEAD
     if not is_query:
         cache_ptr = values_ptr
         kv_head = head - H - H_kv
         if is_key:
             cache_ptr = keys_ptr
             kv_head = head - H
-        out_ptr = cache_ptr + ((b * H_kv + kv_head) * C + tl.load(cache_place_ptr + b)) * (2 * HALF)
-    tl.store(out_ptr + column, y1, mask=mask)
-    tl.store(out_ptr + HALF + column, y2, mask=mask)
+        out_ptr = cache_ptr + ((b * H_kv + kv_head) * C + tl.load(cache_place_ptr + b)) * HEAD
+    tl.store(out_ptr + dim1, y1, mask=mask)
+    tl.store(out_ptr + dim2, y2, mask=mask)
 
 
 def _launch_token_heads(
@@ -139,15 +147,13 @@ def _launch_token_heads(
     keys: Tensor,
     values: Tensor,
     places: Places,
-    cos: Tensor,
-    sin: Tensor,
+    tables: RopeTables,
     norms: HeadNorms | None,
 ) -> Tensor:
     B, H_kv, C, head_dim = keys.shape
     num_heads = qkv.shape[1] // head_dim
     H = num_heads - 2 * H_kv
     query = qkv.new_empty(B, H, head_dim)
-    half = head_dim // 2
     launch(
         _token_heads_kernel,
         (B, num_heads),
@@ -157,8 +163,8 @@ def _launch_token_heads(
         qkv_ptr=qkv,
         cache_place_ptr=places.cache,
         table_place_ptr=places.table,
-        cos_ptr=cos,
-        sin_ptr=sin,
+        cos_ptr=tables.cos,
+        sin_ptr=tables.sin,
         query_weight_ptr=qkv if norms is None else norms.query,
         key_weight_ptr=qkv if norms is None else norms.key,
         H=H,
@@ -167,8 +173,10 @@ def _launch_token_heads(
         eps=0.0 if norms is None else norms.eps,
         OFFSET=0.0 if norms is None else norms.offset,
         HAS_NORM=norms is not None,
-        HALF=half,
-        COLUMNS=next_power_of_2(half),
+        HEAD=head_dim,
+        HALF=tables.cos.shape[1],
+        INTERLEAVED=tables.is_interleaved,
+        COLUMNS=next_power_of_2(head_dim // 2),
         num_warps=1,
         # each product rounded, as in rope.py
         enable_fp_fusion=False,
@@ -181,8 +189,7 @@ def token_heads(
     keys: Tensor,  # (B, H_kv, C, head_dim), one row of each sequence is written
     values: Tensor,
     places: Places,
-    cos: Tensor,  # (rows, head_dim / 2) float32
-    sin: Tensor,
+    tables: RopeTables,
     norms: HeadNorms | None,
 ) -> Tensor:  # (B, H, head_dim)
     """Take the new tokens' queries, keys and values apart, and append keys and values.
@@ -196,9 +203,8 @@ def token_heads(
     B, _, _, head_dim = keys.shape
     check_is("values", values, keys.dtype, tuple(keys.shape))
     check_is("qkv", qkv, keys.dtype, (B, qkv.shape[1]))
-    check_is("cos", cos, torch.float32, (cos.shape[0], head_dim // 2))
-    check_is("sin", sin, torch.float32, tuple(cos.shape))
-    given = {"qkv": qkv, "keys": keys, "values": values, "cos": cos, "sin": sin}
+    check_tables(places.table[:, None], tables, (B, 1), head_dim)
+    given = {"qkv": qkv, "keys": keys, "values": values, "cos": tables.cos, "sin": tables.sin}
     given |= {"places in the cache": places.cache, "places in the tables": places.table}
     for name, place in places._asdict().items():
         check_is(f"places in the {name}", place, torch.int64, (B,))
@@ -206,5 +212,5 @@ def token_heads(
         check_is_contiguous(name, tensor)
     check_one_device(given)
     if qkv.device.type == "cpu":
-        return token_heads_reference(qkv, keys, values, places, cos, sin, norms)
-    return _launch_token_heads(qkv, keys, values, places, cos, sin, norms)
+        return token_heads_reference(qkv, keys, values, places, tables, norms)
+    return _launch_token_heads(qkv, keys, values, places, tables, norms)

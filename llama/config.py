@@ -9,7 +9,7 @@ set. `llama/config_fields.py` has the lists.
 
 import json
 import math
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
-from llama.families import ACTIVATION_NAMES, FAMILIES, Family, LayerNorms
-from llama.rope_scaling import LongRopeScaling, RopeScaling, read_rope
+from llama.families import FAMILIES, Family, LayerNorms
+from llama.layer_ropes import read_ropes, read_rotary_dim
+from llama.layer_windows import read_windows
+from llama.rope_scaling import LongRopeScaling, Rope
 from llama.towers import BESIDE_THE_TEXT, TOWERS, text_of
 
 CONFIG_NAME = "config.json"
@@ -43,16 +45,19 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    ropes: tuple[Rope | None, ...]  # of each layer; None: its heads are not rotated
+    rotary_dim: int  # of the dimensions of a head that turn, the first ones
+    is_interleaved: bool  # dimensions 2 i and 2 i + 1 turn together, not the halves
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    is_fused: bool  # qkv_proj and gate_up_proj are tensors of their own
+    is_fused: bool  # qkv_proj is a tensor of its own
+    is_mlp_fused: bool  # gate_up_proj is one
     activation: Activation  # of the gates
-    qk_norm: bool  # queries and keys are normalized head by head before they are rotated
+    qk_norm: bool  # queries and keys are normalized before they are rotated, head by head
+    has_joint_qk_norm: bool  # or all heads of a token together
     # of each layer: how many tokens each sees, itself included; None: all before it
     windows: tuple[int | None, ...]
     query_pre_attn_scalar: float  # scores are divided by its root
@@ -60,7 +65,11 @@ class LlamaConfig:
     final_logit_softcapping: float | None  # what no logit exceeds
     norms: LayerNorms
     norm_offset: float  # what the weights of all norms are stored less
-    embedding_scale: float
+    embedding_scale: float  # rounded to the dtype of the computation before it multiplies
+    embedding_multiplier: float | None
+    residual_multiplier: float | None  # of what a half of a layer adds
+    attention_multiplier: float | None  # of scores, in place of the root's reciprocal
+    logit_scale: float | None  # of logits, before they are capped
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
     is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
 
@@ -70,16 +79,37 @@ class LlamaConfig:
         return "model.language_model" if self.is_tower else "model"
 
     @property
-    def rotary_factor(self) -> float:
-        """The factor of cosines and sines."""
-        scaling = self.rope_scaling
-        return scaling.attention_factor if isinstance(scaling, LongRopeScaling) else 1.0
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """How many numbers of queries are normalized together, and of keys."""
+        heads = (self.num_attention_heads, self.num_key_value_heads)
+        num_queries, num_keys = heads if self.has_joint_qk_norm else (1, 1)
+        return num_queries * self.head_dim, num_keys * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.attention_multiplier or 1 / math.sqrt(self.query_pre_attn_scalar)
+
+    @property
+    def distinct_ropes(self) -> list[Rope | None]:
+        """The rotary positions of all layers, each once."""
+        return list(dict.fromkeys(self.ropes))
+
+    @property
+    def short_length(self) -> int | None:
+        """The most tokens of a sequence that is not rotated by LongRoPE's frequencies for long
+        ones; None: the frequencies do not depend on the length."""
+        scalings = [rope.scaling for rope in self.ropes if rope is not None]
+        lengths = (
+            scaling.original_max_position_embeddings
+            for scaling in scalings
+            if isinstance(scaling, LongRopeScaling)
+        )
+        return next(lengths, None)
 
     def is_long(self, num_tokens: int) -> bool:
         """Tell whether a sequence is rotated by LongRoPE's frequencies for long ones."""
-        scaling = self.rope_scaling
-        is_longrope = isinstance(scaling, LongRopeScaling)
-        return is_longrope and scaling.original_max_position_embeddings < num_tokens
+        return self.short_length is not None and self.short_length < num_tokens
 
 
 def _eos_token_ids(fields: JsonFields) -> tuple[int, ...] | None:
@@ -111,21 +141,34 @@ def _language_model(fields: JsonFields) -> tuple[Family, JsonFields, bool]:
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
             + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
-    expected = (TOWERS.get(name) or FAMILIES[name]).model_type
-    if values.get("model_type", expected) != expected:
+    if name in TOWERS:
+        _check_model_type(fields, name, [TOWERS[name].model_type])
+        family, text = text_of(fields, TOWERS[name])
+        if text.section:
+            _check_fields(fields, name, BESIDE_THE_TEXT)
+            _check_fields(text, name, _fields_of(family))
+        else:
+            _check_fields(fields, name, BESIDE_THE_TEXT | _fields_of(family))
+        return family, text, True
+    sharing = [f for key, f in FAMILIES.items() if name in (key, f.transformers_class)]
+    by_type = {family.model_type: family for family in sharing}
+    _check_model_type(fields, name, by_type)
+    family = by_type[values.get("model_type", FAMILIES[name].model_type)]
+    _check_fields(fields, name, _fields_of(family))
+    return family, fields, False
+
+
+def _check_model_type(fields: JsonFields, name: str, expected: Collection[str]) -> None:
+    model_type = fields.values.get("model_type")
+    if "model_type" in fields.values and model_type not in tuple(expected):
         raise ValueError(
-            f"{path}: model_type must be {expected!r} with {name}: got {values['model_type']!r}"
+            f"{fields.path}: model_type must be {' or '.join(map(repr, expected))} with {name}: "
+            f"got {model_type!r}"
         )
-    if name not in TOWERS:
-        _check_fields(fields, name, FAMILIES[name].fields)
-        return FAMILIES[name], fields, False
-    family, text = text_of(fields, TOWERS[name])
-    if text.section:
-        _check_fields(fields, name, BESIDE_THE_TEXT)
-        _check_fields(text, name, family.fields)
-    else:
-        _check_fields(fields, name, BESIDE_THE_TEXT | family.fields)
-    return family, text, True
+
+
+def _fields_of(family: Family) -> Set[str]:
+    return family.fields | family.aliases.keys()
 
 
 def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
@@ -146,47 +189,10 @@ def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
     _check_function(fields)
 
 
-def _windows(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """Read which layers see how many tokens."""
-    path, values = fields.where, fields.values
-    size = values.get("sliding_window")
-    if size is not None:
-        size = fields.integer("sliding_window")
-    if family.windows == "alternating":
-        sees_window = [layer % 2 == 0 for layer in range(num_layers)]
-    elif family.windows == "none" or size is None:
-        sees_window = [False] * num_layers
-    elif family.windows == "all":
-        sees_window = [True] * num_layers
-    else:
-        first = 28 if (first := values.get("max_window_layers")) is None else first
-        if type(first) is not int:
-            raise ValueError(f"{path}: max_window_layers must be an integer: got {first!r}")
-        is_used = fields.boolean("use_sliding_window", False)
-        sees_window = [is_used and layer >= first for layer in range(num_layers)]
-    kinds = values.get("layer_types")
-    if kinds is not None:
-        named = {"full_attention": False, "sliding_attention": True}
-        is_list = isinstance(kinds, list) and len(kinds) == num_layers
-        if not is_list or not all(kind in tuple(named) for kind in kinds):
-            raise ValueError(
-                f"{path}: layer_types must name one of {', '.join(named)} for each of "
-                f"{num_layers} layers: got {kinds!r}"
-            )
-        given = [named[kind] for kind in kinds]
-        if family.windows in ("alternating", "later"):
-            sees_window = given
-        elif given != sees_window:
-            raise ValueError(f"{path}: layer_types must be those of {family.model_type}")
-    if any(sees_window) and size is None:
-        raise ValueError(f"{path}: sliding_window must be given with sliding layers: got none")
-    return tuple(size if sees else None for sees in sees_window)
-
-
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.where, fields.values
-    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+    for key in ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"):
         if (dropout := values.get(key)) not in (None, 0):
             raise ValueError(
                 f"{path}: {key} must be 0: got {dropout!r}; "
@@ -205,12 +211,21 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
     name = fields.values.get(family.activation_field)
     if name is None:
         name = family.defaults.get(family.activation_field, "silu")
-    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in family.activation_names:
         raise ValueError(
             f"{fields.where}: {family.activation_field} must be one of "
-            f"{', '.join(ACTIVATION_NAMES)}: got {name!r}"
+            f"{', '.join(family.activation_names)}: got {name!r}"
         )
-    return ACTIVATION_NAMES[name]
+    return family.activation_names[name]
+
+
+def _has_bias(fields: JsonFields, said: bool | str) -> bool:
+    return fields.boolean(said, False) if isinstance(said, str) else said
+
+
+def _logit_scale(fields: JsonFields) -> float | None:
+    divisor = fields.optional_number("logits_scaling")
+    return None if divisor is None else 1 / divisor
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -257,8 +272,10 @@ def check_config(fields: JsonFields) -> LlamaConfig:
 
 
 def _checked(fields: JsonFields) -> LlamaConfig:
-    family, given, is_tower = _language_model(fields)
-    fields = replace(given, values={**family.defaults, **given.values})
+    family, text, is_tower = _language_model(fields)
+    given = text.values
+    named = {name: given[alias] for alias, name in family.aliases.items() if alias in given}
+    fields = replace(text, values={**family.defaults, **given, **named})
     path = fields.where
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
@@ -274,11 +291,11 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         eos_token_ids = _eos_token_ids(JsonFields(generation_path, read_object(generation_path)))
     if eos_token_ids is None:
         eos_token_ids = _eos_token_ids(fields)
-    rope_theta, rope_scaling = read_rope(fields)
     num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
-    bias = "attention_bias" in family.fields and fields.boolean("attention_bias", False)
+    windows = read_windows(fields, family.windows, num_layers)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
     head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
+    rotary_dim = read_rotary_dim(fields, family.rotary_share, head_dim)
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size", most=_MOST_SIZE),
         hidden_size=hidden_size,
@@ -288,23 +305,32 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         num_key_value_heads=fields.integer("num_key_value_heads", num_heads, _MOST_HEADS),
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        ropes=read_ropes(
+            fields, family.ropes, [window is not None for window in windows], rotary_dim
+        ),
+        rotary_dim=rotary_dim,
+        is_interleaved=family.is_interleaved,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-        o_bias=bias if family.o_bias is None else family.o_bias,
-        mlp_bias="mlp_bias" in family.fields and fields.boolean("mlp_bias", False),
+        qkv_bias=_has_bias(fields, family.qkv_bias),
+        o_bias=_has_bias(fields, family.o_bias),
+        mlp_bias=_has_bias(fields, family.mlp_bias),
         is_fused=family.is_fused,
+        is_mlp_fused=family.is_fused or family.is_mlp_fused,
         activation=_activation(fields, family),
         qk_norm=family.qk_norm,
-        windows=_windows(fields, family, num_layers),
+        has_joint_qk_norm=family.has_joint_qk_norm,
+        windows=windows,
         query_pre_attn_scalar=fields.number("query_pre_attn_scalar", float(head_dim)),
         attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),
         final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
         norms=family.norms,
         norm_offset=family.norm_offset,
         embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else 1.0,
+        embedding_multiplier=fields.optional_number("embedding_multiplier"),
+        residual_multiplier=fields.optional_number("residual_multiplier"),
+        attention_multiplier=fields.optional_number("attention_multiplier"),
+        logit_scale=_logit_scale(fields),
         eos_token_ids=eos_token_ids or (),
         is_tower=is_tower,
     )
@@ -312,10 +338,6 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         raise ValueError(
             f"{path}: num_attention_heads must be a multiple of num_key_value_heads: "
             f"got {config.num_attention_heads} and {config.num_key_value_heads}"
-        )
-    if config.head_dim % 2:
-        raise ValueError(
-            f"{path}: head_dim must be even, rotary positions turn pairs: got {config.head_dim}"
         )
     if config.attn_logit_softcapping is not None and config.head_dim > MAX_HEAD:
         raise ValueError(

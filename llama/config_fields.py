@@ -32,6 +32,7 @@ COMPUTED = frozenset(
         "attention_dropout",
         "embd_pdrop",
         "resid_pdrop",
+        "residual_dropout",
         "quantization_config",
         "layer_types",
         "eos_token_id",

@@ -7,9 +7,14 @@ it is set, because it might change the function.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from kernels.glu import Activation
+from llama.layer_ropes import LayerRopes
+from llama.layer_windows import LayerWindows
+
+# what the activations of the gates are called in config.json
+ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class LayerNorms(NamedTuple):
@@ -18,13 +23,24 @@ class LayerNorms(NamedTuple):
     A norm behind a half of the layer comes before its result is added to the residual stream.
     """
 
-    before_attention: str = "input_layernorm"
+    before_attention: str | None = "input_layernorm"
     behind_attention: str | None = None
-    before_mlp: str = "post_attention_layernorm"
+    before_mlp: str | None = "post_attention_layernorm"
     behind_mlp: str | None = None
 
 
 LLAMA_NORMS = LayerNorms()
+NORMS_BEHIND = LayerNorms(
+    before_attention=None,
+    behind_attention="post_attention_layernorm",
+    before_mlp=None,
+    behind_mlp="post_feedforward_layernorm",
+)
+_GEMMA_NORMS = LayerNorms(
+    behind_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    behind_mlp="post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -32,45 +48,91 @@ class Family:
     """How a family reads its config.json.
 
     Attributes:
-        qkv_bias, o_bias: whether the projections have one; None where `attention_bias` says.
+        qkv_bias, o_bias, mlp_bias: whether the projections have one, or what the field of
+            config.json is called that says so.
+        qk_norm: whether queries and keys are normalized, each head by itself.
+        has_joint_qk_norm: whether all heads of a token are normalized together instead.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
+        is_mlp_fused: that holds for gate and up alone.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
-        windows: which layers see only the last `sliding_window` tokens: none, all, every other one
-            from the first on, or, where `use_sliding_window` is set, those from `max_window_layers`
-            on.
+        windows: which layers see how many tokens, as `read_windows` takes it.
+        rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
+            say; None: all, and the family does not read that field.
+        is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
+        ropes: which layers have which rotary positions, as `read_ropes` takes it.
         activation_field: what names the activation of the gates.
+        activation_names: what the file may call it.
         norm_offset: added to the stored weights of all norms.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
         defaults: for fields missing in the file, where they differ from Llama's; null in the file
             stays null.
         fields: of config.json that this family has beside Llama's.
+        aliases: what the family's first config.json called fields, and what they are called here.
+        transformers_class: the architecture that transformers writes, where it computes the family
+            by another one's class.
     """
 
     model_type: str
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
+    qkv_bias: bool | str = "attention_bias"
+    o_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
     qk_norm: bool = False
+    has_joint_qk_norm: bool = False
     is_fused: bool = False
+    is_mlp_fused: bool = False
     head_dim: int | None = None
-    windows: Literal["none", "all", "alternating", "later"] = "none"
+    windows: LayerWindows = "none"
+    rotary_share: float | None = None
+    is_interleaved: bool = False
+    ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
+    activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
     norms: LayerNorms = LLAMA_NORMS
     norm_offset: float = 0.0
     scales_embeddings: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    transformers_class: str | None = None
 
 
 _WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", fields=frozenset({"attention_bias", "mlp_bias"})),
+    "LlamaForCausalLM": Family(
+        "llama", mlp_bias="mlp_bias", fields=frozenset({"attention_bias", "mlp_bias"})
+    ),
+    "InternLM3ForCausalLM": Family(
+        "internlm3",
+        o_bias="mlp_bias",
+        mlp_bias="mlp_bias",
+        head_dim=128,
+        fields=frozenset({"attention_bias", "mlp_bias"}),
+        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        transformers_class="LlamaForCausalLM",
+    ),
+    "SeedOssForCausalLM": Family(
+        "seed_oss",
+        o_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+        head_dim=128,
+        defaults={"attention_bias": True},
+        fields=frozenset({"attention_bias", "attention_out_bias", "mlp_bias"}),
+    ),
     "MistralForCausalLM": Family(
         "mistral",
         qkv_bias=False,
         o_bias=False,
         windows="all",
+        defaults={"sliding_window": 4096},
+        fields=frozenset({"sliding_window"}),
+    ),
+    "MinistralForCausalLM": Family(
+        "ministral",
+        qkv_bias=False,
+        o_bias=False,
+        windows="listed",
         defaults={"sliding_window": 4096},
         fields=frozenset({"sliding_window"}),
     ),
@@ -90,19 +152,84 @@ FAMILIES = {
         o_bias=False,
         is_fused=True,
         windows="all",
+        rotary_share=1.0,
         # transformers ignores the bias
         fields=frozenset({"sliding_window", "attention_bias"}),
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2",
+        qk_norm=True,
+        has_joint_qk_norm=True,
+        norms=NORMS_BEHIND,
+        fields=frozenset({"attention_bias"}),
+    ),
+    "Olmo3ForCausalLM": Family(
+        "olmo3",
+        qk_norm=True,
+        has_joint_qk_norm=True,
+        windows="pattern",
+        ropes="by window",
+        norms=NORMS_BEHIND,
+        defaults={
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_theta": 5e5,
+            # transformers reads rope_theta for the other layers alone
+            "rope_local_base_freq": 5e5,
+        },
+        fields=frozenset({"attention_bias", "sliding_window"}),
+    ),
+    "Exaone4ForCausalLM": Family(
+        "exaone4",
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=True,
+        windows="pattern",
+        ropes="windowed",
+        norms=NORMS_BEHIND,
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        fields=frozenset({"sliding_window", "sliding_window_pattern"}),
+    ),
+    "GraniteForCausalLM": Family(
+        "granite",
+        mlp_bias="mlp_bias",
+        defaults={"attention_multiplier": 1.0},
+        fields=frozenset(
+            {
+                "attention_bias",
+                "mlp_bias",
+                "embedding_multiplier",
+                "residual_multiplier",
+                "attention_multiplier",
+                "logits_scaling",
+            }
+        ),
+    ),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        head_dim=256,
+        # the first checkpoints call it gelu and were trained with tanh
+        activation_names={"gelu": "gelu_tanh", **ACTIVATION_NAMES},
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
+        # transformers ignores the second name of the activation
+        fields=frozenset({"attention_bias", "hidden_activation"}),
     ),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         head_dim=256,
         windows="alternating",
         activation_field="hidden_activation",
-        norms=LayerNorms(
-            behind_attention="post_attention_layernorm",
-            before_mlp="pre_feedforward_layernorm",
-            behind_mlp="post_feedforward_layernorm",
-        ),
+        norms=_GEMMA_NORMS,
         norm_offset=1.0,
         scales_embeddings=True,
         defaults={
@@ -125,7 +252,72 @@ FAMILIES = {
             }
         ),
     ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        qk_norm=True,
+        head_dim=256,
+        windows="pattern",
+        ropes="by window",
+        activation_field="hidden_activation",
+        norms=_GEMMA_NORMS,
+        norm_offset=1.0,
+        scales_embeddings=True,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "tie_word_embeddings": True,
+        },
+        fields=frozenset(
+            {
+                "attention_bias",
+                "sliding_window",
+                "sliding_window_pattern",
+                # written beside layer_types, and not read
+                "_sliding_window_pattern",
+                "rope_local_base_freq",
+                "hidden_activation",
+                "query_pre_attn_scalar",
+                "final_logit_softcapping",
+            }
+        ),
+    ),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        norms=LayerNorms(
+            behind_attention="post_self_attn_layernorm",
+            before_mlp="post_attention_layernorm",
+            behind_mlp="post_mlp_layernorm",
+        ),
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
+    ),
+    "GlmForCausalLM": Family(
+        "glm",
+        o_bias=False,
+        is_mlp_fused=True,
+        head_dim=128,
+        rotary_share=0.5,
+        is_interleaved=True,
+        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        fields=frozenset({"attention_bias"}),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        mlp_bias="mlp_bias",
+        windows="unrotated",
+        ropes="listed",
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        # transformers ignores max_window_layers
+        fields=_WINDOW_FIELDS
+        | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+    ),
 }
-
-# what the activations of the gates are called in config.json
-ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

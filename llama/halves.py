@@ -19,6 +19,7 @@ class Attention(nn.Module):
         super().__init__()
         D, head_dim = config.hidden_size, config.head_dim
         self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
+        self.head_dim = head_dim
         rows = tuple(count * head_dim for count in self.counts)
         names = ("q_proj", "k_proj", "v_proj")
         if config.is_fused:
@@ -26,11 +27,12 @@ class Attention(nn.Module):
         self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
         self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
         self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
+        self.has_joint_norm = config.has_joint_qk_norm
 
     def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Normalize queries and keys in place, head by head, in families that do.
+        """Normalize queries and keys in place, head by head or together, in families that do.
 
         Returns:
             What they were before, and rstd.
@@ -64,7 +66,7 @@ class MLP(nn.Module):
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
         names, rows = ("gate_proj", "up_proj"), (width, width)
-        if config.is_fused:
+        if config.is_mlp_fused:
             names, rows = ("gate_up_proj",), (2 * width,)
         self.gate_up = LinearGroup(names, rows, D, config.mlp_bias)
         self.down = LinearGroup(("down_proj",), (D,), width, config.mlp_bias)

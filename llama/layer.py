@@ -6,7 +6,8 @@
     gate | up = gate_up(norm(r2))
     x, delta = r2, down(activation(gate) up)
 
-In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. The
+In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
+that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. The
 reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate`, `_inner` and
 `_project`, each with the norms before and behind it; `llama/halves.py` has their projections.
 
@@ -24,20 +25,19 @@ gradient of h behind the gradient of an output. They are the tail of a linear gr
 is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from kernels.glu import glu, glu_backward
 from kernels.masked_attention_mask import Samples
-from kernels.rope import rope
+from kernels.rope import RopeTables, rope
 from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.halves import MLP, Attention, own
-from llama.norm import RMSNorm
+from llama.norm import NoNorm, RMSNorm, stream_norm
 from lora.linear_group import LinearGroup
 
 
@@ -45,8 +45,7 @@ class Shared(NamedTuple):
     """What all layers of one pass share."""
 
     positions: Tensor  # (B, T), rows of the tables
-    cos: Tensor  # (T_max, head_dim / 2) float32
-    sin: Tensor
+    tables: list[RopeTables]  # of each of the config's distinct ropes
     dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
     samples: Samples | None = None  # where rows hold several
 
@@ -59,8 +58,9 @@ class Activations:
     """
 
     r1: Tensor  # (M, D), the residual stream at the norm before attention
-    rstd1: Tensor  # (M,) float32
-    # queries and keys before their norms, (M H, head_dim), and rstd; empty without such norms
+    rstd1: Tensor  # (M,) float32; empty without a norm there
+    # queries and keys before their norms, in rows of the norms' width, and rstd; empty without
+    # such norms
     heads: list[tuple[Tensor, Tensor]]
     mixed: Mixed
     h_o: Tensor  # (M, tail)
@@ -68,7 +68,7 @@ class Activations:
     output_o: tuple[Tensor, Tensor] | None = None
     h_qkv: Tensor  # (M, tail)
     r2: Tensor  # (M, D), the residual stream at the norm before the MLP
-    rstd2: Tensor  # (M,) float32
+    rstd2: Tensor  # as rstd1
     gate_up_ext: Tensor  # (M, 2 F + tail)
     h_gate_up: Tensor  # (M, tail)
     h_down: Tensor  # (M, tail)
@@ -81,19 +81,25 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        # of the pass's tables, those that rotate this layer's heads
+        self.table = config.distinct_ropes.index(config.ropes[index])
         self.scores = Scores(
-            1 / math.sqrt(config.query_pre_attn_scalar),
-            config.attn_logit_softcapping,
-            config.windows[index],
+            config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
         self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.norms = config.norms
-        for name in filter(None, config.norms):
+        self.norms = norms = config.norms
+        for name in filter(None, (norms.before_attention, norms.before_mlp)):
+            self.add_module(name, stream_norm(config))
+        for name in filter(None, (norms.behind_attention, norms.behind_mlp)):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
     def norm(self, name: str) -> RMSNorm:
         """Find one of the layer's norms by its name in the checkpoint."""
         return getattr(self, name)
+
+    def norm_before(self, name: str | None) -> RMSNorm | NoNorm:
+        """Find what stands before a half of the layer."""
+        return NoNorm() if name is None else self.norm(name)
 
     @property
     def grad_tail(self) -> int:
@@ -157,13 +163,15 @@ class DecoderLayer(nn.Module):
         qkv, o, seed = self.self_attn.qkv, self.self_attn.o, shared.dropout_seed
         M, D = x.shape
         y_ext = qkv.empty_input(M, x)
-        norm = self.norm(self.norms.before_attention)
+        norm = self.norm_before(self.norms.before_attention)
         _, kept.r1, kept.rstd1 = norm(x, delta, out=y_ext[:, :D])
         heads = qkv.forward(y_ext, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
         # the rotation overwrites heads, which nothing else holds
-        tables, counts = (shared.positions, shared.cos, shared.sin), self.self_attn.counts
-        query, key, value = rope(heads, *tables, *counts[:2])
+        attn, tables = self.self_attn, shared.tables[self.table]
+        query, key, value = rope(
+            heads, shared.positions, tables, *attn.counts[:2], head_dim=attn.head_dim
+        )
         if slot is not None:
             slot.store(self.index, key, value)
         kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
@@ -176,7 +184,7 @@ class DecoderLayer(nn.Module):
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> None:
         """Compute gate | up."""
-        gate_up, norm = self.mlp.gate_up, self.norm(self.norms.before_mlp)
+        gate_up, norm = self.mlp.gate_up, self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
         y_ext = gate_up.empty_input(M, r1)
         _, kept.r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
@@ -249,7 +257,7 @@ class DecoderLayer(nn.Module):
         del grad_out, grad_inner, inner, kept.h_down
         grad_y = gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
         assert grad_y is not None
-        norm = self.norm(norms.before_mlp)
+        norm = self.norm_before(norms.before_mlp)
         norm.backward(grad_y, grad, kept.r2, kept.rstd2, out=grad, y=grad_y)
         gate_up.accumulate_grad_A(kept.gate_up_ext, grad_y, seed)
         del grad_y, gates_and_ups
@@ -265,11 +273,11 @@ class DecoderLayer(nn.Module):
         del grad_mixed, grad_heads
         grad_qkv_ext = qkv.empty_output(M, grad)
         grad_qkv = grad_qkv_ext[:, : qkv.num_rows].unflatten(0, (B, T))
-        rope_backward(*grads, shared.positions, shared.cos, shared.sin, out=grad_qkv)
+        rope_backward(*grads, shared.positions, shared.tables[self.table], out=grad_qkv)
         del grads
         self.self_attn.normalize_heads_backward(grad_qkv, kept.heads)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)
-        norm = self.norm(norms.before_attention)
+        norm = self.norm_before(norms.before_attention)
         if grad_y is None:
             y, _, _ = norm(kept.r1)
         else:

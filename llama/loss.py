@@ -41,6 +41,7 @@ def _chunks(
     hidden: Tensor,  # (M, D)
     head: Tensor,  # (V, D), hidden's dtype
     targets: Tensor,  # (M,)
+    scale: float | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield rows of hidden, their logits and their targets; the next logits overwrite these."""
     M, V = hidden.shape[0], head.shape[0]
@@ -48,7 +49,9 @@ def _chunks(
     buffer = torch.empty((num_rows, _row_width(V)), dtype=hidden.dtype, device=hidden.device)
     for rows, some_targets in zip(hidden.split(num_rows), targets.split(num_rows), strict=True):
         logits = buffer[: rows.shape[0], :V]
-        torch.mm(rows, head.T, out=logits)
+        # the product's own factor costs nothing
+        alpha = 1.0 if scale is None else scale
+        torch.addmm(logits, rows, head.T, beta=0, alpha=alpha, out=logits)
         yield rows, logits, some_targets
 
 
@@ -89,16 +92,18 @@ def linear_cross_entropy(
     hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
     head: Tensor,  # (V, D), hidden's dtype
     targets: Tensor,  # (M,) int64
+    scale: float | None = None,
     cap: float | None = None,
 ) -> Tensor:  # () float32, summed over the rows
-    """Sum the cross-entropy of softmax(hidden head^T) at the targets, without a gradient.
+    """Sum the cross-entropy of softmax(scale hidden head^T) at the targets, without a gradient.
 
-        z    = hidden head^T                          one chunk of rows at a time
+        z    = scale hidden head^T                    one chunk of rows at a time
         loss = sum_i logsumexp(z_i) - z_i[target_i]
 
     The product is in hidden's dtype, everything after it in float32.
 
     Args:
+        scale: of the logits; None: 1.
         cap: of the logits, softcap(z) taking z's place; None: they are not capped.
 
     Raises:
@@ -106,7 +111,7 @@ def linear_cross_entropy(
     """
     _check(hidden, head, targets)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for _, logits, some_targets in _chunks(hidden, head, targets):
+    for _, logits, some_targets in _chunks(hidden, head, targets, scale):
         loss += cross_entropy(logits, some_targets, cap).sum()
     return loss
 
@@ -117,13 +122,14 @@ def linear_cross_entropy_with_gradient(
     head: Tensor,  # (V, D), hidden's dtype; frozen
     targets: Tensor,  # (M,) int64
     factor: Tensor,  # () float32
+    scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # () float32, summed over the rows; (M, D), hidden's dtype
     """Sum the cross-entropy as `linear_cross_entropy` does, and compute its gradient.
 
-        z           = hidden head^T                   one chunk of rows at a time
+        z           = scale hidden head^T             one chunk of rows at a time
         loss        = sum_i logsumexp(z_i) - z_i[target_i]
-        grad_hidden = factor (softmax(z) - onehot(targets)) head
+        grad_hidden = factor scale (softmax(z) - onehot(targets)) head
 
     Both products are of matrices in hidden's dtype; the second one's result is float32, and rounded
     once, after the factor: a loss scale over a number of tokens, which float16 might not hold.
@@ -131,6 +137,7 @@ def linear_cross_entropy_with_gradient(
     Args:
         hidden: consumed; the gradient is written over it, and returned.
         factor: of the gradient, on hidden's device; not of the loss.
+        scale: of the logits; None: 1.
         cap: of the logits, softcap(z) taking z's place; None: they are not capped.
 
     Raises:
@@ -143,7 +150,9 @@ def linear_cross_entropy_with_gradient(
             f"got {factor.dtype} {tuple(factor.shape)} on {factor.device}, not {hidden.device}"
         )
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, logits, some_targets in _chunks(hidden, head, targets):
+    if scale is not None:
+        factor = scale * factor
+    for rows, logits, some_targets in _chunks(hidden, head, targets, scale):
         loss += cross_entropy_(logits, some_targets, cap).sum()
         torch.mul(_product_in_float32(logits, head), factor, out=rows)
     return loss, hidden

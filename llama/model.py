@@ -20,25 +20,26 @@ from torch import Tensor, nn
 
 from foreign.guest import in_guest
 from kernels.masked_attention_mask import Samples
+from kernels.rope import RopeTables
 from kernels.softcap import softcap_reference
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
-from llama.norm import RMSNorm
-from llama.rope import rope_frequencies, rope_tables
-from llama.rope_scaling import LongRopeScaling
+from llama.norm import stream_norm
+from llama.rope import rope_factor, rope_frequencies, rope_tables
 from lora.config import LoRAConfig, UpdateSize
 from lora.linear_group import LinearGroup
 from rows.batch import NO_LOSS, Batch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FUSED_PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 def projections(config: LlamaConfig) -> tuple[str, ...]:
     """The names of a layer's linear projections in the checkpoint and in adapters."""
-    return FUSED_PROJECTIONS if config.is_fused else PROJECTIONS
+    qkv = ("qkv_proj",) if config.is_fused else PROJECTIONS[:3]
+    gate_up = ("gate_up_proj",) if config.is_mlp_fused else PROJECTIONS[4:6]
+    return *qkv, "o_proj", *gate_up, "down_proj"
 
 
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = stream_norm(config)
 
 
 class Tower(nn.Module):
@@ -109,8 +110,8 @@ class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    # (2, head_dim / 2) float32, for sequences of the usual length and for long ones; computed from
-    # the config
+    # (number of distinct ropes, 2, rotary_dim / 2) float32, for sequences of the usual length and
+    # for long ones; computed from the config
     frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
@@ -121,12 +122,18 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head.requires_grad_(False)
-        # rounded as transformers rounds it
-        self.embedding_scale = float(
-            torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
+        # of embeddings as the residual stream has them
+        self.embedding_multiplier = (config.embedding_multiplier or 1.0) / (
+            config.residual_multiplier or 1.0
         )
-        frequencies = torch.stack([rope_frequencies(config, is_long) for is_long in (False, True)])
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # rounded as transformers rounds it
+        rounded = torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
+        self.embedding_scale = float(rounded) * self.embedding_multiplier
+        frequencies = [
+            torch.stack([rope_frequencies(rope, config.rotary_dim, long) for long in (False, True)])
+            for rope in config.distinct_ropes
+        ]
+        self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @property
     def decoder(self) -> Decoder:
@@ -222,27 +229,37 @@ class Llama(nn.Module):
                 depend on how long each of them is.
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        scaling = self.config.rope_scaling
         is_long = self.config.is_long(input_ids.shape[1])
         if is_long and samples is not None:
-            assert isinstance(scaling, LongRopeScaling)
             raise ValueError(
                 "rows of several samples must not be longer than this model's frequencies are for, "
-                f"{scaling.original_max_position_embeddings:,} tokens: got {input_ids.shape[1]:,}; "
+                f"{self.config.short_length:,} tokens: got {input_ids.shape[1]:,}; "
                 "lower --max-length or use --no-packing"
             )
-        cos, sin = rope_tables(self.frequencies[int(is_long)], rows, self.config.rotary_factor)
+        tables = self._tables(rows, is_long)
         positions = rows.expand_as(input_ids) if samples is None else samples.positions.long()
-        return Shared(positions, cos, sin, dropout_seed, samples)
+        return Shared(positions, tables, dropout_seed, samples)
 
-    def rotary_tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, positions: Tensor, is_long: bool) -> list[RopeTables]:
+        tables = []
+        for rope, frequencies in zip(self.config.distinct_ropes, self.frequencies, strict=True):
+            cos, sin = rope_tables(frequencies[int(is_long)], positions, rope_factor(rope))
+            tables.append(RopeTables(cos, sin, self.config.is_interleaved))
+        return tables
+
+    def rotary_tables(self, num_positions: int) -> list[RopeTables]:
         """Compute cosines and sines of so many positions, twice: by the frequencies for sequences
         of the usual length, and below by those for long ones."""
         positions = torch.arange(num_positions, device=self.device)
-        factor = self.config.rotary_factor
-        tables = [rope_tables(f, positions, factor) for f in self.frequencies]
-        cos, sin = (torch.cat(halves) for halves in zip(*tables, strict=True))
-        return cos, sin
+        lengths = (self._tables(positions, is_long) for is_long in (False, True))
+        return [
+            RopeTables(
+                torch.cat((short.cos, long.cos)),
+                torch.cat((short.sin, long.sin)),
+                short.is_interleaved,
+            )
+            for short, long in zip(*lengths, strict=True)
+        ]
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""
@@ -281,7 +298,8 @@ class Llama(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V) float32
         """Compute the logits of normalized hidden states."""
         logits = (hidden @ self.head.T).float()
-        cap = self.config.final_logit_softcapping
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        logits = logits if scale is None else scale * logits
         return logits if cap is None else softcap_reference(logits, cap)
 
     @torch.no_grad()
@@ -304,8 +322,8 @@ class Llama(nn.Module):
         hidden = self.hidden_states(ids, samples=samples).flatten(0, 1)
         picked = hidden[rows.to(self.device, non_blocking=True)]
         targets = targets.to(self.device, non_blocking=True)
-        cap = self.config.final_logit_softcapping
-        return linear_cross_entropy(picked, self.head, targets, cap)
+        scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
+        return linear_cross_entropy(picked, self.head, targets, scale, cap)
 
 
 def samples_of(positions: Tensor) -> Samples:  # (B, T) int64

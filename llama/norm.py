@@ -1,4 +1,13 @@
-"""The norms of a layer, each with its weight: what `kernels/rms_norm.py` computes, as a module."""
+"""The norms of the model, each with its weight: what `kernels/rms_norm.py` computes, as a module.
+
+Where a family multiplies by m what a layer adds to the residual stream (Granite), the stream is
+kept divided by m, and additions stay what they are in other families. Norms hardly see that:
+
+    r2 = r1 + m delta           r2 / m = r1 / m + delta
+    norm(r; eps)  =  norm(r / m; eps / m^2)
+
+So the multiplier is in two constants: the scale of embeddings, and eps of the stream's norms.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +26,15 @@ class RMSNorm(nn.Module):
     up to one rounding.
     """
 
-    def __init__(self, width: int, config: LlamaConfig) -> None:
+    def __init__(self, width: int, config: LlamaConfig, divisor: float = 1.0) -> None:
+        """Leave the weight to be loaded.
+
+        Args:
+            divisor: what the rows to normalize are kept divided by.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+        self.eps, self.offset = config.rms_norm_eps / divisor**2, config.norm_offset
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
@@ -39,3 +53,34 @@ class RMSNorm(nn.Module):
     ) -> Tensor:  # (M, D)
         """Compute r's gradient as `kernels.rms_norm.rms_norm_backward` does."""
         return rms_norm_backward(grad_y, grad_r, r, rstd, self.weight, out, y, self.offset)
+
+
+class NoNorm:
+    """What stands before a half of a layer where a family has no norm there: y = r."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (0,) float32
+        """Add as `RMSNorm.forward` does."""
+        r = x if residual is None else x + residual
+        y = r if out is None else out.copy_(r)
+        return y, r, x.new_empty(0, dtype=torch.float32)
+
+    def backward(
+        self,
+        grad_y: Tensor,  # (M, D)
+        grad_r: Tensor,  # (M, D)
+        r: Tensor,  # (M, D)
+        rstd: Tensor,  # (0,)
+        out: Tensor,  # (M, D)
+        y: Tensor,  # (M, D)
+    ) -> Tensor:  # (M, D)
+        """Add the gradients up, and write y again, as `RMSNorm.backward` does."""
+        torch.add(grad_y, grad_r, out=out)
+        y.copy_(r)
+        return out
+
+
+def stream_norm(config: LlamaConfig) -> RMSNorm:
+    """Make a norm of the residual stream."""
+    return RMSNorm(config.hidden_size, config, config.residual_multiplier or 1.0)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
-from llama.rope import rope_frequencies, rope_tables
+from llama.rope import rope_factor, rope_frequencies, rope_tables
 from rows.batch import Batch
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
@@ -43,7 +43,10 @@ class Projection(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019."""
+    """y = (weight + offset) x / sqrt(mean(x^2) + eps), Zhang and Sennrich 2019.
+
+    Rows may hold several times as many numbers as the weight: each part is normalized by itself.
+    """
 
     def __init__(self, width: int, config: LlamaConfig) -> None:
         super().__init__()
@@ -51,17 +54,31 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight + self.offset) * x * (x.square().mean(-1, True) + self.eps).rsqrt()
+        parts = x.unflatten(-1, (-1, len(self.weight)))
+        rstd = (parts.square().mean(-1, True) + self.eps).rsqrt()
+        return ((self.weight + self.offset) * parts * rstd).flatten(-2)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, head_dim)
-    """Turn dimension i and dimension i + head_dim / 2 together, Su et al. 2021."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(
+    heads: Tensor,  # (B, H, T, head_dim)
+    cos: Tensor,  # (B, 1, T, r / 2)
+    sin: Tensor,
+    is_interleaved: bool,
+) -> Tensor:
+    """Turn dimensions i and i + r / 2 together, or 2 i and 2 i + 1, Su et al. 2021; those behind
+    the first r stay."""
+    turned, rest = heads[..., : 2 * cos.shape[-1]], heads[..., 2 * cos.shape[-1] :]
+    if is_interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    pairs = (first * cos - second * sin, second * cos + first * sin)
+    together = torch.stack(pairs, dim=-1 if is_interleaved else -2).flatten(-2)
+    return torch.cat((together, rest), dim=-1)
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v of rotated queries and keys, several queries to a key."""
+    """softmax(scale q k^T) v of rotated queries and keys, several queries to a key."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -77,18 +94,22 @@ class Attention(nn.Module):
             self.add_module(name, Projection(D, num_rows, config.qkv_bias))
         self.o_proj = Projection(self.counts[0] * head_dim, D, config.o_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(head_dim, config), RMSNorm(head_dim, config)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_seen: Tensor) -> Tensor:
         qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
-        heads = qkv.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H, T, head_dim)
-        query, key, value = heads.split(self.counts, dim=1)
+        head_dim = self.config.head_dim
+        query, key, value = qkv.split([count * head_dim for count in self.counts], dim=-1)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        # (B, H, T, head_dim)
+        query, key, value = (
+            part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, key, value)
+        )
+        query, key = (rotate(h, cos, sin, self.config.is_interleaved) for h in (query, key))
         num_sharing = self.counts[0] // self.counts[1]
         key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))
-        scores = query @ key.mT / math.sqrt(self.config.query_pre_attn_scalar)
+        scores = self.config.score_scale * (query @ key.mT)
         if cap := self.config.attn_logit_softcapping:
             scores = cap * torch.tanh(scores / cap)
         mixed = scores.masked_fill(~is_seen, -math.inf).softmax(dim=-1) @ value
@@ -102,7 +123,7 @@ class MLP(nn.Module):
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
         rows = {"gate_proj": width, "up_proj": width}
-        self.inputs = {"gate_up_proj": 2 * width} if config.is_fused else rows
+        self.inputs = {"gate_up_proj": 2 * width} if config.is_mlp_fused else rows
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.mlp_bias))
         self.down_proj = Projection(width, D, config.mlp_bias)
@@ -122,6 +143,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.norms, self.window = config.norms, window
+        self.multiplier = config.residual_multiplier or 1.0
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
 
@@ -132,9 +154,9 @@ class DecoderLayer(nn.Module):
         is_seen = (distance >= 0) & (distance < (self.window or math.inf))
         r1 = x
         delta = self.self_attn(self.norm(self.norms.before_attention, r1), cos, sin, is_seen)
-        r2 = r1 + self.norm(self.norms.behind_attention, delta)
+        r2 = r1 + self.multiplier * self.norm(self.norms.behind_attention, delta)
         delta = self.mlp(self.norm(self.norms.before_mlp, r2))
-        return r2 + self.norm(self.norms.behind_mlp, delta)
+        return r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
 
 
 class Decoder(nn.Module):
@@ -172,14 +194,17 @@ class Reference(nn.Module):
         is_same = (sample[:, :, None] == sample[:, None, :])[:, None]
         distance = torch.where(is_same, order[:, None] - order, -1)  # (B, 1, T, T)
 
-        frequencies = rope_frequencies(config, config.is_long(T))
-        tables = rope_tables(frequencies, positions.flatten(), config.rotary_factor)
-        x = self.model.embed_tokens(input_ids) * config.embedding_scale
-        cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, distance)
+        scale = config.embedding_scale * (config.embedding_multiplier or 1.0)
+        x = scale * self.model.embed_tokens(input_ids)
+        rotations = {}
+        for rope in config.distinct_ropes:
+            frequencies = rope_frequencies(rope, config.rotary_dim, config.is_long(T))
+            tables = rope_tables(frequencies, positions.flatten(), rope_factor(rope))
+            rotations[rope] = [t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables]
+        for layer, rope in zip(self.model.layers, config.ropes, strict=True):
+            x = layer(x, *rotations[rope], distance)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
-        logits = self.model.norm(x) @ head.weight.T
+        logits = (config.logit_scale or 1.0) * self.model.norm(x) @ head.weight.T
         cap = config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -1,11 +1,11 @@
-"""The rotary positions that config.json asks for: rope_theta and the scaling of frequencies."""
+"""One set of rotary positions that config.json asks for: rope_theta and the scaling of
+frequencies. `llama/layer_ropes.py` finds the set of each layer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from foreign.json_fields import JsonFields
-
-DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -31,47 +31,78 @@ class LongRopeScaling:
     """Phi-3's factors for each pair of dimensions (Ding et al. 2024, "LongRoPE"): other ones for
     sequences beyond the length that the model was first trained on."""
 
-    short_factor: tuple[float, ...]  # (head_dim / 2,)
+    short_factor: tuple[float, ...]  # of each pair of dimensions
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int
     attention_factor: float  # of cosines and sines
 
 
-RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling
+@dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al. 2023): positions divided by a factor for the pairs of dimensions that turn
+    at most `beta_slow` times over the length that the model was first trained on, and kept for
+    those that turn at least `beta_fast` times."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+    attention_factor: float  # of cosines and sines
+    truncate: bool  # whether the bounds between the pairs are whole numbers
 
 
-def read_rope(fields: JsonFields) -> tuple[float, RopeScaling | None]:
-    """Read rope_theta and the scaling of its frequencies."""
-    path, values = fields.path, fields.values
-    # transformers 5 writes rope_parameters, with rope_theta inside; earlier versions rope_scaling
-    given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
-    if len(given) == 2 and given[0] != given[1]:
-        raise ValueError(
-            f"{path}: rope_parameters and rope_scaling must agree: "
-            f"got {given[0]!r} and {given[1]!r}"
-        )
-    rope = given[0] if given else {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {rope!r}")
-    theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-    inner = JsonFields(path, rope)
-    theta = inner.number("rope_theta", theta)
-    for scope in (fields, inner):
-        if (share := scope.number("partial_rotary_factor", 1.0)) != 1:
-            raise ValueError(f"{path}: partial_rotary_factor must be absent or 1: got {share}")
-    kind = rope.get("rope_type", rope.get("type")) or "default"
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling | YarnRopeScaling
+# turns over the first length, far beyond any model of today
+_LEAST_TURNS, _MOST_TURNS = 1e-6, 1e6
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How fast the heads of a layer turn with their positions."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+def read_rope(
+    fields: JsonFields,
+    given: Any,  # the part of config.json that is about this set
+    theta: float,  # where that part has none
+    rotary_dim: int,  # of the dimensions that turn
+) -> Rope:
+    """Read one set of rotary positions."""
+    path = fields.where
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
+    inner = replace(fields, values=given)
+    rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner, rotary_dim // 2))
+    if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
+        raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
+    return rope
+
+
+def _read_scaling(fields: JsonFields, inner: JsonFields, num_pairs: int) -> RopeScaling | None:
+    kind = inner.values.get("rope_type", inner.values.get("type")) or "default"
     # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
     if kind in ("default", "dynamic"):
-        return theta, None
+        return None
     if kind == "linear":
-        return theta, LinearRopeScaling(inner.number("factor"))
-    if kind in ("longrope", "su"):
-        return theta, _read_long_rope(fields, inner)
-    if kind != "llama3":
-        raise ValueError(
-            f"{path}: rope_scaling must be absent, default, linear, dynamic, llama3 or longrope: "
-            f"got {kind!r}"
-        )
+        return LinearRopeScaling(inner.number("factor"))
+    # Phi-3's first files name it otherwise
+    if kind in ("longrope", "su") or (kind == "yarn" and inner.values.get("short_factor")):
+        return _read_long_rope(fields, inner, num_pairs)
+    if kind == "yarn":
+        return _read_yarn(fields, inner)
+    if kind == "llama3":
+        return _read_llama3(fields, inner)
+    raise ValueError(
+        f"{fields.where}: rope_scaling must be absent, default, linear, dynamic, llama3, longrope "
+        f"or yarn: got {kind!r}"
+    )
+
+
+def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:
+    path = fields.where
     scaling = Llama3RopeScaling(
         inner.number("factor"),
         inner.number("low_freq_factor"),
@@ -83,20 +114,53 @@ def read_rope(fields: JsonFields) -> tuple[float, RopeScaling | None]:
             f"{path}: high_freq_factor must be above low_freq_factor: "
             f"got {scaling.high_freq_factor} and {scaling.low_freq_factor}"
         )
-    original = scaling.original_max_position_embeddings
+    _check_original(fields, scaling.original_max_position_embeddings)
+    return scaling
+
+
+def _check_original(fields: JsonFields, original: int) -> None:
+    """Refuse a length of the first training that is another outside of the set."""
     if fields.integer("original_max_position_embeddings", original) != original:
         raise ValueError(
-            f"{path}: original_max_position_embeddings must be the same inside rope_scaling and "
-            f"outside: got {original} and {values['original_max_position_embeddings']}"
+            f"{fields.where}: original_max_position_embeddings must be the same inside "
+            f"rope_scaling and outside: got {original} and "
+            f"{fields.values['original_max_position_embeddings']}"
         )
-    return theta, scaling
 
 
-def _read_long_rope(fields: JsonFields, scaling: JsonFields) -> LongRopeScaling:
+def _read_yarn(fields: JsonFields, inner: JsonFields) -> YarnRopeScaling:
+    longest = fields.integer("max_position_embeddings")
+    original = inner.integer("original_max_position_embeddings", longest)
+    _check_original(fields, original)
+    factor = inner.number("factor", longest / original)
+    mscale, mscale_all_dim = (inner.optional_number(n) for n in ("mscale", "mscale_all_dim"))
+    default = _yarn_temperature(factor, 1)
+    if mscale is not None and mscale_all_dim is not None:
+        default = _yarn_temperature(factor, mscale) / _yarn_temperature(factor, mscale_all_dim)
+    scaling = YarnRopeScaling(
+        factor,
+        inner.number("beta_fast", 32),
+        inner.number("beta_slow", 1),
+        original,
+        inner.number("attention_factor", default),
+        inner.boolean("truncate", True),
+    )
+    if not _LEAST_TURNS <= scaling.beta_slow < scaling.beta_fast <= _MOST_TURNS:
+        raise ValueError(
+            f"{fields.where}: beta_fast must be above beta_slow, and both within {_LEAST_TURNS:g} "
+            f"and {_MOST_TURNS:g}: got {scaling.beta_fast} and {scaling.beta_slow}"
+        )
+    return scaling
+
+
+def _yarn_temperature(factor: float, mscale: float) -> float:
+    """The root of 1 / t in YaRN's equation 22, which its authors fitted."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _read_long_rope(fields: JsonFields, scaling: JsonFields, num_pairs: int) -> LongRopeScaling:
     """Read longrope's factors, and work out what they do to the cosines."""
-    path = fields.path
-    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
-    num_pairs = fields.integer("head_dim", max(1, hidden_size // num_heads)) // 2
+    path = fields.where
     factors = []
     for name in ("short_factor", "long_factor"):
         values = scaling.values.get(name)

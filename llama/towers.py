@@ -8,7 +8,7 @@ three times.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from foreign.json_fields import JsonFields
@@ -28,6 +28,7 @@ class Tower:
         ties_as_text: whether it is tied, too, where text_config alone says so.
         has_three_positions: for each token, of which rotary positions are mixed.
         may_be_flat: the language model's fields may lie around those of the encoder.
+        defaults: for fields that a text_config may leave out.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Tower:
     ties_as_text: bool = False
     has_three_positions: bool = False
     may_be_flat: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 _QWEN2_5_VL = Family(
@@ -56,6 +58,17 @@ _QWEN3_VL = Family(
 _LLAMA, _MISTRAL = FAMILIES["LlamaForCausalLM"], FAMILIES["MistralForCausalLM"]
 
 TOWERS = {
+    "Gemma3ForConditionalGeneration": Tower(
+        "gemma3",
+        (FAMILIES["Gemma3ForCausalLM"],),
+        is_tied=True,
+        defaults={
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131_072,
+        },
+    ),
     "LlavaForConditionalGeneration": Tower("llava", (_LLAMA, _MISTRAL), ties_as_text=True),
     # without the field transformers 5 ties a head unless the files have another one, as those of
     # Mistral-Small-3.1 do
@@ -74,10 +87,13 @@ TOWERS = {
 BESIDE_THE_TEXT = frozenset(
     {
         TEXT,
+        "boi_token_index",
+        "eoi_token_index",
         "ignore_index",
         "image_seq_length",
         "image_token_id",
         "image_token_index",
+        "mm_tokens_per_image",
         "multimodal_projector_bias",
         "projector_hidden_act",
         "spatial_merge_size",
@@ -118,7 +134,7 @@ def text_of(fields: JsonFields, tower: Tower) -> tuple[Family, JsonFields]:
         around["eos_token_id"] = eos
     if tower.has_three_positions:
         around |= _one_position(values)
-    return families[kind], replace(text, values=values | around)
+    return families[kind], replace(text, values={**tower.defaults, **values, **around})
 
 
 def _is_tied(fields: JsonFields, text: JsonFields, tower: Tower) -> bool:

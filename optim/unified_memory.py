@@ -281,15 +281,16 @@ class ManagedMemory:
 def paged_memory(num_bytes: int, device: torch.device, residency: str) -> StateMemory:
     """Allocate moments that may leave the device: unified memory where it can be prefetched.
 
-    On a CPU they are where everything is. A GPU without concurrent managed access (under Windows
-    and WSL, or before Pascal) gets pinned host memory and copies, which is said in `describe`.
+    On a CPU, and on the meta device, they are where everything is. A GPU without concurrent managed
+    access (under Windows and WSL, or before Pascal) gets pinned host memory and copies, which is
+    said in `describe`.
 
     Raises:
         ValueError: an unknown residency, or no cuda.bindings.
         torch.OutOfMemoryError: no room.
         RuntimeError: the device refused the allocation.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         return OrdinaryMemory(num_bytes, device)
     if not has_concurrent_access(device):
         return StagedMemory(num_bytes, device)

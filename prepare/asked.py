@@ -15,7 +15,6 @@ from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from lora.readers import plain
 from prepare.adapter import follow_adapter, lora_config
-from prepare.base import packable_length
 from prepare.quantization import follow_checkpoint
 from run.config import TrainConfig, make_config, read_given
 from run.machine import configure_torch
@@ -73,7 +72,7 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     config = resolve(
         followed,
         llama_config.max_position_embeddings,
-        packable_length(llama_config),
+        llama_config.short_length,
         ranks.local_rank,
         gpu.facts.capability if gpu else None,
     )

@@ -8,9 +8,7 @@ from checkpoint.identity import Identity, identify
 from checkpoint.loading import load_sizes
 from checkpoint.opening import Checkpoint
 from data.epochs import Epochs
-from llama.config import LlamaConfig
 from llama.model import Llama
-from llama.rope_scaling import LongRopeScaling
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
 from optim.adamw import moment_bytes_per_element
@@ -51,16 +49,6 @@ def identify_base(
             f"run from the adapter: --init-adapter {resumed.path}"
         )
     return base
-
-
-def packable_length(llama: LlamaConfig) -> int | None:
-    """Find the most tokens of a row that several samples share; None: there is no limit.
-
-    In a longer row LongRoPE's frequencies would depend on the length of each sample.
-    """
-    scaling = llama.rope_scaling
-    is_long = isinstance(scaling, LongRopeScaling)
-    return scaling.original_max_position_embeddings if is_long else None
 
 
 def sized_model(config: TrainConfig, lora: LoRAConfig, checkpoint: Checkpoint) -> Llama:

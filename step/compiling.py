@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
+import torch
+
 from foreign.guest import end_with_parent
 from kernels.ahead import compile_share
 from kernels.device import Properties
 
 MAX_PROCESSES = 8
-# longer than all kernels take on one core; a process that hangs must not hold the run up
-MAX_SECONDS = 120.0
+# as long as all kernels take on one core; a process that hangs must not hold the run up
+MAX_SECONDS = 30.0
 
 
 @contextmanager
@@ -50,6 +52,8 @@ def compiling_beside(walk: Callable[[], object], gpu: Properties) -> Iterator[No
 
 def _compile(walk: Callable[[], object], gpu: Properties, number: int, num_shares: int) -> None:
     end_with_parent()
+    # the threads that torch computes with are not in this process: it would wait for them for ever
+    torch.set_num_threads(1)
     # Ctrl-C is for the run, and errors are for the launch that meets them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -117,7 +117,9 @@ class MicroStep:
         if self._noise_alpha:
             assert batch.lengths is not None
             D = self.model.config.hidden_size
-            given.append(noise_scale(batch.lengths, self._noise_alpha, D))
+            largest = noise_scale(batch.lengths, self._noise_alpha, D)
+            # the paper's noise is on embeddings before a multiplier
+            given.append(self.model.embedding_multiplier * largest)
         rows, targets = target_rows(batch.labels)
         if self.model.device.type == "cpu":
             return self._launch(given, rows, targets, factor)
@@ -165,8 +167,8 @@ class MicroStep:
                 captured.take(given)
                 captured.forward.replay()
                 hidden = captured.hidden
-            cap = model.config.final_logit_softcapping
-            return linear_cross_entropy(hidden[rows], model.head, targets, cap)
+            scale, cap = model.config.logit_scale, model.config.final_logit_softcapping
+            return linear_cross_entropy(hidden[rows], model.head, targets, scale, cap)
 
     def _evaluate(self, given: Sequence[Tensor], hidden: Tensor) -> None:
         """Write the hidden states, and keep nothing."""
@@ -303,9 +305,10 @@ class MicroStep:
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         """Compute the loss, and turn the hidden states into their gradient."""
-        cap = self.model.config.final_logit_softcapping
+        config = self.model.config
+        scale, cap = config.logit_scale, config.final_logit_softcapping
         loss, grad = linear_cross_entropy_with_gradient(
-            hidden[rows], self.model.head, targets, factor, cap
+            hidden[rows], self.model.head, targets, factor, scale, cap
         )
         # a token without a label has none
         hidden.zero_().index_copy_(0, rows, grad)

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def seed() -> int:
 def _poisoned_memory() -> Iterator[None]:
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _empty_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run's loss.png be empty, but for tests marked `draws`: drawing takes longer than the
+    few steps that most runs have."""
+    if "run.log" in sys.modules and "draws" not in request.keywords:
+        monkeypatch.setattr("run.log.draw_losses", lambda rows, path, best_step: path.touch())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-import prepare.course
 import run.log
+import training.answers
 from run.checkpoint import list_checkpoints
 from run.lock import LOCK_FILE
 from tests.support.door_process import ROOT, Process
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str]) -> int:
     # a process that is forked has one thread
     torch.set_num_threads(1)
     # an answer of any length is written at once, and the chart is nothing that a run goes on from
-    prepare.course.SAMPLE_TOKENS = 4
+    training.answers.SAMPLE_TOKENS = 4
     run.log.can_draw = lambda: False
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

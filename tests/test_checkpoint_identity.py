@@ -129,6 +129,25 @@ def test_a_config_that_asks_for_another_function_is_another_checkpoint(
     assert own(other) != own(one)
 
 
+@pytest.mark.parametrize(
+    ("variant", "field"),
+    [
+        ("gemma3", {"rope_local_base_freq": 200.0}),
+        ("smollm3", {"no_rope_layers": [0, 1]}),
+        ("smollm3", {"no_rope_layers": [0, 0]}),
+    ],
+)
+def test_other_rotary_positions_of_one_layer_are_another_checkpoint(
+    tmp_path: Path, variant: str, field: dict[str, Any]
+) -> None:
+    # without windows, which would tell alone
+    fields = FIELDS | VARIANTS[variant] | {"use_sliding_window": False}
+    tensors = random_tensors(fields)
+    one = write_checkpoint(tmp_path / "one", fields, tensors)
+    other = write_checkpoint(tmp_path / "other", fields | field, tensors)
+    assert own(other) != own(one)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_changed_number_in_any_small_tensor_shows(tmp_path: Path, kind: str) -> None:
     fields = KINDS[kind]

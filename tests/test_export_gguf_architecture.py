@@ -39,6 +39,7 @@ CAPS = "caps scores and logits always"
             },
             "qwen2 does not scale rotary positions by Llama3RopeScaling",
         ),
+        ("yarn", {}, "llama does not scale rotary positions by YarnRopeScaling"),
         ("gemma2", {"query_pre_attn_scalar": 6}, "divides scores by the root of 12, not of 6"),
         ("gemma2", {"attn_logit_softcapping": None}, CAPS),
         ("gemma2", {"final_logit_softcapping": None}, CAPS),

@@ -1,5 +1,6 @@
 """foreign/guest.py: a guest's result comes back, and a guest that takes too much is ended."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -44,6 +45,10 @@ def test_a_result_comes_back_and_no_process_stays() -> None:
     }
     assert in_guest(lambda: "y" * 10_000_000, "x") == "y" * 10_000_000
     assert children() == before
+
+
+def test_a_guest_collects_nothing_that_it_inherited() -> None:
+    assert in_guest(gc.get_freeze_count, "x") > len(gc.get_objects()) // 2
 
 
 def spin() -> None:

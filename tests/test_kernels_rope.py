@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,13 @@ from support.layer_cases import (
     rope_inputs,
     rope_results,
     rope_results_of_autograd,
+    tables_of,
 )
 from torch import Tensor
 
 from kernels import rope as forward_module
 from kernels import rope_backward as backward_module
-from kernels.rope import rope, rope_reference, rotate_reference
+from kernels.rope import RopeTables, rope, rope_reference, rotate_reference
 from kernels.rope_backward import rope_backward
 from llama.rope import rope_tables
 
@@ -29,20 +32,27 @@ CUDA = torch.device("cuda")
 EPS = torch.finfo(torch.float32).eps
 # Llama 3 8B and 70B, Llama 3.2 1B, SmolLM, 80 columns, the tests' tiny model
 HEADS = [(32, 8, 128), (64, 8, 128), (32, 8, 64), (9, 3, 64), (14, 2, 80), (8, 4, 12)]
+# of these a part of each head turns, or pairs are interleaved: Phi-4-mini, GLM-4, Command-R
+TURNED = [(24, 8, 128, 96, False), (32, 2, 128, 64, True), (64, 8, 128, 128, True)]
 CPU_CASES = rope_cases([(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (3, 31, 8, 4, 12)], DTYPES)
+CPU_CASES += rope_cases([(3, 31, 8, 4, 12)], DTYPES, 8)
+CPU_CASES += rope_cases([(3, 31, 8, 4, 12)], DTYPES, 8, True)
 GPU_CASES = rope_cases(
     [(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (3, 131, 8, 4, 12)]
     + [(2, 67, *heads) for heads in HEADS]
     + [(1, 2049, 32, 8, 128)],
     DTYPES,
 )
+for num_heads, num_kv_heads, head_dim, rotary_dim, is_interleaved in TURNED:
+    shape = (2, 67, num_heads, num_kv_heads, head_dim)
+    GPU_CASES += rope_cases([shape], DTYPES, rotary_dim, is_interleaved)
 
 
 def test_rotation_multiplies_complex_numbers() -> None:
     x = torch.randn(2, 3, 7, 10)
     frequencies = torch.rand(5)
     positions = torch.arange(4, 11)
-    rotated = rotate_reference(x, *rope_tables(frequencies, positions))
+    rotated = rotate_reference(x, RopeTables(*rope_tables(frequencies, positions)))
     pairs = torch.complex(*x.double().chunk(2, dim=-1))
     angles = positions[:, None].double() * frequencies.double()
     expected = pairs * torch.polar(torch.ones_like(angles), angles)
@@ -55,10 +65,22 @@ def test_rotation_multiplies_complex_numbers() -> None:
     assert (rotated.double() - expected).abs().max() <= tolerance
 
 
+def test_interleaved_pairs_are_neighbours_and_the_rest_stays() -> None:
+    x = torch.randn(2, 3, 7, 16)
+    cos, sin = rope_tables(torch.rand(5), torch.arange(4, 11))
+    halves = x[..., :10].unflatten(-1, (5, 2)).mT.flatten(-2)
+    expected = rotate_reference(halves, RopeTables(cos, sin)).unflatten(-1, (2, 5)).mT.flatten(-2)
+    rotated = rotate_reference(x, RopeTables(cos, sin, True))
+    assert_equal(rotated, torch.cat((expected, x[..., 10:]), -1))
+    rotated = rotate_reference(x, RopeTables(cos, sin))
+    expected = rotate_reference(x[..., :10].contiguous(), RopeTables(cos, sin))
+    assert_equal(rotated, torch.cat((expected, x[..., 10:]), -1))
+
+
 def test_half_precision_is_rounded_once() -> None:
     x = torch.randn(1, 2, 5, 8).bfloat16()
-    tables = rope_tables(torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.arange(5))
-    assert_equal(rotate_reference(x, *tables), rotate_reference(x.float(), *tables).bfloat16())
+    tables = RopeTables(*rope_tables(torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.arange(5)))
+    assert_equal(rotate_reference(x, tables), rotate_reference(x.float(), tables).bfloat16())
 
 
 def assert_equals_the_reference(case: RopeCase, actual: dict[str, Tensor]) -> None:
@@ -79,9 +101,13 @@ def test_interpreted_kernels_equal_the_reference(case: RopeCase) -> None:
     assert_equals_the_reference(case, actual)
 
 
+def forward_of(case: RopeCase) -> Callable[..., Any]:
+    return partial(rope, head_dim=case.head_dim)
+
+
 @pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_written_out_gradient_equals_autograds(case: RopeCase) -> None:
-    assert_equals_the_reference(case, rope_results(case, rope, rope_backward))
+    assert_equals_the_reference(case, rope_results(case, forward_of(case), rope_backward))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,7 +116,7 @@ def test_a_cpu_buffer_is_rotated_row_by_row_and_kept(dtype: torch.dtype) -> None
     inputs = rope_inputs(case)
     qkv, positions, cos, sin = (inputs[name] for name in ("qkv", "positions", "cos", "sin"))
     before = qkv.clone()
-    query, key, value = rope(qkv, positions, cos, sin, 3, 1)
+    query, key, value = rope(qkv, positions, RopeTables(cos, sin), 3, 1, 12)
     assert_equal(qkv, before)
     assert query.shape == (2, 3, 5, 12)
     assert key.shape == value.shape == (2, 1, 5, 12)
@@ -98,7 +124,7 @@ def test_a_cpu_buffer_is_rotated_row_by_row_and_kept(dtype: torch.dtype) -> None
         for t in range(5):
             heads = qkv[b, t].view(5, 12)
             row = positions[b, t]
-            rotated = rotate_reference(heads, cos[row], sin[row])
+            rotated = rotate_reference(heads, RopeTables(cos[row], sin[row]))
             assert_equal(query[b, :, t], rotated[:3])
             assert_equal(key[b, :, t], rotated[3:4])
             assert_equal(value[b, :, t], heads[4:])
@@ -108,11 +134,11 @@ def test_gradient_is_the_rotation_back() -> None:
     # in float64, where the rotation is orthogonal to the last digits
     x = torch.randn(2, 3, 7, 10, dtype=torch.float64, requires_grad=True)
     angles = torch.rand(7, 5)
-    y = rotate_reference(x, angles.cos(), angles.sin())
+    y = rotate_reference(x, RopeTables(angles.cos(), angles.sin()))
     grad_y = torch.randn(2, 3, 7, 10).double()
     (grad,) = torch.autograd.grad(y, x, grad_y)
     # the reference works in float32
-    expected = rotate_reference(grad_y, angles.cos(), -angles.sin())
+    expected = rotate_reference(grad_y, RopeTables(angles.cos(), -angles.sin()))
     assert_equal(grad, expected)
 
 
@@ -153,7 +179,7 @@ def test_arguments_that_do_not_fit_are_refused(
     arguments[name] = change(arguments[name])
     qkv, positions, cos, sin = arguments.values()
     with pytest.raises(ValueError, match=message):
-        rope(qkv, positions, cos, sin, 3, 1)
+        rope(qkv, positions, RopeTables(cos, sin), 3, 1, 12)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +187,8 @@ def test_arguments_that_do_not_fit_are_refused(
     [
         ("grad_q", lambda t: t.double(), "^grad_q must be bfloat16, float16 or float32: got"),
         ("grad_q", lambda t: t[0], "^grad_q and grad_k must have four dimensions"),
-        ("grad_q", lambda t: t[..., :8], "^heads must be twice as long .* got 8 and 6"),
+        ("grad_q", lambda t: t[..., :8], "^heads must have .* got 8 dimensions and 6 columns"),
+        ("grad_q", lambda t: t[..., :7], "^heads must have .* got 7 dimensions and 6 columns"),
         (
             "grad_q",
             lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
@@ -194,38 +221,43 @@ def test_gradients_that_do_not_fit_are_refused(
     arguments = rope_inputs(RopeCase(2, 5, 3, 1, 12, torch.float32))
     arguments["out"] = arguments.pop("qkv")
     arguments[name] = change(arguments[name])
+    tables = RopeTables(arguments.pop("cos"), arguments.pop("sin"))
     with pytest.raises(ValueError, match=message):
-        rope_backward(**arguments)
+        rope_backward(**arguments, tables=tables)
 
 
-def compile_forward(
-    dtype: torch.dtype, heads: tuple[int, int, int], capability: int
-) -> CompiledLaunch:
-    num_heads, num_kv_heads, head_dim = heads
+def tables_for(head_dim: int, *turned: Any) -> RopeTables:
+    rotary_dim, is_interleaved = turned or (head_dim, False)
+    table = torch.zeros(64, rotary_dim // 2)
+    return RopeTables(table, table, is_interleaved)
+
+
+def compile_forward(dtype: torch.dtype, heads: tuple[Any, ...], capability: int) -> CompiledLaunch:
+    num_heads, num_kv_heads, head_dim, *_ = heads
     qkv = torch.empty(2, 32, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-    positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
+    positions, tables = torch.zeros(2, 32, dtype=torch.int64), tables_for(*heads[2:])
     return compile_launch(
         forward_module,
         "_rope_kernel",
-        lambda: forward_module._launch_rope(qkv, positions, table, table, num_heads, num_kv_heads),
+        lambda: forward_module._launch_rope(qkv, positions, tables, num_heads, num_kv_heads),
         capability,
     )
 
 
 def compile_backward(
-    dtype: torch.dtype, heads: tuple[int, int, int], capability: int, num_extra: int = 0
+    dtype: torch.dtype, heads: tuple[Any, ...], capability: int, num_extra: int = 0
 ) -> CompiledLaunch:
-    num_heads, num_kv_heads, head_dim = heads
+    num_heads, num_kv_heads, head_dim, *_ = heads
     width = (num_heads + 2 * num_kv_heads) * head_dim
     out = torch.empty(2, 32, width + num_extra, dtype=dtype)[..., :width]
     grad_q = torch.empty(2, 32, num_heads, head_dim, dtype=dtype).transpose(1, 2)
     grad_k = torch.empty(2, 32, num_kv_heads, head_dim, dtype=dtype).transpose(1, 2)
-    positions, table = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(64, head_dim // 2)
+    positions, tables = torch.zeros(2, 32, dtype=torch.int64), tables_for(*heads[2:])
     return compile_launch(
         backward_module,
         "_rope_backward_kernel",
         lambda: backward_module._launch_rope_backward(
-            grad_q, grad_k, grad_k, positions, table, table, out
+            grad_q, grad_k, grad_k, positions, tables, out
         ),
         capability,
     )
@@ -235,7 +267,7 @@ COMPILED = [
     (dtype, heads, capability)
     for dtype in DTYPES
     for capability in GPUS[dtype]
-    for heads in (HEADS if capability == 90 else HEADS[:2])
+    for heads in (HEADS + TURNED if capability == 90 else HEADS[:2] + TURNED[:2])
 ]
 
 
@@ -244,14 +276,14 @@ COMPILED = [
     ("dtype", "heads", "capability"),
     COMPILED,
     ids=[
-        f"{str(dtype)[6:]}-H{heads[0]}+{heads[1]}x{heads[2]}-sm{capability}"
+        f"{str(dtype)[6:]}-H{heads[0]}+{'x'.join(map(str, heads[1:]))}-sm{capability}"
         for dtype, heads, capability in COMPILED
     ],
 )
 def test_kernels_compile_without_spilling(
     compile_kernel: Callable[..., CompiledLaunch],
     dtype: torch.dtype,
-    heads: tuple[int, int, int],
+    heads: tuple[Any, ...],
     capability: int,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -289,11 +321,26 @@ def test_heads_are_moved_once_in_vectors_of_16_bytes_past_shared_memory(
         assert sorted(loads) == ["ld.global.b64"] + ["ld.global.v4.b32"] * (2 * most_tiles + angles)
 
 
+# of the gradient, what does not turn is copied in narrower tiles
+@pytest.mark.parametrize(
+    ("compile_kernel", "heads"),
+    [(compile_forward, heads) for heads in TURNED] + [(compile_backward, TURNED[2])],
+)
+def test_parts_of_heads_and_interleaved_pairs_are_moved_in_vectors_of_16_bytes_too(
+    compile_kernel: Callable[..., CompiledLaunch], heads: tuple[Any, ...]
+) -> None:
+    compiled = compile_kernel(torch.bfloat16, heads, 90)
+    assert compiled.shared_bytes == 0
+    accesses = set(re.findall(r"(?:st|ld)\.global\S+", compiled.ptx))
+    # and the position
+    assert accesses == {"ld.global.b64", "ld.global.v4.b32", "st.global.v4.b32"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_kernels_equal_the_reference(case: RopeCase) -> None:
     for _ in range(2):
-        actual = rope_results(case, rope, rope_backward, CUDA)
+        actual = rope_results(case, forward_of(case), rope_backward, CUDA)
         assert_equals_the_reference(case, {name: t.cpu() for name, t in actual.items()})
 
 
@@ -303,8 +350,8 @@ def test_gpu_results_lie_in_the_buffer_and_its_other_columns_stay() -> None:
     inputs = rope_inputs(case, CUDA)
     wide = torch.full((2, 5, 64), 777.0, dtype=torch.bfloat16, device=CUDA)
     wide[..., :60] = inputs["qkv"]
-    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
-    query, key, value = rope(wide[..., :60], *tables, 3, 1)
+    tables = tables_of(case, inputs)
+    query, key, value = rope(wide[..., :60], inputs["positions"], tables, 3, 1, 12)
     assert query.data_ptr() == wide.data_ptr()
     assert key.data_ptr() == wide[..., 36:].data_ptr()
     assert value.data_ptr() == wide[..., 48:].data_ptr()
@@ -316,7 +363,7 @@ def test_gpu_position_beyond_the_tables_gives_nan() -> None:
     case = RopeCase(1, 3, 2, 1, 8, torch.float32)
     inputs = rope_inputs(case, CUDA)
     positions = torch.tensor([[0, -1, inputs["cos"].shape[0]]], device=CUDA)
-    query, key, value = rope(inputs["qkv"], positions, inputs["cos"], inputs["sin"], 2, 1)
+    query, key, value = rope(inputs["qkv"], positions, tables_of(case, inputs), 2, 1, 8)
     for rotated in (query, key):
         assert bool(rotated[:, :, 0].isfinite().all())
         assert bool(rotated[:, :, 1:].isnan().all())
@@ -332,10 +379,11 @@ def test_gpu_kernels_reach_beyond_int32() -> None:
     last = qkv[:, -3:].clone()
     positions = torch.arange(num_tokens, device=CUDA).remainder(7)[None]
     angles = torch.rand(7, 64, device=CUDA)
-    expected = rope_reference(last, positions[:, -3:], angles.cos(), angles.sin(), 32, 8)
-    found = rope(qkv, positions, angles.cos(), angles.sin(), 32, 8)
+    tables = RopeTables(angles.cos(), angles.sin())
+    expected = rope_reference(last, positions[:, -3:], tables, 32, 8)
+    found = rope(qkv, positions, tables, 32, 8, 128)
     for actual, reference in zip(found, expected, strict=True):
         assert_equal(actual[:, :, -3:], reference)
-    grad = rope_backward(*found, positions, angles.cos(), angles.sin())
-    short = rope_backward(*expected, positions[:, -3:], angles.cos(), angles.sin())
+    grad = rope_backward(*found, positions, tables)
+    short = rope_backward(*expected, positions[:, -3:], tables)
     assert_equal(grad[:, -3:], short)

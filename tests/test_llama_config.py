@@ -10,9 +10,16 @@ import pytest
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope_scaling import LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
+from llama.rope_scaling import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    Rope,
+    YarnRopeScaling,
+)
 
 LLAMA3 = VARIANTS["llama3-rope"]["rope_scaling"]
+YARN = VARIANTS["yarn"]["rope_scaling"]
 GEMMA2 = VARIANTS["gemma2"]
 MISTRAL, QWEN2, PHI3 = VARIANTS["mistral"], VARIANTS["qwen2"], VARIANTS["phi3"]
 
@@ -27,8 +34,8 @@ def test_every_field_is_read_under_its_name(tmp_path: Path) -> None:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         assert getattr(config, name) == FIELDS[name]
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 1, 12)
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 500000.0)
-    assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert config.rms_norm_eps == 1e-5
+    assert config.ropes == (Rope(500000.0, Llama3RopeScaling(8.0, 1.0, 4.0, 16)),) * 2
     assert config.max_position_embeddings == 128
     assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (1, 1, 1)
     assert (config.tie_word_embeddings, config.qk_norm) == (0, 0)
@@ -41,7 +48,7 @@ def test_absent_and_null_fields_have_transformers_defaults(tmp_path: Path) -> No
     nulls: dict[str, Any] = dict.fromkeys((*optional, "head_dim", "rope_scaling", "eos_token_id"))
     config = read(tmp_path, **nulls)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert config.ropes == (Rope(10000.0),) * 2
     assert (config.tie_word_embeddings, config.eos_token_ids) == (False, ())
     (tmp_path / "config.json").write_text(
         json.dumps({name: value for name, value in FIELDS.items() if name not in optional} | nulls)
@@ -90,7 +97,20 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "must describe one of the architectures Llama"),
         ({"architectures": ["LlamaForCausalLM"] * 2}, "must describe one of the architectures"),
         ({"architectures": "LlamaForCausalLM"}, "must describe one of the architectures Llama"),
-        ({"model_type": "mistral"}, "model_type must be 'llama' with LlamaForCausalLM"),
+        (
+            {"model_type": "mistral"},
+            "model_type must be 'llama' or 'internlm3' with LlamaForCausalLM: got 'mistral'",
+        ),
+        ({"model_type": []}, "with LlamaForCausalLM: got []"),
+        ({"qkv_bias": True}, "must hold fields that LlamaForCausalLM has: got qkv_bias"),
+        (VARIANTS["internlm3"] | {"bias": 1}, "mlp_bias must be true or false: got 1"),
+        (VARIANTS["seed-oss"] | {"residual_dropout": 0.1}, "residual_dropout must be 0: got 0.1"),
+        ({"logits_scaling": 8.0}, "must hold fields that LlamaForCausalLM has: got logits_sca"),
+        (
+            VARIANTS["granite"] | {"residual_multiplier": 0},
+            "residual_multiplier must be a positive number: got 0",
+        ),
+        (VARIANTS["gemma"] | {"hidden_act": "relu"}, "hidden_act must be one of gelu, silu"),
         (
             {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
             "got ['Mine'] (model_type 'llama'); code that auto_map names is never run",
@@ -104,7 +124,10 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ),
         (MISTRAL | {"sliding_window": -1}, "sliding_window must be a positive integer: got -1"),
         (MISTRAL | {"attention_bias": True}, "got attention_bias = True"),
-        (MISTRAL | {"layer_types": ["full_attention"] * 2}, "layer_types must be those of mistral"),
+        (
+            MISTRAL | {"layer_types": ["full_attention"] * 2},
+            "layer_types must be sliding_attention for all layers of this family: got ['full",
+        ),
         (QWEN2 | {"layer_types": ["full_attention"]}, "for each of 2 layers"),
         (QWEN2 | {"layer_types": ["chunked", "chunked"]}, "layer_types must name one of"),
         (
@@ -135,12 +158,25 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         (GEMMA2 | {"head_dim": 512}, "head_dim must be at most 256 with attn_logit_softcapping"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0: got 0.1"),
         ({"rope_scaling": {"type": "linear"}}, "must give factor: the key is missing"),
-        (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 4 positive numbers"),
+        (PHI3 | {"rope_scaling": {"type": "longrope"}}, "short_factor must be 3 positive numbers"),
         (
-            PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"long_factor": [1.0, 2.0, 0.0, 1.0]}},
-            "long_factor must be 4 positive numbers: got [1.0, 2.0, 0.0, 1.0]",
+            PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"long_factor": [1.0, 0.0, 1.0]}},
+            "long_factor must be 3 positive numbers: got [1.0, 0.0, 1.0]",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "llama3, longrope or yarn: got 'axial'"),
+        ({"rope_scaling": YARN | {"factor": -2.0}}, "factor must be a positive number: got -2.0"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "must be above beta_slow, and both within"),
+        (
+            {"rope_scaling": YARN | {"beta_slow": 1e-9}},
+            "within 1e-06 and 1e+06: got 32.0",
+        ),
+        ({"rope_scaling": YARN | {"beta_fast": 1e9}}, "within 1e-06 and 1e+06: got 1000000000.0"),
+        ({"rope_scaling": YARN | {"rope_theta": 1.0}}, "rope_theta must be above 1 with yarn"),
+        ({"rope_scaling": YARN | {"truncate": 0}}, "truncate must be true or false: got 0"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            "must be the same inside rope_scaling and outside: got 64 and 32",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of parameters"),
         ({"rope_scaling": [8.0]}, "one set of parameters"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1.0}}, "must agree"),
@@ -180,7 +216,7 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"hidden_act": {"a": 1}}, "hidden_act must be one of silu, gelu_pytorch_tanh: got {'a"),
         ({"layer_types": [[], {}]}, "layer_types must name one of full_attention, sliding_attent"),
         (VARIANTS["qwen2"] | {"max_window_layers": "1"}, "max_window_layers must be an integer"),
-        ({"head_dim": 7}, "head_dim must be even, rotary positions turn pairs: got 7"),
+        ({"head_dim": 7}, "because rotary positions turn pairs: got 7"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:40].strip("-"),
 )
@@ -220,6 +256,9 @@ def test_families_differ_in_their_fields(tmp_path: Path) -> None:
     )
     assert read_config(tmp_path).windows == (4096, 4096)
     assert read(tmp_path, **MISTRAL | {"sliding_window": None}).windows == (None, None)
+    ministral = VARIANTS["ministral"]
+    assert read(tmp_path, **ministral).windows == (8, None)
+    assert read(tmp_path, **ministral | {"layer_types": None}).windows == (8, 8)
     qwen2 = read(tmp_path, **QWEN2)
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.windows) == (True, False, (None, 8))
     assert read(tmp_path, **QWEN2 | {"use_sliding_window": False}).windows == (None, None)
@@ -228,6 +267,48 @@ def test_families_differ_in_their_fields(tmp_path: Path) -> None:
     qwen3 = read(tmp_path, **VARIANTS["qwen3"])
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 12)
     assert read(tmp_path, **VARIANTS["qwen3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_biases_have_the_names_that_a_family_gives_them(tmp_path: Path) -> None:
+    def biases(variant: str, **changes: Any) -> tuple[bool, bool, bool]:
+        config = read(tmp_path, **VARIANTS[variant] | changes)
+        return config.qkv_bias, config.o_bias, config.mlp_bias
+
+    assert biases("seed-oss", attention_bias=None, attention_out_bias=True) == (False, True, False)
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in (FIELDS | VARIANTS["seed-oss"]).items() if k[-4:] != "bias"})
+    )
+    assert read_config(tmp_path).qkv_bias
+    assert biases("internlm3", bias=False) == (True, False, False)
+    assert biases("internlm3", qkv_bias=False) == (False, True, True)
+    # as transformers writes it
+    names = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
+    resaved = read(tmp_path, model_type="internlm3", head_dim=12, **names)
+    assert resaved == read(tmp_path, **VARIANTS["internlm3"])
+    assert read(tmp_path, **VARIANTS["internlm3"] | {"head_dim": None}).head_dim == 128
+
+
+def test_granite_multiplies(tmp_path: Path) -> None:
+    granite = read(tmp_path, **VARIANTS["granite"])
+    assert (granite.embedding_scale, granite.embedding_multiplier) == (1.0, 3.3)
+    assert (granite.residual_multiplier, granite.score_scale) == (0.22, 0.4)
+    assert granite.logit_scale == 1 / 0.7
+    own = ("architectures", "model_type")
+    bare = read(tmp_path, **{key: VARIANTS["granite"][key] for key in own})
+    # transformers' default, which is not the root's reciprocal
+    assert bare.score_scale == 1.0
+    llama = read(tmp_path)
+    assert llama.score_scale == 1 / math.sqrt(8)
+    for name in ("embedding_multiplier", "residual_multiplier", "logit_scale"):
+        assert getattr(bare, name) is getattr(llama, name) is None
+
+
+def test_gemma_calls_its_activation_by_two_names(tmp_path: Path) -> None:
+    for name in ("gelu", "gelu_pytorch_tanh", None):
+        gemma = read(tmp_path, **VARIANTS["gemma"] | {"hidden_act": name})
+        assert gemma.activation == "gelu_tanh"
+    assert (gemma.norm_offset, gemma.embedding_scale, gemma.head_dim) == (1.0, math.sqrt(32), 12)
+    assert gemma.attn_logit_softcapping is None
 
 
 def test_gemma_2_has_its_own_defaults(tmp_path: Path) -> None:
@@ -263,17 +344,41 @@ def test_gemma_2_has_its_own_defaults(tmp_path: Path) -> None:
 
 def test_rope_scalings_are_read(tmp_path: Path) -> None:
     linear = read(tmp_path, rope_scaling={"type": "linear", "factor": 4})
-    assert linear.rope_scaling == LinearRopeScaling(4.0)
+    assert linear.ropes == (Rope(10000.0, LinearRopeScaling(4.0)),) * 2
     # it begins beyond the positions that the model has
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
-    assert read(tmp_path, rope_scaling=dynamic).rope_scaling is None
+    assert read(tmp_path, rope_scaling=dynamic).ropes == (Rope(10000.0),) * 2
+    # the names of Phi-3's files in time
+    for name in ("su", "yarn"):
+        renamed = PHI3 | {"rope_scaling": PHI3["rope_scaling"] | {"type": name}}
+        assert read(tmp_path, **renamed) == read(tmp_path, **PHI3)
     long = read(tmp_path, **PHI3)
     factor = math.sqrt(1 + math.log(128 / 16) / math.log(16))
     short, longer = (tuple(PHI3["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
-    assert long.rope_scaling == LongRopeScaling(short, longer, 16, factor)
+    assert long.ropes == (Rope(10000.0, LongRopeScaling(short, longer, 16, factor)),) * 2
     # a sequence as long as those of the first training is not long yet
     assert [long.is_long(num_tokens) for num_tokens in (16, 17)] == [False, True]
     assert (long.is_fused, long.qkv_bias, long.windows) == (True, False, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor", "attention_factor"),
+    [
+        ({}, 4.0, (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+        ({"mscale": None}, 4.0, 0.1 * math.log(4) + 1),
+        ({"attention_factor": 1.25}, 4.0, 1.25),
+        # max_position_embeddings is 128
+        ({"factor": None, "mscale": None}, 2.0, 0.1 * math.log(2) + 1),
+        ({"factor": 1.0}, 1.0, 1.0),
+    ],
+)
+def test_yarn_is_read(
+    tmp_path: Path, changes: dict[str, Any], factor: float, attention_factor: float
+) -> None:
+    (rope,) = read(tmp_path, rope_scaling=YARN | changes).distinct_ropes
+    assert rope == Rope(
+        10000.0, YarnRopeScaling(factor, 32.0, 1.0, 64, attention_factor, truncate=False)
+    )
 
 
 def test_real_configs_are_read(assets: Path) -> None:
@@ -283,7 +388,9 @@ def test_real_configs_are_read(assets: Path) -> None:
         config = read_config(path.parent)
         num_read += 1
         assert config.hidden_size == fields["hidden_size"]
-        assert (config.rope_scaling is None) == (not fields.get("rope_scaling"))
+        (rope,) = config.distinct_ropes
+        assert rope is not None
+        assert (rope.scaling is None) == (not fields.get("rope_scaling"))
         # the others' windows are as long as their positions, or not used
         windows = {"Mistral-7B-v0.1": {4096}, "Phi-3.5-mini-instruct": {262144}}
         windows |= {name: {4096, None} for name in ("gemma-2-2b", "gemma-2-9b")}

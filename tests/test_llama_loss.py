@@ -42,12 +42,13 @@ def loss_and_gradient(
     head: Tensor,
     targets: Tensor,
     factor: float = FACTOR,
+    scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call the product on a copy of hidden that it may consume, as part of wider rows."""
     consumed = part_of_wider_rows(hidden, hidden.dtype, hidden.device)
     loss, gradient = linear_cross_entropy_with_gradient(
-        consumed, head, targets, torch.tensor(factor, device=hidden.device), cap
+        consumed, head, targets, torch.tensor(factor, device=hidden.device), scale, cap
     )
     assert gradient.data_ptr() == consumed.data_ptr()
     assert gradient.stride() == consumed.stride()
@@ -59,12 +60,15 @@ def loss_and_gradient_of_torch(
     head: Tensor,
     targets: Tensor,
     factor: float = FACTOR,
+    scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As transformers does: logits in the model's dtype, the loss in float32 at least."""
     hidden = hidden.clone().requires_grad_()
     logits = hidden @ head.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if scale is not None:
+        logits = scale * logits
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -80,23 +84,26 @@ def in_dtype(
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids="cap-{}".format)
+@pytest.mark.parametrize("scale", [None, 0.3], ids="scale-{}".format)
 @pytest.mark.parametrize("chunk", [1, 5, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1])
 def test_loss_and_gradient_equal_float64_for_every_chunk(
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[Tensor, Tensor, Tensor],
     chunk: int,
+    scale: float | None,
     cap: float | None,
 ) -> None:
     set_chunk(monkeypatch, chunk)
     hidden, head, targets = case
-    loss, gradient = loss_and_gradient(hidden, head, targets, cap=cap)
-    alone = linear_cross_entropy(hidden, head, targets, cap)
+    loss, gradient = loss_and_gradient(hidden, head, targets, scale=scale, cap=cap)
+    alone = linear_cross_entropy(hidden, head, targets, scale, cap)
     truth = in_dtype(case, torch.float64)
-    expected, expected_gradient = loss_and_gradient_of_torch(*truth, cap=cap)
+    expected, expected_gradient = loss_and_gradient_of_torch(*truth, scale=scale, cap=cap)
 
     # a logit is a sum of HIDDEN products, and logsumexp moves by no more than its largest logit
-    magnitudes = hidden.double().abs() @ head.double().abs().T
-    logits = hidden.double() @ head.double().T
+    factor = scale or 1.0
+    magnitudes = factor * (hidden.double().abs() @ head.double().abs().T)
+    logits = factor * (hidden.double() @ head.double().T)
     logit_error = HIDDEN * EPS * magnitudes.amax(1) + 4 * EPS * (logits.abs().amax(1) + 1)
     for actual in (loss, alone):
         assert actual.shape == ()
@@ -116,7 +123,7 @@ def test_loss_and_gradient_equal_float64_for_every_chunk(
     slope = logits.softmax(1)
     slope[torch.arange(NUM_ROWS), targets] += 1
     relative = share * logit_error + (VOCAB + 5) * EPS
-    bound = FACTOR * relative[:, None] * (slope @ head.double().abs())
+    bound = FACTOR * factor * relative[:, None] * (slope @ head.double().abs())
     assert ((gradient.double() - expected_gradient).abs() <= bound).all()
 
 
@@ -175,14 +182,14 @@ def test_the_logits_of_one_chunk_are_held_in_one_buffer(
 ) -> None:
     set_chunk(monkeypatch, 5)
     shapes, places = [], set()
-    mm = torch.mm
+    addmm = torch.addmm
 
-    def record(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    def record(*matrices: Tensor, out: Tensor, **factors: float) -> Tensor:
         shapes.append(tuple(out.shape))
         places.add((out.data_ptr(), out.stride()))
-        return mm(a, b, out=out)
+        return addmm(*matrices, out=out, **factors)
 
-    monkeypatch.setattr(torch, "mm", record)
+    monkeypatch.setattr(torch, "addmm", record)
     if with_gradient:
         loss_and_gradient(*case)
     else:

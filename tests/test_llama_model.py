@@ -252,7 +252,7 @@ def test_group_members_bear_the_checkpoints_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "granite", "olmo2"])
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 def test_bf16_logits_and_gradients_on_cuda_err_no_more_than_twice_as_much_as_on_the_cpu(
     tmp_path: Path, quantization: Quantization | None, variant: str

@@ -11,17 +11,24 @@ from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
 from llama.rope import rope_frequencies
-from llama.rope_scaling import Llama3RopeScaling
+from llama.rope_scaling import Llama3RopeScaling, Rope, YarnRopeScaling
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def published_frequencies(config: LlamaConfig) -> torch.Tensor:
+def rope_of(config: LlamaConfig) -> Rope:
+    """The rotary positions that all layers share."""
+    (rope,) = config.distinct_ropes
+    assert rope is not None
+    return rope
+
+
+def published_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Llama 3.1's rule by cases, as Meta published it, in float64."""
     frequencies = []
-    for pair in range(config.head_dim // 2):
-        frequency = config.rope_theta ** (-2 * pair / config.head_dim)
-        if (scaling := config.rope_scaling) is not None:
+    for pair in range(head_dim // 2):
+        frequency = rope.theta ** (-2 * pair / head_dim)
+        if (scaling := rope.scaling) is not None:
             assert isinstance(scaling, Llama3RopeScaling)
             wavelength = 2 * math.pi / frequency
             original = scaling.original_max_position_embeddings
@@ -40,9 +47,13 @@ def test_frequencies_equal_transformers_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, variant: str
 ) -> None:
     peer = tiny_peer(tmp_path_factory, variant)
+    config = read_config(peer.checkpoint)
+    ropes = {rope for rope in config.ropes if rope is not None}
     # they have computed a long sequence
-    actual = rope_frequencies(read_config(peer.checkpoint), is_long=True)
-    assert torch.equal(actual, peer.outputs["inv_freq"])
+    actual = [rope_frequencies(rope, config.rotary_dim, is_long=True) for rope in ropes]
+    expected = [t for name, t in peer.outputs.items() if name.endswith("inv_freq")]
+    assert len(actual) == len(expected)
+    assert all(any(torch.equal(a, e) for e in expected) for a in actual)
 
 
 @pytest.mark.parametrize(
@@ -50,21 +61,45 @@ def test_frequencies_equal_transformers_bit_for_bit(
 )
 def test_frequencies_of_real_configs_follow_the_published_rule(assets: Path, name: str) -> None:
     config = read_config(assets / "configs" / name)
-    actual = rope_frequencies(config)
-    expected = published_frequencies(config)
+    rope = rope_of(config)
+    actual = rope_frequencies(rope, config.head_dim)
+    expected = published_frequencies(rope, config.head_dim)
     assert actual.shape == expected.shape == (config.head_dim // 2,)
     assert actual.isfinite().all()
     # a power, a quotient and at most six operations of the interpolation, each rounded; the power's
     # exponent is itself rounded, which log(theta) magnifies
-    tolerance = (8 + math.log(config.rope_theta)) * EPS
+    tolerance = (8 + math.log(rope.theta)) * EPS
     assert ((actual.double() - expected).abs() <= tolerance * expected).all()
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_yarn_of_a_real_model_follows_the_published_rule(truncate: bool) -> None:
+    # Qwen3 for 131,072 tokens
+    scaling = YarnRopeScaling(4.0, 32.0, 1.0, 32768, 1.0, truncate)
+    actual = rope_frequencies(Rope(1e6, scaling), 128)
+    turns = [32768 / (2 * math.pi * 1e6 ** (pair / 64)) for pair in range(64)]
+    # between the pairs that turn 32 times and once, straight over their numbers
+    low, high = (math.log(32768 / (2 * math.pi * n), 1e6) * 64 for n in (32, 1))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    for pair, turned in enumerate(turns):
+        plain = 1e6 ** (-pair / 64)
+        share = min(max((pair - low) / (high - low), 0), 1)
+        expected = plain * (1 - share) + plain / 4 * share
+        if truncate:
+            assert (share == 0) == (pair <= low)
+        else:
+            assert (share == 0, share == 1) == (turned >= 32, turned <= 1)
+        # as above, and the ramp's four operations
+        tolerance = (12 + math.log(1e6)) * EPS * expected
+        assert abs(float(actual[pair]) - expected) <= tolerance, pair
 
 
 def test_scaling_keeps_the_fast_and_divides_the_slow_frequencies(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FIELDS | VARIANTS["llama3-rope"]))
-    config = read_config(tmp_path)
-    plain = 1.0 / config.rope_theta ** (torch.arange(0, 12, 2).float() / 12)
-    scaled = rope_frequencies(config)
+    rope = rope_of(read_config(tmp_path))
+    plain = 1.0 / rope.theta ** (torch.arange(0, 12, 2).float() / 12)
+    scaled = rope_frequencies(rope, 12)
     wavelengths = 2 * math.pi / plain
     slow, fast = wavelengths > 16, wavelengths < 4
     assert slow.any()

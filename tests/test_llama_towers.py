@@ -81,7 +81,7 @@ def test_an_adapter_of_peft_for_the_whole_model_trains_on(peer: TowerPeer) -> No
     model = with_adapter(peer.checkpoint, peer.folder / "peft_adapter")
     input_ids, labels = peer.inputs["input_ids"], peer.inputs["labels"]
     assert_close(model.logits(input_ids), peer.outputs["peft_adapter_logits"])
-    gradients_of(step_of(model, KEEP), input_ids, labels)
+    gradients_of(step_of(model, KEEP[:1] * len(model.layers)), input_ids, labels)
     actual = {f"grad.{name}": grad for name, grad in adapter_gradients(model).items()}
     assert actual.keys() == {name for name in peer.outputs if name.startswith("grad.")}
     for name, grad in actual.items():
@@ -178,6 +178,7 @@ def write(folder: Path, fields: dict[str, Any]) -> Path:
 
 
 ARCHITECTURES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",

@@ -19,10 +19,10 @@ from prepare.asked import ask
 from prepare.job import BUNDLED, check
 from prepare.plan import say_plan
 from run.ranks import Ranks
+from step.captured_shapes import MAX_GRAPHS
 from step.duration import Rates
 from step.gpus import find_gpu
 from step.memory_plan import GIB, MemoryPlan, choose_policies
-from step.micro_step import MAX_GRAPHS
 from step.workload import Workload
 
 # as benchmarks/random_model.py has them

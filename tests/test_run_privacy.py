@@ -169,6 +169,7 @@ def test_a_run_leaves_text_of_its_data_to_those_who_may_read_the_data(
     assert [mode(path) for path in tokens if path.is_dir()] == [0o700] * 2
 
 
+@pytest.mark.draws
 def test_a_finished_adapter_follows_the_umask(tmp_path: Path) -> None:
     os.umask(0o002)
     flags = "--device cpu --batch-size 2 --gradient-accumulation-steps 1 --lora-r 2 --max-steps 1"

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from support.equality import assert_equal
 from support.micro_steps import CPU, KEEP, LORA, NF4, gradients_of, load_tiny, step_of, tokens
-from support.tiny_llama import write_variant
+from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
+import step.micro_step as step_module
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
 from kernels.neftune import neftune_, noise_scale
@@ -102,7 +103,7 @@ def test_every_policy_gives_the_same_bits(
 
 
 @DEVICES
-@pytest.mark.parametrize("variant", ["biases", "mistral", "qwen2", "qwen3", "phi3", "gemma2"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_is_recomputed_bit_for_bit(
     tmp_path: Path, variant: str, device: torch.device
 ) -> None:
@@ -181,6 +182,19 @@ def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
     assert_same(gradients_of(plain, input_ids, input_ids, 0.25, 7), actual)
 
 
+def test_noise_comes_before_a_multiplier_of_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(load_tiny(tmp_path, variant="granite"), KEEP, noise_alpha=5.0)
+    input_ids, lengths = tokens(2, 9), some_lengths(2, 9)
+    largest = []
+    monkeypatch.setattr(step_module, "neftune_", lambda x, scale, seed: largest.append(scale))
+    gradients_of(step, input_ids, input_ids, lengths=lengths)
+    # the residual stream is kept divided by its own multiplier
+    multiplied = (3.3 / 0.22) * noise_scale(lengths, 5.0, step.model.config.hidden_size)
+    assert_equal(largest[0], multiplied.flatten())
+
+
 def test_a_seed_decides_the_noise_and_evaluation_has_none(tmp_path: Path) -> None:
     step = step_of(load_tiny(tmp_path), KEEP, noise_alpha=5.0)
     input_ids, lengths = tokens(2, 9), some_lengths(2, 9)
@@ -222,7 +236,7 @@ def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path
 @pytest.mark.parametrize("policies", GPU_POLICIES)
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "olmo2"])
 def test_gpu_captured_steps_give_the_same_bits(
     tmp_path: Path,
     dtype: torch.dtype,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.micro_steps import CPU, LORA, NF4
-from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
+from support.tiny_llama import VARIANTS, deeper, random_tensors, write_checkpoint
 from torch import Tensor
 
 from checkpoint.loading import load_model, load_sizes
@@ -37,7 +37,7 @@ def sizes_of(
     lora: LoRAConfig = LORA,
 ) -> Workload:
     """Two rows of 128 tokens through six tiny layers."""
-    fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": 6}
+    fields = deeper(variant, 6)
     write_checkpoint(folder, fields, random_tensors(fields, torch.bfloat16))
     model = load_sizes(open_checkpoint(folder), dtype, quantization)
     model.attach_lora(lora, seed=0)
@@ -116,7 +116,7 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
 ) -> None:
     work = sizes_of(tmp_path, variant, torch.float32)
     planned = kept_bytes(StepWalk(work).kept_by(policy))
-    fields = FIELDS | VARIANTS[variant] | {"num_hidden_layers": 6}
+    fields = deeper(variant, 6)
     model = load_model(open_checkpoint(tmp_path), CPU, torch.float32, NF4)
     model.attach_lora(LORA, seed=0)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)

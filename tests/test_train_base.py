@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.short_model import short_model
 from support.train_process import cut_off, train_ranks
 
 import prepare.asked
@@ -24,7 +25,7 @@ from run.checkpoint import MANIFEST_FILE, STATE_FILE
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-NORM = "model.layers.2.input_layernorm.weight"
+NORM = "model.layers.1.input_layernorm.weight"
 
 
 def flags(folder: Path, more: str = "", model: str = "model") -> list[str]:
@@ -39,7 +40,7 @@ def flags(folder: Path, more: str = "", model: str = "model") -> list[str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return shutil.copytree(BUNDLED / "model", tmp_path / "model")
+    return shutil.copytree(short_model(), tmp_path / "model")
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_a_run_on_a_quantized_copy_keeps_the_copy_and_names_its_source(
     assert metadata_of(output)["base_identity"] == identity_of(model).own
     assert state_of(output, 2)["base"] == identity_of(copy).own
     cut_off(output)
-    change(copy, "model.layers.2.mlp.up_proj.weight")
+    change(copy, "model.layers.1.mlp.up_proj.weight")
     # the copy still names its source, and is another one all the same
     assert identity_of(copy).original == identity_of(model).own
     with pytest.raises(ValueError, match="--resume must go on with the base"):

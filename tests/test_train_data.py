@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from support.short_model import short_model
 from support.train_process import cut_off
 from test_train import BUNDLED, FEW, rows_of, small_data
 
@@ -22,8 +23,7 @@ from run.ranks import Ranks
 
 
 def run(data: Path, output: Path, flags: str = "") -> None:
-    model = BUNDLED / "model"
-    train.main(f"--model {model} --data {data} --output {output} {FEW} {flags}".split())
+    train.main(f"--model {short_model()} --data {data} --output {output} {FEW} {flags}".split())
 
 
 def test_a_fraction_is_set_aside_by_content_and_evaluated_on(
@@ -46,7 +46,7 @@ def test_several_data_sets_are_learned_from_by_their_weights(
     chats, pairs, output = small_data(tmp_path, 3), tmp_path / "pairs.jsonl", tmp_path / "out"
     lines = (json.dumps({"prompt": "a" * i, "completion": "b"}) for i in range(1, 9))
     pairs.write_text("\n".join(lines))
-    arguments = f"--model {BUNDLED / 'model'} --data {chats}=2 --data {pairs}=0.5 --output {output}"
+    arguments = f"--model {short_model()} --data {chats}=2 --data {pairs}=0.5 --output {output}"
     train.main(f"{arguments} {FEW} --max-steps -1 --epochs 2".split())
     said = capsys.readouterr().out
     assert f"{chats}: weight 2, 6 samples an epoch of its 3, " in said
@@ -79,7 +79,7 @@ def test_it_is_said_which_files_are_read_and_that_a_template_is_another_models(
 def test_a_chat_token_that_a_base_model_was_never_trained_on_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Path(shutil.copytree(BUNDLED / "model", tmp_path / "base"))
+    model = Path(shutil.copytree(short_model(), tmp_path / "base"))
     end = Tokenizer.from_folder(model).added_ids["<|im_end|>"]
     path = model / "model.safetensors"
     tensors = load_file(path)
@@ -148,7 +148,7 @@ def test_a_run_goes_on_only_with_the_samples_it_began_with(tmp_path: Path) -> No
 def test_a_system_prompt_is_in_the_samples_and_before_the_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = f"--model {BUNDLED / 'model'} --data {small_data(tmp_path)} --device cpu --no-packing"
+    flags = f"--model {short_model()} --data {small_data(tmp_path)} --device cpu --no-packing"
     given = [*flags.split(), "--sample-prompt", "Hi", "--output", str(tmp_path / "out")]
     jobs = [
         check([*given, "--system-prompt", text], Ranks(), datetime(2026, 1, 1))

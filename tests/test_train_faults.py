@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 from support.micro_steps import in_runs
+from support.short_model import short_model
 from support.train_process import DEADLINE_S, ROOT, TrainProcess, cut_off, heed_signals
 from test_run_folder import rewrite_state
 
@@ -53,8 +54,9 @@ def flags(folder: Path, *more: str) -> list[str]:
     if not data.is_file():
         lines = (ROOT / "bundled" / "data.jsonl").read_text().splitlines()
         data.write_text("\n".join(lines[:70:10]) + "\n")
-    model = ROOT / "bundled" / "model"
-    given = f"--model {model} --data {data} --device cpu --max-steps {NUM_STEPS} --save-steps 1"
+    given = (
+        f"--model {short_model()} --data {data} --device cpu --max-steps {NUM_STEPS} --save-steps 1"
+    )
     given += " --batch-size 1 --gradient-accumulation-steps 1 --lora-dropout 0.1 --lora-r 2"
     return [*given.split(), "--target-modules", "q_proj,down_proj", *more]
 

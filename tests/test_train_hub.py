@@ -170,6 +170,7 @@ def private_base(tmp_path: Path) -> Path:
     return base
 
 
+@pytest.mark.draws
 def test_no_path_of_the_disk_leaves_with_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_base: Path
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.micro_steps import in_runs
+from support.short_model import short_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run.log
@@ -34,7 +35,7 @@ def train_small(folder: Path, flags: str, name: str = "out", prompt: str = "") -
     if not data.is_file():
         lines = (BUNDLED / "data.jsonl").read_text().splitlines()
         data.write_text("\n".join(lines[:120:10]) + "\n")
-    given = f"--model {BUNDLED / 'model'} --data {data} --output {folder / name} --device cpu"
+    given = f"--model {short_model()} --data {data} --output {folder / name} --device cpu"
     given += " --batch-size 2 --gradient-accumulation-steps 1 --lora-r 2 --max-steps 6"
     train.main([*given.split(), *flags.split(), "--sample-prompt", prompt])
     return folder / name
@@ -57,6 +58,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(AdamW, "step", stopped)
 
 
+@pytest.mark.draws
 def test_the_losses_are_drawn_at_the_end_and_when_a_run_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +187,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # EOS is another token than the one behind a turn
-    folder = Path(shutil.copytree(BUNDLED / "model", tmp_path / "model"))
+    folder = Path(shutil.copytree(short_model(), tmp_path / "model"))
     for name, eos in (
         ("tokenizer_config.json", {"eos_token": "<|im_start|>"}),
         ("config.json", {"eos_token_id": 0}),
@@ -358,11 +360,20 @@ DECORATIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing watches."""
+    return train_small(tmp_path_factory.mktemp("plain"), "")
+
+
 @pytest.mark.parametrize("place", DECORATIONS)
 def test_what_only_watches_costs_no_byte_of_a_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
 ) -> None:
-    plain = train_small(tmp_path, "", "plain")
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb"))
     monkeypatch.setattr("prepare.job.check_push", lambda repository: None)
     monkeypatch.setattr("training.results.push_folder", lambda *args: "an address")

@@ -10,6 +10,7 @@ from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 from kernels.glu import ACTIVATIONS, Activation
+from kernels.rope import RopeTables
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -200,18 +201,24 @@ class RopeCase:
     # buffers and gradients are parts of wider rows, the gradients of heads that lie apart, and the
     # rows that are written to are those of one token of the batch after the other
     is_strided: bool = False
+    rotary_dim: int | None = None  # of the dimensions that turn; None: all
+    is_interleaved: bool = False
 
     def __str__(self) -> str:
         heads = f"H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
-        shape = f"B{self.batch}-T{self.num_tokens}-{heads}-{str(self.dtype)[6:]}"
-        return shape + "-strided" * self.is_strided
+        words = [f"B{self.batch}-T{self.num_tokens}-{heads}-{str(self.dtype)[6:]}"]
+        words += ["strided"] * self.is_strided + [f"r{self.rotary_dim}"] * bool(self.rotary_dim)
+        return "-".join(words + ["interleaved"] * self.is_interleaved)
 
 
 def rope_cases(
-    shapes: list[tuple[int, int, int, int, int]], dtypes: tuple[torch.dtype, ...]
+    shapes: list[tuple[int, int, int, int, int]],
+    dtypes: tuple[torch.dtype, ...],
+    rotary_dim: int | None = None,
+    is_interleaved: bool = False,
 ) -> list[RopeCase]:
     return [
-        RopeCase(*shape, dtype, is_strided)
+        RopeCase(*shape, dtype, is_strided, rotary_dim, is_interleaved)
         for dtype in dtypes
         for shape in shapes
         for is_strided in (False, True)
@@ -223,6 +230,10 @@ TINY_ROPES = rope_cases(
     [(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (2, 5, 3, 1, 12), (1, 3, 18, 6, 128), (1, 2, 70, 1, 128)],
     INTERPRETED_DTYPES,
 )
+# a part of each head turns, and rows of both numbers of pairs
+TINY_ROPES += rope_cases([(2, 5, 3, 1, 16)], INTERPRETED_DTYPES, 10)
+TINY_ROPES += rope_cases([(2, 5, 3, 1, 12)], INTERPRETED_DTYPES, None, True)
+TINY_ROPES += rope_cases([(1, 3, 9, 2, 32)], INTERPRETED_DTYPES, 16, True)
 NUM_POSITIONS = 37
 
 
@@ -231,7 +242,8 @@ def rope_inputs(case: RopeCase, device: torch.device = CPU) -> dict[str, Tensor]
     generator = generator_of(case)
     num_all = case.num_heads + 2 * case.num_kv_heads
     shape = (case.batch, case.num_tokens)
-    angles = 40 * torch.rand(NUM_POSITIONS, case.head_dim // 2, generator=generator)
+    num_pairs = (case.rotary_dim or case.head_dim) // 2
+    angles = 40 * torch.rand(NUM_POSITIONS, num_pairs, generator=generator)
     drawn = {"qkv": torch.randn(*shape, num_all * case.head_dim, generator=generator)}
     heads = {"q": case.num_heads, "k": case.num_kv_heads, "v": case.num_kv_heads}
     for name, num_heads in heads.items():
@@ -254,15 +266,19 @@ def rope_inputs(case: RopeCase, device: torch.device = CPU) -> dict[str, Tensor]
     }
 
 
+def tables_of(case: RopeCase, inputs: dict[str, Tensor]) -> RopeTables:
+    return RopeTables(inputs["cos"], inputs["sin"], case.is_interleaved)
+
+
 def rope_results(
     case: RopeCase,
-    rope: Callable[..., Any],  # (qkv, positions, cos, sin, num_heads, num_kv_heads) -> q, k, v
-    rope_backward: Callable[..., Any],  # (grad_q, grad_k, grad_v, positions, cos, sin, out)
+    rope: Callable[..., Any],  # (qkv, positions, tables, num_heads, num_kv_heads) -> q, k, v
+    rope_backward: Callable[..., Any],  # (grad_q, grad_k, grad_v, positions, tables, out)
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
     """Run a rotation forward and back, and see that only what may be is written to."""
     inputs, before = rope_inputs(case, device), rope_inputs(case, device)
-    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+    tables = (inputs["positions"], tables_of(case, inputs))
     outputs = rope(inputs["qkv"], *tables, case.num_heads, case.num_kv_heads)
     results = contiguous(dict(zip("qkv", outputs, strict=True)))
     out = None
@@ -279,12 +295,12 @@ def rope_results(
 
 def rope_results_of_autograd(
     case: RopeCase,
-    rope: Callable[..., Any],  # (qkv, positions, cos, sin, num_heads, num_kv_heads) -> q, k, v
+    rope: Callable[..., Any],  # (qkv, positions, tables, num_heads, num_kv_heads) -> q, k, v
 ) -> dict[str, Tensor]:
     """Run a rotation forward, into new tensors, and autograd through it back."""
     inputs = rope_inputs(case)
     qkv = inputs["qkv"].requires_grad_()
-    tables = (inputs["positions"], inputs["cos"], inputs["sin"])
+    tables = (inputs["positions"], tables_of(case, inputs))
     outputs = rope(qkv, *tables, case.num_heads, case.num_kv_heads)
     (grad,) = torch.autograd.grad(outputs, qkv, [inputs[f"grad_{name}"] for name in "qkv"])
     return contiguous({**dict(zip("qkv", outputs, strict=True)), "grad_qkv": grad})

@@ -103,6 +103,17 @@ CASES = {
         {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": [*ATTENTION, *MLP]},
         {path: (4, 6) for layer in (0, 1) for path in paths_of(layer, *ATTENTION, *MLP)},
     ),
+    "norms behind the halves, biases, float16": MergeCase(
+        "olmo2",
+        torch.float16,
+        2,
+        {"r": 3, "lora_alpha": 6, "target_modules": ["k_proj", "o_proj", "gate_proj"]},
+        {
+            path: (3, 6)
+            for layer in (0, 1)
+            for path in paths_of(layer, "k_proj", "o_proj", "gate_proj")
+        },
+    ),
     "ranks and alphas by pattern, shards, biases, bfloat16": MergeCase(
         "qwen2",
         torch.bfloat16,

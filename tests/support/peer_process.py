@@ -4,14 +4,12 @@ Hugging Face publishes a package named `kernels`, which transformers and bitsand
 with the checkout on the path they would find ours. Tensors travel through safetensors files.
 """
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.hosts import host
 from torch import Tensor
 
 
@@ -20,35 +18,21 @@ def run_peer(
     folder: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
-    between: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """Run a script that turns in.safetensors into out.safetensors, both in its working directory.
 
     The process is isolated (`python -I`: neither the script's folder nor PYTHONPATH is searched),
-    has as many threads as this one, so that sums add up in the same order, and compiles nothing.
-
-    Args:
-        between: is called when the script has printed a line, and waits for one.
+    has as many threads as this one, so that sums add up in the same order, compiles nothing, and
+    asks no hub. A GPU is hidden: close logits in bfloat16 may choose another token there.
     """
     save_file(dict(tensors), folder / "in.safetensors", dict(metadata or {}))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-    with (folder / "stderr.txt").open("w+") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(script)],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-        )
-        assert process.stdout
-        if between and process.stdout.readline():
-            between()
-        process.communicate("go on\n" if between else None)
-        said.seek(0)
-        assert process.returncode == 0, f"{script.name} failed:\n{said.read()}"
+    peers = host(
+        ("-I",),
+        OMP_NUM_THREADS=str(torch.get_num_threads()),
+        TORCHDYNAMO_DISABLE="1",
+        HF_HUB_OFFLINE="1",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    code, said = peers.run(script, (), folder)
+    assert code == 0, f"{script.name} failed:\n{said}"
     return load_file(folder / "out.safetensors")

@@ -29,7 +29,10 @@ ALLOCATORS = (
 
 
 def poison_(tensor: Tensor) -> Tensor:
-    """Fill a tensor with NaN, or with the byte 0xA5 if its type has no NaN."""
+    """Fill a tensor with NaN, or with the byte 0xA5 if its type has no NaN; one on the meta device
+    has no memory to fill."""
+    if tensor.is_meta:
+        return tensor
     dtype = tensor.dtype
     value: float | int | bool = float("nan")
     if dtype == torch.bool:

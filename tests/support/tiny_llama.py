@@ -47,10 +47,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "linear-rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    # of a first training on 64 tokens, over which some pairs of dimensions turn often, some not
+    "yarn": {
+        "head_dim": 12,
+        "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    },
     "mistral": {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "sliding_window": 8,
+    },
+    "ministral": {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "head_dim": 12,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "internlm3": {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "head_dim": 12,
+        "qkv_bias": True,
+        "bias": True,
+    },
+    "seed-oss": {
+        "architectures": ["SeedOssForCausalLM"],
+        "model_type": "seed_oss",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
     },
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"],
@@ -67,11 +104,68 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         # sequences of 40 are long, those of the first 16 tokens not
         "original_max_position_embeddings": 16,
+        # of 8 dimensions 6 turn, as in Phi-4-mini
+        "partial_rotary_factor": 0.75,
         "rope_scaling": {
             "type": "longrope",
-            "short_factor": [1.0, 1.1, 1.2, 1.5],
-            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "short_factor": [1.0, 1.1, 1.5],
+            "long_factor": [1.0, 2.0, 4.0],
         },
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"],
+        "model_type": "glm4",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
+    },
+    "olmo2": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "pad_token_id": 0,
+        "attention_bias": True,
+    },
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "pad_token_id": 0,
+        # of the layers without a window
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.2,
+        },
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "head_dim": 12,
+        "sliding_window": 8,
+        # as the 32B model has it, beside layer_types
+        "sliding_window_pattern": "LLLG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        # large enough to be seen beside a residual stream of several units
+        "rms_norm_eps": 0.5,
+        # none of them a power of two
+        "embedding_multiplier": 3.3,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 0.7,
+    },
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "pad_token_id": 0,
+        "hidden_act": "gelu",
+        "head_dim": 12,
+        "tie_word_embeddings": True,
     },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
@@ -94,6 +188,58 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
     },
+    # the first layer sees a window, the second everything, each with its own rotary positions
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "pad_token_id": 0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 12,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "query_pre_attn_scalar": 6,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    # the second layer does not rotate its heads, and sees a window
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4.0,
+        },
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+OTHER_NORMS = {
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
+    "glm4": (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
+    "olmo2": NORMS_BEHIND,
+    "olmo3": NORMS_BEHIND,
+    "exaone4": NORMS_BEHIND,
+}
+# what says whether q, k and v have biases, o has one, and the MLP has
+BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
+OTHER_BIAS_FIELDS = {
+    "glm4": ("attention_bias", "no field", "no field"),
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    "internlm3": ("qkv_bias", "bias", "bias"),
 }
 
 
@@ -114,19 +260,19 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        found[f"{prefix}input_layernorm.weight"] = (hidden,)
-        found[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "gemma2":
-            found[f"{prefix}pre_feedforward_layernorm.weight"] = (hidden,)
-            found[f"{prefix}post_feedforward_layernorm.weight"] = (hidden,)
-        if fields["model_type"] == "qwen3":
-            found[f"{prefix}self_attn.q_norm.weight"] = (head_dim,)
-            found[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
-        biased = set("qkvo") if fields.get("attention_bias") else set()
+        for name in OTHER_NORMS.get(fields["model_type"], NORMS):
+            found[f"{prefix}{name}.weight"] = (hidden,)
+        if fields["model_type"] in ("qwen3", "gemma3_text", "olmo2", "olmo3", "exaone4"):
+            is_joint = fields["model_type"].startswith("olmo")
+            found[f"{prefix}self_attn.q_norm.weight"] = (queries if is_joint else head_dim,)
+            found[f"{prefix}self_attn.k_norm.weight"] = (keys if is_joint else head_dim,)
+        halves = (tuple("qkv"), tuple("o"), tuple(mlp))
+        names = OTHER_BIAS_FIELDS.get(fields["model_type"], BIAS_FIELDS)
+        biased = {m for some, n in zip(halves, names, strict=True) if fields.get(n) for m in some}
         biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
-        biased |= set(mlp) if fields.get("mlp_bias") else set()
         if fields["model_type"] == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
+        if fields["model_type"] in ("phi3", "glm4"):
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
         for block, members in (("self_attn", attention), ("mlp", mlp)):
             for name, shape in members.items():
@@ -146,7 +292,7 @@ def random_tensors(
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             # Gemma adds the one itself
-            tensor = (fields["model_type"] != "gemma2") + 0.1 * noise
+            tensor = (not fields["model_type"].startswith("gemma")) + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         else:
@@ -179,6 +325,15 @@ def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32
     """Write the checkpoint of one of VARIANTS."""
     fields = FIELDS | VARIANTS[variant]
     return write_checkpoint(folder, fields, random_tensors(fields, dtype))
+
+
+def deeper(variant: str, num_layers: int) -> dict[str, Any]:
+    """The config fields of one of VARIANTS with more layers, in the order that its layers have."""
+    fields = FIELDS | VARIANTS[variant]
+    fields["num_hidden_layers"] = num_layers
+    if "layer_types" in fields:
+        fields["layer_types"] = (fields["layer_types"] * num_layers)[:num_layers]
+    return fields
 
 
 def float32_error(truth: Tensor, num_operations: int) -> Tensor:

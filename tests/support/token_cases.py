@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.lora_extension import Update
 from kernels.low_rank import LowRank, low_rank_of
+from kernels.rope import RopeTables
 from kernels.token_attention import TokenScores
 from kernels.token_heads import HeadNorms, Places
 
@@ -119,10 +120,14 @@ class HeadsCase:
     dtype: torch.dtype
     capacity: int = 200
     has_norms: bool = False
+    rotary_dim: int | None = None  # of the dimensions that turn; None: all
+    is_interleaved: bool = False
 
     def __str__(self) -> str:
         size = f"H{self.num_heads}+{self.num_kv_heads}-E{self.head_dim}-at{self.places}"
-        return f"{size}-{str(self.dtype)[6:]}" + " norms" * self.has_norms
+        words = [f"{size}-{str(self.dtype)[6:]}"] + ["norms"] * self.has_norms
+        words += [f"r{self.rotary_dim}"] * bool(self.rotary_dim)
+        return " ".join(words + ["interleaved"] * self.is_interleaved)
 
     def cache(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keys and values; those behind a sequence's tokens are NaN."""
@@ -141,14 +146,16 @@ class HeadsCase:
         drawn = generator_of(self)
         num_heads = self.num_heads + 2 * self.num_kv_heads
         qkv = torch.randn(len(self.places), num_heads * self.head_dim, generator=drawn)
-        angles = torch.randn(self.capacity + 7, self.head_dim // 2, generator=drawn).to(device)
+        num_pairs = (self.rotary_dim or self.head_dim) // 2
+        angles = torch.randn(self.capacity + 7, num_pairs, generator=drawn).to(device)
+        tables = RopeTables(angles.cos(), angles.sin(), self.is_interleaved)
         weights = torch.randn(2, self.head_dim, generator=drawn).to(self.dtype).to(device)
         norms = HeadNorms(weights[0], weights[1], EPS, 1.0) if self.has_norms else None
         keys, values = self.cache(device)
         # another row of the tables than of the cache
         places = Places(self.place(device), self.place(device) + 7)
         qkv = qkv.to(self.dtype).to(device)
-        return qkv, keys, values, places, angles.cos(), angles.sin(), norms
+        return qkv, keys, values, places, tables, norms
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,13 @@ def _tiny() -> dict[str, list[Any]]:
         cases["glu"] += [GluCase(2, 2500, 3, dtype), GluCase(1, 96, 1, dtype, "gelu_tanh")]
         heads = HeadsCase((5, 130), 4, 2, 24, dtype)
         wide = HeadsCase((0, 63, 64), 3, 3, 16, dtype, has_norms=True)
-        cases["heads"] += [heads, wide]
+        cases["heads"] += [
+            heads,
+            wide,
+            HeadsCase((5, 130), 4, 2, 24, dtype, has_norms=True, rotary_dim=10),
+            HeadsCase((5,), 4, 2, 24, dtype, is_interleaved=True),
+            HeadsCase((5,), 4, 2, 24, dtype, rotary_dim=12, is_interleaved=True),
+        ]
         cases["attn"] += [
             AttentionCase(heads),
             AttentionCase(heads, cap=2.0, window=70, num_ranks=2),

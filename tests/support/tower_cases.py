@@ -1,7 +1,7 @@
 """Tiny checkpoints with a tower, and what transformers, PEFT and bitsandbytes make of them.
 
-One process serves all: it makes the checkpoints, waits until the product has written an adapter, a
-merged and a quantized copy of each, and reads these.
+One process makes all, then the product writes an adapter, a merged and a quantized copy of each,
+and another process reads these.
 """
 
 import functools
@@ -45,13 +45,32 @@ _VISION |= {"patch_size": 4, "num_attention_heads": 2}
 _QWEN_VISION = {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2}
 _QWEN_VISION |= {"patch_size": 4, "out_hidden_size": 64}
 
-# the encoders of three have projections of the tower's names; windows are of 8, and tests of 40
+# the encoders of four have projections of the tower's names; windows are of 8, and tests of 40
 TOWERS: dict[str, dict[str, Any]] = {
     "mistral3": {
         "model_type": "mistral3",
         "text_config": TEXT | {"model_type": "mistral", "head_dim": 32, "sliding_window": 8},
         "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
         "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": TEXT
+        | {
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "tie_word_embeddings": True,
     },
     "llava": {
         "model_type": "llava",
@@ -138,11 +157,11 @@ def _peers(base: Path) -> dict[str, TowerPeer]:
         for tower, fields in TOWERS.items()
     }
 
-    def between() -> None:
-        for tower in TOWERS:
-            write_ours(base / tower / "checkpoint", base / tower)
-
-    outputs = run_peer(SCRIPT, base, inputs, {"jobs": json.dumps(jobs)}, between)
+    given = {"jobs": json.dumps(jobs)}
+    outputs = run_peer(SCRIPT, base, inputs, given | {"step": "make"})
+    for tower in TOWERS:
+        write_ours(base / tower / "checkpoint", base / tower)
+    outputs |= run_peer(SCRIPT, base, inputs, given | {"step": "read"})
     facts = json.loads((base / "facts.json").read_text())
     return {
         tower: TowerPeer(

@@ -1,8 +1,9 @@
 """transformers, PEFT and bitsandbytes on checkpoints with a tower; run by `peer_process.run_peer`.
 
-In: "input_ids" and "labels", and as metadata the jobs: the config.json of a checkpoint, and the
-folders to write and read. First each checkpoint and PEFT's adapter for it are made; then the
-product writes its own; then they are read. Out: "JOB/logits" and more, and facts.json.
+In: "input_ids" and "labels", and as metadata a step and the jobs: the config.json of a checkpoint,
+and the folders to write and read. The first step, "make", makes each checkpoint and PEFT's adapter
+for it; the second, "read", reads what the product has written since. Out: "JOB/logits" and more,
+and facts.json.
 """
 
 import json
@@ -21,8 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 
-def make(job: dict[str, Any]) -> None:
-    """Write a checkpoint of random weights, by which every activation is of order one."""
+def make(job: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write a checkpoint of random weights, by which every activation is of order one, and an
+    adapter for it."""
     fields = job["fields"]
     config = AutoConfig.for_model(**fields)
     model = AutoModelForImageTextToText.from_config(config)
@@ -33,6 +35,12 @@ def make(job: dict[str, Any]) -> None:
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     model.save_pretrained(job["checkpoint"])
+    model = load(job["checkpoint"])
+    input_ids = inputs["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=input_ids).logits
+    tokens = greedy(model, input_ids)
+    return {"logits": logits, "greedy": tokens, **make_adapter(job, inputs)}
 
 
 def greedy(model: Any, input_ids: Tensor) -> Tensor:
@@ -107,22 +115,17 @@ def read(job: dict[str, Any], input_ids: Tensor) -> tuple[dict[str, Tensor], dic
 def main() -> None:
     torch.manual_seed(0)
     with safe_open("in.safetensors", framework="pt") as file:
-        jobs = json.loads(file.metadata()["jobs"])
+        metadata = file.metadata()
+    jobs = json.loads(metadata["jobs"])
     inputs = load_file("in.safetensors")
-    input_ids, outputs, facts = inputs["input_ids"], {}, {}
+    outputs, facts = {}, {}
     for name, job in jobs.items():
-        make(job)
-        model = load(job["checkpoint"])
-        with torch.no_grad():
-            outputs[f"{name}/logits"] = model(input_ids=input_ids).logits
-        outputs[f"{name}/greedy"] = greedy(model, input_ids)
-        outputs |= {f"{name}/{key}": value for key, value in make_adapter(job, inputs).items()}
-    print("made", flush=True)
-    input()
-    for name, job in jobs.items():
-        output, facts[name] = read(job, input_ids)
-        outputs |= {f"{name}/{key}": value for key, value in output.items()}
-    save_file({name: value.contiguous() for name, value in outputs.items()}, "out.safetensors")
+        if metadata["step"] == "make":
+            output, facts[name] = make(job, inputs), {}
+        else:
+            output, facts[name] = read(job, inputs["input_ids"])
+        outputs |= {f"{name}/{key}": value.contiguous() for key, value in output.items()}
+    save_file(outputs, "out.safetensors")
     Path("facts.json").write_text(json.dumps(facts))
 
 

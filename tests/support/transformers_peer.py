@@ -86,7 +86,9 @@ def greedy(model: Any, input_ids: Tensor) -> Tensor:
 def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     input_ids = inputs["input_ids"]
     model = load(job)
-    output = {"inv_freq": model.model.rotary_emb.inv_freq}
+    # one set of frequencies, or one for each kind of layer
+    named = model.model.rotary_emb.named_buffers()
+    output = {name: t for name, t in named if "inv_freq" in name and "original" not in name}
     facts: dict[str, Any] = {}
     with torch.no_grad():
         output["logits"] = model(input_ids=input_ids).logits
