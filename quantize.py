@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     start = time.perf_counter()
     with (
         reporting("quantizing", "tensors") as report,
-        as_private_as(tensor.file for tensor in source.needed()),
+        as_private_as(tensor.file for tensor in source.copied()),
         new_output(output) as partial,
     ):
         write_quantized_copy(copy, partial, device, report)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
     """Describe the written checkpoint in two lines."""
     block_size, double_quant = copy.quantization
-    before = sum(tensor.num_bytes for tensor in copy.source.needed())
+    before = sum(tensor.num_bytes for tensor in copy.source.copied())
     bits = 8 * copy.num_weight_bytes / copy.num_weights
     scales = "double-quantized scales" if double_quant else "float32 scales"
     return (

@@ -29,10 +29,11 @@ TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-# and for programs that read other forms of the tokenizer; llama.cpp refuses some models without
-# tokenizer.model
+# and for programs that read other forms of the tokenizer, or images; llama.cpp refuses some models
+# without tokenizer.model
 OTHER_COMPANIONS = (
     GENERATION_CONFIG_NAME,
     "tokenizer.model",
@@ -41,6 +42,9 @@ OTHER_COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 COMPANIONS = (*TOKENIZER_COMPANIONS, *OTHER_COMPANIONS)
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")

@@ -18,6 +18,7 @@ from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import FLOATS, StoredTensor
 from checkpoint.slots import META, slots_of
 from checkpoint.stored_nf4 import StoredNF4, check_stored_nf4
+from checkpoint.tensor_names import TensorNames
 from foreign.reading import Reading
 from llama.config import CONFIG_NAME, check_config, read_config_json
 from llama.model import Llama
@@ -56,7 +57,7 @@ def implied_checkpoint(folder: Path, block_size: int) -> Checkpoint:
         kept = dtype if dtype in slot.dtypes else slot.dtypes[0]
         num_bytes = math.prod(slot.shape) * kept.itemsize
         stored[name] = StoredTensor(name, fields.path, slot.shape, kept, 0, num_bytes)
-    return Checkpoint(folder, config, fields.values, (), stored, nf4, frozenset())
+    return Checkpoint(folder, config, fields.values, (), stored, nf4, frozenset(), TensorNames())
 
 
 def _stated_dtype(folder: Path, values: Mapping[str, Any]) -> torch.dtype:

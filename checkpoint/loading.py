@@ -26,7 +26,7 @@ from torch import Tensor
 from checkpoint.device_sink import DeviceSink
 from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import Report, StoredTensor, make_ring, read_tensor, stream
-from checkpoint.slots import EMBEDDINGS, HEAD, META, Slot, kept_dtype, slots_of
+from checkpoint.slots import HEAD, META, Slot, embeddings_name, kept_dtype, slots_of
 from checkpoint.stored_nf4 import describe_quantization
 from llama.model import Llama
 from lora.linear_group import LinearGroup
@@ -89,7 +89,8 @@ def load_model(
 
 def describe_loading(checkpoint: Checkpoint, compute_dtype: torch.dtype) -> list[str]:
     """List the checkpoint's remarks, and the tensors that are not kept in their stored dtype."""
-    converted = {"embeddings": (EMBEDDINGS, checkpoint.embeddings)}
+    embeddings = embeddings_name(checkpoint.config)
+    converted = {"embeddings": (embeddings, checkpoint.embeddings)}
     if not checkpoint.config.tie_word_embeddings:
         converted["head"] = (HEAD, checkpoint.stored[HEAD])
     lines = checkpoint.remarks

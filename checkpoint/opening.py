@@ -4,7 +4,7 @@ No weight is read. A shape or dtype that contradicts config.json, a missing tens
 tensor are found from the headers.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,14 @@ from torch import Tensor
 from checkpoint.files import INDEX_NAME, SINGLE_NAME, first_few, read_shards
 from checkpoint.number_formats import check_not_quantized, number_format
 from checkpoint.shard_reader import Shard, StoredTensor, read_tensor
-from checkpoint.slots import EMBEDDINGS, HEAD, META, Slot, slots_of
+from checkpoint.slots import HEAD, META, Slot, embeddings_name, slots_of
 from checkpoint.stored_nf4 import StoredNF4, as_bytes, check_stored_nf4, read_stored_nf4
+from checkpoint.tensor_names import TensorNames, encoder_of, tower_names
 from llama.config import CONFIG_NAME, LlamaConfig, check_config, read_config_json
 from llama.model import Llama
 from nf4.weight import Quantization
 
-# parts of the names of tensors that the text model does not need: rotary frequencies and their
-# cosines, which follow from config.json, and the encoders of images and sound
-_BESIDE_THE_MODEL = frozenset(
-    {
-        "audio_tower",
-        "image_newline",
-        "mm_projector",
-        "multi_modal_projector",
-        "rotary_emb",
-        "vision_embed_tokens",
-        "vision_model",
-        "vision_tower",
-        "visual",
-    }
-)
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -48,6 +35,7 @@ class Checkpoint:
         stored: their tensors, in the files' order.
         nf4: the weights that are stored in NF4.
         left_alone: names of stored tensors that the model does not need.
+        names: the names of the model's tensors in the files.
     """
 
     folder: Path
@@ -57,6 +45,7 @@ class Checkpoint:
     stored: Mapping[str, StoredTensor]
     nf4: StoredNF4
     left_alone: frozenset[str]
+    names: TensorNames
 
     @property
     def quantization(self) -> Quantization | None:
@@ -66,7 +55,15 @@ class Checkpoint:
     @property
     def embeddings(self) -> StoredTensor:
         """The embeddings, or the head where tied embeddings are stored as the head alone."""
-        return self.stored[EMBEDDINGS if EMBEDDINGS in self.stored else HEAD]
+        name = embeddings_name(self.config)
+        return self.stored[name if name in self.stored else HEAD]
+
+    @property
+    def encoders(self) -> list[StoredTensor]:
+        """The tensors of the encoders of images beside a tower, in the files' order."""
+        if not self.config.is_tower:
+            return []
+        return [self.stored[name] for name in self.stored if encoder_of(name)]
 
     @property
     def remarks(self) -> list[str]:
@@ -77,10 +74,16 @@ class Checkpoint:
                 f"{self.folder} has both {SINGLE_NAME} and {INDEX_NAME}: the first is read, as "
                 "transformers does"
             )
-        if self.left_alone:
+        if encoders := self.encoders:
+            num_bytes = sum(tensor.num_bytes for tensor in encoders)
+            lines.append(
+                f"{self.folder}: the language model alone is used; {len(encoders):,} tensors for "
+                f"images, {num_bytes / _GIB:.2f} GiB, are neither trained nor loaded"
+            )
+        if others := self.left_alone - {tensor.name for tensor in encoders}:
             lines.append(
                 f"{self.folder} has tensors that the model does not need; left alone: "
-                f"{first_few(self.left_alone)}"
+                f"{first_few(others)}"
             )
         said = number_format(self.config_json)
         if said and not self.nf4.states:
@@ -96,9 +99,15 @@ class Checkpoint:
         others = self.left_alone | self.nf4.read
         return [tensor for name, tensor in self.stored.items() if name not in others]
 
+    def copied(self) -> list[StoredTensor]:
+        """List the tensors of a copy of the checkpoint in another form, in the files' order."""
+        names = {tensor.name for tensor in (*self.needed(), *self.encoders)}
+        return [tensor for name, tensor in self.stored.items() if name in names]
+
     def vocabulary(self) -> dict[str, StoredTensor]:
         """Find the embeddings and the head; where one tensor is stored for both, it is both."""
-        return {name: self.stored.get(name, self.embeddings) for name in (EMBEDDINGS, HEAD)}
+        names = (embeddings_name(self.config), HEAD)
+        return {name: self.stored.get(name, self.embeddings) for name in names}
 
     def vocabulary_tensors(self) -> dict[str, Tensor]:
         """Read the embeddings and the head as they are stored."""
@@ -122,10 +131,12 @@ class Checkpoint:
         if not self.config.tie_word_embeddings or HEAD not in self.left_alone:
             return
         values = self.vocabulary_tensors()
-        if not torch.equal(values[HEAD].to(values[EMBEDDINGS]), values[EMBEDDINGS]):
+        name = embeddings_name(self.config)
+        if not torch.equal(values[HEAD].to(values[name]), values[name]):
             raise ValueError(
-                f"{self.folder}: config.json ties the head to the embeddings, so {HEAD} must "
-                f"equal {EMBEDDINGS}: they differ; set tie_word_embeddings to false"
+                f"{self.folder}: config.json ties the head to the embeddings, so "
+                f"{self.names.in_files(HEAD)} must equal {self.names.in_files(name)}: they differ; "
+                "set tie_word_embeddings to false"
             )
 
 
@@ -140,10 +151,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = check_config(fields)
     with META:
         model = Llama(config, torch.float32)
-    shards = tuple(read_shards(folder))
+    shards, names = read_shards(folder), TensorNames()
+    if config.is_tower:
+        names = tower_names(folder, [tensor.name for shard in shards for tensor in shard.tensors])
+        shards = [names.renamed(shard) for shard in shards]
     stored = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     said = number_format(fields.values)
-    nf4 = read_stored_nf4(folder, stored)
+    nf4 = read_stored_nf4(folder, {n: t for n, t in stored.items() if not encoder_of(n)})
     check_stored_nf4(folder, model, nf4, said)
     stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
     slots = slots_of(model, stored, nf4.states)
@@ -152,46 +166,43 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not nf4.states:
         taken = {name: tensor for name, tensor in stored.items() if name not in left_alone}
         check_not_quantized(folder, taken, slots.keys(), said)
-    _check(folder, stored, slots, nf4.read | left_alone, config.tie_word_embeddings)
-    return Checkpoint(folder, config, fields.values, shards, stored, nf4, left_alone)
+    checkpoint = Checkpoint(
+        folder, config, fields.values, tuple(shards), stored, nf4, left_alone, names
+    )
+    _check(checkpoint, slots)
+    return checkpoint
 
 
 def _is_left_alone(name: str, is_tied: bool) -> bool:
     """Whether a checkpoint may hold a tensor that the model does not need."""
-    return not _BESIDE_THE_MODEL.isdisjoint(name.split(".")) or (is_tied and name == HEAD)
+    # rotary frequencies and their cosines follow from config.json
+    is_rotary = "rotary_emb" in name.split(".")
+    return is_rotary or bool(encoder_of(name)) or (is_tied and name == HEAD)
 
 
-def _check(
-    folder: Path,
-    stored: Mapping[str, StoredTensor],
-    slots: Mapping[str, Slot],
-    known: Set[str],
-    is_tied: bool,
-) -> None:
-    """Hold what the files contain against what config.json implies.
-
-    Args:
-        known: tensors that are read already, or left alone.
-    """
-    extra = stored.keys() - slots.keys() - known
+def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
+    """Hold what the files contain against what config.json implies."""
+    stored, names = checkpoint.stored, checkpoint.names
+    extra = stored.keys() - slots.keys() - checkpoint.nf4.read - checkpoint.left_alone
     missing = slots.keys() - stored.keys()
     if missing or extra:
         raise ValueError(
-            f"{folder} must hold exactly the tensors that config.json implies: "
-            f"missing are {first_few(missing)}; unknown are {first_few(extra)}"
+            f"{checkpoint.folder} must hold exactly the tensors that config.json implies: missing "
+            f"are {first_few(map(names.in_files, missing))}; unknown are "
+            f"{first_few(map(names.in_files, extra))}"
         )
     shapes = {name: slot.shape for name, slot in slots.items()}
-    if is_tied and HEAD in known:
-        shapes[HEAD] = shapes[EMBEDDINGS]
+    if HEAD in checkpoint.left_alone:
+        shapes[HEAD] = shapes[embeddings_name(checkpoint.config)]
     for name, shape in shapes.items():
         if stored[name].shape != shape:
             raise ValueError(
-                f"{stored[name].file}: {name} must have shape {shape} by config.json: "
-                f"got {stored[name].shape}"
+                f"{stored[name].file}: {names.in_files(name)} must have shape {shape} by "
+                f"config.json: got {stored[name].shape}"
             )
     for name, slot in slots.items():
         if stored[name].dtype not in slot.dtypes:
             raise ValueError(
-                f"{stored[name].file}: {name} must be stored as "
+                f"{stored[name].file}: {names.in_files(name)} must be stored as "
                 f"{' or '.join(map(str, slot.dtypes))}: got {stored[name].dtype}"
             )

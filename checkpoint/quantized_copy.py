@@ -4,14 +4,15 @@
 
 At most one tensor of either checkpoint is in memory. Every weight of the decoder's linear layers is
 quantized as it is stored, also where a family stores q, k and v as one tensor; embeddings, norms,
-biases and the head are copied.
+biases and the head are copied. So are the encoders of images beside a tower, which transformers is
+told to leave as they are.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from checkpoint.loading import check_finite
 from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import Report, StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
-from checkpoint.slots import EMBEDDINGS, META
+from checkpoint.slots import META, embeddings_name
+from checkpoint.tensor_names import modules_of
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import CONFIG_NAME
 from llama.model import projection_shapes
@@ -38,7 +40,7 @@ class QuantizedCopy:
     """The plan of a quantized copy.
 
     Attributes:
-        weights: the names of the tensors that are quantized.
+        weights: the names of the tensors that are quantized, in the model.
         quantization: the quantization of these weights.
         dtype: the dtype of the other tensors; None: as they are stored.
     """
@@ -57,7 +59,8 @@ class QuantizedCopy:
     @property
     def num_weight_bytes(self) -> int:
         """Bytes of the quantized weights, with all that is stored beside them."""
-        return sum(t.num_bytes for t in self._tensors() if t.name.startswith(tuple(self.weights)))
+        weights = tuple(map(self.source.names.in_files, self.weights))
+        return sum(t.num_bytes for t in self._tensors() if t.name.startswith(weights))
 
     @property
     def num_bytes(self) -> int:
@@ -83,8 +86,13 @@ def plan_quantized_copy(
         )
     weights = frozenset(f"{path}.weight" for path in projection_shapes(source.config))
     units = [
-        _plan_tensor(tensor, tensor.name in weights, quantization, dtype)
-        for tensor in source.needed()
+        _plan_tensor(
+            replace(tensor, name=source.names.in_files(tensor.name)),
+            tensor.name in weights,
+            quantization,
+            dtype,
+        )
+        for tensor in source.copied()
     ]
     return QuantizedCopy(source, weights, quantization, dtype, split_into_shards(units))
 
@@ -97,7 +105,7 @@ def _empty(shape: Sequence[int], quantization: Quantization, device: torch.devic
 def _plan_tensor(
     tensor: StoredTensor, is_weight: bool, quantization: Quantization, dtype: torch.dtype | None
 ) -> list[PlannedTensor]:
-    dtype = dtype or tensor.dtype
+    dtype = _copied_dtype(tensor, dtype)
     if not is_weight:
         return [PlannedTensor(tensor.name, tensor.shape, dtype)]
     parts = serialize(_empty(tensor.shape, quantization, META), dtype)
@@ -105,6 +113,11 @@ def _plan_tensor(
         PlannedTensor(tensor.name + suffix, tuple(part.shape), part.dtype)
         for suffix, part in parts.items()
     ]
+
+
+def _copied_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
+    # an encoder may have tables of indices
+    return dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
 
 
 def write_quantized_copy(
@@ -135,12 +148,14 @@ def write_quantized_copy(
 def _converted(
     copy: QuantizedCopy, device: torch.device, report: Report
 ) -> Iterator[tuple[str, Tensor]]:
-    wanted = copy.source.needed()
+    wanted = copy.source.copied()
     for done, stored in enumerate(wanted, start=1):
+        name = copy.source.names.in_files(stored.name)
         if stored.name in copy.weights:
-            yield from _quantized(copy, stored, read_tensor(stored).to(device))
+            for suffix, part in _quantized(copy, stored, read_tensor(stored).to(device)):
+                yield name + suffix, part
         else:
-            yield stored.name, _kept(copy, stored, read_tensor(stored))
+            yield name, _kept(copy, stored, read_tensor(stored))
         report(done, len(wanted))
 
 
@@ -150,20 +165,19 @@ def _quantized(
     weight = _empty(stored.shape, copy.quantization, matrix.device)
     nf4_quantize_member(weight, 0, matrix, stored.name)
     for suffix, part in serialize(weight, copy.dtype or stored.dtype).items():
-        yield stored.name + suffix, part.cpu()
+        yield suffix, part.cpu()
 
 
 def _kept(copy: QuantizedCopy, stored: StoredTensor, tensor: Tensor) -> Tensor:
     check_finite(stored.name, tensor)
-    if stored.name == EMBEDDINGS:
+    if stored.name == embeddings_name(copy.source.config):
         copy.source.check_tied_head()
-    if copy.dtype is None:
-        return tensor
-    converted = tensor.to(copy.dtype)
+    dtype = _copied_dtype(stored, copy.dtype)
+    converted = tensor.to(dtype)
     if not bool(torch.stack(converted.aminmax()).isfinite().all()):
         raise ValueError(
             f"{stored.name} must fit the range of --dtype: its values overflow "
-            f"{_name(copy.dtype)}; choose bfloat16, or auto to keep them as they are"
+            f"{_name(dtype)}; choose bfloat16, or auto to keep them as they are"
         )
     return converted
 
@@ -189,7 +203,7 @@ def _config_fields(copy: QuantizedCopy, config: Mapping[str, Any]) -> dict[str, 
         "bnb_4bit_use_double_quant": copy.quantization[1],
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head", *modules_of(t.name for t in copy.source.encoders)],
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

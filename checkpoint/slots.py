@@ -14,7 +14,11 @@ from nf4.serialized import WeightState, stored_buffers
 from nf4.weight import empty_weight
 
 META = torch.device("meta")
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
+
+
+def embeddings_name(config: LlamaConfig) -> str:
+    return f"{config.decoder}.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def slots_of(
                     add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
             if group.has_bias:
                 add_member(prefix, group, f"{name}.bias", (rows,))
-    if model.config.tie_word_embeddings and HEAD in stored and EMBEDDINGS not in stored:
-        slots[HEAD] = slots.pop(EMBEDDINGS)
+    embeddings = embeddings_name(model.config)
+    if model.config.tie_word_embeddings and HEAD in stored and embeddings not in stored:
+        slots[HEAD] = slots.pop(embeddings)
     return slots
 
 
@@ -109,6 +114,7 @@ def kept_dtype(
     embeddings that are the head too, or that become smaller by it: rounding a row before it is
     looked up gives the same numbers as rounding it afterwards.
     """
-    if name == HEAD or (name == EMBEDDINGS and config.tie_word_embeddings):
+    is_embeddings = name == embeddings_name(config)
+    if name == HEAD or (is_embeddings and config.tie_word_embeddings):
         return compute
-    return compute if name == EMBEDDINGS and compute.itemsize < stored.itemsize else stored
+    return compute if is_embeddings and compute.itemsize < stored.itemsize else stored

@@ -28,6 +28,7 @@ import tokenizers
 from data.chat.template import ChatTemplate
 from data.chat.template_files import (
     DEFAULT,
+    PROCESSOR_TEMPLATE_FILE,
     TEMPLATE_FILE,
     TEMPLATE_FOLDER,
     NamedText,
@@ -285,7 +286,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         files = [self._folder / name for name in FILES]
         if not self._is_template_override:
-            files.append(self._folder / TEMPLATE_FILE)
+            files += [self._folder / name for name in (TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE)]
             files += sorted((self._folder / TEMPLATE_FOLDER).glob("*.jinja"))
         for source in files:
             target = folder / source.relative_to(self._folder)

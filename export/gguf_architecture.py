@@ -42,13 +42,20 @@ _LLAMA = Architecture(
     biases=frozenset({"qkv", "o", "mlp"}),
     rope_scalings=(LinearRopeScaling, Llama3RopeScaling),
 )
+_QWEN2 = Architecture("qwen2", biases=frozenset({"qkv"}), has_wide_heads=False)
+_QWEN3 = Architecture("qwen3")
 ARCHITECTURES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": Architecture("qwen2", biases=frozenset({"qkv"}), has_wide_heads=False),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": _QWEN3,
     "Phi3ForCausalLM": Architecture("phi3", rope_scalings=(LongRopeScaling,), has_wide_heads=False),
     "Gemma2ForCausalLM": Architecture("gemma2", activation="gelu_tanh"),
+    # of towers, those of their language models
+    "LlavaForConditionalGeneration": _LLAMA,
+    "Mistral3ForConditionalGeneration": _LLAMA,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN2,
+    "Qwen3VLForConditionalGeneration": _QWEN3,
 }
 # of the 27B model, whose scores alone llama.cpp divides by another root than the head's
 _LAYERS_OF_GEMMA_27B = 46
@@ -170,6 +177,8 @@ def remarks_of(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
     config = checkpoint.config
     windows = [window for window in config.windows if window is not None]
     remarks = []
+    if checkpoint.encoders:
+        remarks.append("the GGUF file has the language model alone, which answers text")
     if windows and architecture.name != "gemma2" and min(windows) < config.max_position_embeddings:
         remarks.append(
             f"llama.cpp's {architecture.name} has no sliding windows: its answers are the model's "

@@ -23,6 +23,7 @@ from export.gguf_architecture import Architecture, architecture_of, fields_of, r
 from export.gguf_tensors import tensors_of
 from export.gguf_vocabulary import read_vocabulary
 from export.sentencepiece_model import SENTENCEPIECE_FILE
+from llama.towers import TEXT
 
 if TYPE_CHECKING:
     import gguf
@@ -96,9 +97,8 @@ def plan_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, type: 
     pieces = folder / SENTENCEPIECE_FILE
     if not pieces.is_file():
         pieces = checkpoint.folder / SENTENCEPIECE_FILE
-    vocabulary = read_vocabulary(
-        folder, tokenizer, pieces, checkpoint.config_json, checkpoint.config.vocab_size
-    )
+    config = {**checkpoint.config_json, **(checkpoint.config_json.get(TEXT) or {})}
+    vocabulary = read_vocabulary(folder, tokenizer, pieces, config, checkpoint.config.vocab_size)
     fields = fields_of(checkpoint, architecture)
     fields |= {f"tokenizer.ggml.{name}": value for name, value in vocabulary.fields.items()}
     if template := fields.pop("tokenizer.ggml.chat_template", None):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import read_tensor
-from checkpoint.slots import EMBEDDINGS, HEAD
+from checkpoint.slots import HEAD, embeddings_name
 from export.gguf_architecture import Architecture, rope_of
 from llama.config import LlamaConfig
 from llama.rope import rope_frequencies
@@ -47,7 +47,9 @@ def tensors_of(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[E
         name = stored.name
         if name == HEAD and config.tie_word_embeddings:
             # tied embeddings may be stored as the head alone
-            name = EMBEDDINGS
+            name = embeddings_name(config)
+        # a tower is a model of its own in GGUF
+        name = name.replace(f"{config.decoder}.", "model.", 1)
 
         def read(stored=stored, name=name) -> Tensor:
             return _in_layout(name, read_tensor(stored).float(), config, architecture)

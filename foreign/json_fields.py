@@ -15,17 +15,26 @@ class JsonFields:
 
     Each method takes one value, or the default where there is none, and raises a ValueError that
     names the file and the key where the value is missing or has the wrong type or size.
+
+    Attributes:
+        section: the key of the object in its file, where it is not the whole of it.
     """
 
     path: Path
     values: dict[str, Any]
+    section: str = ""
+
+    @property
+    def where(self) -> str:
+        """The place of the object, for messages."""
+        return f"{self.path}, {self.section}" if self.section else str(self.path)
 
     def _take(self, key: str, default: Any, what: str, is_valid: bool) -> Any:
         value = self.values.get(key)
         if value is None and default is None:
-            raise ValueError(f"{self.path} must give {key}: the key is missing")
+            raise ValueError(f"{self.where} must give {key}: the key is missing")
         if value is not None and not is_valid:
-            raise ValueError(f"{self.path}: {key} must be {what}: got {value!r}")
+            raise ValueError(f"{self.where}: {key} must be {what}: got {value!r}")
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None, most: int = _MOST) -> int:

@@ -117,4 +117,4 @@ class TokenPass:
         caches = zip(self._layers, self._cache.keys, self._cache.values, strict=True)
         for layer, keys, values in caches:
             x, delta = layer(x, delta, keys, values, places, self._tables)
-        return self._model.model.norm(x, delta)[0]
+        return self._model.decoder.norm(x, delta)[0]

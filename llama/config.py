@@ -9,7 +9,8 @@ set. `llama/config_fields.py` has the lists.
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foreign.json_fields import JsonFields
@@ -22,6 +23,7 @@ from llama.families import FAMILIES, Family, LayerNorms
 from llama.layer_ropes import read_ropes, read_rotary_dim
 from llama.layer_windows import read_windows
 from llama.rope_scaling import LongRopeScaling, Rope
+from llama.towers import BESIDE_THE_TEXT, TOWERS, text_of
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -71,6 +73,12 @@ class LlamaConfig:
     attention_multiplier: float | None  # of scores, in place of the root's reciprocal
     logit_scale: float | None  # of logits, before they are capped
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+    is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
+
+    @property
+    def decoder(self) -> str:
+        """The module that has embeddings, layers and the last norm, as transformers 5 names it."""
+        return "model.language_model" if self.is_tower else "model"
 
     @property
     def qk_norm_widths(self) -> tuple[int, int]:
@@ -113,47 +121,79 @@ def _eos_token_ids(fields: JsonFields) -> tuple[int, ...] | None:
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ValueError(
-            f"{fields.path}: eos_token_id must be a token id or a list of them: got {value!r}"
+            f"{fields.where}: eos_token_id must be a token id or a list of them: got {value!r}"
         )
     return tuple(ids)
 
 
-def _family(fields: JsonFields) -> Family:
-    """Find the family, and refuse what it does not know."""
+def _language_model(fields: JsonFields) -> tuple[Family, JsonFields, bool]:
+    """Find the language model that config.json describes.
+
+    Returns:
+        Its family, the fields that describe it, and whether it is a tower of a larger model.
+    """
     path, values = fields.path, fields.values
     architectures = values.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     name = named[0] if len(named) == 1 else None
     # a list or an object is no key of a table
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES.keys() | TOWERS.keys():
         raise ValueError(
-            f"{path} must describe one of the architectures {', '.join(FAMILIES)}: "
+            f"{path} must describe one of the architectures {', '.join([*FAMILIES, *TOWERS])}: "
             f"got {architectures!r} (model_type {values.get('model_type')!r})"
             + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
+    if name in TOWERS:
+        _check_model_type(fields, name, [TOWERS[name].model_type])
+        family, text = text_of(fields, TOWERS[name])
+        if text.section:
+            _check_fields(fields, name, BESIDE_THE_TEXT)
+            _check_fields(text, name, _fields_of(family))
+        else:
+            _check_fields(fields, name, BESIDE_THE_TEXT | _fields_of(family))
+        return family, text, True
     sharing = [f for key, f in FAMILIES.items() if name in (key, f.transformers_class)]
     by_type = {family.model_type: family for family in sharing}
-    model_type = values.get("model_type", FAMILIES[name].model_type)
-    if model_type not in tuple(by_type):
+    _check_model_type(fields, name, by_type)
+    family = by_type[values.get("model_type", FAMILIES[name].model_type)]
+    _check_fields(fields, name, _fields_of(family))
+    return family, fields, False
+
+
+def _check_model_type(fields: JsonFields, name: str, expected: Collection[str]) -> None:
+    model_type = fields.values.get("model_type")
+    if "model_type" in fields.values and model_type not in tuple(expected):
         raise ValueError(
-            f"{path}: model_type must be {' or '.join(map(repr, by_type))} with {name}: "
+            f"{fields.path}: model_type must be {' or '.join(map(repr, expected))} with {name}: "
             f"got {model_type!r}"
         )
-    family = by_type[model_type]
-    known = COMPUTED | family.fields | family.aliases.keys() | WITHOUT_EFFECT | ONE_VALUE.keys()
-    unknown = sorted(key for key, value in values.items() if value and key not in known)
+
+
+def _fields_of(family: Family) -> Set[str]:
+    return family.fields | family.aliases.keys()
+
+
+def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
+    """Refuse fields that are unknown, and those that another model than this one is needed for.
+
+    Args:
+        name: of the architecture.
+        own: the fields that it has beside those of all.
+    """
+    known = COMPUTED | own | WITHOUT_EFFECT | ONE_VALUE.keys()
+    unknown = sorted(key for key, value in fields.values.items() if value and key not in known)
     if unknown:
         raise ValueError(
-            f"{path} must hold fields that {name} has: got {unknown[0]} = "
-            f"{values[unknown[0]]!r}; remove it or set it to null, which is safe if the field does "
-            "not change what the model computes"
+            f"{fields.where} must hold fields that {name} has: got {unknown[0]} = "
+            f"{fields.values[unknown[0]]!r}; remove it or set it to null, which is safe if the "
+            "field does not change what the model computes"
         )
-    return family
+    _check_function(fields)
 
 
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
-    path, values = fields.path, fields.values
+    path, values = fields.where, fields.values
     for key in ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"):
         if (dropout := values.get(key)) not in (None, 0):
             raise ValueError(
@@ -175,7 +215,7 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
         name = family.defaults.get(family.activation_field, "silu")
     if not isinstance(name, str) or name not in family.activation_names:
         raise ValueError(
-            f"{fields.path}: {family.activation_field} must be one of "
+            f"{fields.where}: {family.activation_field} must be one of "
             f"{', '.join(family.activation_names)}: got {name!r}"
         )
     return family.activation_names[name]
@@ -234,12 +274,11 @@ def check_config(fields: JsonFields) -> LlamaConfig:
 
 
 def _checked(fields: JsonFields) -> LlamaConfig:
-    path = fields.path
-    family = _family(fields)
-    _check_function(fields)
-    given = fields.values
+    family, text, is_tower = _language_model(fields)
+    given = text.values
     named = {name: given[alias] for alias, name in family.aliases.items() if alias in given}
-    fields = JsonFields(path, {**family.defaults, **given, **named})
+    fields = replace(text, values={**family.defaults, **given, **named})
+    path = fields.where
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
@@ -248,7 +287,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
             f"{path}: hidden_size must be a multiple of num_attention_heads where head_dim is not "
             f"given: got {hidden_size} and {num_heads}"
         )
-    generation_path = path.with_name(GENERATION_CONFIG_NAME)
+    generation_path = fields.path.with_name(GENERATION_CONFIG_NAME)
     eos_token_ids = None
     if generation_path.is_file():
         eos_token_ids = _eos_token_ids(JsonFields(generation_path, read_object(generation_path)))
@@ -297,6 +336,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         attention_multiplier=fields.optional_number("attention_multiplier"),
         logit_scale=_logit_scale(fields),
         eos_token_ids=eos_token_ids or (),
+        is_tower=is_tower,
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(

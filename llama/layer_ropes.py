@@ -1,6 +1,7 @@
 """Which rotary positions each layer has, as config.json and its family say."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from foreign.json_fields import JsonFields
@@ -22,26 +23,27 @@ def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> i
     Raises:
         ValueError: the family turns all and config.json asks for some, or half a pair would turn.
     """
-    path, scopes = fields.path, [fields.values]
+    where, scopes = fields.where, [fields.values]
     for key in ("rope_parameters", "rope_scaling"):
         given = fields.values.get(key)
-        parts = (given, *given.values()) if isinstance(given, dict) else ()
-        scopes += [part for part in parts if isinstance(part, dict)]
-    given = [JsonFields(path, s).optional_number("partial_rotary_factor") for s in scopes]
+        inner = (given, *given.values()) if isinstance(given, dict) else ()
+        scopes += [each for each in inner if isinstance(each, dict)]
+    parts = [replace(fields, values=scope) for scope in scopes]
+    given = [part.optional_number("partial_rotary_factor") for part in parts]
     shares = {each for each in given if each is not None} or {1.0 if share is None else share}
     if len(shares) > 1:
         raise ValueError(
-            f"{path}: partial_rotary_factor must be the same wherever it is given: "
+            f"{where}: partial_rotary_factor must be the same wherever it is given: "
             f"got {sorted(shares)}"
         )
     (found,) = shares
     if found > 1 or (share is None and found != 1):
         most = "absent or 1" if share is None else "at most 1"
-        raise ValueError(f"{path}: partial_rotary_factor must be {most}: got {found}")
+        raise ValueError(f"{where}: partial_rotary_factor must be {most}: got {found}")
     rotary_dim = int(head_dim * found)
     if head_dim % 2 or rotary_dim % 2 or not rotary_dim:
         raise ValueError(
-            f"{path}: head_dim must be even, and so the dimensions that turn, because rotary "
+            f"{where}: head_dim must be even, and so the dimensions that turn, because rotary "
             f"positions turn pairs: got {head_dim} and {rotary_dim}"
         )
     return rotary_dim
@@ -85,7 +87,7 @@ def _only_set(fields: JsonFields) -> Any:
     given = [fields.values[key] for key in keys if fields.values.get(key)]
     if len(given) == 2 and given[0] != given[1]:
         raise ValueError(
-            f"{fields.path}: rope_parameters and rope_scaling must agree: "
+            f"{fields.where}: rope_parameters and rope_scaling must agree: "
             f"got {given[0]!r} and {given[1]!r}"
         )
     return given[0] if given else {}
@@ -101,7 +103,7 @@ def _ropes_by_window(fields: JsonFields, rotary_dim: int) -> tuple[Rope, Rope]:
     given, scaling = (fields.values.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
     if not isinstance(given, dict) or not given.keys() <= set(kinds):
         raise ValueError(
-            f"{fields.path}: rope_parameters must hold a set of parameters for each of "
+            f"{fields.where}: rope_parameters must hold a set of parameters for each of "
             f"{' and '.join(kinds)}: got {given!r}"
         )
     windowed, full = (given.get(kind) or {"rope_type": "default"} for kind in kinds)
@@ -125,7 +127,7 @@ def rotated_layers(fields: JsonFields, num_layers: int) -> list[bool]:
     is_list = isinstance(listed, list) and len(listed) >= num_layers
     if not is_list or not all(type(has_rope) is int for has_rope in listed):
         raise ValueError(
-            f"{fields.path}: no_rope_layers must be a 0 or a 1 for each of {num_layers} layers: "
+            f"{fields.where}: no_rope_layers must be a 0 or a 1 for each of {num_layers} layers: "
             f"got {listed!r}"
         )
     return [has_rope != 0 for has_rope in listed[:num_layers]]
@@ -140,6 +142,6 @@ def _check_one_length(fields: JsonFields, ropes: tuple[Rope | None, ...]) -> Non
     }
     if len(lengths) > 1:
         raise ValueError(
-            f"{fields.path}: original_max_position_embeddings must be the same in all sets of "
+            f"{fields.where}: original_max_position_embeddings must be the same in all sets of "
             f"parameters: got {sorted(lengths)}"
         )

@@ -33,12 +33,12 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
         if listed not in (None, sees_window):
             own = "sliding_attention" if sees_window[0] else "full_attention"
             raise ValueError(
-                f"{fields.path}: layer_types must be {own} for all layers of this family: "
+                f"{fields.where}: layer_types must be {own} for all layers of this family: "
                 f"got {fields.values['layer_types']!r}"
             )
     if any(sees_window) and size is None:
         raise ValueError(
-            f"{fields.path}: sliding_window must be given with sliding layers: got none"
+            f"{fields.where}: sliding_window must be given with sliding layers: got none"
         )
     return tuple(size if sees else None for sees in sees_window)
 
@@ -52,7 +52,7 @@ def _listed(fields: JsonFields, num_layers: int) -> list[bool] | None:
     is_list = isinstance(kinds, list) and len(kinds) == num_layers
     if not is_list or not all(kind in tuple(named) for kind in kinds):
         raise ValueError(
-            f"{fields.path}: layer_types must name one of {', '.join(named)} for each of "
+            f"{fields.where}: layer_types must name one of {', '.join(named)} for each of "
             f"{num_layers} layers: got {kinds!r}"
         )
     return [named[kind] for kind in kinds]
@@ -75,5 +75,5 @@ def _by_rule(fields: JsonFields, kind: LayerWindows, num_layers: int, has_size: 
     first = fields.values.get("max_window_layers")
     first = _FIRST_OF_LATER if first is None else first
     if type(first) is not int:
-        raise ValueError(f"{fields.path}: max_window_layers must be an integer: got {first!r}")
+        raise ValueError(f"{fields.where}: max_window_layers must be an integer: got {first!r}")
     return [is_used and layer >= first for layer in range(num_layers)]

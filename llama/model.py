@@ -74,7 +74,7 @@ def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize
 
 
 def _find_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
-    for path in ("lm_head", "model.embed_tokens"):
+    for path in ("lm_head", "model.embed_tokens", "model.language_model.embed_tokens"):
         if lora.has_target(path):
             raise ValueError(
                 "target_modules must be projections of the layers, head and embeddings stay as "
@@ -97,6 +97,15 @@ class Decoder(nn.Module):
         self.norm = stream_norm(config)
 
 
+class Tower(nn.Module):
+    """The place of a language model beside an encoder of images, which is not here: `model.` in a
+    checkpoint of both."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.language_model = Decoder(config)
+
+
 class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
@@ -109,7 +118,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.model = Decoder(config)
+        self.model = Tower(config) if config.is_tower else Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.lm_head.requires_grad_(False)
@@ -127,17 +136,21 @@ class Llama(nn.Module):
         self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
 
     @property
+    def decoder(self) -> Decoder:
+        return self.model.language_model if isinstance(self.model, Tower) else self.model
+
+    @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.decoder.embed_tokens.weight.device
 
     @property
     def layers(self) -> list[DecoderLayer]:
-        return [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        return [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
 
     @property
     def head(self) -> Tensor:  # (V, D)
         return (
-            self.model.embed_tokens.weight
+            self.decoder.embed_tokens.weight
             if self.config.tie_word_embeddings
             else self.lm_head.weight
         )
@@ -200,7 +213,7 @@ class Llama(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) on the device -> (B T, D)
         """Look up the embeddings of tokens, scaled where the family scales them."""
-        embedded = self.model.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)
+        embedded = self.decoder.embed_tokens(input_ids).to(self.compute_dtype).flatten(0, 1)
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     def shared(
@@ -273,7 +286,7 @@ class Llama(nn.Module):
         x, delta = self.embed(input_ids), None
         for layer in self.layers:
             x, delta, _ = layer(x, delta, shared, slot)
-        y, _, _ = self.model.norm(x, delta, out=out)
+        y, _, _ = self.decoder.norm(x, delta, out=out)
         return y.unflatten(0, tuple(input_ids.shape))
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 frequencies. `llama/layer_ropes.py` finds the set of each layer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from foreign.json_fields import JsonFields
@@ -71,10 +71,10 @@ def read_rope(
     rotary_dim: int,  # of the dimensions that turn
 ) -> Rope:
     """Read one set of rotary positions."""
-    path = fields.path
+    path = fields.where
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
-    inner = JsonFields(path, given)
+    inner = replace(fields, values=given)
     rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner, rotary_dim // 2))
     if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
         raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
@@ -96,13 +96,13 @@ def _read_scaling(fields: JsonFields, inner: JsonFields, num_pairs: int) -> Rope
     if kind == "llama3":
         return _read_llama3(fields, inner)
     raise ValueError(
-        f"{fields.path}: rope_scaling must be absent, default, linear, dynamic, llama3, longrope "
+        f"{fields.where}: rope_scaling must be absent, default, linear, dynamic, llama3, longrope "
         f"or yarn: got {kind!r}"
     )
 
 
 def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:
-    path = fields.path
+    path = fields.where
     scaling = Llama3RopeScaling(
         inner.number("factor"),
         inner.number("low_freq_factor"),
@@ -122,8 +122,9 @@ def _check_original(fields: JsonFields, original: int) -> None:
     """Refuse a length of the first training that is another outside of the set."""
     if fields.integer("original_max_position_embeddings", original) != original:
         raise ValueError(
-            f"{fields.path}: original_max_position_embeddings must be the same inside rope_scaling "
-            f"and outside: got {original} and {fields.values['original_max_position_embeddings']}"
+            f"{fields.where}: original_max_position_embeddings must be the same inside "
+            f"rope_scaling and outside: got {original} and "
+            f"{fields.values['original_max_position_embeddings']}"
         )
 
 
@@ -146,7 +147,7 @@ def _read_yarn(fields: JsonFields, inner: JsonFields) -> YarnRopeScaling:
     )
     if not _LEAST_TURNS <= scaling.beta_slow < scaling.beta_fast <= _MOST_TURNS:
         raise ValueError(
-            f"{fields.path}: beta_fast must be above beta_slow, and both within {_LEAST_TURNS:g} "
+            f"{fields.where}: beta_fast must be above beta_slow, and both within {_LEAST_TURNS:g} "
             f"and {_MOST_TURNS:g}: got {scaling.beta_fast} and {scaling.beta_slow}"
         )
     return scaling
@@ -159,7 +160,7 @@ def _yarn_temperature(factor: float, mscale: float) -> float:
 
 def _read_long_rope(fields: JsonFields, scaling: JsonFields, num_pairs: int) -> LongRopeScaling:
     """Read longrope's factors, and work out what they do to the cosines."""
-    path = fields.path
+    path = fields.where
     factors = []
     for name in ("short_factor", "long_factor"):
         values = scaling.values.get(name)

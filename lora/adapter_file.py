@@ -27,7 +27,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # of the base: PEFT saves them too where the vocabulary was resized (save_embedding_layers), and
 # loads them over the base's
-_EMBEDDING_LAYERS = ("model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY = (".embed_tokens.weight", ".lm_head.weight")
 # metadata of the weights' file: PEFT does not read it, and would warn of a new field in its config
 _BASE = "base_identity"
 
@@ -358,7 +358,7 @@ def load_adapter(
         saved = load_file(path)
     except SafetensorError as error:
         raise _damaged(path, error) from None
-    layers = {n: saved.pop(_PREFIX + n) for n in _EMBEDDING_LAYERS if _PREFIX + n in saved}
+    layers = {n.removeprefix(_PREFIX): saved.pop(n) for n in [*saved] if n.endswith(_VOCABULARY)}
     base = read_vocabulary() if layers else {}
     for name, layer in layers.items():
         _check_embedding_layer(path, name, layer, base.get(name))

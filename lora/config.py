@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 ALL_LINEAR = "all-linear"
@@ -128,6 +128,16 @@ class LoRAConfig:
             return ".layers." in path if is_all else bool(re.fullmatch(targets, path))
         # a whole path is meant, whatever its layer
         return path in targets or (_ends_with(path, targets) and self._is_in_layers(path))
+
+    def beneath(self, path: str) -> "LoRAConfig":
+        """Make the configuration of the same updates for a model with modules elsewhere than
+        beneath a path, some of which have the names of targets."""
+        elsewhere, excluded = rf"(?!{re.escape(path)}\.).*", self.exclude_modules
+        if not isinstance(excluded, str):
+            excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in excluded)
+        if elsewhere in excluded:
+            return self
+        return replace(self, exclude_modules="|".join(filter(None, (elsewhere, excluded))))
 
     def _is_in_layers(self, path: str) -> bool:
         if self.layers_to_transform is None:

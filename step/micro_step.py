@@ -300,7 +300,7 @@ class MicroStep:
             kept.append(own)
         if stash is not None:
             stash.settle()
-        _, r, rstd = model.model.norm(x, delta, out=hidden)
+        _, r, rstd = model.decoder.norm(x, delta, out=hidden)
         return shared, kept, r, rstd
 
     def _loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ class MicroStep:
         M, D = grad_hidden.shape
         tail = max(layer.grad_tail for layer in layers)
         grad_ext = grad_hidden.new_empty(M, D + tail)
-        norm = self.model.model.norm
+        norm = self.model.decoder.norm
         norm.backward(grad_hidden, None, r, rstd, out=grad_ext[:, :D])
         if stash is not None:
             stash.fetch_next(grad_hidden)

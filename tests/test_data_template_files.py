@@ -97,3 +97,10 @@ def test_bytes_that_are_not_text_are_refused_with_their_file(tmp_path: Path) -> 
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"chat_template\.jinja must be UTF-8"):
         own(tmp_path)
+
+
+def test_a_processors_template_comes_last(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    assert texts(own(tmp_path)) == {"default": "of the processor"}
+    assert own(tmp_path)["default"].name == f"the chat_template of {tmp_path}/chat_template.json"
+    assert texts(own(tmp_path, "of the tokenizer")) == {"default": "of the tokenizer"}

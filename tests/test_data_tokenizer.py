@@ -204,6 +204,7 @@ def test_added_tokens_that_the_files_disagree_about_are_refused(
 def test_save_copies_bytes(tmp_path: Path) -> None:
     folder = save_byte_level(tmp_path / "in")
     (folder / "chat_template.jinja").write_bytes(b"a\r\nb")
+    (folder / "chat_template.json").write_bytes(b'{"chat_template": "of the processor"}\r')
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_bytes(b"r\r")
     (folder / "unrelated.txt").write_text("x")
@@ -212,6 +213,7 @@ def test_save_copies_bytes(tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "chat_template.json",
         "additional_chat_templates/rag.jinja",
     }
     saved = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

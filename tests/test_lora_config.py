@@ -76,3 +76,14 @@ def test_an_unknown_target_gets_the_nearest_names(requested: list[str], message:
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         resolve_target_modules(requested, PROJECTIONS)
     assert "--target-modules must" in str(raised.value)
+
+
+@pytest.mark.parametrize("excluded", [(), ("k_proj",), r".*k_proj"], ids=["none", "names", "text"])
+def test_targets_beneath_a_path_are_no_others(excluded: tuple[str, ...] | str) -> None:
+    path = "model.language_model"
+    config = make(target_modules=("q_proj", "k_proj"), exclude_modules=excluded).beneath(path)
+    assert config.has_target(f"{path}.layers.0.self_attn.q_proj")
+    assert config.has_target(f"{path}.layers.0.self_attn.k_proj") == (not excluded)
+    assert not config.has_target("model.vision_tower.layers.0.self_attn.q_proj")
+    assert not config.has_target("model.language_models.layers.0.self_attn.q_proj")
+    assert config.beneath(path) == config

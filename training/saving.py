@@ -139,4 +139,7 @@ def write_adapter(folder: Path, run: Run) -> None:
     job, tensors = run.job, run.model.adapter_tensors()
     # absolute: the adapter may be read from any working folder
     base = str(job.checkpoint.folder.absolute()) if job.is_base_local else job.config.model
-    save_adapter(folder, tensors, job.lora, base, job.base.original)
+    # PEFT looks for targets in the whole model, where an encoder may have modules of the same names
+    model = job.checkpoint.config
+    lora = job.lora.beneath(model.decoder) if model.is_tower else job.lora
+    save_adapter(folder, tensors, lora, base, job.base.original)

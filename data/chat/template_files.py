@@ -2,7 +2,9 @@
 
 A checkpoint has one or several, by name, as transformers reads them: chat_template.jinja is the
 "default" and additional_chat_templates/NAME.jinja the others; only where there is neither, the
-chat_template of tokenizer_config.json, one text or a list of {"name": ..., "template": ...}.
+chat_template of tokenizer_config.json, one text or a list of {"name": ..., "template": ...}; and
+only where there is none either, that of chat_template.json, which the processors of models for
+images had.
 
 The bundled ones are the formats of model families, for base models that come without a template.
 Each is written for training: {% generation %} marks enclose what the assistant says, up to the
@@ -14,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from foreign.json_text import read_object
+
 TEMPLATE_FILE = "chat_template.jinja"
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # ten times the longest known template
@@ -64,6 +69,9 @@ def _checkpoint_templates(
             for name, path in files.items()
         }
     given = config.get("chat_template")
+    if given is None and (folder / PROCESSOR_TEMPLATE_FILE).is_file():
+        config_path = folder / PROCESSOR_TEMPLATE_FILE
+        given = read_object(config_path, "download it again").get("chat_template")
     if given is None:
         return {}
     where = f"chat_template of {config_path}"
