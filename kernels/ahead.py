@@ -29,7 +29,8 @@ class _AbsentGpu:
 
     def __init__(self, capability: tuple[int, int]) -> None:
         major, minor = capability
-        self._target = triton.backends.compiler.GPUTarget("cuda", 10 * major + minor, WARP)
+        target = import_module("triton.backends.compiler").GPUTarget
+        self._target = target("cuda", 10 * major + minor, WARP)
 
     def get_current_device(self) -> int:
         return 0
@@ -76,7 +77,8 @@ def compile_share(
     """
     global _share
     _share = _Share(number, num_shares)
-    triton.runtime.driver.set_active(_AbsentGpu(gpu.capability))
+    driver: Any = _AbsentGpu(gpu.capability)
+    triton.runtime.driver.set_active(driver)
     walk()
 
 
