@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from time import monotonic
 
 import torch
@@ -33,13 +34,17 @@ def compiling_beside(walk: Callable[[], object], gpu: Properties) -> Iterator[No
     num_shares = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
     # a forked process has the model's sizes already, and imports nothing
     fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=_compile, args=(walk, gpu, number, num_shares), daemon=True)
-        for number in range(num_shares)
-    ]
-    for process in processes:
-        process.start()
+    processes: list[BaseProcess] = []
     try:
+        for number in range(num_shares):
+            share = (walk, gpu, number, num_shares)
+            process = fork.Process(target=_compile, args=share, daemon=True)
+            try:
+                process.start()
+            except OSError:
+                # the machine has no room for more processes
+                break
+            processes.append(process)
         yield
         end = monotonic() + MAX_SECONDS
         for process in processes:

@@ -1,16 +1,20 @@
 """step/compiling.py and kernels/ahead.py: kernels are compiled before they are launched, once."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from support.door_process import ROOT
 
 from kernels.ahead import compile_ahead
+from kernels.device import H200
 from kernels.rms_norm import rms_norm
+from step.compiling import compiling_beside
 
 # compiles in processes beside it what a walk launches, and says when the body ran
 WALK = """
@@ -120,6 +124,17 @@ def test_a_process_without_a_share_compiles_nothing(monkeypatch: pytest.MonkeyPa
     # neither a launch of its own nor the compiler is reached
     rms_norm(x, x[0], 1e-5)
     compile_ahead(None, (1,), {})
+
+
+def test_without_room_for_processes_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    has_run = False
+    with compiling_beside(lambda: None, H200):
+        has_run = True
+    assert has_run
 
 
 @pytest.mark.gpu
