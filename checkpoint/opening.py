@@ -19,7 +19,9 @@ from checkpoint.slots import HEAD, META, Slot, embeddings_name, slots_of
 from checkpoint.stored_nf4 import StoredNF4, as_bytes, check_stored_nf4, read_stored_nf4
 from checkpoint.tensor_names import TensorNames, encoder_of, tower_names
 from llama.config import CONFIG_NAME, LlamaConfig, check_config, read_config_json
+from llama.config_fields import DROPOUTS
 from llama.model import Llama
+from llama.towers import TEXT
 from nf4.weight import Quantization
 
 _GIB = 1 << 30
@@ -85,6 +87,13 @@ class Checkpoint:
                 f"{self.folder} has tensors that the model does not need; left alone: "
                 f"{first_few(others)}"
             )
+        given = self.config_json | (self.config_json.get(TEXT) or {})
+        lines += [
+            f"{self.folder / CONFIG_NAME} has {name} {given[name]!r}: it is not applied; "
+            "--lora-dropout drops an adapter's input"
+            for name in sorted(DROPOUTS & given.keys())
+            if given[name]
+        ]
         said = number_format(self.config_json)
         if said and not self.nf4.states:
             lines.append(

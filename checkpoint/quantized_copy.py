@@ -24,7 +24,7 @@ from checkpoint.files import COMPANIONS
 from checkpoint.identity import MADE_FROM, identify
 from checkpoint.loading import check_finite
 from checkpoint.opening import Checkpoint
-from checkpoint.shard_reader import Report, StoredTensor, read_tensor
+from checkpoint.shard_reader import FLOATS, Report, StoredTensor, read_tensor
 from checkpoint.shard_writer import PlannedTensor, split_into_shards, write_shards
 from checkpoint.slots import META, embeddings_name
 from checkpoint.tensor_names import modules_of
@@ -33,6 +33,9 @@ from llama.config import CONFIG_NAME
 from llama.model import projection_shapes
 from nf4.serialized import serialize
 from nf4.weight import NF4Weight, Quantization, empty_weight
+
+# numbers, and indices into tables
+_ENCODER_DTYPES = (*FLOATS.values(), torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,20 @@ def plan_quantized_copy(
     """Lay a copy out, without reading a weight.
 
     Raises:
-        ValueError: the source is in NF4 already, or there is no such block size.
+        ValueError: the source, or an encoder beside it, is quantized already, or there is no such
+            block size.
     """
     if source.quantization:
         raise ValueError(
             f"--model must be a checkpoint in 16 or 32 bits: {source.folder} is in NF4 already; "
             "give the original one"
         )
+    for tensor in source.encoders:
+        if tensor.dtype not in _ENCODER_DTYPES:
+            raise ValueError(
+                f"--model must have an encoder in 16 or 32 bits: {tensor.name} is in "
+                f"{_name(tensor.dtype)}; give the original one"
+            )
     weights = frozenset(f"{path}.weight" for path in projection_shapes(source.config))
     units = [
         _plan_tensor(
@@ -169,6 +179,8 @@ def _quantized(
 
 
 def _kept(copy: QuantizedCopy, stored: StoredTensor, tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return tensor
     check_finite(stored.name, tensor)
     if stored.name == embeddings_name(copy.source.config):
         copy.source.check_tied_head()

@@ -97,7 +97,9 @@ def plan_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, type: 
     pieces = folder / SENTENCEPIECE_FILE
     if not pieces.is_file():
         pieces = checkpoint.folder / SENTENCEPIECE_FILE
-    config = {**checkpoint.config_json, **(checkpoint.config_json.get(TEXT) or {})}
+    # the ids around a text_config are those of the whole model, and go before its own
+    around = {k: v for k, v in checkpoint.config_json.items() if v is not None}
+    config = {**(around.get(TEXT) or {}), **around}
     vocabulary = read_vocabulary(folder, tokenizer, pieces, config, checkpoint.config.vocab_size)
     fields = fields_of(checkpoint, architecture)
     fields |= {f"tokenizer.ggml.{name}": value for name, value in vocabulary.fields.items()}

@@ -18,7 +18,7 @@ from foreign.json_text import read_object
 from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
-from llama.config_fields import COMPUTED, ONE_VALUE, WITHOUT_EFFECT
+from llama.config_fields import COMPUTED, DROPOUTS, ONE_VALUE, WITHOUT_EFFECT
 from llama.families import FAMILIES, Family, LayerNorms
 from llama.layer_ropes import read_ropes, read_rotary_dim
 from llama.layer_windows import read_windows
@@ -146,11 +146,12 @@ def _language_model(fields: JsonFields) -> tuple[Family, JsonFields, bool]:
     if name in TOWERS:
         _check_model_type(fields, name, [TOWERS[name].model_type])
         family, text = text_of(fields, TOWERS[name])
-        if text.section:
-            _check_fields(fields, name, BESIDE_THE_TEXT)
-            _check_fields(text, name, _fields_of(family))
-        else:
-            _check_fields(fields, name, BESIDE_THE_TEXT | _fields_of(family))
+        around, inside = BESIDE_THE_TEXT, _fields_of(family)
+        if TOWERS[name].may_be_flat:
+            # some versions of transformers wrote each field in both places
+            around = inside = around | inside
+        _check_fields(fields, name, around)
+        _check_fields(text, name, inside)
         return family, text, True
     sharing = [f for key, f in FAMILIES.items() if name in (key, f.transformers_class)]
     by_type = {family.model_type: family for family in sharing}
@@ -180,7 +181,7 @@ def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
         name: of the architecture.
         own: the fields that it has beside those of all.
     """
-    known = COMPUTED | own | WITHOUT_EFFECT | ONE_VALUE.keys()
+    known = COMPUTED | own | DROPOUTS | WITHOUT_EFFECT | ONE_VALUE.keys()
     unknown = sorted(key for key, value in fields.values.items() if value and key not in known)
     if unknown:
         raise ValueError(
@@ -194,12 +195,6 @@ def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
 def _check_function(fields: JsonFields) -> None:
     """Refuse what another model than this one would be needed for."""
     path, values = fields.where, fields.values
-    for key in ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop"):
-        if (dropout := values.get(key)) not in (None, 0):
-            raise ValueError(
-                f"{path}: {key} must be 0: got {dropout!r}; "
-                "set it to 0 to fine-tune without, the weights do not depend on it"
-            )
     for key, computed in ONE_VALUE.items():
         if key in values and bool(values[key]) != bool(computed):
             raise ValueError(
@@ -275,7 +270,9 @@ def check_config(fields: JsonFields) -> LlamaConfig:
 
 def _checked(fields: JsonFields) -> LlamaConfig:
     family, text, is_tower = _language_model(fields)
-    given = text.values
+    # a name of Llama's is not read where the family has its own alone
+    replaced = set(family.aliases.values()) - family.fields
+    given = {key: value for key, value in text.values.items() if key not in replaced}
     named = {name: given[alias] for alias, name in family.aliases.items() if alias in given}
     fields = replace(text, values={**family.defaults, **given, **named})
     path = fields.where
@@ -308,7 +305,11 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
         ropes=read_ropes(
-            fields, family.ropes, [window is not None for window in windows], rotary_dim
+            fields,
+            family.ropes,
+            [window is not None for window in windows],
+            rotary_dim,
+            family.rope_types,
         ),
         rotary_dim=rotary_dim,
         is_interleaved=family.is_interleaved,

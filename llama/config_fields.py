@@ -29,15 +29,15 @@ COMPUTED = frozenset(
         "max_position_embeddings",
         "original_max_position_embeddings",
         "tie_word_embeddings",
-        "attention_dropout",
-        "embd_pdrop",
-        "resid_pdrop",
-        "residual_dropout",
         "quantization_config",
         "layer_types",
         "eos_token_id",
     }
 )
+
+# shares of activations that transformers drops in training; the weights do not depend on them, and
+# here nothing is dropped but an adapter's input
+DROPOUTS = frozenset({"attention_dropout", "embd_pdrop", "resid_pdrop", "residual_dropout"})
 
 # fields that transformers reads for every family and asks for their truth alone, and what the model
 # here computes: `getattr(config, "is_causal", True)` makes null mean that it is not causal
@@ -189,6 +189,7 @@ _OTHERS = frozenset(
     {
         "attention_sink_size",
         "context_window_size",
+        "is_composition",
         "is_llama_config",
         "model_max_length",
         "pretraining_tp",

@@ -42,6 +42,11 @@ _GEMMA_NORMS = LayerNorms(
     behind_mlp="post_feedforward_layernorm",
 )
 _PARALLEL_NORMS = LayerNorms(before_mlp="input_layernorm")
+_GLM_DEFAULTS = {
+    "num_key_value_heads": 2,
+    "attention_bias": True,
+    "eos_token_id": [151329, 151336, 151338],
+}
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 
 
@@ -59,6 +64,7 @@ class Family:
         is_mlp_fused: that holds for gate and up alone.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
         windows: which layers see how many tokens, as `read_windows` takes it.
+        rope_types: what the family's files call a scaling of rotary positions, and its name here.
         rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
             say; None: all, and the family does not read that field.
         is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
@@ -88,6 +94,7 @@ class Family:
     head_dim: int | None = None
     windows: LayerWindows = "none"
     rotary_share: float | None = None
+    rope_types: Mapping[str, str] = field(default_factory=dict)
     is_interleaved: bool = False
     ropes: LayerRopes = "alike"
     activation_field: str = "hidden_act"
@@ -159,8 +166,11 @@ FAMILIES = {
         is_fused=True,
         windows="all",
         rotary_share=1.0,
-        # transformers ignores the bias
-        fields=frozenset({"sliding_window", "attention_bias"}),
+        rope_types={"su": "longrope", "yarn": "longrope"},
+        # transformers ignores the bias, and two fields of Phi-4-mini's own code
+        fields=frozenset(
+            {"sliding_window", "attention_bias", "full_attn_mod", "interpolate_factor"}
+        ),
     ),
     "Olmo2ForCausalLM": Family(
         "olmo2",
@@ -226,6 +236,7 @@ FAMILIES = {
                 "sliding_window",
                 "sliding_window_pattern",
                 # of the first checkpoint, which transformers does not read
+                "layer_switch",
                 "order_of_interleaved_layers",
                 "position_embedding_type",
                 "rotary_pct",
@@ -340,7 +351,7 @@ FAMILIES = {
             before_mlp="post_attention_layernorm",
             behind_mlp="post_mlp_layernorm",
         ),
-        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        defaults=_GLM_DEFAULTS,
         fields=frozenset({"attention_bias"}),
     ),
     "GlmForCausalLM": Family(
@@ -350,7 +361,7 @@ FAMILIES = {
         head_dim=128,
         rotary_share=0.5,
         is_interleaved=True,
-        defaults={"num_key_value_heads": 2, "attention_bias": True},
+        defaults=_GLM_DEFAULTS,
         fields=frozenset({"attention_bias"}),
     ),
     "SmolLM3ForCausalLM": Family(

@@ -1,6 +1,6 @@
 """Which rotary positions each layer has, as config.json and its family say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from llama.rope_scaling import LongRopeScaling, Rope, read_rope
 DEFAULT_ROPE_THETA = 10000.0
 # SmolLM3's, where config.json lists no layers
 _UNROTATED_INTERVAL = 4
+_SHARE = "partial_rotary_factor"
 
 LayerRopes = Literal["alike", "by window", "listed", "windowed"]
 
@@ -28,8 +29,11 @@ def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> i
         given = fields.values.get(key)
         inner = (given, *given.values()) if isinstance(given, dict) else ()
         scopes += [each for each in inner if isinstance(each, dict)]
+    if share is not None and any(scope.get(_SHARE, share) is None for scope in scopes):
+        # one class of transformers then turns all dimensions, another one stops
+        raise ValueError(f"{where}: {_SHARE} must be a number or absent: got null")
     parts = [replace(fields, values=scope) for scope in scopes]
-    given = [part.optional_number("partial_rotary_factor") for part in parts]
+    given = [part.optional_number(_SHARE) for part in parts]
     shares = {each for each in given if each is not None} or {1.0 if share is None else share}
     if len(shares) > 1:
         raise ValueError(
@@ -50,7 +54,11 @@ def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> i
 
 
 def read_ropes(
-    fields: JsonFields, kind: LayerRopes, sees_window: Sequence[bool], rotary_dim: int
+    fields: JsonFields,
+    kind: LayerRopes,
+    sees_window: Sequence[bool],
+    rotary_dim: int,
+    types: Mapping[str, str],
 ) -> tuple[Rope | None, ...]:
     """Read the rotary positions of each layer; None: its heads are not rotated.
 
@@ -59,16 +67,17 @@ def read_ropes(
             no_rope_layers says which layers have any; or those that see a window have some, and
             all layers of a model without windows.
         sees_window: of each layer.
+        types: the family's names of scalings.
 
     Raises:
         ValueError: the fields are of the wrong type, or do not fit together.
     """
     if kind == "by window":
-        windowed, full = _ropes_by_window(fields, rotary_dim)
+        windowed, full = _ropes_by_window(fields, rotary_dim, types)
         ropes = tuple(windowed if sees else full for sees in sees_window)
     else:
         theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-        rope = read_rope(fields, _only_set(fields), theta, rotary_dim)
+        rope = read_rope(fields, _only_set(fields), theta, rotary_dim, types)
         num_layers = len(sees_window)
         is_rotated = [True] * num_layers
         if kind == "listed":
@@ -93,7 +102,9 @@ def _only_set(fields: JsonFields) -> Any:
     return given[0] if given else {}
 
 
-def _ropes_by_window(fields: JsonFields, rotary_dim: int) -> tuple[Rope, Rope]:
+def _ropes_by_window(
+    fields: JsonFields, rotary_dim: int, types: Mapping[str, str]
+) -> tuple[Rope, Rope]:
     """Read the rotary positions of layers that see a window, and of layers that see all tokens.
 
     transformers 5 writes a set of parameters for each; earlier versions a frequency for those that
@@ -113,8 +124,8 @@ def _ropes_by_window(fields: JsonFields, rotary_dim: int) -> tuple[Rope, Rope]:
     theta = fields.number("rope_local_base_freq", DEFAULT_ROPE_THETA)
     full_theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
     return (
-        read_rope(fields, windowed, theta, rotary_dim),
-        read_rope(fields, full, full_theta, rotary_dim),
+        read_rope(fields, windowed, theta, rotary_dim, types),
+        read_rope(fields, full, full_theta, rotary_dim, types),
     )
 
 

@@ -2,6 +2,7 @@
 frequencies. `llama/layer_ropes.py` finds the set of each layer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,27 +70,35 @@ def read_rope(
     given: Any,  # the part of config.json that is about this set
     theta: float,  # where that part has none
     rotary_dim: int,  # of the dimensions that turn
+    types: Mapping[str, str],
 ) -> Rope:
-    """Read one set of rotary positions."""
+    """Read one set of rotary positions.
+
+    Args:
+        types: the family's names of scalings.
+    """
     path = fields.where
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
     inner = replace(fields, values=given)
-    rope = Rope(inner.number("rope_theta", theta), _read_scaling(fields, inner, rotary_dim // 2))
+    scaling = _read_scaling(fields, inner, rotary_dim // 2, types)
+    rope = Rope(inner.number("rope_theta", theta), scaling)
     if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
         raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
     return rope
 
 
-def _read_scaling(fields: JsonFields, inner: JsonFields, num_pairs: int) -> RopeScaling | None:
+def _read_scaling(
+    fields: JsonFields, inner: JsonFields, num_pairs: int, types: Mapping[str, str]
+) -> RopeScaling | None:
     kind = inner.values.get("rope_type", inner.values.get("type")) or "default"
+    kind = types.get(kind, kind) if isinstance(kind, str) else kind
     # dynamic scaling begins beyond max_position_embeddings, which no sequence here exceeds
     if kind in ("default", "dynamic"):
         return None
     if kind == "linear":
         return LinearRopeScaling(inner.number("factor"))
-    # Phi-3's first files name it otherwise
-    if kind in ("longrope", "su") or (kind == "yarn" and inner.values.get("short_factor")):
+    if kind == "longrope":
         return _read_long_rope(fields, inner, num_pairs)
     if kind == "yarn":
         return _read_yarn(fields, inner)
@@ -107,31 +116,32 @@ def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:
         inner.number("factor"),
         inner.number("low_freq_factor"),
         inner.number("high_freq_factor"),
-        inner.integer("original_max_position_embeddings"),
+        _read_original(fields, inner),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ValueError(
             f"{path}: high_freq_factor must be above low_freq_factor: "
             f"got {scaling.high_freq_factor} and {scaling.low_freq_factor}"
         )
-    _check_original(fields, scaling.original_max_position_embeddings)
     return scaling
 
 
-def _check_original(fields: JsonFields, original: int) -> None:
-    """Refuse a length of the first training that is another outside of the set."""
-    if fields.integer("original_max_position_embeddings", original) != original:
+def _read_original(fields: JsonFields, inner: JsonFields) -> int:
+    """Read the length of the first training, which is given inside of the set, or outside."""
+    longest = fields.integer("max_position_embeddings")
+    outside = fields.integer("original_max_position_embeddings", longest)
+    inside = inner.integer("original_max_position_embeddings", outside)
+    if inside != outside and fields.values.get("original_max_position_embeddings") is not None:
         raise ValueError(
             f"{fields.where}: original_max_position_embeddings must be the same inside "
-            f"rope_scaling and outside: got {original} and "
-            f"{fields.values['original_max_position_embeddings']}"
+            f"rope_scaling and outside: got {inside} and {outside}"
         )
+    return inside
 
 
 def _read_yarn(fields: JsonFields, inner: JsonFields) -> YarnRopeScaling:
     longest = fields.integer("max_position_embeddings")
-    original = inner.integer("original_max_position_embeddings", longest)
-    _check_original(fields, original)
+    original = _read_original(fields, inner)
     factor = inner.number("factor", longest / original)
     mscale, mscale_all_dim = (inner.optional_number(n) for n in ("mscale", "mscale_all_dim"))
     default = _yarn_temperature(factor, 1)
@@ -172,6 +182,10 @@ def _read_long_rope(fields: JsonFields, scaling: JsonFields, num_pairs: int) -> 
     # where transformers looks for it
     inside = scaling.integer("original_max_position_embeddings", longest)
     original = fields.integer("original_max_position_embeddings", inside)
+    if original < 2:
+        raise ValueError(
+            f"{path}: original_max_position_embeddings must be at least 2: got {original}"
+        )
     factor = scaling.number("factor", longest / original)
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     attention_factor = scaling.number("attention_factor", default)

@@ -55,12 +55,36 @@ _QWEN3_VL = Family(
     defaults={"num_key_value_heads": 32, "rope_theta": 5e5},
     fields=frozenset({"attention_bias"}),
 )
-_LLAMA, _MISTRAL = FAMILIES["LlamaForCausalLM"], FAMILIES["MistralForCausalLM"]
+_MISTRAL = FAMILIES["MistralForCausalLM"]
+# LLaVA's files leave out what is as transformers' classes have it: Llama-2-7B's and Mistral-7B's
+_SIZES_OF_7B = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+}
+_LLAVAS_LLAMA = replace(
+    FAMILIES["LlamaForCausalLM"],
+    defaults=_SIZES_OF_7B | {"intermediate_size": 11_008, "max_position_embeddings": 2048},
+)
+_LLAVAS_MISTRAL = replace(
+    _MISTRAL,
+    defaults=_SIZES_OF_7B
+    | {
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+)
+_GEMMA3 = FAMILIES["Gemma3ForCausalLM"]
 
 TOWERS = {
     "Gemma3ForConditionalGeneration": Tower(
         "gemma3",
-        (FAMILIES["Gemma3ForCausalLM"],),
+        # this class of transformers does not cap the logits
+        (replace(_GEMMA3, fields=_GEMMA3.fields - {"final_logit_softcapping"}),),
         is_tied=True,
         defaults={
             "vocab_size": 262_208,
@@ -69,7 +93,9 @@ TOWERS = {
             "max_position_embeddings": 131_072,
         },
     ),
-    "LlavaForConditionalGeneration": Tower("llava", (_LLAMA, _MISTRAL), ties_as_text=True),
+    "LlavaForConditionalGeneration": Tower(
+        "llava", (_LLAVAS_LLAMA, _LLAVAS_MISTRAL), ties_as_text=True
+    ),
     # without the field transformers 5 ties a head unless the files have another one, as those of
     # Mistral-Small-3.1 do
     "Mistral3ForConditionalGeneration": Tower("mistral3", (_MISTRAL,)),

@@ -178,3 +178,16 @@ def test_files_that_change_after_they_were_opened_are_refused(
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=f"^{last} must not change while it is in use"):
         use(opened, tmp_path / "out")
+
+
+def test_a_dropout_of_the_base_is_named_and_not_applied(tmp_path: Path) -> None:
+    tensors = random_tensors(FIELDS, torch.float32)
+    plain = open_checkpoint(write_checkpoint(tmp_path / "plain", FIELDS, tensors))
+    fields = FIELDS | {"attention_dropout": 0.1, "resid_pdrop": 0.0}
+    dropped = open_checkpoint(write_checkpoint(tmp_path / "dropped", fields, tensors))
+    assert plain.remarks == []
+    (remark,) = dropped.remarks
+    assert "has attention_dropout 0.1: it is not applied" in remark
+    ids = torch.arange(8)[None]
+    logits = [load_model(each, CPU, torch.float32, None).logits(ids) for each in (plain, dropped)]
+    assert torch.equal(*logits)

@@ -15,7 +15,9 @@ from checkpoint.identity import identify
 from checkpoint.implied import implied_checkpoint
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
+from checkpoint.quantized_copy import plan_quantized_copy
 from checkpoint.tensor_names import modules_of
+from nf4.weight import Quantization
 
 TEXT = {"architectures": None, "model_type": "llama"}
 FIELDS_OF_TOWER = {
@@ -126,6 +128,14 @@ def test_an_encoder_may_be_in_a_number_format_of_its_own(tmp_path: Path) -> None
     tensors = tensors_of("transformers 4") | codes
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, FIELDS_OF_TOWER, tensors))
     assert codes.keys() < checkpoint.left_alone
+
+
+def test_a_quantized_encoder_is_not_copied(tmp_path: Path) -> None:
+    codes = {"vision_tower.a.weight": torch.zeros(32, 1, dtype=torch.uint8)}
+    tensors = tensors_of("transformers 4") | codes
+    source = open_checkpoint(write_checkpoint(tmp_path, FIELDS_OF_TOWER, tensors))
+    with pytest.raises(ValueError, match=r"vision_tower\.a\.weight is in uint8"):
+        plan_quantized_copy(source, Quantization(64, True), None)
 
 
 def test_a_module_of_the_whole_model_is_named_as_transformers_5_does() -> None:
