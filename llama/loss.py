@@ -95,6 +95,7 @@ def linear_cross_entropy(
     hidden: Tensor,  # (M, D), only rows that have a target; rows of any stride
     head: Tensor,  # (V, D), hidden's dtype
     targets: Tensor,  # (M,) int64
+    *,
     scale: float | None = None,
     cap: float | None = None,
 ) -> Tensor:  # () float32, summed over the rows
@@ -125,6 +126,7 @@ def linear_cross_entropy_with_gradient(
     head: Tensor,  # (V, D), hidden's dtype; frozen
     targets: Tensor,  # (M,) int64
     factor: Tensor,  # () float32
+    *,
     scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # () float32, summed over the rows; (M, D), hidden's dtype

@@ -323,7 +323,7 @@ class Llama(nn.Module):
         picked = hidden[rows.to(self.device, non_blocking=True)]
         targets = targets.to(self.device, non_blocking=True)
         scale, cap = self.config.logit_scale, self.config.final_logit_softcapping
-        return linear_cross_entropy(picked, self.head, targets, scale, cap)
+        return linear_cross_entropy(picked, self.head, targets, scale=scale, cap=cap)
 
 
 def samples_of(positions: Tensor) -> Samples:  # (B, T) int64

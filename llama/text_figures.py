@@ -50,13 +50,13 @@ def read_text(model: Llama, windows: Sequence[Batch]) -> ReadText:
     The mean is over the tokens that have a label.
     """
     total, num_tokens, hidden = 0.0, 0, []
-    cap = model.config.final_logit_softcapping
+    scale, cap = model.config.logit_scale, model.config.final_logit_softcapping
     for window in windows:
         states = model.hidden_states(window.input_ids.to(model.device))[0]
         labels = window.labels[0, 1:].to(model.device)
         has_label = labels != NO_LOSS
         rows, targets = states[:-1][has_label], labels[has_label]
-        total += float(linear_cross_entropy(rows, model.head, targets, cap))
+        total += float(linear_cross_entropy(rows, model.head, targets, scale=scale, cap=cap))
         num_tokens += len(targets)
         hidden.append(states.cpu())
     return ReadText(math.exp(total / num_tokens), hidden)

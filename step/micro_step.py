@@ -168,7 +168,7 @@ class MicroStep:
                 captured.forward.replay()
                 hidden = captured.hidden
             scale, cap = model.config.logit_scale, model.config.final_logit_softcapping
-            return linear_cross_entropy(hidden[rows], model.head, targets, scale, cap)
+            return linear_cross_entropy(hidden[rows], model.head, targets, scale=scale, cap=cap)
 
     def _evaluate(self, given: Sequence[Tensor], hidden: Tensor) -> None:
         """Write the hidden states, and keep nothing."""
@@ -308,7 +308,7 @@ class MicroStep:
         config = self.model.config
         scale, cap = config.logit_scale, config.final_logit_softcapping
         loss, grad = linear_cross_entropy_with_gradient(
-            hidden[rows], self.model.head, targets, factor, scale, cap
+            hidden[rows], self.model.head, targets, factor, scale=scale, cap=cap
         )
         # a token without a label has none
         hidden.zero_().index_copy_(0, rows, grad)

@@ -48,7 +48,7 @@ def loss_and_gradient(
     """Call the product on a copy of hidden that it may consume, as part of wider rows."""
     consumed = part_of_wider_rows(hidden, hidden.dtype, hidden.device)
     loss, gradient = linear_cross_entropy_with_gradient(
-        consumed, head, targets, torch.tensor(factor, device=hidden.device), scale, cap
+        consumed, head, targets, torch.tensor(factor, device=hidden.device), scale=scale, cap=cap
     )
     assert gradient.data_ptr() == consumed.data_ptr()
     assert gradient.stride() == consumed.stride()
@@ -96,7 +96,7 @@ def test_loss_and_gradient_equal_float64_for_every_chunk(
     set_chunk(monkeypatch, chunk)
     hidden, head, targets = case
     loss, gradient = loss_and_gradient(hidden, head, targets, scale=scale, cap=cap)
-    alone = linear_cross_entropy(hidden, head, targets, scale, cap)
+    alone = linear_cross_entropy(hidden, head, targets, scale=scale, cap=cap)
     truth = in_dtype(case, torch.float64)
     expected, expected_gradient = loss_and_gradient_of_torch(*truth, scale=scale, cap=cap)
 

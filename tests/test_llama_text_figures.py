@@ -10,7 +10,7 @@ from llama.text_figures import logit_change, read_text, windows_of
 from rows.batch import NO_LOSS, Batch
 
 
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "granite"])
 def test_figures_are_those_of_the_models_loss_and_logits(tmp_path: Path, variant: str) -> None:
     base = load_tiny(tmp_path / "base", lora=None, variant=variant)
     trained = load_tiny(tmp_path / "trained", variant=variant)
