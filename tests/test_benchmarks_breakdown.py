@@ -154,8 +154,9 @@ def with_kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if operation.get("cat") == "cpu_op" and (
             name in PRODUCTS or name.startswith("aten::_scaled_dot_product")
         ):
-            # after the operations within, which prepare
-            start = operation["ts"] + 0.99 * operation["dur"]
+            # before the operations within: a machine that is busy may pause the process in any of
+            # them, and then they cover whatever moment was chosen behind
+            start = operation["ts"]
             launch = event("cuda_runtime", "cudaLaunchKernel", start, 0.0, correlation=number)
             made.append(launch | {"tid": operation["tid"]})
             made.append(event("kernel", "gemm", start + 1e6, 1.0, correlation=number))
