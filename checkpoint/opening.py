@@ -87,7 +87,7 @@ class Checkpoint:
                 f"{self.folder} has tensors that the model does not need; left alone: "
                 f"{first_few(others)}"
             )
-        given = self.config_json | (self.config_json.get(TEXT) or {})
+        given = {**self.config_json, **(self.config_json.get(TEXT) or {})}
         lines += [
             f"{self.folder / CONFIG_NAME} has {name} {given[name]!r}: it is not applied; "
             "--lora-dropout drops an adapter's input"
