@@ -48,7 +48,7 @@ def measure_forward(model: Llama, shape: Shape) -> None:
     # launched, then captured
     for _ in range(2):
         step(Batch(ids, ids), factor)
-    (captured,) = step._captured.values()
+    (captured,) = step._trained._captured.values()
     times = sorted(seconds(lambda *_: captured.forward.replay(), ids, 1) for _ in range(5))
     print_row({"provider": "forward", "shape": str(shape), "prompt_ms": round(times[2] * 1e3, 2)})
 

@@ -1055,4 +1055,4 @@ def test_cuda_peaks_at_the_packed_model_and_two_tensors(tmp_path: Path) -> None:
     temporaries = hidden * inner // 64 * 4 + (1 << 18)
     assert packed < peak <= packed + two_tensors + temporaries
     # embeddings that came through the staging memory, or a second copy of them, would break it
-    assert two_tensors + temporaries < model.model.embed_tokens.weight.nbytes
+    assert two_tensors + temporaries < model.decoder.embed_tokens.weight.nbytes

@@ -494,7 +494,7 @@ def test_a_tied_head_stored_alone_is_copied_as_it_is(
     copy = quantize_folder(source, tmp_path / "copy", NF4, "--device", "cpu")
     assert "does not need; left alone: model.rotary_emb.inv_freq\n" in capsys.readouterr().out
     assert set(load_file(copy / FILE)) >= {"lm_head.weight"}
-    assert_equal(load(copy).model.embed_tokens.weight.detach(), embeddings, "embeddings")
+    assert_equal(load(copy).decoder.embed_tokens.weight.detach(), embeddings, "embeddings")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -161,7 +161,7 @@ def test_embeddings_are_scaled_by_what_transformers_rounds(tmp_path: Path) -> No
     model = load(write_variant(tmp_path, "gemma2", torch.bfloat16), torch.bfloat16)
     input_ids = tokens(2, 9)
     scale = torch.tensor(math.sqrt(FIELDS["hidden_size"]), dtype=torch.bfloat16)
-    expected = model.model.embed_tokens.weight[input_ids.flatten()] * scale
+    expected = model.decoder.embed_tokens.weight[input_ids.flatten()] * scale
     assert_equal(model.embed(input_ids), expected.detach())
 
 

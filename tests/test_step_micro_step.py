@@ -173,7 +173,7 @@ def test_noise_on_embeddings_is_as_if_the_embeddings_had_it(
     num_padding = padded_tokens(33, device) - 33
     places = F.pad(input_ids, (0, num_padding)).flatten()
     scale = noise_scale(F.pad(lengths, (0, num_padding)), 5.0, model.config.hidden_size)
-    weight = model.model.embed_tokens.weight
+    weight = model.decoder.embed_tokens.weight
     seed = torch.tensor([7], device=device)
     embeddings = neftune_(weight[places.to(device)], scale.flatten().to(device), seed)
     is_token = (scale > 0).flatten()
