@@ -1,4 +1,4 @@
-"""A micro-batch and an optimizer step tried out on a GPU, before the first step is taken."""
+"""Before the first step on a GPU: kernels are compiled, a micro-batch and a step tried out."""
 
 import math
 from collections.abc import Callable, Iterator
