@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    grouped_matmul_table,
     load_table,
     markdown,
     masked_attention_table,
@@ -217,6 +218,14 @@ KERNEL_SECTIONS = {
         "(`python -m benchmarks lora_gradient`); torch computes each by a product. "
         f"{_OPERATION}",
         operation_table,
+    ),
+    "grouped_matmul": Section(
+        "Multiply by experts",
+        "The products of Qwen3-30B-A3B's 128 experts over M rows, 8 a token, unevenly divided, in "
+        "bf16, and the gradient of their input (`python -m benchmarks grouped_matmul`). `dense` is "
+        "one product of as many FLOPs, `torch` is torch's grouped product, `loop` a product of "
+        "cuBLAS for each expert.",
+        grouped_matmul_table,
     ),
     "cross_entropy": Section(
         "Cross-entropy",

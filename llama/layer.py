@@ -29,6 +29,7 @@ is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kernels.masked_attention_mask import Samples
@@ -40,6 +41,7 @@ from llama.config import LlamaConfig
 from llama.experts import ExpertMLP, Routed
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
+from lora.frozen_group import FrozenGroup
 
 
 class Shared(NamedTuple):
@@ -102,6 +104,14 @@ class DecoderLayer(nn.Module):
     def norm_before(self, name: str | None) -> RMSNorm | NoNorm:
         """Find what stands before a half of the layer."""
         return NoNorm() if name is None else self.norm(name)
+
+    def expand_once(self, is_kept: bool, dtype: torch.dtype) -> None:
+        """Expand the weights for all passes, before the first one; or let each pass do it."""
+        for group in self.modules():
+            if isinstance(group, FrozenGroup):
+                group.expanded = None
+                if is_kept:
+                    group.keep_expanded(dtype)
 
     @property
     def grad_tail(self) -> int:

@@ -90,11 +90,18 @@ class ExpertGroup(FrozenGroup):
             for _, weight in self._parts(self.weight, dtype):
                 make_nf4_tables(weight)
 
+    def keep_expanded(self, dtype: torch.dtype) -> None:
+        weight = self.weight
+        is_packed = isinstance(weight, NF4Weight)
+        self.expanded = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)
+
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Expand the weights, some experts at a time: the first of them, and their matrices, each
         (N, K)."""
         shape = (-1, self.rows_of_one, self.in_features)
-        if isinstance(self.weight, NF4Weight):
+        if self.expanded is not None:
+            yield 0, self.expanded.view(shape)
+        elif isinstance(self.weight, NF4Weight):
             for first, weight in self._parts(self.weight, dtype):
                 yield first, nf4_dequantize(weight, dtype).view(shape)
         elif self.weight.dtype == dtype:

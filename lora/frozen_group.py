@@ -30,6 +30,8 @@ class FrozenGroup(nn.Module):
 
     weight: NF4Weight | Tensor  # (sum of rows, in_features)
     bias: Tensor | None  # (sum of rows,)
+    # the weight in the dtype of the passes, where it stays from pass to pass
+    expanded: Tensor | None
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class FrozenGroup(nn.Module):
         self.in_features = in_features
         self.has_bias = has_bias
         self.num_stacked = num_stacked
+        self.expanded = None
 
     @property
     def num_rows(self) -> int:
@@ -132,6 +135,10 @@ class FrozenGroup(nn.Module):
         Note:
             After the group got its weight and its updates.
         """
+        raise NotImplementedError
+
+    def keep_expanded(self, dtype: torch.dtype) -> None:
+        """Expand the weight once for all passes."""
         raise NotImplementedError
 
     def frozen_tensors(self) -> Iterator[Tensor]:

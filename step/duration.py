@@ -9,7 +9,7 @@ import torch
 from llama.experts import ExpertMLP
 from lora.expert_group import ExpertGroup
 from lora.frozen_group import FrozenGroup
-from step.micro_step import Policy
+from step.micro_step import KEEPS_ACTIVATIONS, Policy
 from step.workload import Workload
 
 # attention's products run at about this share of a large product's rate, with the mask's half
@@ -88,7 +88,7 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     attention = 2 * M * (work.sample_tokens or work.tokens) * width
     flops, attended, num_bytes = 0.0, 0.0, 0.0
     for layer, policy in zip(work.model.layers, policies, strict=True):
-        is_again, mlp = policy != "keep", layer.mlp
+        is_again, mlp = policy not in KEEPS_ACTIVATIONS, layer.mlp
         groups = [module for module in layer.modules() if isinstance(module, FrozenGroup)]
         num_pairs, F, router = 0, config.intermediate_size, 0
         if isinstance(mlp, ExpertMLP):
@@ -102,7 +102,8 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
         flops += 2 * M * (2 * (all_of_it.multiplied + router))
         flops += 2 * M * is_again * (again.multiplied + router)
         attended += attention * (passes + is_again)
-        num_bytes += (e + 0.516) * (2 * all_of_it.expanded + is_again * again.expanded)
+        if policy != "expand":
+            num_bytes += (e + 0.516) * (2 * all_of_it.expanded + is_again * again.expanded)
         num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind + 8 * num_pairs) * D + (4 + 10) * F)
         num_bytes += is_again * M * e * ((12 + 2 * num_behind + 4 * num_pairs) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D

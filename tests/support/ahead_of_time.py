@@ -24,6 +24,7 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPE_NAMES = {
     torch.bfloat16: "bf16",
@@ -159,6 +160,10 @@ def compile_launch(
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
+            continue
+        if isinstance(value, TensorDescriptor):
+            kind = f"{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}"
+            signature[name] = f"tensordesc<{kind}>"
             continue
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"
