@@ -70,6 +70,17 @@ def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
     truth, baseline = truth_of(case), norm_results_of_autograd(case, rms_norm_reference)
     assert actual.keys() - {"y_again"} == truth.keys()
     assert ("y_again" in actual) == bool(case.y_place)
+    allowances = [0.0] * case.num_rows
+    if case.is_centred:
+        # a multiply-add subtracts the mean from g w before that is rounded: the two no longer
+        # cancel where they are equal
+        inputs = norm_inputs(case)
+        largest = (
+            (inputs["grad_y"].double() * (inputs["weight"].double() + case.offset))
+            .abs()
+            .amax(dim=1)
+        )
+        allowances = (torch.finfo(torch.float32).eps / 2 * largest * truth["rstd"]).tolist()
     if case.y_place:
         # the same arithmetic forward and back
         assert_equal(actual["y_again"], actual["y"], "y again")
@@ -79,7 +90,11 @@ def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
             continue
         for row in range(case.num_rows):
             assert_no_worse_than(
-                actual[name][row], baseline[name][row], expected[row], what=f"{name}[{row}]"
+                actual[name][row],
+                baseline[name][row],
+                expected[row],
+                what=f"{name}[{row}]",
+                allowance=allowances[row] if name == "grad" else 0.0,
             )
     assert_equal(actual["r"], baseline["r"], "r")
     assert actual["rstd"].dtype == torch.float32
