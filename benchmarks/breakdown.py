@@ -57,7 +57,7 @@ from optim.arena import GradientArena
 from rows.batch import Batch
 from run.machine import configure_torch
 from step import micro_step
-from step.micro_step import MicroStep, Policy
+from step.micro_step import KEEPS_ACTIVATIONS, MicroStep, Policy
 
 FAMILIES = (
     "base products, forward",
@@ -329,10 +329,11 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         costs["base products, backward"].append(_products_of(groups[is_first:], M))
         costs["attention, forward"].append(mixing)
         costs["attention, backward"].append(mixing_back)
-        costs["dequantization"] += [
-            Cost(2 * (nf4_bytes(N, K) + BF16 * N * K))
-            for N, K in ((group.num_rows, group.in_features) for group in groups)
-        ]
+        if policy != "expand":
+            costs["dequantization"] += [
+                Cost(2 * (nf4_bytes(N, K) + BF16 * N * K))
+                for N, K in ((group.num_rows, group.in_features) for group in groups)
+            ]
         for is_backward in (False, True):
             costs["low-rank updates"].append(_updates_of(groups, M, is_backward))
         # the first layer has nothing to add, and no gradient to pass on
@@ -340,7 +341,7 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         costs["norms"] += [norm if is_first else norm_back, norm_back]
         costs["rotation"] += [rotation, rotation_back]
         costs["gate"] += [gating, gating_back]
-        if policy != "keep":
+        if policy not in KEEPS_ACTIVATIONS:
             # all but down, and what comes right before it
             costs["base products, forward"].append(_products_of(groups[:3], M))
             costs["attention, forward"].append(mixing)

@@ -171,7 +171,7 @@ def _by_provider(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 def percent_of_limit(row: Row, rows: Iterable[Row]) -> str:
     """Format how much of its policy's limit a training step reaches; what is not kept is computed
     again."""
-    policy = "keep" if row["policy"] == "keep" else "recompute"
+    policy = "keep" if row["policy"] in ("expand", "keep") else "recompute"
     for limit in _by_provider(rows).get(("limit", policy), {}).values():
         if limit["shape"] == row["shape"] and "error" not in limit:
             return f"{100 * row['tokens_per_second'] / limit['tokens_per_second']:.0f} %"

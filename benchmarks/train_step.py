@@ -68,7 +68,7 @@ class Provider(NamedTuple):
     policy: str
 
 
-OURS = ("keep", "recompute", "offload", "auto")
+OURS = ("expand", "keep", "recompute", "offload", "auto")
 PEERS = {
     "hf": (Provider("hf", "recompute"),),
     "unsloth": (Provider("unsloth", "keep"), Provider("unsloth", "offload")),

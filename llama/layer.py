@@ -28,6 +28,7 @@ is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kernels.glu import glu, glu_backward
@@ -104,6 +105,14 @@ class DecoderLayer(nn.Module):
     def norm_before(self, name: str | None) -> RMSNorm | NoNorm:
         """Find what stands before a half of the layer."""
         return NoNorm() if name is None else self.norm(name)
+
+    def expand_once(self, is_kept: bool, dtype: torch.dtype) -> None:
+        """Expand the weights for all passes, before the first one; or let each pass do it."""
+        for group in self.modules():
+            if isinstance(group, LinearGroup):
+                group.expanded = None
+                if is_kept:
+                    group.keep_expanded(dtype)
 
     @property
     def grad_tail(self) -> int:

@@ -204,6 +204,12 @@ class Llama(nn.Module):
         for _, group in self.groups():
             yield from group.frozen_tensors()
 
+    def expanded_tensors(self) -> Iterator[Tensor]:
+        """The weights that stay expanded from pass to pass, where they are copies."""
+        for _, group in self.groups():
+            if group.expanded is not None and group.expanded is not group.weight:
+                yield group.expanded
+
     def num_parameters(self) -> tuple[int, int]:
         """Count the trainable and all parameters, a shared head once and a 4-bit weight as one."""
         # the parameters may have room for more

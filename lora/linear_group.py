@@ -70,6 +70,9 @@ class LinearGroup(nn.Module):
 
     weight: NF4Weight | Tensor  # (sum of rows, in_features)
     bias: Tensor | None  # (sum of rows,)
+    # `expand`'s result where it stays from pass to pass; the updates in it are those of the last
+    # forward pass
+    expanded: Tensor | None
     # float32, the targets' matrices one below the other
     lora_A: nn.Parameter | None  # (num_updates * R, in_features)
     lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
@@ -86,6 +89,7 @@ class LinearGroup(nn.Module):
         self.sizes: dict[str, UpdateSize] = {}
         self.dropout = 0.0
         self.site = 0
+        self.expanded = None
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
@@ -244,22 +248,32 @@ class LinearGroup(nn.Module):
         """Allocate a buffer for y or its gradient and the tail."""
         return like.new_empty(num_rows, self.num_rows + self.tail)
 
+    def keep_expanded(self, dtype: torch.dtype) -> None:
+        """Expand the weight once for all passes, which then write the updates behind it alone."""
+        self.expanded = self._expand_weight(dtype)
+
     def expand(self, dtype: torch.dtype) -> Tensor:  # (N + T, K + T)
         """Write out the weight and, behind it, the updates: [[W, s B], [A, -]].
 
         Without updates the weight alone, (N, K).
         """
+        W_ext = self._expand_weight(dtype) if self.expanded is None else self.expanded
+        if self.lora_A is not None and self.lora_B is not None:
+            extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates)
+        return W_ext
+
+    def _expand_weight(self, dtype: torch.dtype) -> Tensor:  # (N + T, K + T)
+        """Write out the weight, and leave room for the updates."""
         N, K, tail = self.num_rows, self.in_features, self.tail
-        if self.lora_A is None or self.lora_B is None:
+        if not self.updates:
             if isinstance(self.weight, NF4Weight):
                 return nf4_dequantize(self.weight, dtype)
             return self.weight.to(dtype)
-        W_ext = torch.empty(N + tail, K + tail, dtype=dtype, device=self.lora_A.device)
+        W_ext = torch.empty(N + tail, K + tail, dtype=dtype, device=self.weight.device)
         if isinstance(self.weight, NF4Weight):
             nf4_dequantize(self.weight, dtype, out=W_ext[:N, :K])
         else:
             W_ext[:N, :K] = self.weight
-        extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates)
         return W_ext
 
     def forward(
@@ -328,7 +342,8 @@ class LinearGroup(nn.Module):
         N, K = self.num_rows, self.in_features
         if not needs_grad_x and not self.updates:
             return None
-        W_ext = self.expand(grad_ext.dtype)
+        # the forward pass wrote the updates, which have not changed since
+        W_ext = self.expand(grad_ext.dtype) if self.expanded is None else self.expanded
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
             assert self.lora_B is not None

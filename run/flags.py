@@ -308,8 +308,9 @@ class MemoryFlags(_Flags):
     activations: str = _flag(
         "auto",
         "activations of each layer: keep them for the backward pass, recompute them from the "
-        "layer's input, or offload that input to the host; auto: the fastest mix that fits",
-        ("auto", "keep", "recompute", "offload"),
+        "layer's input, or offload that input to the host; expand: keep them, and the weights in "
+        "16 bits; auto: the fastest mix that fits",
+        ("auto", "expand", "keep", "recompute", "offload"),
     )
     max_memory: str = _flag(
         "", "GPU memory to use, such as 24GiB, or 24 for that; by default all that is free"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lora.linear_group import LinearGroup
-from step.micro_step import Policy
+from step.micro_step import KEEPS_ACTIVATIONS, Policy
 from step.workload import Workload
 
 # attention's products run at about this share of a large product's rate, with the mask's half
@@ -72,11 +72,12 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     attention = 2 * M * (work.sample_tokens or work.tokens) * width
     flops, attended, num_bytes = 0.0, 0.0, 0.0
     for policy in policies:
-        is_again = policy != "keep"
+        is_again = policy not in KEEPS_ACTIVATIONS
         flops += 2 * M * (2 * weights + is_again * again)
         attended += attention * (passes + is_again)
         expanded = 2 * weights + is_again * again
-        num_bytes += (e + 0.516) * expanded
+        if policy != "expand":
+            num_bytes += (e + 0.516) * expanded
         num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind) * D + (4 + 10) * F)
         num_bytes += is_again * M * e * ((12 + 2 * num_behind) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D

@@ -42,6 +42,7 @@ class MemoryPlan:
     """Bytes on the device, by what they are for, and the policies they are for.
 
     Attributes:
+        expanded: weights in 16 bits that stay from pass to pass.
         step: activations and scratch of the passes, at the most.
         loss: hidden states, logits and inputs, at the most.
         sampling: for sampled text, at the most.
@@ -57,6 +58,7 @@ class MemoryPlan:
     adapter: int
     gradients: int
     moments: int
+    expanded: int
     step: int
     loss: int
     sampling: int
@@ -74,7 +76,8 @@ class MemoryPlan:
 
     @property
     def _tensors(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.step + self.loss + self.sampling
+        standing = self.weights + self.adapter + self.gradients + self.expanded
+        return standing + self.step + self.loss + self.sampling
 
     def table(self) -> str:
         """Say what a plan takes, line by line."""
@@ -83,6 +86,7 @@ class MemoryPlan:
             ("adapter", self.adapter, "float32"),
             ("gradients", self.gradients, "float32"),
             ("optimizer", self.moments, "moments, on the device for every step"),
+            ("expanded weights", self.expanded, "kept for all passes of their layers"),
             (
                 "activations and scratch",
                 self.step,
@@ -155,6 +159,8 @@ class Planner:
         adapter = 4 * work.num_adapted
         standing = [(adapter, DEFAULT_POOL), (adapter, DEFAULT_POOL)]
         standing += [(WORKSPACE_BYTES, STEP), (LT_WORKSPACE_BYTES, STEP)]
+        expanded = self._walk.expanded(policies)
+        standing += [(num_bytes, DEFAULT_POOL) for num_bytes in expanded]
         if work.prompt_tokens:
             # text is sampled on the other stream, and captured on a third
             standing += [(WORKSPACE_BYTES, DEFAULT_POOL), (WORKSPACE_BYTES, TOKENS)]
@@ -178,6 +184,7 @@ class Planner:
             adapter=adapter,
             gradients=adapter,
             moments=int(work.moment_bytes * work.num_adapted),
+            expanded=sum(expanded),
             step=allocator.most_in_use(PASSES),
             loss=allocator.most_in_use(STEP) - WORKSPACE_BYTES - LT_WORKSPACE_BYTES,
             sampling=sampling,
@@ -196,16 +203,19 @@ def plan_memory(work: Workload, policies: Sequence[Policy]) -> MemoryPlan:
     return Planner(work).plan(policies)
 
 
-def mix(num_layers: int, num_kept: int, num_recomputed: int) -> tuple[Policy, ...]:
+def mix(
+    num_layers: int, num_kept: int, num_recomputed: int, num_expanded: int = 0
+) -> tuple[Policy, ...]:
     """Let the last layers keep their activations, those before keep their inputs, and the rest
-    offload them.
+    offload them; the last of those that keep activations keep expanded weights too.
 
     The backward pass begins with the last ones, and what they give back serves the others.
     """
     counts: tuple[tuple[Policy, int], ...] = (
         ("offload", num_layers - num_kept - num_recomputed),
         ("recompute", num_recomputed),
-        ("keep", num_kept),
+        ("keep", num_kept - num_expanded),
+        ("expand", num_expanded),
     )
     return tuple(policy for policy, count in counts for _ in range(count))
 
@@ -214,19 +224,23 @@ def choose_policies(work: Workload, budget: int) -> MemoryPlan | None:
     """Find the fastest mix of policies that fits, or None if none does.
 
     Keeping a layer's activations saves most of a forward pass, so as many layers keep them as can;
-    then as many keep their inputs as can, which saves the bus two copies.
+    then as many keep their inputs as can, which saves the bus two copies. Expanded weights save a
+    sixth as much time a byte as activations do, so they are kept where all layers keep those.
 
     Args:
         budget: bytes of the device for the process.
     """
     num_layers, planner = work.config.num_hidden_layers, Planner(work)
 
-    def bytes_of(num_kept: int, num_recomputed: int) -> int:
-        return planner.plan(mix(num_layers, num_kept, num_recomputed)).device
+    def bytes_of(num_kept: int, num_recomputed: int, num_expanded: int = 0) -> int:
+        return planner.plan(mix(num_layers, num_kept, num_recomputed, num_expanded)).device
 
     num_kept = _most(0, num_layers, budget, lambda n: bytes_of(n, 0))
     if num_kept is None:
         return None
+    if num_kept == num_layers:
+        num_expanded = _most(0, num_layers, budget, lambda n: bytes_of(num_layers, 0, n)) or 0
+        return planner.plan(mix(num_layers, num_layers, 0, num_expanded))
     rest = num_layers - num_kept
     num_recomputed = _most(0, rest, budget, lambda n: bytes_of(num_kept, n)) or 0
     return planner.plan(mix(num_layers, num_kept, num_recomputed))

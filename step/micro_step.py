@@ -2,8 +2,8 @@
 
     embed -> layers -> norm -> cross-entropy, with its gradient -> norm' -> layers'
 
-Each layer keeps its activations for the backward pass; or only its input, to compute them again; or
-its input waits in host memory.
+Each layer keeps its activations for the backward pass, and its expanded weights too where there is
+room; or it keeps only its input, to compute them again; or its input waits in host memory.
 
 On a GPU a shape that comes again is captured into two CUDA graphs, one before the loss and one
 after it: an 8B step of 2,048 tokens is 1,500 launches, which take Python longer than the GPU needs
@@ -37,8 +37,10 @@ from rows.batch import Batch
 from step.captured_shapes import Captured, CapturedShapes
 from step.host_stash import HostStash
 
-Policy = Literal["keep", "recompute", "offload"]
+# from the fastest to the one that takes the least memory
+Policy = Literal["expand", "keep", "recompute", "offload"]
 POLICIES: dict[str, Policy] = {policy: policy for policy in get_args(Policy)}
+KEEPS_ACTIVATIONS: frozenset[Policy] = frozenset(("expand", "keep"))
 # tokens to a multiple of which a GPU's batches are padded, so that their shapes come again
 PADDED_TOKENS = 64
 
@@ -46,6 +48,12 @@ PADDED_TOKENS = 64
 def padded_tokens(num_tokens: int, device: torch.device) -> int:
     """Count the tokens of a row after it is padded for a device."""
     return num_tokens if device.type == "cpu" else num_tokens + -num_tokens % PADDED_TOKENS
+
+
+def expand_once(model: Llama, policies: Sequence[Policy]) -> None:
+    """Let the weights of layers with that policy stay expanded from pass to pass, and no others."""
+    for layer, policy in zip(model.layers, policies, strict=True):
+        layer.expand_once(policy == "expand", model.compute_dtype)
 
 
 # for the backward pass: what the layers share, what each keeps, and the last norm's r and rstd
@@ -57,7 +65,7 @@ class MicroStep:
 
     Attributes:
         gradients: what every micro-batch adds to; captured graphs hold on to its address.
-        policies: what each layer does with its activations.
+        policies: what each layer does with its activations, and with its expanded weights.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class MicroStep:
         assert model.device.type == "cuda" or not captures
         assert model.device.type != "cpu" or not offloaded
         self._stash = HostStash(offloaded, model.device) if offloaded else None
+        expand_once(model, self.policies)
         if model.device.type == "cuda":
             # torch gives memory back to the stream that it was used on
             self._stream = torch.cuda.Stream(model.device)
@@ -292,7 +301,8 @@ class MicroStep:
             stash.reserve(x)
         kept: list[Activations] = []
         for layer, policy in zip(model.layers, self.policies, strict=True):
-            x, delta, own = layer.forward(x, delta, shared, has_backward=policy == "keep")
+            has_backward = policy in KEEPS_ACTIVATIONS
+            x, delta, own = layer.forward(x, delta, shared, has_backward=has_backward)
             if policy == "offload":
                 assert stash is not None
                 stash.put(layer.index, own.r1)
@@ -338,7 +348,7 @@ class MicroStep:
                 own.r1 = stash.take(layer.index)
                 # the input of the layer below comes while this layer is computed
                 stash.fetch_next(own.r1)
-            if policy != "keep":
+            if policy not in KEEPS_ACTIVATIONS:
                 own = layer.recompute(own, shared)
             layer.backward(grad_ext, own, shared, needs_grad_x=layer.index > 0)
             del own

@@ -23,7 +23,7 @@ from nf4.weight import NF4Weight
 from optim.arena import GradientArena
 from rows.batch import Batch
 from step.allocations import Allocations, Event
-from step.micro_step import MicroStep, Policy
+from step.micro_step import KEEPS_ACTIVATIONS, MicroStep, Policy, expand_once
 from step.repeated_calls import RepeatedCalls
 from step.workload import Workload
 
@@ -102,6 +102,12 @@ class StepWalk:
         with recorded.taking_from(TOKENS):
             step()
 
+    def expanded(self, policies: Sequence[Policy]) -> list[int]:
+        """List the bytes of the weights that stay expanded from pass to pass."""
+        with meta_stands_for(self._work.gpu):
+            expand_once(self._work.model, policies)
+        return [tensor.nbytes for tensor in self._work.model.expanded_tensors()]
+
     def events(self, policies: Sequence[Policy]) -> list[Event]:
         """Record a micro-step, and the evaluation of a batch if there is one.
 
@@ -109,7 +115,8 @@ class StepWalk:
         """
         work, recorded = self._work, Allocations(num_blocks=self._num_blocks)
         is_packed, noise_alpha = work.sample_tokens is not None, float(work.has_noise)
-        step = _WalkedStep(recorded, work.model, self._gradients, policies, noise_alpha)
+        with meta_stands_for(work.gpu):
+            step = _WalkedStep(recorded, work.model, self._gradients, policies, noise_alpha)
         with meta_stands_for(work.gpu), self._repeating(recorded), recorded:
             factor = torch.zeros((), device=META)
             step(_batch(work.batch, work.tokens, is_packed), factor)
@@ -131,7 +138,8 @@ class StepWalk:
             seed = torch.empty(1, dtype=torch.int64, device=META)
             shared = model.shared(ids, dropout_seed=seed)
             with recorded:
-                kept = model.layers[-1].forward(x, x, shared, has_backward=policy == "keep")[2]
+                has_backward = policy in KEEPS_ACTIVATIONS
+                kept = model.layers[-1].forward(x, x, shared, has_backward=has_backward)[2]
             # what it keeps goes only now
             events = list(recorded.events)
             del kept
@@ -172,7 +180,7 @@ def _form_of(group: LinearGroup) -> Hashable:
         form = (tuple(weight.shape), weight.dtype)
     bias_dtype = None if group.bias is None else group.bias.dtype
     # slices are no keys
-    return form, bias_dtype, str(group.updates), group.dropout
+    return form, bias_dtype, str(group.updates), group.dropout, group.expanded is not None
 
 
 def _batch(num_rows: int, num_tokens: int, is_packed: bool) -> Batch:

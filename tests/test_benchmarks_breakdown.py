@@ -163,7 +163,7 @@ def with_kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return events + made
 
 
-@pytest.mark.parametrize("policy", ["keep", "recompute"])
+@pytest.mark.parametrize("policy", ["expand", "keep", "recompute"])
 def test_a_real_micro_steps_products_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy
 ) -> None:
@@ -217,6 +217,9 @@ def test_costs_are_those_of_the_shapes(tmp_path: Path) -> None:
     assert keep["loss, products"].num_flops == 4 * (M - 2) * V * D
     # two samples of six tokens, half of the scores, four heads of eight
     assert keep["attention, forward"].num_flops == 2 * 2 * (2 * 4 * 6 * 6 // 2) * 2 * 8
+    expand = costs_of(model, SHAPE, ["expand", "expand"])
+    assert keep == expand | {"dequantization": keep["dequantization"]}
+    assert "dequantization" not in expand
     recompute = costs_of(model, SHAPE, ["recompute", "recompute"])
     more = recompute["base products, forward"].num_flops - keep["base products, forward"].num_flops
     assert more == 2 * 2 * M * (every - weights["down"])

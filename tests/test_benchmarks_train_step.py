@@ -261,7 +261,7 @@ def test_auto_is_what_train_makes_of_it(checkpoint: Path, monkeypatch: pytest.Mo
     # on a GPU of 80 GiB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     config = replace(config, device="cuda")
-    assert train_step_ours.plan_of("auto", config, work).policies == ("keep", "keep")
+    assert train_step_ours.plan_of("auto", config, work).policies == ("expand", "expand")
     with pytest.raises(ValueError, match="must fit"):
         train_step_ours.plan_of("auto:1MiB", config, work)
 

@@ -451,6 +451,28 @@ def test_an_expanded_weight_has_its_updates_behind_it() -> None:
     assert not W_ext[ROWS[0] : ROWS[0] + ROWS[1], K:].any()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("targets", ["none", "outer", "all"])
+def test_a_weight_that_stays_expanded_follows_its_updates(
+    targets: str, quantization: str, dropout: float
+) -> None:
+    group = make(TARGETS[targets], QUANTIZATIONS[quantization], dropout=dropout).group
+    group.keep_expanded(torch.float32)
+    kept = group.expanded
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in group.parameters():
+                parameter.normal_()
+        given = (torch.randn(NUM_TOKENS, IN_FEATURES), torch.randn(NUM_TOKENS, sum(ROWS)))
+        group.expanded = kept
+        actual = run(group, *given, seed_on(CPU))
+        group.expanded = None
+        expected = run(group, *given, seed_on(CPU))
+        for name, tensor in results_of(actual).items():
+            assert_equal(tensor, results_of(expected)[name])
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_without_updates_there_is_no_tail(quantization: str) -> None:
     case = make((), QUANTIZATIONS[quantization])

@@ -93,16 +93,23 @@ def test_members_of_other_ranks_are_planned_with_room_for_the_largest(tmp_path: 
 
 
 def test_each_policy_needs_less_than_the_one_before() -> None:
-    keep, recompute, offload = (
+    expand, keep, recompute, offload = (
         plan_memory(WORK, (policy,) * NUM_LAYERS) for policy in POLICIES.values()
     )
-    assert keep.device > recompute.device > offload.device
+    assert expand.device > keep.device > recompute.device > offload.device
     # what a layer keeps, as llama/layer.py counts it: 4.5 D + 2 F numbers a token, and the
     # few columns of the updates and 4 bytes a row and head of the softmax
     numbers = 4.5 * 4096 + 2 * 14336
     assert keep.kept_per_layer == pytest.approx(2 * WORK.M * numbers, rel=0.02)
     assert recompute.input_per_layer == pytest.approx(2 * WORK.M * 4096, rel=0.02)
     assert (keep.host, recompute.host) == (0, 0)
+    # rows and columns of the four groups of a layer, each with a tail for its updates
+    sizes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    expanded = sum(2 * (rows + 64) * (columns + 64) for rows, columns in sizes)
+    assert expand.expanded == NUM_LAYERS * expanded
+    assert (keep.expanded, recompute.expanded) == (0, 0)
+    # the passes' peak is attention's backward pass, where no weight is expanded
+    assert expand.step == keep.step
     assert offload.host == NUM_LAYERS * 2 * WORK.M * 4096
     assert keep.moments == 8 * WORK.num_adapted == 8 * 41_943_040
 
@@ -205,14 +212,21 @@ def test_no_more_rows_are_evaluated_at_once_than_training_has_memory_for() -> No
     assert evaluated_rows(WORK, 4, 65536) == 1
 
 
-@pytest.mark.parametrize("gib", [9, 10, 12, 16, 24, 32, 80])
+@pytest.mark.parametrize("gib", [9, 10, 12, 16, 24, 32, 36, 80])
 def test_the_mix_fills_the_budget_and_stays_within_it(gib: int) -> None:
     plan = choose_policies(WORK, gib * GIB)
     assert plan is not None
     assert plan.device <= gib * GIB
-    counts = [plan.policies.count(policy) for policy in ("offload", "recompute", "keep")]
-    assert plan.policies == mix(NUM_LAYERS, counts[2], counts[1])
+    names = ("offload", "recompute", "keep", "expand")
+    counts = [plan.policies.count(policy) for policy in names]
     # one more layer that keeps more would not fit
+    if counts[3]:
+        assert plan.policies == mix(NUM_LAYERS, NUM_LAYERS, 0, counts[3])
+        if counts[3] < NUM_LAYERS:
+            more = mix(NUM_LAYERS, NUM_LAYERS, 0, counts[3] + 1)
+            assert plan_memory(WORK, more).device > gib * GIB
+        return
+    assert plan.policies == mix(NUM_LAYERS, counts[2], counts[1])
     if counts[2] < NUM_LAYERS:
         assert plan_memory(WORK, mix(NUM_LAYERS, counts[2] + 1, 0)).device > gib * GIB
     if counts[0]:

@@ -27,6 +27,8 @@ POLICIES: dict[str, tuple[Policy, Policy]] = {
     "recompute": ("recompute", "recompute"),
     "first": ("keep", "recompute"),
     "last": ("recompute", "keep"),
+    "expand": ("expand", "expand"),
+    "expand last": ("recompute", "expand"),
 }
 GPU_POLICIES: dict[str, tuple[Policy, Policy]] = {
     **POLICIES,

@@ -28,7 +28,8 @@ def planned(
 def test_what_is_free_decides_which_layers_keep_their_activations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert planned(monkeypatch, 79 * GIB).policies == ("keep",) * 32
+    assert planned(monkeypatch, 79 * GIB).policies == ("expand",) * 32
+    assert set(planned(monkeypatch, 36 * GIB).policies) == {"keep", "expand"}
     mixed = planned(monkeypatch, 23 * GIB)
     assert set(mixed.policies) == {"keep", "recompute", "offload"}
     assert mixed.reserved + mixed.moments < 23 * GIB

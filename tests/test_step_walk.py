@@ -22,11 +22,11 @@ from step.workload import Workload
 
 # of six layers; neighbours of every two policies
 MIXES: dict[str, tuple[Policy, ...]] = {}
-for _name in ("keep", "recompute", "offload"):
-    _policy = POLICIES[_name]
+for _name, _policy in POLICIES.items():
     MIXES[_name] = (_policy, _policy, _policy, _policy, _policy, _policy)
 MIXES["as planned"] = ("offload", "offload", "recompute", "recompute", "keep", "keep")
-MIXES["mixed"] = ("keep", "offload", "recompute", "keep", "recompute", "offload")
+MIXES["mixed"] = ("keep", "offload", "recompute", "expand", "recompute", "offload")
+MIXES["expanded last"] = ("keep", "keep", "keep", "keep", "expand", "expand")
 
 
 def sizes_of(
