@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -106,6 +106,7 @@ class _SourceFinder(DependenciesFinder):
         self.hasher.update(_source_key(func).encode())
 
 
+@cache
 def _source_key(function: JITCallable) -> str:
     """Name the source of a function, of all that it calls, and the constants that they read."""
     nonlocals = inspect.getclosurevars(function.fn).nonlocals
