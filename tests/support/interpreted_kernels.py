@@ -31,6 +31,7 @@ from support.layer_cases import (  # noqa: E402
 )
 from support.lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
 from support.lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
+from support.lora_input_cases import TINY_INPUTS, extended_input  # noqa: E402
 from support.neftune_cases import TINY_NOISES, noisy  # noqa: E402
 from support.nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
@@ -58,6 +59,7 @@ from kernels.dropout import _launch_dropout  # noqa: E402
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
+from kernels.lora_input import _launch_extend_input  # noqa: E402
 from kernels.neftune import _launch_neftune  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused  # noqa: E402
@@ -223,6 +225,11 @@ def update_gradients(results: dict[str, Tensor]) -> None:
         results |= {f"M{num_tokens}-{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def inputs(results: dict[str, Tensor]) -> None:
+    """Add inputs with their low-rank part behind them."""
+    results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
+
+
 def noises(results: dict[str, Tensor]) -> None:
     """Add embeddings with their noise."""
     results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
@@ -241,6 +248,7 @@ KERNELS = {
     "neftune": noises,
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
+    "lora_input": inputs,
 }
 
 
