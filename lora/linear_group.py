@@ -33,6 +33,7 @@ from kernels.dropout import dropout, dropout_add_
 from kernels.lora_extension import Update, extend_with_lora, make_lora_extension_tables
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
+from kernels.lora_input import extend_input
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import (
     MOST_DECODED_ROWS,
@@ -47,6 +48,11 @@ from nf4.weight import NF4Weight
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
 TAIL_MULTIPLE = 64
+
+
+# of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more time a row on an
+# H200, while products by the transposed weight take the same
+MOST_ROWS = 8192
 
 
 def tail_columns(num_ranks: int) -> int:
@@ -209,10 +215,27 @@ class LinearGroup(FrozenGroup):
         W_ext = self.expand(x.dtype)
         if self.updates:
             torch.mm(self.dropped(x, seed), W_ext[N:, :K].T, out=h)
-        W = W_ext[:N].T
+        return self._multiply(x_ext, W_ext, out)
+
+    def forward_from(
+        self,
+        x: Tensor,  # (M, K)
+        seed: Tensor | None = None,  # as `forward` takes it
+    ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, K + T)
+        """Apply all members to an x that lies elsewhere, and return it with h behind it."""
+        if self.lora_A is None or self._drops(seed) or self._decodes_inside(x, seed):
+            x_ext = self.extended(x)
+            return self.forward(x_ext, seed), x_ext
+        x_ext, W_ext = self.empty_input(x.shape[0], x), self.expand(x.dtype)
+        A = W_ext[self.num_rows :][: self.lora_A.shape[0], : self.in_features]
+        extend_input(x, A, x_ext)
+        return self._multiply(x_ext, W_ext), x_ext
+
+    def _multiply(self, x_ext: Tensor, W_ext: Tensor, out: Tensor | None = None) -> Tensor:
+        W = W_ext[: self.num_rows].T
         if self.bias is None:
             return torch.mm(x_ext, W, out=out)
-        return torch.addmm(self.bias.to(x.dtype), x_ext, W, out=out)
+        return torch.addmm(self.bias.to(x_ext.dtype), x_ext, W, out=out)
 
     def _drops(self, seed: Tensor | None) -> TypeGuard[Tensor]:
         return seed is not None and self.dropout > 0
@@ -269,8 +292,8 @@ class LinearGroup(FrozenGroup):
         if not needs_grad_x:
             return None
         if not self._drops(seed):
-            return grad_ext @ W_ext[:, :K]
-        grad_x = grad_y @ W_ext[:N, :K]
+            return _product(grad_ext, W_ext[:, :K])
+        grad_x = _product(grad_y, W_ext[:N, :K])
         return dropout_add_(grad_x, grad_h @ W_ext[N:, :K], seed, self.site, self.dropout)
 
     def accumulate_grad_A(
@@ -286,3 +309,12 @@ class LinearGroup(FrozenGroup):
         N, num_ranks = self.num_rows, self.lora_A.shape[0]
         grad_h = grad_ext[:, N : N + num_ranks]
         add_product(self.lora_A.grad, grad_h.T, self.dropped(x, seed))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply by a weight as it lies, MOST_ROWS or a few more at a time."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    num_parts = max(a.shape[0] // MOST_ROWS, 1)
+    for part, rows in zip(out.chunk(num_parts), a.chunk(num_parts), strict=True):
+        torch.mm(rows, b, out=part)
+    return out

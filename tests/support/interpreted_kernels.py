@@ -36,6 +36,7 @@ from support.layer_cases import (  # noqa: E402
 )
 from support.lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
 from support.lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
+from support.lora_input_cases import TINY_INPUTS, extended_input  # noqa: E402
 from support.neftune_cases import TINY_NOISES, noisy  # noqa: E402
 from support.nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
@@ -66,6 +67,7 @@ from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
 from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
+from kernels.lora_input import _launch_extend_input  # noqa: E402
 from kernels.neftune import _launch_neftune  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused  # noqa: E402
@@ -98,6 +100,22 @@ def let_loops_run_under_numpy_2_4() -> None:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patched
+
+
+def let_functions_find_the_language_patched() -> None:
+    """Patch Triton's language at each launch, and not at each call of a kernel's functions too.
+
+    The interpreter looks through the language at every call, which takes a quarter of its time and
+    changes nothing: the launch has patched all that functions of kernels/ see.
+    """
+    original = interpreter.InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__.startswith("kernels."):
+            return self.rewrite()(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def quantized(results: dict[str, Tensor]) -> None:
@@ -227,6 +245,11 @@ def grouped_products(results: dict[str, Tensor]) -> None:
                 results[f"{name}-{case}-{is_transposed}"] = found
 
 
+def inputs(results: dict[str, Tensor]) -> None:
+    """Add inputs with their low-rank part behind them."""
+    results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
+
+
 def noises(results: dict[str, Tensor]) -> None:
     """Add embeddings with their noise."""
     results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
@@ -246,12 +269,14 @@ KERNELS = {
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
     "grouped_matmul": grouped_products,
+    "lora_input": inputs,
 }
 
 
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
+    let_functions_find_the_language_patched()
     results: dict[str, Tensor] = {}
     with poisoned_memory():
         KERNELS[sys.argv[2]](results)
