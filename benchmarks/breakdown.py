@@ -79,6 +79,7 @@ KERNELS = {
     "_nf4_dequantize_kernel": "dequantization",
     "_nf4_matmul_": "base products, forward",
     "_extend_with_lora_kernel": "low-rank updates",
+    "_extend_input_kernel": "low-rank updates",
     "_lora_gradient_": "low-rank updates",
     "_dropout_kernel": "low-rank updates",
     "_rms_norm_": "norms",
@@ -91,6 +92,7 @@ KERNELS = {
 # marked while the profiler runs: where a function is looked up, its name there, its region's name
 REGIONS: tuple[tuple[Any, str, str], ...] = (
     (LinearGroup, "forward", "quatrain: group forward"),
+    (LinearGroup, "forward_from", "quatrain: group forward"),
     (LinearGroup, "backward", "quatrain: group backward"),
     (LinearGroup, "accumulate_grad_A", "quatrain: update backward"),
     (llama.layer, "attention", "quatrain: attention forward"),

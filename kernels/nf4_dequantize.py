@@ -51,8 +51,9 @@ from nf4.weight import NF4Weight, dequantize
 nf4_dequantize_reference = dequantize
 
 NUM_WARPS = 4
-# 4 bytes for each of a program's threads
-CHUNK_BYTES = 4 * 32 * NUM_WARPS
+# packed bytes of a thread
+THREAD_BYTES = tl.constexpr(4)
+CHUNK_BYTES = THREAD_BYTES.value * 32 * NUM_WARPS
 # values that a thread makes of its 4 bytes
 MAX_VECTOR = 8
 # chunks per program, whose loads overlap
@@ -125,18 +126,23 @@ def _nf4_dequantize_kernel(
             offs = first_byte + chunk * CHUNK_BYTES + tl.arange(0, CHUNK_BYTES)
             mask = offs < num_bytes
             byte = tl.load(packed_ptr + byte_start + offs, mask=mask, other=0).to(tl.int32)
-            absmax = load_absmax(
+            # one scale serves all bytes of a thread, since a block's values are a multiple of those
+            own = tl.arange(0, CHUNK_BYTES // THREAD_BYTES) * THREAD_BYTES
+            own += first_byte + chunk * CHUNK_BYTES
+            scale = load_absmax(
                 absmax_ptr,
                 group_absmax_ptr,
                 absmax_mean_ptr,
                 dynamic_map_ptr,
-                offs * 2 // QUANT_BLOCK,
+                own * 2 // QUANT_BLOCK,
                 block_start,
                 group_start,
                 member,
-                mask,
+                own < num_bytes,
                 DOUBLE_QUANT,
             )
+            scales = tl.broadcast_to(scale[:, None], (CHUNK_BYTES // THREAD_BYTES, THREAD_BYTES))
+            absmax = tl.reshape(scales, (CHUNK_BYTES,))
             high = tl.load(levels_ptr + (byte >> 4)) * absmax
             low = tl.load(levels_ptr + (byte & 15)) * absmax
             values = tl.interleave(high, low).to(out_ptr.dtype.element_ty)

@@ -33,6 +33,7 @@ from kernels.dropout import dropout, dropout_add_
 from kernels.lora_extension import Update, extend_with_lora, make_lora_extension_tables
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
+from kernels.lora_input import extend_input
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul import (
     MOST_DECODED_ROWS,
@@ -293,10 +294,27 @@ class LinearGroup(nn.Module):
         W_ext = self.expand(x.dtype)
         if self.updates:
             torch.mm(self.dropped(x, seed), W_ext[N:, :K].T, out=h)
-        W = W_ext[:N].T
+        return self._multiply(x_ext, W_ext, out)
+
+    def forward_from(
+        self,
+        x: Tensor,  # (M, K)
+        seed: Tensor | None = None,  # as `forward` takes it
+    ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, K + T)
+        """Apply all members to an x that lies elsewhere, and return it with h behind it."""
+        if self.lora_A is None or self._drops(seed) or self._decodes_inside(x, seed):
+            x_ext = self.extended(x)
+            return self.forward(x_ext, seed), x_ext
+        x_ext, W_ext = self.empty_input(x.shape[0], x), self.expand(x.dtype)
+        A = W_ext[self.num_rows :][: self.lora_A.shape[0], : self.in_features]
+        extend_input(x, A, x_ext)
+        return self._multiply(x_ext, W_ext), x_ext
+
+    def _multiply(self, x_ext: Tensor, W_ext: Tensor, out: Tensor | None = None) -> Tensor:
+        W = W_ext[: self.num_rows].T
         if self.bias is None:
             return torch.mm(x_ext, W, out=out)
-        return torch.addmm(self.bias.to(x.dtype), x_ext, W, out=out)
+        return torch.addmm(self.bias.to(x_ext.dtype), x_ext, W, out=out)
 
     def _drops(self, seed: Tensor | None) -> TypeGuard[Tensor]:
         return seed is not None and self.dropout > 0

@@ -180,11 +180,11 @@ def test_a_real_micro_steps_products_are_told_apart(
     assert counts["attention, backward"] == num_layers
     assert counts["loss, products"] == 2
     # h and y of every group; grad_h and grad_x, but of the first layer's qkv no grad_x. A tail is
-    # longer than a rank, so here h and grad_h count as base products
-    assert counts["base products, forward"] == 2 * num_layers * (4 + 3 * again)
+    # longer than a rank, so here h and grad_h count as base products, but for o's h
+    assert counts["base products, forward"] == num_layers * (2 * 4 - 1 + (2 * 3 - 1) * again)
     assert counts["base products, backward"] == 2 * num_layers * 4 - 1
-    # of seven projections the gradients of B, of four groups those of A
-    assert counts["low-rank updates"] == num_layers * (7 + 4)
+    # of seven projections the gradients of B, of four groups those of A; o's h
+    assert counts["low-rank updates"] == num_layers * (7 + 4 + 1 + again)
     assert set(counts) <= set(FAMILIES)
     assert all(kernel.region for kernel in found)
 

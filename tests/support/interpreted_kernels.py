@@ -37,6 +37,7 @@ from support.layer_cases import (  # noqa: E402
 )
 from support.lora_extension_cases import TINY_EXTENSIONS, extended  # noqa: E402
 from support.lora_gradient_cases import NUM_MULTIPROCESSORS, TINY_GRADIENTS, gradients  # noqa: E402
+from support.lora_input_cases import TINY_INPUTS, extended_input  # noqa: E402
 from support.neftune_cases import TINY_NOISES, noisy  # noqa: E402
 from support.nf4_cases import (  # noqa: E402
     IDENTITY_WEIGHT,
@@ -72,6 +73,7 @@ from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
 from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
+from kernels.lora_input import _launch_extend_input  # noqa: E402
 from kernels.neftune import _launch_neftune  # noqa: E402
 from kernels.nf4_dequantize import _launch_nf4_dequantize  # noqa: E402
 from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused  # noqa: E402
@@ -245,6 +247,11 @@ def rows_of_tokens(results: dict[str, Tensor]) -> None:
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def inputs(results: dict[str, Tensor]) -> None:
+    """Add inputs with their low-rank part behind them."""
+    results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
+
+
 def noises(results: dict[str, Tensor]) -> None:
     """Add embeddings with their noise."""
     results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
@@ -265,6 +272,7 @@ KERNELS = {
     "lora_gradient": update_gradients,
     "grouped_matmul": grouped_products,
     "expert_rows": rows_of_tokens,
+    "lora_input": inputs,
 }
 
 
