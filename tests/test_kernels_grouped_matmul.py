@@ -16,7 +16,7 @@ from support.ahead_of_time import (
     compile_launch,
     on_each_gpu,
 )
-from support.equality import assert_equal, assert_no_worse_than
+from support.equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from support.grouped_matmul_cases import (
     TINY_GROUPS,
     TINY_ODD_GROUPS,
@@ -169,6 +169,7 @@ SM80, SM120 = Properties((8, 0), 108, 163 << 10), Properties((12, 0), 188, 99 <<
         (halves(9, 24)[:, :16], halves(2, 32, 16), halves(9, 32), H200, "multiples of 16"),
         (halves(9, 16), halves(2, 32, 24)[..., :16], halves(9, 32), H200, "multiples of 16"),
         (halves(9, 16), halves(2, 32, 16), halves(9, 40)[:, :32], H200, "multiples of 16"),
+        (halves(9, 16)[:, :0], halves(2, 32, 16)[..., :0], halves(9, 32), H200, "not 0"),
         (halves(1, 16).expand(9, 16), halves(2, 32, 16), halves(9, 32), H200, "multiples of 16"),
         (halves(9, 16), halves(1, 32, 16).expand(2, 32, 16), halves(9, 32), H200, "multiples"),
         (odd_address(9, 16), halves(2, 32, 16), halves(9, 32), H200, "addresses"),
@@ -186,6 +187,7 @@ SM80, SM120 = Properties((8, 0), 108, 163 << 10), Properties((12, 0), 188, 99 <<
         "odd rows of x",
         "odd rows of W",
         "odd rows of y",
+        "no columns",
         "repeated row",
         "repeated matrix",
         "odd address",
@@ -349,7 +351,13 @@ def test_gpu_kernels_err_no_more_than_torch_and_repeat_their_bits(
 
     actual = product(x, W, offsets)
     assert_equal(product(x, W, offsets), actual)
-    assert_no_worse_than(actual, by_torch(x, right), by_torch(x.double(), right.double()))
+    truth = by_torch(x.double(), right.double())
+    if dtype == torch.float32:
+        # whose largest error is a matter of the order of the sums, which cuBLAS chooses
+        magnitudes = by_torch(x.double().abs(), right.double().abs())
+        assert_summed_in_float32(actual, truth, magnitudes, x.shape[1])
+    else:
+        assert_no_worse_than(actual, by_torch(x, right), truth)
 
 
 @pytest.mark.gpu
