@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.device import H200, Properties, properties
-from llama.attention import holds_no_scores
+from llama.attention import torch_attends
 from llama.config import LlamaConfig
 from llama.model import Llama
 
@@ -75,7 +75,8 @@ class Workload:
         """Whether attention is `kernels.masked_attention`'s, at least in some layers."""
         is_capped = self.config.attn_logit_softcapping is not None
         is_packed = self.sample_tokens is not None
-        return is_capped or is_packed or not holds_no_scores(self.gpu, self.dtype)
+        is_by_torch = torch_attends(self.gpu, self.dtype, self.config.head_dim)
+        return is_capped or is_packed or not is_by_torch
 
     @property
     def num_adapted(self) -> int:

@@ -5,11 +5,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.compiled_kernels import resource_table
+from support.compiled_record import RECORD, WRITE, Record
 from support.lagging_streams import stand_in_streams
 from support.poison import poisoned_memory
 
@@ -38,6 +40,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `tests/compiled` be written."""
+    parser.addoption(WRITE, action="store_true", help="compile all kernels, write tests/compiled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to write the record of some tests of a file: it would lose the others' launches."""
+    RECORD.is_written = bool(config.getoption(WRITE))
+    names = [name for name in config.args if "::" in name]
+    if RECORD.is_written and (names or config.option.keyword or config.option.markexpr):
+        raise pytest.UsageError(f"{WRITE} must be given whole files: got -k, -m or a test's name")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write what was compiled, or hand it to the process that does."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = RECORD.launches()  # pyright: ignore
+    elif RECORD.is_written and exitstatus == pytest.ExitCode.OK:
+        RECORD.write()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a process of pytest-xdist compiled, where it did not crash."""
+    RECORD.add(getattr(node, "workeroutput", {}).get("launches", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what the compiled kernels take of a GPU: a spill is a column that is not zero."""
     lines = list(resource_table())
@@ -45,6 +74,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("compiled kernels, the most of each over its configurations")
         for line in lines:
             terminalreporter.write_line(line)
+    if RECORD.summary():
+        terminalreporter.write_line(RECORD.summary())
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +100,12 @@ def _empty_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     few steps that most runs have."""
     if "run.log" in sys.modules and "draws" not in request.keywords:
         monkeypatch.setattr("run.log.draw_losses", lambda rows, path, best_step: path.touch())
+
+
+@pytest.fixture
+def unrecorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every launch of a test be compiled, because the compiler is what it tests."""
+    monkeypatch.setattr("support.ahead_of_time.RECORD", Record(tmp_path))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,6 +39,7 @@ def _exchange_kernel(x_ptr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr):
     tl.store(x_ptr + offs, x)
 
 
+@pytest.mark.usefixtures("unrecorded")
 @pytest.mark.parametrize("capability", SHARED_BYTES_LIMIT, ids="sm{}".format)
 def test_static_shared_memory_is_counted_beside_dynamic(capability: int) -> None:
     def exchange(static: bool, dynamic: bool) -> None:

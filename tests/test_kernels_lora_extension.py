@@ -1,6 +1,5 @@
 """kernels/lora_extension.py: value for value what is written by hand; compiles for each GPU."""
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -163,7 +162,7 @@ def test_kernel_compiles_without_spilling(
     # from each update's rows, or a piece of a row of A
     num_updates = len(case.updates)
     num_values = module.TILE_VALUES * num_updates + module.BLOCK_K
-    accesses = Counter(re.findall(r"(?:ld|st)\.global\S+", compiled.ptx))
+    accesses = Counter(compiled.find(r"(?:ld|st)\.global\S+"))
     values_per_store = 16 // case.dtype.itemsize * compiled.num_threads
     assert accesses == {
         "ld.global.b64": 3 * num_updates,

@@ -1,6 +1,5 @@
 """kernels/nf4_dequantize.py: equals the reference, interpreted and on a GPU; compiles for each."""
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -217,10 +216,10 @@ def test_aligned_16_bit_weight_is_moved_in_vectors_past_shared_memory(
         capability,
     )
     assert compiled.shared_bytes == 0
-    stores = set(re.findall(r"st\.global\.\S+", compiled.ptx))
+    stores = set(compiled.find(r"st\.global\.\S+"))
     assert stores == {"st.global.v4.b32"}
     # a thread loads one scale's code a chunk, a byte, and its packed bytes at once
-    assert len(re.findall(r"ld\.global\.b8", compiled.ptx)) == module.CHUNKS
+    assert len(compiled.find(r"ld\.global\.b8")) == module.CHUNKS
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """kernels/nf4_quantize.py: equal to the reference, interpreted and on a GPU; compiles for each."""
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -242,8 +241,8 @@ def test_kernel_compiles_without_spilling(
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
     # correctly rounded, and subnormal numbers are not taken for zero
-    assert "div.rn.f32" in compiled.ptx
-    assert not re.search(r"\.ftz|\.approx|\.full", compiled.ptx)
+    assert compiled.find(r"div\.rn\.f32")
+    assert not compiled.find(r"\.ftz|\.approx|\.full")
 
 
 @on_each_gpu(DTYPES, READING)
@@ -269,8 +268,8 @@ def test_kernel_of_the_scales_compiles_without_spilling(
     compiled = compile_kernel("_nf4_quantize_absmax_kernel", case, torch.bfloat16, capability)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
-    assert "div.rn.f32" in compiled.ptx
-    assert not re.search(r"\.ftz|\.approx|\.full", compiled.ptx)
+    assert compiled.find(r"div\.rn\.f32")
+    assert not compiled.find(r"\.ftz|\.approx|\.full")
 
 
 @on_each_gpu([torch.float16, torch.bfloat16], READING)
@@ -279,13 +278,13 @@ def test_aligned_16_bit_matrix_is_moved_in_vectors_past_shared_memory(
 ) -> None:
     compiled = compile_quantize(dtype, 64, capability)
     assert compiled.shared_bytes == 0
-    assert "bar.sync" not in compiled.ptx
+    assert not compiled.find(r"bar\.sync")
     # 16 bytes a thread and chunk, and the table of midpoints
-    loads = re.findall(r"ld\.global\.\S+", compiled.ptx)
+    loads = compiled.find(r"ld\.global\.\S+")
     assert loads.count("ld.global.v4.b32") == module.CHUNKS
     assert len(loads) == module.CHUNKS + 1
     # 8 codes a thread and chunk, and a scale
-    stores = re.findall(r"st\.global\.\S+", compiled.ptx)
+    stores = compiled.find(r"st\.global\.\S+")
     assert stores == ["st.global.b32"] * 2 * module.CHUNKS
 
 
@@ -316,7 +315,7 @@ def test_a_matrix_beyond_int32_compiles_with_64_bit_counts() -> None:
         lambda: module._launch_nf4_quantize(weight, matrix.as_subclass(Huge)),
         90,
     )
-    assert re.search(r"\.param \.u64 _nf4_quantize_kernel_param_4", compiled.ptx)
+    assert compiled.find(r"\.param \.u64 _nf4_quantize_kernel_param_4")
     compiled.assert_fits(90)
 
 

@@ -1,6 +1,5 @@
 """kernels/rms_norm.py: no worse than torch, interpreted and on a GPU; compiles for each GPU."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,6 +69,17 @@ def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
     truth, baseline = truth_of(case), norm_results_of_autograd(case, rms_norm_reference)
     assert actual.keys() - {"y_again"} == truth.keys()
     assert ("y_again" in actual) == bool(case.y_place)
+    allowances = [0.0] * case.num_rows
+    if case.is_centred:
+        # a multiply-add subtracts the mean from g w before that is rounded: the two no longer
+        # cancel where they are equal
+        inputs = norm_inputs(case)
+        largest = (
+            (inputs["grad_y"].double() * (inputs["weight"].double() + case.offset))
+            .abs()
+            .amax(dim=1)
+        )
+        allowances = (torch.finfo(torch.float32).eps / 2 * largest * truth["rstd"]).tolist()
     if case.y_place:
         # the same arithmetic forward and back
         assert_equal(actual["y_again"], actual["y"], "y again")
@@ -79,7 +89,11 @@ def assert_as_good_as_torch(case: NormCase, actual: dict[str, Tensor]) -> None:
             continue
         for row in range(case.num_rows):
             assert_no_worse_than(
-                actual[name][row], baseline[name][row], expected[row], what=f"{name}[{row}]"
+                actual[name][row],
+                baseline[name][row],
+                expected[row],
+                what=f"{name}[{row}]",
+                allowance=allowances[row] if name == "grad" else 0.0,
             )
     assert_equal(actual["r"], baseline["r"], "r")
     assert actual["rstd"].dtype == torch.float32
@@ -338,8 +352,8 @@ def test_kernels_compile_without_spilling(
     compiled = compile_kernel(dtype, width, True, capability, offset=offset)
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)
-    assert "sqrt.rn.f32" in compiled.ptx or compile_kernel is not compile_forward
-    assert not re.search(r"\.approx|\.full", compiled.ptx)
+    assert compiled.find(r"sqrt\.rn\.f32") or compile_kernel is not compile_forward
+    assert not compiled.find(r"\.approx|\.full")
 
 
 # Command-R7B's rows, Command-R's, and Command-R+'s, which are read again
@@ -355,7 +369,7 @@ def test_kernels_that_centre_compile_without_spilling(
 ) -> None:
     compiled = compile_kernel(dtype, width, True, capability, is_centred=True)
     compiled.assert_fits(capability)
-    assert not re.search(r"\.approx|\.full", compiled.ptx)
+    assert not compiled.find(r"\.approx|\.full")
 
 
 @pytest.mark.parametrize("num_extra", [0, 16], ids=["whole", "part of wider rows"])
@@ -376,7 +390,7 @@ def test_aligned_rows_are_moved_once_in_vectors_of_16_bytes(
     ):
         vectors = {"ld": chunks * num_read, "st": chunks * num_written}
         for way, num_vectors in vectors.items():
-            accesses = re.findall(rf"{way}\.global\S+", compiled.ptx)
+            accesses = compiled.find(rf"{way}\.global\S+")
             assert accesses.count(f"{way}.global.v4.b32") == num_vectors
             assert len(accesses) == num_vectors + (scalars[1] if scalars[0] == way else 0)
         # one number a warp, for the sum over the row
@@ -391,7 +405,7 @@ def test_a_row_in_one_warp_needs_no_shared_memory() -> None:
     ):
         assert compiled.num_threads == 32
         assert compiled.shared_bytes == 0
-        assert "bar.sync" not in compiled.ptx
+        assert not compiled.find(r"bar\.sync")
 
 
 @pytest.mark.gpu

@@ -1,11 +1,13 @@
 """llama/attention.py: which product attends where, and what it takes of a GPU's memory."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.device import H200, meta_stands_for
-from llama.attention import Scores, attention, attention_backward
+from llama.attention import Scores, attention, attention_backward, torch_attends
 from step.allocations import Allocations
 
 B, H, H_KV, T, HEAD_DIM = 2, 8, 2, 192, 64
@@ -52,14 +54,31 @@ def test_where_torch_would_hold_scores_our_own_kernel_attends(
         assert sizes == [*grads, 4 * tiled, 4 * tiled * HEAD_DIM, *[rows * H * HEAD_DIM * e] * 2]
 
 
-def test_equal_bits_take_a_sum_for_every_part() -> None:
+@pytest.fixture
+def equal_bits() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    try:
-        _, sizes = taken(torch.bfloat16, (9, 0))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("equal_bits")
+def test_equal_bits_take_a_sum_for_every_part() -> None:
+    _, sizes = taken(torch.bfloat16, (8, 0))
     # 132 multiprocessors, 16 heads
     assert sizes[4] == 9 * 4 * B * 256 * H * HEAD_DIM
+
+
+@pytest.mark.usefixtures("equal_bits")
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "is_torchs"),
+    [((8, 0), 128, True), ((9, 0), 128, False), ((9, 0), 256, True), ((10, 0), 128, True)],
+    ids=str,
+)
+def test_equal_bits_are_our_own_kernels_where_those_are_faster(
+    capability: tuple[int, int], head_dim: int, is_torchs: bool
+) -> None:
+    gpu = H200._replace(capability=capability)
+    assert torch_attends(gpu, torch.bfloat16, head_dim) == is_torchs
 
 
 def test_the_backward_pass_runs_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,14 +50,15 @@ def refuse_while_captured() -> None:
         refuse(ALLOCATOR)
 
 
-class ReplayedOnce(torch.cuda.CUDAGraph):
-    """A graph whose second launch is refused."""
+class RefusedOnce(torch.cuda.CUDAGraph):
+    """A graph of which one launch in a training step is refused, the ninth."""
 
+    is_training = False
     num_replays = 0
 
     def replay(self) -> None:
-        ReplayedOnce.num_replays += 1
-        if ReplayedOnce.num_replays == 9:
+        RefusedOnce.num_replays += RefusedOnce.is_training
+        if RefusedOnce.is_training and RefusedOnce.num_replays == 9:
             refuse(RUNTIME)
         super().replay()
 
@@ -132,7 +133,18 @@ def at_every_call(before: Callable[[], None], owner: Any, name: str) -> None:
 
 
 def in_a_replay() -> None:
-    setattr(torch.cuda, "CUDAGraph", ReplayedOnce)  # noqa: B010
+    setattr(torch.cuda, "CUDAGraph", RefusedOnce)  # noqa: B010
+    take = MicroStep.__call__
+
+    # evaluations and answers are replayed too
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        RefusedOnce.is_training = True
+        try:
+            return take(*args, **kwargs)
+        finally:
+            RefusedOnce.is_training = False
+
+    setattr(MicroStep, "__call__", counted)  # noqa: B010
 
 
 def take_second_ranks_memory(is_evicting: bool) -> None:

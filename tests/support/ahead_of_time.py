@@ -2,13 +2,11 @@
 
 A recorder in the place of `kernels.launch.launch` takes what the launcher passes; from that the
 compiler's input is made as `triton.jit` makes it: types, constants, and which arguments are
-multiples of 16. Launches of other kernels, which the same launcher may make, are let go.
+multiples of 16. Launches of other kernels, which the same launcher may make, are let go. What the
+compiler made of most launches is known (`compiled_record.py`), and they are not compiled again.
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,10 +16,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import triton
+from support.compilation import FIND, Compilation
 from support.compiled_kernels import Resources, note_compiled
+from support.compiled_record import RECORD, Launch, running_tests
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -90,17 +88,17 @@ class CompiledLaunch(Resources):
 
     kernel: str
     num_threads: int
-    ptx: str = field(repr=False)
-    cubin: bytes = field(repr=False)
+    _launch: Launch = field(repr=False)
+    _compilation: Compilation = field(repr=False)
+
+    def find(self, pattern: str) -> list[str]:
+        """`re.findall` in the PTX."""
+        matches = self._launch.ask(FIND + pattern, self._compilation.answer)
+        return [match for match, number in matches for _ in range(number)]
 
     def count_instructions(self) -> int:
-        """Count what a thread executes at most, in code that has no loop.
-
-        Subroutines lie behind the last exit: the slow paths of a division, for instance.
-        """
-        listing = _cuobjdump(self.cubin, "-sass")
-        names = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)", listing)
-        return len(names) - names[::-1].index("EXIT")
+        """Count what a thread executes at most, in code that has no loop."""
+        return self._launch.ask("instructions", self._compilation.answer)
 
     def assert_fits(self, capability: int, spilled_bytes: int = 0) -> None:
         """It spills nothing, or no more than is known, and can be launched."""
@@ -112,7 +110,7 @@ class CompiledLaunch(Resources):
 
     def assert_multiplies_as(self, instruction: str | None) -> None:
         """Its products are this instruction of the tensor cores, or none."""
-        found = set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+", self.ptx))
+        found = set(self.find(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+"))
         assert bool(found) == bool(instruction), found
         assert all(name.startswith(instruction or "") for name in found), found
 
@@ -173,39 +171,27 @@ def compile_launch(
             number = value
         if number % 16 == 0 and name not in plain:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, WARP_SIZE),
-        options=options,
+    source = ASTSource(kernel, signature, constants, attributes)
+    compilation = Compilation(source, GPUTarget("cuda", capability, WARP_SIZE), options)
+    launched = RECORD.look_up(
+        Launch(
+            running_tests(), kernel_name, capability, compilation.configuration, compilation.key
+        ),
+        compilation.answer,
     )
-    usage = _resource_usage(compiled.asm["cubin"])
-    static_shared = max(usage["SHARED"] - RESERVED_SHARED_BYTES[capability], 0)
+    used = launched.ask("resources", compilation.answer)
+    static_shared = max(used["SHARED"] - RESERVED_SHARED_BYTES[capability], 0)
     resources = Resources(
-        registers=usage["REG"],
+        registers=used["REG"],
         # triton's own is dynamic; inline PTX may declare static memory beside it
-        shared_bytes=compiled.metadata.shared + static_shared,
-        stack_bytes=max(usage["STACK"], usage["LOCAL"]),
+        shared_bytes=used["DYNAMIC"] + static_shared,
+        stack_bytes=max(used["STACK"], used["LOCAL"]),
     )
-    configuration = repr((signature, constants, attributes, options))
-    note_compiled(kernel_name, capability, configuration, resources)
+    note_compiled(kernel_name, capability, compilation.configuration, resources)
     return CompiledLaunch(
         **asdict(resources),
         kernel=kernel_name,
-        num_threads=compiled.metadata.num_warps * WARP_SIZE,
-        ptx=compiled.asm["ptx"],
-        cubin=compiled.asm["cubin"],
+        num_threads=used["WARPS"] * WARP_SIZE,
+        _launch=launched,
+        _compilation=compilation,
     )
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _cuobjdump(cubin, "-res-usage"))
-    return {name: int(number) for name, number in found}
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        # it warns of an old format each time
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
