@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
-from llama.families import LLAMA_NORMS
+from llama.family import LLAMA_NORMS
 from llama.model import Llama
 from llama.rope_scaling import Rope
 from nf4.double_quant import QuantizedAbsmax
