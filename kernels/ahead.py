@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.device import Properties
-from kernels.language import triton
+from kernels.language import TensorDescriptor, triton
 
 WARP = 32
 # pointers that are multiples of so many bytes are told to the compiler
@@ -61,6 +61,8 @@ def _form_of(argument: Any) -> Hashable:
     """What a kernel is compiled for, of an argument."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % ALIGNMENT == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     return argument
 
 

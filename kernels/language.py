@@ -9,7 +9,8 @@ try:
     import triton
     import triton.language as tl
     from triton import knobs
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    from kernels.without_triton import knobs, tl, triton
+    from kernels.without_triton import TensorDescriptor, knobs, tl, triton
 
-__all__ = ["knobs", "tl", "triton"]
+__all__ = ["TensorDescriptor", "knobs", "tl", "triton"]

@@ -5,6 +5,7 @@ that is missing here is missing where it is used, when the file is imported.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -36,6 +37,16 @@ class _Constant:
 
 class _OutOfResources(Exception):
     """A GPU has less than a kernel takes: never raised here."""
+
+
+@dataclass
+class TensorDescriptor:
+    """A matrix of which a kernel copies tiles."""
+
+    base: Any
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
 
 
 triton = SimpleNamespace(

@@ -22,12 +22,14 @@ from support.compiled_record import RECORD, Launch, running_tests
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -157,6 +159,9 @@ def compile_launch(
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
+            continue
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{value.block_shape}>"
             continue
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"
