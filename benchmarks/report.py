@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    grouped_matmul_table,
     load_table,
     markdown,
     masked_attention_table,
@@ -112,6 +113,17 @@ STEP_SECTIONS = {
         "Training step, two projections",
         "The same with rank 16 on q_proj and v_proj, dropout 0.05 and AdamW in 8 bits "
         "(`python -m benchmarks train_step --recipe seed`).",
+        train_step_table,
+    ),
+    "train_step_1b": Section(
+        "Training step, 1B",
+        "Llama-3.2-1B's shape, as the 8B model's step (`python -m benchmarks train_step --recipe "
+        "1b`).",
+        train_step_table,
+    ),
+    "train_step_3b": Section(
+        "Training step, 3B",
+        "Qwen2.5-3B's shape, likewise (`python -m benchmarks train_step --recipe 3b`).",
         train_step_table,
     ),
     "train_step_70b": Section(
@@ -215,6 +227,22 @@ KERNEL_SECTIONS = {
         "LoRA gradient",
         "The gradients of h and of B from the gradient of y, over M tokens at rank 16 "
         "(`python -m benchmarks lora_gradient`); torch computes each by a product. "
+        f"{_OPERATION}",
+        operation_table,
+    ),
+    "grouped_matmul": Section(
+        "Multiply by experts",
+        "The products of Qwen3-30B-A3B's 128 experts over M rows, 8 a token, unevenly divided, in "
+        "bf16, and the gradient of their input (`python -m benchmarks grouped_matmul`). `dense` is "
+        "one product of as many FLOPs, `torch` is torch's grouped product, `loop` a product of "
+        "cuBLAS for each expert.",
+        grouped_matmul_table,
+    ),
+    "expert_rows": Section(
+        "Rows of experts",
+        "The rows of M tokens to 8 experts each, Qwen3-30B-A3B's widths, and back "
+        "(`python -m benchmarks expert_rows`): `combine` adds a token's weighted rows up, "
+        "`weigh-backward` computes the gradients of weights and rows. "
         f"{_OPERATION}",
         operation_table,
     ),

@@ -86,19 +86,27 @@ def operation_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
-def masked_attention_table(rows: Iterable[Row]) -> Table:
-    """Tabulate the microseconds of attention under a mask, both passes."""
-    columns = ["limit", "ours", "flex", "varlen", "causal"]
+def _providers_table(rows: Iterable[Row], providers: Sequence[str]) -> Table:
     lines = [
         [
             short_name(case.layer),
             case.mode,
             str(case.m),
-            *(microseconds(providers.get(provider)) for provider in columns),
+            *(microseconds(found.get(provider)) for provider in providers),
         ]
-        for case, providers in by_case(rows).items()
+        for case, found in by_case(rows).items()
     ]
-    return ["layer", "mode", "M", *columns], lines
+    return ["layer", "mode", "M", *providers], lines
+
+
+def masked_attention_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of attention under a mask, both passes."""
+    return _providers_table(rows, ("limit", "ours", "flex", "varlen", "causal"))
+
+
+def grouped_matmul_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of products by experts over all their rows."""
+    return _providers_table(rows, ("limit", "dense", "ours", "torch", "loop"))
 
 
 def matmul_table(rows: Iterable[Row]) -> Table:

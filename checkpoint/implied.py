@@ -88,9 +88,9 @@ def _states(
     mean = 0.0 if described.get("bnb_4bit_use_double_quant") else None
     name = str(dtype).removeprefix("torch.")
     return {
-        f"{prefix}{member}.weight": WeightState((rows, group.in_features), name, block_size, mean)
-        for prefix, group in model.groups()
-        for member, rows in zip(group.names, group.rows, strict=True)
+        f"{prefix}{member}.weight": WeightState((shape[0], shape[1]), name, block_size, mean)
+        for prefix, group in model.frozen_groups()
+        for member, shape in group.shapes().items()
         # transformers skips a module by its path, by a path that it lies under, or by its name
-        if not any(f".{module}." in f".{prefix}{member}." for module in skipped)
+        if len(shape) == 2 and not any(f".{module}." in f".{prefix}{member}." for module in skipped)
     }

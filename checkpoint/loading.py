@@ -29,7 +29,7 @@ from checkpoint.shard_reader import Report, StoredTensor, make_ring, read_tensor
 from checkpoint.slots import HEAD, META, Slot, embeddings_name, kept_dtype, slots_of
 from checkpoint.stored_nf4 import describe_quantization
 from llama.model import Llama
-from lora.linear_group import LinearGroup
+from lora.frozen_group import FrozenGroup
 from nf4.serialized import restore_state
 from nf4.weight import Quantization, non_finite_weights
 
@@ -107,7 +107,7 @@ def _allocated(
     compute_dtype: torch.dtype,
     quantization: Quantization | None,
 ) -> Llama:
-    """Make a checkpoint's model, and allocate its linear groups on a device."""
+    """Make a checkpoint's model, and allocate its groups on a device."""
     if checkpoint.quantization not in (None, quantization):
         raise ValueError(
             f"{checkpoint.folder} must be loaded as it is stored: it is in NF4 with "
@@ -116,7 +116,7 @@ def _allocated(
         )
     with META:
         model = Llama(checkpoint.config, compute_dtype)
-    for prefix, group in model.groups():
+    for prefix, group in model.frozen_groups():
         _allocate(checkpoint, prefix, group, device, quantization)
     model.frequencies = model.frequencies.to(device)
     return model
@@ -125,11 +125,11 @@ def _allocated(
 def _allocate(
     checkpoint: Checkpoint,
     prefix: str,
-    group: LinearGroup,
+    group: FrozenGroup,
     device: torch.device,
     quantization: Quantization | None,
 ) -> None:
-    """Allocate the weights and biases of one linear group."""
+    """Allocate the weights and biases of one group."""
     states = checkpoint.nf4.states
     weights = [f"{prefix}{name}.weight" for name in group.names]
     biases = [f"{prefix}{name}.bias" for name in group.names] if group.has_bias else []

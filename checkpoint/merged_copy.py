@@ -13,7 +13,7 @@ merge_and_unload holds the whole model in memory, and does not report the loss.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -97,7 +97,7 @@ def read_updates(
 
 def write_merged_shards(
     shards: Sequence[Shard],
-    shapes: Mapping[str, tuple[int, int]],
+    paths: Container[str],
     updates: Mapping[str, LowRankUpdate],
     quantization: Quantization | None,
     device: torch.device,
@@ -108,8 +108,8 @@ def write_merged_shards(
 
     Args:
         shards: the files of the checkpoint.
-        shapes: rows and columns of its projections.
-        quantization: with which every projection's weight is first quantized and dequantized, as
+        paths: of its weights that NF4 is for, experts' too.
+        quantization: with which each of these weights is first quantized and dequantized, as
             while the adapter was trained; None: the update is added to the weights as stored.
         device: where a tensor is merged.
         report: called as `report(done, total)` after each tensor.
@@ -128,7 +128,7 @@ def write_merged_shards(
                 _copy(source, target, tensor.start - source.tell())
                 projection = tensor.name.removesuffix(".weight")
                 update = updates.get(projection)
-                if update is not None or (quantization and projection in shapes):
+                if update is not None or (quantization and projection in paths):
                     W = _read(source, tensor).to(device)
                     merged = _merged(W, tensor.name, update, quantization, figures)
                     target.write(merged.cpu().view(-1).view(torch.uint8).numpy().data)
@@ -167,13 +167,16 @@ def _row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
 
 
 def _merged(
-    W: Tensor,  # (N, K) as stored
+    W: Tensor,  # (N, K) as stored, or several such matrices without an update
     name: str,
     update: LowRankUpdate | None,
     quantization: Quantization | None,
     figures: MergeFigures,
 ) -> Tensor:  # (N, K) W's dtype
     """Add an update to a weight in float32, round once, and add up the figures."""
+    if W.dim() == 3:
+        assert update is None
+        return torch.stack([_merged(each, name, None, quantization, figures) for each in W])
     N, K = W.shape
     base = W
     if quantization is not None:

@@ -160,9 +160,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = check_config(fields)
     with META:
         model = Llama(config, torch.float32)
-    shards, names = read_shards(folder), TensorNames()
+    shards, names = read_shards(folder), TensorNames(parts=config.file_names)
     if config.is_tower:
         names = tower_names(folder, [tensor.name for shard in shards for tensor in shard.tensors])
+    if names != TensorNames():
         shards = [names.renamed(shard) for shard in shards]
     stored = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     said = number_format(fields.values)

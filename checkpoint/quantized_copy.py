@@ -30,7 +30,7 @@ from checkpoint.slots import META, embeddings_name
 from checkpoint.tensor_names import modules_of
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import CONFIG_NAME
-from llama.model import projection_shapes
+from llama.model import quantized_shapes
 from nf4.serialized import serialize
 from nf4.weight import NF4Weight, Quantization, empty_weight
 
@@ -80,8 +80,8 @@ def plan_quantized_copy(
     """Lay a copy out, without reading a weight.
 
     Raises:
-        ValueError: the source, or an encoder beside it, is quantized already, or there is no such
-            block size.
+        ValueError: the source, or an encoder beside it, is quantized already or stores all experts
+            of a layer in one tensor, or there is no such block size.
     """
     if source.quantization:
         raise ValueError(
@@ -94,7 +94,14 @@ def plan_quantized_copy(
                 f"--model must have an encoder in 16 or 32 bits: {tensor.name} is in "
                 f"{_name(tensor.dtype)}; give the original one"
             )
-    weights = frozenset(f"{path}.weight" for path in projection_shapes(source.config))
+    shapes = quantized_shapes(source.config)
+    if stacked := [path for path, shape in shapes.items() if len(shape) > 2]:
+        raise ValueError(
+            "--model must store each expert's weights apart, as bitsandbytes' format has matrices "
+            f"alone: {source.names.in_files(stacked[0] + '.weight')} has those of all experts; "
+            "train from this checkpoint, which is quantized to NF4 while it loads"
+        )
+    weights = frozenset(f"{path}.weight" for path in shapes)
     units = [
         _plan_tensor(
             replace(tensor, name=source.names.in_files(tensor.name)),
@@ -215,10 +222,25 @@ def _config_fields(copy: QuantizedCopy, config: Mapping[str, Any]) -> dict[str, 
         "bnb_4bit_use_double_quant": copy.quantization[1],
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": ["lm_head", *modules_of(t.name for t in copy.source.encoders)],
+        "llm_int8_skip_modules": [
+            "lm_head",
+            *_routers(copy.source),
+            *modules_of(t.name for t in copy.source.encoders),
+        ],
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
     return fields
+
+
+def _routers(source: Checkpoint) -> list[str]:
+    """List the routers of experts, which transformers 4 takes for projections."""
+    experts, decoder = source.config.experts, source.config.decoder
+    has_experts = experts.has_experts if experts else ()
+    return [
+        source.names.in_files(f"{decoder}.layers.{layer}.mlp.gate.").rstrip(".")
+        for layer, has in enumerate(has_experts)
+        if has
+    ]

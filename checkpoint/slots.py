@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from checkpoint.shard_reader import FLOATS
 from llama.config import LlamaConfig
 from llama.model import Llama
-from lora.linear_group import LinearGroup
+from lora.frozen_group import FrozenGroup
 from nf4.serialized import WeightState, stored_buffers
 from nf4.weight import empty_weight
 
@@ -67,7 +67,7 @@ def slots_of(
 
         slots[name] = Slot(shape, floats, home, _never, settle)
 
-    def add_member(prefix: str, group: LinearGroup, member: str, shape: tuple[int, ...]) -> None:
+    def add_member(prefix: str, group: FrozenGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
         slots[name] = Slot(
             shape,
@@ -76,7 +76,7 @@ def slots_of(
             lambda tensor: group.quantize(member, tensor, name),
         )
 
-    def add_stored(name: str, suffix: str, like: Tensor, group: LinearGroup, member: str) -> None:
+    def add_stored(name: str, suffix: str, like: Tensor, group: FrozenGroup, member: str) -> None:
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
             return stored_buffers(group.member(member))[suffix]
 
@@ -84,17 +84,16 @@ def slots_of(
 
     for name, parameter in model.named_parameters():
         add_parameter(name, tuple(parameter.shape))
-    for prefix, group in model.groups():
-        for name, rows in zip(group.names, group.rows, strict=True):
-            shape = (rows, group.in_features)
+    for prefix, group in model.frozen_groups():
+        for name, shape in group.shapes().items():
             if (state := states.get(f"{prefix}{name}.weight")) is None:
                 add_member(prefix, group, f"{name}.weight", shape)
             else:
-                alone = empty_weight((rows,), group.in_features, *state.quantization, META)
+                alone = empty_weight(shape[:1], group.in_features, *state.quantization, META)
                 for suffix, like in stored_buffers(alone).items():
                     add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
             if group.has_bias:
-                add_member(prefix, group, f"{name}.bias", (rows,))
+                add_member(prefix, group, f"{name}.bias", shape[:1])
     embeddings = embeddings_name(model.config)
     if model.config.tie_word_embeddings and HEAD in stored and embeddings not in stored:
         slots[HEAD] = slots.pop(embeddings)

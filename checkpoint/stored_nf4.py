@@ -120,9 +120,11 @@ def check_stored_nf4(
             f"weights are in NF4: it has {said or 'none'}; download it again"
         )
     projections = {
-        f"{prefix}{name}.weight": (rows, group.in_features)
-        for prefix, group in model.groups()
-        for name, rows in zip(group.names, group.rows, strict=True)
+        f"{prefix}{name}.weight": shape
+        for prefix, group in model.frozen_groups()
+        for name, shape in group.shapes().items()
+        # of three dimensions none can be in bitsandbytes' format
+        if len(shape) == 2
     }
     for name, state in nf4.states.items():
         if name not in projections:
@@ -135,9 +137,9 @@ def check_stored_nf4(
                 f"{folder}: {name} must have shape {projections[name]} by config.json: "
                 f"its quant_state says {state.shape}"
             )
-    for prefix, group in model.groups():
+    for prefix, group in model.frozen_groups():
         inside = [name for name in group.names if f"{prefix}{name}.weight" in nf4.states]
-        outside = [name for name in group.names if name not in inside]
+        outside = [name for name in group.names if f"{prefix}{name}.weight" not in nf4.states]
         if inside and outside:
             raise ValueError(
                 f"{folder}: {', '.join(group.names)} of {prefix[:-1]} share a buffer and must all "

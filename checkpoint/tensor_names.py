@@ -7,7 +7,11 @@ tower are named here as transformers 5 names its modules, which PEFT's adapters 
     language_model.model.layers.0.self_attn.q_proj.weight             Llava, Mistral-3, Gemma-3
     model.layers.0.self_attn.q_proj.weight                            Qwen2.5-VL
 
-transformers reads all three, and writes those that a family's first checkpoints had.
+transformers reads all three, and writes those that a family's first checkpoints had. So it does
+with the names of experts, which are the same in all families here:
+
+    model.layers.0.mlp.experts.0.gate_proj.weight                     Qwen3-MoE, OLMoE
+    model.layers.0.block_sparse_moe.experts.0.w1.weight               Mixtral
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -47,14 +51,20 @@ class TensorNames:
 
     Attributes:
         prefixes: the model's by the files', where they differ.
+        parts: of names, the files' and the model's, where they differ.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[tuple[str, str], ...] = ()
 
     def in_model(self, name: str) -> str:
+        for theirs, ours in self.parts:
+            name = name.replace(theirs, ours)
         return _renamed(name, self.prefixes)
 
     def in_files(self, name: str) -> str:
+        for theirs, ours in self.parts:
+            name = name.replace(ours, theirs)
         return _renamed(name, {ours: theirs for theirs, ours in self.prefixes.items()})
 
     def renamed(self, shard: Shard) -> Shard:

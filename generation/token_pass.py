@@ -18,16 +18,51 @@ import torch
 from torch import Tensor
 
 from generation.linear import TokenLinear
-from kernels.glu import glu
+from kernels.glu import Activation, glu
 from kernels.rope import RopeTables
 from kernels.token_attention import TokenScores, token_attention
 from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads
 from kernels.token_norm import token_norm
 from llama.cache import KeyValueCache
+from llama.experts import ExpertMLP, Routed
+from llama.halves import MLP
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from llama.norm import NoNorm, RMSNorm
+
+
+class TokenMLP:
+    """An MLP, with what its passes over single tokens need."""
+
+    def __init__(self, mlp: MLP, dtype: torch.dtype, num_sequences: int) -> None:
+        self._gate_up = TokenLinear(mlp.gate_up, dtype, num_sequences)
+        self._down = TokenLinear(mlp.down, dtype, num_sequences)
+        self._activation: Activation = mlp.activation
+        self.A = self._gate_up.A
+
+    def __call__(self, y: Tensor, h: Tensor | None) -> Tensor:  # (B, D)
+        """Compute down(activation(gate) up)."""
+        gates_and_ups = self._gate_up(y, h)
+        if self._down.A is None:
+            return self._down(glu(gates_and_ups, self._activation), None)
+        return self._down(*token_glu(gates_and_ups, self._activation, self._down.A))
+
+
+class TokenExperts:
+    """A mixture of experts, which computes for single tokens what it computes for many."""
+
+    # experts have no updates
+    A = None
+
+    def __init__(self, mlp: ExpertMLP) -> None:
+        self._mlp = mlp
+
+    def __call__(self, y: Tensor, h: Tensor | None) -> Tensor:  # (B, D)
+        """Compute the weighted sum of the outputs of each token's experts."""
+        kept = Routed()
+        self._mlp.project_in(y, None, kept)
+        return self._mlp.project_out(self._mlp.inner(kept), None, kept)
 
 
 class TokenLayer:
@@ -35,10 +70,11 @@ class TokenLayer:
 
     def __init__(self, layer: DecoderLayer, dtype: torch.dtype, num_sequences: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        groups = (attention.qkv, attention.o, mlp.gate_up, mlp.down)
-        self.qkv, self.o, self.gate_up, self.down = (
-            TokenLinear(group, dtype, num_sequences) for group in groups
+        self.qkv, self.o = (
+            TokenLinear(group, dtype, num_sequences) for group in (attention.qkv, attention.o)
         )
+        is_dense = isinstance(mlp, MLP)
+        self.mlp = TokenMLP(mlp, dtype, num_sequences) if is_dense else TokenExperts(mlp)
         self.layer, self.scores = layer, TokenScores(*layer.scores)
         self.head_norms = None
         # of all heads together, they are a launch of their own
@@ -67,19 +103,11 @@ class TokenLayer:
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
         norm = layer.norm_before(norms.before_mlp)
         if layer.is_parallel:
-            y, h, _ = _normalize(norm, r1, None, self.gate_up.A)
+            y, h, _ = _normalize(norm, r1, None, self.mlp.A)
             r2 = r1 + delta
         else:
-            y, h, r2 = _normalize(norm, r1, delta, self.gate_up.A)
-        gates_and_ups = self.gate_up(y, h)
-        inner, h = self._gate(gates_and_ups)
-        return r2, self._normalize_behind(norms.behind_mlp, self.down(inner, h))
-
-    def _gate(self, gates_and_ups: Tensor) -> tuple[Tensor, Tensor | None]:
-        activation, A = self.layer.mlp.activation, self.down.A
-        if A is None:
-            return glu(gates_and_ups, activation), None
-        return token_glu(gates_and_ups, activation, A)
+            y, h, r2 = _normalize(norm, r1, delta, self.mlp.A)
+        return r2, self._normalize_behind(norms.behind_mlp, self.mlp(y, h))
 
     def _normalize_behind(self, name: str | None, output: Tensor) -> Tensor:
         return output if name is None else self.layer.norm(name)(output)[0]

@@ -62,7 +62,7 @@ def _form_of(argument: Any) -> Hashable:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % ALIGNMENT == 0
     if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape
+        return argument.base.dtype, tuple(argument.block_shape)
     return argument
 
 

@@ -113,32 +113,26 @@ def _fp8_matmul_kernel(
     store_tile(y_ptr, acc, bias_ptr, offs_m, offs_n, M, N, stride_ym, HAS_BIAS)
 
 
-def _tiles_of(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    return TensorDescriptor(
-        matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_columns]
-    )
-
-
 def _launch_fp8_matmul(
     x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
 ) -> None:
     (M, K), N = x.values.shape, w.values.shape[0]
-    x_tiles = _tiles_of(x.values, BLOCK_M, BLOCK_K)
+    x_tiles = TensorDescriptor.from_tensor(x.values, [BLOCK_M, BLOCK_K])
     # any tiles stand for those that are not read
     h_tiles = B_tiles = x_tiles
     is_B_transposed = tail is not None and not _has_rows(tail.B)
     if tail is not None:
-        h_tiles = _tiles_of(tail.h, BLOCK_M, BLOCK_T)
+        h_tiles = TensorDescriptor.from_tensor(tail.h, [BLOCK_M, BLOCK_T])
         if is_B_transposed:
-            B_tiles = _tiles_of(tail.B.T, BLOCK_T, BLOCK_N)
+            B_tiles = TensorDescriptor.from_tensor(tail.B.T, [BLOCK_T, BLOCK_N])
         else:
-            B_tiles = _tiles_of(tail.B, BLOCK_N, BLOCK_T)
+            B_tiles = TensorDescriptor.from_tensor(tail.B, [BLOCK_N, BLOCK_T])
     launch(
         _fp8_matmul_kernel,
         (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),),
         y_ptr=out,
         x_tiles=x_tiles,
-        w_tiles=_tiles_of(w.values, BLOCK_N, BLOCK_K),
+        w_tiles=TensorDescriptor.from_tensor(w.values, [BLOCK_N, BLOCK_K]),
         scales_ptr=x.scales,
         scale_ptr=w.scale,
         h_tiles=h_tiles,

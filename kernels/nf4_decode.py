@@ -45,6 +45,14 @@ def member_table(
     ).to(device)
 
 
+def make_nf4_tables(weight: NF4Weight) -> None:
+    """Make the tables that kernels read to expand a weight, before the first pass:
+    `kernels.constants` says why."""
+    device_constant("levels", weight.device)
+    device_constant("dynamic_map", weight.device)
+    member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
+
+
 def scale_tensors(weight: NF4Weight) -> dict[str, Tensor]:
     """Name the three scale buffers as the kernels do.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.checks import check_dtype, check_one_device, check_rows_are_contiguous
 from kernels.device import properties
-from kernels.nf4_decode import device_constant, member_table
+from kernels.nf4_decode import make_nf4_tables
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused, fused_obstacle
 from kernels.nf4_matmul_operands import operand_obstacle
@@ -72,9 +72,7 @@ def make_nf4_matmul_tables(weight: NF4Weight, dtype: torch.dtype) -> None:
 
     Before the first pass: `kernels.constants` says why.
     """
-    device_constant("levels", weight.device)
-    device_constant("dynamic_map", weight.device)
-    member_table(weight.rows, weight.in_features, weight.block_size, weight.device)
+    make_nf4_tables(weight)
     if not operand_obstacle(weight, dtype):
         level_planes(dtype, weight.device)
 

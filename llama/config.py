@@ -19,7 +19,9 @@ from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_fields import COMPUTED, DROPOUTS, ONE_VALUE, WITHOUT_EFFECT
-from llama.families import FAMILIES, Family, LayerNorms
+from llama.families import FAMILIES
+from llama.family import Family, LayerNorms
+from llama.layer_experts import Experts, read_experts
 from llama.layer_ropes import read_ropes, read_rotary_dim
 from llama.layer_windows import read_windows
 from llama.rope_scaling import LongRopeScaling, Rope
@@ -73,6 +75,9 @@ class LlamaConfig:
     attention_multiplier: float | None  # of scores, in place of the root's reciprocal
     logit_scale: float | None  # of logits, before they are capped
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it has them
+    experts: Experts | None = None  # in place of the MLP, in some layers or all
+    # parts of tensors' names in checkpoints, and what they are called here
+    file_names: tuple[tuple[str, str], ...] = ()
     is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
 
     @property
@@ -337,6 +342,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         attention_multiplier=fields.optional_number("attention_multiplier"),
         logit_scale=_logit_scale(fields),
         eos_token_ids=eos_token_ids or (),
+        experts=read_experts(fields, family.experts, num_layers),
+        file_names=tuple(family.file_names.items()),
         is_tower=is_tower,
     )
     if config.num_attention_heads % config.num_key_value_heads:

@@ -5,31 +5,9 @@ a layer has, never which family it is. A field of config.json that no list here 
 it is set, because it might change the function.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from llama.family import ACTIVATION_NAMES, Family, LayerNorms
+from llama.layer_experts import LayerExperts
 
-from kernels.glu import Activation
-from llama.layer_ropes import LayerRopes
-from llama.layer_windows import LayerWindows
-
-# what the activations of the gates are called in config.json
-ACTIVATION_NAMES: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-class LayerNorms(NamedTuple):
-    """Where a layer normalizes, by what the checkpoint calls each norm; None: nowhere there.
-
-    A norm behind a half of the layer comes before its result is added to the residual stream.
-    """
-
-    before_attention: str | None = "input_layernorm"
-    behind_attention: str | None = None
-    before_mlp: str | None = "post_attention_layernorm"
-    behind_mlp: str | None = None
-
-
-LLAMA_NORMS = LayerNorms()
 NORMS_BEHIND = LayerNorms(
     before_attention=None,
     behind_attention="post_attention_layernorm",
@@ -48,68 +26,9 @@ _GLM_DEFAULTS = {
     "eos_token_id": [151329, 151336, 151338],
 }
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family reads its config.json.
-
-    Attributes:
-        qkv_bias, o_bias, mlp_bias: whether the projections have one, or what the field of
-            config.json is called that says so.
-        qk_norm: whether queries and keys are normalized, each head by itself.
-        has_joint_qk_norm: whether all heads of a token are normalized together instead.
-        is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
-            gate_up_proj: one member of a linear group, with one update, where others have several.
-        is_mlp_fused: that holds for gate and up alone.
-        head_dim: where the file gives none; None for hidden_size / num_attention_heads.
-        windows: which layers see how many tokens, as `read_windows` takes it.
-        rope_types: what the family's files call a scaling of rotary positions, and its name here.
-        rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
-            say; None: all, and the family does not read that field.
-        is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
-        ropes: which layers have which rotary positions, as `read_ropes` takes it.
-        activation_field: what names the activation of the gates.
-        activation_names: what the file may call it.
-        norm_offset: added to the stored weights of all norms.
-        has_centred_norms: whether all norms subtract the mean first.
-        is_parallel: whether the MLP has attention's input, and not its result added to that.
-        scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
-        defaults: for fields missing in the file, where they differ from Llama's; null in the file
-            stays null.
-        fields: of config.json that this family has beside Llama's.
-        aliases: what the family's first config.json called fields, and what they are called here.
-        transformers_class: the architecture that transformers writes, where it computes the family
-            by another one's class.
-    """
-
-    model_type: str
-    qkv_bias: bool | str = "attention_bias"
-    o_bias: bool | str = "attention_bias"
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    has_joint_qk_norm: bool = False
-    is_fused: bool = False
-    is_mlp_fused: bool = False
-    head_dim: int | None = None
-    windows: LayerWindows = "none"
-    rotary_share: float | None = None
-    rope_types: Mapping[str, str] = field(default_factory=dict)
-    is_interleaved: bool = False
-    ropes: LayerRopes = "alike"
-    activation_field: str = "hidden_act"
-    activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
-    norms: LayerNorms = LLAMA_NORMS
-    norm_offset: float = 0.0
-    has_centred_norms: bool = False
-    is_parallel: bool = False
-    scales_embeddings: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    fields: frozenset[str] = frozenset()
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    transformers_class: str | None = None
-
-
+# transformers adds the auxiliary loss that the second one weighs only where output_router_logits is
+# set, which is refused
+_EXPERT_FIELDS = frozenset({"num_experts_per_tok", "router_aux_loss_coef"})
 _WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {
@@ -373,5 +292,79 @@ FAMILIES = {
         # transformers ignores max_window_layers
         fields=_WINDOW_FIELDS
         | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        qk_norm=True,
+        windows="switched",
+        experts=LayerExperts("sparse", "moe_intermediate_size"),
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        # transformers ignores max_window_layers
+        fields=_EXPERT_FIELDS
+        | _WINDOW_FIELDS
+        | {
+            "attention_bias",
+            "decoder_sparse_step",
+            "mlp_only_layers",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "num_experts",
+        },
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        qk_norm=True,
+        has_joint_qk_norm=True,
+        experts=LayerExperts(),
+        defaults={"num_experts": 64, "num_experts_per_tok": 8},
+        fields=_EXPERT_FIELDS | {"attention_bias", "norm_topk_prob", "num_experts"},
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        qkv_bias=False,
+        o_bias=False,
+        windows="all",
+        experts=LayerExperts(is_normalized=True),
+        defaults={
+            "num_key_value_heads": 8,
+            "rope_theta": 1e6,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        fields=_EXPERT_FIELDS | {"sliding_window", "num_experts"},
+        aliases={"num_local_experts": "num_experts"},
+        file_names={
+            ".block_sparse_moe.": ".mlp.",
+            ".w1.": ".gate_proj.",
+            ".w3.": ".up_proj.",
+            ".w2.": ".down_proj.",
+        },
+    ),
+    "GraniteMoeForCausalLM": Family(
+        "granitemoe",
+        experts=LayerExperts(is_normalized=True, is_stacked=True),
+        defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
+        fields=_EXPERT_FIELDS
+        | {
+            "attention_bias",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "logits_scaling",
+        },
+        aliases={"num_local_experts": "num_experts"},
+        file_names={
+            ".block_sparse_moe.router.layer.": ".mlp.gate.",
+            ".block_sparse_moe.input_linear.": ".mlp.experts.gate_up_proj.",
+            ".block_sparse_moe.output_linear.": ".mlp.experts.down_proj.",
+        },
     ),
 }

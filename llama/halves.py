@@ -1,15 +1,24 @@
 """The halves of a layer, attention and MLP: the linear groups of each, and the norms of its heads.
 
-Each half is named as the checkpoint names it. `llama/layer.py` runs both, forward and backward.
+Each half is named as the checkpoint names it. `llama/layer.py` runs both, forward and backward; it
+runs `llama/experts.py` as it runs the MLP.
 """
 
 import torch
 from torch import Tensor, nn
 
-from kernels.glu import Activation
+from kernels.glu import Activation, glu, glu_backward
 from llama.config import LlamaConfig
 from llama.norm import RMSNorm
 from lora.linear_group import LinearGroup
+
+
+class Gated:
+    """What an MLP's backward pass needs; the forward pass sets each as soon as it is computed."""
+
+    gate_up_ext: Tensor  # (M, 2 F + tail)
+    h_gate_up: Tensor  # (M, tail)
+    h_down: Tensor  # (M, tail)
 
 
 class Attention(nn.Module):
@@ -71,6 +80,62 @@ class MLP(nn.Module):
         self.gate_up = LinearGroup(names, rows, D, config.mlp_bias)
         self.down = LinearGroup(("down_proj",), (D,), width, config.mlp_bias)
         self.activation: Activation = config.activation
+
+    @property
+    def tail(self) -> int:
+        """Columns behind the gradient of the output, for that of h."""
+        return self.down.tail
+
+    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, D + tail)
+        """Allocate a buffer for the input."""
+        return self.gate_up.empty_input(num_rows, like)
+
+    def project_in(self, y_ext: Tensor, seed: Tensor | None, kept: Gated) -> None:
+        """Compute gate | up."""
+        gate_up = self.gate_up
+        kept.gate_up_ext = gate_up.empty_output(y_ext.shape[0], y_ext)
+        gate_up.forward(y_ext, seed, out=kept.gate_up_ext[:, : gate_up.num_rows])
+        kept.h_gate_up = own(y_ext[:, gate_up.in_features :])
+
+    def inner(self, kept: Gated) -> Tensor:  # (M, F + tail)
+        """Compute activation(gate) up."""
+        down = self.down
+        inner_ext = down.empty_input(kept.gate_up_ext.shape[0], kept.gate_up_ext)
+        gates_and_ups = kept.gate_up_ext[:, : self.gate_up.num_rows]
+        glu(gates_and_ups, self.activation, out=inner_ext[:, : down.in_features])
+        return inner_ext
+
+    def project_out(self, inner_ext: Tensor, seed: Tensor | None, kept: Gated) -> Tensor:  # (M, D)
+        """Compute the output of what `inner` returns."""
+        output = self.down.forward(inner_ext, seed)
+        kept.h_down = own(inner_ext[:, self.down.in_features :])
+        return output
+
+    def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Gated) -> None:
+        """Turn gate | up into their gradient.
+
+        Args:
+            grad_out: (M, D + tail), of the output.
+        """
+        down = self.down
+        grad_inner = down.backward(grad_out, kept.h_down, seed)
+        assert grad_inner is not None
+        # gate | up give way to their gradient, and grad_inner to activation(gate) up
+        gates_and_ups = kept.gate_up_ext[:, : self.gate_up.num_rows]
+        _, inner = glu_backward(grad_inner, gates_and_ups, self.activation)
+        down.accumulate_grad_A(grad_out, inner, seed)
+        del kept.h_down
+
+    def project_in_backward(self, seed: Tensor | None, kept: Gated) -> Tensor:  # (M, D)
+        """Compute the gradient of the input."""
+        grad_y = self.gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
+        assert grad_y is not None
+        return grad_y
+
+    def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Gated) -> None:
+        """Add up the gradients that need the input, y (M, D)."""
+        self.gate_up.accumulate_grad_A(kept.gate_up_ext, y, seed)
+        del kept.h_gate_up, kept.gate_up_ext
 
 
 def own(part: Tensor) -> Tensor:

@@ -9,8 +9,9 @@
 In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
 that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. In
 Command-R gate_up has norm(r1), as qkv has. The reference's `Attention.forward` is `_attend` here,
-its `MLP.forward` is `_gate`, `_inner` and `_project`, each with the norms before and behind it;
-`llama/halves.py` has their projections.
+its `MLP.forward` is `_gate` and `_project`, each with the norms before and behind it;
+`llama/halves.py` has their projections, and `llama/experts.py` what a mixture of experts has in the
+MLP's place.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -31,16 +32,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.glu import glu, glu_backward
 from kernels.masked_attention_mask import Samples
 from kernels.rope import RopeTables, rope
 from kernels.rope_backward import rope_backward
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
+from llama.experts import ExpertMLP, Routed
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
-from lora.linear_group import LinearGroup
+from lora.frozen_group import FrozenGroup
 
 
 class Shared(NamedTuple):
@@ -52,7 +53,7 @@ class Shared(NamedTuple):
     samples: Samples | None = None  # where rows hold several
 
 
-class Activations:
+class Activations(Routed):
     """What a layer's backward pass needs; the forward pass sets each as soon as it is computed.
 
     Of a linear group's input only h is kept, what the low-rank updates make of the input. A layer
@@ -73,9 +74,6 @@ class Activations:
     # attention's input
     r2: Tensor
     rstd2: Tensor
-    gate_up_ext: Tensor  # (M, 2 F + tail)
-    h_gate_up: Tensor  # (M, tail)
-    h_down: Tensor  # (M, tail)
     output_down: tuple[Tensor, Tensor] | None = None  # as output_o
 
 
@@ -85,13 +83,14 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.index, self.is_parallel = index, config.is_parallel
+        self.index, self.hidden_size = index, config.hidden_size
+        self.is_parallel = config.is_parallel
         # of the pass's tables, those that rotate this layer's heads
         self.table = config.distinct_ropes.index(config.ropes[index])
         self.scores = Scores(
             config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
-        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.self_attn, self.mlp = Attention(config), _mlp_of(config, index)
         self.norms = norms = config.norms
         for name in filter(None, (norms.before_attention, norms.before_mlp)):
             self.add_module(name, stream_norm(config))
@@ -109,7 +108,7 @@ class DecoderLayer(nn.Module):
     def expand_once(self, is_kept: bool, dtype: torch.dtype) -> None:
         """Expand the weights for all passes, before the first one; or let each pass do it."""
         for group in self.modules():
-            if isinstance(group, LinearGroup):
+            if isinstance(group, FrozenGroup):
                 group.expanded = None
                 if is_kept:
                     group.keep_expanded(dtype)
@@ -117,7 +116,7 @@ class DecoderLayer(nn.Module):
     @property
     def grad_tail(self) -> int:
         """Columns behind the gradient of the residual stream, for that of h."""
-        return max(self.self_attn.o.tail, self.mlp.down.tail)
+        return max(self.self_attn.o.tail, self.mlp.tail)
 
     def forward(
         self,
@@ -139,8 +138,9 @@ class DecoderLayer(nn.Module):
         gated = attended if has_backward else Activations()
         r2 = self._gate(r1, delta, shared, gated)
         del attended, delta
-        inner_ext = self._inner(gated)
+        inner_ext = self.mlp.inner(gated)
         projected = gated if has_backward else Activations()
+        projected.routing = gated.routing
         del gated
         delta = self._project(inner_ext, shared, projected)
         if has_backward:
@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
         self._gate(kept.r1, delta, shared, kept)
         del delta
         if self.norms.behind_mlp is not None:
-            self._project(self._inner(kept), shared, kept)
+            self._project(self.mlp.inner(kept), shared, kept)
         return kept
 
     def _attend(
@@ -195,34 +195,21 @@ class DecoderLayer(nn.Module):
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> Tensor:
         """Compute gate | up, and r2, (M, D)."""
-        gate_up, norm = self.mlp.gate_up, self.norm_before(self.norms.before_mlp)
+        norm = self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
-        y_ext = gate_up.empty_input(M, r1)
+        y_ext = self.mlp.empty_input(M, r1)
         if self.is_parallel:
             norm(r1, out=y_ext[:, :D])
             r2 = r1 + delta
         else:
             _, r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
             kept.r2 = r2
-        kept.gate_up_ext = gate_up.empty_output(M, r1)
-        gates_and_ups = kept.gate_up_ext[:, : gate_up.num_rows]
-        gate_up.forward(y_ext, shared.dropout_seed, out=gates_and_ups)
-        kept.h_gate_up = own(y_ext[:, D:])
+        self.mlp.project_in(y_ext, shared.dropout_seed, kept)
         return r2
-
-    def _inner(self, kept: Activations) -> Tensor:  # (M, F + tail)
-        """Compute activation(gate) up."""
-        down = self.mlp.down
-        inner_ext = down.empty_input(kept.gate_up_ext.shape[0], kept.gate_up_ext)
-        gates_and_ups = kept.gate_up_ext[:, : self.mlp.gate_up.num_rows]
-        glu(gates_and_ups, self.mlp.activation, out=inner_ext[:, : down.in_features])
-        return inner_ext
 
     def _project(self, inner_ext: Tensor, shared: Shared, kept: Activations) -> Tensor:  # (M, D)
         """Compute what the MLP adds to the residual stream."""
-        down = self.mlp.down
-        output = down.forward(inner_ext, shared.dropout_seed)
-        kept.h_down = own(inner_ext[:, down.in_features :])
+        output = self.mlp.project_out(inner_ext, shared.dropout_seed, kept)
         delta, kept.output_down = self._normalize_behind(self.norms.behind_mlp, output)
         return delta
 
@@ -260,24 +247,17 @@ class DecoderLayer(nn.Module):
             kept: of the same pass, and used up.
             needs_grad_x: False for the first layer, whose input is frozen.
         """
-        qkv, o = self.self_attn.qkv, self.self_attn.o
-        gate_up, down = self.mlp.gate_up, self.mlp.down
+        qkv, o, mlp = self.self_attn.qkv, self.self_attn.o, self.mlp
         norms, seed = self.norms, shared.dropout_seed
         M, D = kept.r1.shape
         B, T = shared.positions.shape
         grad = grad_ext[:, :D]
 
-        grad_out = self._behind_backward(norms.behind_mlp, grad_ext, kept.output_down, down)
+        grad_out = self._behind_backward(norms.behind_mlp, grad_ext, kept.output_down, mlp.tail)
         kept.output_down = None
-        grad_inner = down.backward(grad_out, kept.h_down, seed)
-        assert grad_inner is not None
-        # gate | up give way to their gradient, and grad_inner to activation(gate) up
-        gates_and_ups = kept.gate_up_ext[:, : gate_up.num_rows]
-        _, inner = glu_backward(grad_inner, gates_and_ups, self.mlp.activation)
-        down.accumulate_grad_A(grad_out, inner, seed)
-        del grad_out, grad_inner, inner, kept.h_down
-        grad_y = gate_up.backward(kept.gate_up_ext, kept.h_gate_up, seed)
-        assert grad_y is not None
+        mlp.inner_backward(grad_out, seed, kept)
+        del grad_out
+        grad_y = mlp.project_in_backward(seed, kept)
         norm, waiting = self.norm_before(norms.before_mlp), None
         if self.is_parallel:
             # for the gradient of attention's input
@@ -287,11 +267,10 @@ class DecoderLayer(nn.Module):
             y = grad_y
             norm.backward(grad_y, grad, kept.r2, kept.rstd2, out=grad, y=y)
             del kept.r2, kept.rstd2
-        gate_up.accumulate_grad_A(kept.gate_up_ext, y, seed)
-        del grad_y, y, gates_and_ups
-        del kept.h_gate_up, kept.gate_up_ext
+        mlp.accumulate_grad_A(y, seed, kept)
+        del grad_y, y
 
-        grad_out = self._behind_backward(norms.behind_attention, grad_ext, kept.output_o, o)
+        grad_out = self._behind_backward(norms.behind_attention, grad_ext, kept.output_o, o.tail)
         grad_mixed = o.backward(grad_out, kept.h_o, seed)
         assert grad_mixed is not None
         o.accumulate_grad_A(grad_out, _rows_of(kept.mixed.output), seed)
@@ -318,14 +297,14 @@ class DecoderLayer(nn.Module):
         name: str | None,
         grad_ext: Tensor,
         kept: tuple[Tensor, Tensor] | None,
-        group: LinearGroup,
+        tail: int,
     ) -> Tensor:  # (M, D + tail)
         """Compute the gradient of o's or down's output from that of what was added."""
-        D = group.num_rows
+        M, D = grad_ext.shape[0], self.hidden_size
         if name is None or kept is None:
-            return grad_ext[:, : D + group.tail]
+            return grad_ext[:, : D + tail]
         grad = grad_ext[:, :D]
-        grad_out = group.empty_output(grad.shape[0], grad)
+        grad_out = grad.new_empty(M, D + tail)
         self.norm(name).backward(grad, None, *kept, out=grad_out[:, :D])
         return grad_out
 
@@ -333,3 +312,10 @@ class DecoderLayer(nn.Module):
 def _rows_of(heads: Tensor) -> Tensor:
     """View (B, H, T, head_dim) as (B T, H head_dim) rows, copying if the heads lie otherwise."""
     return heads.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _mlp_of(config: LlamaConfig, index: int) -> MLP | ExpertMLP:
+    experts = config.experts
+    if experts is None or not experts.has_experts[index]:
+        return MLP(config)
+    return ExpertMLP(config, experts)

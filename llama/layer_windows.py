@@ -5,7 +5,9 @@ from typing import Literal
 from foreign.json_fields import JsonFields
 from llama.layer_ropes import rotated_layers
 
-LayerWindows = Literal["none", "all", "listed", "alternating", "pattern", "later", "unrotated"]
+LayerWindows = Literal[
+    "none", "all", "listed", "alternating", "pattern", "later", "unrotated", "switched"
+]
 # Qwen2's, where config.json has none
 _FIRST_OF_LATER = 28
 
@@ -14,11 +16,11 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
     """Read how many tokens each layer sees, itself included; None: all before it.
 
     Args:
-        kind: which layers see only the last `sliding_window` tokens: none or all, whatever
-            `layer_types` says; otherwise those that `layer_types` names, or without it all, every
-            other one from the first on, all but every `sliding_window_pattern`th, or, where
-            `use_sliding_window` is set, those from `max_window_layers` on, or those without rotary
-            positions.
+        kind: which layers see only the last `sliding_window` tokens: none or all, or all
+            where `use_sliding_window` is set, whatever `layer_types` says; otherwise those that
+            `layer_types` names, or without it all, every other one from the first on, all but every
+            `sliding_window_pattern`th, or, where `use_sliding_window` is set, those from
+            `max_window_layers` on, or those without rotary positions.
 
     Raises:
         ValueError: the fields are of the wrong type, or do not fit together.
@@ -26,7 +28,7 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
     has_size = fields.values.get("sliding_window") is not None
     size = fields.integer("sliding_window") if has_size else None
     listed = _listed(fields, num_layers)
-    if listed is not None and kind not in ("none", "all"):
+    if listed is not None and kind not in ("none", "all", "switched"):
         sees_window = listed
     else:
         sees_window = _by_rule(fields, kind, num_layers, has_size)
@@ -70,6 +72,8 @@ def _by_rule(fields: JsonFields, kind: LayerWindows, num_layers: int, has_size: 
         interval = fields.integer("sliding_window_pattern")
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     is_used = fields.boolean("use_sliding_window", False)
+    if kind == "switched":
+        return [is_used] * num_layers
     if kind == "unrotated":
         return [is_used and not has for has in rotated_layers(fields, num_layers)]
     first = fields.values.get("max_window_layers")

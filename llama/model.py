@@ -12,7 +12,7 @@ No autograd graph is built here: `step.micro_step` runs the layers forward and b
     B batch, T tokens, D hidden_size, V vocab_size
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
 from llama.rope import rope_factor, rope_frequencies, rope_tables
-from lora.config import LoRAConfig, UpdateSize
+from lora.config import ALL_LINEAR, LoRAConfig, UpdateSize
+from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from rows.batch import NO_LOSS, Batch
 
@@ -36,14 +37,22 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def projections(config: LlamaConfig) -> tuple[str, ...]:
-    """The names of a layer's linear projections in the checkpoint and in adapters."""
+    """The names of a layer's linear projections that may have an update, in the checkpoint and in
+    adapters.
+
+    In a mixture of experts those of attention alone: PEFT takes the names of the others for those
+    of experts, also in layers that have one MLP.
+    """
     qkv = ("qkv_proj",) if config.is_fused else PROJECTIONS[:3]
+    if config.experts:
+        return *qkv, "o_proj"
     gate_up = ("gate_up_proj",) if config.is_mlp_fused else PROJECTIONS[4:6]
     return *qkv, "o_proj", *gate_up, "down_proj"
 
 
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every projection of a model, by its path in the model's order."""
+    """Rows and columns of every projection that may have an update, by its path in the model's
+    order."""
     with torch.device("meta"):
         model = Llama(config, torch.float32)
     return {
@@ -53,11 +62,23 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def quantized_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that NF4 is for, experts' too, by their paths in the model's
+    order."""
+    with torch.device("meta"):
+        model = Llama(config, torch.float32)
+    return {
+        prefix + name: shape
+        for prefix, group in model.frozen_groups()
+        for name, shape in group.shapes().items()
+    }
+
+
 def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
     """Find which of a model's projections get an update, and its size.
 
     Raises:
-        ValueError: none does, or the head or the embeddings would.
+        ValueError: none does, or the head, the embeddings or experts would.
     """
     paths = list(paths)
     # patterns come with an adapter, and matching one may take for ever
@@ -73,12 +94,20 @@ def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize
     return sizes
 
 
-def _find_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
+def _find_sizes(lora: LoRAConfig, paths: Sequence[str]) -> dict[str, UpdateSize]:
     for path in ("lm_head", "model.embed_tokens", "model.language_model.embed_tokens"):
         if lora.has_target(path):
             raise ValueError(
                 "target_modules must be projections of the layers, head and embeddings stay as "
                 f"they are: {lora.target_modules!r} includes {path}"
+            )
+    # an MLP's projections may have updates in all models but mixtures of experts
+    is_mixture = not any(path.endswith(f".{PROJECTIONS[-1]}") for path in paths)
+    for name in PROJECTIONS[4:] if is_mixture and lora.target_modules != ALL_LINEAR else ():
+        if lora.has_target(f"model.layers.0.mlp.experts.0.{name}"):
+            raise ValueError(
+                "target_modules must be projections of attention in a mixture of experts; the "
+                f"experts stay as they are: {lora.target_modules!r} includes their {name}"
             )
     return {path: size for path in paths if (size := lora.update_size(path)) is not None}
 
@@ -155,20 +184,27 @@ class Llama(nn.Module):
             else self.lm_head.weight
         )
 
-    def groups(self) -> Iterator[tuple[str, LinearGroup]]:
-        """The linear groups, each with the prefix of its members' names.
+    def frozen_groups(self) -> Iterator[tuple[str, FrozenGroup]]:
+        """The groups of frozen matrices, each with the prefix of its members' names.
 
         A prefix is "model.layers.0.self_attn.", with the dot.
         """
         for name, module in self.named_modules():
-            if isinstance(module, LinearGroup):
+            if isinstance(module, FrozenGroup):
                 yield name.rpartition(".")[0] + ".", module
+
+    def groups(self) -> Iterator[tuple[str, LinearGroup]]:
+        """The linear groups that may have updates."""
+        names = projections(self.config)
+        for prefix, group in self.frozen_groups():
+            if isinstance(group, LinearGroup) and group.names[0] in names:
+                yield prefix, group
 
     def attach_lora(self, config: LoRAConfig, seed: int) -> None:
         """Give every target projection a low-rank update, drawn from `seed`.
 
         Raises:
-            ValueError: no projection is a target, or the head or the embeddings are.
+            ValueError: no projection is a target, or the head, the embeddings or experts are.
         """
         groups = list(self.groups())
         sizes = update_sizes(config, [prefix + name for prefix, g in groups for name in g.names])
@@ -179,7 +215,7 @@ class Llama(nn.Module):
 
     def make_tables(self) -> None:
         """Copy the tables that kernels read to the device, before the first pass."""
-        for _, group in self.groups():
+        for _, group in self.frozen_groups():
             group.make_tables(self.compute_dtype)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -201,12 +237,12 @@ class Llama(nn.Module):
         """The tensors on the device that do not train."""
         yield from (parameter for parameter in self.parameters() if not parameter.requires_grad)
         yield from self.buffers()
-        for _, group in self.groups():
+        for _, group in self.frozen_groups():
             yield from group.frozen_tensors()
 
     def expanded_tensors(self) -> Iterator[Tensor]:
         """The weights that stay expanded from pass to pass, where they are copies."""
-        for _, group in self.groups():
+        for _, group in self.frozen_groups():
             if group.expanded is not None and group.expanded is not group.weight:
                 yield group.expanded
 
@@ -215,7 +251,8 @@ class Llama(nn.Module):
         # the parameters may have room for more
         trainable = sum(tensor.numel() for tensor in self.adapter_tensors().values())
         frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        return trainable, trainable + frozen + sum(group.num_frozen for _, group in self.groups())
+        frozen += sum(group.num_frozen for _, group in self.frozen_groups())
+        return trainable, trainable + frozen
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) on the device -> (B T, D)
         """Look up the embeddings of tokens, scaled where the family scales them."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
+from llama.layer_experts import Experts
 from llama.rope import rope_factor, rope_frequencies, rope_tables
 from rows.batch import Batch
 
@@ -123,9 +124,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(activation(gate(x)) up(x)), Shazeer 2020."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, width: int) -> None:
         super().__init__()
-        D, width = config.hidden_size, config.intermediate_size
+        D = config.hidden_size
         rows = {"gate_proj": width, "up_proj": width}
         self.inputs = {"gate_up_proj": 2 * width} if config.is_mlp_fused else rows
         for name, num_rows in self.inputs.items():
@@ -140,14 +141,39 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 
+class ExpertMLP(nn.Module):
+    """The MLPs of the experts whose logits are a token's largest, each times its share, Shazeer et
+    al. 2017."""
+
+    def __init__(self, config: LlamaConfig, experts: Experts) -> None:
+        super().__init__()
+        self.num_chosen, self.is_normalized = experts.num_chosen, experts.is_normalized
+        self.gate = nn.Linear(config.hidden_size, experts.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config, experts.width) for _ in range(experts.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(dim=-1)
+        weights, chosen = shares.topk(self.num_chosen)
+        if self.is_normalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        # zero for experts that a token does not have
+        weights = torch.zeros_like(shares).scatter(-1, chosen, weights)
+        return sum(
+            (weights[..., e, None] * expert(x) for e, expert in enumerate(self.experts)),
+            start=torch.zeros_like(x),
+        )
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); some families normalize what is added too, and
     in some both halves have the first x."""
 
-    def __init__(self, config: LlamaConfig, window: int | None) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.norms, self.window = config.norms, window
+        self.self_attn, self.mlp = Attention(config), MLP(config, config.intermediate_size)
+        if config.experts and config.experts.has_experts[index]:
+            self.mlp = ExpertMLP(config, config.experts)
+        self.norms, self.window = config.norms, config.windows[index]
         self.multiplier, self.is_parallel = config.residual_multiplier or 1.0, config.is_parallel
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
@@ -170,7 +196,9 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, window) for window in config.windows)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from foreign.json_fields import JsonFields
-from llama.families import FAMILIES, Family
+from llama.families import FAMILIES
+from llama.family import Family
 
 TEXT = "text_config"
 

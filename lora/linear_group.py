@@ -41,9 +41,9 @@ from kernels.nf4_matmul import (
     matmul_path,
     nf4_matmul,
 )
-from kernels.nf4_quantize import nf4_quantize_member_unchecked
 from lora.config import UpdateSize
-from nf4.weight import NF4Weight, Quantization, empty_weight, member
+from lora.frozen_group import FrozenGroup
+from nf4.weight import NF4Weight
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
@@ -60,7 +60,7 @@ def tail_columns(num_ranks: int) -> int:
     return num_ranks + -num_ranks % TAIL_MULTIPLE
 
 
-class LinearGroup(nn.Module):
+class LinearGroup(FrozenGroup):
     """Frozen projections of one input, in NF4 or in the checkpoint's dtype, with optional low-rank
     updates.
 
@@ -74,11 +74,6 @@ class LinearGroup(nn.Module):
         sizes: rank and scaling of the members with an update, in the members' order.
     """
 
-    weight: NF4Weight | Tensor  # (sum of rows, in_features)
-    bias: Tensor | None  # (sum of rows,)
-    # `expand`'s result where it stays from pass to pass; the updates in it are those of the last
-    # forward pass
-    expanded: Tensor | None
     # float32, the targets' matrices one below the other
     lora_A: nn.Parameter | None  # (num_updates * R, in_features)
     lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
@@ -86,71 +81,13 @@ class LinearGroup(nn.Module):
     def __init__(
         self, names: tuple[str, ...], rows: tuple[int, ...], in_features: int, has_bias: bool
     ) -> None:
-        super().__init__()
-        self.names = names
-        self.rows = rows
-        self.in_features = in_features
-        self.has_bias = has_bias
+        super().__init__(names, rows, in_features, has_bias)
         self.updates: tuple[Update, ...] = ()
         self.sizes: dict[str, UpdateSize] = {}
         self.dropout = 0.0
         self.site = 0
-        self.expanded = None
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
-
-    def _row_slices(self) -> list[slice]:
-        starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
-        return [slice(start, start + rows) for start, rows in zip(starts, self.rows, strict=True)]
-
-    def allocate(
-        self,
-        device: torch.device,
-        weight_dtype: torch.dtype | None,
-        bias_dtype: torch.dtype | None,
-        quantization: Quantization | None,
-    ) -> None:
-        """Allocate the frozen weight and the bias, if there is one; loading fills them.
-
-        Args:
-            weight_dtype: of a weight that is not quantized.
-            bias_dtype: of the bias, which is never quantized.
-            quantization: to NF4, or None for a weight as stored.
-        """
-        if quantization is None:
-            self.weight = torch.empty(
-                self.num_rows, self.in_features, dtype=weight_dtype, device=device
-            )
-        else:
-            self.weight = empty_weight(self.rows, self.in_features, *quantization, device)
-        self.bias = (
-            torch.empty(self.num_rows, dtype=bias_dtype, device=device) if self.has_bias else None
-        )
-
-    def home(self, name: str) -> Tensor | None:
-        """Find the rows of the buffer for a member's weight or bias ("q_proj.weight"), stored as in
-        the checkpoint; None for a quantized weight."""
-        member_name, kind = name.rsplit(".", 1)
-        if kind == "weight" and isinstance(self.weight, NF4Weight):
-            return None
-        buffer = self.bias if kind == "bias" else self.weight
-        assert isinstance(buffer, Tensor)
-        return buffer[self._row_slices()[self.names.index(member_name)]]
-
-    def member(self, name: str) -> NF4Weight:
-        """View a quantized member ("q_proj") as a weight of its own."""
-        assert isinstance(self.weight, NF4Weight)
-        return member(self.weight, self.names.index(name))
-
-    def quantize(self, name: str, tensor: Tensor, checkpoint_name: str) -> Tensor:
-        """Quantize a member's weight into the buffers, without waiting for the device.
-
-        Returns:
-            The scales, float32: one that is not finite tells of a weight that is not.
-        """
-        assert isinstance(self.weight, NF4Weight)
-        index = self.names.index(name.rsplit(".", 1)[0])
-        return nf4_quantize_member_unchecked(self.weight, index, tensor, checkpoint_name)
 
     def attach(
         self,
@@ -181,7 +118,7 @@ class LinearGroup(nn.Module):
         lora_A = torch.zeros(room * len(self.sizes), self.in_features, device=drawn_on)
         updates = []
         num_rows = 0
-        for name, y in zip(self.names, self._row_slices(), strict=True):
+        for name, y in zip(self.names, self.row_slices(), strict=True):
             if name in self.sizes:
                 rank, scaling = self.sizes[name]
                 A = slice(len(updates) * room, (len(updates) + 1) * room)
@@ -195,12 +132,6 @@ class LinearGroup(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_rows, room, device=device))
 
     def make_tables(self, dtype: torch.dtype) -> None:
-        """Copy the tables that kernels read in passes of a dtype to the device, before the first
-        pass.
-
-        Note:
-            After the group got its weight and its updates.
-        """
         device = self.weight.device
         if device.type == "cpu":
             return
@@ -217,21 +148,6 @@ class LinearGroup(nn.Module):
         for (name, size), update in zip(self.sizes.items(), self.updates, strict=True):
             yield f"{name}.lora_A.weight", self.lora_A.detach()[update.A][: size.rank]
             yield f"{name}.lora_B.weight", self.lora_B.detach()[update.B][:, : size.rank]
-
-    def frozen_tensors(self) -> Iterator[Tensor]:
-        """The tensors of the weight and the bias, if there is one."""
-        yield from self.weight.tensors if isinstance(self.weight, NF4Weight) else (self.weight,)
-        if self.bias is not None:
-            yield self.bias
-
-    @property
-    def num_frozen(self) -> int:
-        """Frozen weights and biases, counted as numbers, not as bytes."""
-        return self.num_rows * (self.in_features + self.has_bias)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.rows)
 
     @property
     def tail(self) -> int:

@@ -9,6 +9,7 @@ tensor subclass: code that takes a quantized weight names it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,10 @@ class MemberSpan:
     num_elements: int
 
 
-def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list[MemberSpan]:
+@cache
+def member_spans(
+    rows: tuple[int, ...], in_features: int, block_size: int
+) -> tuple[MemberSpan, ...]:
     """Lay the members of a weight out one after the other in whole bytes, blocks and groups of
     blocks."""
     spans = []
@@ -101,7 +105,7 @@ def member_spans(rows: Sequence[int], in_features: int, block_size: int) -> list
             )
         )
         row, byte, block, group = row + num_rows, next_byte, next_block, next_group
-    return spans
+    return tuple(spans)
 
 
 def empty_weight(
@@ -118,7 +122,7 @@ def empty_weight(
             "a weight must have at least one member, each with rows and columns: "
             f"got rows {tuple(rows)} and in_features {in_features}"
         )
-    last = member_spans(rows, in_features, block_size)[-1]
+    last = member_spans(tuple(rows), in_features, block_size)[-1]
     packed = torch.empty(last.packed.stop, dtype=torch.uint8, device=device)
     absmax: Tensor | QuantizedAbsmax
     if double_quant:
@@ -132,21 +136,28 @@ def empty_weight(
     return NF4Weight(packed, absmax, tuple(rows), in_features, block_size)
 
 
-def member(weight: NF4Weight, index: int) -> NF4Weight:
-    """View one member of a weight as a weight of its own."""
-    span = member_spans(weight.rows, weight.in_features, weight.block_size)[index]
+def members(weight: NF4Weight, chosen: slice) -> NF4Weight:
+    """View some members of a weight, one after the other, as a weight of their own."""
+    spans = member_spans(weight.rows, weight.in_features, weight.block_size)[chosen]
+    first, last = spans[0], spans[-1]
+    blocks = slice(first.blocks.start, last.blocks.stop)
     absmax: Tensor | QuantizedAbsmax
     if isinstance(weight.absmax, QuantizedAbsmax):
         absmax = QuantizedAbsmax(
-            weight.absmax.codes[span.blocks],
-            weight.absmax.group_absmax[span.groups],
-            weight.absmax.mean[index].view(1),
+            weight.absmax.codes[blocks],
+            weight.absmax.group_absmax[first.groups.start : last.groups.stop],
+            weight.absmax.mean[chosen],
         )
     else:
-        absmax = weight.absmax[span.blocks]
-    rows = (weight.rows[index],)
-    packed = weight.packed[span.packed]
-    return NF4Weight(packed, absmax, rows, weight.in_features, weight.block_size)
+        absmax = weight.absmax[blocks]
+    packed = weight.packed[first.packed.start : last.packed.stop]
+    return NF4Weight(packed, absmax, weight.rows[chosen], weight.in_features, weight.block_size)
+
+
+def member(weight: NF4Weight, index: int) -> NF4Weight:
+    """View one member of a weight as a weight of its own."""
+    place = range(len(weight.rows))[index]
+    return members(weight, slice(place, place + 1))
 
 
 def check_matrix(target: NF4Weight, matrix: Tensor, name: str) -> None:

@@ -1,11 +1,14 @@
 """How long a micro-step will take, from its products and the bytes that it moves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from lora.linear_group import LinearGroup
+from llama.experts import ExpertMLP
+from lora.expert_group import ExpertGroup
+from lora.frozen_group import FrozenGroup
 from step.micro_step import KEEPS_ACTIVATIONS, Policy
 from step.workload import Workload
 
@@ -46,22 +49,35 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(product, 2 * a.nbytes / seconds(lambda: copied.copy_(a), 30))
 
 
+class _Products(NamedTuple):
+    """Weights of some projections, counted as numbers: by which a token is multiplied, and which
+    are expanded for that."""
+
+    multiplied: int
+    expanded: int
+
+
+def _products_of(groups: Iterable[FrozenGroup], num_chosen: int) -> _Products:
+    """Count the weights of projections, of which experts' are those that a token has."""
+    multiplied = expanded = 0
+    for group in groups:
+        weights = group.num_rows * group.in_features
+        share = num_chosen / group.num_experts if isinstance(group, ExpertGroup) else 1
+        multiplied += round(share * weights)
+        expanded += weights
+    return _Products(multiplied, expanded)
+
+
 def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> float:
     """Estimate a micro-step's time from its products and the bytes it moves.
 
     products: every weight forward and back, and again but for down_proj where a layer is computed
-    again and its output is not normalized; the head twice. Bytes, in rows of D and of F numbers: 12
-    and 4 forward, 22 and 10 back, 2 and 3 of D more for each norm behind a half.
+    again and its output is not normalized; the head twice. Of experts' weights, those of a token's
+    experts. Bytes, in rows of D and of F numbers: 12 and 4 forward, 22 and 10 back, 2 and 3 of D
+    more for each norm behind a half; for each expert of a token 4 of D more, forward and back.
     """
     config, M, e = work.config, work.M, work.dtype.itemsize
-    D, F = config.hidden_size, config.intermediate_size
-    shapes = {
-        name: module.num_rows * module.in_features
-        for name, module in work.model.layers[0].named_modules()
-        if isinstance(module, LinearGroup)
-    }
-    weights = sum(shapes.values())
-    again = weights - (0 if config.norms.behind_mlp else shapes["mlp.down"])
+    D = config.hidden_size
     num_behind = sum(
         name is not None for name in (config.norms.behind_attention, config.norms.behind_mlp)
     )
@@ -71,15 +87,25 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     passes = 4.5 if work.is_masked else 3.5
     attention = 2 * M * (work.sample_tokens or work.tokens) * width
     flops, attended, num_bytes = 0.0, 0.0, 0.0
-    for policy in policies:
-        is_again = policy not in KEEPS_ACTIVATIONS
-        flops += 2 * M * (2 * weights + is_again * again)
+    for layer, policy in zip(work.model.layers, policies, strict=True):
+        is_again, mlp = policy not in KEEPS_ACTIVATIONS, layer.mlp
+        groups = [module for module in layer.modules() if isinstance(module, FrozenGroup)]
+        num_pairs, F, router = 0, config.intermediate_size, 0
+        if isinstance(mlp, ExpertMLP):
+            assert config.experts is not None
+            num_pairs, router = config.experts.num_chosen, config.experts.num_experts * D
+            F = num_pairs * config.experts.width
+        all_of_it = _products_of(groups, num_pairs)
+        again = _products_of(
+            (g for g in groups if config.norms.behind_mlp or g is not mlp.down), num_pairs
+        )
+        flops += 2 * M * (2 * (all_of_it.multiplied + router))
+        flops += 2 * M * is_again * (again.multiplied + router)
         attended += attention * (passes + is_again)
-        expanded = 2 * weights + is_again * again
         if policy != "expand":
-            num_bytes += (e + 0.516) * expanded
-        num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind) * D + (4 + 10) * F)
-        num_bytes += is_again * M * e * ((12 + 2 * num_behind) * D + 2 * F)
+            num_bytes += (e + 0.516) * (2 * all_of_it.expanded + is_again * again.expanded)
+        num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind + 8 * num_pairs) * D + (4 + 10) * F)
+        num_bytes += is_again * M * e * ((12 + 2 * num_behind + 4 * num_pairs) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D
     num_bytes += 3 * M * e * config.vocab_size
     return (

@@ -18,6 +18,7 @@ from kernels.constants import no_new_constants
 from kernels.device import meta_stands_for
 from llama.layer import DecoderLayer
 from llama.model import Llama
+from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight
 from optim.arena import GradientArena
@@ -167,11 +168,11 @@ class StepWalk:
 
 def _kind_of(layer: DecoderLayer) -> Hashable:
     """What the memory of a layer's passes depends on, beside what they are given."""
-    groups = [module for module in layer.modules() if isinstance(module, LinearGroup)]
+    groups = [module for module in layer.modules() if isinstance(module, FrozenGroup)]
     return layer.scores, *(_form_of(group) for group in groups)
 
 
-def _form_of(group: LinearGroup) -> Hashable:
+def _form_of(group: FrozenGroup) -> Hashable:
     """What the memory of a group's passes depends on."""
     weight = group.weight
     if isinstance(weight, NF4Weight):
@@ -180,7 +181,8 @@ def _form_of(group: LinearGroup) -> Hashable:
         form = (tuple(weight.shape), weight.dtype)
     bias_dtype = None if group.bias is None else group.bias.dtype
     # slices are no keys
-    return form, bias_dtype, str(group.updates), group.dropout, group.expanded is not None
+    updates = (str(group.updates), group.dropout) if isinstance(group, LinearGroup) else None
+    return type(group), form, bias_dtype, updates, group.expanded is not None
 
 
 def _batch(num_rows: int, num_tokens: int, is_packed: bool) -> Batch:

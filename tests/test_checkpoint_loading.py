@@ -31,8 +31,10 @@ from checkpoint.files import INDEX_NAME, SINGLE_NAME, find_checkpoint
 from checkpoint.loading import _load_on_gpu, describe_loading, load_model, load_sizes
 from checkpoint.opening import open_checkpoint
 from checkpoint.shard_reader import make_ring, stream
+from checkpoint.tensor_names import TensorNames
 from kernels.nf4_dequantize import nf4_dequantize
 from llama.model import Llama
+from lora.expert_group import ExpertGroup
 from lora.linear_group import LinearGroup
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import serialize
@@ -54,14 +56,15 @@ def load(folder: Path, quantization: Quantization | None = None, **options: Any)
 def loaded_tensors(model: Llama) -> dict[str, Tensor]:
     """Everything an unquantized model holds, by the checkpoint's names."""
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    for prefix, group in model.groups():
+    for prefix, group in model.frozen_groups():
         assert isinstance(group.weight, Tensor)
-        for name, weight in zip(group.names, group.weight.split(group.rows), strict=True):
-            tensors[f"{prefix}{name}.weight"] = weight
+        for name, rows in zip(group.names, group.row_slices(), strict=True):
+            tensors[f"{prefix}{name}.weight"] = group.weight[rows].view(group.shapes()[name])
         if group.bias is not None:
             for name, bias in zip(group.names, group.bias.split(group.rows), strict=True):
                 tensors[f"{prefix}{name}.bias"] = bias
-    return tensors
+    names = TensorNames(parts=model.config.file_names)
+    return {names.in_files(name): tensor for name, tensor in tensors.items()}
 
 
 def assert_holds(model: Llama, expected: dict[str, Tensor]) -> None:
@@ -122,6 +125,30 @@ def test_a_quantized_member_is_its_tensor_quantized_alone(
         biases = [tensors[f"{prefix}{name}.bias"] for name in group.names]
         assert_equal(group.bias, torch.cat(biases))
     assert num_members == 7 * FIELDS["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "granite-moe"])
+def test_a_quantized_expert_is_its_tensor_quantized_alone(tmp_path: Path, variant: str) -> None:
+    fields = FIELDS | VARIANTS[variant]
+    tensors = random_tensors(fields)
+    model = load(write_checkpoint(tmp_path, fields, tensors), NF4)
+    names, num_matrices = TensorNames(parts=model.config.file_names), 0
+    for prefix, group in model.frozen_groups():
+        if not isinstance(group, ExpertGroup):
+            continue
+        assert isinstance(group.weight, NF4Weight)
+        stored = [tensors[names.in_files(f"{prefix}{name}.weight")] for name in group.names]
+        matrices = stored if group.num_stacked is None else list(stored[0])
+        for index, matrix in enumerate(matrices):
+            for key, expected in buffers(quantize(matrix, 64, True)).items():
+                assert_equal(buffers(member(group.weight, index))[key], expected, key)
+        assert len(group.weight.rows) == len(matrices)
+        num_matrices += len(matrices)
+    # three of each expert; one layer of the first has none, gate and up of the last are one
+    assert (
+        num_matrices
+        == {"qwen3-moe": 3 * 6, "mixtral": 2 * 3 * 4, "granite-moe": 2 * 2 * 4}[variant]
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

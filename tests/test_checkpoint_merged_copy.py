@@ -23,8 +23,9 @@ from checkpoint import merged_copy
 from checkpoint.loading import load_model
 from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shards
 from checkpoint.opening import open_checkpoint
+from checkpoint.tensor_names import TensorNames
 from llama.config import read_config
-from llama.model import projection_shapes, update_sizes
+from llama.model import projection_shapes, quantized_shapes, update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
 from nf4.weight import Quantization, dequantize, quantize
 
@@ -58,13 +59,14 @@ def merge(
     checkpoint: Path, adapter: Path, folder: Path, quantization: Quantization | None = None
 ) -> MergeFigures:
     """Merge as merge.py does."""
-    shapes = projection_shapes(read_config(checkpoint))
+    config = read_config(checkpoint)
     folder.mkdir()
     for path in checkpoint.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
-    updates = read_updates(adapter, shapes)
+    updates = read_updates(adapter, projection_shapes(config))
     shards = open_checkpoint(checkpoint).shards
-    return write_merged_shards(shards, shapes, updates, quantization, CPU, folder)
+    paths = quantized_shapes(config)
+    return write_merged_shards(shards, paths, updates, quantization, CPU, folder)
 
 
 def save_again(checkpoint: Path, adapter: Path, folder: Path) -> None:
@@ -123,6 +125,29 @@ def checkpoint(tmp_path: Path) -> Path:
     return CASES["some layers, one path, some excluded, bfloat16"].write_checkpoint(
         tmp_path / "checkpoint"
     )
+
+
+@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "granite-moe"])
+def test_experts_are_quantized_and_back_as_they_were_in_training(
+    tmp_path: Path, variant: str
+) -> None:
+    paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    case = MergeCase(variant, torch.float32, 1, config, dict.fromkeys(paths, (2, 4)))
+    checkpoint = case.write_checkpoint(tmp_path / "checkpoint")
+    adapter = case.write_adapter(tmp_path / "adapter", checkpoint)
+    merge(checkpoint, adapter, tmp_path / "merged", NF4)
+    before, after = (weights_of(folder) for folder in (checkpoint, tmp_path / "merged"))
+    changed = set()
+    for name, tensor in before.items():
+        if ".experts." in name or "put_linear" in name:
+            matrices = tensor if tensor.dim() == 3 else tensor[None]
+            back = [dequantize(quantize(matrix, *NF4), torch.float32) for matrix in matrices]
+            assert_equal(after[name], torch.stack(back).view(tensor.shape), name)
+            changed.add(name)
+        if name.endswith(("gate.weight", "router.layer.weight", "norm.weight")):
+            assert_equal(after[name], tensor, name)
+    assert len(changed) == {"qwen3-moe": 18, "mixtral": 24, "granite-moe": 4}[variant]
 
 
 def truth_of(merged: Merged, quantization: Quantization | None) -> Iterator[Any]:
@@ -264,7 +289,8 @@ def test_into_nf4_every_projection_is_what_it_was_in_training(
     merge(merged.checkpoint, merged.adapter, tmp_path / "merged", found)
     before, after = weights_of(merged.checkpoint), weights_of(tmp_path / "merged")
     changed = {name: rest for name, *rest in truth_of(merged, found)}
-    shapes = projection_shapes(read_config(merged.checkpoint))
+    config = read_config(merged.checkpoint)
+    paths, names = quantized_shapes(config), TensorNames(parts=config.file_names)
     for name, tensor in after.items():
         assert tensor.dtype == merged.case.dtype
         if name in changed:
@@ -272,7 +298,7 @@ def test_into_nf4_every_projection_is_what_it_was_in_training(
             truth = base + update
             allowed = half_a_unit(truth, tensor.dtype) + product_error(merged, magnitudes, truth)
             assert ((tensor.double() - truth).abs() <= allowed).all(), name
-        elif name.removesuffix(".weight") in shapes:
+        elif names.in_model(name).removesuffix(".weight") in paths:
             expected = dequantize(quantize(before[name], *found), torch.float32)
             assert_equal(tensor, expected.to(tensor.dtype), name)
         else:

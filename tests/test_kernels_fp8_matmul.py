@@ -1,4 +1,4 @@
-"""kernels/fp8_matmul.py and fp8_matmul_pointers.py: whole numbers exactly, others as torch does."""
+"""kernels/fp8_matmul.py, by tiles and by pointers: whole numbers exactly, others as torch does."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +19,8 @@ from support.fp8_cases import (
 from support.interpreter import interpreted_results
 from torch import Tensor
 
-from kernels import ahead, fp8_matmul_pointers
 from kernels import fp8_matmul as module
+from kernels import fp8_matmul_pointers
 from kernels.device import H200, meta_stands_for
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail
 from kernels.fp8_matmul import fp8_matmul
@@ -227,19 +227,6 @@ def test_kernel_compiles_without_spilling(
     if capability == 90:
         # a step is multiplied while the next one waits for its turn
         assert "wgmma.wait_group.sync.aligned 1" in compiled.find(r"wgmma\.wait_group\S+ \d")
-
-
-def test_kernel_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-
-    def warmup(grid: tuple[int, ...], **arguments: Any) -> Any:
-        compiled.append(arguments["x_tiles"].block_shape)
-
-    monkeypatch.setattr(module._fp8_matmul_kernel, "warmup", warmup)
-    monkeypatch.setattr(ahead, "_share", ahead._Share(0, 1))
-    for _ in range(2):
-        fp8_matmul(*meta_arguments())
-    assert compiled == [[module.BLOCK_M, module.BLOCK_K]]
 
 
 GPU_CASES = [

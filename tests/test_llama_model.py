@@ -40,7 +40,7 @@ from torch import Tensor
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, Llama, projections
+from llama.model import PROJECTIONS, Llama, projection_shapes
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
 from nf4.weight import Quantization
@@ -94,7 +94,9 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_transformers(
     assert model.hidden_states(input_ids).dtype == dtype
     actual = model.logits(input_ids).cpu()
     baseline = peer.outputs[f"logits.{name}"].float()
-    assert_no_worse_than(actual, baseline, peer.outputs["logits.float64"])
+    # of two experts that are nearly alike for a token, rounding decides: the largest error is luck
+    compare = assert_no_worse_on_the_whole_than if model.config.experts else assert_no_worse_than
+    compare(actual, baseline, peer.outputs["logits.float64"])
 
 
 def test_gradients_of_the_adapter_equal_pefts(peer: Peer) -> None:
@@ -115,7 +117,7 @@ def test_gradients_of_the_adapter_equal_pefts(peer: Peer) -> None:
         assert actual[name].isfinite().all()
         # two layers forward and back, about 20 sums each way
         assert (actual[name] - grad).abs().max() <= float32_error(grad, 80), name
-    assert len(expected) == 2 * len(projections(model.config)) * 2
+    assert len(expected) == 2 * len(projection_shapes(model.config))
     assert PEFT_LORA["target_modules"] == "all-linear"
 
 

@@ -19,8 +19,10 @@ from support.micro_steps import (
 from support.tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
-from llama.model import Llama, projections
+from llama.model import Llama, projection_shapes, projections
 from llama.reference import Projection, Reference
+from lora.frozen_group import FrozenGroup
+from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight, Quantization, dequantize
 from rows.batch import Batch
 
@@ -41,14 +43,28 @@ def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama
     return model
 
 
+def of_experts(prefix: str, group: FrozenGroup, weight: Tensor) -> dict[str, Tensor]:
+    """The matrices of experts, also where a checkpoint has them in one tensor."""
+    if group.num_stacked is None:
+        parts = weight.split(group.rows)
+        return {f"{prefix}{n}.weight": p for n, p in zip(group.names, parts, strict=True)}
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[group.names[0]]
+    parts = weight.chunk(group.num_stacked * len(names))
+    paths = [f"{e}.{name}" for e in range(group.num_stacked) for name in names]
+    return {f"{prefix}{path}.weight": part for path, part in zip(paths, parts, strict=True)}
+
+
 def reference_of(model: Llama) -> Reference:
     """Copy a model and its adapter, which alone trains: NF4 expanded, groups taken apart."""
     reference = Reference(model.config)
     tensors = {n: p for n, p in model.named_parameters() if not n.endswith(("lora_A", "lora_B"))}
-    for prefix, group in model.groups():
+    for prefix, group in model.frozen_groups():
         weight = group.weight
         if isinstance(weight, NF4Weight):
             weight = dequantize(weight, torch.float32)
+        if not isinstance(group, LinearGroup):
+            tensors |= of_experts(prefix, group, weight)
+            continue
         stacked = (
             {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
         )
@@ -94,7 +110,7 @@ def test_loss_and_gradients_are_the_references(
     actual = {"loss": loss} | adapter_gradients(model)
     truth = results_of_autograd(model, ids, labels, positions)
     assert actual.keys() == truth.keys()
-    assert len(truth) == 1 + 2 * len(projections(model.config)) * 2
+    assert len(truth) == 1 + 2 * len(projection_shapes(model.config))
     for name, expected in truth.items():
         assert expected.dtype == torch.float64
         # two layers forward and back, about 20 sums each way

@@ -92,6 +92,31 @@ def test_training_a_copy_is_training_its_source(tmp_path: Path) -> None:
         assert_equal(adapters["copy"][name], tensor, name)
 
 
+@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral"])
+def test_each_expert_is_quantized_and_routers_are_not(tmp_path: Path, variant: str) -> None:
+    source = write_variant(tmp_path / "source", variant)
+    copy = run(source, tmp_path / "copy")
+    opened = open_checkpoint(copy)
+    names = load_file(copy / "model.safetensors").keys()
+    half = "mlp" if variant == "qwen3-moe" else "block_sparse_moe"
+    (down,) = {"qwen3-moe": ["down_proj"], "mixtral": ["w2"]}[variant]
+    assert f"model.layers.1.{half}.experts.3.{down}.weight.absmax" in names
+    skipped = opened.config_json["quantization_config"]["llm_int8_skip_modules"]
+    routers = [name.removesuffix(".weight") for name in names if name.endswith(".gate.weight")]
+    assert skipped == ["lm_head", *sorted(routers)]
+    actual = load_model(opened, CPU, torch.float32, NF4)
+    expected = load_model(open_checkpoint(source), CPU, torch.float32, NF4)
+    ids = torch.arange(9)[None]
+    assert_equal(actual.logits(ids), expected.logits(ids))
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    source = write_variant(tmp_path / "source", "granite-moe")
+    with pytest.raises(ValueError, match=r"apart.*0\.block_sparse_moe\.input_linear\.weight has"):
+        run(source, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -36,7 +36,7 @@ def matrix_products(counter: FlopCounterMode) -> int:
 
 
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "qwen3-moe"])
 def test_products_are_those_of_a_micro_step(
     tmp_path: Path, variant: str, policies: tuple[Policy, Policy]
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.micro_steps import CPU, LORA, NF4
+from support.micro_steps import CPU, LORA, NF4, fitting
 from support.tiny_llama import VARIANTS, deeper, random_tensors, write_checkpoint
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def sizes_of(
     fields = deeper(variant, 6)
     write_checkpoint(folder, fields, random_tensors(fields, torch.bfloat16))
     model = load_sizes(open_checkpoint(folder), dtype, quantization)
-    model.attach_lora(lora, seed=0)
+    model.attach_lora(fitting(lora, model.config), seed=0)
     return Workload(model, moment_bytes=8, batch=2, tokens=128)
 
 
@@ -118,7 +118,7 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
     planned = kept_bytes(StepWalk(work).kept_by(policy))
     fields = deeper(variant, 6)
     model = load_model(open_checkpoint(tmp_path), CPU, torch.float32, NF4)
-    model.attach_lora(LORA, seed=0)
+    model.attach_lora(fitting(LORA, model.config), seed=0)
     ids = torch.zeros(work.batch, work.tokens, dtype=torch.int64)
     shared = model.shared(ids)
     x = torch.randn(work.M, fields["hidden_size"])
@@ -135,7 +135,7 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
 def test_a_layer_that_is_computed_again_keeps_its_input_alone(tmp_path: Path, variant: str) -> None:
     work = sizes_of(tmp_path, variant, torch.float32)
     # and the few columns that the low-rank update of down_proj makes of the gates
-    width = work.config.hidden_size + work.model.layers[-1].mlp.down.tail
+    width = work.config.hidden_size + work.model.layers[-1].mlp.tail
     assert kept_bytes(StepWalk(work).kept_by("recompute")) == 4 * work.M * width
 
 

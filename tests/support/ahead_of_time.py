@@ -161,7 +161,8 @@ def compile_launch(
             signature[name] = "fp32"
             continue
         if isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{value.block_shape}>"
+            kind = f"{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}"
+            signature[name] = f"tensordesc<{kind}>"
             continue
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPE_NAMES[value.dtype]}"

@@ -20,6 +20,12 @@ from support.cross_entropy_cases import (  # noqa: E402
     loss_results,
 )
 from support.dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
+from support.expert_rows_cases import TINY_EXPERT_ROWS, expert_rows_results  # noqa: E402
+from support.grouped_matmul_cases import (  # noqa: E402
+    TINY_GROUPS,
+    TINY_ODD_GROUPS,
+    grouped_product,
+)
 from support.layer_cases import (  # noqa: E402
     TINY_GATES,
     TINY_NORMS,
@@ -55,8 +61,16 @@ from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
+from kernels.device import H200  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
+from kernels.expert_rows import (  # noqa: E402
+    _launch_combine_expert_rows,
+    _launch_gather_expert_rows,
+    _launch_weigh_expert_rows_backward,
+)
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
+from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
+from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
 from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
 from kernels.lora_input import _launch_extend_input  # noqa: E402
@@ -225,6 +239,30 @@ def update_gradients(results: dict[str, Tensor]) -> None:
         results |= {f"M{num_tokens}-{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def grouped_products(results: dict[str, Tensor]) -> None:
+    """Add the products of experts, tiles loaded and copied, with several tiles a program."""
+    gpu = H200._replace(num_multiprocessors=3)
+    launches = {"loaded": _launch_grouped_matmul, "copied": _launch_grouped_matmul_copied}
+    for name, launch in launches.items():
+        for case in TINY_GROUPS if name == "copied" else TINY_GROUPS + TINY_ODD_GROUPS:
+            for is_transposed in (False, True):
+                compute = partial(launch, is_transposed=is_transposed, gpu=gpu)
+                found = grouped_product(case, is_transposed, compute)
+                results[f"{name}-{case}-{is_transposed}"] = found
+
+
+def rows_of_tokens(results: dict[str, Tensor]) -> None:
+    """Add what is taken to experts and back."""
+    launches = (
+        _launch_gather_expert_rows,
+        _launch_combine_expert_rows,
+        _launch_weigh_expert_rows_backward,
+    )
+    for case in TINY_EXPERT_ROWS:
+        found = expert_rows_results(case, *launches)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
 def inputs(results: dict[str, Tensor]) -> None:
     """Add inputs with their low-rank part behind them."""
     results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
@@ -248,6 +286,8 @@ KERNELS = {
     "neftune": noises,
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
+    "grouped_matmul": grouped_products,
+    "expert_rows": rows_of_tokens,
     "lora_input": inputs,
 }
 

@@ -89,12 +89,16 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
     for variant in VARIANTS:
         folder = base / variant
         checkpoint = write_variant(folder / "checkpoint", variant)
+        has_experts = "num_experts_per_tok" in VARIANTS[variant]
+        # all-linear is experts and their router, too
+        lora = PEFT_LORA | ({"target_modules": PROJECTIONS[:4]} if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
         jobs[variant] = {
             "checkpoint": str(checkpoint),
             "is_capped": "attn_logit_softcapping" in VARIANTS[variant],
+            "has_experts": has_experts,
             "dtypes": ["float64", "bfloat16", "float16"],
-            "lora": PEFT_LORA,
+            "lora": lora,
             **{name: str(folder / name) for name in ("our_adapter", "peft_adapter", "resaved")},
         }
     # tensors of one file may not share memory

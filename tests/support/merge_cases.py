@@ -167,6 +167,13 @@ CASES = {
         # a whole path is meant whatever its layer
         dict.fromkeys((*paths_of(0, "q_proj"), *paths_of(1, "o_proj")), (2, 4)),
     ),
+    "attention of a mixture of experts, float16": MergeCase(
+        "mixtral",
+        torch.float16,
+        2,
+        {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]},
+        {path: (2, 6) for layer in (0, 1) for path in paths_of(layer, "q_proj", "o_proj")},
+    ),
     "all-linear, layers in a list, tied, float16": MergeCase(
         "tied",
         torch.float16,

@@ -1,6 +1,7 @@
 """Tiny models with an adapter, and the gradients that a micro-step adds to it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, Llama
+from llama.config import LlamaConfig
+from llama.model import PROJECTIONS, Llama, projections
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from optim.arena import GradientArena
@@ -26,6 +28,11 @@ KEEP: tuple[Policy, ...] = ("keep", "keep")
 _GRADIENTS: WeakKeyDictionary[Llama, GradientArena] = WeakKeyDictionary()
 
 
+def fitting(lora: LoRAConfig, config: LlamaConfig) -> LoRAConfig:
+    """An adapter without the targets that a mixture of experts refuses."""
+    return replace(lora, target_modules=projections(config)) if config.experts else lora
+
+
 def load_tiny(
     folder: Path,
     lora: LoRAConfig | None = LORA,
@@ -38,7 +45,7 @@ def load_tiny(
     folder = write_variant(folder, variant, dtype)
     model = load_model(open_checkpoint(folder), device, dtype, quantization)
     if lora is not None:
-        model.attach_lora(lora, seed=0)
+        model.attach_lora(fitting(lora, model.config), seed=0)
         for name, tensor in model.adapter_tensors().items():
             if name.endswith("lora_B.weight"):
                 drawn = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))

@@ -3,6 +3,7 @@ code."""
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "tie_word_embeddings": True,
     },
+    # the first layer has one MLP
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 12,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    },
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "pad_token_id": 0,
+        "attention_bias": True,
+        "intermediate_size": 24,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "head_dim": 12,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    # one tensor has all experts
+    "granite-moe": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "rms_norm_eps": 0.5,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 3.3,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 0.7,
+    },
 }
 
 
@@ -265,6 +311,7 @@ OTHER_NORMS = {
     "cohere": NORMS[:1],
     "cohere2": NORMS[:1],
 }
+NORMS_OF_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe", "exaone4"}
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
@@ -272,6 +319,42 @@ OTHER_BIAS_FIELDS = {
     "glm4": ("attention_bias", "no field", "no field"),
     "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
     "internlm3": ("qkv_bias", "bias", "bias"),
+}
+
+
+def _experts_apart(
+    fields: dict[str, Any], block: str, names: tuple[str, str, str]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer's router and its experts, three of each."""
+    D = fields["hidden_size"]
+    inner = fields.get("moe_intermediate_size", fields["intermediate_size"])
+    count = fields["num_experts" if "num_experts" in fields else "num_local_experts"]
+    found: dict[str, tuple[int, ...]] = {f"{block}.gate": (count, D)}
+    for expert in range(count):
+        of_one = ((inner, D), (inner, D), (D, inner))
+        for name, shape in zip(names, of_one, strict=True):
+            found[f"{block}.experts.{expert}.{name}"] = shape
+    return found
+
+
+def _experts_stacked(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer's router and its experts, gate and up together."""
+    D, inner, count = (
+        fields[name] for name in ("hidden_size", "intermediate_size", "num_local_experts")
+    )
+    return {
+        "block_sparse_moe.router.layer": (count, D),
+        "block_sparse_moe.input_linear": (count, 2 * inner, D),
+        "block_sparse_moe.output_linear": (count, D, inner),
+    }
+
+
+_PROJ = ("gate_proj", "up_proj", "down_proj")
+EXPERT_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]] = {
+    "qwen3_moe": lambda fields: _experts_apart(fields, "mlp", _PROJ),
+    "olmoe": lambda fields: _experts_apart(fields, "mlp", _PROJ),
+    "mixtral": lambda fields: _experts_apart(fields, "block_sparse_moe", ("w1", "w3", "w2")),
+    "granitemoe": _experts_stacked,
 }
 
 
@@ -290,23 +373,28 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
     attention["o"] = (hidden, queries)
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    kind = fields["model_type"]
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        for name in OTHER_NORMS.get(fields["model_type"], NORMS):
+        for name in OTHER_NORMS.get(kind, NORMS):
             found[f"{prefix}{name}.weight"] = (hidden,)
-        if fields["model_type"] in ("qwen3", "gemma3_text", "olmo2", "olmo3", "exaone4"):
-            is_joint = fields["model_type"].startswith("olmo")
+        if kind in NORMS_OF_HEADS:
+            is_joint = kind.startswith("olmo")
             found[f"{prefix}self_attn.q_norm.weight"] = (queries if is_joint else head_dim,)
             found[f"{prefix}self_attn.k_norm.weight"] = (keys if is_joint else head_dim,)
         halves = (tuple("qkv"), tuple("o"), tuple(mlp))
-        names = OTHER_BIAS_FIELDS.get(fields["model_type"], BIAS_FIELDS)
+        names = OTHER_BIAS_FIELDS.get(kind, BIAS_FIELDS)
         biased = {m for some, n in zip(halves, names, strict=True) if fields.get(n) for m in some}
-        biased |= set("qkv") if fields["model_type"] == "qwen2" else set()
-        if fields["model_type"] == "phi3":
+        biased |= set("qkv") if kind == "qwen2" else set()
+        if kind == "phi3":
             attention = {"qkv": (queries + 2 * keys, hidden), "o": attention["o"]}
-        if fields["model_type"] in ("phi3", "glm", "glm4"):
+        if kind in ("phi3", "glm", "glm4"):
             mlp = {"gate_up": (2 * inner, hidden), "down": mlp["down"]}
-        for block, members in (("self_attn", attention), ("mlp", mlp)):
+        blocks = {"self_attn": attention, "mlp": mlp}
+        if kind in EXPERT_SHAPES and layer not in fields.get("mlp_only_layers", ()):
+            del blocks["mlp"]
+            found |= {f"{prefix}{n}.weight": s for n, s in EXPERT_SHAPES[kind](fields).items()}
+        for block, members in blocks.items():
             for name, shape in members.items():
                 found[f"{prefix}{block}.{name}_proj.weight"] = shape
                 if name in biased:
@@ -328,7 +416,7 @@ def random_tensors(
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         else:
-            tensor = noise / math.sqrt(shape[1])
+            tensor = noise / math.sqrt(shape[-1])
         tensors[name] = tensor.to(dtype)
     return tensors
 

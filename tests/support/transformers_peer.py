@@ -24,6 +24,9 @@ from transformers import AutoModelForCausalLM
 def load(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     # before 5.24 the default drops Gemma-2's cap on scores, without a word
     implementation = {"attn_implementation": "eager"} if job.get("is_capped") else {}
+    if job.get("has_experts"):
+        # torch's grouped products do not take float64
+        implementation["experts_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=dtype, **implementation)
     return model.eval()
 

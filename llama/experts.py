@@ -1,0 +1,122 @@
+"""The half of a layer that is a mixture of experts: many small MLPs, of which each token has a few.
+
+    output = sum_j weights[j] down_e(activation(gate_e(y)) up_e(y))        e = chosen[j]
+
+Shazeer et al. 2017, section 2; Jiang et al. 2024 (Mixtral), section 2.2. `llama/layer.py` runs it
+as it runs the MLP of `llama/halves.py`, `llama/routing.py` has the router, and
+`lora/expert_group.py` the experts' weights. The MLP's steps are taken for sorted rows, one for each
+token and expert of the token. Nothing of it trains; the gradient goes on to y through the experts
+and through the router.
+
+    M tokens, E experts, k of them a token, R = M k sorted rows, D hidden_size, F intermediate size
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.glu import Activation, glu, glu_backward
+from llama.config import LlamaConfig
+from llama.halves import Gated
+from llama.layer_experts import Experts
+from llama.routing import Routing, add_to_tokens, logits_backward, route
+from lora.expert_group import ExpertGroup
+
+
+class Routed(Gated):
+    """What the backward pass of experts needs; in `gate_up_ext` there is no tail."""
+
+    routing: Routing | None = None
+    grad_logits: Tensor  # (M, E) float32
+
+
+class ExpertProjections(nn.Module):
+    """The projections of a layer's experts."""
+
+    def __init__(self, hidden_size: int, experts: Experts) -> None:
+        super().__init__()
+        D, width, count = hidden_size, experts.width, experts.num_experts
+        if experts.is_stacked:
+            self.gate_up = ExpertGroup(("gate_up_proj",), (2 * width,), D, count, num_stacked=count)
+            self.down = ExpertGroup(("down_proj",), (D,), width, count, num_stacked=count)
+            return
+        gate_up = tuple(f"{e}.{name}" for e in range(count) for name in ("gate_proj", "up_proj"))
+        self.gate_up = ExpertGroup(gate_up, (width,) * len(gate_up), D, count)
+        down = tuple(f"{e}.down_proj" for e in range(count))
+        self.down = ExpertGroup(down, (D,) * count, width, count)
+
+
+class ExpertMLP(nn.Module):
+    """A router and the experts that it chooses from, in the place of an MLP."""
+
+    # columns behind the gradient of the output: experts have no updates
+    tail = 0
+
+    def __init__(self, config: LlamaConfig, experts: Experts) -> None:
+        super().__init__()
+        self.choice = (experts.num_chosen, experts.is_normalized)
+        # the router, as checkpoints call it
+        self.gate = nn.Linear(config.hidden_size, experts.num_experts, bias=False)
+        self.gate.requires_grad_(False)
+        self.experts = ExpertProjections(config.hidden_size, experts)
+        self.activation: Activation = config.activation
+
+    @property
+    def down(self) -> ExpertGroup:
+        """The last projection, as an MLP's."""
+        return self.experts.down
+
+    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, D)
+        """Allocate a buffer for the input."""
+        return like.new_empty(num_rows, self.gate.in_features)
+
+    def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
+        """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
+        routing = route(y, self.gate.weight, *self.choice)
+        kept.routing = routing
+        kept.gate_up_ext = self.experts.gate_up.forward(y[routing.tokens], routing.offsets)
+
+    def inner(self, kept: Routed) -> Tensor:  # (R, F)
+        """Compute activation(gate) up."""
+        return glu(kept.gate_up_ext, self.activation)
+
+    def project_out(self, inner: Tensor, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
+        """Compute the output of what `inner` returns."""
+        routing = kept.routing
+        assert routing is not None
+        rows = self.down.forward(inner, routing.offsets)
+        # there are no updates
+        kept.h_down = inner.new_empty(0)
+        total = rows.new_zeros(len(routing.chosen), rows.shape[1], dtype=torch.float32)
+        return add_to_tokens(total, rows, routing, routing.weights).to(rows.dtype)
+
+    def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
+        """Turn gate | up into their gradient, and find that of the router's logits.
+
+            grad_weights[m, j] = grad_out[m] . down_e(inner) = down_e'(grad_out[m]) . inner
+
+        Args:
+            grad_out: (M, D), of the output.
+        """
+        routing = kept.routing
+        assert routing is not None
+        grad_inner = self.down.backward(grad_out[routing.tokens], routing.offsets)
+        inner = self.inner(kept)
+        grad_weights = (grad_inner * inner).sum(dim=1, dtype=torch.float32)
+        del inner
+        kept.grad_logits = logits_backward(grad_weights[routing.places], routing)
+        grad_inner *= routing.in_order(routing.weights)
+        glu_backward(grad_inner, kept.gate_up_ext, self.activation)
+        del kept.h_down
+
+    def project_in_backward(self, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
+        """Compute the gradient of the input."""
+        routing = kept.routing
+        assert routing is not None
+        rows = self.experts.gate_up.backward(kept.gate_up_ext, routing.offsets)
+        total = kept.grad_logits @ self.gate.weight.float()
+        return add_to_tokens(total, rows, routing).to(rows.dtype)
+
+    def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
+        """Let go of what was kept: no gradient needs the input."""
+        del kept.gate_up_ext, kept.grad_logits
+        kept.routing = None

@@ -1,0 +1,119 @@
+"""The frozen projections of all experts of a layer, one behind the other, and their products.
+
+    gate_up   | 0.gate_proj | 0.up_proj | 1.gate_proj | ...        (E 2 F, D)
+    down      | 0.down_proj | 1.down_proj | ...                    (E D, F)
+
+Rows come sorted by expert, so that each expert multiplies rows that lie together, and one grouped
+product serves all of them. Packed weights are expanded for that a few experts at a time: all
+experts of a layer in 16 bits would take as much memory as several layers in NF4. transformers
+keeps experts in one tensor of three dimensions, which bitsandbytes does not quantize.
+
+    R = M k rows of sorted tokens, E experts, N rows and K columns of an expert
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.grouped_matmul import grouped_matmul, grouped_matmul_backward_input
+from kernels.nf4_decode import make_nf4_tables
+from kernels.nf4_dequantize import nf4_dequantize
+from lora.frozen_group import FrozenGroup
+from nf4.weight import NF4Weight, members
+
+# the most bytes of expanded weights at a time, but for one expert that has more
+EXPANDED_BYTES = 128 << 20
+
+
+class ExpertGroup(FrozenGroup):
+    """A projection, or several of one input, of each expert.
+
+        y[r] = W_e x[r]        offsets[e] <= r < offsets[e + 1]
+
+    Attributes:
+        num_experts: whose matrices lie one behind the other, the same of each.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        rows: tuple[int, ...],
+        in_features: int,
+        num_experts: int,
+        num_stacked: int | None = None,
+    ) -> None:
+        super().__init__(names, rows, in_features, num_stacked=num_stacked)
+        self.num_experts = num_experts
+
+    @property
+    def rows_of_one(self) -> int:
+        """The rows of one expert."""
+        return self.num_rows // self.num_experts
+
+    def expanded_shape(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """The most experts that are expanded together, and the rows and columns of each."""
+        rows, columns = self.rows_of_one, self.in_features
+        num_together = max(1, EXPANDED_BYTES // (rows * columns * dtype.itemsize))
+        return min(self.num_experts, num_together), rows, columns
+
+    def forward(
+        self,
+        x: Tensor,  # (R, K), sorted by expert
+        offsets: Tensor,  # (E + 1,) int32, on x's device
+    ) -> Tensor:  # (R, N)
+        """Apply to each row the matrices of its expert."""
+        y = x.new_empty(x.shape[0], self.rows_of_one)
+        for first, W in self._expanded(x.dtype):
+            grouped_matmul(x, W, offsets, out=y, first_expert=first)
+            # gone before the next ones are expanded
+            del W
+        return y
+
+    def backward(
+        self,
+        grad_y: Tensor,  # (R, N), sorted by expert
+        offsets: Tensor,  # (E + 1,) int32
+    ) -> Tensor:  # (R, K)
+        """Compute x's gradient.
+
+        grad_x[r] = W_e^T grad_y[r]        offsets[e] <= r < offsets[e + 1]
+        """
+        grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
+        for first, W in self._expanded(grad_y.dtype):
+            grouped_matmul_backward_input(grad_y, W, offsets, out=grad_x, first_expert=first)
+            del W
+        return grad_x
+
+    def make_tables(self, dtype: torch.dtype) -> None:
+        if isinstance(self.weight, NF4Weight) and self.weight.device.type != "cpu":
+            for _, weight in self._parts(self.weight, dtype):
+                make_nf4_tables(weight)
+
+    def keep_expanded(self, dtype: torch.dtype) -> None:
+        weight = self.weight
+        is_packed = isinstance(weight, NF4Weight)
+        self.expanded = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)
+
+    def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """Expand the weights, some experts at a time: the first of them, and their matrices, each
+        (N, K)."""
+        shape = (-1, self.rows_of_one, self.in_features)
+        if self.expanded is not None:
+            yield 0, self.expanded.view(shape)
+        elif isinstance(self.weight, NF4Weight):
+            for first, weight in self._parts(self.weight, dtype):
+                yield first, nf4_dequantize(weight, dtype).view(shape)
+        elif self.weight.dtype == dtype:
+            yield 0, self.weight.view(shape)
+        else:
+            step, rows, _ = self.expanded_shape(dtype)
+            for place, part in enumerate(self.weight.split(step * rows)):
+                yield place * step, part.to(dtype).view(shape)
+
+    def _parts(self, weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[int, NF4Weight]]:
+        """View the experts that are expanded together."""
+        step, _, _ = self.expanded_shape(dtype)
+        num_members = len(weight.rows) // self.num_experts
+        for first in range(0, self.num_experts, step):
+            yield first, members(weight, slice(first * num_members, (first + step) * num_members))
