@@ -497,7 +497,8 @@ def test_a_tail_is_a_whole_number_of_vectors(rank: int, num_targets: int, tail: 
     x_ext = group.extended(x)
     assert (x_ext.shape, x_ext.dtype) == ((3, IN_FEATURES + tail), torch.float16)
     assert_equal(x_ext[:, :IN_FEATURES], x)
-    assert x_ext[:, IN_FEATURES:].isnan().all()
+    # of numbers, which products in 16 bits on a CPU read too
+    assert not x_ext[:, IN_FEATURES:].any()
     y_ext = group.empty_output(3, x)
     assert (y_ext.shape, y_ext.dtype) == ((3, sum(ROWS) + tail), torch.float16)
 
