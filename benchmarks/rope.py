@@ -26,8 +26,9 @@ from benchmarks.layer_operations import (
 )
 from benchmarks.measure import num_input_sets
 from benchmarks.tables import Row, aligned, operation_table
-from kernels.rope import RopeTables, _launch_rope, rope_reference
+from kernels.rope import _launch_rope, rope_reference
 from kernels.rope_backward import _launch_rope_backward
+from kernels.rope_tables import RopeTables
 
 LAYER = "llama-3-8b.qkv_proj"
 THETA = 500_000.0

@@ -96,6 +96,7 @@ def _differences(config: LlamaConfig, architecture: Architecture) -> list[str]:
         f"has heads of {config.hidden_size} numbers together, not {width}": (
             not architecture.has_wide_heads and width != config.hidden_size
         ),
+        "does not scale queries by their positions": rope_of(config).query_scaling is not None,
         f"does not scale rotary positions by {type(scaling).__name__}": (
             scaling is not None and not isinstance(scaling, architecture.rope_scalings)
         ),

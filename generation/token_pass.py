@@ -19,7 +19,7 @@ from torch import Tensor
 
 from generation.linear import TokenLinear
 from kernels.glu import Activation, glu
-from kernels.rope import RopeTables
+from kernels.rope_tables import RopeTables
 from kernels.token_attention import TokenScores, token_attention
 from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads

@@ -3,6 +3,8 @@
     y1 = x1 cos - x2 sin         (x1, x2) = (x[i], x[i + r / 2]): Hugging Face's half-rotate order;
     y2 = x2 cos + x1 sin         or (x[2 i], x[2 i + 1]): the pairs interleaved, as in Meta's files
 
+    of queries cos and sin are times the factor of their position, in models that have one
+
     a token's row | q head 0 | q head 1 | ... | k head 0 | ... | v head 0 | ...
                     x1 | x2    x1 | x2    ...   x1 | x2          as it is
 
@@ -29,8 +31,6 @@ Rotary position embeddings: Su et al. 2021, section 3.4.2, equation 34.
 # pyright: reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -44,6 +44,7 @@ from kernels.checks import (
 )
 from kernels.language import tl, triton
 from kernels.launch import cdiv, launch, next_power_of_2
+from kernels.rope_tables import RopeTables, check_tables
 
 MAX_WARPS = 4
 # the widest access of a thread
@@ -52,25 +53,12 @@ VECTOR_BYTES = 16
 MAX_TILES = 4
 
 
-class RopeTables(NamedTuple):
-    """The rotations of positions, a row of each, and which dimensions turn together."""
-
-    cos: Tensor  # (num_positions, r / 2) float32
-    sin: Tensor
-    is_interleaved: bool = False
-
-    def at(self, positions: Tensor) -> "RopeTables":  # (B, T) to (B, 1, T, r / 2)
-        """Look up the rotations of tokens, for all heads of each."""
-        cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
-        return RopeTables(cos, sin, self.is_interleaved)
-
-
 def rotate_reference(
     x: Tensor,  # (B, H, T, head_dim)
     rotations: RopeTables,  # (B, 1, T, r / 2)
 ) -> Tensor:  # x's shape and dtype
     """Rotate the pairs of the first r dimensions in float32, rounded once."""
-    cos, sin, is_interleaved = rotations
+    cos, sin, is_interleaved, _ = rotations
     turned, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
     if is_interleaved:
         x1, x2 = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -101,7 +89,8 @@ def rope_reference(
     """Rotate queries and keys into new tensors."""
     query, key, value = _heads_of(qkv, num_heads, num_kv_heads)
     rotations = tables.at(positions)
-    return rotate_reference(query, rotations), rotate_reference(key, rotations), value
+    query = rotate_reference(query, rotations.of_queries())
+    return query, rotate_reference(key, rotations), value
 
 
 @triton.jit
@@ -140,6 +129,8 @@ def store_rotated(
     pairs,
     cos,  # (COLUMNS,)
     sin,
+    factor,  # of the token's queries, read where SCALES
+    num_queries,
     num_heads,
     first_head,
     HEAD: tl.constexpr,  # dimensions
@@ -149,6 +140,7 @@ def store_rotated(
     TILES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ROTATES: tl.constexpr,
+    SCALES: tl.constexpr,  # the first num_queries heads
 ):
     column = tl.arange(0, COLUMNS)[None, :]
     dim = tl.arange(0, 2 * COLUMNS)[None, :]
@@ -158,8 +150,12 @@ def store_rotated(
         y1, y2 = pairs[2 * tile], pairs[2 * tile + 1]
         if ROTATES:
             x1, x2 = y1.to(tl.float32), y2.to(tl.float32)
-            y1 = (x1 * cos[None, :] - x2 * sin[None, :]).to(out_ptr.dtype.element_ty)
-            y2 = (x2 * cos[None, :] + x1 * sin[None, :]).to(out_ptr.dtype.element_ty)
+            c, s = cos[None, :], sin[None, :]
+            if SCALES:
+                of_head = tl.where(head < num_queries, factor, 1.0)
+                c, s = c * of_head, s * of_head
+            y1 = (x1 * c - x2 * s).to(out_ptr.dtype.element_ty)
+            y2 = (x2 * c + x1 * s).to(out_ptr.dtype.element_ty)
         if INTERLEAVED:
             y = tl.reshape(tl.join(y1, y2), (HEADS, 2 * COLUMNS))
             tl.store(place + dim, y, mask=(head < num_heads) & (dim < 2 * HALF))
@@ -173,10 +169,12 @@ def store_rotated(
 def load_angle(
     cos_ptr,
     sin_ptr,
+    factor_ptr,  # read where SCALES
     positions_ptr,  # of the token
     num_positions,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     position = tl.load(positions_ptr).to(tl.int64)
     # a position outside the tables gives NaN instead of the memory beside them
@@ -187,7 +185,10 @@ def load_angle(
     sin = tl.load(sin_ptr + offs, mask=column < HALF, other=0.0)
     cos = tl.where(is_known, cos, float("nan"))
     sin = tl.where(is_known, sin, float("nan"))
-    return cos, sin
+    factor = 1.0
+    if SCALES:
+        factor = tl.load(factor_ptr + position, mask=is_known, other=float("nan"))
+    return cos, sin, factor
 
 
 @triton.jit
@@ -196,8 +197,10 @@ def _rope_kernel(
     positions_ptr,  # (B, T)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
+    factor_ptr,  # (num_positions,), read where SCALES
     num_tokens,  # T
     num_heads,  # of queries and keys
+    num_queries,
     num_positions,
     stride_b,
     stride_t,
@@ -209,6 +212,7 @@ def _rope_kernel(
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     # one program rotates HEADS * TILES heads of one token in place
     b = (tl.program_id(0) // num_tokens).to(tl.int64)
@@ -219,12 +223,16 @@ def _rope_kernel(
     pairs = load_pairs(
         token_ptr, HEAD, num_heads, first_head, HALF, COLUMNS, HEADS, TILES, INTERLEAVED
     )
-    cos, sin = load_angle(cos_ptr, sin_ptr, positions_ptr, num_positions, HALF, COLUMNS)
+    cos, sin, factor = load_angle(
+        cos_ptr, sin_ptr, factor_ptr, positions_ptr, num_positions, HALF, COLUMNS, SCALES
+    )
     store_rotated(
         token_ptr,
         pairs,
         cos,
         sin,
+        factor,
+        num_queries,
         num_heads,
         first_head,
         HEAD,
@@ -234,6 +242,7 @@ def _rope_kernel(
         TILES,
         INTERLEAVED,
         ROTATES=True,
+        SCALES=SCALES,
     )
 
 
@@ -275,10 +284,9 @@ def _launch_rope(
             (B * T, cdiv(num_tiles, tiles)),
             qkv_ptr=qkv,
             positions_ptr=positions,
-            cos_ptr=tables.cos,
-            sin_ptr=tables.sin,
             num_tokens=T,
             num_heads=num_rotated,
+            num_queries=num_heads,
             num_positions=num_positions,
             stride_b=qkv.stride(0),
             stride_t=qkv.stride(1),
@@ -286,42 +294,11 @@ def _launch_rope(
             stride_positions_t=positions.stride(1),
             HEAD=width // (num_rotated + num_kv_heads),
             TILES=tiles,
-            INTERLEAVED=tables.is_interleaved,
+            **tables.launched(),
             enable_fp_fusion=False,
             **shape,
         )
     return _heads_of(qkv, num_heads, num_kv_heads)
-
-
-def check_tables(
-    positions: Tensor, tables: RopeTables, tokens: tuple[int, int], head_dim: int
-) -> None:
-    """Refuse tables that are not alike, and positions that are not one for each token.
-
-    Raises:
-        ValueError: a shape or a dtype does not fit, or a table is not contiguous.
-    """
-    cos, sin, _ = tables
-    halves = (cos, sin)
-    if (
-        cos.dim() != 2
-        or cos.shape != sin.shape
-        or any(table.dtype != torch.float32 or not table.is_contiguous() for table in halves)
-    ):
-        raise ValueError(
-            "cos and sin must be contiguous float32 matrices of one shape: got "
-            + " and ".join(f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in halves)
-        )
-    if head_dim % 2 or not 0 < 2 * cos.shape[1] <= head_dim:
-        raise ValueError(
-            "heads must have an even number of dimensions, two or more for each column of cos and "
-            f"sin: got {head_dim} dimensions and {cos.shape[1]} columns"
-        )
-    if tuple(positions.shape) != tokens or positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"positions must be int32 or int64 of shape {tokens}: "
-            f"got {positions.dtype} {tuple(positions.shape)}"
-        )
 
 
 def check_buffer(
@@ -350,6 +327,8 @@ def rope(
         y1 = x1 cos - x2 sin
         y2 = x2 cos + x1 sin
 
+    For queries cos and sin are multiplied by the factor of their position, if the tables have one.
+
     Args:
         qkv: consumed: on a GPU it is overwritten, and the results are views of it.
         positions: on a GPU, a position outside the tables gives NaN.
@@ -365,7 +344,7 @@ def rope(
     check_tables(positions, tables, (B, T), head_dim)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     check_buffer("qkv", qkv, qkv.dtype, (B, T, width))
-    given = {"qkv": qkv, "positions": positions, "cos": tables.cos, "sin": tables.sin}
+    given = {"qkv": qkv, "positions": positions} | tables.tensors()
     check_one_device(given)
     check_not_recorded(given, "rope_backward")
     if qkv.device.type == "cpu":

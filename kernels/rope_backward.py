@@ -1,7 +1,7 @@
 """Rotate the gradients of queries and keys back, and gather all three in one buffer, on the GPU.
 
     grad_x1 = grad_y1 cos + grad_y2 sin         the rotation of `rope.py` by the negated angle
-    grad_x2 = grad_y2 cos - grad_y1 sin
+    grad_x2 = grad_y2 cos - grad_y1 sin         of queries by their cos and sin, as there
 
     grad_q  (B, H, T, head_dim)      \
     grad_k  (B, H_kv, T, head_dim)    >   | q head 0 | ... | k head 0 | ... | v head 0 | ... |
@@ -36,15 +36,14 @@ from kernels.language import tl, triton
 from kernels.launch import cdiv, head_strides, launch, next_power_of_2
 from kernels.rope import (
     MAX_TILES,
-    RopeTables,
     check_buffer,
-    check_tables,
     load_angle,
     load_pairs,
     rotate_reference,
     shape_of,
     store_rotated,
 )
+from kernels.rope_tables import RopeTables, check_tables
 
 
 def rope_backward_reference(
@@ -56,7 +55,8 @@ def rope_backward_reference(
 ) -> Tensor:  # (B, T, (H + 2 H_kv) head_dim)
     """Rotate the gradients of queries and keys back and gather all three in a new buffer."""
     back = tables._replace(sin=-tables.sin).at(positions)
-    grads = (rotate_reference(grad_q, back), rotate_reference(grad_k, back), grad_v)
+    grad_q = rotate_reference(grad_q, back.of_queries())
+    grads = (grad_q, rotate_reference(grad_k, back), grad_v)
     return torch.cat(grads, dim=1).transpose(1, 2).flatten(2)
 
 
@@ -90,6 +90,7 @@ def _rope_backward_kernel(
     positions_ptr,  # (B, T)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
+    factor_ptr,  # (num_positions,), read where SCALES
     num_tokens,  # T
     num_heads,
     num_kv_heads,
@@ -116,6 +117,7 @@ def _rope_backward_kernel(
     Q_TILES: tl.constexpr,
     KV_TILES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     # one program gathers the gradients of a share of one token's heads: of queries, keys and values
     b = (tl.program_id(0) // num_tokens).to(tl.int64)
@@ -137,12 +139,16 @@ def _rope_backward_kernel(
     v = load_pairs(
         v_ptr, stride_vh, num_kv_heads, first_kv, HEAD // 2, V_COLUMNS, HEADS, KV_TILES, False
     )
-    cos, sin = load_angle(cos_ptr, sin_ptr, positions_ptr, num_positions, HALF, COLUMNS)
+    cos, sin, factor = load_angle(
+        cos_ptr, sin_ptr, factor_ptr, positions_ptr, num_positions, HALF, COLUMNS, SCALES
+    )
     store_rotated(
         out_q_ptr,
         q,
         cos,
         -sin,
+        factor,
+        num_heads,
         num_heads,
         first_q,
         HEAD,
@@ -152,12 +158,15 @@ def _rope_backward_kernel(
         Q_TILES,
         INTERLEAVED,
         ROTATES=True,
+        SCALES=SCALES,
     )
     store_rotated(
         out_k_ptr,
         k,
         cos,
         -sin,
+        factor,
+        0,
         num_kv_heads,
         first_kv,
         HEAD,
@@ -167,12 +176,15 @@ def _rope_backward_kernel(
         KV_TILES,
         INTERLEAVED,
         ROTATES=True,
+        SCALES=False,
     )
     store_rotated(
         out_v_ptr,
         v,
         cos,
         sin,
+        factor,
+        0,
         num_kv_heads,
         first_kv,
         HEAD,
@@ -182,6 +194,7 @@ def _rope_backward_kernel(
         KV_TILES,
         INTERLEAVED=False,
         ROTATES=False,
+        SCALES=False,
     )
     if REST_COLUMNS > 0:
         _copy_rest(
@@ -237,8 +250,6 @@ def _launch_rope_backward(
             grad_k_ptr=grad_k,
             grad_v_ptr=grad_v,
             positions_ptr=positions,
-            cos_ptr=tables.cos,
-            sin_ptr=tables.sin,
             num_tokens=T,
             num_heads=H,
             num_kv_heads=H_kv,
@@ -253,7 +264,7 @@ def _launch_rope_backward(
             REST_COLUMNS=next_power_of_2(rest) if (rest := head_dim - 2 * half) else 0,
             Q_TILES=q_tiles,
             KV_TILES=cdiv(cdiv(H_kv, shape["HEADS"]), num_programs),
-            INTERLEAVED=tables.is_interleaved,
+            **tables.launched(),
             enable_fp_fusion=False,
             **shape,
         )
@@ -272,6 +283,8 @@ def rope_backward(
 
         grad_x1 = grad_y1 cos + grad_y2 sin
         grad_x2 = grad_y2 cos - grad_y1 sin
+
+    For queries cos and sin are multiplied by the factor of their position, if the tables have one.
 
     Args:
         positions, tables: as they were given to `rope`.
@@ -299,7 +312,7 @@ def rope_backward(
     if out is not None:
         check_buffer("out", out, grad_q.dtype, (B, T, (H + 2 * H_kv) * head_dim))
         grads |= {"out": out}
-    given = grads | {"positions": positions, "cos": tables.cos, "sin": tables.sin}
+    given = grads | {"positions": positions} | tables.tensors()
     check_one_device(given)
     check_not_recorded(given, "rope_backward")
     if grad_q.device.type == "cpu":

@@ -25,7 +25,8 @@ from kernels.language import tl, triton
 from kernels.launch import launch, next_power_of_2
 from kernels.rms_norm import rms_norm_reference
 from kernels.rms_norm_row import factor_of, rstd_of
-from kernels.rope import RopeTables, check_tables, rope_reference
+from kernels.rope import rope_reference
+from kernels.rope_tables import RopeTables, check_tables
 
 
 class HeadNorms(NamedTuple):
@@ -83,6 +84,7 @@ def _token_heads_kernel(
     table_place_ptr,  # (B,)
     cos_ptr,  # (num_positions, HALF)
     sin_ptr,
+    factor_ptr,  # (num_positions,), read where SCALES
     query_weight_ptr,  # (HEAD,), read where heads are normalized
     key_weight_ptr,
     H,
@@ -94,6 +96,7 @@ def _token_heads_kernel(
     HEAD: tl.constexpr,
     HALF: tl.constexpr,  # pairs of a head that turn
     INTERLEAVED: tl.constexpr,
+    SCALES: tl.constexpr,  # queries
     COLUMNS: tl.constexpr,  # HEAD / 2, to a power of two
 ):
     # one program works on one head of one sequence
@@ -124,10 +127,14 @@ def _token_heads_kernel(
             rstd = rstd_of(x1 * x1 + x2 * x2, HEAD, eps)
             x1 = (x1 * rstd * w1).to(dtype).to(tl.float32)
             x2 = (x2 * rstd * w2).to(dtype).to(tl.float32)
-        row = tl.load(table_place_ptr + b) * HALF
+        position = tl.load(table_place_ptr + b)
+        row = position * HALF
         # the rest turns by nothing
         cos = tl.load(cos_ptr + row + column, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + row + column, mask=turns, other=0.0)
+        if SCALES:
+            of_head = tl.where(is_query, tl.load(factor_ptr + position), 1.0)
+            cos, sin = cos * of_head, sin * of_head
         y1 = (x1 * cos - x2 * sin).to(dtype)
         y2 = (x2 * cos + x1 * sin).to(dtype)
     out_ptr = query_ptr + (b * H + head) * HEAD
@@ -163,8 +170,6 @@ def _launch_token_heads(
         qkv_ptr=qkv,
         cache_place_ptr=places.cache,
         table_place_ptr=places.table,
-        cos_ptr=tables.cos,
-        sin_ptr=tables.sin,
         query_weight_ptr=qkv if norms is None else norms.query,
         key_weight_ptr=qkv if norms is None else norms.key,
         H=H,
@@ -175,7 +180,7 @@ def _launch_token_heads(
         HAS_NORM=norms is not None,
         HEAD=head_dim,
         HALF=tables.cos.shape[1],
-        INTERLEAVED=tables.is_interleaved,
+        **tables.launched(),
         COLUMNS=next_power_of_2(head_dim // 2),
         num_warps=1,
         # each product rounded, as in rope.py
@@ -204,7 +209,7 @@ def token_heads(
     check_is("values", values, keys.dtype, tuple(keys.shape))
     check_is("qkv", qkv, keys.dtype, (B, qkv.shape[1]))
     check_tables(places.table[:, None], tables, (B, 1), head_dim)
-    given = {"qkv": qkv, "keys": keys, "values": values, "cos": tables.cos, "sin": tables.sin}
+    given = {"qkv": qkv, "keys": keys, "values": values} | tables.tensors()
     given |= {"places in the cache": places.cache, "places in the tables": places.table}
     for name, place in places._asdict().items():
         check_is(f"places in the {name}", place, torch.int64, (B,))

@@ -315,6 +315,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
             [window is not None for window in windows],
             rotary_dim,
             family.rope_types,
+            family.scales_queries,
         ),
         rotary_dim=rotary_dim,
         is_interleaved=family.is_interleaved,

@@ -68,6 +68,16 @@ FAMILIES = {
         defaults={"sliding_window": 4096},
         fields=frozenset({"sliding_window"}),
     ),
+    "Ministral3ForCausalLM": Family(
+        "ministral3",
+        qkv_bias=False,
+        o_bias=False,
+        head_dim=128,
+        windows="all",
+        scales_queries=True,
+        defaults={"num_key_value_heads": 8},
+        fields=frozenset({"sliding_window"}),
+    ),
     "Qwen2ForCausalLM": Family(
         "qwen2", qkv_bias=True, o_bias=False, windows="later", fields=_WINDOW_FIELDS
     ),

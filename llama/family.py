@@ -45,6 +45,7 @@ class Family:
         rope_types: what the family's files call a scaling of rotary positions, and its name here.
         rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
             say; None: all, and the family does not read that field.
+        scales_queries: whether queries grow with their positions, as `llama_4_scaling_beta` says.
         is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
         ropes: which layers have which rotary positions, as `read_ropes` takes it.
         experts: how config.json describes those of the layers, if they have any.
@@ -75,6 +76,7 @@ class Family:
     windows: LayerWindows = "none"
     rotary_share: float | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
+    scales_queries: bool = False
     is_interleaved: bool = False
     ropes: LayerRopes = "alike"
     experts: LayerExperts | None = None

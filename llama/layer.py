@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.masked_attention_mask import Samples
-from kernels.rope import RopeTables, rope
+from kernels.rope import rope
 from kernels.rope_backward import rope_backward
+from kernels.rope_tables import RopeTables
 from llama.attention import Mixed, Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig

@@ -59,6 +59,7 @@ def read_ropes(
     sees_window: Sequence[bool],
     rotary_dim: int,
     types: Mapping[str, str],
+    scales_queries: bool,
 ) -> tuple[Rope | None, ...]:
     """Read the rotary positions of each layer; None: its heads are not rotated.
 
@@ -68,6 +69,7 @@ def read_ropes(
             all layers of a model without windows.
         sees_window: of each layer.
         types: the family's names of scalings.
+        scales_queries: whether the family's queries grow with their positions.
 
     Raises:
         ValueError: the fields are of the wrong type, or do not fit together.
@@ -77,7 +79,7 @@ def read_ropes(
         ropes = tuple(windowed if sees else full for sees in sees_window)
     else:
         theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-        rope = read_rope(fields, _only_set(fields), theta, rotary_dim, types)
+        rope = read_rope(fields, _only_set(fields), theta, rotary_dim, types, scales_queries)
         num_layers = len(sees_window)
         is_rotated = [True] * num_layers
         if kind == "listed":

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from foreign.guest import in_guest
 from kernels.masked_attention_mask import Samples
-from kernels.rope import RopeTables
+from kernels.rope_tables import RopeTables
 from kernels.softcap import softcap_reference
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
-from llama.rope import rope_factor, rope_frequencies, rope_tables
+from llama.rope import query_factors, rope_factor, rope_frequencies, rope_tables
 from lora.config import ALL_LINEAR, LoRAConfig, UpdateSize
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
@@ -291,7 +291,8 @@ class Llama(nn.Module):
         tables = []
         for rope, frequencies in zip(self.config.distinct_ropes, self.frequencies, strict=True):
             cos, sin = rope_tables(frequencies[int(is_long)], positions, rope_factor(rope))
-            tables.append(RopeTables(cos, sin, self.config.is_interleaved))
+            factors = query_factors(rope, positions)
+            tables.append(RopeTables(cos, sin, self.config.is_interleaved, factors))
         return tables
 
     def rotary_tables(self, num_positions: int) -> list[RopeTables]:
@@ -299,14 +300,7 @@ class Llama(nn.Module):
         of the usual length, and below by those for long ones."""
         positions = torch.arange(num_positions, device=self.device)
         lengths = (self._tables(positions, is_long) for is_long in (False, True))
-        return [
-            RopeTables(
-                torch.cat((short.cos, long.cos)),
-                torch.cat((short.sin, long.sin)),
-                short.is_interleaved,
-            )
-            for short, long in zip(*lengths, strict=True)
-        ]
+        return [short.followed_by(long) for short, long in zip(*lengths, strict=True)]
 
     def starts_anew(self, num_tokens: int, num_more: int) -> bool:
         """Tell whether rotary frequencies change when a sequence grows between two lengths."""

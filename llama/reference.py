@@ -11,6 +11,7 @@ written-out passes against it in float64; `bundled/` trains the demo's model wit
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from llama.config import LlamaConfig
 from llama.layer_experts import Experts
-from llama.rope import rope_factor, rope_frequencies, rope_tables
+from llama.rope import query_factors, rope_factor, rope_frequencies, rope_tables
 from rows.batch import Batch
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
@@ -64,6 +65,14 @@ class RMSNorm(nn.Module):
         return ((self.weight + self.offset) * parts * rstd).flatten(-2)
 
 
+class Rotation(NamedTuple):
+    """How the heads of tokens turn, and the factor of each query in families that have one."""
+
+    cos: Tensor  # (B, 1, T, r / 2)
+    sin: Tensor
+    query_factor: Tensor | None  # (B, 1, T, 1)
+
+
 def rotate(
     heads: Tensor,  # (B, H, T, head_dim)
     cos: Tensor,  # (B, 1, T, r / 2)
@@ -101,7 +110,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, is_seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, is_seen: Tensor) -> Tensor:
         qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
         head_dim = self.config.head_dim
         query, key, value = qkv.split([count * head_dim for count in self.counts], dim=-1)
@@ -111,7 +120,9 @@ class Attention(nn.Module):
         query, key, value = (
             part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, key, value)
         )
+        cos, sin, factor = rotation
         query, key = (rotate(h, cos, sin, self.config.is_interleaved) for h in (query, key))
+        query = query if factor is None else factor * query
         num_sharing = self.counts[0] // self.counts[1]
         key, value = (shared.repeat_interleave(num_sharing, dim=1) for shared in (key, value))
         scores = self.config.score_scale * (query @ key.mT)
@@ -181,10 +192,10 @@ class DecoderLayer(nn.Module):
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else self.get_submodule(name)(x)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, distance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, distance: Tensor) -> Tensor:
         is_seen = (distance >= 0) & (distance < (self.window or math.inf))
         r1 = x
-        delta = self.self_attn(self.norm(self.norms.before_attention, r1), cos, sin, is_seen)
+        delta = self.self_attn(self.norm(self.norms.before_attention, r1), rotation, is_seen)
         r2 = r1 + self.multiplier * self.norm(self.norms.behind_attention, delta)
         delta = self.mlp(self.norm(self.norms.before_mlp, r1 if self.is_parallel else r2))
         return r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
@@ -233,9 +244,12 @@ class Reference(nn.Module):
         for rope in config.distinct_ropes:
             frequencies = rope_frequencies(rope, config.rotary_dim, config.is_long(T))
             tables = rope_tables(frequencies, positions.flatten(), rope_factor(rope))
-            rotations[rope] = [t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables]
+            cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
+            factors = query_factors(rope, positions)
+            factors = None if factors is None else factors.to(x.dtype)[:, None, :, None]
+            rotations[rope] = Rotation(cos, sin, factors)
         for layer, rope in zip(self.model.layers, config.ropes, strict=True):
-            x = layer(x, *rotations[rope], distance)
+            x = layer(x, rotations[rope], distance)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         logits = (config.logit_scale or 1.0) * self.model.norm(x) @ head.weight.T
         cap = config.final_logit_softcapping

@@ -102,3 +102,18 @@ def rope_tables(
     """Compute cos and sin of every position's rotation, times a factor."""
     angles = positions[:, None].float() * frequencies[None, :]
     return angles.cos() * factor, angles.sin() * factor
+
+
+def query_factors(
+    rope: Rope | None,
+    positions: Tensor,  # (T,)
+) -> Tensor | None:  # (T,) float32
+    """Compute the factor of every position's query; None where queries are as they are.
+
+    1 + beta log(1 + floor(position / original_max_position_embeddings))
+    """
+    scaling = None if rope is None else rope.query_scaling
+    if scaling is None:
+        return None
+    lengths = torch.floor(positions / scaling.original_max_position_embeddings)
+    return 1 + scaling.beta * torch.log(1 + lengths)

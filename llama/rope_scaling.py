@@ -58,11 +58,21 @@ _LEAST_TURNS, _MOST_TURNS = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
+class QueryScaling:
+    """Llama 4's factor of each query, which grows with its position: 1 before the length that the
+    model was first trained on."""
+
+    beta: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class Rope:
-    """How fast the heads of a layer turn with their positions."""
+    """How fast the heads of a layer turn with their positions, and how queries grow with them."""
 
     theta: float
     scaling: RopeScaling | None = None
+    query_scaling: QueryScaling | None = None
 
 
 def read_rope(
@@ -71,18 +81,21 @@ def read_rope(
     theta: float,  # where that part has none
     rotary_dim: int,  # of the dimensions that turn
     types: Mapping[str, str],
+    scales_queries: bool = False,
 ) -> Rope:
     """Read one set of rotary positions.
 
     Args:
         types: the family's names of scalings.
+        scales_queries: whether the family's queries grow with their positions.
     """
     path = fields.where
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{path}: rope_scaling must be one set of parameters: got {given!r}")
     inner = replace(fields, values=given)
     scaling = _read_scaling(fields, inner, rotary_dim // 2, types)
-    rope = Rope(inner.number("rope_theta", theta), scaling)
+    query_scaling = _read_query_scaling(fields, inner) if scales_queries else None
+    rope = Rope(inner.number("rope_theta", theta), scaling, query_scaling)
     if isinstance(rope.scaling, YarnRopeScaling) and rope.theta <= 1:
         raise ValueError(f"{path}: rope_theta must be above 1 with yarn: got {rope.theta}")
     return rope
@@ -137,6 +150,10 @@ def _read_original(fields: JsonFields, inner: JsonFields) -> int:
             f"rope_scaling and outside: got {inside} and {outside}"
         )
     return inside
+
+
+def _read_query_scaling(fields: JsonFields, inner: JsonFields) -> QueryScaling:
+    return QueryScaling(inner.number("llama_4_scaling_beta"), _read_original(fields, inner))
 
 
 def _read_yarn(fields: JsonFields, inner: JsonFields) -> YarnRopeScaling:

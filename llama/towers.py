@@ -25,7 +25,8 @@ class Tower:
     Attributes:
         texts: the families of language models that it may have; the first where text_config has no
             model_type.
-        is_tied: whether the head is tied to the embeddings where the file does not say.
+        is_tied: whether the head is tied to the embeddings where nothing is said around
+            text_config; None: as it says.
         ties_as_text: whether it is tied, too, where text_config alone says so.
         has_three_positions: for each token, of which rotary positions are mixed.
         may_be_flat: the language model's fields may lie around those of the encoder.
@@ -34,7 +35,7 @@ class Tower:
 
     model_type: str
     texts: tuple[Family, ...]
-    is_tied: bool = False
+    is_tied: bool | None = False
     ties_as_text: bool = False
     has_three_positions: bool = False
     may_be_flat: bool = False
@@ -98,8 +99,10 @@ TOWERS = {
         "llava", (_LLAVAS_LLAMA, _LLAVAS_MISTRAL), ties_as_text=True
     ),
     # without the field transformers 5 ties a head unless the files have another one, as those of
-    # Mistral-Small-3.1 do
-    "Mistral3ForConditionalGeneration": Tower("mistral3", (_MISTRAL,)),
+    # Mistral-Small-3.1 do, which say nothing
+    "Mistral3ForConditionalGeneration": Tower(
+        "mistral3", (_MISTRAL, FAMILIES["Ministral3ForCausalLM"]), is_tied=None
+    ),
     "Qwen2_5_VLForConditionalGeneration": Tower(
         "qwen2_5_vl",
         (_QWEN2_5_VL,),
@@ -165,8 +168,10 @@ def text_of(fields: JsonFields, tower: Tower) -> tuple[Family, JsonFields]:
 
 
 def _is_tied(fields: JsonFields, text: JsonFields, tower: Tower) -> bool:
-    is_tied = fields.boolean("tie_word_embeddings", tower.is_tied)
-    return is_tied or (tower.ties_as_text and text.boolean("tie_word_embeddings", False))
+    as_text = text.boolean("tie_word_embeddings", False)
+    default = as_text if tower.is_tied is None else tower.is_tied
+    is_tied = fields.boolean("tie_word_embeddings", default)
+    return is_tied or (tower.ties_as_text and as_text)
 
 
 def _one_position(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import torch
 from conftest import SUPPORT
 from safetensors.torch import load_file, save_file
 from support.equality import assert_equal
+from support.llama_peers import tiny_peer
 from support.merge_cases import CASES, MergeCase, adapter_of, paths_of, weights_of, write_adapter
 from support.micro_steps import NF4
 from support.peer_process import run_peer
+from support.tiny_llama import VARIANTS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,6 +194,18 @@ def test_transformers_loads_the_result_and_gives_our_logits(merged: Merged) -> N
     assert ours.shape == theirs.shape
     assert ours.isfinite().all()
     assert (ours - theirs).abs().max() <= PROMISED
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_model_gives_the_adapters_logits_in_transformers(
+    tmp_path_factory: pytest.TempPathFactory, variant: str
+) -> None:
+    peer = tiny_peer(tmp_path_factory, variant)
+    merged, adapted = peer.outputs["merged_logits"], peer.outputs["our_adapter_logits"]
+    assert merged.isfinite().all()
+    assert (merged - adapted).abs().max() <= PROMISED
+    # which the base does not
+    assert (merged - peer.outputs["logits"]).abs().max() > 0.1
 
 
 def test_the_adapter_beside_the_base_gives_pefts_logits(merged: Merged) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from support.gguf_cases import write_model
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 
 from checkpoint.opening import open_checkpoint
 from export.gguf_architecture import ARCHITECTURES, architecture_of, remarks_of
@@ -64,6 +65,20 @@ def test_the_largest_gemma_divides_its_scores_by_another_root(tmp_path: Path) ->
     folder = write_model(tmp_path / "b", "gemma2", query_pre_attn_scalar=12, **changes)
     with pytest.raises(ValueError, match="root of 8, not of 12"):
         architecture_of(open_checkpoint(folder))
+
+
+def test_a_tower_whose_queries_are_scaled_is_refused(tmp_path: Path) -> None:
+    text = FIELDS | VARIANTS["ministral3"]
+    rope = {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+    tower = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": text | {"rope_parameters": rope},
+    }
+    tensors = {f"language_model.{name}": t for name, t in random_tensors(text).items()}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "tower", tower, tensors))
+    with pytest.raises(ValueError, match="llama does not scale queries by their positions;"):
+        architecture_of(checkpoint)
 
 
 def test_every_family_has_an_architecture_or_is_refused_by_name(

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from kernels import rope as forward_module
 from kernels import rope_backward as backward_module
-from kernels.rope import RopeTables, rope, rope_reference, rotate_reference
+from kernels.rope import rope, rope_reference, rotate_reference
 from kernels.rope_backward import rope_backward
+from kernels.rope_tables import RopeTables
 from llama.rope import rope_tables
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,9 +34,12 @@ EPS = torch.finfo(torch.float32).eps
 HEADS = [(32, 8, 128), (64, 8, 128), (32, 8, 64), (9, 3, 64), (14, 2, 80), (8, 4, 12)]
 # of these a part of each head turns, or pairs are interleaved: Phi-4-mini, GLM-4, Command-R
 TURNED = [(24, 8, 128, 96, False), (32, 2, 128, 64, True), (64, 8, 128, 128, True)]
+# of these queries have a factor: Ministral-3
+SCALED = (32, 8, 128, 128, False, True)
 CPU_CASES = rope_cases([(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (3, 31, 8, 4, 12)], DTYPES)
 CPU_CASES += rope_cases([(3, 31, 8, 4, 12)], DTYPES, 8)
 CPU_CASES += rope_cases([(3, 31, 8, 4, 12)], DTYPES, 8, True)
+CPU_CASES += rope_cases([(3, 31, 8, 4, 12)], DTYPES, scales_queries=True)
 GPU_CASES = rope_cases(
     [(0, 5, 2, 1, 8), (1, 1, 1, 1, 2), (3, 131, 8, 4, 12)]
     + [(2, 67, *heads) for heads in HEADS]
@@ -45,6 +49,7 @@ GPU_CASES = rope_cases(
 for num_heads, num_kv_heads, head_dim, rotary_dim, is_interleaved in TURNED:
     shape = (2, 67, num_heads, num_kv_heads, head_dim)
     GPU_CASES += rope_cases([shape], DTYPES, rotary_dim, is_interleaved)
+GPU_CASES += rope_cases([(2, 67, *SCALED[:3]), (3, 131, 9, 3, 12)], DTYPES, scales_queries=True)
 
 
 def test_rotation_multiplies_complex_numbers() -> None:
@@ -141,6 +146,21 @@ def test_gradient_is_the_rotation_back() -> None:
     assert_equal(grad, expected)
 
 
+def test_a_query_is_multiplied_by_the_factor_of_its_position() -> None:
+    case = RopeCase(2, 5, 3, 1, 12, torch.float32, scales_queries=True)
+    inputs = rope_inputs(case)
+    qkv, positions, factors = (inputs[name] for name in ("qkv", "positions", "query_factor"))
+    # powers of two, which round nothing
+    tables = tables_of(case, inputs)._replace(query_factor=2.0 ** (4 * factors).floor())
+    found = rope(qkv, positions, tables, 3, 1, 12)
+    plain = rope(qkv, positions, tables._replace(query_factor=None), 3, 1, 12)
+    assert tables.query_factor is not None
+    of_tokens = tables.query_factor[positions][:, None, :, None]
+    assert len(of_tokens.unique()) > 2
+    for actual, expected in zip(found, (of_tokens * plain[0], *plain[1:]), strict=True):
+        assert_equal(actual, expected)
+
+
 def valid_arguments() -> dict[str, Tensor]:
     inputs = rope_inputs(RopeCase(2, 5, 3, 1, 12, torch.float32))
     return {name: inputs[name] for name in ("qkv", "positions", "cos", "sin")}
@@ -182,6 +202,24 @@ def test_arguments_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("factor", "rotary_dim", "message"),
+    [
+        (torch.ones(36), 12, r"^query_factor must be torch.float32 of shape \(37,\): got"),
+        (torch.ones(37).half(), 12, "^query_factor must be torch.float32 .* got torch.float16"),
+        (torch.ones(74)[::2], 12, "^query_factor must be contiguous"),
+        (torch.ones(37, device="meta"), 12, "must be on one device"),
+        (torch.ones(37), 8, "^all dimensions of a head must turn .* factor: got 8 of 12"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(factor: Tensor, rotary_dim: int, message: str) -> None:
+    case = RopeCase(2, 5, 3, 1, 12, torch.float32, rotary_dim=rotary_dim)
+    inputs = rope_inputs(case)
+    tables = tables_of(case, inputs)._replace(query_factor=factor)
+    with pytest.raises(ValueError, match=message):
+        rope(inputs["qkv"], inputs["positions"], tables, 3, 1, 12)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("grad_q", lambda t: t.double(), "^grad_q must be bfloat16, float16 or float32: got"),
@@ -218,6 +256,7 @@ def test_gradients_that_do_not_fit_are_refused(
     name: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     arguments = rope_inputs(RopeCase(2, 5, 3, 1, 12, torch.float32))
+    del arguments["query_factor"]
     arguments["out"] = arguments.pop("qkv")
     arguments[name] = change(arguments[name])
     tables = RopeTables(arguments.pop("cos"), arguments.pop("sin"))
@@ -226,9 +265,9 @@ def test_gradients_that_do_not_fit_are_refused(
 
 
 def tables_for(head_dim: int, *turned: Any) -> RopeTables:
-    rotary_dim, is_interleaved = turned or (head_dim, False)
+    rotary_dim, is_interleaved, *scaled = turned or (head_dim, False)
     table = torch.zeros(64, rotary_dim // 2)
-    return RopeTables(table, table, is_interleaved)
+    return RopeTables(table, table, is_interleaved, torch.ones(64) if scaled else None)
 
 
 def compile_forward(dtype: torch.dtype, heads: tuple[Any, ...], capability: int) -> CompiledLaunch:
@@ -266,7 +305,9 @@ COMPILED = [
     (dtype, heads, capability)
     for dtype in DTYPES
     for capability in GPUS[dtype]
-    for heads in (HEADS + TURNED if capability == 90 else HEADS[:2] + TURNED[:2])
+    for heads in (
+        [*HEADS, *TURNED, SCALED] if capability == 90 else [*HEADS[:2], *TURNED[:2], SCALED]
+    )
 ]
 
 

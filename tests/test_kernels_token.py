@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from kernels import nf4_matmul_fused, token_attention, token_glu, token_heads, token_norm
 from kernels.low_rank import LowRank
-from kernels.rope import RopeTables
+from kernels.rope_tables import RopeTables
 from kernels.softcap import ERROR as SOFTCAP_ERROR
 from kernels.token_linear import token_linear, token_linear_reference
 from nf4.levels import LEVELS
@@ -115,7 +115,7 @@ def heads_truth(
         if weight is not None:
             part = part / (part.square().mean(-1, keepdim=True) + EPS).sqrt()
             part = part * (weight.double() + norms.offset)
-        c, s = (table[places.table].double()[:, None] for table in tables[:2])
+        c, s = (table[places.table].double()[:, None] for table in (tables.cos, tables.sin))
         turned, rest = part[..., : 2 * c.shape[-1]], part[..., 2 * c.shape[-1] :]
         if tables.is_interleaved:
             turned = torch.cat((turned[..., ::2], turned[..., 1::2]), -1)
@@ -126,6 +126,8 @@ def heads_truth(
         return torch.cat((turned, rest), -1)
 
     query = rotated(query, norms and norms.query)
+    if tables.query_factor is not None:
+        query = query * tables.query_factor[places.table].double()[:, None, None]
     key = rotated(key, norms and norms.key)
     return query, key, value
 
@@ -248,13 +250,18 @@ def _cache(dtype: torch.dtype, head_dim: int) -> Tensor:
     return torch.empty(2, 8, 64, head_dim, dtype=dtype)
 
 
-def _launch_heads(dtype: torch.dtype, rotary_dim: int = 128, is_interleaved: bool = False) -> None:
+def _launch_heads(
+    dtype: torch.dtype,
+    rotary_dim: int = 128,
+    is_interleaved: bool = False,
+    query_factor: Tensor | None = None,
+) -> None:
     cache, place = _cache(dtype, 128), torch.zeros(2, dtype=torch.int64)
     qkv, cos = torch.empty(2, 6144, dtype=dtype), torch.empty(64, rotary_dim // 2)
     weight = torch.empty(128, dtype=dtype)
     norms = token_heads.HeadNorms(weight, weight, EPS, 1.0)
     places = token_heads.Places(place, place)
-    tables = RopeTables(cos, cos, is_interleaved)
+    tables = RopeTables(cos, cos, is_interleaved, query_factor)
     token_heads._launch_token_heads(qkv, cache, cache, places, tables, norms)
 
 
@@ -285,6 +292,11 @@ COMPILED: dict[str, tuple[Any, str, Callable[[torch.dtype], None]]] = {
         token_heads,
         "_token_heads_kernel",
         lambda dtype: _launch_heads(dtype, 64, True),
+    ),
+    "heads-scaled": (
+        token_heads,
+        "_token_heads_kernel",
+        lambda dtype: _launch_heads(dtype, query_factor=torch.ones(64)),
     ),
     "attn": (token_attention, "_token_attention_kernel", _launch_attention),
     "attn-wide": (
@@ -341,6 +353,7 @@ GPU_CASES: list[Any] = [
         ("heads", HeadsCase((0, 63, 64, 199), 4, 2, 96, dtype, has_norms=True)),
         ("heads", HeadsCase((5, 700), 24, 8, 128, dtype, 1024, rotary_dim=96)),
         ("heads", HeadsCase((5, 700), 32, 2, 128, dtype, 1024, rotary_dim=64, is_interleaved=True)),
+        ("heads", HeadsCase((5, 700), 32, 8, 128, dtype, 1024, scales_queries=True)),
         ("attn", AttentionCase(HeadsCase((1000,), 32, 8, 128, dtype, 1024), num_ranks=16)),
         ("attn", AttentionCase(HeadsCase((0, 5, 900), 8, 2, 256, dtype, 1024), 30.0, 512)),
         ("attn", AttentionCase(HeadsCase(tuple(range(9)), 6, 6, 64, dtype), num_ranks=2)),

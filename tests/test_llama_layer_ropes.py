@@ -9,11 +9,12 @@ import pytest
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope_scaling import LinearRopeScaling, Rope
+from llama.rope_scaling import LinearRopeScaling, QueryScaling, Rope
 
 GEMMA3 = VARIANTS["gemma3"]
 SMOLLM3 = VARIANTS["smollm3"] | {"rope_scaling": None}
 PHI3, GLM4 = VARIANTS["phi3"], VARIANTS["glm4"]
+MINISTRAL3 = VARIANTS["ministral3"]
 LONGROPE = {
     "type": "longrope",
     "short_factor": [1.0, 1.1, 1.2, 1.5],
@@ -71,6 +72,18 @@ def test_layers_that_are_listed_do_not_rotate_their_heads(tmp_path: Path) -> Non
     assert config.ropes == (None, rope, rope, None, rope)
     assert config.windows == (None,) * 5
     assert config.distinct_ropes == [None, rope]
+
+
+def test_queries_grow_beyond_the_length_of_the_first_training(tmp_path: Path) -> None:
+    config = read(tmp_path, MINISTRAL3)
+    (rope,) = config.distinct_ropes
+    assert rope is not None
+    assert rope.query_scaling == QueryScaling(0.7, 8)
+    # transformers' class of another family does not read the field
+    mistral = MINISTRAL3 | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (rope,) = read(tmp_path, mistral).distinct_ropes
+    assert rope is not None
+    assert rope.query_scaling is None
 
 
 def test_one_length_decides_which_sequences_are_long(tmp_path: Path) -> None:
@@ -152,6 +165,11 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
                 },
             },
             "original_max_position_embeddings must be the same in all sets of parameters: got [16,",
+        ),
+        (MINISTRAL3 | {"rope_parameters": None}, "must give llama_4_scaling_beta: the key is miss"),
+        (
+            MINISTRAL3 | {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor must be absent or 1: got 0.5",
         ),
         (SMOLLM3 | {"no_rope_layers": [1]}, "a 0 or a 1 for each of 2 layers: got [1]"),
         (SMOLLM3 | {"no_rope_layers": [1, "0"]}, "no_rope_layers must be a 0 or a 1 for each of"),

@@ -178,6 +178,49 @@ PIXTRAL_12B = {
     "vision_feature_select_strategy": "full",
 }
 
+MINISTRAL_3_8B = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "dtype": "bfloat16",
+    "image_token_index": 10,
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 262144,
+        "model_type": "ministral3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 131072,
+    },
+    "transformers_version": "5.0.0.dev0",
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024},
+    "vision_feature_layer": -1,
+}
+
 
 def read(folder: Path, fields: dict[str, Any]) -> LlamaConfig:
     (folder / "config.json").write_text(json.dumps(fields))
@@ -193,8 +236,17 @@ def read(folder: Path, fields: dict[str, Any]) -> LlamaConfig:
         (PHI_4_MINI, (3072, 8192, 32, 24, 8, 131_072)),
         (COMMAND_R7B, (4096, 14_336, 32, 32, 8, 8192)),
         (PIXTRAL_12B, (5120, 14_336, 40, 32, 8, 1_024_000)),
+        (MINISTRAL_3_8B, (4096, 14_336, 34, 32, 8, 262_144)),
     ],
-    ids=["llava-1.5-7b", "bakllava", "qwen2.5-vl-7b", "phi-4-mini", "command-r7b", "pixtral-12b"],
+    ids=[
+        "llava-1.5-7b",
+        "bakllava",
+        "qwen2.5-vl-7b",
+        "phi-4-mini",
+        "command-r7b",
+        "pixtral-12b",
+        "ministral-3-8b",
+    ],
 )
 def test_a_published_models_config_is_read(
     tmp_path: Path, fields: dict[str, Any], sizes: tuple[int, ...]

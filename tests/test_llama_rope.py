@@ -10,8 +10,8 @@ from support.llama_peers import tiny_peer
 from support.tiny_llama import FIELDS, VARIANTS
 
 from llama.config import LlamaConfig, read_config
-from llama.rope import rope_frequencies
-from llama.rope_scaling import Llama3RopeScaling, Rope, YarnRopeScaling
+from llama.rope import query_factors, rope_frequencies
+from llama.rope_scaling import Llama3RopeScaling, QueryScaling, Rope, YarnRopeScaling
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -106,3 +106,17 @@ def test_scaling_keeps_the_fast_and_divides_the_slow_frequencies(tmp_path: Path)
     assert (~slow).any()
     assert torch.equal(scaled[slow], plain[slow] / 8)
     assert torch.equal(scaled[fast], plain[fast])
+
+
+def test_a_query_grows_by_the_logarithm_of_the_lengths_before_it() -> None:
+    # Ministral-3's, up to its last position
+    rope = Rope(1e6, query_scaling=QueryScaling(0.1, 16384))
+    positions = [0, 1, 16383, 16384, 32767, 32768, 131072, 262143]
+    factors = query_factors(rope, torch.tensor(positions))
+    assert factors is not None
+    assert factors.dtype == torch.float32
+    expected = [1 + 0.1 * math.log(1 + position // 16384) for position in positions]
+    # the logarithm, the product and the sum, each rounded
+    assert (factors.double() - torch.tensor(expected).double()).abs().max() <= 3 * EPS
+    assert factors[:3].tolist() == [1, 1, 1]
+    assert query_factors(Rope(1e6), torch.arange(3)) is query_factors(None, torch.arange(3)) is None

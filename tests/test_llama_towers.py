@@ -180,6 +180,7 @@ def write(folder: Path, fields: dict[str, Any]) -> Path:
 ARCHITECTURES = {
     "gemma3": "Gemma3ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
+    "ministral3": "Mistral3ForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -240,6 +241,9 @@ def test_three_rotary_positions_are_of_towers_that_have_them(tmp_path: Path) -> 
         ("mistral3", False, True, False),
         # the files have a head of their own, which transformers keeps
         ("mistral3", ..., ..., False),
+        # Ministral-3 3B and 8B
+        ("ministral3", ..., True, True),
+        ("ministral3", ..., False, False),
         ("llava", False, True, True),
         ("qwen2_5_vl", ..., True, True),
         ("qwen3_vl", False, True, False),

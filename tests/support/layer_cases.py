@@ -10,7 +10,7 @@ from support.nf4_cases import INTERPRETED_DTYPES
 from torch import Tensor
 
 from kernels.glu import ACTIVATIONS, Activation
-from kernels.rope import RopeTables
+from kernels.rope_tables import RopeTables
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -210,12 +210,14 @@ class RopeCase:
     is_strided: bool = False
     rotary_dim: int | None = None  # of the dimensions that turn; None: all
     is_interleaved: bool = False
+    scales_queries: bool = False
 
     def __str__(self) -> str:
         heads = f"H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
         words = [f"B{self.batch}-T{self.num_tokens}-{heads}-{str(self.dtype)[6:]}"]
         words += ["strided"] * self.is_strided + [f"r{self.rotary_dim}"] * bool(self.rotary_dim)
-        return "-".join(words + ["interleaved"] * self.is_interleaved)
+        words += ["interleaved"] * self.is_interleaved + ["scaled"] * self.scales_queries
+        return "-".join(words)
 
 
 def rope_cases(
@@ -223,9 +225,10 @@ def rope_cases(
     dtypes: tuple[torch.dtype, ...],
     rotary_dim: int | None = None,
     is_interleaved: bool = False,
+    scales_queries: bool = False,
 ) -> list[RopeCase]:
     return [
-        RopeCase(*shape, dtype, is_strided, rotary_dim, is_interleaved)
+        RopeCase(*shape, dtype, is_strided, rotary_dim, is_interleaved, scales_queries)
         for dtype in dtypes
         for shape in shapes
         for is_strided in (False, True)
@@ -241,6 +244,10 @@ TINY_ROPES = rope_cases(
 TINY_ROPES += rope_cases([(2, 5, 3, 1, 16)], INTERPRETED_DTYPES, 10)
 TINY_ROPES += rope_cases([(2, 5, 3, 1, 12)], INTERPRETED_DTYPES, None, True)
 TINY_ROPES += rope_cases([(1, 3, 9, 2, 32)], INTERPRETED_DTYPES, 16, True)
+# queries have a factor, in a tile with keys and in one of their own
+TINY_ROPES += rope_cases(
+    [(2, 5, 3, 1, 12), (1, 3, 18, 6, 128)], INTERPRETED_DTYPES, scales_queries=True
+)
 NUM_POSITIONS = 37
 
 
@@ -270,11 +277,13 @@ def rope_inputs(case: RopeCase, device: torch.device = CPU) -> dict[str, Tensor]
         "positions": positions.to(device, torch.int32 if case.is_strided else torch.int64),
         "cos": angles.cos().to(device),
         "sin": angles.sin().to(device),
+        "query_factor": (1 + torch.rand(NUM_POSITIONS, generator=generator)).to(device),
     }
 
 
 def tables_of(case: RopeCase, inputs: dict[str, Tensor]) -> RopeTables:
-    return RopeTables(inputs["cos"], inputs["sin"], case.is_interleaved)
+    factor = inputs["query_factor"] if case.scales_queries else None
+    return RopeTables(inputs["cos"], inputs["sin"], case.is_interleaved, factor)
 
 
 def rope_results(

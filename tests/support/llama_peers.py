@@ -19,8 +19,10 @@ from torch import Tensor
 
 from checkpoint.identity import identify
 from checkpoint.loading import load_model
+from checkpoint.merged_copy import read_updates, write_merged_shards
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, projections
+from llama.config import CONFIG_NAME
+from llama.model import PROJECTIONS, projection_shapes, projections, quantized_shapes
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
 
@@ -42,7 +44,8 @@ class Peer:
     """A checkpoint, what was fed to it and what the peers made of it."""
 
     checkpoint: Path
-    folder: Path  # holds our_adapter, peft_adapter and resaved, the checkpoint as they save it
+    # holds our_adapter, peft_adapter, merged, and resaved, the checkpoint as they save it
+    folder: Path
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     facts: dict[str, Any]
@@ -59,6 +62,16 @@ def write_our_adapter(checkpoint: Path, folder: Path) -> None:
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
     identity = identify(open_checkpoint(checkpoint)).original
     save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint), identity)
+
+
+def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
+    """Merge an adapter into its base, as the product does."""
+    folder.mkdir()
+    base = open_checkpoint(checkpoint)
+    (folder / CONFIG_NAME).write_bytes((checkpoint / CONFIG_NAME).read_bytes())
+    updates = read_updates(adapter, projection_shapes(base.config))
+    paths = quantized_shapes(base.config)
+    write_merged_shards(base.shards, paths, updates, None, CPU, folder)
 
 
 def _run(
@@ -93,13 +106,17 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
         # all-linear is experts and their router, too
         lora = PEFT_LORA | ({"target_modules": PROJECTIONS[:4]} if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
+        write_merged(checkpoint, folder / "our_adapter", folder / "merged")
         jobs[variant] = {
             "checkpoint": str(checkpoint),
             "is_capped": "attn_logit_softcapping" in VARIANTS[variant],
             "has_experts": has_experts,
             "dtypes": ["float64", "bfloat16", "float16"],
             "lora": lora,
-            **{name: str(folder / name) for name in ("our_adapter", "peft_adapter", "resaved")},
+            **{
+                name: str(folder / name)
+                for name in ("our_adapter", "peft_adapter", "merged", "resaved")
+            },
         }
     # tensors of one file may not share memory
     inputs = {v: {"input_ids": input_ids.clone(), "labels": labels.clone()} for v in VARIANTS}

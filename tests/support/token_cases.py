@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.lora_extension import Update
 from kernels.low_rank import LowRank, low_rank_of
-from kernels.rope import RopeTables
+from kernels.rope_tables import RopeTables
 from kernels.token_attention import TokenScores
 from kernels.token_heads import HeadNorms, Places
 
@@ -130,12 +130,14 @@ class HeadsCase:
     has_norms: bool = False
     rotary_dim: int | None = None  # of the dimensions that turn; None: all
     is_interleaved: bool = False
+    scales_queries: bool = False
 
     def __str__(self) -> str:
         size = f"H{self.num_heads}+{self.num_kv_heads}-E{self.head_dim}-at{self.places}"
         words = [f"{size}-{str(self.dtype)[6:]}"] + ["norms"] * self.has_norms
         words += [f"r{self.rotary_dim}"] * bool(self.rotary_dim)
-        return " ".join(words + ["interleaved"] * self.is_interleaved)
+        words += ["interleaved"] * self.is_interleaved + ["scaled"] * self.scales_queries
+        return " ".join(words)
 
     def cache(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keys and values; those behind a sequence's tokens are NaN."""
@@ -156,7 +158,9 @@ class HeadsCase:
         qkv = torch.randn(len(self.places), num_heads * self.head_dim, generator=drawn)
         num_pairs = (self.rotary_dim or self.head_dim) // 2
         angles = torch.randn(self.capacity + 7, num_pairs, generator=drawn).to(device)
-        tables = RopeTables(angles.cos(), angles.sin(), self.is_interleaved)
+        factor = 1 + torch.rand(self.capacity + 7, generator=generator_of((self, "factor")))
+        factor = factor.to(device) if self.scales_queries else None
+        tables = RopeTables(angles.cos(), angles.sin(), self.is_interleaved, factor)
         weights = torch.randn(2, self.head_dim, generator=drawn).to(self.dtype).to(device)
         norms = HeadNorms(weights[0], weights[1], EPS, 1.0) if self.has_norms else None
         keys, values = self.cache(device)
@@ -220,6 +224,7 @@ def _tiny() -> dict[str, list[Any]]:
             HeadsCase((5, 130), 4, 2, 24, dtype, has_norms=True, rotary_dim=10),
             HeadsCase((5,), 4, 2, 24, dtype, is_interleaved=True),
             HeadsCase((5,), 4, 2, 24, dtype, rotary_dim=12, is_interleaved=True),
+            HeadsCase((5, 130), 4, 2, 24, dtype, scales_queries=True),
         ]
         cases["attn"] += [
             AttentionCase(heads),

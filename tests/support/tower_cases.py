@@ -53,6 +53,25 @@ TOWERS: dict[str, dict[str, Any]] = {
         "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
         "tie_word_embeddings": False,
     },
+    "ministral3": {
+        "model_type": "mistral3",
+        "text_config": TEXT
+        | {
+            "model_type": "ministral3",
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.7,
+            },
+        },
+        "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
+        "tie_word_embeddings": True,
+    },
     "gemma3": {
         "model_type": "gemma3",
         "text_config": TEXT

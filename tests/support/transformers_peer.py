@@ -108,6 +108,9 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
         adapted, facts["our_adapter_warnings"] = load_adapter(job, job["our_adapter"])
         output["our_adapter_logits"] = adapted(input_ids=input_ids).logits.detach()
         output["our_adapter_greedy"] = greedy(adapted, input_ids)
+    if "merged" in job:
+        merged = load(job | {"checkpoint": job["merged"]})
+        output["merged_logits"] = merged(input_ids=input_ids).logits.detach()
     for name, targets in job.get("trainable", {}).items():
         facts[f"trainable.{name}"] = trainable_line(job, targets)
     return output, facts
