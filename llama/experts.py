@@ -14,11 +14,12 @@ and through the router.
 import torch
 from torch import Tensor, nn
 
+from kernels.expert_sums import expert_sums
 from kernels.glu import Activation, glu, glu_backward
 from llama.config import LlamaConfig
 from llama.halves import Gated
 from llama.layer_experts import Experts
-from llama.routing import Routing, add_to_tokens, logits_backward, route
+from llama.routing import Routing, logits_backward, route
 from lora.expert_group import ExpertGroup
 
 
@@ -83,11 +84,10 @@ class ExpertMLP(nn.Module):
         """Compute the output of what `inner` returns."""
         routing = kept.routing
         assert routing is not None
-        rows = self.down.forward(inner, routing.offsets)
         # there are no updates
         kept.h_down = inner.new_empty(0)
-        total = rows.new_zeros(len(routing.chosen), rows.shape[1], dtype=torch.float32)
-        return add_to_tokens(total, rows, routing, routing.weights).to(rows.dtype)
+        rows = self.down.forward(inner, routing.offsets)
+        return expert_sums(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Turn gate | up into their gradient, and find that of the router's logits.
@@ -113,8 +113,8 @@ class ExpertMLP(nn.Module):
         routing = kept.routing
         assert routing is not None
         rows = self.experts.gate_up.backward(kept.gate_up_ext, routing.offsets)
-        total = kept.grad_logits @ self.gate.weight.float()
-        return add_to_tokens(total, rows, routing).to(rows.dtype)
+        through_router = kept.grad_logits @ self.gate.weight.float()
+        return expert_sums(rows, routing.places, start=through_router)
 
     def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Let go of what was kept: no gradient needs the input."""

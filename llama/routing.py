@@ -9,10 +9,9 @@
     pairs           (0, 2) (0, 0) (1, 0) (1, 1)
     sorted rows     (0, 0) (1, 0) | (1, 1) | (0, 2)        offsets 0, 2, 3, 4
 
-Logits, weights and sums over experts are in float32; transformers rounds logits to 16 bits, where
-two experts of a token may then be equal. The order of equal rows and of sums is fixed, so two
-passes give the same numbers, bit for bit. Nothing waits for the device, and shapes depend on the
-number of tokens alone.
+Logits and weights are in float32; transformers rounds logits to 16 bits, where two experts of a
+token may then be equal. The order of one expert's rows is fixed, so two passes give the same
+numbers, bit for bit. Nothing waits for the device, and shapes depend on the number of tokens alone.
 
     M tokens, E experts, k of them a token, R = M k pairs, D hidden_size
 """
@@ -70,19 +69,6 @@ def route(
     offsets = torch.searchsorted(experts, numbers[: num_experts + 1], out_int32=True)
     places = torch.empty_like(order).scatter_(0, order, numbers[: len(order)])
     return Routing(chosen, weights, shares, order, places.view_as(chosen), offsets)
-
-
-def add_to_tokens(
-    total: Tensor,  # (M, D) float32
-    rows: Tensor,  # (R, D), sorted
-    routing: Routing,
-    weights: Tensor | None = None,  # (M, k)
-) -> Tensor:  # (M, D)
-    """Add to each token its rows, each times its weight, in the order of the token's experts."""
-    for j, places in enumerate(routing.places.unbind(1)):
-        part = rows[places]
-        total += part if weights is None else part * weights[:, j : j + 1]
-    return total
 
 
 def logits_backward(grad_weights: Tensor, routing: Routing) -> Tensor:  # (M, k) -> (M, E)

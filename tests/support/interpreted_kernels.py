@@ -20,6 +20,7 @@ from support.cross_entropy_cases import (  # noqa: E402
     loss_results,
 )
 from support.dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
+from support.expert_sums_cases import TINY_SUMS, summed  # noqa: E402
 from support.grouped_matmul_cases import (  # noqa: E402
     TINY_GROUPS,
     TINY_ODD_GROUPS,
@@ -62,6 +63,7 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.device import H200  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
+from kernels.expert_sums import _launch_expert_sums  # noqa: E402
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
 from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
@@ -250,6 +252,11 @@ def inputs(results: dict[str, Tensor]) -> None:
     results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
 
 
+def expert_sums(results: dict[str, Tensor]) -> None:
+    """Add what the experts of each token make together."""
+    results |= {str(case): summed(case, _launch_expert_sums) for case in TINY_SUMS}
+
+
 def noises(results: dict[str, Tensor]) -> None:
     """Add embeddings with their noise."""
     results |= {str(case): noisy(case, _launch_neftune) for case in TINY_NOISES}
@@ -265,6 +272,7 @@ KERNELS = {
     "glu": gates,
     "cross_entropy": losses,
     "dropout": dropouts,
+    "expert_sums": expert_sums,
     "neftune": noises,
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
