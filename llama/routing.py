@@ -84,4 +84,7 @@ def logits_backward(grad_weights: Tensor, routing: Routing) -> Tensor:  # (M, k)
         num_experts = routing.offsets.shape[0] - 1
         grad_logits = weighted.new_zeros(weighted.shape[0], num_experts)
         return grad_logits.scatter_(1, routing.chosen, weighted - routing.weights * mean)
-    return (routing.shares * -mean).scatter_add_(1, routing.chosen, weighted)
+    grad_logits = routing.shares * -mean
+    chosen = routing.chosen
+    # no sum at a place, which would be in any order
+    return grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + weighted)
