@@ -72,8 +72,7 @@ class ExpertMLP(nn.Module):
 
     def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
-        routing = route(y, self.gate.weight, *self.choice)
-        kept.routing = routing
+        routing = kept.routing = route(y, self.gate.weight, *self.choice)
         kept.gate_up_ext = self.experts.gate_up.forward(y[routing.tokens], routing.offsets)
 
     def inner(self, kept: Routed) -> Tensor:  # (R, F)

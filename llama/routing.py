@@ -49,21 +49,30 @@ class Routing(NamedTuple):
         return of_pairs.flatten()[self.order][:, None]
 
 
+def choose(
+    y: Tensor,  # (M, D)
+    router: Tensor,  # (E, D)
+    num_chosen: int,
+    is_normalized: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Choose the experts of each token, and weigh them: `Routing`'s chosen, weights and shares."""
+    logits = y.float() @ router.float().T
+    largest, chosen = logits.topk(num_chosen, dim=1)
+    if is_normalized:
+        return chosen, largest.softmax(dim=1), None
+    shares = logits.softmax(dim=1)
+    return chosen, shares.gather(1, chosen), shares
+
+
 def route(
     y: Tensor,  # (M, D)
     router: Tensor,  # (E, D)
     num_chosen: int,
     is_normalized: bool,
 ) -> Routing:
-    """Choose the experts of each token, weigh them, and sort the pairs by expert."""
+    """Choose the experts of each token, and sort the pairs by expert."""
+    chosen, weights, shares = choose(y, router, num_chosen, is_normalized)
     num_experts = router.shape[0]
-    logits = y.float() @ router.float().T
-    largest, chosen = logits.topk(num_chosen, dim=1)
-    if is_normalized:
-        shares, weights = None, largest.softmax(dim=1)
-    else:
-        shares = logits.softmax(dim=1)
-        weights = shares.gather(1, chosen)
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(max(len(order), num_experts + 1), device=y.device)
     offsets = torch.searchsorted(experts, numbers[: num_experts + 1], out_int32=True)
