@@ -33,8 +33,8 @@ from run.room import MB
 # the most bytes of config.json, the tokenizer and the other small files
 COMPANION_BYTES = 64 << 20
 EXPERTS_REMARK = (
-    "\neach expert's matrices are quantized by themselves, as transformers 4 has them; transformers 5 "
-    "does not load this copy"
+    "\neach expert's matrices are quantized by themselves, as transformers 4 has them; "
+    "transformers 5 does not load this copy"
 )
 
 

@@ -28,16 +28,7 @@ from step.workload import Workload
 
 README = ROOT / "README.md"
 MODELS: dict[str, LlamaConfig] = {
-    "Llama-3.2-1B": replace(
-        LLAMA_3_8B,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        head_dim=64,
-        rotary_dim=64,
-        tie_word_embeddings=True,
-        windows=(None,) * 16,
-    ),
+    "Llama-3.2-1B": CONFIGS["llama-3.2-1b"],
     "Llama-3.2-3B": replace(
         LLAMA_3_8B,
         hidden_size=3072,

@@ -67,6 +67,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 128001,
     }
 }
+SHAPES["llama-3.2-1b"] = SHAPES["llama-3-8b"] | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+SHAPES["qwen2.5-3b"] = SHAPES["llama-3-8b"] | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
 NUM_SHARDS = 4
 # of random weights, repeated from shifted starts: drawing all of them would take minutes
 BLOCK_ELEMENTS = 1 << 24
@@ -82,6 +102,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for prefix, group in model.groups():
         for name, rows in zip(group.names, group.rows, strict=True):
             shapes[f"{prefix}{name}.weight"] = (rows, group.in_features)
+            if group.has_bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
 
     def place(name: str) -> tuple[int, str]:
         ends = {"model.embed_tokens.weight": -1, "model.norm.weight": 1 << 30}

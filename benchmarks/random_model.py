@@ -52,6 +52,31 @@ LLAMA_3_8B = LlamaConfig(
     eos_token_ids=(128001,),
 )
 CONFIGS = {
+    "llama-3.2-1b": replace(
+        LLAMA_3_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        head_dim=64,
+        rotary_dim=64,
+        tie_word_embeddings=True,
+        ropes=LLAMA_3_8B.ropes[:1] * 16,
+        windows=(None,) * 16,
+    ),
+    "qwen2.5-3b": replace(
+        LLAMA_3_8B,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        qkv_bias=True,
+        tie_word_embeddings=True,
+        ropes=(Rope(1000000.0),) * 36,
+        windows=(None,) * 36,
+    ),
     "llama-3-8b": LLAMA_3_8B,
     "llama-3-70b": replace(
         LLAMA_3_8B,

@@ -227,6 +227,14 @@ KERNEL_SECTIONS = {
         "cuBLAS for each expert.",
         grouped_matmul_table,
     ),
+    "expert_rows": Section(
+        "Rows of experts",
+        "The rows of M tokens to 8 experts each, Qwen3-30B-A3B's widths, and back "
+        "(`python -m benchmarks expert_rows`): `combine` adds a token's weighted rows up, "
+        "`weigh-backward` computes the gradients of weights and rows. "
+        f"{_OPERATION}",
+        operation_table,
+    ),
     "cross_entropy": Section(
         "Cross-entropy",
         "`loss` computes the losses of M rows of 128,256 logits, `gradient` also writes the "

@@ -2,11 +2,11 @@
 
     python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
     python -m benchmarks train_step --recipe seed ...
-    python -m benchmarks train_step --recipe 70b ...
-    python -m benchmarks train_step --recipe 30b-a3b ...
+    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b, 30b-a3b
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
     seed         Llama-3-8B, rank 16 on q_proj and v_proj, dropout 0.05, paged AdamW in 8 bits
+    1b, 3b       as all-linear, but the shapes of Llama-3.2-1B and Qwen2.5-3B
     70b          Llama-3-70B's shape with random codes, ours alone: no peer loads it without a file
     30b-a3b      Qwen3-30B-A3B's shape with random codes, rank 16 on attention, ours alone
 
@@ -48,8 +48,8 @@ from benchmarks.tables import Row, aligned, train_step_lines
 from checkpoint.files import INDEX_NAME, SINGLE_NAME
 
 HERE = Path(__file__).resolve().parent
-# what the peers expect of a config.json beyond what the shape needs
-FIELDS = SHAPES["llama-3-8b"] | {
+# what the peers expect of a config.json beyond what a shape needs
+PEER_FIELDS = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "mlp_bias": False,
@@ -59,6 +59,7 @@ FIELDS = SHAPES["llama-3-8b"] | {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+FIELDS = SHAPES["llama-3-8b"] | PEER_FIELDS
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 NUM_WORDS = 1000
 
@@ -101,6 +102,8 @@ RECIPES = {
         dropout=0.05,
         optim="paged_adamw_8bit",
     ),
+    "1b": Recipe(("1x2048", "4x2048", "8x2048"), shape_name="llama-3.2-1b"),
+    "3b": Recipe(("1x2048", "4x2048", "8x2048"), shape_name="qwen2.5-3b"),
     "70b": Recipe(
         ("1x2048",),
         shape_name="llama-3-70b",
@@ -382,7 +385,8 @@ def main() -> int:
         model = recipe.shape_name
         if recipe.has_checkpoint:
             folder = arguments.model or Path(temporary) / recipe.shape_name
-            model = str(prepare_checkpoint(folder, FIELDS).resolve())
+            fields = SHAPES[recipe.shape_name] | PEER_FIELDS
+            model = str(prepare_checkpoint(folder, fields).resolve())
         bench = Bench(recipe, model, shapes, arguments.steps, arguments.time_limit)
         measure_all(bench, providers_of(recipe, ours, peers), record, arguments.json)
     print(f"\n{record['device']}, torch {record['torch']}, triton {record['triton']}\n")

@@ -10,7 +10,7 @@ tokens could have more experts together than there are, all are expanded, as for
 import torch
 from torch import Tensor
 
-from kernels.expert_sums import expert_sums
+from kernels.expert_rows import combine_expert_rows
 from kernels.glu import glu
 from kernels.nf4_decode import make_nf4_tables
 from llama.experts import ExpertMLP, Routed
@@ -49,7 +49,8 @@ class TokenExperts:
         chosen, weights, _ = choose(y, mlp.gate.weight, *mlp.choice)
         experts, rows = chosen.flatten(), y.repeat_interleave(chosen.shape[1], dim=0)
         inner = glu(_products(rows, mlp.experts.gate_up, experts), mlp.activation)
-        return expert_sums(_products(inner, mlp.down, experts), self._places, weights)
+        rows = _products(inner, mlp.down, experts)
+        return combine_expert_rows(rows, self._places, weights)
 
 
 def _products(x: Tensor, group: ExpertGroup, experts: Tensor) -> Tensor:  # (P, K) -> (P, N)

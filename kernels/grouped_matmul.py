@@ -55,6 +55,8 @@ TILE = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4)
 # of rows that are loaded value by value, of float32, and of GPUs whose tensor cores Triton does not
 # know: products are unrolled there
 SMALL_TILE = Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, num_warps=8, num_stages=4)
+# of a multiprocessor, that has room for one or two
+PROGRAMS = 2
 # of float32: no tensor cores
 PRECISION = tl.constexpr("ieee")
 
@@ -93,22 +95,22 @@ def _grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    # one program computes one (BLOCK_M, BLOCK_N) tile of y, if there are so many
+    # one program computes every num_programs-th (BLOCK_M, BLOCK_N) tile of y
     offsets_ptr += first_expert
     ends = count_row_tiles(offsets_ptr, num_experts, BLOCK_E, BLOCK_M)
     num_column_tiles = (N + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0)
-    if tile < tl.max(ends, 0) * num_column_tiles:
+    num_tiles = tl.max(ends, 0) * num_column_tiles
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         expert, row, stop, column = find_tile(tile, ends, offsets_ptr, num_column_tiles, BLOCK_M)
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
-        in_y = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
         rows = offs_m.to(tl.int64)[:, None]
         x_ptrs = x_ptr + rows * stride_xm + offs_k[None, :]
-        W_ptr += expert.to(tl.int64) * stride_we
-        w_ptrs = W_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
-        w_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
+        w_ptrs = W_ptr + expert.to(tl.int64) * stride_we
+        w_ptrs += (
+            offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+        )
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             in_K = k + offs_k < K
@@ -117,7 +119,8 @@ def _grouped_matmul_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * stride_wk
-        tl.store(y_ptr + rows * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), in_y)
+        mask = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
+        tl.store(y_ptr + rows * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask)
 
 
 def _launch_grouped_matmul(
@@ -135,7 +138,7 @@ def _launch_grouped_matmul(
     W = W.mT if is_transposed else W
     launch(
         _grouped_matmul_kernel,
-        (most_tiles(R, len(W), N, tile),),
+        (min(PROGRAMS * gpu.num_multiprocessors, most_tiles(R, len(W), N, tile)),),
         y_ptr=y,
         x_ptr=x,
         W_ptr=W,

@@ -85,8 +85,8 @@ def copied_obstacle(x: Tensor, W: Tensor, y: Tensor, gpu: Properties) -> str:
         return f"tiles are copied from 9.0 on with {SHARED_BYTES:,} bytes, not on {gpu}"
     if x.dtype == torch.float32:
         return "tensor cores multiply in bfloat16 or float16, not in torch.float32"
-    if not is_aligned(x, W, y) or 0 in (x.stride(0), *W.stride()):
-        return "addresses, sizes and strides must be multiples of 16"
+    if not is_aligned(x, W, y) or 0 in (*x.shape, x.stride(0), *W.stride()):
+        return "addresses, sizes and strides must be multiples of 16, and not 0"
     return ""
 
 

@@ -11,10 +11,13 @@ and through the router.
     M tokens, E experts, k of them a token, R = M k sorted rows, D hidden_size, F intermediate size
 """
 
-import torch
 from torch import Tensor, nn
 
-from kernels.expert_sums import expert_sums
+from kernels.expert_rows import (
+    combine_expert_rows,
+    gather_expert_rows,
+    weigh_expert_rows_backward,
+)
 from kernels.glu import Activation, glu, glu_backward
 from llama.config import LlamaConfig
 from llama.halves import Gated
@@ -73,7 +76,8 @@ class ExpertMLP(nn.Module):
     def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
         routing = kept.routing = route(y, self.gate.weight, *self.choice)
-        kept.gate_up_ext = self.experts.gate_up.forward(y[routing.tokens], routing.offsets)
+        rows = gather_expert_rows(y, routing.places)
+        kept.gate_up_ext = self.experts.gate_up.forward(rows, routing.offsets)
 
     def inner(self, kept: Routed) -> Tensor:  # (R, F)
         """Compute activation(gate) up."""
@@ -86,7 +90,7 @@ class ExpertMLP(nn.Module):
         # there are no updates
         kept.h_down = inner.new_empty(0)
         rows = self.down.forward(inner, routing.offsets)
-        return expert_sums(rows, routing.places, routing.weights)
+        return combine_expert_rows(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Turn gate | up into their gradient, and find that of the router's logits.
@@ -98,12 +102,15 @@ class ExpertMLP(nn.Module):
         """
         routing = kept.routing
         assert routing is not None
-        grad_inner = self.down.backward(grad_out[routing.tokens], routing.offsets)
+        grad_rows = gather_expert_rows(grad_out, routing.places)
+        grad_inner = self.down.backward(grad_rows, routing.offsets)
+        del grad_rows
         inner = self.inner(kept)
-        grad_weights = (grad_inner * inner).sum(dim=1, dtype=torch.float32)
+        grad_weights = weigh_expert_rows_backward(
+            grad_inner, inner, routing.places, routing.weights
+        )
         del inner
-        kept.grad_logits = logits_backward(grad_weights[routing.places], routing)
-        grad_inner *= routing.in_order(routing.weights)
+        kept.grad_logits = logits_backward(grad_weights, routing)
         glu_backward(grad_inner, kept.gate_up_ext, self.activation)
         del kept.h_down
 
@@ -113,7 +120,7 @@ class ExpertMLP(nn.Module):
         assert routing is not None
         rows = self.experts.gate_up.backward(kept.gate_up_ext, routing.offsets)
         through_router = kept.grad_logits @ self.gate.weight.float()
-        return expert_sums(rows, routing.places, start=through_router)
+        return combine_expert_rows(rows, routing.places, start=through_router)
 
     def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Let go of what was kept: no gradient needs the input."""

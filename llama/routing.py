@@ -27,26 +27,15 @@ class Routing(NamedTuple):
 
     Attributes:
         shares: softmax(logits); None where a token's weights sum to one.
-        order: the pair of each sorted row; pair m k + j is the j-th expert of token m.
-        places: the sorted row of each pair.
+        places: the sorted row of each pair of a token and an expert.
         offsets: where the rows of each expert begin.
     """
 
     chosen: Tensor  # (M, k) int64
     weights: Tensor  # (M, k) float32
     shares: Tensor | None  # (M, E) float32
-    order: Tensor  # (R,) int64
     places: Tensor  # (M, k) int64
     offsets: Tensor  # (E + 1,) int32
-
-    @property
-    def tokens(self) -> Tensor:  # (R,)
-        """The token of each sorted row."""
-        return self.order // self.chosen.shape[1]
-
-    def in_order(self, of_pairs: Tensor) -> Tensor:  # (M, k) -> (R, 1)
-        """Sort a number of each pair as the rows are sorted."""
-        return of_pairs.flatten()[self.order][:, None]
 
 
 def choose(
@@ -77,7 +66,7 @@ def route(
     numbers = torch.arange(max(len(order), num_experts + 1), device=y.device)
     offsets = torch.searchsorted(experts, numbers[: num_experts + 1], out_int32=True)
     places = torch.empty_like(order).scatter_(0, order, numbers[: len(order)])
-    return Routing(chosen, weights, shares, order, places.view_as(chosen), offsets)
+    return Routing(chosen, weights, shares, places.view_as(chosen), offsets)
 
 
 def logits_backward(grad_weights: Tensor, routing: Routing) -> Tensor:  # (M, k) -> (M, E)

@@ -17,6 +17,11 @@ def drawn(num_tokens: int, is_normalized: bool = True) -> tuple[Tensor, Tensor, 
     return y, router, route(y, router, NUM_CHOSEN, is_normalized)
 
 
+def pairs_of_rows(routing: Routing) -> list[int]:
+    """The pair of each sorted row: m NUM_CHOSEN + j for the j-th expert of token m."""
+    return routing.places.flatten().argsort().tolist()
+
+
 def experts_of_rows(routing: Routing) -> list[int]:
     """The expert of each sorted row, by the offsets."""
     counts = routing.offsets.diff().tolist()
@@ -26,14 +31,14 @@ def experts_of_rows(routing: Routing) -> list[int]:
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 64])
 def test_rows_lie_by_expert_and_then_by_token(num_tokens: int) -> None:
     _, _, routing = drawn(num_tokens)
-    pairs = routing.chosen.flatten()[routing.order].tolist()
-    assert pairs == experts_of_rows(routing)
+    pairs = pairs_of_rows(routing)
+    assert sorted(routing.places.flatten().tolist()) == list(range(NUM_CHOSEN * num_tokens))
+    experts = routing.chosen.flatten()[pairs].tolist()
+    assert experts == experts_of_rows(routing)
     assert (routing.offsets.dtype, len(routing.offsets)) == (torch.int32, NUM_EXPERTS + 1)
     # stable: of one expert's rows, an earlier token's comes first
-    keys = list(zip(pairs, routing.tokens.tolist(), strict=True))
+    keys = list(zip(experts, pairs, strict=True))
     assert keys == sorted(keys)
-    # and each pair finds its row again
-    assert_equal(routing.order[routing.places.flatten()], torch.arange(NUM_CHOSEN * num_tokens))
 
 
 def test_weights_are_shares_of_all_experts_or_sum_to_one() -> None:
@@ -54,7 +59,7 @@ def test_experts_that_are_alike_are_chosen_once_each_and_every_time() -> None:
     first, again = (route(y, torch.ones(NUM_EXPERTS, WIDTH), NUM_CHOSEN, True) for _ in range(2))
     assert all(len(set(chosen)) == NUM_CHOSEN for chosen in first.chosen.tolist())
     assert_equal(first.weights, torch.full((6, NUM_CHOSEN), 1 / NUM_CHOSEN))
-    assert_equal(first.order, again.order)
+    assert_equal(first.places, again.places)
     assert int(first.offsets[-1]) == 6 * NUM_CHOSEN
 
 
@@ -70,16 +75,7 @@ def test_all_tokens_may_have_one_expert_and_an_expert_none() -> None:
     router[3] = 1
     routing = route(torch.ones(4, WIDTH), router, 1, True)
     assert routing.offsets.tolist() == [0, 0, 0, 0, 4, 4]
-    assert routing.tokens.tolist() == [0, 1, 2, 3]
-
-
-def test_a_number_of_each_pair_is_sorted_as_the_rows_are() -> None:
-    _, _, routing = drawn(7)
-    expected = [
-        float(routing.weights[pair // NUM_CHOSEN, pair % NUM_CHOSEN])
-        for pair in routing.order.tolist()
-    ]
-    assert routing.in_order(routing.weights).flatten().tolist() == expected
+    assert routing.places.tolist() == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize("is_normalized", [False, True])

@@ -20,7 +20,7 @@ from support.cross_entropy_cases import (  # noqa: E402
     loss_results,
 )
 from support.dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
-from support.expert_sums_cases import TINY_SUMS, summed  # noqa: E402
+from support.expert_rows_cases import TINY_EXPERT_ROWS, expert_rows_results  # noqa: E402
 from support.grouped_matmul_cases import (  # noqa: E402
     TINY_GROUPS,
     TINY_ODD_GROUPS,
@@ -63,7 +63,11 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.device import H200  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
-from kernels.expert_sums import _launch_expert_sums  # noqa: E402
+from kernels.expert_rows import (  # noqa: E402
+    _launch_combine_expert_rows,
+    _launch_gather_expert_rows,
+    _launch_weigh_expert_rows_backward,
+)
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
 from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
@@ -247,14 +251,21 @@ def grouped_products(results: dict[str, Tensor]) -> None:
                 results[f"{name}-{case}-{is_transposed}"] = found
 
 
+def rows_of_tokens(results: dict[str, Tensor]) -> None:
+    """Add what is taken to experts and back."""
+    launches = (
+        _launch_gather_expert_rows,
+        _launch_combine_expert_rows,
+        _launch_weigh_expert_rows_backward,
+    )
+    for case in TINY_EXPERT_ROWS:
+        found = expert_rows_results(case, *launches)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
 def inputs(results: dict[str, Tensor]) -> None:
     """Add inputs with their low-rank part behind them."""
     results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
-
-
-def expert_sums(results: dict[str, Tensor]) -> None:
-    """Add what the experts of each token make together."""
-    results |= {str(case): summed(case, _launch_expert_sums) for case in TINY_SUMS}
 
 
 def noises(results: dict[str, Tensor]) -> None:
@@ -272,11 +283,11 @@ KERNELS = {
     "glu": gates,
     "cross_entropy": losses,
     "dropout": dropouts,
-    "expert_sums": expert_sums,
     "neftune": noises,
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
     "grouped_matmul": grouped_products,
+    "expert_rows": rows_of_tokens,
     "lora_input": inputs,
 }
 
