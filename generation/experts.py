@@ -33,7 +33,7 @@ class TokenExperts:
         self._places = torch.arange(num_pairs, device=device).view(-1, num_chosen)
         self._picks = num_pairs <= mlp.gate.out_features
         if self._picks and device.type != "cpu":
-            for group in (mlp.experts.gate_up, mlp.down):
+            for group in (mlp.gate_up, mlp.down):
                 if isinstance(group.weight, NF4Weight):
                     # before the first pass: kernels/constants.py says why
                     some = pick_parts(group.weight, group.num_experts, self._places.flatten())
@@ -48,7 +48,7 @@ class TokenExperts:
             return mlp.project_out(mlp.inner(kept), None, kept)
         chosen, weights, _ = choose(y, mlp.gate.weight, *mlp.choice)
         experts, rows = chosen.flatten(), y.repeat_interleave(chosen.shape[1], dim=0)
-        inner = glu(_products(rows, mlp.experts.gate_up, experts), mlp.activation)
+        inner = glu(_products(rows, mlp.gate_up, experts), mlp.activation)
         rows = _products(inner, mlp.down, experts)
         return combine_expert_rows(rows, self._places, weights)
 

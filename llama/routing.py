@@ -69,20 +69,25 @@ def route(
     return Routing(chosen, weights, shares, places.view_as(chosen), offsets)
 
 
-def logits_backward(grad_weights: Tensor, routing: Routing) -> Tensor:  # (M, k) -> (M, E)
-    """Compute the logits' gradient from that of the weights.
+def route_backward(
+    grad_weights: Tensor,  # (M, k) float32
+    routing: Routing,
+    router: Tensor,  # (E, D)
+) -> Tensor:  # (M, D) float32
+    """Compute y's gradient through the router from that of the weights.
 
         grad_logits = softmax(logits) (grad - sum_e softmax(logits)[e] grad[e])
+        grad_y      = grad_logits W
 
     where grad is that of each share, over the experts that the softmax is over.
     """
     weighted = routing.weights * grad_weights
-    mean = weighted.sum(dim=1, keepdim=True)
+    mean, chosen = weighted.sum(dim=1, keepdim=True), routing.chosen
     if routing.shares is None:
-        num_experts = routing.offsets.shape[0] - 1
-        grad_logits = weighted.new_zeros(weighted.shape[0], num_experts)
-        return grad_logits.scatter_(1, routing.chosen, weighted - routing.weights * mean)
-    grad_logits = routing.shares * -mean
-    chosen = routing.chosen
-    # no sum at a place, which would be in any order
-    return grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + weighted)
+        grad_logits = weighted.new_zeros(weighted.shape[0], router.shape[0])
+        grad_logits.scatter_(1, chosen, weighted - routing.weights * mean)
+    else:
+        grad_logits = routing.shares * -mean
+        # no sum at a place, which would be in any order
+        grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + weighted)
+    return grad_logits @ router.float()

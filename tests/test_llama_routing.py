@@ -5,7 +5,7 @@ import torch
 from support.equality import assert_equal
 from torch import Tensor
 
-from llama.routing import Routing, logits_backward, route
+from llama.routing import Routing, route, route_backward
 
 NUM_EXPERTS, NUM_CHOSEN, WIDTH = 5, 3, 8
 
@@ -79,14 +79,15 @@ def test_all_tokens_may_have_one_expert_and_an_expert_none() -> None:
 
 
 @pytest.mark.parametrize("is_normalized", [False, True])
-def test_gradients_of_logits_are_autograds(is_normalized: bool) -> None:
+def test_gradients_through_the_router_are_autograds(is_normalized: bool) -> None:
     y, router, routing = drawn(7, is_normalized)
     grad_weights = torch.randn(7, NUM_CHOSEN, generator=torch.Generator().manual_seed(1))
-    logits = (y @ router.T).double().requires_grad_()
-    weights = logits.softmax(dim=1).gather(1, routing.chosen)
+    leaf = y.double().requires_grad_()
+    weights = (leaf @ router.double().T).softmax(dim=1).gather(1, routing.chosen)
     if is_normalized:
         weights = weights / weights.sum(dim=1, keepdim=True)
-    (expected,) = torch.autograd.grad(weights, logits, grad_weights.double())
-    actual = logits_backward(grad_weights, routing)
+    (expected,) = torch.autograd.grad(weights, leaf, grad_weights.double())
+    actual = route_backward(grad_weights, routing, router)
     assert actual.dtype == torch.float32
-    assert (actual - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps
+    # a few roundings of numbers of order one, and a sum of five of them
+    assert (actual - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps
