@@ -115,6 +115,17 @@ STEP_SECTIONS = {
         "(`python -m benchmarks train_step --recipe seed`).",
         train_step_table,
     ),
+    "train_step_1b": Section(
+        "Training step, 1B",
+        "Llama-3.2-1B's shape, as the 8B model's step (`python -m benchmarks train_step --recipe "
+        "1b`).",
+        train_step_table,
+    ),
+    "train_step_3b": Section(
+        "Training step, 3B",
+        "Qwen2.5-3B's shape, likewise (`python -m benchmarks train_step --recipe 3b`).",
+        train_step_table,
+    ),
     "train_step_70b": Section(
         "Training step, 70B",
         "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
