@@ -2,12 +2,13 @@
 
     python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
     python -m benchmarks train_step --recipe seed ...
-    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b
+    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b, 30b-a3b
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
     seed         Llama-3-8B, rank 16 on q_proj and v_proj, dropout 0.05, paged AdamW in 8 bits
     1b, 3b       as all-linear, but the shapes of Llama-3.2-1B and Qwen2.5-3B
     70b          Llama-3-70B's shape with random codes, ours alone: no peer loads it without a file
+    30b-a3b      Qwen3-30B-A3B's shape with random codes, rank 16 on attention, ours alone
 
 NF4 with double quantization, bf16, all tokens with a label. Every provider is a process of its own
 on the same GPU, one after the other, and all load the same checkpoint folder (--model; written with
@@ -110,6 +111,12 @@ RECIPES = {
         shape_name="llama-3-70b",
         has_checkpoint=False,
         ours=("offload", "recompute"),
+    ),
+    "30b-a3b": Recipe(
+        ("4x2048",),
+        shape_name="qwen3-30b-a3b",
+        has_checkpoint=False,
+        ours=("offload", "recompute", "auto"),
     ),
 }
 

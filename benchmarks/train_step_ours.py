@@ -21,7 +21,7 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, Llama
+from llama.model import Llama, projections
 from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from prepare.adapter import lora_config
@@ -42,7 +42,7 @@ def workload_of(
 ) -> Workload:
     """Size a shape's micro-step as train.py's plan wants it."""
     model = load(source, config, torch.device("meta"), base_compute)
-    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
+    model.attach_lora(lora_config(config, projections(model.config)), SEED)
     return Workload(
         model=model,
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
@@ -156,7 +156,7 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - start
-    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
+    model.attach_lora(lora_config(config, projections(model.config)), SEED)
     optimizer = train.make_optimizer(model, config)
 
     def make(shape: tuple[int, int]) -> tuple[Step, dict[str, Any]]:
