@@ -84,7 +84,7 @@ FAMILIES = (
 KERNELS = {
     "_nf4_dequantize_kernel": "dequantization",
     "_nf4_matmul_": "base products, forward",
-    "_extend_with_lora_kernel": "low-rank updates",
+    "_write_updates_kernel": "low-rank updates",
     "_extend_input_kernel": "low-rank updates",
     "_lora_gradient_": "low-rank updates",
     "_dropout_kernel": "low-rank updates",

@@ -35,6 +35,8 @@ class ExpertGroup(FrozenGroup):
         num_experts: whose matrices lie one behind the other, the same of each.
     """
 
+    expanded: Tensor | None  # all experts' matrices
+
     def __init__(
         self,
         names: tuple[str, ...],
@@ -102,6 +104,10 @@ class ExpertGroup(FrozenGroup):
         weight = self.weight
         is_packed = isinstance(weight, NF4Weight)
         self.expanded = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)
+
+    def expanded_tensors(self) -> Iterator[Tensor]:
+        if self.expanded is not None and self.expanded is not self.weight:
+            yield self.expanded
 
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Expand the weights, some experts at a time: the first of them, and their matrices, each

@@ -32,6 +32,7 @@ from kernels.neftune import neftune_, noise_scale
 from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
+from lora.linear_group import new_rows
 from optim.arena import GradientArena
 from rows.batch import Batch
 from step.captured_shapes import Captured, CapturedShapes
@@ -336,7 +337,7 @@ class MicroStep:
         layers, stash = self.model.layers, self._stash
         M, D = grad_hidden.shape
         tail = max(layer.grad_tail for layer in layers)
-        grad_ext = grad_hidden.new_empty(M, D + tail)
+        grad_ext = new_rows(grad_hidden, M, D + tail)
         norm = self.model.decoder.norm
         norm.backward(grad_hidden, None, r, rstd, out=grad_ext[:, :D])
         if stash is not None:

@@ -54,7 +54,7 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
     ("found", "family"),
     [
         (kernel("_nf4_dequantize_kernel", region=FORWARD), "dequantization"),
-        (kernel("_extend_with_lora_kernel", region=BACKWARD), "low-rank updates"),
+        (kernel("_write_updates_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
         (kernel("_grouped_matmul_copied_kernel", region=FORWARD), "base products, forward"),

@@ -104,6 +104,22 @@ def test_every_policy_gives_the_same_bits(
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2"])
+def test_gradients_in_half_precision_on_a_cpu_point_where_those_in_float32_do(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    # rows are no multiples of what a product reads at once, and behind them lies whatever there was
+    input_ids, labels = tokens(2, 65), some_labels(tokens(2, 65))
+    found = {}
+    for one in (torch.float32, dtype):
+        model = load_tiny(tmp_path / str(one), dtype=one, variant=variant)
+        found[one] = gradients_of(step_of(model, KEEP), input_ids, labels)
+    for name, expected in found[torch.float32].items():
+        close = torch.cosine_similarity(found[dtype][name].flatten(), expected.flatten(), dim=0)
+        assert close > 0.98, (name, close)
+
+
 @DEVICES
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_family_is_recomputed_bit_for_bit(
