@@ -309,13 +309,14 @@ FAMILIES = {
         windows="switched",
         experts=LayerExperts("sparse", "moe_intermediate_size"),
         defaults={
+            "rms_norm_eps": 1e-6,
             "num_key_value_heads": 4,
             "sliding_window": 4096,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        # transformers ignores max_window_layers
+        # transformers ignores max_window_layers and use_qk_norm
         fields=_EXPERT_FIELDS
         | _WINDOW_FIELDS
         | {
@@ -325,6 +326,7 @@ FAMILIES = {
             "moe_intermediate_size",
             "norm_topk_prob",
             "num_experts",
+            "use_qk_norm",
         },
         aliases={"num_local_experts": "num_experts"},
     ),
@@ -333,7 +335,7 @@ FAMILIES = {
         qk_norm=True,
         has_joint_qk_norm=True,
         experts=LayerExperts(),
-        defaults={"num_experts": 64, "num_experts_per_tok": 8},
+        defaults={"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
         fields=_EXPERT_FIELDS | {"attention_bias", "norm_topk_prob", "num_experts"},
         aliases={"num_local_experts": "num_experts"},
     ),
@@ -344,6 +346,7 @@ FAMILIES = {
         windows="all",
         experts=LayerExperts(is_normalized=True),
         defaults={
+            "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
             "rope_theta": 1e6,
             "num_experts": 8,

@@ -84,10 +84,13 @@ def route_backward(
     weighted = routing.weights * grad_weights
     mean, chosen = weighted.sum(dim=1, keepdim=True), routing.chosen
     if routing.shares is None:
+        of_chosen = weighted - routing.weights * mean
         grad_logits = weighted.new_zeros(weighted.shape[0], router.shape[0])
-        grad_logits.scatter_(1, chosen, weighted - routing.weights * mean)
     else:
         grad_logits = routing.shares * -mean
         # no sum at a place, which would be in any order
-        grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + weighted)
+        of_chosen = grad_logits.gather(1, chosen) + weighted
+    # in one dimension: in deterministic runs torch waits for the device to scatter in two
+    first = torch.arange(len(chosen), device=chosen.device)[:, None] * router.shape[0]
+    grad_logits.view(-1).scatter_(0, (chosen + first).view(-1), of_chosen.view(-1))
     return grad_logits @ router.float()

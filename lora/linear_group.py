@@ -294,8 +294,8 @@ class LinearGroup(FrozenGroup):
         N = self.num_rows
         if not needs_grad_x and not self.updates:
             return None
-        # the forward pass wrote the updates, which have not changed since
-        expansion = self.expand(grad_ext.dtype) if self.expanded is None else self.expanded
+        # the updates are written again, since a forward pass of few rows has not written them
+        expansion = self.expand(grad_ext.dtype)
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
             assert self.lora_B is not None

@@ -20,7 +20,7 @@ from step.memory_plan import (
     plan_memory,
     plan_within,
 )
-from step.micro_step import POLICIES, MicroStep, Policy
+from step.micro_step import KEEPS_ACTIVATIONS, POLICIES, MicroStep, Policy
 from step.workload import Workload
 
 # of the memory of a plan that did not fit: the budget of the next one
@@ -125,7 +125,7 @@ def memory_line(plan: MemoryPlan) -> str:
 
 def next_setting(work: Workload, policies: Sequence[Policy], device: torch.device) -> str:
     """Name what to try when a plan turned out not to fit: the next leaner setting."""
-    if device.type == "cpu" and "keep" in policies:
+    if device.type == "cpu" and not KEEPS_ACTIVATIONS.isdisjoint(policies):
         return "--resume --activations recompute"
     budget = plan_memory(work, policies).device * LEANER_PERCENT // 100
     if device.type == "cuda" and choose_policies(work, budget) is not None:

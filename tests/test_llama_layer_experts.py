@@ -79,6 +79,19 @@ def test_missing_fields_are_those_of_transformers_classes(tmp_path: Path) -> Non
         assert (bare.num_experts, bare.num_chosen, bare.is_normalized) == (8, 2, True)
 
 
+@pytest.mark.parametrize(("fields", "eps"), [(QWEN3, 1e-6), (OLMOE, 1e-5), (MIXTRAL, 1e-5)])
+def test_norms_without_an_eps_have_that_of_transformers_class(
+    tmp_path: Path, fields: dict[str, Any], eps: float
+) -> None:
+    assert read(tmp_path, fields, "rms_norm_eps").rms_norm_eps == eps
+
+
+def test_qwen3_coders_file_says_that_it_has_norms_of_heads(tmp_path: Path) -> None:
+    # the class reads no such field
+    coder = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert read(tmp_path, QWEN3 | coder) == read(tmp_path, QWEN3)
+
+
 def test_fields_that_change_nothing_here_are_ignored(tmp_path: Path) -> None:
     for fields in (QWEN3, OLMOE, MIXTRAL, GRANITE):
         without_effect = {"output_router_logits": False, "router_aux_loss_coef": 0.001}

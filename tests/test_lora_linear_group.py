@@ -454,6 +454,19 @@ def test_an_expanded_weight_has_its_updates_behind_it() -> None:
     assert not W_ext[ROWS[0] : ROWS[0] + ROWS[1], K:].any()
 
 
+def test_few_rows_beside_a_weight_that_stays_expanded_have_the_updates_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as on a GPU, where so few rows are multiplied by the packed weight
+    monkeypatch.setattr(LinearGroup, "_decodes_inside", lambda *_: True)
+    group = make(TARGETS["outer"], NF4).group
+    given = (torch.randn(NUM_TOKENS, IN_FEATURES), torch.randn(NUM_TOKENS, sum(ROWS)))
+    expected = results_of(run(group, *given))
+    group.keep_expanded(torch.float32)
+    for name, tensor in results_of(run(group, *given)).items():
+        assert_equal(tensor, expected[name], name)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("targets", ["none", "outer", "all"])

@@ -263,9 +263,12 @@ def test_gpu_captured_steps_give_the_same_bits(
     dropout: float,
     variant: str,
 ) -> None:
-    model = load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype, variant)
-    launched = step_of(model, KEEP)
-    captured = step_of(model, GPU_POLICIES[policies], captures=True)
+    # two models: a weight stays expanded for all steps of one
+    one, other = (
+        load_tiny(tmp_path, adapter(dropout), quantization, CUDA, dtype, variant) for _ in range(2)
+    )
+    launched = step_of(one, KEEP)
+    captured = step_of(other, GPU_POLICIES[policies], captures=True)
     # two shapes, each three times: launched, captured, replayed; other tokens and seeds each time
     for turn in range(3):
         for shape in ((2, 40), (3, 65)):
@@ -302,9 +305,11 @@ def test_gpu_captured_evaluations_give_the_same_bits(
 def test_gpu_captured_steps_have_the_same_noise(
     tmp_path: Path, policies: str, is_packed: bool
 ) -> None:
-    model = load_tiny(tmp_path, adapter(0.3), device=CUDA, dtype=torch.bfloat16)
-    launched = step_of(model, KEEP, noise_alpha=5.0)
-    captured = step_of(model, GPU_POLICIES[policies], noise_alpha=5.0, captures=True)
+    one, other = (
+        load_tiny(tmp_path, adapter(0.3), device=CUDA, dtype=torch.bfloat16) for _ in range(2)
+    )
+    launched = step_of(one, KEEP, noise_alpha=5.0)
+    captured = step_of(other, GPU_POLICIES[policies], noise_alpha=5.0, captures=True)
     positions = torch.arange(64).expand(2, 64) % 32 if is_packed else None
     for turn in range(3):
         input_ids, lengths = tokens(2, 64, seed=turn), some_lengths(2, 64) - turn
