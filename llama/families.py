@@ -48,9 +48,20 @@ FAMILIES = {
         "seed_oss",
         o_bias="attention_out_bias",
         mlp_bias="mlp_bias",
-        head_dim=128,
-        defaults={"attention_bias": True},
+        defaults={"attention_bias": True, "head_dim": 128},
         fields=frozenset({"attention_bias", "attention_out_bias", "mlp_bias"}),
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5",
+        mlp_bias="attention_bias",
+        is_interleaved=True,
+        defaults={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": True,
+        },
+        aliases={"use_bias": "attention_bias"},
     ),
     "MistralForCausalLM": Family(
         "mistral",

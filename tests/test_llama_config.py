@@ -287,6 +287,20 @@ def test_biases_have_the_names_that_a_family_gives_them(tmp_path: Path) -> None:
     assert read(tmp_path, **VARIANTS["internlm3"] | {"head_dim": None}).head_dim == 128
 
 
+def test_ernies_dense_model_has_transformers_defaults(tmp_path: Path) -> None:
+    ernie = VARIANTS["ernie4.5"]
+    config = read(tmp_path, **ernie)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+    assert (config.is_interleaved, config.rotary_dim) == (True, 12)
+    left_out = ("use_bias", "head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings")
+    bare = {key: value for key, value in (FIELDS | ernie).items() if key not in left_out}
+    (tmp_path / "config.json").write_text(json.dumps(bare))
+    config = read_config(tmp_path)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert (config.head_dim, config.num_key_value_heads) == (128, 2)
+    assert (config.ropes[0], config.tie_word_embeddings) == (Rope(5e5), True)
+
+
 def test_granite_multiplies(tmp_path: Path) -> None:
     granite = read(tmp_path, **VARIANTS["granite"])
     assert (granite.embedding_scale, granite.embedding_multiplier) == (1.0, 3.3)
