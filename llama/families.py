@@ -5,6 +5,8 @@ a layer has, never which family it is. A field of config.json that no list here 
 it is set, because it might change the function.
 """
 
+from dataclasses import replace
+
 from llama.family import ACTIVATION_NAMES, Family, LayerNorms
 from llama.layer_experts import LayerExperts
 
@@ -20,11 +22,20 @@ _GEMMA_NORMS = LayerNorms(
     behind_mlp="post_feedforward_layernorm",
 )
 _PARALLEL_NORMS = LayerNorms(before_mlp="input_layernorm")
-_GLM_DEFAULTS = {
-    "num_key_value_heads": 2,
-    "attention_bias": True,
-    "eos_token_id": [151329, 151336, 151338],
-}
+_GLM = Family(
+    "glm",
+    o_bias=False,
+    is_mlp_fused=True,
+    head_dim=128,
+    rotary_share=0.5,
+    is_interleaved=True,
+    defaults={
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    fields=frozenset({"attention_bias"}),
+)
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 # transformers adds the auxiliary loss that the second one weighs only where output_router_logits is
 # set, which is refused
@@ -37,11 +48,11 @@ FAMILIES = {
     ),
     "InternLM3ForCausalLM": Family(
         "internlm3",
-        o_bias="mlp_bias",
-        mlp_bias="mlp_bias",
-        head_dim=128,
-        fields=frozenset({"attention_bias", "mlp_bias"}),
-        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        mlp_bias="attention_bias",
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+        # all biases or none
+        fields=frozenset({"attention_bias"}),
+        aliases=dict.fromkeys(("qkv_bias", "bias", "mlp_bias"), "attention_bias"),
         transformers_class="LlamaForCausalLM",
     ),
     "SeedOssForCausalLM": Family(
@@ -90,13 +101,19 @@ FAMILIES = {
         fields=frozenset({"sliding_window"}),
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", qkv_bias=True, o_bias=False, windows="later", fields=_WINDOW_FIELDS
+        "qwen2",
+        qkv_bias=True,
+        o_bias=False,
+        windows="later",
+        defaults={"max_window_layers": 28},
+        fields=_WINDOW_FIELDS,
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
         qk_norm=True,
         head_dim=128,
         windows="later",
+        defaults={"max_window_layers": 28},
         fields=_WINDOW_FIELDS | {"attention_bias"},
     ),
     "Phi3ForCausalLM": Family(
@@ -140,7 +157,7 @@ FAMILIES = {
         qkv_bias=False,
         o_bias=False,
         qk_norm=True,
-        windows="pattern",
+        windows="pattern or none",
         ropes="windowed",
         norms=NORMS_BEHIND,
         defaults={
@@ -279,37 +296,27 @@ FAMILIES = {
             }
         ),
     ),
-    "Glm4ForCausalLM": Family(
-        "glm4",
-        o_bias=False,
-        is_mlp_fused=True,
-        head_dim=128,
-        rotary_share=0.5,
-        is_interleaved=True,
+    "GlmForCausalLM": _GLM,
+    "Glm4ForCausalLM": replace(
+        _GLM,
+        model_type="glm4",
         norms=LayerNorms(
             behind_attention="post_self_attn_layernorm",
             before_mlp="post_attention_layernorm",
             behind_mlp="post_mlp_layernorm",
         ),
-        defaults=_GLM_DEFAULTS,
-        fields=frozenset({"attention_bias"}),
-    ),
-    "GlmForCausalLM": Family(
-        "glm",
-        o_bias=False,
-        is_mlp_fused=True,
-        head_dim=128,
-        rotary_share=0.5,
-        is_interleaved=True,
-        defaults=_GLM_DEFAULTS,
-        fields=frozenset({"attention_bias"}),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         mlp_bias="mlp_bias",
         windows="unrotated",
         ropes="listed",
-        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        defaults={
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
         # transformers ignores max_window_layers
         fields=_WINDOW_FIELDS
         | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
