@@ -32,6 +32,10 @@ from run.room import MB
 
 # the most bytes of config.json, the tokenizer and the other small files
 COMPANION_BYTES = 64 << 20
+EXPERTS_REMARK = (
+    "\neach expert's matrices are quantized by themselves, as transformers 4 has them; "
+    "transformers 5 does not load this copy"
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
-    """Describe the written checkpoint in two lines."""
+    """Describe the written checkpoint in two or three lines."""
     block_size, double_quant = copy.quantization
     before = sum(tensor.num_bytes for tensor in copy.source.copied())
     bits = 8 * copy.num_weight_bytes / copy.num_weights
@@ -65,7 +69,7 @@ def describe(copy: QuantizedCopy, output: Path, seconds: float) -> str:
         f"of {block_size} with {scales}: {bits:.3f} bits each\n"
         f"wrote {output}: {copy.num_bytes / MB:,.1f} MB in {len(copy.shards)} "
         f"{'file' if len(copy.shards) == 1 else 'files'} from {before / MB:,.1f} MB, "
-        f"in {seconds:.1f} s"
+        f"in {seconds:.1f} s" + (EXPERTS_REMARK if copy.source.config.experts else "")
     )
 
 

@@ -39,19 +39,23 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import llama.experts
 import llama.layer
 from benchmarks import rms_norm, rope
 from benchmarks.cross_entropy import cross_entropy_bytes
 from benchmarks.glu import glu_bytes
 from benchmarks.layers import nf4_bytes
 from benchmarks.measure import copy_gbps, matmul_tflops
-from benchmarks.random_model import LLAMA_3_8B, random_model
+from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import parse_shape, random_ids
 from benchmarks.tables import Row, aligned, breakdown_table
 from llama.config import LlamaConfig
-from llama.model import PROJECTIONS, Llama
+from llama.experts import ExpertMLP
+from llama.model import Llama, projections
 from lora.config import LoRAConfig
+from lora.expert_group import ExpertGroup
+from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from optim.arena import GradientArena
 from rows.batch import Batch
@@ -69,6 +73,8 @@ FAMILIES = (
     "norms",
     "rotation",
     "gate",
+    "experts' rows",
+    "routing",
     "loss, products",
     "loss, cross-entropy",
     "copies and other",
@@ -78,7 +84,7 @@ FAMILIES = (
 KERNELS = {
     "_nf4_dequantize_kernel": "dequantization",
     "_nf4_matmul_": "base products, forward",
-    "_extend_with_lora_kernel": "low-rank updates",
+    "_write_updates_kernel": "low-rank updates",
     "_extend_input_kernel": "low-rank updates",
     "_lora_gradient_": "low-rank updates",
     "_dropout_kernel": "low-rank updates",
@@ -87,6 +93,9 @@ KERNELS = {
     "_masked_attention_kernel": "attention, forward",
     "_masked_attention_grad_": "attention, backward",
     "_glu_": "gate",
+    "_gather_expert_rows_": "experts' rows",
+    "_combine_expert_rows_": "experts' rows",
+    "_weigh_expert_rows_": "experts' rows",
     "_cross_entropy_kernel": "loss, cross-entropy",
 }
 # marked while the profiler runs: where a function is looked up, its name there, its region's name
@@ -95,10 +104,16 @@ REGIONS: tuple[tuple[Any, str, str], ...] = (
     (LinearGroup, "forward_from", "quatrain: group forward"),
     (LinearGroup, "backward", "quatrain: group backward"),
     (LinearGroup, "accumulate_grad_A", "quatrain: update backward"),
+    (ExpertGroup, "forward", "quatrain: group forward"),
+    (ExpertGroup, "backward", "quatrain: group backward"),
+    (llama.experts, "route", "quatrain: routing"),
+    (llama.experts, "route_backward", "quatrain: routing"),
     (llama.layer, "attention", "quatrain: attention forward"),
     (llama.layer, "attention_backward", "quatrain: attention backward"),
     (micro_step, "linear_cross_entropy_with_gradient", "quatrain: loss"),
 )
+# of experts' rows, forward or back as the region says
+GROUPED_PRODUCT = "_grouped_matmul_"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 # a product with a side as short as this is an update's: ranks are, tokens and weights are not
 LONGEST_RANK_SIDE = 256
@@ -234,6 +249,10 @@ def family_of(kernel: Kernel) -> str:
     _, _, region = kernel.region.partition(": ")
     if region.startswith("attention"):
         return region.replace(" ", ", ")
+    if region == "routing":
+        return region
+    if kernel.name.startswith(GROUPED_PRODUCT):
+        return region.replace("group", "base products,")
     if kernel.operation in PRODUCTS and not kernel.is_copy:
         if region == "loss":
             return "loss, products"
@@ -291,17 +310,30 @@ def _times(times: float, *costs: Cost) -> Cost:
     return Cost(times * sum(c.num_bytes for c in costs), times * sum(c.num_flops for c in costs))
 
 
-def _products_of(groups: Sequence[LinearGroup], M: int) -> Cost:
-    sizes = [(group.num_rows, group.in_features) for group in groups]
-    return Cost(
-        sum(BF16 * (N * K + M * (N + K)) for N, K in sizes), sum(2 * M * N * K for N, K in sizes)
-    )
+def _products_of(groups: Sequence[FrozenGroup], M: int, num_chosen: int) -> Cost:
+    total = Cost()
+    for group in groups:
+        weights, N, num_rows = group.num_rows * group.in_features, group.num_rows, M
+        if isinstance(group, ExpertGroup):
+            N, num_rows = group.rows_of_one, M * num_chosen
+        K = group.in_features
+        num_bytes = BF16 * (weights + num_rows * (N + K))
+        total = _times(1, total, Cost(num_bytes, 2 * num_rows * N * K))
+    return total
 
 
-def _updates_of(groups: Sequence[LinearGroup], M: int, is_backward: bool) -> Cost:
+def _ways_of_rows(M: int, num_chosen: int, D: int, F: int) -> tuple[Cost, Cost]:
+    """Rows of tokens go to experts and back, forward; and back, with weights' gradients."""
+    way = BF16 * M * (1 + num_chosen) * D
+    return Cost(2 * way), Cost(2 * way + 4 * M * D + BF16 * 3 * M * num_chosen * F)
+
+
+def _updates_of(groups: Sequence[FrozenGroup], M: int, is_backward: bool) -> Cost:
     """Forward x is read for h; backward grad_y for grad_h and B's gradient, x for A's."""
     total = 0
     for group in groups:
+        if not isinstance(group, LinearGroup):
+            continue
         columns = sum(update.y.stop - update.y.start for update in group.updates)
         x = group.in_features if group.updates else 0
         total += BF16 * M * (columns + x if is_backward else x)
@@ -312,7 +344,7 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
     """Count the bytes and FLOPs of every family that has a limit, in a step with all labels."""
     config: LlamaConfig = model.config
     num_samples, T = shape
-    M, D, F, V = num_samples * T, config.hidden_size, config.intermediate_size, config.vocab_size
+    M, D, V = num_samples * T, config.hidden_size, config.vocab_size
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     scores = num_samples * heads[0] * T * T / 2 * heads[2]
     q_bytes, kv_bytes = (BF16 * M * count * heads[2] for count in heads[:2])
@@ -322,13 +354,20 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
     norm_back = Cost(rms_norm.backward_bytes(M, D, BF16))
     rotation = Cost(rope.forward_bytes(M, heads, BF16))
     rotation_back = Cost(rope.backward_bytes(M, heads, BF16))
-    gating, gating_back = (Cost(glu_bytes(mode, M, F, BF16)) for mode in ("forward", "backward-h"))
     costs: dict[str, list[Cost]] = defaultdict(list)
     for layer, policy in zip(model.layers, policies, strict=True):
         groups = [layer.self_attn.qkv, layer.self_attn.o, layer.mlp.gate_up, layer.mlp.down]
-        is_first = layer.index == 0
-        costs["base products, forward"].append(_products_of(groups, M))
-        costs["base products, backward"].append(_products_of(groups[is_first:], M))
+        is_first, num_chosen, F = layer.index == 0, 1, config.intermediate_size
+        to_experts = None
+        if isinstance(layer.mlp, ExpertMLP) and config.experts:
+            num_chosen, F = config.experts.num_chosen, config.experts.width
+            to_experts = _ways_of_rows(M, num_chosen, D, F)
+            costs["experts' rows"] += to_experts
+        gating, gating_back = (
+            Cost(glu_bytes(mode, M * num_chosen, F, BF16)) for mode in ("forward", "backward-h")
+        )
+        costs["base products, forward"].append(_products_of(groups, M, num_chosen))
+        costs["base products, backward"].append(_products_of(groups[is_first:], M, num_chosen))
         costs["attention, forward"].append(mixing)
         costs["attention, backward"].append(mixing_back)
         if policy != "expand":
@@ -345,11 +384,14 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         costs["gate"] += [gating, gating_back]
         if policy not in KEEPS_ACTIVATIONS:
             # all but down, and what comes right before it
-            costs["base products, forward"].append(_products_of(groups[:3], M))
+            costs["base products, forward"].append(_products_of(groups[:3], M, num_chosen))
             costs["attention, forward"].append(mixing)
             costs["low-rank updates"].append(_updates_of(groups[:3], M, False))
             costs["norms"] += [norm, norm_added]
             costs["rotation"].append(rotation)
+            if to_experts:
+                # there alone
+                costs["experts' rows"].append(_times(0.5, to_experts[0]))
     # the last norm, whose gradient is alone
     costs["norms"] += [norm_added, Cost(3 * M * D * BF16 + 4 * M)]
     num_targets = M - num_samples
@@ -448,6 +490,7 @@ def profiled_events(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break a micro-step down into its kernels.")
     parser.add_argument("--shape", type=parse_shape, default="4x2048", help="SAMPLESxTOKENS")
+    parser.add_argument("--model", choices=CONFIGS, default="llama-3-8b", help="a named shape")
     parser.add_argument("--policy", choices=get_args(Policy), default="keep")
     parser.add_argument("--json", type=Path, help="result file to write")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
@@ -460,14 +503,15 @@ def main() -> int:
     record = head("breakdown", arguments.commit)
     gbps, tflops = copy_gbps(device), matmul_tflops(device)
     torch.cuda.empty_cache()
-    model = random_model(LLAMA_3_8B, device)
-    model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), seed=0)
+    model = random_model(CONFIGS[arguments.model], device)
+    lora = LoRAConfig(RANK, 2 * RANK, 0.0, projections(model.config))
+    model.attach_lora(lora, seed=0)
     policies: list[Policy] = [arguments.policy] * len(model.layers)
     events = profiled_events(model, policies, arguments.shape)
     kernels = kernels_of(events)
     rows = rows_of(kernels, costs_of(model, arguments.shape, policies), gbps, tflops)
     record |= {
-        "model": "llama-3-8b",
+        "model": arguments.model,
         "shape": "x".join(map(str, arguments.shape)),
         "policy": arguments.policy,
         "copy_gbps": round(gbps, 1),

@@ -8,6 +8,7 @@ from torch import nn
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
 from llama.config import LlamaConfig
 from llama.family import LLAMA_NORMS
+from llama.layer_experts import Experts
 from llama.model import Llama
 from llama.rope_scaling import Rope
 from nf4.double_quant import QuantizedAbsmax
@@ -86,6 +87,28 @@ CONFIGS = {
         ropes=LLAMA_3_8B.ropes[:1] * 80,
         windows=(None,) * 80,
     ),
+    "qwen3-30b-a3b": replace(
+        LLAMA_3_8B,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-6,
+        ropes=(Rope(1000000.0),) * 48,
+        max_position_embeddings=40960,
+        qk_norm=True,
+        windows=(None,) * 48,
+        experts=Experts(
+            num_experts=128,
+            num_chosen=8,
+            width=768,
+            is_normalized=True,
+            is_stacked=False,
+            has_experts=(True,) * 48,
+        ),
+        eos_token_ids=(151645,),
+    ),
 }
 
 
@@ -104,7 +127,7 @@ def random_model(
         weight = weight.fill_(1) if weight.dim() == 1 else weight.normal_(std=WEIGHT_STD)
         owner = model.get_submodule(name.rpartition(".")[0])
         owner.weight = nn.Parameter(weight, requires_grad=False)
-    for _, group in model.groups():
+    for _, group in model.frozen_groups():
         group.allocate(device, None, None, Quantization(BLOCK_SIZE, True))
         weight = group.weight
         assert isinstance(weight, NF4Weight)

@@ -132,6 +132,23 @@ def matmul_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def fp8_matmul_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the microseconds of a product in E4M3, the update's share, and torch's."""
+    columns = {"limit": "limit", "ours": "ours", "ours-base": "without update"}
+    columns |= {"torch-tensorwise": "torch, a scale", "torch-rowwise": "torch, a row"}
+    columns["torch"] = "bf16"
+    lines = [
+        [
+            short_name(case.layer),
+            case.mode,
+            str(case.m),
+            *(microseconds(providers.get(provider)) for provider in columns),
+        ]
+        for case, providers in by_case(rows).items()
+    ]
+    return ["layer", "mode", "M", *columns.values()], lines
+
+
 def adamw_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of an optimizer's step."""
     columns = {

@@ -2,12 +2,13 @@
 
     python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
     python -m benchmarks train_step --recipe seed ...
-    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b
+    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b, 30b-a3b
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
     seed         Llama-3-8B, rank 16 on q_proj and v_proj, dropout 0.05, paged AdamW in 8 bits
     1b, 3b       as all-linear, but the shapes of Llama-3.2-1B and Qwen2.5-3B
     70b          Llama-3-70B's shape with random codes, ours alone: no peer loads it without a file
+    30b-a3b      Qwen3-30B-A3B's shape with random codes, rank 16 on attention, ours alone
 
 NF4 with double quantization, bf16, all tokens with a label. Every provider is a process of its own
 on the same GPU, one after the other, and all load the same checkpoint folder (--model; written with
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,8 @@ class Recipe:
     alpha: float = 32.0
     dropout: float = 0.0
     optim: str = "paged_adamw_32bit"
+    # of ours: bf16, or fp8 for base products of E4M3 rows
+    base_compute: str = "bf16"
 
 
 RECIPES = {
@@ -108,6 +111,12 @@ RECIPES = {
         shape_name="llama-3-70b",
         has_checkpoint=False,
         ours=("offload", "recompute"),
+    ),
+    "30b-a3b": Recipe(
+        ("4x2048",),
+        shape_name="qwen3-30b-a3b",
+        has_checkpoint=False,
+        ours=("offload", "recompute", "auto"),
     ),
 }
 
@@ -209,6 +218,7 @@ def command_of(
     }
     arguments = [str(part) for flag in flags.items() for part in flag]
     if provider.name == "ours":
+        arguments += ["--base-compute", recipe.base_compute]
         return [sys.executable, "-m", "benchmarks.train_step_ours", *arguments]
     script = str(folder / "train_step_peer.py")
     return [sys.executable, script, "--provider", provider.name, *arguments]
@@ -346,6 +356,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Measure the training step.")
     result.add_argument("--recipe", choices=RECIPES, default="all-linear")
     result.add_argument("--shapes", default="", help="SAMPLESxTOKENS with commas, or the recipe's")
+    result.add_argument("--base-compute", choices=("bf16", "fp8"), default="bf16", help="of ours")
     result.add_argument("--ours", help="policies with commas, of them auto:8GiB and the like")
     result.add_argument("--peers", default="hf,unsloth", help="hf and unsloth, with a comma")
     result.add_argument("--model", type=Path, help="checkpoint folder, written if it is not there")
@@ -360,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
-    recipe = RECIPES[arguments.recipe]
+    recipe = replace(RECIPES[arguments.recipe], base_compute=arguments.base_compute)
     shapes = tuple(arguments.shapes.split(",")) if arguments.shapes else recipe.shapes
     for shape in shapes:
         parse_shape(shape)
@@ -370,6 +381,7 @@ def main() -> int:
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     record = head("train_step", arguments.commit) | {
         "recipe": arguments.recipe,
+        "base_compute": recipe.base_compute,
         "model": recipe.shape_name,
         "num_cores": os.cpu_count(),
         "steps": arguments.steps,

@@ -48,14 +48,16 @@ class Times(NamedTuple):
 
 
 def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """List the rows and columns of a layer's groups."""
+    """List the rows and columns of a layer's groups; of experts, those that a token has, as one."""
+    experts = config.experts
+    width = experts.num_chosen * experts.width if experts else config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     return {
         "qkv": (queries + 2 * keys, config.hidden_size),
         "o": (config.hidden_size, queries),
-        "gate_up": (2 * config.intermediate_size, config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size),
+        "gate_up": (2 * width, config.hidden_size),
+        "down": (config.hidden_size, width),
     }
 
 

@@ -21,7 +21,7 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.step_timing import Step, measure_shapes, parse_shape
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, Llama
+from llama.model import Llama, projections
 from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from prepare.adapter import lora_config
@@ -37,10 +37,12 @@ SEED = 0
 QUANTIZATION = Quantization(BLOCK_SIZE, True)
 
 
-def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:
+def workload_of(
+    source: str, config: TrainConfig, shape: tuple[int, int], base_compute: str = "bf16"
+) -> Workload:
     """Size a shape's micro-step as train.py's plan wants it."""
-    model = load(source, config, torch.device("meta"))
-    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
+    model = load(source, config, torch.device("meta"), base_compute)
+    model.attach_lora(lora_config(config, projections(model.config)), SEED)
     return Workload(
         model=model,
         moment_bytes=moment_bytes_per_element(config.optim == "paged_adamw_8bit"),
@@ -86,16 +88,27 @@ def make_step(
     return step
 
 
-def load(source: str, config: TrainConfig, device: torch.device) -> Llama:
+def load(
+    source: str, config: TrainConfig, device: torch.device, base_compute: str = "bf16"
+) -> Llama:
     """Load a checkpoint folder, or draw a model of one of the shapes that have a name; on the meta
-    device, without values."""
+    device, without values.
+
+    Args:
+        base_compute: fp8 for base products of E4M3 rows.
+    """
     dtype = getattr(torch, config.dtype)
     if source in CONFIGS:
-        return random_model(CONFIGS[source], device, dtype)
-    checkpoint = open_checkpoint(Path(source))
-    if device.type == "meta":
-        return load_sizes(checkpoint, dtype, QUANTIZATION)
-    return load_model(checkpoint, device, dtype, QUANTIZATION)
+        model = random_model(CONFIGS[source], device, dtype)
+    else:
+        checkpoint = open_checkpoint(Path(source))
+        if device.type == "meta":
+            model = load_sizes(checkpoint, dtype, QUANTIZATION)
+        else:
+            model = load_model(checkpoint, device, dtype, QUANTIZATION)
+    if base_compute == "fp8":
+        model.multiply_in_fp8()
+    return model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--alpha", type=float, required=True)
     result.add_argument("--dropout", type=float, required=True)
     result.add_argument("--optim", required=True)
+    result.add_argument("--base-compute", required=True)
     return result
 
 
@@ -132,17 +146,17 @@ def main() -> int:
     # while the device is empty, as train.py does; what does not fit is told with its shape
     plans: dict[tuple[int, int], MemoryPlan | ValueError] = {}
     for shape in map(parse_shape, shapes):
-        work = workload_of(arguments.model, config, shape)
+        work = workload_of(arguments.model, config, shape, arguments.base_compute)
         try:
             plans[shape] = plan_of(arguments.policy, config, work)
         except ValueError as error:
             plans[shape] = error
     start = time.perf_counter()
-    model = load(arguments.model, config, device)
+    model = load(arguments.model, config, device, arguments.base_compute)
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - start
-    model.attach_lora(lora_config(config, PROJECTIONS), SEED)
+    model.attach_lora(lora_config(config, projections(model.config)), SEED)
     optimizer = train.make_optimizer(model, config)
 
     def make(shape: tuple[int, int]) -> tuple[Step, dict[str, Any]]:

@@ -62,8 +62,12 @@ class QuantizedCopy:
     @property
     def num_weight_bytes(self) -> int:
         """Bytes of the quantized weights, with all that is stored beside them."""
-        weights = tuple(map(self.source.names.in_files, self.weights))
-        return sum(t.num_bytes for t in self._tensors() if t.name.startswith(weights))
+        weights = set(map(self.source.names.in_files, self.weights))
+        return sum(
+            tensor.num_bytes
+            for tensor in self._tensors()
+            if tensor.name.partition(".weight")[0] + ".weight" in weights
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -82,6 +82,15 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return architecture
 
 
+def has_architecture(checkpoint: Checkpoint) -> bool:
+    """Tell whether llama.cpp computes what a checkpoint does."""
+    try:
+        architecture_of(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
 def _differences(config: LlamaConfig, architecture: Architecture) -> list[str]:
     """What llama.cpp would compute otherwise."""
     has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "mlp": config.mlp_bias}

@@ -17,6 +17,7 @@ updates too, and the product adds h B^T: an adapter costs no launch.
 import torch
 from torch import Tensor
 
+from generation.experts import TokenExperts
 from generation.linear import TokenLinear
 from kernels.glu import Activation, glu
 from kernels.rope_tables import RopeTables
@@ -25,7 +26,6 @@ from kernels.token_glu import token_glu
 from kernels.token_heads import HeadNorms, Places, token_heads
 from kernels.token_norm import token_norm
 from llama.cache import KeyValueCache
-from llama.experts import ExpertMLP, Routed
 from llama.halves import MLP
 from llama.layer import DecoderLayer
 from llama.model import Llama
@@ -49,22 +49,6 @@ class TokenMLP:
         return self._down(*token_glu(gates_and_ups, self._activation, self._down.A))
 
 
-class TokenExperts:
-    """A mixture of experts, which computes for single tokens what it computes for many."""
-
-    # experts have no updates
-    A = None
-
-    def __init__(self, mlp: ExpertMLP) -> None:
-        self._mlp = mlp
-
-    def __call__(self, y: Tensor, h: Tensor | None) -> Tensor:  # (B, D)
-        """Compute the weighted sum of the outputs of each token's experts."""
-        kept = Routed()
-        self._mlp.project_in(y, None, kept)
-        return self._mlp.project_out(self._mlp.inner(kept), None, kept)
-
-
 class TokenLayer:
     """A decoder layer, with what its passes over single tokens need."""
 
@@ -73,8 +57,10 @@ class TokenLayer:
         self.qkv, self.o = (
             TokenLinear(group, dtype, num_sequences) for group in (attention.qkv, attention.o)
         )
-        is_dense = isinstance(mlp, MLP)
-        self.mlp = TokenMLP(mlp, dtype, num_sequences) if is_dense else TokenExperts(mlp)
+        if isinstance(mlp, MLP):
+            self.mlp = TokenMLP(mlp, dtype, num_sequences)
+        else:
+            self.mlp = TokenExperts(mlp, dtype, num_sequences)
         self.layer, self.scores = layer, TokenScores(*layer.scores)
         self.head_norms = None
         # of all heads together, they are a launch of their own

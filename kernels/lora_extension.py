@@ -1,13 +1,13 @@
-"""Write low-rank updates behind an expanded weight, so that they ride in its two products, on the
-GPU.
+"""Write low-rank updates as a weight's two products read them, on the GPU.
 
     W_ext       | W        | s B |    N rows           y      = [x | x A^T] [W | s B]^T
                 | A        |     |    T rows           grad_x = [grad_y | grad_y s B] [W; A]
 
                   K columns  T columns                 T = R num_updates, rounded up
 
-The updates of a weight's members lie side by side: A is stacked, B is block-diagonal with a block
-for each member that has an update, and the rest is zero. The corner is never read. Every update has
+Behind a weight in 16 bits they ride in its products; a weight in 8 bits has them in matrices of
+their own. The updates of a weight's members lie side by side: A is stacked, B is block-diagonal
+with a block for each member that has an update, and the rest is zero. Every update has
 room for R ranks; an update of a lower rank has zeros in the rest. Each update has its own scaling
 s. One launch writes both tails. With S bytes a value of W_ext it moves 4 + S a value of A and S a
 value of the rows that fill it up to T, S a value of s B's N T and 4 of each in its blocks: 6.6 MB
@@ -62,26 +62,25 @@ def places_of(updates: tuple[Update, ...]) -> tuple[Place, ...]:
     return tuple(Place(u.y.start, u.y.stop, u.A.start, u.B.start) for u in updates)
 
 
-def extend_with_lora_reference(
-    W_ext: Tensor,  # (N + T, K + T)
+def write_updates_reference(
+    A: Tensor,  # (T, K)
+    sB: Tensor,  # (N, T)
     lora_A: Tensor,  # (num_updates * R, K) float32
     lora_B: Tensor,  # (sum of the updates' rows, R) float32
     updates: tuple[Update, ...],
 ) -> None:
-    """Write both tails with torch."""
-    K = lora_A.shape[1]
-    N = W_ext.shape[0] - (W_ext.shape[1] - K)
-    W_ext[:N, K:] = 0
+    """Write both matrices with torch."""
+    sB.zero_()
     for update in updates:
-        columns = slice(K + update.A.start, K + update.A.stop)
-        W_ext[update.y, columns] = lora_B[update.B] * update.scaling
-    W_ext[N : N + lora_A.shape[0], :K] = lora_A
-    W_ext[N + lora_A.shape[0] :, :K] = 0
+        sB[update.y, update.A] = lora_B[update.B] * update.scaling
+    A[: lora_A.shape[0]] = lora_A
+    A[lora_A.shape[0] :] = 0
 
 
 @triton.jit
-def _extend_with_lora_kernel(
-    W_ptr,  # (N + T, K + T)
+def _write_updates_kernel(
+    A_out_ptr,  # (T, K)
+    sB_ptr,  # (N, T)
     A_ptr,  # (NUM_UPDATES * R, K)
     B_ptr,  # (rows of all updates, R)
     table_ptr,  # (NUM_UPDATES, TABLE_COLUMNS)
@@ -90,7 +89,8 @@ def _extend_with_lora_kernel(
     K,
     R,
     T,
-    stride_wn,
+    stride_at,
+    stride_bn,
     num_B_programs,
     pieces_per_row,
     NUM_UPDATES: tl.constexpr,
@@ -98,7 +98,7 @@ def _extend_with_lora_kernel(
     BLOCK_T: tl.constexpr,  # at least T
     BLOCK_K: tl.constexpr,
 ):
-    # one program writes the tails of BLOCK_N rows of W, or BLOCK_K values of a row of A
+    # one program writes BLOCK_N rows of s B, or BLOCK_K values of a row of A
     pid = tl.program_id(0)
     if pid < num_B_programs:
         offs_n = (pid * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
@@ -113,8 +113,8 @@ def _extend_with_lora_kernel(
             # outside of the update's block the product is zero, which changes nothing
             B += values * tl.load(scaling_ptr + update)
         tl.store(
-            W_ptr + offs_n.to(tl.int64) * stride_wn + K + offs_t,
-            B.to(W_ptr.dtype.element_ty),
+            sB_ptr + offs_n.to(tl.int64) * stride_bn + offs_t,
+            B.to(sB_ptr.dtype.element_ty),
             mask=(offs_n < N) & (offs_t < T),
         )
     else:
@@ -123,8 +123,8 @@ def _extend_with_lora_kernel(
         num_filled = tl.where(a_row < NUM_UPDATES * R, K, 0)
         A = tl.load(A_ptr + a_row.to(tl.int64) * K + offs_k, offs_k < num_filled, 0.0)
         tl.store(
-            W_ptr + (N + a_row).to(tl.int64) * stride_wn + offs_k,
-            A.to(W_ptr.dtype.element_ty),
+            A_out_ptr + a_row.to(tl.int64) * stride_at + offs_k,
+            A.to(A_out_ptr.dtype.element_ty),
             mask=offs_k < K,
         )
 
@@ -151,29 +151,30 @@ def make_lora_extension_tables(updates: tuple[Update, ...], device: torch.device
     scalings(updates, device)
 
 
-def _launch_extend_with_lora(
-    W_ext: Tensor, lora_A: Tensor, lora_B: Tensor, updates: tuple[Update, ...]
+def _launch_write_updates(
+    A: Tensor, sB: Tensor, lora_A: Tensor, lora_B: Tensor, updates: tuple[Update, ...]
 ) -> None:
     K, R = lora_A.shape[1], lora_B.shape[1]
-    T = W_ext.shape[1] - K
-    N = W_ext.shape[0] - T
+    N, T = sB.shape
     block_t = next_power_of_2(T)
     block_n = max(TILE_VALUES // block_t, 1)
     num_B_programs = cdiv(N, block_n)
     pieces_per_row = cdiv(K, BLOCK_K)
     launch(
-        _extend_with_lora_kernel,
+        _write_updates_kernel,
         (num_B_programs + T * pieces_per_row,),
-        W_ptr=W_ext,
+        A_out_ptr=A,
+        sB_ptr=sB,
         A_ptr=lora_A,
         B_ptr=lora_B,
-        table_ptr=_update_table(places_of(updates), W_ext.device),
-        scaling_ptr=scalings(updates, W_ext.device),
+        table_ptr=_update_table(places_of(updates), sB.device),
+        scaling_ptr=scalings(updates, sB.device),
         N=N,
         K=K,
         R=R,
         T=T,
-        stride_wn=W_ext.stride(0),
+        stride_at=A.stride(0),
+        stride_bn=sB.stride(0),
         num_B_programs=num_B_programs,
         pieces_per_row=pieces_per_row,
         NUM_UPDATES=len(updates),
@@ -186,40 +187,45 @@ def _launch_extend_with_lora(
     )
 
 
-def extend_with_lora(
-    W_ext: Tensor,  # (N + T, K + T), each row contiguous
+def write_updates(
+    A: Tensor,  # (T, K), written; each row contiguous
+    sB: Tensor,  # (N, T), written, likewise
     lora_A: Tensor,  # (num_updates * R, K) float32
     lora_B: Tensor,  # (sum of the updates' rows, R) float32
     updates: tuple[Update, ...],
 ) -> None:
-    """Write s B behind the columns of an expanded weight and A below its rows.
+    """Write the stacked A and s B in the dtype and the places that a weight's products read.
 
     Args:
-        W_ext: holds the weight in its first N rows and K columns, which stay as they are.
+        A: of [[W, s B], [A, -]], for instance, the rows below W; sB the columns behind it.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    tail = W_ext.shape[1] - lora_A.shape[1]
+    (T, K), (N, tail) = A.shape, sB.shape
     num_rows = sum(update.B.stop - update.B.start for update in updates)
     if (
         not updates
-        or tail < lora_A.shape[0]
-        or lora_A.shape[0] != len(updates) * lora_B.shape[1]
+        or tail != T
+        or lora_A.shape[0] > T
+        or lora_A.shape != (len(updates) * lora_B.shape[1], K)
         or lora_B.shape[0] != num_rows
-        or max(update.y.stop for update in updates) > W_ext.shape[0] - tail
+        or max(update.y.stop for update in updates) > N
     ):
         raise ValueError(
-            f"W_ext must have room for the updates {updates}: got {tuple(W_ext.shape)} for "
-            f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
+            f"A and s B must have room for the updates {updates}: got {tuple(A.shape)} and "
+            f"{tuple(sB.shape)} for {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
         )
     if not lora_A.dtype == lora_B.dtype == torch.float32:
-        raise ValueError(f"A and B must be float32: got {lora_A.dtype} and {lora_B.dtype}")
-    check_one_device({"W_ext": W_ext, "A": lora_A, "B": lora_B})
-    check_rows_are_contiguous("W_ext", W_ext)
-    check_is_contiguous("A", lora_A)
-    check_is_contiguous("B", lora_B)
-    if W_ext.device.type == "cpu":
-        extend_with_lora_reference(W_ext, lora_A, lora_B, updates)
+        raise ValueError(f"the updates must be float32: got {lora_A.dtype} and {lora_B.dtype}")
+    if A.dtype != sB.dtype:
+        raise ValueError(f"A and s B must share a dtype: got {A.dtype} and {sB.dtype}")
+    check_one_device({"A": A, "s B": sB, "the updates' A": lora_A, "the updates' B": lora_B})
+    check_rows_are_contiguous("A", A)
+    check_rows_are_contiguous("s B", sB)
+    check_is_contiguous("the updates' A", lora_A)
+    check_is_contiguous("the updates' B", lora_B)
+    if A.device.type == "cpu":
+        write_updates_reference(A, sB, lora_A, lora_B, updates)
     else:
-        _launch_extend_with_lora(W_ext, lora_A, lora_B, updates)
+        _launch_write_updates(A, sB, lora_A, lora_B, updates)

@@ -345,7 +345,7 @@ def _check(
 def lora_gradient(
     grad_y: Tensor,  # (M, N)
     h: Tensor,  # (M, T), z A^T
-    sB: Tensor,  # (N, T), s B as `extend_with_lora` writes it
+    sB: Tensor,  # (N, T), s B as `write_updates` writes it
     grad_h: Tensor,  # (M, T), written
     grad_B: Tensor,  # (sum of the updates' rows, R) float32, added to
     updates: tuple[Update, ...],

@@ -11,14 +11,18 @@ and through the router.
     M tokens, E experts, k of them a token, R = M k sorted rows, D hidden_size, F intermediate size
 """
 
-import torch
 from torch import Tensor, nn
 
+from kernels.expert_rows import (
+    combine_expert_rows,
+    gather_expert_rows,
+    weigh_expert_rows_backward,
+)
 from kernels.glu import Activation, glu, glu_backward
 from llama.config import LlamaConfig
 from llama.halves import Gated
 from llama.layer_experts import Experts
-from llama.routing import Routing, add_to_tokens, logits_backward, route
+from llama.routing import Routing, route, route_backward
 from lora.expert_group import ExpertGroup
 
 
@@ -26,7 +30,7 @@ class Routed(Gated):
     """What the backward pass of experts needs; in `gate_up_ext` there is no tail."""
 
     routing: Routing | None = None
-    grad_logits: Tensor  # (M, E) float32
+    grad_weights: Tensor  # (M, k) float32, of the router's weights
 
 
 class ExpertProjections(nn.Module):
@@ -61,6 +65,11 @@ class ExpertMLP(nn.Module):
         self.activation: Activation = config.activation
 
     @property
+    def gate_up(self) -> ExpertGroup:
+        """The first projections, as an MLP's."""
+        return self.experts.gate_up
+
+    @property
     def down(self) -> ExpertGroup:
         """The last projection, as an MLP's."""
         return self.experts.down
@@ -71,9 +80,9 @@ class ExpertMLP(nn.Module):
 
     def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
-        routing = route(y, self.gate.weight, *self.choice)
-        kept.routing = routing
-        kept.gate_up_ext = self.experts.gate_up.forward(y[routing.tokens], routing.offsets)
+        routing = kept.routing = route(y, self.gate.weight, *self.choice)
+        rows = gather_expert_rows(y, routing.places)
+        kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
 
     def inner(self, kept: Routed) -> Tensor:  # (R, F)
         """Compute activation(gate) up."""
@@ -83,14 +92,13 @@ class ExpertMLP(nn.Module):
         """Compute the output of what `inner` returns."""
         routing = kept.routing
         assert routing is not None
-        rows = self.down.forward(inner, routing.offsets)
         # there are no updates
         kept.h_down = inner.new_empty(0)
-        total = rows.new_zeros(len(routing.chosen), rows.shape[1], dtype=torch.float32)
-        return add_to_tokens(total, rows, routing, routing.weights).to(rows.dtype)
+        rows = self.down.forward(inner, routing.offsets)
+        return combine_expert_rows(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
-        """Turn gate | up into their gradient, and find that of the router's logits.
+        """Turn gate | up into their gradient, and find that of the router's weights.
 
             grad_weights[m, j] = grad_out[m] . down_e(inner) = down_e'(grad_out[m]) . inner
 
@@ -99,12 +107,14 @@ class ExpertMLP(nn.Module):
         """
         routing = kept.routing
         assert routing is not None
-        grad_inner = self.down.backward(grad_out[routing.tokens], routing.offsets)
+        grad_rows = gather_expert_rows(grad_out, routing.places)
+        grad_inner = self.down.backward(grad_rows, routing.offsets)
+        del grad_rows
         inner = self.inner(kept)
-        grad_weights = (grad_inner * inner).sum(dim=1, dtype=torch.float32)
+        kept.grad_weights = weigh_expert_rows_backward(
+            grad_inner, inner, routing.places, routing.weights
+        )
         del inner
-        kept.grad_logits = logits_backward(grad_weights[routing.places], routing)
-        grad_inner *= routing.in_order(routing.weights)
         glu_backward(grad_inner, kept.gate_up_ext, self.activation)
         del kept.h_down
 
@@ -112,11 +122,11 @@ class ExpertMLP(nn.Module):
         """Compute the gradient of the input."""
         routing = kept.routing
         assert routing is not None
-        rows = self.experts.gate_up.backward(kept.gate_up_ext, routing.offsets)
-        total = kept.grad_logits @ self.gate.weight.float()
-        return add_to_tokens(total, rows, routing).to(rows.dtype)
+        rows = self.gate_up.backward(kept.gate_up_ext, routing.offsets)
+        through_router = route_backward(kept.grad_weights, routing, self.gate.weight)
+        return combine_expert_rows(rows, routing.places, start=through_router)
 
     def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Let go of what was kept: no gradient needs the input."""
-        del kept.gate_up_ext, kept.grad_logits
+        del kept.gate_up_ext, kept.grad_weights
         kept.routing = None

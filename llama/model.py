@@ -218,6 +218,11 @@ class Llama(nn.Module):
         for _, group in self.frozen_groups():
             group.make_tables(self.compute_dtype)
 
+    def multiply_in_fp8(self) -> None:
+        """Let the base products of projections in NF4 be of E4M3 rows, before the first pass."""
+        for _, group in self.groups():
+            group.multiply_in_fp8()
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All low-rank updates as views of the parameters, by their projection's name.
 
@@ -243,8 +248,7 @@ class Llama(nn.Module):
     def expanded_tensors(self) -> Iterator[Tensor]:
         """The weights that stay expanded from pass to pass, where they are copies."""
         for _, group in self.frozen_groups():
-            if group.expanded is not None and group.expanded is not group.weight:
-                yield group.expanded
+            yield from group.expanded_tensors()
 
     def num_parameters(self) -> tuple[int, int]:
         """Count the trainable and all parameters, a shared head once and a 4-bit weight as one."""

@@ -9,10 +9,9 @@
     pairs           (0, 2) (0, 0) (1, 0) (1, 1)
     sorted rows     (0, 0) (1, 0) | (1, 1) | (0, 2)        offsets 0, 2, 3, 4
 
-Logits, weights and sums over experts are in float32; transformers rounds logits to 16 bits, where
-two experts of a token may then be equal. The order of equal rows and of sums is fixed, so two
-passes give the same numbers, bit for bit. Nothing waits for the device, and shapes depend on the
-number of tokens alone.
+Logits and weights are in float32; transformers rounds logits to 16 bits, where two experts of a
+token may then be equal. The order of one expert's rows is fixed, so two passes give the same
+numbers, bit for bit. Nothing waits for the device, and shapes depend on the number of tokens alone.
 
     M tokens, E experts, k of them a token, R = M k pairs, D hidden_size
 """
@@ -28,26 +27,30 @@ class Routing(NamedTuple):
 
     Attributes:
         shares: softmax(logits); None where a token's weights sum to one.
-        order: the pair of each sorted row; pair m k + j is the j-th expert of token m.
-        places: the sorted row of each pair.
+        places: the sorted row of each pair of a token and an expert.
         offsets: where the rows of each expert begin.
     """
 
     chosen: Tensor  # (M, k) int64
     weights: Tensor  # (M, k) float32
     shares: Tensor | None  # (M, E) float32
-    order: Tensor  # (R,) int64
     places: Tensor  # (M, k) int64
     offsets: Tensor  # (E + 1,) int32
 
-    @property
-    def tokens(self) -> Tensor:  # (R,)
-        """The token of each sorted row."""
-        return self.order // self.chosen.shape[1]
 
-    def in_order(self, of_pairs: Tensor) -> Tensor:  # (M, k) -> (R, 1)
-        """Sort a number of each pair as the rows are sorted."""
-        return of_pairs.flatten()[self.order][:, None]
+def choose(
+    y: Tensor,  # (M, D)
+    router: Tensor,  # (E, D)
+    num_chosen: int,
+    is_normalized: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Choose the experts of each token, and weigh them: `Routing`'s chosen, weights and shares."""
+    logits = y.float() @ router.float().T
+    largest, chosen = logits.topk(num_chosen, dim=1)
+    if is_normalized:
+        return chosen, largest.softmax(dim=1), None
+    shares = logits.softmax(dim=1)
+    return chosen, shares.gather(1, chosen), shares
 
 
 def route(
@@ -56,46 +59,35 @@ def route(
     num_chosen: int,
     is_normalized: bool,
 ) -> Routing:
-    """Choose the experts of each token, weigh them, and sort the pairs by expert."""
+    """Choose the experts of each token, and sort the pairs by expert."""
+    chosen, weights, shares = choose(y, router, num_chosen, is_normalized)
     num_experts = router.shape[0]
-    logits = y.float() @ router.float().T
-    largest, chosen = logits.topk(num_chosen, dim=1)
-    if is_normalized:
-        shares, weights = None, largest.softmax(dim=1)
-    else:
-        shares = logits.softmax(dim=1)
-        weights = shares.gather(1, chosen)
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(max(len(order), num_experts + 1), device=y.device)
     offsets = torch.searchsorted(experts, numbers[: num_experts + 1], out_int32=True)
     places = torch.empty_like(order).scatter_(0, order, numbers[: len(order)])
-    return Routing(chosen, weights, shares, order, places.view_as(chosen), offsets)
+    return Routing(chosen, weights, shares, places.view_as(chosen), offsets)
 
 
-def add_to_tokens(
-    total: Tensor,  # (M, D) float32
-    rows: Tensor,  # (R, D), sorted
+def route_backward(
+    grad_weights: Tensor,  # (M, k) float32
     routing: Routing,
-    weights: Tensor | None = None,  # (M, k)
-) -> Tensor:  # (M, D)
-    """Add to each token its rows, each times its weight, in the order of the token's experts."""
-    for j, places in enumerate(routing.places.unbind(1)):
-        part = rows[places]
-        total += part if weights is None else part * weights[:, j : j + 1]
-    return total
-
-
-def logits_backward(grad_weights: Tensor, routing: Routing) -> Tensor:  # (M, k) -> (M, E)
-    """Compute the logits' gradient from that of the weights.
+    router: Tensor,  # (E, D)
+) -> Tensor:  # (M, D) float32
+    """Compute y's gradient through the router from that of the weights.
 
         grad_logits = softmax(logits) (grad - sum_e softmax(logits)[e] grad[e])
+        grad_y      = grad_logits W
 
     where grad is that of each share, over the experts that the softmax is over.
     """
     weighted = routing.weights * grad_weights
-    mean = weighted.sum(dim=1, keepdim=True)
+    mean, chosen = weighted.sum(dim=1, keepdim=True), routing.chosen
     if routing.shares is None:
-        num_experts = routing.offsets.shape[0] - 1
-        grad_logits = weighted.new_zeros(weighted.shape[0], num_experts)
-        return grad_logits.scatter_(1, routing.chosen, weighted - routing.weights * mean)
-    return (routing.shares * -mean).scatter_add_(1, routing.chosen, weighted)
+        grad_logits = weighted.new_zeros(weighted.shape[0], router.shape[0])
+        grad_logits.scatter_(1, chosen, weighted - routing.weights * mean)
+    else:
+        grad_logits = routing.shares * -mean
+        # no sum at a place, which would be in any order
+        grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + weighted)
+    return grad_logits @ router.float()

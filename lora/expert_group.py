@@ -20,7 +20,7 @@ from kernels.grouped_matmul import grouped_matmul, grouped_matmul_backward_input
 from kernels.nf4_decode import make_nf4_tables
 from kernels.nf4_dequantize import nf4_dequantize
 from lora.frozen_group import FrozenGroup
-from nf4.weight import NF4Weight, members
+from nf4.weight import NF4Weight, members, pick_parts
 
 # the most bytes of expanded weights at a time, but for one expert that has more
 EXPANDED_BYTES = 128 << 20
@@ -34,6 +34,8 @@ class ExpertGroup(FrozenGroup):
     Attributes:
         num_experts: whose matrices lie one behind the other, the same of each.
     """
+
+    expanded: Tensor | None  # all experts' matrices
 
     def __init__(
         self,
@@ -85,6 +87,14 @@ class ExpertGroup(FrozenGroup):
             del W
         return grad_x
 
+    def pick(self, experts: Tensor, dtype: torch.dtype) -> Tensor:  # (P,) int64 -> (P, N, K)
+        """Expand the matrices of some experts, of which the device alone knows the numbers."""
+        shape = (-1, self.rows_of_one, self.in_features)
+        if isinstance(self.weight, NF4Weight):
+            picked = pick_parts(self.weight, self.num_experts, experts)
+            return nf4_dequantize(picked, dtype).view(shape)
+        return self.weight.view(shape)[experts].to(dtype)
+
     def make_tables(self, dtype: torch.dtype) -> None:
         if isinstance(self.weight, NF4Weight) and self.weight.device.type != "cpu":
             for _, weight in self._parts(self.weight, dtype):
@@ -94,6 +104,10 @@ class ExpertGroup(FrozenGroup):
         weight = self.weight
         is_packed = isinstance(weight, NF4Weight)
         self.expanded = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)
+
+    def expanded_tensors(self) -> Iterator[Tensor]:
+        if self.expanded is not None and self.expanded is not self.weight:
+            yield self.expanded
 
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """Expand the weights, some experts at a time: the first of them, and their matrices, each

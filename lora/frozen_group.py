@@ -11,6 +11,7 @@ for several of them in one tensor.
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class FrozenGroup(nn.Module):
 
     weight: NF4Weight | Tensor  # (sum of rows, in_features)
     bias: Tensor | None  # (sum of rows,)
-    # the weight in the dtype of the passes, where it stays from pass to pass
-    expanded: Tensor | None
+    # the weight as the products read it, where it stays from pass to pass; None: it does not
+    expanded: Any
 
     def __init__(
         self,
@@ -139,6 +140,10 @@ class FrozenGroup(nn.Module):
 
     def keep_expanded(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all passes."""
+        raise NotImplementedError
+
+    def expanded_tensors(self) -> Iterator[Tensor]:
+        """What stays expanded from pass to pass, where it is a copy."""
         raise NotImplementedError
 
     def frozen_tensors(self) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
-from kernels.lora_extension import Update, extend_with_lora, make_lora_extension_tables
+from kernels.lora_extension import Update, make_lora_extension_tables, write_updates
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
 from kernels.lora_input import extend_input
@@ -41,18 +41,15 @@ from kernels.nf4_matmul import (
     matmul_path,
     nf4_matmul,
 )
+from kernels.nf4_to_fp8 import fp8_scale, members_obstacle
 from lora.config import UpdateSize
+from lora.expansion import EightBits, Expansion, SixteenBits
 from lora.frozen_group import FrozenGroup
 from nf4.weight import NF4Weight
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
 # two, on which cuBLAS is slower: 3 % of an 8B step
 TAIL_MULTIPLE = 64
-
-
-# of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more time a row on an
-# H200, while products by the transposed weight take the same
-MOST_ROWS = 8192
 
 
 def tail_columns(num_ranks: int) -> int:
@@ -77,6 +74,9 @@ class LinearGroup(FrozenGroup):
     # float32, the targets' matrices one below the other
     lora_A: nn.Parameter | None  # (num_updates * R, in_features)
     lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
+    # of the weight in E4M3, () float32; None: the base products are in the dtype of the passes
+    fp8_scale: Tensor | None
+    expanded: Expansion | None
 
     def __init__(
         self, names: tuple[str, ...], rows: tuple[int, ...], in_features: int, has_bias: bool
@@ -86,6 +86,7 @@ class LinearGroup(FrozenGroup):
         self.sizes: dict[str, UpdateSize] = {}
         self.dropout = 0.0
         self.site = 0
+        self.fp8_scale = None
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
@@ -170,33 +171,49 @@ class LinearGroup(FrozenGroup):
         """Allocate a buffer for y or its gradient and the tail."""
         return new_rows(like, num_rows, self.num_rows + self.tail)
 
+    def multiply_in_fp8(self) -> None:
+        """Let the base products be of E4M3 rows, where the weight is in NF4 and its members' sizes
+        allow that; after loading, before the first pass."""
+        weight = self.weight
+        if isinstance(weight, NF4Weight) and not members_obstacle(weight.rows, self.in_features):
+            self.fp8_scale = fp8_scale(weight)
+
     def keep_expanded(self, dtype: torch.dtype) -> None:
-        """Expand the weight once for all passes, which then write the updates behind it alone."""
-        self.expanded = self._expand_weight(dtype)
+        """Expand the weight once for all passes, which then write the updates beside it alone."""
+        self.expanded = self._expand_weight(dtype).kept()
 
-    def expand(self, dtype: torch.dtype) -> Tensor:  # (N + T, K + T)
-        """Write out the weight and, behind it, the updates: [[W, s B], [A, -]].
+    def expanded_tensors(self) -> Iterator[Tensor]:
+        if self.expanded is not None:
+            yield from (t for t in self.expanded.tensors() if t is not self.weight)
 
-        Without updates the weight alone, (N, K).
-        """
-        W_ext = self._expand_weight(dtype) if self.expanded is None else self.expanded
+    def expand(self, dtype: torch.dtype) -> Expansion:
+        """Write out what the products read: the weight, and the updates as they are now."""
+        expansion = self._expand_weight(dtype) if self.expanded is None else self.expanded
         if self.lora_A is not None and self.lora_B is not None:
-            extend_with_lora(W_ext, self.lora_A, self.lora_B, self.updates)
-        return W_ext
+            A, sB = expansion.A, expansion.sB
+            write_updates(A, sB, self.lora_A, self.lora_B, self.updates)
+        return expansion
 
-    def _expand_weight(self, dtype: torch.dtype) -> Tensor:  # (N + T, K + T)
+    def _expand_weight(self, dtype: torch.dtype) -> Expansion:
         """Write out the weight, and leave room for the updates."""
-        N, K, tail = self.num_rows, self.in_features, self.tail
+        N, K, tail, weight = self.num_rows, self.in_features, self.tail, self.weight
+        if self.fp8_scale is not None:
+            assert isinstance(weight, NF4Weight)
+            A, sB = (
+                torch.empty(shape, dtype=dtype, device=weight.device)
+                for shape in ((tail, K), (N, tail))
+            )
+            return EightBits(weight, self.fp8_scale, A, sB)
         if not self.updates:
-            if isinstance(self.weight, NF4Weight):
-                return nf4_dequantize(self.weight, dtype)
-            return self.weight.to(dtype)
-        W_ext = torch.empty(N + tail, K + tail, dtype=dtype, device=self.weight.device)
-        if isinstance(self.weight, NF4Weight):
-            nf4_dequantize(self.weight, dtype, out=W_ext[:N, :K])
+            is_packed = isinstance(weight, NF4Weight)
+            W = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)
+            return SixteenBits(W, N, K)
+        W_ext = torch.empty(N + tail, K + tail, dtype=dtype, device=weight.device)
+        if isinstance(weight, NF4Weight):
+            nf4_dequantize(weight, dtype, out=W_ext[:N, :K])
         else:
-            W_ext[:N, :K] = self.weight
-        return W_ext
+            W_ext[:N, :K] = weight
+        return SixteenBits(W_ext, N, K)
 
     def forward(
         self,
@@ -208,14 +225,14 @@ class LinearGroup(FrozenGroup):
 
         Few rows are multiplied by the packed weight.
         """
-        N, K = self.num_rows, self.in_features
+        K = self.in_features
         x, h = x_ext[:, :K], x_ext[:, K:]
         if self._decodes_inside(x, seed):
             return self._multiply_packed(x, h, out)
-        W_ext = self.expand(x.dtype)
+        expansion = self.expand(x.dtype)
         if self.updates:
-            torch.mm(self.dropped(x, seed), W_ext[N:, :K].T, out=h)
-        return self._multiply(x_ext, W_ext, out)
+            torch.mm(self.dropped(x, seed), expansion.A.T, out=h)
+        return expansion.multiply(x_ext, self._bias(x.dtype), out)
 
     def forward_from(
         self,
@@ -226,16 +243,12 @@ class LinearGroup(FrozenGroup):
         if self.lora_A is None or self._drops(seed) or self._decodes_inside(x, seed):
             x_ext = self.extended(x)
             return self.forward(x_ext, seed), x_ext
-        x_ext, W_ext = self.empty_input(x.shape[0], x), self.expand(x.dtype)
-        A = W_ext[self.num_rows :][: self.lora_A.shape[0], : self.in_features]
-        extend_input(x, A, x_ext)
-        return self._multiply(x_ext, W_ext), x_ext
+        x_ext, expansion = self.empty_input(x.shape[0], x), self.expand(x.dtype)
+        extend_input(x, expansion.A[: self.lora_A.shape[0]], x_ext)
+        return expansion.multiply(x_ext, self._bias(x.dtype), None), x_ext
 
-    def _multiply(self, x_ext: Tensor, W_ext: Tensor, out: Tensor | None = None) -> Tensor:
-        W = W_ext[: self.num_rows].T
-        if self.bias is None:
-            return torch.mm(x_ext, W, out=out)
-        return torch.addmm(self.bias.to(x_ext.dtype), x_ext, W, out=out)
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     def _drops(self, seed: Tensor | None) -> TypeGuard[Tensor]:
         return seed is not None and self.dropout > 0
@@ -278,23 +291,22 @@ class LinearGroup(FrozenGroup):
 
         A's needs z, which may have to be computed again: `accumulate_grad_A`.
         """
-        N, K = self.num_rows, self.in_features
+        N = self.num_rows
         if not needs_grad_x and not self.updates:
             return None
         # the forward pass wrote the updates, which have not changed since
-        W_ext = self.expand(grad_ext.dtype) if self.expanded is None else self.expanded
+        expansion = self.expand(grad_ext.dtype) if self.expanded is None else self.expanded
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
             assert self.lora_B is not None
             assert self.lora_B.grad is not None
-            sB, grad_B = W_ext[:N, K:], self.lora_B.grad
-            lora_gradient(grad_y, h, sB, grad_h, grad_B, self.updates)
+            lora_gradient(grad_y, h, expansion.sB, grad_h, self.lora_B.grad, self.updates)
         if not needs_grad_x:
             return None
         if not self._drops(seed):
-            return _product(grad_ext, W_ext[:, :K])
-        grad_x = _product(grad_y, W_ext[:N, :K])
-        return dropout_add_(grad_x, grad_h @ W_ext[N:, :K], seed, self.site, self.dropout)
+            return expansion.multiply_back(grad_ext, bool(self.updates))
+        grad_x = expansion.multiply_back(grad_ext, False)
+        return dropout_add_(grad_x, grad_h @ expansion.A, seed, self.site, self.dropout)
 
     def accumulate_grad_A(
         self,
@@ -309,15 +321,6 @@ class LinearGroup(FrozenGroup):
         N, num_ranks = self.num_rows, self.lora_A.shape[0]
         grad_h = grad_ext[:, N : N + num_ranks]
         add_product(self.lora_A.grad, grad_h.T, self.dropped(x, seed))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply by a weight as it lies, MOST_ROWS or a few more at a time."""
-    out = a.new_empty(a.shape[0], b.shape[1])
-    num_parts = max(a.shape[0] // MOST_ROWS, 1)
-    for part, rows in zip(out.chunk(num_parts), a.chunk(num_parts), strict=True):
-        torch.mm(rows, b, out=part)
-    return out
 
 
 def new_rows(like: Tensor, num_rows: int, num_columns: int) -> Tensor:

@@ -160,6 +160,27 @@ def member(weight: NF4Weight, index: int) -> NF4Weight:
     return members(weight, slice(place, place + 1))
 
 
+def pick_parts(
+    weight: NF4Weight,
+    num_parts: int,
+    picked: Tensor,  # (P,) int64
+) -> NF4Weight:
+    """Copy some parts of a weight whose parts are alike, without looking at which; one may come
+    several times."""
+
+    def pick(buffer: Tensor) -> Tensor:
+        return buffer.view(num_parts, -1)[picked].flatten()
+
+    absmax: Tensor | QuantizedAbsmax
+    if isinstance(weight.absmax, QuantizedAbsmax):
+        scales = weight.absmax
+        absmax = QuantizedAbsmax(pick(scales.codes), pick(scales.group_absmax), pick(scales.mean))
+    else:
+        absmax = pick(weight.absmax)
+    rows = weight.rows[: len(weight.rows) // num_parts] * len(picked)
+    return NF4Weight(pick(weight.packed), absmax, rows, weight.in_features, weight.block_size)
+
+
 def check_matrix(target: NF4Weight, matrix: Tensor, name: str) -> None:
     """Refuse a matrix that cannot become `target`, whatever its values.
 

@@ -19,6 +19,7 @@ class Usage:
         rank: the largest of the updates.
         is_chat: whether prompts are messages, which a chat template writes.
         misreaders: the programs that would compute another update.
+        has_gguf: whether the merged model has a form for llama.cpp.
     """
 
     adapter: str
@@ -28,6 +29,7 @@ class Usage:
     rank: int
     is_chat: bool
     misreaders: tuple[str, ...]
+    has_gguf: bool
 
     @property
     def prompt(self) -> str:
@@ -55,9 +57,10 @@ class Usage:
 
     @property
     def merge(self) -> str:
-        """With a file for llama.cpp and Ollama beside the merged model."""
-        words = ["--adapter", self.adapter, "--output", self.merged, "--gguf", "q8_0"]
-        return shlex.join(["python", "merge.py", *words])
+        """With a file for llama.cpp and Ollama beside the merged model, where there can be one."""
+        words = ["--adapter", self.adapter, "--output", self.merged]
+        gguf = ["--gguf", "q8_0"] if self.has_gguf else []
+        return shlex.join(["python", "merge.py", *words, *gguf])
 
     @property
     def serve(self) -> str:

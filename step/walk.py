@@ -181,7 +181,9 @@ def _form_of(group: FrozenGroup) -> Hashable:
         form = (tuple(weight.shape), weight.dtype)
     bias_dtype = None if group.bias is None else group.bias.dtype
     # slices are no keys
-    updates = (str(group.updates), group.dropout) if isinstance(group, LinearGroup) else None
+    updates = None
+    if isinstance(group, LinearGroup):
+        updates = (str(group.updates), group.dropout, group.fp8_scale is None)
     return type(group), form, bias_dtype, updates, group.expanded is not None
 
 

@@ -46,6 +46,7 @@ def kernel(
 SQUARE = ((8192, 4160), (4160, 4096), (8192, 4096))
 DOWN_A = ((8192, 14336), (14336, 64), (8192, 64))
 GRAD_B = ((4096, 16), (4096, 8192), (8192, 16), (), (), (4096, 16))
+ROUTER = ((8192, 2048), (2048, 128))
 LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
 
 
@@ -53,9 +54,14 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
     ("found", "family"),
     [
         (kernel("_nf4_dequantize_kernel", region=FORWARD), "dequantization"),
-        (kernel("_extend_with_lora_kernel", region=BACKWARD), "low-rank updates"),
+        (kernel("_write_updates_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
+        (kernel("_grouped_matmul_copied_kernel", region=FORWARD), "base products, forward"),
+        (kernel("_grouped_matmul_kernel", region=BACKWARD), "base products, backward"),
+        (kernel("_combine_expert_rows_kernel"), "experts' rows"),
+        (kernel("gemm", "aten::mm", ROUTER, "quatrain: routing"), "routing"),
+        (kernel("radix_sort", "aten::sort", (), "quatrain: routing"), "routing"),
         (kernel("_masked_attention_kernel"), "attention, forward"),
         (kernel("_masked_attention_grad_kv_kernel"), "attention, backward"),
         (kernel("_glu_backward_kernel"), "gate"),
@@ -229,6 +235,27 @@ def test_costs_are_those_of_the_shapes(tmp_path: Path) -> None:
     columns = 64 + 32 + 2 * F + 32
     inputs = 3 * D + F
     assert keep["low-rank updates"].num_bytes == 2 * 2 * M * (2 * inputs + columns)
+
+
+def test_costs_of_experts_are_those_of_a_tokens_experts(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, variant="mixtral")
+    # two of four experts a token, 24 wide; queries of 48 numbers, keys and values of 24
+    M, D, k, E, width = 12, 32, 2, 4, 24
+    attention, of_one = (48 + 2 * 24) * D + D * 48, 3 * D * width
+    keep = costs_of(model, SHAPE, ["keep", "keep"])
+    assert set(keep) <= set(FAMILIES)
+    assert keep["base products, forward"].num_flops == 2 * 2 * M * (attention + k * of_one)
+    recompute = costs_of(model, SHAPE, ["recompute", "recompute"])
+    more = recompute["base products, forward"].num_flops - keep["base products, forward"].num_flops
+    assert more == 2 * 2 * M * (attention + k * 2 * D * width)
+    # all experts are expanded, there and back
+    written = 2 * 2 * 2 * (attention + E * of_one)
+    assert written < keep["dequantization"].num_bytes < 1.5 * written
+    # a row of each token is read or written, and one of each of its experts: twice each way
+    way = 2 * M * (1 + k) * D
+    back = 2 * way + 4 * M * D + 2 * 3 * M * k * width
+    assert keep["experts' rows"].num_bytes == 2 * (2 * way + back)
+    assert recompute["experts' rows"].num_bytes == keep["experts' rows"].num_bytes + 2 * way
 
 
 def test_rows_add_up() -> None:

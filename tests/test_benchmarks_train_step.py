@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.micro_steps import NF4
 from support.stand_in_gpu import install
-from support.tiny_llama import FIELDS
+from support.tiny_llama import FIELDS, VARIANTS
 
 from benchmarks import load, train_step, train_step_limit, train_step_ours
 from benchmarks.step_timing import (
@@ -306,6 +306,13 @@ def test_the_limit_of_a_tiny_step_is_measured(
     keep, recompute = (row["ms_p50"] for row in rows)
     again = rows[0]["forward_ms"] + rows[0]["attention_forward_ms"]
     assert recompute - keep == pytest.approx(config.num_hidden_layers * again, abs=2e-3)
+
+
+def test_the_limit_has_the_experts_of_a_token_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS | VARIANTS["mixtral"]))
+    shapes = train_step_limit.group_shapes(read_config(tmp_path))
+    # two of four, each 24 wide
+    assert (shapes["gate_up"], shapes["down"]) == ((96, 32), (32, 48))
 
 
 def test_tables_put_providers_beside_the_limit() -> None:

@@ -8,7 +8,12 @@ from support.gguf_cases import write_model
 from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 
 from checkpoint.opening import open_checkpoint
-from export.gguf_architecture import ARCHITECTURES, architecture_of, remarks_of
+from export.gguf_architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    has_architecture,
+    remarks_of,
+)
 from llama.families import FAMILIES
 from llama.towers import TOWERS
 
@@ -56,12 +61,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
     checkpoint = open_checkpoint(write_model(tmp_path / "model", variant, **changes))
     with pytest.raises(ValueError, match=f"--gguf must compute what .*{reason}.* leave --gguf out"):
         architecture_of(checkpoint)
+    assert not has_architecture(checkpoint)
 
 
 def test_the_largest_gemma_divides_its_scores_by_another_root(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"num_hidden_layers": 46, "intermediate_size": 8}
     folder = write_model(tmp_path / "a", "gemma2", query_pre_attn_scalar=8, **changes)
     assert architecture_of(open_checkpoint(folder)).name == "gemma2"
+    assert has_architecture(open_checkpoint(folder))
     folder = write_model(tmp_path / "b", "gemma2", query_pre_attn_scalar=12, **changes)
     with pytest.raises(ValueError, match="root of 8, not of 12"):
         architecture_of(open_checkpoint(folder))

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
+from generation.experts import TokenExperts
 from generation.sampling import Sampling
 from generation.token_pass import TokenPass
 from generation.token_step import TokenStep
 from llama.cache import KeyValueCache, Slot
+from llama.experts import ExpertMLP, Routed
 from llama.model import Llama, projections
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
@@ -97,6 +99,25 @@ def test_a_quantized_model_token_by_token_as_at_once(tmp_path: Path) -> None:
     expected = model.logits(ids)[:, max(STARTS) :]
     bound = 100 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (token_by_token(model, ids) - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3], ids=["picked", "all expanded"])
+@pytest.mark.parametrize("quantization", [None, NF4, Quantization(32, False)], ids=str)
+@pytest.mark.parametrize("variant", ["olmoe", "mixtral", "granite-moe"])
+def test_few_tokens_have_the_experts_that_many_have(
+    tmp_path: Path, variant: str, quantization: Quantization | None, num_tokens: int
+) -> None:
+    mlp = load(tmp_path, variant, quantization=quantization).layers[1].mlp
+    assert isinstance(mlp, ExpertMLP)
+    y = torch.randn(num_tokens, mlp.gate.in_features, generator=torch.Generator().manual_seed(3))
+    kept = Routed()
+    mlp.project_in(y, None, kept)
+    expected = mlp.project_out(mlp.inner(kept), None, kept)
+    one_token = TokenExperts(mlp, torch.float32, num_tokens)
+    assert one_token._picks == (num_tokens == 1)
+    # two products of sums of at most 32 terms
+    bound = 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (one_token(y, None) - expected).abs().max() <= bound
 
 
 def test_a_step_waits_for_no_value_and_idle_slots_stay(tmp_path: Path) -> None:

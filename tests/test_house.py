@@ -38,6 +38,7 @@ FLOORS = {
     },
     "training": {
         "data",
+        "export",
         "foreign",
         "generation",
         "hub",

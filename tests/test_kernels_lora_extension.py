@@ -16,11 +16,12 @@ from support.lora_extension_cases import (
     extended_by_hand,
     extension_cases,
     extension_inputs,
+    parts_of,
     scaling_of,
 )
 
 from kernels import lora_extension as module
-from kernels.lora_extension import Update, extend_with_lora, extend_with_lora_reference
+from kernels.lora_extension import Update, write_updates, write_updates_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA, META = torch.device("cuda"), torch.device("meta")
@@ -46,20 +47,20 @@ def case_of(group: str, rank: int, dtype: torch.dtype, targets: Any = None) -> E
 
 @pytest.mark.parametrize("case", CPU_CASES + TINY_EXTENSIONS, ids=str)
 def test_on_a_cpu_every_value_is_the_one_written_by_hand(case: ExtensionCase) -> None:
-    assert_equal(extended(case, extend_with_lora), extended_by_hand(case))
+    assert_equal(extended(case, write_updates), extended_by_hand(case))
 
 
 @pytest.mark.parametrize("case", TINY_EXTENSIONS, ids=str)
 def test_interpreted_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
     found = interpreted_results("lora_extension")[f"{case}/W_ext"]
-    assert_equal(found, extended(case, extend_with_lora_reference))
+    assert_equal(found, extended(case, write_updates_reference))
 
 
 def test_a_member_without_an_update_has_rows_of_zeros() -> None:
     # q_proj and v_proj learn, k_proj does not
     case = ExtensionCase((7, 5, 3), (0, 2), 48, 4, 64, torch.float32)
     W_ext, lora_A, lora_B = extension_inputs(case)
-    extend_with_lora(W_ext, lora_A, lora_B, case.updates)
+    write_updates(*parts_of(W_ext, case), lora_A, lora_B, case.updates)
     q, k, v = W_ext[:15, 48:].split((7, 5, 3))
     assert not k.any()
     assert q[:, :4].all()
@@ -69,7 +70,12 @@ def test_a_member_without_an_update_has_rows_of_zeros() -> None:
     assert not v[:, 8:].any()
 
 
-W, A, B = torch.zeros(7 + 64, 48 + 64), torch.zeros(6, 48), torch.zeros(7, 3)
+GIVEN = {
+    "A": torch.zeros(64, 48),
+    "sB": torch.zeros(7, 64),
+    "lora_A": torch.zeros(6, 48),
+    "lora_B": torch.zeros(7, 3),
+}
 UPDATES = (
     Update(slice(0, 5), slice(0, 3), slice(0, 5), 2.0),
     Update(slice(5, 7), slice(3, 6), slice(5, 7), 2.0),
@@ -79,45 +85,53 @@ UPDATES = (
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"updates": ()}, "^W_ext must have room for the updates"),
-        ({"W_ext": torch.zeros(7 + 5, 48 + 5)}, r"room for the updates .*: got \(12, 53\) for A"),
-        ({"W_ext": torch.zeros(6 + 64, 48 + 64)}, "^W_ext must have room"),
-        ({"lora_A": torch.zeros(3, 48)}, r"^W_ext must have room .* A \(3, 48\) and B \(7, 3\)$"),
-        ({"lora_B": torch.zeros(8, 3)}, r"^W_ext must have room .* B \(8, 3\)$"),
-        ({"lora_B": torch.zeros(7, 2)}, r"^W_ext must have room .* B \(7, 2\)$"),
-        ({"lora_A": A.half()}, "^A and B must be float32: got torch.float16 and torch.float32"),
-        ({"lora_B": B.half()}, "^A and B must be float32: got torch.float32 and torch.float16"),
-        ({"W_ext": W.to(META)}, "^W_ext and A must be on one device: got meta"),
-        ({"lora_A": A.to(META)}, "^W_ext and A must be on one device: got cpu and meta"),
-        ({"lora_B": B.to(META)}, "^W_ext and B must be on one device: got cpu and meta"),
+        ({"updates": ()}, "^A and s B must have room for the updates"),
         (
-            {"W_ext": torch.zeros(112, 71).T},
-            r"^W_ext must have contiguous rows: got strides \(1, 71\)",
+            {"A": torch.zeros(5, 48), "sB": torch.zeros(7, 5)},
+            r"room for the updates .*: got \(5, 48\) and \(7, 5\) for \(6, 48\)",
         ),
-        ({"lora_A": torch.zeros(48, 6).T}, r"^A must be contiguous: got strides \(1, 6\)"),
-        ({"lora_B": torch.zeros(7, 6)[:, :3]}, r"^B must be contiguous: got strides \(6, 1\)$"),
+        ({"sB": torch.zeros(7, 32)}, "^A and s B must have room"),
+        ({"sB": torch.zeros(6, 64)}, "^A and s B must have room"),
+        ({"A": torch.zeros(64, 47)}, "^A and s B must have room"),
+        ({"lora_A": torch.zeros(3, 48)}, r"^A and s B must have room .* \(3, 48\) and \(7, 3\)$"),
+        ({"lora_B": torch.zeros(8, 3)}, r"^A and s B must have room .* and \(8, 3\)$"),
+        ({"lora_B": torch.zeros(7, 2)}, r"^A and s B must have room .* and \(7, 2\)$"),
+        ({"lora_A": torch.zeros(6, 48).half()}, "^the updates must be float32: got torch.float16"),
+        ({"lora_B": torch.zeros(7, 3).half()}, "^the updates must be float32: .* torch.float16$"),
+        ({"sB": torch.zeros(7, 64).half()}, "^A and s B must share a dtype: got torch.float32"),
+        ({"sB": torch.zeros(7, 64, device=META)}, "^A and s B must be on one device"),
+        ({"lora_A": torch.zeros(6, 48, device=META)}, "updates' A must be on one device"),
+        ({"lora_B": torch.zeros(7, 3, device=META)}, "updates' B must be on one device"),
+        ({"A": torch.zeros(48, 64).T}, "^A must have contiguous rows"),
+        ({"sB": torch.zeros(64, 7).T}, "^s B must have contiguous rows"),
+        ({"lora_A": torch.zeros(48, 6).T}, r"^the updates' A must be contiguous: got strides"),
+        ({"lora_B": torch.zeros(7, 6)[:, :3]}, r"^the updates' B must be contiguous: got strides"),
     ],
     ids=[
         "no update",
-        "tail too narrow",
+        "room too narrow",
+        "rooms differ",
         "rows too few",
+        "columns differ",
         "A too short",
         "B too long",
         "ranks differ",
         "A in 16 bit",
         "B in 16 bit",
-        "weight elsewhere",
+        "dtypes differ",
+        "s B elsewhere",
         "A elsewhere",
         "B elsewhere",
-        "scattered",
+        "rows scattered",
+        "s B scattered",
         "A scattered",
         "B scattered",
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"W_ext": W, "lora_A": A, "lora_B": B, "updates": UPDATES}
+    given: dict[str, Any] = GIVEN | {"updates": UPDATES}
     with pytest.raises(ValueError, match=message):
-        extend_with_lora(**(given | changes))
+        write_updates(**(given | changes))
 
 
 def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
@@ -129,8 +143,8 @@ def compile_kernel(case: ExtensionCase, capability: int) -> CompiledLaunch:
     lora_B = torch.empty(num_rows, case.rank, device=META)
     return compile_launch(
         module,
-        "_extend_with_lora_kernel",
-        lambda: module._launch_extend_with_lora(W_ext, lora_A, lora_B, case.updates),
+        "_write_updates_kernel",
+        lambda: module._launch_write_updates(*parts_of(W_ext, case), lora_A, lora_B, case.updates),
         capability,
     )
 
@@ -175,8 +189,8 @@ def test_kernel_compiles_without_spilling(
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", TINY_EXTENSIONS + CPU_CASES, ids=str)
 def test_gpu_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
-    found = extended(case, extend_with_lora, CUDA).cpu()
-    assert_equal(found, extended(case, extend_with_lora_reference))
+    found = extended(case, write_updates, CUDA).cpu()
+    assert_equal(found, extended(case, write_updates_reference))
 
 
 @pytest.mark.gpu
@@ -186,8 +200,8 @@ def test_gpu_kernel_writes_what_the_reference_does(case: ExtensionCase) -> None:
 def test_gpu_kernel_writes_llama_groups(group: str, rank: int, dtype: torch.dtype) -> None:
     case = case_of(group, rank, dtype)
     # the reference on the GPU too: a product of float32 numbers rounds the same everywhere
-    found = extended(case, extend_with_lora, CUDA)
-    assert_equal(found, extended(case, extend_with_lora_reference, CUDA))
+    found = extended(case, write_updates, CUDA)
+    assert_equal(found, extended(case, write_updates_reference, CUDA))
 
 
 @pytest.mark.gpu
@@ -196,7 +210,7 @@ def test_gpu_kernel_reaches_beyond_int32() -> None:
     case = ExtensionCase((524_290, 3), (0, 1), 4096, 16, 64, torch.bfloat16)
     assert (case.num_rows - 3) * (case.in_features + case.tail) > 2**31
     W_ext, lora_A, lora_B = extension_inputs(case, CUDA)
-    extend_with_lora(W_ext, lora_A, lora_B, case.updates)
+    write_updates(*parts_of(W_ext, case), lora_A, lora_B, case.updates)
     N, K = case.num_rows, case.in_features
     tails = torch.zeros(6, 64, device=CUDA)
     tails[:3, :16] = lora_B[-6:-3] * scaling_of(0)

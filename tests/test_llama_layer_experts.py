@@ -50,6 +50,9 @@ def test_a_window_is_of_all_layers_of_qwen3_or_of_none(tmp_path: Path) -> None:
     assert read(tmp_path, QWEN3 | {"use_sliding_window": False}).windows == (None, None)
     assert read(tmp_path, QWEN3 | {"max_window_layers": 1}).windows == (8, 8)
     assert read(tmp_path, QWEN3 | {"sliding_window": None}).windows == (None, None)
+    # transformers does not read which layers are named
+    with pytest.raises(ValueError, match="layer_types must be sliding_attention for all layers"):
+        read(tmp_path, QWEN3 | {"layer_types": ["sliding_attention", "full_attention"]})
 
 
 def test_a_number_of_experts_has_two_names(tmp_path: Path) -> None:

@@ -201,6 +201,28 @@ def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
         model.attach_lora(LoRAConfig(4, 8, 0.0, ("qproj",)), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("targets", "name"),
+    [
+        (("q_proj", "gate_proj"), "gate_proj"),
+        (("experts.0.down_proj",), "down_proj"),
+        (r".*\.(q_proj|up_proj)", "up_proj"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe"])
+def test_experts_are_no_targets(
+    tmp_path: Path, variant: str, targets: tuple[str, ...] | str, name: str
+) -> None:
+    model = load(write_variant(tmp_path, variant))
+    with pytest.raises(ValueError, match=f"experts stay as they are: .* includes their {name}"):
+        model.attach_lora(LoRAConfig(4, 8, 0.0, targets), seed=0)
+    # all-linear is attention, in layers with one MLP too
+    model.attach_lora(LoRAConfig(4, 8, 0.0, "all-linear"), seed=0)
+    adapted = {path.split(".")[4] for path in model.adapter_tensors()}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_loss_is_the_cross_entropy_of_the_logits(tmp_path: Path) -> None:
     model = load_tiny(tmp_path)
     input_ids = tokens(3, 17)

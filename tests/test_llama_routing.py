@@ -5,7 +5,7 @@ import torch
 from support.equality import assert_equal
 from torch import Tensor
 
-from llama.routing import Routing, add_to_tokens, logits_backward, route
+from llama.routing import Routing, route, route_backward
 
 NUM_EXPERTS, NUM_CHOSEN, WIDTH = 5, 3, 8
 
@@ -17,6 +17,11 @@ def drawn(num_tokens: int, is_normalized: bool = True) -> tuple[Tensor, Tensor, 
     return y, router, route(y, router, NUM_CHOSEN, is_normalized)
 
 
+def pairs_of_rows(routing: Routing) -> list[int]:
+    """The pair of each sorted row: m NUM_CHOSEN + j for the j-th expert of token m."""
+    return routing.places.flatten().argsort().tolist()
+
+
 def experts_of_rows(routing: Routing) -> list[int]:
     """The expert of each sorted row, by the offsets."""
     counts = routing.offsets.diff().tolist()
@@ -26,14 +31,14 @@ def experts_of_rows(routing: Routing) -> list[int]:
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 64])
 def test_rows_lie_by_expert_and_then_by_token(num_tokens: int) -> None:
     _, _, routing = drawn(num_tokens)
-    pairs = routing.chosen.flatten()[routing.order].tolist()
-    assert pairs == experts_of_rows(routing)
+    pairs = pairs_of_rows(routing)
+    assert sorted(routing.places.flatten().tolist()) == list(range(NUM_CHOSEN * num_tokens))
+    experts = routing.chosen.flatten()[pairs].tolist()
+    assert experts == experts_of_rows(routing)
     assert (routing.offsets.dtype, len(routing.offsets)) == (torch.int32, NUM_EXPERTS + 1)
     # stable: of one expert's rows, an earlier token's comes first
-    keys = list(zip(pairs, routing.tokens.tolist(), strict=True))
+    keys = list(zip(experts, pairs, strict=True))
     assert keys == sorted(keys)
-    # and each pair finds its row again
-    assert_equal(routing.order[routing.places.flatten()], torch.arange(NUM_CHOSEN * num_tokens))
 
 
 def test_weights_are_shares_of_all_experts_or_sum_to_one() -> None:
@@ -54,7 +59,7 @@ def test_experts_that_are_alike_are_chosen_once_each_and_every_time() -> None:
     first, again = (route(y, torch.ones(NUM_EXPERTS, WIDTH), NUM_CHOSEN, True) for _ in range(2))
     assert all(len(set(chosen)) == NUM_CHOSEN for chosen in first.chosen.tolist())
     assert_equal(first.weights, torch.full((6, NUM_CHOSEN), 1 / NUM_CHOSEN))
-    assert_equal(first.order, again.order)
+    assert_equal(first.places, again.places)
     assert int(first.offsets[-1]) == 6 * NUM_CHOSEN
 
 
@@ -70,37 +75,19 @@ def test_all_tokens_may_have_one_expert_and_an_expert_none() -> None:
     router[3] = 1
     routing = route(torch.ones(4, WIDTH), router, 1, True)
     assert routing.offsets.tolist() == [0, 0, 0, 0, 4, 4]
-    assert routing.tokens.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("is_weighted", [False, True], ids=["", "weighted"])
-def test_a_tokens_rows_come_back_to_it(is_weighted: bool) -> None:
-    _, _, routing = drawn(7)
-    rows = torch.randn(7 * NUM_CHOSEN, WIDTH, generator=torch.Generator().manual_seed(1))
-    weights = routing.weights if is_weighted else torch.ones(7, NUM_CHOSEN)
-    before = torch.full((7, WIDTH), 2.0)
-    total = add_to_tokens(before.clone(), rows, routing, routing.weights if is_weighted else None)
-    expected = before.double()
-    for row, pair in enumerate(routing.order.tolist()):
-        token, j = divmod(pair, NUM_CHOSEN)
-        expected[token] += weights[token, j].double() * rows[row].double()
-    assert (total - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * 8
-    # a row's own weight, as the rows lie
-    flat = routing.in_order(weights)
-    assert flat.flatten().tolist() == [
-        float(weights[pair // NUM_CHOSEN, pair % NUM_CHOSEN]) for pair in routing.order.tolist()
-    ]
+    assert routing.places.tolist() == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize("is_normalized", [False, True])
-def test_gradients_of_logits_are_autograds(is_normalized: bool) -> None:
+def test_gradients_through_the_router_are_autograds(is_normalized: bool) -> None:
     y, router, routing = drawn(7, is_normalized)
     grad_weights = torch.randn(7, NUM_CHOSEN, generator=torch.Generator().manual_seed(1))
-    logits = (y @ router.T).double().requires_grad_()
-    weights = logits.softmax(dim=1).gather(1, routing.chosen)
+    leaf = y.double().requires_grad_()
+    weights = (leaf @ router.double().T).softmax(dim=1).gather(1, routing.chosen)
     if is_normalized:
         weights = weights / weights.sum(dim=1, keepdim=True)
-    (expected,) = torch.autograd.grad(weights, logits, grad_weights.double())
-    actual = logits_backward(grad_weights, routing)
+    (expected,) = torch.autograd.grad(weights, leaf, grad_weights.double())
+    actual = route_backward(grad_weights, routing, router)
     assert actual.dtype == torch.float32
-    assert (actual - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps
+    # a few roundings of numbers of order one, and a sum of five of them
+    assert (actual - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps

@@ -115,6 +115,9 @@ def test_weights_that_stay_expanded_give_the_same_numbers(stored: str) -> None:
     group.keep_expanded(torch.float32)
     assert group.expanded is not None
     assert_equal(group.forward(x, OFFSETS), expected)
+    # nothing is expanded again
+    ((first, W),) = group._expanded(torch.float32)
+    assert (first, W.data_ptr()) == (0, group.expanded.data_ptr())
 
 
 def test_experts_are_counted_as_their_numbers() -> None:

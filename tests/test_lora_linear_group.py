@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.dropout import dropout
 from lora import linear_group
 from lora.config import UpdateSize
+from lora.expansion import SixteenBits
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
 from nf4.weight import NF4Weight, Quantization, dequantize, quantize
 from optim.adamw import AdamW
@@ -440,7 +441,9 @@ def test_tails_hold_h_and_its_gradient(targets: str, dropout: float) -> None:
 def test_an_expanded_weight_has_its_updates_behind_it() -> None:
     case = make(TARGETS["outer"], NF4)
     group, K, N = case.group, IN_FEATURES, sum(ROWS)
-    W_ext = group.expand(torch.float32)
+    expansion = group.expand(torch.float32)
+    assert isinstance(expansion, SixteenBits)
+    W_ext = expansion.W_ext
     assert W_ext.shape == (N + TAIL_MULTIPLE, K + TAIL_MULTIPLE)
     assert_equal(W_ext[:N, :K], case.weight.float())
     assert group.lora_A is not None
@@ -482,7 +485,8 @@ def test_without_updates_there_is_no_tail(quantization: str) -> None:
     assert group.extended(x) is x
     assert group.empty_input(3, x).shape == (3, IN_FEATURES)
     assert group.empty_output(3, x).shape == (3, sum(ROWS))
-    assert_equal(group.expand(torch.float32), case.weight.float())
+    (W,) = group.expand(torch.float32).tensors()
+    assert_equal(W, case.weight.float())
     assert run(group, x, grad_y, needs_grad_x=False).grad_x is None
 
 

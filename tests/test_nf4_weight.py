@@ -26,6 +26,8 @@ from nf4.weight import (
     empty_weight,
     member,
     member_spans,
+    members,
+    pick_parts,
     quantize,
     quantize_member,
 )
@@ -183,6 +185,25 @@ def test_members_are_views_and_count_from_the_end_too() -> None:
     quantize_member(weight, 1, torch.randn(3, 64), "weight")
     assert_equal(nested_scales(last).mean, nested_scales(member(weight, 1)).mean)
     assert last.packed.data_ptr() == weight.packed[64:].data_ptr()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_some_parts_of_a_weight_are_picked_with_their_scales(double_quant: bool) -> None:
+    # three parts of two matrices each
+    weight = empty_weight((5, 3) * 3, 33, 32, double_quant, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for index, rows in enumerate(weight.rows):
+        scale = 10.0**index
+        quantize_member(weight, index, scale * torch.randn(rows, 33, generator=generator), "w")
+    parts = dequantize(weight, torch.float32).view(3, 8, 33)
+    picked = pick_parts(weight, 3, torch.tensor([2, 0, 2, 1]))
+    assert picked.rows == (5, 3) * 4
+    expected = parts[torch.tensor([2, 0, 2, 1])].flatten(0, 1)
+    assert_equal(dequantize(picked, torch.float32), expected)
+    # and those that lie side by side, without a copy
+    some = members(weight, slice(2, 6))
+    assert some.packed.data_ptr() == member(weight, 2).packed.data_ptr()
+    assert_equal(dequantize(some, torch.float32), parts[1:].flatten(0, 1))
 
 
 def test_spans_leave_no_gap_and_end_where_the_buffers_do() -> None:

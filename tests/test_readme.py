@@ -234,6 +234,7 @@ def test_the_last_lines_of_a_run_are_docs_runs_mds() -> None:
         rank=TrainConfig().lora_r,
         is_chat=True,
         misreaders=(),
+        has_gguf=True,
     )
     block = "\n".join(["```bash", usage.talk, usage.merge, usage.serve, "```"])
     assert block in (ROOT / "docs" / "runs.md").read_text()

@@ -43,6 +43,7 @@ USAGE = Usage(
     rank=7,
     is_chat=True,
     misreaders=(),
+    has_gguf=True,
 )
 FILES = ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json"]
 

@@ -17,6 +17,7 @@ def usage(**changes: Any) -> Usage:
         "rank": 16,
         "is_chat": True,
         "misreaders": (),
+        "has_gguf": True,
     }
     return Usage(**given | changes)
 
@@ -42,6 +43,10 @@ def test_a_run_ends_with_the_commands_that_go_on() -> None:
         "serve   vllm serve owner/base-1B --tokenizer out/mine --enable-lora --max-lora-rank 16 "
         "--lora-modules adapter=out/mine"
     )
+
+
+def test_a_family_that_llama_cpp_has_not_is_merged_without_a_file_for_it() -> None:
+    assert "--gguf" not in usage(has_gguf=False).merge
 
 
 def test_without_a_chat_template_a_text_is_continued() -> None:

@@ -115,6 +115,18 @@ def test_each_policy_needs_less_than_the_one_before() -> None:
     assert keep.moments == 8 * WORK.num_adapted == 8 * 41_943_040
 
 
+def test_base_products_in_8_bits_take_no_more_memory() -> None:
+    work = work_for()
+    work.model.multiply_in_fp8()
+    for policy in POLICIES.values():
+        plan, other = (plan_memory(w, (policy,) * NUM_LAYERS) for w in (work, WORK))
+        assert plan.device == pytest.approx(other.device, rel=0.01), policy
+    # forward and transposed, a byte a weight each, and both matrices of the updates
+    sizes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+    expanded = sum(2 * rows * columns + 2 * 64 * (rows + columns) for rows, columns in sizes)
+    assert plan_memory(work, ("expand",) * NUM_LAYERS).expanded == NUM_LAYERS * expanded
+
+
 def test_pinned_memory_is_rounded_up_to_a_power_of_two() -> None:
     plan = plan_memory(replace(WORK, tokens=2112), ("offload",) * NUM_LAYERS)
     assert plan.host == NUM_LAYERS * (128 << 20)

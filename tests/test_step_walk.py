@@ -17,7 +17,7 @@ from nf4.weight import Quantization
 from step.allocations import Allocations, Event
 from step.micro_step import POLICIES, Policy
 from step.repeated_calls import RepeatedCalls
-from step.walk import META, PASSES, STEP, StepWalk
+from step.walk import META, PASSES, STEP, StepWalk, _kind_of
 from step.workload import Workload
 
 # of six layers; neighbours of every two policies
@@ -81,6 +81,13 @@ def test_settings_repeat_what_one_layer_did(tmp_path: Path, case: str) -> None:
     if case == "evaluated":
         work = replace(work, evaluation=(5, 200))
     assert_composed_is_walked(work)
+
+
+def test_layers_whose_experts_are_stored_otherwise_are_not_alike(tmp_path: Path) -> None:
+    first, second, *_ = sizes_of(tmp_path, "olmoe", torch.bfloat16).model.layers
+    assert _kind_of(first) == _kind_of(second)
+    second.mlp.down.allocate(META, torch.bfloat16, None, None)
+    assert _kind_of(first) != _kind_of(second)
 
 
 def test_a_repeated_walk_says_the_same_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from export.gguf_architecture import has_architecture
 from foreign.terminal import one_line
 from hub.push import push_folder
 from llama.model import projection_shapes, update_sizes
@@ -76,6 +77,7 @@ def usage_of(run: Run) -> Usage:
         rank=max(size.rank for size in sizes.values()),
         is_chat=job.tokenizer.has_chat_template,
         misreaders=tuple(misreaders(job.lora, sizes)),
+        has_gguf=has_architecture(job.checkpoint),
     )
 
 

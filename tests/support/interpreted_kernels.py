@@ -71,7 +71,7 @@ from kernels.expert_rows import (  # noqa: E402
 from kernels.glu import Activation, _launch_glu, _launch_glu_backward  # noqa: E402
 from kernels.grouped_matmul import _launch_grouped_matmul  # noqa: E402
 from kernels.grouped_matmul_copied import _launch_grouped_matmul_copied  # noqa: E402
-from kernels.lora_extension import _launch_extend_with_lora  # noqa: E402
+from kernels.lora_extension import _launch_write_updates  # noqa: E402
 from kernels.lora_gradient import _launch_lora_gradient  # noqa: E402
 from kernels.lora_input import _launch_extend_input  # noqa: E402
 from kernels.neftune import _launch_neftune  # noqa: E402
@@ -228,7 +228,7 @@ def dropouts(results: dict[str, Tensor]) -> None:
 def extensions(results: dict[str, Tensor]) -> None:
     """Add weights with the updates behind them."""
     for case in TINY_EXTENSIONS:
-        results[f"{case}/W_ext"] = extended(case, _launch_extend_with_lora)
+        results[f"{case}/W_ext"] = extended(case, _launch_write_updates)
 
 
 def update_gradients(results: dict[str, Tensor]) -> None:

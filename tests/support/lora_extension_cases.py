@@ -63,7 +63,7 @@ class ExtensionCase:
         return tuple(found)
 
 
-Extend = Callable[[Tensor, Tensor, Tensor, tuple[Update, ...]], object]
+Write = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[Update, ...]], object]
 Shape = tuple[tuple[int, ...], tuple[int, ...], int, int, int]  # all but the dtype
 
 
@@ -107,10 +107,16 @@ def extension_inputs(
     return W_ext, lora_A.to(device), lora_B.to(device)
 
 
-def extended(case: ExtensionCase, extend: Extend, device: torch.device = CPU) -> Tensor:
+def parts_of(W_ext: Tensor, case: ExtensionCase) -> tuple[Tensor, Tensor]:
+    """View the rows below a weight and the columns behind it."""
+    N, K = case.num_rows, case.in_features
+    return W_ext[N:, :K], W_ext[:N, K:]
+
+
+def extended(case: ExtensionCase, write: Write, device: torch.device = CPU) -> Tensor:
     """Write a case's updates, and see that nothing is written to what lies behind."""
     W_ext, lora_A, lora_B = extension_inputs(case, device)
-    extend(W_ext, lora_A, lora_B, case.updates)
+    write(*parts_of(W_ext, case), lora_A, lora_B, case.updates)
     if case.is_strided:
         shape, offset = (W_ext.shape[0], NUM_EXTRA), W_ext.shape[1]
         assert W_ext.as_strided(shape, W_ext.stride(), offset).isnan().all()

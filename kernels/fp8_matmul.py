@@ -1,0 +1,240 @@
+"""Multiply rows in E4M3 by a frozen weight in E4M3, and add the low-rank update in 16 bits.
+
+    y = scales[:, None] * scale * (x W^T) + h B^T + bias
+
+    x   | BLOCK_M rows | . . . .      W   | BLOCK_N rows | . . . .     in E4M3, along K
+    h   | BLOCK_M rows | T |          B   | BLOCK_N rows | T |         in 16 bits, at the end
+
+The frozen base takes half of the time that it takes in 16 bits; the update, of which the gradients
+are, is not rounded to 8. Its product goes into the same float32 sums after they are scaled, so y is
+written once and never read, and no scale of the base touches the update. The same kernel computes
+grad_x = scales * scale * (grad_y W) + grad_h A, from W's transpose as E4M3 rows and A's transpose,
+which may be a view.
+
+2 M N (K + T) FLOPs, of which the tensor cores do the first part twice as fast as in 16 bits, and
+M K + N K + 2 M N + 2 T (M + N) bytes. On Hopper the sums of E4M3 products keep about 14 bits within
+a tensor core; next to the 3.7 % that rounding the operands costs, that is nothing.
+
+Tiles come by TMA, which reads zeros beyond a matrix, from tensors that begin and step by multiples
+of 16 bytes. GPUs with tensor cores of another kind (8.9, 12.x) load them by pointers:
+`fp8_matmul_pointers.py`.
+"""
+
+# triton's annotations do not know static_range
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+from torch import Tensor
+
+from kernels.checks import (
+    check_is,
+    check_one_device,
+    check_rows_are_apart,
+    check_rows_are_contiguous,
+)
+from kernels.device import properties
+from kernels.fp8 import (
+    ALIGNMENT,
+    E4M3,
+    Fp8Rows,
+    Fp8Weight,
+    LowRankTail,
+    fp8_obstacle,
+    shape_obstacle,
+)
+from kernels.fp8_matmul_pointers import launch_fp8_matmul_pointers
+from kernels.fp8_matmul_tiles import GROUP_M, scaled, store_tile, tile_of
+from kernels.language import TensorDescriptor, tl, triton
+from kernels.launch import cdiv, launch
+
+# of y and of the low-rank update
+DTYPES = (torch.bfloat16, torch.float16)
+# compute capabilities whose products take whole tiles from shared memory
+TILES_FROM, TILES_BEFORE = (9, 0), (12, 0)
+BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_T = 128, 256, 128, 64
+NUM_WARPS = 8
+# tiles of x and W under way: 192 KB of the 227 KB of shared memory
+NUM_STAGES = 4
+
+
+def fp8_matmul_reference(
+    x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
+) -> None:
+    """Add up in float32, rounded once."""
+    y = x.values.float() @ w.values.float().T * (x.scales * w.scale)[:, None]
+    if tail is not None:
+        y += tail.h.float() @ tail.B.float().T
+    if bias is not None:
+        y += bias.float()
+    out.copy_(y)
+
+
+# any number of rows, one compilation
+@triton.jit(do_not_specialize=["M"])
+def _fp8_matmul_kernel(
+    y_ptr,  # (M, N)
+    x_tiles,  # of (M, K) E4M3
+    w_tiles,  # of (N, K) E4M3
+    scales_ptr,  # (M,) float32
+    scale_ptr,  # () float32
+    h_tiles,  # of (M, T)
+    B_tiles,  # of (N, T), or of (T, N)
+    bias_ptr,  # (N,)
+    M,
+    N,
+    K,
+    stride_ym,
+    NUM_TAILS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_B_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # one program computes a (BLOCK_M, BLOCK_N) tile of y
+    first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_tiles.load([first_m, k])
+        w = w_tiles.load([first_n, k])
+        acc = tl.dot(x, w.T, acc)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    acc = scaled(acc, scales_ptr, scale_ptr, offs_m, M)
+    for tail in tl.static_range(NUM_TAILS):
+        h = h_tiles.load([first_m, tail * BLOCK_T])
+        if IS_B_TRANSPOSED:
+            B = B_tiles.load([tail * BLOCK_T, first_n])
+        else:
+            B = B_tiles.load([first_n, tail * BLOCK_T]).T
+        acc = tl.dot(h, B, acc)
+    store_tile(y_ptr, acc, bias_ptr, offs_m, offs_n, M, N, stride_ym, HAS_BIAS)
+
+
+def _launch_fp8_matmul(
+    x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
+) -> None:
+    (M, K), N = x.values.shape, w.values.shape[0]
+    x_tiles = TensorDescriptor.from_tensor(x.values, [BLOCK_M, BLOCK_K])
+    # any tiles stand for those that are not read
+    h_tiles = B_tiles = x_tiles
+    is_B_transposed = tail is not None and not _has_rows(tail.B)
+    if tail is not None:
+        h_tiles = TensorDescriptor.from_tensor(tail.h, [BLOCK_M, BLOCK_T])
+        if is_B_transposed:
+            B_tiles = TensorDescriptor.from_tensor(tail.B.T, [BLOCK_T, BLOCK_N])
+        else:
+            B_tiles = TensorDescriptor.from_tensor(tail.B, [BLOCK_N, BLOCK_T])
+    launch(
+        _fp8_matmul_kernel,
+        (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),),
+        y_ptr=out,
+        x_tiles=x_tiles,
+        w_tiles=TensorDescriptor.from_tensor(w.values, [BLOCK_N, BLOCK_K]),
+        scales_ptr=x.scales,
+        scale_ptr=w.scale,
+        h_tiles=h_tiles,
+        B_tiles=B_tiles,
+        bias_ptr=out if bias is None else bias,
+        M=M,
+        N=N,
+        K=K,
+        stride_ym=out.stride(0),
+        NUM_TAILS=cdiv(tail.h.shape[1], BLOCK_T) if tail else 0,
+        HAS_BIAS=bias is not None,
+        IS_B_TRANSPOSED=is_B_transposed,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        BLOCK_T=BLOCK_T,
+        GROUP_M=GROUP_M,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        # multiply-adds round less
+        enable_fp_fusion=True,
+    )
+
+
+def _has_rows(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1
+
+
+def _check_aligned(name: str, matrix: Tensor) -> None:
+    step = matrix.stride(0) * matrix.element_size()
+    if step % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
+        raise ValueError(
+            f"{name} must have rows that begin at multiples of {ALIGNMENT} bytes: got a step of "
+            f"{step} bytes from address {matrix.data_ptr():#x}"
+        )
+
+
+def _check(
+    x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
+) -> None:
+    (M, K), (N, K_of_w) = x.values.shape, w.values.shape
+    if K_of_w != K or out.shape != (M, N) or out.dtype not in DTYPES:
+        raise ValueError(
+            f"for x of (M, K), {(M, K)}, W must be (N, K) and out (M, N) in bfloat16 or float16: "
+            f"got {tuple(w.values.shape)} and {tuple(out.shape)} in {out.dtype}"
+        )
+    if obstacle := shape_obstacle(N, K):
+        raise ValueError(obstacle)
+    check_is("x", x.values, E4M3, (M, K))
+    check_is("W", w.values, E4M3, (N, K))
+    check_is("the scales of x", x.scales, torch.float32, (M,))
+    check_is("the scale of W", w.scale, torch.float32, ())
+    matrices = {"x": x.values, "W": w.values}
+    others = {"the scales of x": x.scales, "the scale of W": w.scale}
+    if tail is not None:
+        T = tail.h.shape[1]
+        if not T or T % ALIGNMENT:
+            raise ValueError(f"h must have columns, a multiple of {ALIGNMENT}: got {T}")
+        check_is("h", tail.h, out.dtype, (M, T))
+        check_is("B", tail.B, out.dtype, (N, T))
+        matrices |= {"h": tail.h, "B": tail.B if _has_rows(tail.B) else tail.B.T}
+    if bias is not None:
+        check_is("the bias", bias, out.dtype, (N,))
+        others["the bias"] = bias
+    for name, tensor in others.items():
+        check_rows_are_contiguous(name, tensor.view(-1))
+    for name, matrix in matrices.items():
+        check_rows_are_contiguous(name, matrix)
+        _check_aligned(name, matrix)
+    check_rows_are_contiguous("out", out)
+    check_rows_are_apart("out", out)
+    check_one_device(matrices | others | {"out": out})
+
+
+def fp8_matmul(
+    x: Fp8Rows,  # (M, K)
+    w: Fp8Weight,  # (N, K)
+    out: Tensor,  # (M, N) bfloat16 or float16, written
+    tail: LowRankTail | None = None,  # in out's dtype
+    bias: Tensor | None = None,  # (N,), in out's dtype
+) -> None:
+    """Multiply rows by a weight, both in E4M3, and add a low-rank update in 16 bits.
+
+        out = x.scales[:, None] * w.scale * (x.values w.values^T) + tail.h tail.B^T + bias
+
+    Args:
+        out: may be the first columns of wider rows, as may the values and the tail's h and B.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; N, K or the tail's columns are no
+            multiples of 16; or an operand's rows are not contiguous or do not begin at multiples of
+            16 bytes.
+        RuntimeError: the GPU has no FP8 products.
+    """
+    _check(x, w, out, tail, bias)
+    if out.device.type == "cpu":
+        fp8_matmul_reference(x, w, out, tail, bias)
+        return
+    capability = properties(out.device).capability
+    if obstacle := fp8_obstacle(capability):
+        raise RuntimeError(obstacle)
+    if not out.shape[0]:
+        return
+    takes_tiles = TILES_FROM <= capability < TILES_BEFORE
+    (_launch_fp8_matmul if takes_tiles else launch_fp8_matmul_pointers)(x, w, out, tail, bias)

@@ -1,0 +1,118 @@
+"""A group's frozen weight as its two products read it, with the low-rank updates beside it.
+
+    forward     y      = x W^T + h (s B)^T           backward    grad_x = grad_y W + grad_h A
+
+In 16 bits W and the updates lie in one buffer and share each product; in 8 bits the updates keep 16
+and are added to the same sums:
+
+    SixteenBits     | W | s B |          EightBits       W in E4M3, W^T in E4M3
+                    | A |     |                          A, s B
+
+Before a pass `write_updates` fills A and s B. x and grad_y come with h and grad_h in their tails.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.fp8 import Fp8Weight, LowRankTail
+from kernels.fp8_matmul import fp8_matmul
+from kernels.fp8_rows import quantize_rows
+from kernels.nf4_to_fp8 import nf4_to_fp8
+from nf4.weight import NF4Weight
+
+# rows of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more time a row
+# on an H200, while products by the transposed weight take the same
+MOST_ROWS = 8192
+
+
+class SixteenBits(NamedTuple):
+    """A weight in the dtype of the passes."""
+
+    W_ext: Tensor  # (N + T, K + T)
+    num_rows: int
+    in_features: int
+
+    @property
+    def A(self) -> Tensor:  # (T, K)
+        return self.W_ext[self.num_rows :, : self.in_features]
+
+    @property
+    def sB(self) -> Tensor:  # (N, T)
+        return self.W_ext[: self.num_rows, self.in_features :]
+
+    def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """Multiply (M, K + T) rows to (M, N)."""
+        W = self.W_ext[: self.num_rows].T
+        if bias is None:
+            return torch.mm(x_ext, W, out=out)
+        return torch.addmm(bias, x_ext, W, out=out)
+
+    def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
+        """Multiply (M, N + T) gradients to (M, K), the updates' part included or not."""
+        W = self.W_ext[:, : self.in_features]
+        if not has_updates:
+            grad_ext, W = grad_ext[:, : self.num_rows], W[: self.num_rows]
+        out = grad_ext.new_empty(grad_ext.shape[0], self.in_features)
+        num_parts = max(grad_ext.shape[0] // MOST_ROWS, 1)
+        for part, rows in zip(out.chunk(num_parts), grad_ext.chunk(num_parts), strict=True):
+            torch.mm(rows, W, out=part)
+        return out
+
+    def kept(self) -> "SixteenBits":
+        """What stays from pass to pass."""
+        return self
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds."""
+        yield self.W_ext
+
+
+class EightBits(NamedTuple):
+    """An NF4 weight whose base products are of E4M3 rows, expanded for each unless it stays."""
+
+    weight: NF4Weight
+    scale: Tensor  # () float32, of the weight in E4M3
+    A: Tensor  # (T, K)
+    sB: Tensor  # (N, T)
+    W: Fp8Weight | None = None
+    W_transposed: Fp8Weight | None = None
+
+    def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """Multiply (M, K + T) rows to (M, N)."""
+        N, K = self.weight.shape
+        y = x_ext.new_empty(x_ext.shape[0], N) if out is None else out
+        W = nf4_to_fp8(self.weight, self.scale) if self.W is None else self.W
+        tail = LowRankTail(x_ext[:, K:], self.sB) if self.sB.shape[1] else None
+        fp8_matmul(quantize_rows(x_ext[:, :K]), W, y, tail, bias)
+        return y
+
+    def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
+        """Multiply (M, N + T) gradients to (M, K), the updates' part included or not."""
+        N, K = self.weight.shape
+        grad_x = grad_ext.new_empty(grad_ext.shape[0], K)
+        W = self.W_transposed
+        if W is None:
+            W = nf4_to_fp8(self.weight, self.scale, is_transposed=True)
+        tail = LowRankTail(grad_ext[:, N:], self.A.T) if has_updates else None
+        fp8_matmul(quantize_rows(grad_ext[:, :N]), W, grad_x, tail)
+        return grad_x
+
+    def kept(self) -> "EightBits":
+        """What stays from pass to pass."""
+        return self._replace(
+            W=nf4_to_fp8(self.weight, self.scale),
+            W_transposed=nf4_to_fp8(self.weight, self.scale, is_transposed=True),
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds beside the packed weight."""
+        yield from (self.A, self.sB)
+        for expanded in (self.W, self.W_transposed):
+            if expanded is not None:
+                yield expanded.values
+
+
+Expansion = SixteenBits | EightBits

@@ -1,0 +1,108 @@
+"""Runs the FP8 kernels for all tiny cases in Triton's interpreter; a process of its own.
+
+Writes what the launchers compute, by case, to the safetensors file that is its first argument; the
+second is the name of the kernels' file. Values in E4M3 are written as bytes.
+"""
+
+import os
+import sys
+from typing import Any
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+
+import numpy as np  # noqa: E402, the assertion comes first
+import torch  # noqa: E402
+import triton  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from support.fp8_cases import (  # noqa: E402
+    TINY_FP8_WEIGHTS,
+    TINY_MATMULS,
+    TINY_ROWS,
+    non_finite_rows,
+    product,
+    quantized_rows,
+)
+from support.interpreted_kernels import (  # noqa: E402
+    let_functions_find_the_language_patched,
+    let_loops_run_under_numpy_2_4,
+)
+from support.nf4_cases import random_weight  # noqa: E402
+from support.poison import poisoned_memory  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton import language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from kernels.fp8 import E4M3, Fp8Rows  # noqa: E402
+from kernels.fp8_matmul import _launch_fp8_matmul  # noqa: E402
+from kernels.fp8_matmul_pointers import launch_fp8_matmul_pointers  # noqa: E402
+from kernels.fp8_rows import _launch_quantize_rows  # noqa: E402
+from kernels.nf4_to_fp8 import _launch_nf4_to_fp8, fp8_scale  # noqa: E402
+
+
+def let_e4m3_be_converted_as_by_torch() -> None:
+    """Convert to E4M3 and from it as a GPU does, and torch.
+
+    The interpreters of triton 3.6 to 3.9 round a midpoint up, cut subnormal numbers off and do not
+    carry into the exponent.
+    """
+    original = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if tl.float8e4nv not in (source, target):
+            return original(data, source, target, rounding)
+        given = torch.from_numpy(np.ascontiguousarray(data))
+        if target == tl.float8e4nv:
+            return given.to(E4M3).view(torch.uint8).numpy()
+        return given.view(E4M3).to({tl.float16: torch.float16}[target]).numpy()
+
+    interpreter._convert_float = convert
+
+
+def rows(results: dict[str, Tensor]) -> None:
+    """Add rows in E4M3 and their scales."""
+    for case in TINY_ROWS:
+        found = quantized_rows(case, _launch_quantize_rows)
+        results |= {f"{case}/values": found.values, f"{case}/scales": found.scales}
+    x = non_finite_rows()
+    out = Fp8Rows(torch.empty(x.shape, dtype=E4M3), torch.empty(x.shape[0]))
+    _launch_quantize_rows(x, out)
+    results |= {"non-finite/values": out.values, "non-finite/scales": out.scales}
+
+
+def weights(results: dict[str, Tensor]) -> None:
+    """Add weights in E4M3 and their transposes."""
+    for case in TINY_FP8_WEIGHTS:
+        weight = random_weight(case)
+        for shape, is_transposed in ((weight.shape, False), (weight.shape[::-1], True)):
+            out = torch.full(shape, float("nan"), dtype=E4M3)
+            _launch_nf4_to_fp8(weight, fp8_scale(weight), out, is_transposed)
+            results[f"{case}-{is_transposed}"] = out
+
+
+def products(results: dict[str, Tensor]) -> None:
+    """Add the products by both kernels."""
+    for case in TINY_MATMULS:
+        results[f"tiles-{case}"] = product(case, _launch_fp8_matmul)
+        results[f"pointers-{case}"] = product(case, launch_fp8_matmul_pointers)
+
+
+# by the file in kernels/
+KERNELS = {"fp8_rows": rows, "nf4_to_fp8": weights, "fp8_matmul": products}
+
+
+def main() -> None:
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
+        let_loops_run_under_numpy_2_4()
+    let_functions_find_the_language_patched()
+    let_e4m3_be_converted_as_by_torch()
+    results: dict[str, Tensor] = {}
+    with poisoned_memory():
+        KERNELS[sys.argv[2]](results)
+    save_file(
+        {k: v.view(torch.uint8) if v.dtype == E4M3 else v for k, v in results.items()}, sys.argv[1]
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,49 @@
+"""benchmarks/fp8_matmul.py: its byte model, and a run over few rows."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.stand_in_gpu import install
+from torch import Tensor
+
+from benchmarks import fp8_matmul
+from benchmarks.command import Machine
+from benchmarks.tables import fp8_matmul_table
+from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
+
+MACHINE = Machine(torch.device("cpu"), copy_gbps=3000, matmul_tflops=800, peer=None)
+
+
+def test_bytes_are_those_of_the_matrices() -> None:
+    x, w = torch.empty(7, 32).to(E4M3), torch.empty(48, 32).to(E4M3)
+    y, h, B = torch.empty(7, 48).half(), torch.empty(7, 64).half(), torch.empty(48, 64).half()
+    scales, scale = torch.empty(7), torch.empty(())
+    expected = sum(tensor.nbytes for tensor in (x, w, y, h, B, scales, scale))
+    assert fp8_matmul.fp8_matmul_bytes(7, 48, 32, 64) == expected
+
+
+def test_the_limit_is_twice_the_rate_of_bf16() -> None:
+    rows = 8192
+    work = fp8_matmul.work_of("a.layer", "forward", rows, 4096, 4096)
+    assert work.num_flops == 2 * rows * 4096 * (4096 + 128)
+
+
+@pytest.mark.parametrize("mode", fp8_matmul.MODES)
+def test_a_run_measures_every_provider(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def torch_fp8(x: Fp8Rows, w: Fp8Weight, scales: tuple[Tensor, Tensor]) -> Any:
+        assert scales[0].numel() in (1, x.values.shape[0])
+        return x.values.float() @ w.values.float().T
+
+    clock = install(monkeypatch)
+    clock.tick_ms = 8.0
+    monkeypatch.setattr(fp8_matmul, "torch_fp8", torch_fp8)
+    rows = fp8_matmul.measure_fp8_matmul("a.layer", mode, 5, 48, 32, MACHINE)
+    providers = ["ours", "ours-base", "torch-tensorwise", "torch-rowwise", "torch"]
+    assert [row["provider"] for row in rows] == ["limit", *providers]
+    header, lines = fp8_matmul_table(rows)
+    assert header == [
+        "layer", "mode", "M", "limit", "ours", "without update", "torch, a scale", "torch, a row",
+        "bf16",
+    ]  # fmt: skip
+    assert [len(line) for line in lines] == [9]

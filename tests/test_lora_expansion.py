@@ -1,0 +1,143 @@
+"""lora/expansion.py: base products of E4M3 rows, with the updates in 16 bits in the same sums."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.equality import assert_equal
+from support.micro_steps import gradients_of, load_tiny, step_of, tokens
+from test_lora_linear_group import SEED, TARGETS, make, mask_of, results_of, run, run_torch
+from torch import Tensor
+
+from kernels.fp8_rows import quantize_rows
+from kernels.nf4_to_fp8 import fp8_scale, nf4_to_fp8
+from lora.expansion import EightBits, SixteenBits
+from lora.linear_group import LinearGroup
+from nf4.weight import NF4Weight, Quantization
+from step.micro_step import Policy
+
+ROWS, IN_FEATURES, NUM_TOKENS = (32, 16, 48), 64, 11
+NF4 = Quantization(64, True)
+BF16 = torch.bfloat16
+DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.4])
+NAMED_TARGETS = pytest.mark.parametrize("targets", ["none", "outer", "all"])
+
+
+def eight_bits(targets: str, dropout: float = 0.0, has_bias: bool = True) -> LinearGroup:
+    sizes = {"rows": ROWS, "in_features": IN_FEATURES, "dtype": BF16}
+    group = make(TARGETS[targets], NF4, has_bias, dropout, **sizes).group
+    group.multiply_in_fp8()
+    assert isinstance(group.expand(BF16), EightBits)
+    return group
+
+
+def drawn() -> tuple[Tensor, Tensor]:
+    """Rows and gradients."""
+    return torch.randn(NUM_TOKENS, IN_FEATURES).to(BF16), torch.randn(NUM_TOKENS, sum(ROWS)).to(
+        BF16
+    )
+
+
+def in_e4m3(matrix: Tensor) -> Tensor:
+    values, scales = quantize_rows(matrix.contiguous())
+    return values.float() * scales[:, None]
+
+
+@DROPOUTS
+@NAMED_TARGETS
+def test_base_products_alone_are_rounded_to_e4m3(targets: str, dropout: float) -> None:
+    group = eight_bits(targets, dropout)
+    x, grad_y = drawn()
+    seed = torch.tensor([SEED])
+    actual = run(group, x, grad_y, seed)
+    weight = group.weight
+    assert isinstance(weight, NF4Weight)
+    W = nf4_to_fp8(weight, fp8_scale(weight))
+    W = W.values.float() * W.scale
+    expansion = group.expand(BF16)
+    A, sB = expansion.A.float(), expansion.sB.float()
+    h, grad_h = actual.h.float(), actual.grad_h.float()
+    assert group.bias is not None
+    y = in_e4m3(x) @ W.T + h @ sB.T + group.bias.float()
+    # by the E4M3 weight's own transpose, which is made of the packed weight
+    mask = mask_of(group, x, seed)
+    grad_x = in_e4m3(grad_y) @ W + (grad_h @ A) * (1 if mask is None else mask.float())
+    assert actual.grad_x is not None
+    for found, expected in ((actual.y, y), (actual.grad_x, grad_x)):
+        # bfloat16's own rounding of the sum, and of the update before it is dropped
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=2**-6)
+
+
+@DROPOUTS
+@NAMED_TARGETS
+def test_the_updates_gradients_are_those_of_16_bits(targets: str, dropout: float) -> None:
+    group = eight_bits(targets, dropout)
+    given = (*drawn(), torch.tensor([SEED]))
+    actual = run(group, *given)
+    group.fp8_scale = None
+    expected = run(group, *given)
+    for name, grad in expected.grads.items():
+        assert_equal(actual.grads[name], grad, name)
+    for name in ("y", "grad_x"):
+        found, wanted = (results_of(passed)[name].float() for passed in (actual, expected))
+        # both operands of a sum are rounded to 4 bits, and round independently
+        error = (found - wanted).norm() / wanted.norm()
+        assert 0 < error < 0.06, (name, error)
+
+
+@NAMED_TARGETS
+def test_an_expanded_weight_that_stays_gives_the_same_bits(targets: str) -> None:
+    group = eight_bits(targets, 0.4)
+    given = (*drawn(), torch.tensor([SEED]))
+    expected = run(group, *given)
+    group.keep_expanded(BF16)
+    # E4M3 forward and transposed, and the updates' matrices
+    assert sum(t.nbytes for t in group.expanded_tensors()) == 2 * sum(ROWS) * IN_FEATURES + 2 * (
+        group.tail * (sum(ROWS) + IN_FEATURES)
+    )
+    actual = run(group, *given)
+    for name, tensor in results_of(expected).items():
+        assert_equal(results_of(actual)[name], tensor, name)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "rows"), [(None, ROWS), (NF4, (32, 17, 48))], ids=["unquantized", "odd rows"]
+)
+def test_what_has_no_e4m3_stays_in_16_bits(
+    quantization: Quantization | None, rows: tuple[int, ...]
+) -> None:
+    group = make(TARGETS["all"], quantization, rows=rows, in_features=64, dtype=BF16).group
+    group.multiply_in_fp8()
+    assert isinstance(group.expand(BF16), SixteenBits)
+
+
+def test_the_truth_is_as_far_as_e4m3_allows() -> None:
+    case = make(TARGETS["all"], NF4, True, rows=ROWS, in_features=IN_FEATURES, dtype=BF16)
+    case.group.multiply_in_fp8()
+    x, grad_y = drawn()
+    actual = results_of(run(case.group, x, grad_y))
+    for name, truth in run_torch(case, x, grad_y).items():
+        error = (actual[name].double() - truth).norm() / truth.norm()
+        # two operands in E4M3: 2.6 % each; the updates' gradients are in 16 bits
+        assert error < (0.05 if name in ("y", "grad_x") else 0.01), (name, error)
+
+
+POLICIES: list[tuple[Policy, Policy]] = [
+    ("expand", "expand"),
+    ("recompute", "recompute"),
+    ("expand", "recompute"),
+]
+
+
+@pytest.mark.parametrize("policies", POLICIES, ids=str)
+def test_every_policy_gives_the_same_bits(tmp_path: Path, policies: tuple[Policy, Policy]) -> None:
+    model = load_tiny(tmp_path, dtype=BF16)
+    sixteen = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 65), tokens(2, 65))
+    model.multiply_in_fp8()
+    expected = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 65), tokens(2, 65))
+    actual = gradients_of(step_of(model, policies), tokens(2, 65), tokens(2, 65))
+    for name, grad in expected.items():
+        assert_equal(actual[name], grad, name)
+        close = torch.cosine_similarity(grad.flatten(), sixteen[name].flatten(), dim=0)
+        assert close > 0.98, (name, close)
+    assert any(not torch.equal(grad, sixteen[name]) for name, grad in expected.items())
