@@ -21,7 +21,6 @@ _GEMMA_NORMS = LayerNorms(
     before_mlp="pre_feedforward_layernorm",
     behind_mlp="post_feedforward_layernorm",
 )
-_PARALLEL_NORMS = LayerNorms(before_mlp="input_layernorm")
 _GLM = Family(
     "glm",
     o_bias=False,
@@ -37,6 +36,19 @@ _GLM = Family(
     fields=frozenset({"attention_bias"}),
 )
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
+_COHERE = Family(
+    "cohere",
+    is_interleaved=True,
+    norms=LayerNorms(before_mlp="input_layernorm"),
+    has_centred_norms=True,
+    is_parallel=True,
+    defaults=_COHERE_DEFAULTS | {"rope_theta": 5e5},
+    fields=frozenset({"attention_bias", "logit_scale"}),
+    aliases={"layer_norm_eps": "rms_norm_eps"},
+)
+_MULTIPLIERS = frozenset(
+    {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+)
 # transformers adds the auxiliary loss that the second one weighs only where output_router_logits is
 # set, which is refused
 _EXPERT_FIELDS = frozenset({"num_experts_per_tok", "router_aux_loss_coef"})
@@ -167,29 +179,16 @@ FAMILIES = {
         },
         fields=frozenset({"sliding_window", "sliding_window_pattern"}),
     ),
-    "CohereForCausalLM": Family(
-        "cohere",
-        is_interleaved=True,
-        norms=_PARALLEL_NORMS,
-        has_centred_norms=True,
-        is_parallel=True,
-        defaults=_COHERE_DEFAULTS | {"rope_theta": 5e5},
-        fields=frozenset({"attention_bias", "logit_scale"}),
-        aliases={"layer_norm_eps": "rms_norm_eps"},
-    ),
-    "Cohere2ForCausalLM": Family(
-        "cohere2",
+    "CohereForCausalLM": _COHERE,
+    "Cohere2ForCausalLM": replace(
+        _COHERE,
+        model_type="cohere2",
         windows="pattern",
         ropes="windowed",
-        is_interleaved=True,
-        norms=_PARALLEL_NORMS,
-        has_centred_norms=True,
-        is_parallel=True,
         defaults=_COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4},
-        fields=frozenset(
+        fields=_COHERE.fields
+        | frozenset(
             {
-                "attention_bias",
-                "logit_scale",
                 "sliding_window",
                 "sliding_window_pattern",
                 # of the first checkpoint, which transformers does not read
@@ -203,22 +202,12 @@ FAMILIES = {
                 "use_parallel_embedding",
             }
         ),
-        aliases={"layer_norm_eps": "rms_norm_eps"},
     ),
     "GraniteForCausalLM": Family(
         "granite",
         mlp_bias="mlp_bias",
         defaults={"attention_multiplier": 1.0},
-        fields=frozenset(
-            {
-                "attention_bias",
-                "mlp_bias",
-                "embedding_multiplier",
-                "residual_multiplier",
-                "attention_multiplier",
-                "logits_scaling",
-            }
-        ),
+        fields=_MULTIPLIERS | {"attention_bias", "mlp_bias"},
     ),
     "GemmaForCausalLM": Family(
         "gemma",
@@ -380,14 +369,7 @@ FAMILIES = {
         "granitemoe",
         experts=LayerExperts(is_normalized=True, is_stacked=True),
         defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
-        fields=_EXPERT_FIELDS
-        | {
-            "attention_bias",
-            "embedding_multiplier",
-            "residual_multiplier",
-            "attention_multiplier",
-            "logits_scaling",
-        },
+        fields=_EXPERT_FIELDS | _MULTIPLIERS | {"attention_bias"},
         aliases={"num_local_experts": "num_experts"},
         file_names={
             ".block_sparse_moe.router.layer.": ".mlp.gate.",
