@@ -9,9 +9,10 @@ set. `llama/config_fields.py` has the lists.
 
 import json
 import math
-from collections.abc import Collection, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from foreign.json_fields import JsonFields
 from foreign.json_text import read_object
@@ -273,13 +274,31 @@ def check_config(fields: JsonFields) -> LlamaConfig:
         return _checked(fields)
 
 
+def _named(fields: JsonFields, given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Bring the values of a family's own names under the names that they have here.
+
+    Raises:
+        ValueError: names of one thing have different values.
+    """
+    named: dict[str, Any] = {}
+    for alias, name in family.aliases.items():
+        if alias in given:
+            said = named.setdefault(name, given.get(name, given[alias]))
+            # true is no 1
+            if repr(said) != repr(given[alias]):
+                raise ValueError(
+                    f"{fields.where}: {alias} must be what is said of {name}, {said!r}: "
+                    f"got {given[alias]!r}"
+                )
+    return named
+
+
 def _checked(fields: JsonFields) -> LlamaConfig:
     family, text, is_tower = _language_model(fields)
     # a name of Llama's is not read where the family has its own alone
     replaced = set(family.aliases.values()) - family.fields
     given = {key: value for key, value in text.values.items() if key not in replaced}
-    named = {name: given[alias] for alias, name in family.aliases.items() if alias in given}
-    fields = replace(text, values={**family.defaults, **given, **named})
+    fields = replace(text, values={**family.defaults, **given, **_named(text, given, family)})
     path = fields.where
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)

@@ -5,6 +5,8 @@ a layer has, never which family it is. A field of config.json that no list here 
 it is set, because it might change the function.
 """
 
+from dataclasses import replace
+
 from llama.family import ACTIVATION_NAMES, Family, LayerNorms
 from llama.layer_experts import LayerExperts
 
@@ -19,13 +21,34 @@ _GEMMA_NORMS = LayerNorms(
     before_mlp="pre_feedforward_layernorm",
     behind_mlp="post_feedforward_layernorm",
 )
-_PARALLEL_NORMS = LayerNorms(before_mlp="input_layernorm")
-_GLM_DEFAULTS = {
-    "num_key_value_heads": 2,
-    "attention_bias": True,
-    "eos_token_id": [151329, 151336, 151338],
-}
+_GLM = Family(
+    "glm",
+    o_bias=False,
+    is_mlp_fused=True,
+    head_dim=128,
+    rotary_share=0.5,
+    is_interleaved=True,
+    defaults={
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    fields=frozenset({"attention_bias"}),
+)
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
+_COHERE = Family(
+    "cohere",
+    is_interleaved=True,
+    norms=LayerNorms(before_mlp="input_layernorm"),
+    has_centred_norms=True,
+    is_parallel=True,
+    defaults=_COHERE_DEFAULTS | {"rope_theta": 5e5},
+    fields=frozenset({"attention_bias", "logit_scale"}),
+    aliases={"layer_norm_eps": "rms_norm_eps"},
+)
+_MULTIPLIERS = frozenset(
+    {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+)
 # transformers adds the auxiliary loss that the second one weighs only where output_router_logits is
 # set, which is refused
 _EXPERT_FIELDS = frozenset({"num_experts_per_tok", "router_aux_loss_coef"})
@@ -37,20 +60,31 @@ FAMILIES = {
     ),
     "InternLM3ForCausalLM": Family(
         "internlm3",
-        o_bias="mlp_bias",
-        mlp_bias="mlp_bias",
-        head_dim=128,
-        fields=frozenset({"attention_bias", "mlp_bias"}),
-        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        mlp_bias="attention_bias",
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+        # all biases or none
+        fields=frozenset({"attention_bias"}),
+        aliases=dict.fromkeys(("qkv_bias", "bias", "mlp_bias"), "attention_bias"),
         transformers_class="LlamaForCausalLM",
     ),
     "SeedOssForCausalLM": Family(
         "seed_oss",
         o_bias="attention_out_bias",
         mlp_bias="mlp_bias",
-        head_dim=128,
-        defaults={"attention_bias": True},
+        defaults={"attention_bias": True, "head_dim": 128},
         fields=frozenset({"attention_bias", "attention_out_bias", "mlp_bias"}),
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5",
+        mlp_bias="attention_bias",
+        is_interleaved=True,
+        defaults={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": True,
+        },
+        aliases={"use_bias": "attention_bias"},
     ),
     "MistralForCausalLM": Family(
         "mistral",
@@ -79,13 +113,19 @@ FAMILIES = {
         fields=frozenset({"sliding_window"}),
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", qkv_bias=True, o_bias=False, windows="later", fields=_WINDOW_FIELDS
+        "qwen2",
+        qkv_bias=True,
+        o_bias=False,
+        windows="later",
+        defaults={"max_window_layers": 28},
+        fields=_WINDOW_FIELDS,
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
         qk_norm=True,
         head_dim=128,
         windows="later",
+        defaults={"max_window_layers": 28},
         fields=_WINDOW_FIELDS | {"attention_bias"},
     ),
     "Phi3ForCausalLM": Family(
@@ -129,7 +169,7 @@ FAMILIES = {
         qkv_bias=False,
         o_bias=False,
         qk_norm=True,
-        windows="pattern",
+        windows="pattern or none",
         ropes="windowed",
         norms=NORMS_BEHIND,
         defaults={
@@ -139,29 +179,16 @@ FAMILIES = {
         },
         fields=frozenset({"sliding_window", "sliding_window_pattern"}),
     ),
-    "CohereForCausalLM": Family(
-        "cohere",
-        is_interleaved=True,
-        norms=_PARALLEL_NORMS,
-        has_centred_norms=True,
-        is_parallel=True,
-        defaults=_COHERE_DEFAULTS | {"rope_theta": 5e5},
-        fields=frozenset({"attention_bias", "logit_scale"}),
-        aliases={"layer_norm_eps": "rms_norm_eps"},
-    ),
-    "Cohere2ForCausalLM": Family(
-        "cohere2",
+    "CohereForCausalLM": _COHERE,
+    "Cohere2ForCausalLM": replace(
+        _COHERE,
+        model_type="cohere2",
         windows="pattern",
         ropes="windowed",
-        is_interleaved=True,
-        norms=_PARALLEL_NORMS,
-        has_centred_norms=True,
-        is_parallel=True,
         defaults=_COHERE_DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4},
-        fields=frozenset(
+        fields=_COHERE.fields
+        | frozenset(
             {
-                "attention_bias",
-                "logit_scale",
                 "sliding_window",
                 "sliding_window_pattern",
                 # of the first checkpoint, which transformers does not read
@@ -175,22 +202,12 @@ FAMILIES = {
                 "use_parallel_embedding",
             }
         ),
-        aliases={"layer_norm_eps": "rms_norm_eps"},
     ),
     "GraniteForCausalLM": Family(
         "granite",
         mlp_bias="mlp_bias",
         defaults={"attention_multiplier": 1.0},
-        fields=frozenset(
-            {
-                "attention_bias",
-                "mlp_bias",
-                "embedding_multiplier",
-                "residual_multiplier",
-                "attention_multiplier",
-                "logits_scaling",
-            }
-        ),
+        fields=_MULTIPLIERS | {"attention_bias", "mlp_bias"},
     ),
     "GemmaForCausalLM": Family(
         "gemma",
@@ -268,37 +285,27 @@ FAMILIES = {
             }
         ),
     ),
-    "Glm4ForCausalLM": Family(
-        "glm4",
-        o_bias=False,
-        is_mlp_fused=True,
-        head_dim=128,
-        rotary_share=0.5,
-        is_interleaved=True,
+    "GlmForCausalLM": _GLM,
+    "Glm4ForCausalLM": replace(
+        _GLM,
+        model_type="glm4",
         norms=LayerNorms(
             behind_attention="post_self_attn_layernorm",
             before_mlp="post_attention_layernorm",
             behind_mlp="post_mlp_layernorm",
         ),
-        defaults=_GLM_DEFAULTS,
-        fields=frozenset({"attention_bias"}),
-    ),
-    "GlmForCausalLM": Family(
-        "glm",
-        o_bias=False,
-        is_mlp_fused=True,
-        head_dim=128,
-        rotary_share=0.5,
-        is_interleaved=True,
-        defaults=_GLM_DEFAULTS,
-        fields=frozenset({"attention_bias"}),
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
         mlp_bias="mlp_bias",
         windows="unrotated",
         ropes="listed",
-        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        defaults={
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
         # transformers ignores max_window_layers
         fields=_WINDOW_FIELDS
         | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
@@ -365,14 +372,7 @@ FAMILIES = {
         "granitemoe",
         experts=LayerExperts(is_normalized=True, is_stacked=True),
         defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
-        fields=_EXPERT_FIELDS
-        | {
-            "attention_bias",
-            "embedding_multiplier",
-            "residual_multiplier",
-            "attention_multiplier",
-            "logits_scaling",
-        },
+        fields=_EXPERT_FIELDS | _MULTIPLIERS | {"attention_bias"},
         aliases={"num_local_experts": "num_experts"},
         file_names={
             ".block_sparse_moe.router.layer.": ".mlp.gate.",

@@ -8,8 +8,6 @@ from foreign.json_fields import JsonFields
 from llama.rope_scaling import LongRopeScaling, Rope, read_rope
 
 DEFAULT_ROPE_THETA = 10000.0
-# SmolLM3's, where config.json lists no layers
-_UNROTATED_INTERVAL = 4
 _SHARE = "partial_rotary_factor"
 
 LayerRopes = Literal["alike", "by window", "listed", "windowed"]
@@ -135,7 +133,7 @@ def rotated_layers(fields: JsonFields, num_layers: int) -> list[bool]:
     """Read which layers rotate their heads; no_rope_layers has a 1 for those that do."""
     listed = fields.values.get("no_rope_layers")
     if listed is None:
-        interval = fields.integer("no_rope_layer_interval", _UNROTATED_INTERVAL)
+        interval = fields.integer("no_rope_layer_interval")
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     is_list = isinstance(listed, list) and len(listed) >= num_layers
     if not is_list or not all(type(has_rope) is int for has_rope in listed):

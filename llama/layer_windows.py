@@ -6,10 +6,18 @@ from foreign.json_fields import JsonFields
 from llama.layer_ropes import rotated_layers
 
 LayerWindows = Literal[
-    "none", "all", "listed", "alternating", "pattern", "later", "unrotated", "switched"
+    "none",
+    "all",
+    "listed",
+    "alternating",
+    "pattern",
+    "pattern or none",
+    "later",
+    "unrotated",
+    "switched",
 ]
-# Qwen2's, where config.json has none
-_FIRST_OF_LATER = 28
+# transformers' classes make a mask of the window whatever the layers see, and stop without a size
+_ALWAYS: tuple[LayerWindows, ...] = ("listed", "alternating", "pattern")
 
 
 def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tuple[int | None, ...]:
@@ -19,14 +27,15 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
         kind: which layers see only the last `sliding_window` tokens: none or all, or all
             where `use_sliding_window` is set, whatever `layer_types` says; otherwise those that
             `layer_types` names, or without it all, every other one from the first on, all but every
-            `sliding_window_pattern`th, or, where `use_sliding_window` is set, those from
-            `max_window_layers` on, or those without rotary positions.
+            `sliding_window_pattern`th (of a model that has windows, or of every one), or, where
+            `use_sliding_window` is set, those from `max_window_layers` on, or those without rotary
+            positions.
 
     Raises:
         ValueError: the fields are of the wrong type, or do not fit together.
     """
     has_size = fields.values.get("sliding_window") is not None
-    size = fields.integer("sliding_window") if has_size else None
+    size = fields.integer("sliding_window") if has_size or kind in _ALWAYS else None
     listed = _listed(fields, num_layers)
     if listed is not None and kind not in ("none", "all", "switched"):
         sees_window = listed
@@ -68,7 +77,7 @@ def _by_rule(fields: JsonFields, kind: LayerWindows, num_layers: int, has_size: 
         return [False] * num_layers
     if kind in ("all", "listed"):
         return [True] * num_layers
-    if kind == "pattern":
+    if kind in ("pattern", "pattern or none"):
         interval = fields.integer("sliding_window_pattern")
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     is_used = fields.boolean("use_sliding_window", False)
@@ -77,7 +86,6 @@ def _by_rule(fields: JsonFields, kind: LayerWindows, num_layers: int, has_size: 
     if kind == "unrotated":
         return [is_used and not has for has in rotated_layers(fields, num_layers)]
     first = fields.values.get("max_window_layers")
-    first = _FIRST_OF_LATER if first is None else first
     if type(first) is not int:
         raise ValueError(f"{fields.where}: max_window_layers must be an integer: got {first!r}")
     return [is_used and layer >= first for layer in range(num_layers)]

@@ -103,7 +103,12 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ),
         ({"model_type": []}, "with LlamaForCausalLM: got []"),
         ({"qkv_bias": True}, "must hold fields that LlamaForCausalLM has: got qkv_bias"),
-        (VARIANTS["internlm3"] | {"bias": 1}, "mlp_bias must be true or false: got 1"),
+        (
+            VARIANTS["internlm3"] | {"bias": 1},
+            "bias must be what is said of attention_bias, True: got 1",
+        ),
+        (VARIANTS["internlm3"] | {"qkv_bias": False}, "said of attention_bias, False: got True"),
+        (VARIANTS["internlm3"] | {"attention_bias": False}, "attention_bias, False: got True"),
         ({"logits_scaling": 8.0}, "must hold fields that LlamaForCausalLM has: got logits_sca"),
         (
             VARIANTS["granite"] | {"residual_multiplier": 0},
@@ -138,7 +143,8 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"architectures": None}, "got None"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh: got 'gelu'"),
         (GEMMA2 | {"hidden_activation": "relu"}, "hidden_activation must be one of silu"),
-        (GEMMA2 | {"sliding_window": None}, "sliding_window must be given with sliding layers"),
+        (GEMMA2 | {"sliding_window": None}, "must give sliding_window: the key is missing"),
+        (QWEN2 | {"max_window_layers": None}, "max_window_layers must be an integer: got None"),
         (
             GEMMA2 | {"use_bidirectional_attention": True},
             "use_bidirectional_attention must be false or absent: got true",
@@ -278,13 +284,29 @@ def test_biases_have_the_names_that_a_family_gives_them(tmp_path: Path) -> None:
         json.dumps({k: v for k, v in (FIELDS | VARIANTS["seed-oss"]).items() if k[-4:] != "bias"})
     )
     assert read_config(tmp_path).qkv_bias
-    assert biases("internlm3", bias=False) == (True, False, False)
-    assert biases("internlm3", qkv_bias=False) == (False, True, True)
+    assert biases("internlm3") == (True, True, True)
+    assert biases("internlm3", bias=False, qkv_bias=False) == (False, False, False)
     # as transformers writes it
     names = {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
     resaved = read(tmp_path, model_type="internlm3", head_dim=12, **names)
     assert resaved == read(tmp_path, **VARIANTS["internlm3"])
-    assert read(tmp_path, **VARIANTS["internlm3"] | {"head_dim": None}).head_dim == 128
+    # null is the width of the model over its heads, and absent is not
+    for variant in ("internlm3", "seed-oss", "ernie4.5"):
+        assert read(tmp_path, **VARIANTS[variant] | {"head_dim": None}).head_dim == 8
+
+
+def test_ernies_dense_model_has_transformers_defaults(tmp_path: Path) -> None:
+    ernie = VARIANTS["ernie4.5"]
+    config = read(tmp_path, **ernie)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+    assert (config.is_interleaved, config.rotary_dim) == (True, 12)
+    left_out = ("use_bias", "head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings")
+    bare = {key: value for key, value in (FIELDS | ernie).items() if key not in left_out}
+    (tmp_path / "config.json").write_text(json.dumps(bare))
+    config = read_config(tmp_path)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert (config.head_dim, config.num_key_value_heads) == (128, 2)
+    assert (config.ropes[0], config.tie_word_embeddings) == (Rope(5e5), True)
 
 
 def test_granite_multiplies(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_gemma3_has_transformers_defaults(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_listed_do_not_rotate_their_heads(tmp_path: Path) -> None:
-    many = SMOLLM3 | {"num_hidden_layers": 5, "no_rope_layer_interval": None}
+    many = {k: v for k, v in SMOLLM3.items() if k != "no_rope_layer_interval"}
+    many |= {"num_hidden_layers": 5}
     rope = Rope(10000.0)
     config = read(tmp_path, many)
     assert config.ropes == (rope, rope, rope, None, rope)
@@ -173,6 +174,10 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
         ),
         (SMOLLM3 | {"no_rope_layers": [1]}, "a 0 or a 1 for each of 2 layers: got [1]"),
         (SMOLLM3 | {"no_rope_layers": [1, "0"]}, "no_rope_layers must be a 0 or a 1 for each of"),
+        (
+            SMOLLM3 | {"no_rope_layer_interval": None},
+            "must give no_rope_layer_interval: the key is",
+        ),
         (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a positive int"),
         ({"no_rope_layers": [1, 0]}, "got no_rope_layers = [1, 0]; remove it"),
     ],

@@ -33,6 +33,26 @@ def test_all_layers_but_every_fourth_see_a_window(tmp_path: Path) -> None:
         read(tmp_path, EXAONE4, "layer_types")
 
 
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+def test_layers_from_the_29th_on_see_a_window_where_nothing_is_said(
+    tmp_path: Path, variant: str
+) -> None:
+    switched = {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 30}
+    config = read(tmp_path, VARIANTS[variant] | switched, "max_window_layers")
+    assert config.windows == (None,) * 28 + (8, 8)
+
+
+@pytest.mark.parametrize("variant", ["ministral", "olmo3", "command-r7b", "gemma2", "gemma3"])
+def test_families_that_have_windows_need_their_size_whatever_the_layers_see(
+    tmp_path: Path, variant: str
+) -> None:
+    full = VARIANTS[variant] | {"layer_types": ["full_attention"] * 2}
+    assert read(tmp_path, full).windows == (None, None)
+    for fields in (full, VARIANTS[variant]):
+        with pytest.raises(ValueError, match="must give sliding_window: the key is missing"):
+            read(tmp_path, fields | {"sliding_window": None})
+
+
 def test_layers_without_a_window_are_not_rotated_in_exaone_4(tmp_path: Path) -> None:
     rope = Rope(10000.0)
     assert read(tmp_path, EXAONE4).ropes == (rope, None)

@@ -207,6 +207,7 @@ SAID: dict[str, Mapping[Any, str]] = {
         "listed": "sliding windows in layers that are listed",
         "alternating": "sliding windows in every other layer",
         "pattern": "sliding windows in most layers",
+        "pattern or none": "sliding windows in most layers, or in none",
         "later": "sliding windows in later layers, if switched on",
         "unrotated": "sliding windows in layers without rotary positions, if switched on",
         "switched": "sliding windows, if switched on",

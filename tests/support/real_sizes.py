@@ -43,6 +43,7 @@ REAL: dict[str, dict[str, Any]] = {
     "Llama-3.1-70B": _size("LlamaForCausalLM", 8192, 28672, 80, 64, 8, 128256),
     "InternLM3-8B": _size("InternLM3ForCausalLM", 4096, 10240, 48, 32, 2, 128512),
     "Seed-OSS-36B": _size("SeedOssForCausalLM", 5120, 27648, 64, 80, 8, 155136),
+    "ERNIE-4.5-0.3B": _size("Ernie4_5ForCausalLM", 1024, 3072, 18, 16, 2, 103424, **_TIED, **_WIDE),
     "Mistral-7B": _size("MistralForCausalLM", 4096, 14336, 32, 32, 8, 32768),
     "Mistral-Small-24B": _size("MistralForCausalLM", 5120, 32768, 40, 32, 8, 131072, **_WIDE),
     "Ministral-8B": _size("MinistralForCausalLM", 4096, 12288, 36, 32, 8, 131072),

@@ -105,6 +105,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
     },
+    "ernie4.5": {
+        "architectures": ["Ernie4_5ForCausalLM"],
+        "model_type": "ernie4_5",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+    },
     "qwen2": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -334,6 +342,7 @@ OTHER_BIAS_FIELDS = {
     "glm4": ("attention_bias", "no field", "no field"),
     "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
     "internlm3": ("qkv_bias", "bias", "bias"),
+    "ernie4_5": ("use_bias", "use_bias", "use_bias"),
 }
 
 
