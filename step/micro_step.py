@@ -187,7 +187,10 @@ class MicroStep:
         self.model.hidden_states(input_ids, samples=samples, out=hidden)
 
     def release(self) -> None:
-        """Give the memory of all passes back; the next begin anew."""
+        """Give the memory of all passes back, that of expanded weights too; the next begin anew and
+        expand them each time."""
+        for layer in self.model.layers:
+            layer.expand_once(False, self.model.compute_dtype)
         self._trained, self._evaluated = CapturedShapes(), CapturedShapes()
         self._hidden = self._hidden.new_empty(0)
         if self._stash is not None:

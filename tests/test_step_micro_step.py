@@ -234,6 +234,15 @@ def test_evaluation_is_the_models_loss(tmp_path: Path, device: torch.device) -> 
     assert_equal(loss, step.model.loss(Batch(input_ids, some_labels(input_ids))))
 
 
+def test_what_is_given_back_is_expanded_again(tmp_path: Path) -> None:
+    step = step_of(load_tiny(tmp_path), ("expand", "expand"))
+    expected = gradients_of(step, tokens(2, 9), tokens(2, 9))
+    assert list(step.model.expanded_tensors())
+    step.release()
+    assert not list(step.model.expanded_tensors())
+    assert_same(gradients_of(step, tokens(2, 9), tokens(2, 9)), expected)
+
+
 def test_a_step_takes_the_gradients_of_its_own_model(tmp_path: Path) -> None:
     own, other = (step_of(load_tiny(tmp_path), KEEP) for _ in range(2))
     with pytest.raises(AssertionError):
