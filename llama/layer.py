@@ -27,6 +27,7 @@ gradient of h behind the gradient of an output. They are the tail of a linear gr
 is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -106,13 +107,18 @@ class DecoderLayer(nn.Module):
         """Find what stands before a half of the layer."""
         return NoNorm() if name is None else self.norm(name)
 
-    def expand_once(self, is_kept: bool, dtype: torch.dtype) -> None:
-        """Expand the weights for all passes, before the first one; or let each pass do it."""
-        for group in self.modules():
-            if isinstance(group, FrozenGroup):
-                group.expanded = None
-                if is_kept:
-                    group.keep_expanded(dtype)
+    def keep_expanded(self, dtype: torch.dtype) -> None:
+        """Expand the weights for all passes, before the first one."""
+        for group in self._frozen_groups():
+            group.keep_expanded(dtype)
+
+    def drop_expanded(self) -> None:
+        """Let each pass expand the weights."""
+        for group in self._frozen_groups():
+            group.expanded = None
+
+    def _frozen_groups(self) -> Iterator[FrozenGroup]:
+        return (module for module in self.modules() if isinstance(module, FrozenGroup))
 
     @property
     def grad_tail(self) -> int:

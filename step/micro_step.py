@@ -54,7 +54,9 @@ def padded_tokens(num_tokens: int, device: torch.device) -> int:
 def expand_once(model: Llama, policies: Sequence[Policy]) -> None:
     """Let the weights of layers with that policy stay expanded from pass to pass, and no others."""
     for layer, policy in zip(model.layers, policies, strict=True):
-        layer.expand_once(policy == "expand", model.compute_dtype)
+        layer.drop_expanded()
+        if policy == "expand":
+            layer.keep_expanded(model.compute_dtype)
 
 
 # for the backward pass: what the layers share, what each keeps, and the last norm's r and rstd
@@ -190,7 +192,7 @@ class MicroStep:
         """Give the memory of all passes back, that of expanded weights too; the next begin anew and
         expand them each time."""
         for layer in self.model.layers:
-            layer.expand_once(False, self.model.compute_dtype)
+            layer.drop_expanded()
         self._trained, self._evaluated = CapturedShapes(), CapturedShapes()
         self._hidden = self._hidden.new_empty(0)
         if self._stash is not None:
