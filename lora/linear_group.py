@@ -21,6 +21,9 @@ which is one draw where PEFT makes one per projection.
 Members may have updates of different ranks. Then each has room for the largest, R: rows of A and
 columns of B beyond a member's own rank are zero, and so are their gradients, since each is a
 product with the other. They stay zero in training, and no file sees them.
+
+The equations hold for a weight in 16 bits. In E4M3 the updates keep 16 bits and join the same sums:
+`lora/expansion.py` has both forms.
 """
 
 from collections.abc import Iterator, Mapping

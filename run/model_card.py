@@ -106,6 +106,11 @@ def _use(config: TrainConfig, usage: Usage) -> str:
     is_as_trained = config.quant == "nf4" and config.block_size == _THEIR_BLOCK_SIZE
     model = "adapter" if "--lora-modules" in usage.serve else usage.merged
     warning = f"**{usage.warning}.**\n\n" if usage.warning else ""
+    with_ollama, ollama = "", ""
+    if usage.has_gguf:
+        with_ollama = ", with Ollama"
+        ollama = f"\nollama create my-model -f {usage.merged}/Modelfile"
+        ollama += f'\nollama run my-model "{usage.prompt}"'
     return f"""{warning}With Quatrain, on the terminal:
 
 ```bash
@@ -167,12 +172,10 @@ curl http://localhost:8000/v1/{door} -H 'Content-Type: application/json' \\
   -d '{{"model": "{model}", {request}}}'
 ```
 
-Merged into the base model's weights by Quatrain, with Ollama:
+Merged into the base model's weights by Quatrain{with_ollama}:
 
 ```bash
-{usage.merge}
-ollama create my-model -f {usage.merged}/Modelfile
-ollama run my-model "{usage.prompt}"
+{usage.merge}{ollama}
 ```"""
 
 

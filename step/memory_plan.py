@@ -42,7 +42,7 @@ class MemoryPlan:
     """Bytes on the device, by what they are for, and the policies they are for.
 
     Attributes:
-        expanded: weights in 16 bits that stay from pass to pass.
+        expanded: weights that stay expanded from pass to pass.
         step: activations and scratch of the passes, at the most.
         loss: hidden states, logits and inputs, at the most.
         sampling: for sampled text, at the most.

@@ -189,8 +189,8 @@ class MicroStep:
         self.model.hidden_states(input_ids, samples=samples, out=hidden)
 
     def release(self) -> None:
-        """Give the memory of all passes back, that of expanded weights too; the next begin anew and
-        expand them each time."""
+        """Give the memory of all passes back, that of expanded weights too; later passes begin anew
+        and expand the weights each time."""
         for layer in self.model.layers:
             layer.drop_expanded()
         self._trained, self._evaluated = CapturedShapes(), CapturedShapes()

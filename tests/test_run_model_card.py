@@ -63,6 +63,12 @@ def card_of(
     return card.data.to_dict(), card.text
 
 
+def test_a_family_that_llama_cpp_has_not_is_merged_without_ollama() -> None:
+    _, text = card_of(usage=replace(USAGE, has_gguf=False))
+    assert "Quatrain:\n\n```bash\npython merge.py" in text
+    assert not any(word in text.lower() for word in ("ollama", "gguf", "modelfile"))
+
+
 def test_the_front_matter_is_pefts(tmp_path_factory: pytest.TempPathFactory) -> None:
     peer = tiny_peer(tmp_path_factory, "grouped-query")
     theirs = ModelCard.load(peer.folder / "peft_adapter" / "README.md").data.to_dict()
