@@ -8,7 +8,6 @@ other work (evaluation, answers to a prompt, checkpoints, results) is in trainin
 """
 
 import functools
-import hashlib
 import os
 import signal
 import sys
@@ -44,6 +43,7 @@ from run.flags import EPOCH, TrainingFlags
 from run.last_door import LastDoor
 from run.log import RunLog
 from run.ranks import RankError, RankOutOfMemory, Ranks, join_ranks
+from run.seeds import dropout_seed, hash_of
 from run.signals import StopRequest, end_at_once
 from step.micro_step import MicroStep
 from step.preflight import limit_memory, memory_line
@@ -61,9 +61,6 @@ from training.saving import (
     save_stopped,
 )
 from training.trial import compiling_kernels, try_micro_batch, try_step
-
-# a hash of this size fits into an int64
-HASH_BYTES = 7
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -145,8 +142,9 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
         optimizer.load_state(resumed.moments, state.num_updates)
         loss_scale.load_state(state.loss_scale, state.num_good_steps)
     captures = job.device.type == "cuda"
+    has_aux = config.router_aux_loss_coef > 0
     micro_step = MicroStep(
-        model, optimizer.gradients, job.policies, config.neftune_noise_alpha, captures
+        model, optimizer.gradients, job.policies, config.neftune_noise_alpha, captures, has_aux
     )
     if captures:
         # the passes allocate in a pool of their own, which cannot use memory cached while loading
@@ -282,7 +280,8 @@ def train_step(run: Run) -> PendingStep:
 
     The divisor counts the target tokens of the whole step. So the gradient does not depend on how
     samples are split into micro-batches, nor on how micro-batches are split over ranks; a short
-    last step is no exception.
+    last step is no exception. In mixtures of experts --router-aux-loss-coef adds the auxiliary
+    loss, which each micro-batch has by itself: the mean of all of them counts.
 
     Note:
         Does not wait for the device: `settle` counts updates and skipped steps, and reads the loss
@@ -303,7 +302,7 @@ def train_step(run: Run) -> PendingStep:
         config.lr_scheduler,
     )
     optimizer.gradients.zero_()
-    total_loss = torch.zeros((), device=run.model.device)
+    total_loss, aux_loss = losses = torch.zeros(2, device=run.model.device)
     own = run.ranks.share(micro_batches)
     with run.ranks.sharing_shortage():
         for index, rows in own:
@@ -313,29 +312,23 @@ def train_step(run: Run) -> PendingStep:
                 optimizer.prefetch()
             seed = dropout_seed(config.seed, state.step, index)
             factor = scale.scale / num_targets
-            total_loss += run.micro_step(batch, factor, seed)
+            aux_factor = scale.scale * (config.router_aux_loss_coef / len(micro_batches))
+            total_loss += run.micro_step(batch, factor, seed, aux_factor)
+            aux_loss += run.micro_step.aux_loss
         if not own:
             # a rank without micro-batches runs out of memory here, before any rank takes the step
             optimizer.prefetch()
     run.ranks.add_up(optimizer.gradients.values)
-    run.ranks.add_up(total_loss)
+    run.ranks.add_up(losses)
     total_loss /= num_targets
+    aux_loss /= len(micro_batches)
     grad_norm = optimizer.step(learning_rate, config.max_grad_norm, scale.scale)
     scale.update(grad_norm)
 
     state.step += 1
     state.tokens += num_tokens
     state.target_tokens += num_targets
-    return PendingStep(state.step, total_loss, grad_norm, learning_rate)
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Derive a micro-batch's seed from its place: a resumed run needs no random state."""
-    return hash_of(f"{seed} {step} {micro_batch}")
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:HASH_BYTES], "big")
+    return PendingStep(state.step, total_loss, aux_loss, grad_norm, learning_rate)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from kernels.expert_rows import (
     weigh_expert_rows_backward,
 )
 from kernels.glu import Activation, glu, glu_backward
+from llama.balance import Balance
 from llama.config import LlamaConfig
 from llama.halves import Gated
 from llama.layer_experts import Experts
@@ -30,6 +31,7 @@ class Routed(Gated):
     """What the backward pass of experts needs; in `gate_up_ext` there is no tail."""
 
     routing: Routing | None = None
+    balance: Balance | None = None  # where there is an auxiliary loss
     grad_weights: Tensor  # (M, k) float32, of the router's weights
 
 
@@ -80,7 +82,8 @@ class ExpertMLP(nn.Module):
 
     def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
-        routing = kept.routing = route(y, self.gate.weight, *self.choice)
+        needs_shares = kept.balance is not None
+        routing = kept.routing = route(y, self.gate.weight, *self.choice, needs_shares)
         rows = gather_expert_rows(y, routing.places)
         kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
 
@@ -120,10 +123,13 @@ class ExpertMLP(nn.Module):
 
     def project_in_backward(self, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
         """Compute the gradient of the input."""
-        routing = kept.routing
+        routing, grad_logits = kept.routing, None
         assert routing is not None
         rows = self.gate_up.backward(kept.gate_up_ext, routing.offsets)
-        through_router = route_backward(kept.grad_weights, routing, self.gate.weight)
+        if kept.balance is not None:
+            assert routing.shares is not None
+            grad_logits = kept.balance.grad_logits(routing.shares)
+        through_router = route_backward(kept.grad_weights, routing, self.gate.weight, grad_logits)
         return combine_expert_rows(rows, routing.places, start=through_router)
 
     def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:

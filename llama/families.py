@@ -49,9 +49,9 @@ _COHERE = Family(
 _MULTIPLIERS = frozenset(
     {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
 )
-# transformers adds the auxiliary loss that the second one weighs only where output_router_logits is
-# set, which is refused
-_EXPERT_FIELDS = frozenset({"num_experts_per_tok", "router_aux_loss_coef"})
+# transformers adds the auxiliary loss that the last one weighs where output_router_logits is set;
+# here --router-aux-loss-coef does
+_EXPERT_FIELDS = frozenset({"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"})
 _WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {

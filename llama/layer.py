@@ -38,6 +38,7 @@ from kernels.rope import rope
 from kernels.rope_backward import rope_backward
 from kernels.rope_tables import RopeTables
 from llama.attention import Mixed, Scores, attention, attention_backward
+from llama.balance import Balance
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.experts import ExpertMLP, Routed
@@ -53,6 +54,7 @@ class Shared(NamedTuple):
     tables: list[RopeTables]  # of each of the config's distinct ropes
     dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
     samples: Samples | None = None  # where rows hold several
+    balance: Balance | None = None  # where there is an auxiliary loss
 
 
 class Activations(Routed):
@@ -144,6 +146,8 @@ class DecoderLayer(nn.Module):
         # one record; or three, each of which is dropped as soon as the next one is made of it
         gated = attended if has_backward else Activations()
         r2 = self._gate(r1, delta, shared, gated)
+        if shared.balance is not None and gated.routing is not None:
+            shared.balance.add(gated.routing)
         del attended, delta
         inner_ext = self.mlp.inner(gated)
         projected = gated if has_backward else Activations()
@@ -202,6 +206,7 @@ class DecoderLayer(nn.Module):
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> Tensor:
         """Compute gate | up, and r2, (M, D)."""
+        kept.balance = shared.balance
         norm = self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
         y_ext = self.mlp.empty_input(M, r1)

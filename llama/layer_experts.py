@@ -37,6 +37,7 @@ class Experts:
         is_normalized: whether the weights of the experts that a token has sum to one.
         is_stacked: as in `LayerExperts`.
         has_experts: of each layer; the others have one MLP.
+        asks_for_aux_loss: transformers adds the auxiliary loss in training (`llama/balance.py`).
     """
 
     num_experts: int
@@ -45,6 +46,7 @@ class Experts:
     is_normalized: bool
     is_stacked: bool
     has_experts: tuple[bool, ...]
+    asks_for_aux_loss: bool = False
 
 
 def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int) -> Experts | None:
@@ -75,6 +77,7 @@ def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int)
         is_normalized,
         kind.is_stacked,
         tuple(has_experts),
+        fields.boolean("output_router_logits", False),
     )
 
 

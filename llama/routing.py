@@ -26,7 +26,8 @@ class Routing(NamedTuple):
     """The experts of each token.
 
     Attributes:
-        shares: softmax(logits); None where a token's weights sum to one.
+        shares: softmax(logits); None where nothing needs them.
+        is_normalized: whether a token's weights sum to one.
         places: the sorted row of each pair of a token and an expert.
         offsets: where the rows of each expert begin.
     """
@@ -36,6 +37,7 @@ class Routing(NamedTuple):
     shares: Tensor | None  # (M, E) float32
     places: Tensor  # (M, k) int64
     offsets: Tensor  # (E + 1,) int32
+    is_normalized: bool
 
 
 def choose(
@@ -43,13 +45,19 @@ def choose(
     router: Tensor,  # (E, D)
     num_chosen: int,
     is_normalized: bool,
+    needs_shares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Choose the experts of each token, and weigh them: `Routing`'s chosen, weights and shares."""
+    """Choose the experts of each token, and weigh them: `Routing`'s chosen, weights and shares.
+
+    Args:
+        needs_shares: compute all shares, also where the weights do not.
+    """
     logits = y.float() @ router.float().T
     largest, chosen = logits.topk(num_chosen, dim=1)
+    shares = logits.softmax(dim=1) if needs_shares or not is_normalized else None
     if is_normalized:
-        return chosen, largest.softmax(dim=1), None
-    shares = logits.softmax(dim=1)
+        return chosen, largest.softmax(dim=1), shares
+    assert shares is not None
     return chosen, shares.gather(1, chosen), shares
 
 
@@ -58,39 +66,57 @@ def route(
     router: Tensor,  # (E, D)
     num_chosen: int,
     is_normalized: bool,
+    needs_shares: bool = False,
 ) -> Routing:
-    """Choose the experts of each token, and sort the pairs by expert."""
-    chosen, weights, shares = choose(y, router, num_chosen, is_normalized)
+    """Choose the experts of each token, and sort the pairs by expert; takes what `choose` does."""
+    chosen, weights, shares = choose(y, router, num_chosen, is_normalized, needs_shares)
     num_experts = router.shape[0]
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(max(len(order), num_experts + 1), device=y.device)
     offsets = torch.searchsorted(experts, numbers[: num_experts + 1], out_int32=True)
     places = torch.empty_like(order).scatter_(0, order, numbers[: len(order)])
-    return Routing(chosen, weights, shares, places.view_as(chosen), offsets)
+    return Routing(chosen, weights, shares, places.view_as(chosen), offsets, is_normalized)
+
+
+def put_at_chosen(
+    matrix: Tensor,  # (M, E), written
+    chosen: Tensor,  # (M, k)
+    values: Tensor,  # (M, k)
+) -> Tensor:
+    """Write values to the places of the experts that tokens have."""
+    # in one dimension: in deterministic runs torch waits for the device to scatter in two
+    first = torch.arange(len(chosen), device=chosen.device)[:, None] * matrix.shape[1]
+    matrix.view(-1).scatter_(0, (chosen + first).view(-1), values.reshape(-1))
+    return matrix
 
 
 def route_backward(
     grad_weights: Tensor,  # (M, k) float32
     routing: Routing,
     router: Tensor,  # (E, D)
+    grad_logits: Tensor | None = None,  # (M, E) float32
 ) -> Tensor:  # (M, D) float32
     """Compute y's gradient through the router from that of the weights.
 
-        grad_logits = softmax(logits) (grad - sum_e softmax(logits)[e] grad[e])
-        grad_y      = grad_logits W
+        grad_logits += softmax(logits) (grad - sum_e softmax(logits)[e] grad[e])
+        grad_y       = grad_logits W
 
     where grad is that of each share, over the experts that the softmax is over.
+
+    Args:
+        grad_logits: of another loss; None: there is none.
     """
     weighted = routing.weights * grad_weights
     mean, chosen = weighted.sum(dim=1, keepdim=True), routing.chosen
-    if routing.shares is None:
+    if routing.is_normalized:
         of_chosen = weighted - routing.weights * mean
-        grad_logits = weighted.new_zeros(weighted.shape[0], router.shape[0])
+        grad = weighted.new_zeros(weighted.shape[0], router.shape[0])
     else:
-        grad_logits = routing.shares * -mean
+        assert routing.shares is not None
+        grad = routing.shares * -mean
         # no sum at a place, which would be in any order
-        of_chosen = grad_logits.gather(1, chosen) + weighted
-    # in one dimension: in deterministic runs torch waits for the device to scatter in two
-    first = torch.arange(len(chosen), device=chosen.device)[:, None] * router.shape[0]
-    grad_logits.view(-1).scatter_(0, (chosen + first).view(-1), of_chosen.view(-1))
-    return grad_logits @ router.float()
+        of_chosen = grad.gather(1, chosen) + weighted
+    put_at_chosen(grad, chosen, of_chosen)
+    if grad_logits is not None:
+        grad += grad_logits
+    return grad @ router.float()

@@ -78,6 +78,11 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     )
     local_rank = 0 if gpu else ranks.local_rank
     configure_torch(torch.device(config.device), local_rank, config.deterministic)
+    if config.router_aux_loss_coef and llama_config.experts is None:
+        raise ValueError(
+            "--router-aux-loss-coef must be given for a mixture of experts alone: no layer of "
+            f"{config.model} has experts, got {config.router_aux_loss_coef:g}"
+        )
     undecided = {
         name: value for name, value in asdict(followed).items() if getattr(config, name) != value
     }

@@ -74,6 +74,7 @@ def workload(
         tokens=padded_tokens(epochs.row_length, device),
         sample_tokens=epochs.packed_sample_tokens,
         has_noise=config.neftune_noise_alpha > 0,
+        has_aux_loss=config.router_aux_loss_coef > 0,
         num_shapes=num_shapes(epochs, device),
         num_ranks=num_ranks,
         device=device,

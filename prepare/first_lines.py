@@ -18,7 +18,7 @@ def first_lines(config: TrainConfig, lora: LoRAConfig, checkpoint: Checkpoint) -
     """Say in a line or two what a run uses and where it writes, each part whole on its line."""
     trained, total = sized_model(config, lora, checkpoint).num_parameters()
     output = near(config.output) if config.output else f"a new folder in {DEFAULT_PARENT}"
-    return packed(
+    lines = packed(
         (
             f"{describe_device(config.device)}, {config.dtype}",
             f"{near(config.model)}: {rounded(total)} parameters, {rounded(trained)} trained",
@@ -26,6 +26,13 @@ def first_lines(config: TrainConfig, lora: LoRAConfig, checkpoint: Checkpoint) -
             f"output {output}",
         )
     )
+    experts = checkpoint.config.experts
+    if experts and experts.asks_for_aux_loss and not config.router_aux_loss_coef:
+        lines.append(
+            "config.json has output_router_logits, for which transformers adds an auxiliary loss; "
+            "here --router-aux-loss-coef adds it, and there is none without that flag"
+        )
+    return lines
 
 
 def near(place: str) -> str:

@@ -262,6 +262,11 @@ class TrainingFlags(_Flags):
     neftune_noise_alpha: float = _flag(
         0.0, "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
     )
+    router_aux_loss_coef: float = _flag(
+        0.0,
+        "weight of the auxiliary loss of a mixture of experts, which is small where all experts "
+        "have as many tokens; 0: none",
+    )
     max_bad_steps: int = _flag(
         30,
         "stop after this many steps in a row whose loss or gradients are not finite; each of "
@@ -280,6 +285,7 @@ class TrainingFlags(_Flags):
         self._require_at_least(1, "batch_size", "gradient_accumulation_steps", "max_bad_steps")
         self._require_at_least(0, "weight_decay", "max_grad_norm", "warmup_steps")
         self._require_at_least(0, "early_stopping_patience", "neftune_noise_alpha")
+        self._require_at_least(0, "router_aux_loss_coef")
         self._require_at_least(EPOCH, "eval_steps")
         self._require("epochs", self.epochs > 0, "positive")
         self._require("max_steps", self.max_steps >= -1, "at least 0, or -1 to go by --epochs")

@@ -59,6 +59,7 @@ ALSO = {
     "--lr": "--learning-rate",
     "--lr-scheduler-type": "--lr-scheduler",
     "--optimizer": "--optim",
+    "--moe-aux-loss-coef": "--router-aux-loss-coef",
     "--random-state": "--seed",
     "--random-seed": "--seed",
     "--hub-model-id": "--push-to-hub",

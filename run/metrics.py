@@ -185,6 +185,8 @@ def describe(row: Row) -> str:
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
+    if "aux_loss" in row:
+        parts.append(f"aux_loss {row['aux_loss']:.4f}")
     if "eval_loss" in row:
         parts.append(f"eval_loss {row['eval_loss']:.4f}")
     if "loss" in row:

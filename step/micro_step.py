@@ -29,6 +29,7 @@ from torch import Tensor
 from kernels.constants import no_new_constants
 from kernels.masked_attention_mask import Samples
 from kernels.neftune import neftune_, noise_scale
+from llama.balance import Balance
 from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
@@ -69,6 +70,7 @@ class MicroStep:
     Attributes:
         gradients: what every micro-batch adds to; captured graphs hold on to its address.
         policies: what each layer does with its activations, and with its expanded weights.
+        aux_loss: of the last micro-batch, () float32; the next one overwrites it.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MicroStep:
         policies: Sequence[Policy],
         noise_alpha: float = 0.0,
         captures: bool = False,
+        has_aux_loss: bool = False,
     ) -> None:
         """Prepare for micro-batches of any shape.
 
@@ -85,6 +88,7 @@ class MicroStep:
             gradients: of the model's adapter.
             noise_alpha: NEFTune's, of the noise on embeddings; 0: none.
             captures: on a GPU, replay a shape that comes again as CUDA graphs.
+            has_aux_loss: a mixture of experts has the auxiliary loss, too.
         """
         assert len(policies) == len(model.layers)
         adapted = zip(model.trainable_parameters(), gradients.parameters.values(), strict=True)
@@ -94,6 +98,8 @@ class MicroStep:
         self.policies = tuple(policies)
         self._noise_alpha = noise_alpha
         self._captures = captures
+        self._has_aux_loss = has_aux_loss
+        self.aux_loss, self._aux_factor = torch.zeros(2, device=model.device)
         self._trained, self._evaluated = CapturedShapes(), CapturedShapes()
         self._seed = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._hidden = torch.empty(0, dtype=model.compute_dtype, device=model.device)
@@ -115,11 +121,12 @@ class MicroStep:
         batch: Batch,
         factor: Tensor,  # () float32, on the model's device
         dropout_seed: int = 0,
+        aux_factor: Tensor | None = None,  # () float32, needed where there is an auxiliary loss
     ) -> Tensor:  # () float32
         """Compute the micro-batch's summed loss, and add its gradients to the arena.
 
             loss       = - sum_(b, t) log p(labels[b, t] | input_ids[b, :t])
-            gradients += factor d loss / d adapter
+            gradients += factor d loss / d adapter + aux_factor d aux_loss / d adapter
 
         Note:
             Does not wait for the device.
@@ -132,6 +139,11 @@ class MicroStep:
             largest = noise_scale(batch.lengths, self._noise_alpha, D)
             # the paper's noise is on embeddings before a multiplier
             given.append(self.model.embedding_multiplier * largest)
+        if self._has_aux_loss:
+            assert batch.lengths is not None
+            assert aux_factor is not None
+            self._aux_factor.copy_(aux_factor)
+            given.append((batch.lengths > 0).float())
         rows, targets = target_rows(batch.labels)
         if self.model.device.type == "cpu":
             return self._launch(given, rows, targets, factor)
@@ -293,13 +305,19 @@ class MicroStep:
         """Write the hidden states, and return what the backward pass needs.
 
         Args:
-            given: tokens; both tensors of Samples where rows hold several; noise if there is any.
+            given: tokens; both tensors of Samples where rows hold several; noise if there is any;
+                for an auxiliary loss, which of the tokens are no padding.
         """
         model, stash = self.model, self._stash
         input_ids, *places = given
+        balance = None
+        if self._has_aux_loss:
+            assert model.config.experts is not None
+            balance = Balance.of(places.pop().flatten(), model.config.experts)
         noise = places.pop() if self._noise_alpha else None
         samples = Samples(*places) if places else None
         shared = model.shared(input_ids, dropout_seed=self._seed, samples=samples)
+        shared = shared._replace(balance=balance)
         x, delta = model.embed(input_ids), None
         if noise is not None:
             neftune_(x, noise.flatten(), self._seed)
@@ -314,6 +332,8 @@ class MicroStep:
                 stash.put(layer.index, own.r1)
                 del own.r1
             kept.append(own)
+        if balance is not None:
+            self.aux_loss.copy_(balance.loss())
         if stash is not None:
             stash.settle()
         _, r, rstd = model.decoder.norm(x, delta, out=hidden)
@@ -345,6 +365,8 @@ class MicroStep:
         grad_ext = new_rows(grad_hidden, M, D + tail)
         norm = self.model.decoder.norm
         norm.backward(grad_hidden, None, r, rstd, out=grad_ext[:, :D])
+        if shared.balance is not None:
+            shared.balance.begin_backward(self._aux_factor)
         if stash is not None:
             stash.fetch_next(grad_hidden)
         for layer, policy in zip(reversed(layers), reversed(self.policies), strict=True):

@@ -16,6 +16,7 @@ from generation.sampling import Sampling
 from generation.token_step import TokenStep
 from kernels.constants import no_new_constants
 from kernels.device import meta_stands_for
+from llama.balance import Balance
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from lora.frozen_group import FrozenGroup
@@ -45,8 +46,9 @@ class _WalkedStep(MicroStep):
         gradients: GradientArena,
         policies: Sequence[Policy],
         noise_alpha: float,
+        has_aux_loss: bool,
     ) -> None:
-        super().__init__(model, gradients, policies, noise_alpha)
+        super().__init__(model, gradients, policies, noise_alpha, has_aux_loss=has_aux_loss)
         self._recorded = recorded
 
     @contextmanager
@@ -117,10 +119,12 @@ class StepWalk:
         work, recorded = self._work, Allocations(num_blocks=self._num_blocks)
         is_packed, noise_alpha = work.sample_tokens is not None, float(work.has_noise)
         with meta_stands_for(work.gpu):
-            step = _WalkedStep(recorded, work.model, self._gradients, policies, noise_alpha)
+            step = _WalkedStep(
+                recorded, work.model, self._gradients, policies, noise_alpha, work.has_aux_loss
+            )
         with meta_stands_for(work.gpu), self._repeating(recorded), recorded:
             factor = torch.zeros((), device=META)
-            step(_batch(work.batch, work.tokens, is_packed), factor)
+            step(_batch(work.batch, work.tokens, is_packed), factor, aux_factor=factor)
             # captured graphs hold on to it, where an evaluation needs a larger one
             hidden = step._hidden
             if work.evaluation:
@@ -138,6 +142,10 @@ class StepWalk:
             ids = torch.empty(work.batch, work.tokens, dtype=torch.int64, device=META)
             seed = torch.empty(1, dtype=torch.int64, device=META)
             shared = model.shared(ids, dropout_seed=seed)
+            if work.has_aux_loss:
+                assert work.config.experts is not None
+                is_token = torch.empty(work.M, device=META)
+                shared = shared._replace(balance=Balance.of(is_token, work.config.experts))
             with recorded:
                 has_backward = policy in KEEPS_ACTIVATIONS
                 kept = model.layers[-1].forward(x, x, shared, has_backward=has_backward)[2]

@@ -27,6 +27,7 @@ class Workload:
         tokens: of each row, with its padding.
         sample_tokens: the mean length of the sample that a token is in, where rows hold several.
         has_noise: whether NEFTune adds noise to the embeddings.
+        has_aux_loss: whether a mixture of experts has the auxiliary loss.
         evaluation: rows and tokens of the largest batch that is evaluated, if one is.
         prompt_tokens: of the longest text that is sampled, answer included; 0 where none is.
         num_shapes: of micro-batches that may be captured as graphs.
@@ -42,6 +43,7 @@ class Workload:
     tokens: int
     sample_tokens: float | None = None
     has_noise: bool = False
+    has_aux_loss: bool = False
     evaluation: tuple[int, int] | None = None
     prompt_tokens: int = 0
     num_shapes: int = 1

@@ -98,12 +98,18 @@ def test_fields_that_change_nothing_here_are_ignored(tmp_path: Path) -> None:
         assert read(tmp_path, fields | without_effect) == read(tmp_path, fields)
 
 
+def test_a_file_may_ask_for_the_auxiliary_loss(tmp_path: Path) -> None:
+    for fields in (QWEN3, OLMOE, MIXTRAL, GRANITE):
+        assert not experts_of(tmp_path, fields).asks_for_aux_loss
+        assert experts_of(tmp_path, fields | {"output_router_logits": True}).asks_for_aux_loss
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (OLMOE | {"clip_qkv": 8.0}, "must hold fields that OlmoeForCausalLM has: got clip_qkv"),
         (MIXTRAL | {"router_jitter_noise": 0.1}, "got router_jitter_noise = 0.1"),
-        (QWEN3 | {"output_router_logits": True}, "got output_router_logits = True"),
+        (QWEN3 | {"output_router_logits": 1}, "output_router_logits must be true or false: got 1"),
         (QWEN3 | {"shared_expert_intermediate_size": 64}, "got shared_expert_intermediate_size"),
         (QWEN3 | {"num_experts_per_tok": 7}, "at most the number of experts, 6: got 7"),
         (QWEN3 | {"num_experts": 0}, "num_experts must be a positive integer: got 0"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.micro_steps import LORA
+from support.micro_steps import LORA, fitting
 from support.tiny_llama import write_variant
 from test_data_epochs import LENGTHS, samples
 
@@ -47,6 +47,17 @@ def test_what_a_run_is_beside_its_rows_is_planned_for(tmp_path: Path) -> None:
     assert work.sample_tokens == pytest.approx(sum(n * n for n in LENGTHS) / sum(LENGTHS))
     assert work.dtype == work.model.head.dtype == torch.bfloat16
     assert planned(tmp_path, "cuda").sample_tokens is None
+
+
+def test_an_auxiliary_loss_is_planned_for(tmp_path: Path) -> None:
+    checkpoint, epochs = (
+        open_checkpoint(write_variant(tmp_path, "olmoe")),
+        Epochs(samples(), 0, True, 4, 1),
+    )
+    for coef in (0.0, 0.1):
+        config = TrainConfig(device="cuda", dtype="bfloat16", router_aux_loss_coef=coef)
+        lora = fitting(LORA, checkpoint.config)
+        assert workload(config, lora, checkpoint, epochs, 1).has_aux_loss == (coef > 0)
 
 
 def test_every_length_of_a_batch_may_be_captured(tmp_path: Path) -> None:

@@ -710,6 +710,8 @@ def test_a_line_of_the_log_has_speed_and_memory() -> None:
         "tokens_per_second": 12345.6,
         "peak_memory_bytes": 3 << 29,
     }
+    with_aux = describe(row | {"aux_loss": 2.5})
+    assert with_aux == describe(row).replace("loss 1.2500", "loss 1.2500  aux_loss 2.5000")
     assert describe(row) == "loss 1.2500  grad_norm 0.500  lr 1.00e-04  12,346 tok/s  1.50 GiB"
     assert (
         describe({"eval_loss": 2.0, "peak_memory_bytes": 1 << 30}) == "eval_loss 2.0000  1.00 GiB"

@@ -61,10 +61,16 @@ def test_layers_alike_repeat_what_one_did(tmp_path: Path, variant: str, dtype: t
     assert_composed_is_walked(sizes_of(tmp_path, variant, dtype))
 
 
-@pytest.mark.parametrize("case", ["packed", "dropout", "noise", "evaluated", "other ranks", "none"])
+@pytest.mark.parametrize(
+    "case", ["packed", "dropout", "noise", "evaluated", "other ranks", "none", "aux"]
+)
 def test_settings_repeat_what_one_layer_did(tmp_path: Path, case: str) -> None:
     if case == "none":
         assert_composed_is_walked(sizes_of(tmp_path, "mistral", torch.bfloat16, None))
+        return
+    if case == "aux":
+        work = sizes_of(tmp_path, "mixtral", torch.bfloat16)
+        assert_composed_is_walked(replace(work, has_aux_loss=True))
         return
     lora = LORA
     if case == "dropout":

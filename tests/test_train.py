@@ -271,7 +271,7 @@ def test_no_two_micro_batches_have_one_dropout_seed(
     compute, seeds = MicroStep.__call__, list[int]()
 
     def recorded(self: MicroStep, *args: Any) -> torch.Tensor:
-        _, _, seed = args
+        _, _, seed, *_ = args
         seeds.append(seed)
         return compute(self, *args)
 

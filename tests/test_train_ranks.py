@@ -60,7 +60,7 @@ def assert_close(output: Path, other: Path) -> None:
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for row, expected in zip(ours, theirs, strict=True):
         for name in row:
-            if name in ("loss", "eval_loss", "grad_norm"):
+            if name in ("loss", "aux_loss", "eval_loss", "grad_norm"):
                 assert row[name] == pytest.approx(expected[name], rel=ROUNDING), (row, name)
             else:
                 assert row[name] == expected[name], name

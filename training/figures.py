@@ -21,12 +21,15 @@ def settle(run: Run, log: RunLog) -> Row:
         CannotGoOn: --max-bad-steps steps in a row had gradients that are not finite.
     """
     state, pending = run.state, run.pending
-    rows = torch.stack([torch.stack((p.loss, p.grad_norm)) for p in pending]).tolist()
+    rows = torch.stack([torch.stack((p.loss, p.aux_loss, p.grad_norm)) for p in pending]).tolist()
     if run.loss_scale.is_dynamic:
         state.loss_scale, state.num_good_steps = run.loss_scale.state()
     figures: Row = {}
-    for p, (loss, grad_norm) in zip(pending, rows, strict=True):
-        figures = {"loss": loss, "grad_norm": grad_norm, "learning_rate": p.learning_rate}
+    for p, (loss, aux_loss, grad_norm) in zip(pending, rows, strict=True):
+        figures = {"loss": loss}
+        if run.config.router_aux_loss_coef:
+            figures["aux_loss"] = aux_loss
+        figures |= {"grad_norm": grad_norm, "learning_rate": p.learning_rate}
         is_skipped = not math.isfinite(grad_norm)
         state.count(is_skipped)
         if is_skipped:

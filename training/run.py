@@ -21,6 +21,7 @@ class PendingStep:
 
     step: int  # counted from 1
     loss: Tensor  # () float32, in nats per target token
+    aux_loss: Tensor  # () float32, the mean of the micro-batches; 0 where there is none
     grad_norm: Tensor  # () float32, before clipping
     learning_rate: float
 

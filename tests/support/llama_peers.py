@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import torch
 from support.peer_process import run_peer
-from support.tiny_llama import VARIANTS, write_variant
+from support.tiny_llama import MIXTURES, VARIANTS, write_variant
 from torch import Tensor
 
 from checkpoint.identity import identify
@@ -98,11 +98,13 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, 96, (2, 40), generator=generator)
     labels = input_ids.masked_fill(torch.rand(2, 40, generator=generator) < 0.3, -100)
+    # for the auxiliary loss of experts, the second row ends in padding
+    is_token = (torch.arange(40) < torch.tensor([[40], [27]])).long()
     jobs = {}
     for variant in VARIANTS:
         folder = base / variant
         checkpoint = write_variant(folder / "checkpoint", variant)
-        has_experts = "num_experts_per_tok" in VARIANTS[variant]
+        has_experts = variant in MIXTURES
         # all-linear is experts and their router, too
         lora = PEFT_LORA | ({"target_modules": PROJECTIONS[:4]} if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
@@ -119,7 +121,8 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
             },
         }
     # tensors of one file may not share memory
-    inputs = {v: {"input_ids": input_ids.clone(), "labels": labels.clone()} for v in VARIANTS}
+    given = {"input_ids": input_ids, "labels": labels, "attention_mask": is_token}
+    inputs = {v: {name: t.clone() for name, t in given.items()} for v in VARIANTS}
     return _run(base, jobs, inputs)
 
 

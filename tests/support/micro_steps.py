@@ -66,13 +66,17 @@ def in_runs(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def step_of(
-    model: Llama, policies: Sequence[Policy], noise_alpha: float = 0.0, captures: bool = False
+    model: Llama,
+    policies: Sequence[Policy],
+    noise_alpha: float = 0.0,
+    captures: bool = False,
+    has_aux_loss: bool = False,
 ) -> MicroStep:
     """A training step of a model; all steps of one model add to the same gradients."""
     if model not in _GRADIENTS:
         adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
         _GRADIENTS[model] = GradientArena(adapter)
-    return MicroStep(model, _GRADIENTS[model], policies, noise_alpha, captures)
+    return MicroStep(model, _GRADIENTS[model], policies, noise_alpha, captures, has_aux_loss)
 
 
 def tokens(*shape: int, seed: int = 5) -> Tensor:
@@ -88,12 +92,18 @@ def gradients_of(
     dropout_seed: int = 0,
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
+    aux_factor: float | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients of one micro-batch, and its loss, on the CPU."""
+    """The gradients of one micro-batch, and its losses, on the CPU."""
     step.gradients.zero_()
     scale = torch.tensor(factor, device=step.model.device)
     batch = Batch(input_ids, labels, positions, lengths)
-    found = {"loss": step(batch, scale, dropout_seed).cpu()}
+    if aux_factor is None:
+        found = {"loss": step(batch, scale, dropout_seed).cpu()}
+    else:
+        aux_scale = torch.tensor(aux_factor, device=step.model.device)
+        loss = step(batch, scale, dropout_seed, aux_scale).cpu()
+        found = {"loss": loss, "aux_loss": step.aux_loss.cpu().clone()}
     for name, parameter in step.gradients.parameters.items():
         assert parameter.grad is not None
         found[name] = parameter.grad.cpu().clone()

@@ -320,6 +320,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+MIXTURES = [name for name, fields in VARIANTS.items() if "num_experts_per_tok" in fields]
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -50,10 +50,18 @@ def make_adapter(job: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Te
     model.save_pretrained(job["peft_adapter"])
     summed_loss(model, inputs["input_ids"], inputs["labels"]).backward()
     output = {"peft_adapter_logits": model(input_ids=inputs["input_ids"]).logits.detach()}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            plain = name.removeprefix("base_model.model.").replace(".default.", ".")
-            output[f"grad.{plain}"] = parameter.grad
+    trained = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    output |= {f"grad.{name}": parameter.grad for name, parameter in trained.items()}
+    if job.get("has_experts"):
+        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        loss = model(**given, output_router_logits=True).aux_loss
+        grads = torch.autograd.grad(loss, list(trained.values()))
+        output["aux_loss"] = loss.detach()
+        output |= {f"aux_grad.{n}": grad for n, grad in zip(trained, grads, strict=True)}
     return output
 
 
