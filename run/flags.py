@@ -92,6 +92,13 @@ class ModelFlags(_Flags):
         ("auto", "bfloat16", "float16", "float32"),
         also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "None": "auto"},
     )
+    base_compute: str = _flag(
+        "bf16",
+        "number format of the frozen projections' products in training; bf16: that of --dtype; "
+        "fp8: E4M3, in half of the time, on a GPU of compute capability 8.9 or later, with "
+        "evaluations and answers in --dtype",
+        ("bf16", "fp8"),
+    )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
 
 
