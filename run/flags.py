@@ -315,8 +315,8 @@ class MemoryFlags(_Flags):
     activations: str = _flag(
         "auto",
         "activations of each layer: keep them for the backward pass, recompute them from the "
-        "layer's input, or offload that input to the host; expand: keep them, and the weights in "
-        "16 bits; auto: the fastest mix that fits",
+        "layer's input, or offload that input to the host; expand: keep them, and the weights as "
+        "products read them; auto: the fastest mix that fits",
         ("auto", "expand", "keep", "recompute", "offload"),
     )
     max_memory: str = _flag(
