@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    fp8_error_table,
     grouped_matmul_table,
     load_table,
     markdown,
@@ -159,6 +160,16 @@ STEP_SECTIONS = {
         "The kernels of one micro-step of Llama-3-8B, rank 16 on all linear layers, in families "
         "(`python -m benchmarks breakdown`). The limit is the time of a family's bytes or FLOPs.",
         breakdown_table,
+    ),
+    "fp8_error": Section(
+        "Errors of FP8 products",
+        "SmolLM2-135M-Instruct in NF4 on GSM8K, its own activations and gradients "
+        "(`python -m benchmarks fp8_error`): errors of y and of the gradient of x against products "
+        "in float32, relative to their norms, means of the layers; FP8's worst layer, and its "
+        "number; FP8 with a scale for each row of the weight; the largest value of an operand over "
+        "its row's root mean square. Then the adapter's gradient of a step: bf16's against "
+        "float32's, FP8's against bf16's.",
+        fp8_error_table,
     ),
     "load": Section(
         "Load",
