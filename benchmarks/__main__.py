@@ -16,7 +16,7 @@ from pathlib import Path
 from foreign.terminal import guard_output, one_line
 
 FOLDER = Path(__file__).resolve().parent
-WITHOUT_A_GPU = ("fits", "fp8_error", "report")
+WITHOUT_A_GPU = ("fits", "fp8_curves", "fp8_error", "report")
 WORKS_ANYWHERE = f"{', '.join(WITHOUT_A_GPU[:-1])} and {WITHOUT_A_GPU[-1]}"
 
 

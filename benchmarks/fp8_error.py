@@ -59,22 +59,20 @@ PROVIDERS = ("bf16", "fp8", "fp8-by-row")
 LEAST_RMS = 1e-30
 
 
-class Recording:
+class Recording(SixteenBits):
     """A group's weight in 16 bits that keeps copies of what it multiplies."""
 
-    def __init__(self, weight: SixteenBits) -> None:
-        self._weight = weight
-        self.A, self.sB = weight.A, weight.sB
+    def __init__(self, *_: Tensor | int) -> None:
         self.x: list[Tensor] = []
         self.grad_y: list[Tensor] = []
 
     def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        self.x.append(x_ext[:, : self._weight.in_features].clone())
-        return self._weight.multiply(x_ext, bias, out)
+        self.x.append(x_ext[:, : self.in_features].clone())
+        return super().multiply(x_ext, bias, out)
 
     def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
-        self.grad_y.append(grad_ext[:, : self._weight.num_rows].clone())
-        return self._weight.multiply_back(grad_ext, has_updates)
+        self.grad_y.append(grad_ext[:, : self.num_rows].clone())
+        return super().multiply_back(grad_ext, has_updates)
 
 
 def multiply_by_row(x: Fp8Rows, W: Tensor) -> Tensor:  # (M, K) and (N, K) float32 -> (M, N)
@@ -150,7 +148,7 @@ def recordings(model: Llama) -> Iterator[tuple[int, LinearGroup, Recording]]:
                 group.fp8_scale = None
                 expansion = group.expand(model.compute_dtype)
                 assert isinstance(expansion, SixteenBits)
-                yield layer.index, group, Recording(expansion)
+                yield layer.index, group, Recording(*expansion)
 
 
 def take_step(
@@ -218,7 +216,7 @@ def measure(flags: Sequence[str], steps: int) -> tuple[list[Row], dict[str, Any]
     recorded = [*recordings(run.model)]
     of_bf16 = take_step(run, recorded)
     num_tokens, num_targets = run.job.epochs.count(run.job.epochs.micro_batches(run.state.step))
-    rows = [row for layer, *pair in recorded for row in product_rows(layer, *pair)]
+    rows = [row for each in recorded for row in product_rows(*each)]
     rows += gradient_rows(of_exact, of_bf16, of_fp8)
     run.state.step += 1
     of_next = take_step(run)

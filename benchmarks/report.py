@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    fp8_curves_table,
     fp8_error_table,
     grouped_matmul_table,
     load_table,
@@ -171,6 +172,14 @@ STEP_SECTIONS = {
         "float32's, FP8's against bf16's.",
         fp8_error_table,
     ),
+    "fp8_curves": Section(
+        "Training in FP8",
+        "SmolLM2-135M-Instruct in NF4, rank 16 on all linear layers (`python -m benchmarks "
+        "fp8_curves`): the mean of the last eval losses over seeds, the spread from the lowest to "
+        "the highest seed, the difference to the mean in bf16. All are evaluated in bf16; `as "
+        "served` is the loss that another process finds after it loaded the adapter.",
+        fp8_curves_table,
+    ),
     "load": Section(
         "Load",
         "Seconds from a checkpoint of bf16 weights in the page cache to the device "
@@ -283,6 +292,8 @@ def charts_of(device: str, benchmarks: Iterable[str]) -> dict[str, str]:
     charts = {}
     if "breakdown" in found:
         charts[f"breakdown.{device}.svg"] = "Time of a micro-step by what its kernels are for"
+    if "fp8_curves" in found:
+        charts[f"fp8_curves.{device}.svg"] = "Losses of training in bf16, in FP8 and unquantized"
     if "nf4_matmul" in found:
         charts[f"nf4_matmul.{device}.svg"] = "Time of a product over the rows of x, log-log"
     if found & {"nf4_dequantize", "nf4_quantize"}:
@@ -311,7 +322,7 @@ def step_section(devices: dict[str, dict[str, Record]]) -> str:
     """Write the section of the whole step from results; empty where there are none."""
     parts = []
     for device, records in devices.items():
-        parts += _parts(device, records, STEP_SECTIONS, ["breakdown"])
+        parts += _parts(device, records, STEP_SECTIONS, ["breakdown", "fp8_curves"])
     return "\n\n".join(["## Loading and training", *parts]) if parts else ""
 
 

@@ -46,7 +46,7 @@ def test_the_list_says_what_works_without_a_gpu(capsys: pytest.CaptureFixture[st
     assert printed == listed() + "\n"
     assert "  adamw " in printed
     assert printed.endswith(
-        "\nThis machine has no CUDA GPU: fits, fp8_error and report work here.\n"
+        "\nThis machine has no CUDA GPU: fits, fp8_curves, fp8_error and report work here.\n"
     )
 
 
@@ -60,7 +60,8 @@ def test_the_list_of_a_machine_with_a_gpu_says_nothing_of_it(
 @pytest.mark.usefixtures("_no_gpu")
 def test_without_a_gpu_a_benchmark_that_needs_one_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"adamw needs a CUDA GPU.*fits, fp8_error and report work without"
+        ValueError,
+        match=r"adamw needs a CUDA GPU.*fits, fp8_curves, fp8_error and report work without",
     ):
         main(["adamw", "--json", "x.json"])
 
