@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # of train.py: packed rows, a micro-batch a step
 FLAGS = (
-    *("--dtype", "bfloat16", "--packing", "--max-length", "1024", "--batch-size", "4"),
+    *("--dtype", "bfloat16", "--packing", "--max-length", "2048", "--batch-size", "2"),
     *("--gradient-accumulation-steps", "1", "--save-steps", "0"),
 )
 # of what a failed process printed
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--eval-steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
-    parser.add_argument("--json", type=Path, help="result file to write")
+    parser.add_argument("--json", type=Path, required=True, help="result file to write")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
     arguments = parser.parse_args()
@@ -126,23 +126,24 @@ def main() -> int:
     start = time.monotonic()
     course = Course(arguments.model, arguments.steps, arguments.eval_steps, arguments.flags)
     sets = [Data(*given) for given in arguments.data]
-    # the kinds of one seed are started one after the other
-    cases = [Case(*case) for case in product(sets, KINDS, arguments.seeds)]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(arguments.parallel) as pool,
-    ):
-        rows = [*pool.map(lambda case: run(case, course, Path(folder)), cases)]
+    cases = [Case(data, kind, seed) for data in sets for kind in KINDS for seed in arguments.seeds]
+    rows: list[Row] = []
     record |= {
         "model": Path(arguments.model).name,
         "files": {data.name: [Path(data.train).name, Path(data.eval).name] for data in sets},
         "flags": [*FLAGS, *arguments.flags],
-        "seconds": round(time.monotonic() - start, 1),
         "rows": rows,
     }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(arguments.parallel) as pool,
+    ):
+        for row in pool.map(lambda case: run(case, course, Path(folder)), cases):
+            rows.append(row)
+            record["seconds"] = round(time.monotonic() - start, 1)
+            # a benchmark that is cut leaves the runs that ended
+            write(arguments.json, record)
     print(aligned(*fp8_curves_table(rows)))
-    if arguments.json:
-        write(arguments.json, record)
     return 0
 
 
