@@ -12,6 +12,9 @@ from nf4.levels import LEVELS
 from nf4.weight import quantize
 from prepare.job import BUNDLED_RUN
 
+# micro-batches of a step, two of them
+SMALL = ("--batch-size", "2", "--gradient-accumulation-steps", "2")
+
 
 def drawn(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
@@ -58,7 +61,7 @@ def test_gradients_are_compared_by_layer_and_as_a_whole() -> None:
 
 def test_a_run_measures_every_product_of_every_layer() -> None:
     flags = ["--model", BUNDLED_RUN["model"], "--data", BUNDLED_RUN["data"]]
-    rows, measured = measure([*fp8_error.FLAGS, *flags, "--max-length", "64"], steps=1)
+    rows, measured = measure([*fp8_error.FLAGS, *flags, "--max-length", "64", *SMALL], steps=1)
     assert measured["tokens"] > measured["target_tokens"] > 0
     assert measured["cosine_of_next_batch"] < 0.99
     products_of = {
