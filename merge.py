@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from export.modelfile import MODELFILE
 from foreign.terminal import guard_output, one_line
-from llama.model import projection_shapes, quantized_shapes
+from llama.model import quantized_shapes
 from lora.adapter_file import WEIGHTS_NAME
 from merging.files import files_beside_the_weights
 from merging.gguf_export import plan_export, write_export
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     base = job.model
     for remark in base.remarks:
         print(one_line(remark))
-    shapes = projection_shapes(base.config)
-    updates = read_updates(job.adapter, shapes, base.vocabulary_tensors)
+    updates = read_updates(job.adapter, base.config, base.vocabulary_tensors)
     paths = quantized_shapes(base.config).keys()
     check_base(job)
     files = files_beside_the_weights(job)

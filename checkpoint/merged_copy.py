@@ -25,7 +25,8 @@ from torch import Tensor
 from checkpoint.shard_reader import Report, Shard, StoredTensor
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_quantize import nf4_quantize_member
-from llama.model import update_sizes
+from llama.config import LlamaConfig
+from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
 from nf4.weight import Quantization, empty_weight
 
@@ -35,9 +36,10 @@ COPY_BYTES = 8 << 20
 
 
 class LowRankUpdate(NamedTuple):
-    """The update that an adapter adds to one projection's weight: scaling * B A."""
+    """The update that an adapter adds to one projection's weight: scaling * B A; or to each of
+    several matrices that are stored as one tensor."""
 
-    A: Tensor  # (rank, in_features) float32
+    A: Tensor  # (rank, in_features) float32, or (E, rank, in_features)
     B: Tensor  # (rows, rank) float32
     scaling: float
 
@@ -66,10 +68,10 @@ class MergeFigures:
 
 def read_updates(
     folder: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    config: LlamaConfig,
     read_vocabulary: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> dict[str, LowRankUpdate]:
-    """Read an adapter for a model with these projections.
+    """Read an adapter for a model, by the names of the tensors that it updates.
 
     Args:
         read_vocabulary: as `lora.adapter_file.load_adapter`.
@@ -78,15 +80,24 @@ def read_updates(
         FileNotFoundError: the folder holds no adapter.
         ValueError: it is no plain LoRA, belongs to another model, or changes nothing.
     """
-    sizes = update_sizes(read_adapter_config(folder), shapes)
-    updates = {}
-    for path, (rank, scaling) in sizes.items():
-        rows, in_features = shapes[path]
-        A, B = torch.empty(rank, in_features), torch.empty(rows, rank)
-        updates[path] = LowRankUpdate(A, B, scaling)
-    named = {f"{path}.lora_A.weight": update.A for path, update in updates.items()}
-    named |= {f"{path}.lora_B.weight": update.B for path, update in updates.items()}
+    with torch.device("meta"):
+        model = Llama(config, torch.float32)
+    model.attach_lora(read_adapter_config(folder), seed=0)
+    named = {name: torch.empty(t.shape) for name, t in model.adapter_tensors().items()}
     load_adapter(folder, named, read_vocabulary)
+
+    def pair(before: str) -> tuple[Tensor, Tensor]:
+        return named[f"{before}lora_A.weight"], named[f"{before}lora_B.weight"]
+
+    updates = {}
+    for prefix, group in model.groups():
+        for name, size in group.sizes.items():
+            updates[prefix + name] = LowRankUpdate(*pair(f"{prefix}{name}."), size.scaling)
+    for prefix, experts in model.experts():
+        stored = prefix.replace(f".{experts.block}.", ".mlp.")
+        for before, group, update in experts.updates():
+            for name, A, B in group.split(*pair(prefix + before)):
+                updates[stored + name] = LowRankUpdate(A, B, update.scaling)
     if not any(bool(update.A.any()) and bool(update.B.any()) for update in updates.values()):
         raise ValueError(
             f"the adapter in {folder} must change something: every lora_B or lora_A of it is zero, "
@@ -167,7 +178,7 @@ def _row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
 
 
 def _merged(
-    W: Tensor,  # (N, K) as stored, or several such matrices without an update
+    W: Tensor,  # (N, K) as stored, or several such matrices
     name: str,
     update: LowRankUpdate | None,
     quantization: Quantization | None,
@@ -175,8 +186,12 @@ def _merged(
 ) -> Tensor:  # (N, K) W's dtype
     """Add an update to a weight in float32, round once, and add up the figures."""
     if W.dim() == 3:
-        assert update is None
-        return torch.stack([_merged(each, name, None, quantization, figures) for each in W])
+        parts: list[LowRankUpdate | None] = [None] * len(W)
+        if update is not None:
+            pairs = zip(update.A, update.B, strict=True)
+            parts = [LowRankUpdate(A, B, update.scaling) for A, B in pairs]
+        each = zip(W, parts, strict=True)
+        return torch.stack([_merged(one, name, part, quantization, figures) for one, part in each])
     N, K = W.shape
     base = W
     if quantization is not None:

@@ -22,7 +22,7 @@ from nf4.weight import NF4Weight, pick_parts
 class TokenExperts:
     """A layer's experts, with what their passes over single tokens need."""
 
-    # there is no update of the experts
+    # h of an update of experts is of their rows, not of the tokens
     A = None
 
     def __init__(self, mlp: ExpertMLP, dtype: torch.dtype, num_sequences: int) -> None:
@@ -54,5 +54,6 @@ class TokenExperts:
 
 
 def _products(x: Tensor, group: ExpertGroup, experts: Tensor) -> Tensor:  # (P, K) -> (P, N)
-    """Multiply each row by the matrices of its own expert."""
-    return torch.bmm(group.pick(experts, x.dtype), x[:, :, None])[:, :, 0]
+    """Multiply each row by the matrices of its own expert, its update added."""
+    y = torch.bmm(group.pick(experts, x.dtype), x[:, :, None])[:, :, 0]
+    return y if group.update is None else y + group.update.pick(x, experts)

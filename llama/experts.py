@@ -5,11 +5,13 @@
 Shazeer et al. 2017, section 2; Jiang et al. 2024 (Mixtral), section 2.2. `llama/layer.py` runs it
 as it runs the MLP of `llama/halves.py`, `llama/routing.py` has the router, and
 `lora/expert_group.py` the experts' weights. The MLP's steps are taken for sorted rows, one for each
-token and expert of the token. Nothing of it trains; the gradient goes on to y through the experts
-and through the router.
+token and expert of the token. The router is frozen, and the experts but for updates of theirs; the
+gradient goes on to y through the experts and through the router.
 
     M tokens, E experts, k of them a token, R = M k sorted rows, D hidden_size, F intermediate size
 """
+
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -25,14 +27,17 @@ from llama.halves import Gated
 from llama.layer_experts import Experts
 from llama.routing import Routing, route, route_backward
 from lora.expert_group import ExpertGroup
+from lora.expert_update import ExpertUpdate
 
 
 class Routed(Gated):
-    """What the backward pass of experts needs; in `gate_up_ext` there is no tail."""
+    """What the backward pass of experts needs; in `gate_up_ext` there is no tail, and each h is of
+    the sorted rows."""
 
     routing: Routing | None = None
     balance: Balance | None = None  # where there is an auxiliary loss
     grad_weights: Tensor  # (M, k) float32, of the router's weights
+    grad_h: Tensor  # (R, rank), of h_gate_up
 
 
 class ExpertProjections(nn.Module):
@@ -40,6 +45,7 @@ class ExpertProjections(nn.Module):
 
     def __init__(self, hidden_size: int, experts: Experts) -> None:
         super().__init__()
+        self.block = experts.block
         D, width, count = hidden_size, experts.width, experts.num_experts
         if experts.is_stacked:
             self.gate_up = ExpertGroup(("gate_up_proj",), (2 * width,), D, count, num_stacked=count)
@@ -50,11 +56,31 @@ class ExpertProjections(nn.Module):
         down = tuple(f"{e}.down_proj" for e in range(count))
         self.down = ExpertGroup(down, (D,) * count, width, count)
 
+    def groups(self) -> dict[str, ExpertGroup]:
+        """The groups by what transformers calls the tensors of all experts."""
+        return {"gate_up_proj": self.gate_up, "down_proj": self.down}
+
+    def updates(self) -> Iterator[tuple[str, ExpertGroup, ExpertUpdate]]:
+        """The updates, each with its group and what PEFT puts before the names of lora_A and B.
+
+        PEFT wraps the module of the experts once for each tensor: the first wrapper is the base
+        layer of the second one.
+        """
+        found = [(g, g.update) for g in self.groups().values() if g.update is not None]
+        for place, (group, update) in enumerate(found, 1):
+            yield "base_layer." * (len(found) - place), group, update
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The updates by PEFT's names, as views of the parameters."""
+        for before, _, update in self.updates():
+            yield f"{before}lora_A.weight", update.lora_A.detach()
+            yield f"{before}lora_B.weight", update.lora_B.detach()
+
 
 class ExpertMLP(nn.Module):
     """A router and the experts that it chooses from, in the place of an MLP."""
 
-    # columns behind the gradient of the output: experts have no updates
+    # columns behind the gradient of the output: h of experts is of the sorted rows
     tail = 0
 
     def __init__(self, config: LlamaConfig, experts: Experts) -> None:
@@ -86,6 +112,8 @@ class ExpertMLP(nn.Module):
         routing = kept.routing = route(y, self.gate.weight, *self.choice, needs_shares)
         rows = gather_expert_rows(y, routing.places)
         kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
+        if (update := self.gate_up.update) is not None:
+            kept.h_gate_up = update(rows, routing.offsets, kept.gate_up_ext)
 
     def inner(self, kept: Routed) -> Tensor:  # (R, F)
         """Compute activation(gate) up."""
@@ -95,9 +123,9 @@ class ExpertMLP(nn.Module):
         """Compute the output of what `inner` returns."""
         routing = kept.routing
         assert routing is not None
-        # there are no updates
-        kept.h_down = inner.new_empty(0)
         rows = self.down.forward(inner, routing.offsets)
+        update = self.down.update
+        kept.h_down = inner.new_empty(0) if update is None else update(inner, routing.offsets, rows)
         return combine_expert_rows(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
@@ -105,15 +133,23 @@ class ExpertMLP(nn.Module):
 
             grad_weights[m, j] = grad_out[m] . down_e(inner) = down_e'(grad_out[m]) . inner
 
+        In the gradients of down's updates the rows have their weights, which h's short rows take.
+
         Args:
             grad_out: (M, D), of the output.
         """
         routing = kept.routing
         assert routing is not None
         grad_rows = gather_expert_rows(grad_out, routing.places)
-        grad_inner = self.down.backward(grad_rows, routing.offsets)
+        grad_inner, grad_h = self.down.backward(grad_rows, routing.offsets), None
+        if (update := self.down.update) is not None:
+            weights = routing.weights_of_rows().to(grad_rows.dtype)[:, None]
+            grad_h = weights * update.backward(grad_rows, routing.offsets, grad_inner)
+            update.accumulate_grad_B(grad_rows, weights * kept.h_down, routing.offsets)
         del grad_rows
         inner = self.inner(kept)
+        if update is not None and grad_h is not None:
+            update.accumulate_grad_A(grad_h, inner, routing.offsets)
         kept.grad_weights = weigh_expert_rows_backward(
             grad_inner, inner, routing.places, routing.weights
         )
@@ -126,6 +162,9 @@ class ExpertMLP(nn.Module):
         routing, grad_logits = kept.routing, None
         assert routing is not None
         rows = self.gate_up.backward(kept.gate_up_ext, routing.offsets)
+        if (update := self.gate_up.update) is not None:
+            kept.grad_h = update.backward(kept.gate_up_ext, routing.offsets, rows)
+            update.accumulate_grad_B(kept.gate_up_ext, kept.h_gate_up, routing.offsets)
         if kept.balance is not None:
             assert routing.shares is not None
             grad_logits = kept.balance.grad_logits(routing.shares)
@@ -133,6 +172,11 @@ class ExpertMLP(nn.Module):
         return combine_expert_rows(rows, routing.places, start=through_router)
 
     def accumulate_grad_A(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
-        """Let go of what was kept: no gradient needs the input."""
+        """Add up the gradient that needs the input, and let go of what was kept."""
+        if (update := self.gate_up.update) is not None:
+            assert kept.routing is not None
+            rows = gather_expert_rows(y, kept.routing.places)
+            update.accumulate_grad_A(kept.grad_h, rows, kept.routing.offsets)
+            del kept.h_gate_up, kept.grad_h
         del kept.gate_up_ext, kept.grad_weights
         kept.routing = None

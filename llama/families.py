@@ -370,7 +370,7 @@ FAMILIES = {
     ),
     "GraniteMoeForCausalLM": Family(
         "granitemoe",
-        experts=LayerExperts(is_normalized=True, is_stacked=True),
+        experts=LayerExperts(is_normalized=True, is_stacked=True, block="block_sparse_moe"),
         defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
         fields=_EXPERT_FIELDS | _MULTIPLIERS | {"attention_bias"},
         aliases={"num_local_experts": "num_experts"},

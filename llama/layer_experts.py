@@ -19,12 +19,14 @@ class LayerExperts(NamedTuple):
         is_normalized: as in `Experts`; None: `norm_topk_prob` says it.
         is_stacked: the checkpoint has a projection of all experts as one tensor, gate and up
             together.
+        block: what transformers calls the module of the router and its experts.
     """
 
     layers: Literal["all", "sparse"] = "all"
     width_field: str = "intermediate_size"
     is_normalized: bool | None = None
     is_stacked: bool = False
+    block: str = "mlp"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Experts:
         num_chosen: of a token, those with the largest scores.
         width: the intermediate size of each.
         is_normalized: whether the weights of the experts that a token has sum to one.
-        is_stacked: as in `LayerExperts`.
+        is_stacked, block: as in `LayerExperts`.
         has_experts: of each layer; the others have one MLP.
         asks_for_aux_loss: transformers adds the auxiliary loss in training (`llama/balance.py`).
     """
@@ -47,6 +49,7 @@ class Experts:
     is_stacked: bool
     has_experts: tuple[bool, ...]
     asks_for_aux_loss: bool = False
+    block: str = "mlp"
 
 
 def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int) -> Experts | None:
@@ -78,6 +81,7 @@ def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int)
         kind.is_stacked,
         tuple(has_experts),
         fields.boolean("output_router_logits", False),
+        kind.block,
     )
 
 

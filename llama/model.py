@@ -12,23 +12,24 @@ No autograd graph is built here: `step.micro_step` runs the layers forward and b
     B batch, T tokens, D hidden_size, V vocab_size
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreign.guest import in_guest
 from kernels.masked_attention_mask import Samples
 from kernels.rope_tables import RopeTables
 from kernels.softcap import softcap_reference
 from llama.cache import Slot
 from llama.config import LlamaConfig
+from llama.experts import ExpertProjections
 from llama.layer import DecoderLayer, Shared
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
 from llama.rope import query_factors, rope_factor, rope_frequencies, rope_tables
-from lora.config import ALL_LINEAR, LoRAConfig, UpdateSize
+from llama.targets import update_sizes
+from lora.config import LoRAConfig
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from rows.batch import NO_LOSS, Batch
@@ -41,7 +42,7 @@ def projections(config: LlamaConfig) -> tuple[str, ...]:
     adapters.
 
     In a mixture of experts those of attention alone: PEFT takes the names of the others for those
-    of experts, also in layers that have one MLP.
+    of experts, also in layers that have one MLP. Experts have `parameter_shapes`.
     """
     qkv = ("qkv_proj",) if config.is_fused else PROJECTIONS[:3]
     if config.experts:
@@ -62,6 +63,18 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
+    """Experts, rows and columns of every tensor of all experts, by its path in transformers, in the
+    model's order."""
+    with torch.device("meta"):
+        model = Llama(config, torch.float32)
+    return {
+        prefix + name: (group.num_experts, group.rows_of_one, group.in_features)
+        for prefix, experts in model.experts()
+        for name, group in experts.groups().items()
+    }
+
+
 def quantized_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights that NF4 is for, experts' too, by their paths in the model's
     order."""
@@ -72,44 +85,6 @@ def quantized_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         for prefix, group in model.frozen_groups()
         for name, shape in group.shapes().items()
     }
-
-
-def update_sizes(lora: LoRAConfig, paths: Iterable[str]) -> dict[str, UpdateSize]:
-    """Find which of a model's projections get an update, and its size.
-
-    Raises:
-        ValueError: none does, or the head, the embeddings or experts would.
-    """
-    paths = list(paths)
-    # patterns come with an adapter, and matching one may take for ever
-    if lora.has_patterns:
-        sizes = in_guest(lambda: _find_sizes(lora, paths), "the adapter's patterns of modules")
-    else:
-        sizes = _find_sizes(lora, paths)
-    if not sizes:
-        raise ValueError(
-            f"target_modules must fit at least one projection of the model, such as {paths[0]}: "
-            f"got {lora.target_modules!r}"
-        )
-    return sizes
-
-
-def _find_sizes(lora: LoRAConfig, paths: Sequence[str]) -> dict[str, UpdateSize]:
-    for path in ("lm_head", "model.embed_tokens", "model.language_model.embed_tokens"):
-        if lora.has_target(path):
-            raise ValueError(
-                "target_modules must be projections of the layers, head and embeddings stay as "
-                f"they are: {lora.target_modules!r} includes {path}"
-            )
-    # an MLP's projections may have updates in all models but mixtures of experts
-    is_mixture = not any(path.endswith(f".{PROJECTIONS[-1]}") for path in paths)
-    for name in PROJECTIONS[4:] if is_mixture and lora.target_modules != ALL_LINEAR else ():
-        if lora.has_target(f"model.layers.0.mlp.experts.0.{name}"):
-            raise ValueError(
-                "target_modules must be projections of attention in a mixture of experts; the "
-                f"experts stay as they are: {lora.target_modules!r} includes their {name}"
-            )
-    return {path: size for path in paths if (size := lora.update_size(path)) is not None}
 
 
 class Decoder(nn.Module):
@@ -200,18 +175,36 @@ class Llama(nn.Module):
             if isinstance(group, LinearGroup) and group.names[0] in names:
                 yield prefix, group
 
+    def experts(self) -> Iterator[tuple[str, ExpertProjections]]:
+        """The projections of experts, each with the prefix of its tensors' names in transformers.
+
+        A prefix is "model.layers.0.mlp.experts.", with the dot.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertProjections):
+                yield name.replace(".mlp.", f".{module.block}.") + ".", module
+
     def attach_lora(self, config: LoRAConfig, seed: int) -> None:
-        """Give every target projection a low-rank update, drawn from `seed`.
+        """Give every target a low-rank update, drawn from `seed`.
 
         Raises:
-            ValueError: no projection is a target, or the head, the embeddings or experts are.
+            ValueError: nothing is a target, or the head, the embeddings or single experts are.
         """
         groups = list(self.groups())
-        sizes = update_sizes(config, [prefix + name for prefix, g in groups for name in g.names])
+        of_experts = {
+            prefix + name: group
+            for prefix, experts in self.experts()
+            for name, group in experts.groups().items()
+        }
+        paths = [prefix + name for prefix, g in groups for name in g.names]
+        sizes = update_sizes(config, paths, of_experts)
         generator = torch.Generator().manual_seed(seed)
         for site, (prefix, group) in enumerate(groups):
             own = {name: sizes[prefix + name] for name in group.names if prefix + name in sizes}
             group.attach(own, config.lora_dropout, self.device, generator, site)
+        for path, group in of_experts.items():
+            if path in sizes:
+                group.attach(sizes[path], self.device, generator)
 
     def make_tables(self) -> None:
         """Copy the tables that kernels read to the device, before the first pass."""
@@ -230,8 +223,8 @@ class Llama(nn.Module):
         """
         return {
             prefix + name: tensor
-            for prefix, group in self.groups()
-            for name, tensor in group.adapter_tensors()
+            for prefix, adapted in (*self.groups(), *self.experts())
+            for name, tensor in adapted.adapter_tensors()
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:

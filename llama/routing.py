@@ -39,6 +39,11 @@ class Routing(NamedTuple):
     offsets: Tensor  # (E + 1,) int32
     is_normalized: bool
 
+    def weights_of_rows(self) -> Tensor:  # (R,) float32
+        """The weights in the order of the sorted rows."""
+        weights = self.weights.flatten()
+        return torch.empty_like(weights).scatter_(0, self.places.flatten(), weights)
+
 
 def choose(
     y: Tensor,  # (M, D)

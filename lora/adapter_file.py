@@ -20,6 +20,7 @@ from torch import Tensor
 from foreign.json_text import read_object
 from foreign.reading import Reading
 from hub.fetch import find_folder, parse_hub_id
+from lora.adapter_fields import AdapterFields, is_integer, is_number
 from lora.config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -48,6 +49,7 @@ _READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "use_rslora",
 }
 _WITHOUT_EFFECT = {
@@ -121,6 +123,8 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if config.target_parameters:
+        fields["target_parameters"] = list(config.target_parameters)
     (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -160,70 +164,6 @@ def _sort_metadata(path: Path) -> None:
 def _integer_if_whole(alpha: float) -> float:
     # PEFT and vLLM declare an integer
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-class _Fields:
-    """The fields of adapter_config.json, whose kinds are checked as they are taken."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def _take(self, key: str, default: Any, what: str, is_valid: Callable[[Any], bool]) -> Any:
-        value = self._values.get(key)
-        value = default if value is None else value
-        if not is_valid(value):
-            raise ValueError(f"{key} must be {what}: got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return self._take(key, default, "a number", _is_number)
-
-    def integer(self, key: str) -> int:
-        return self._take(key, None, "an integer", _is_integer)
-
-    def boolean(self, key: str) -> bool:
-        return self._take(key, False, "true or false", lambda value: isinstance(value, bool))
-
-    def modules(self, key: str, default: Any) -> tuple[str, ...] | str:
-        """Take a list of names, or a text that is a pattern."""
-        what = "a list of names or a regular expression"
-        value = self._take(key, default, what, _is_text_or_list)
-        # a set's order differs from run to run, and PEFT's list comes from one
-        return value if isinstance(value, str) else tuple(sorted(set(value)))
-
-    def layers(self) -> tuple[int, ...] | None:
-        what = "a layer's index or a list of them"
-        value = self._take("layers_to_transform", [], what, _is_integer_or_list)
-        return (value,) if _is_integer(value) else tuple(value) or None
-
-    def layers_pattern(self) -> tuple[str, ...]:
-        value = self._take("layers_pattern", [], "a pattern or a list of them", _is_text_or_list)
-        return tuple(filter(None, [value] if isinstance(value, str) else value))
-
-    def patterns(self, key: str, what: str, is_valid: Callable[[Any], bool]) -> dict[str, Any]:
-        return self._take(
-            key,
-            {},
-            f"an object of patterns and {what}",
-            lambda v: isinstance(v, dict) and all(map(is_valid, v.values())),
-        )
-
-
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_text_or_list(value: Any) -> bool:
-    is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return isinstance(value, str) or is_list
-
-
-def _is_integer_or_list(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, list) and all(map(_is_integer, value)))
 
 
 def find_adapter(adapter: str, flag: str) -> Path:
@@ -284,7 +224,7 @@ def _checked(path: Path, values: dict[str, Any]) -> LoRAConfig:
             f"{beginning!r} changes them; save the adapter again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    fields = _Fields(values)
+    fields = AdapterFields(values)
     try:
         return LoRAConfig(
             r=fields.integer("r"),
@@ -295,8 +235,9 @@ def _checked(path: Path, values: dict[str, Any]) -> LoRAConfig:
             exclude_modules=fields.modules("exclude_modules", []),
             layers_to_transform=fields.layers(),
             layers_pattern=fields.layers_pattern(),
-            rank_pattern=fields.patterns("rank_pattern", "integers", _is_integer),
-            alpha_pattern=fields.patterns("alpha_pattern", "numbers", _is_number),
+            rank_pattern=fields.patterns("rank_pattern", "integers", is_integer),
+            alpha_pattern=fields.patterns("alpha_pattern", "numbers", is_number),
+            target_parameters=fields.names("target_parameters"),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

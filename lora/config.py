@@ -49,6 +49,7 @@ class LoRAConfig:
         target_modules: projections by name, by path or by the end of a path; or one text: a regular
             expression for whole paths, or "all-linear".
         exclude_modules: projections without an update, given as target_modules are.
+        target_parameters: tensors of all experts of a layer, by name or by the end of a path.
         layers_to_transform: the layers whose projections get an update, if targets are names.
         layers_pattern: regular expressions for the name of the list of layers; none: any name.
         rank_pattern: r by regular expressions for the end of a path; the first that fits counts.
@@ -65,6 +66,7 @@ class LoRAConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for rank in (self.r, *self.rank_pattern.values()):
@@ -77,6 +79,11 @@ class LoRAConfig:
                 raise ValueError(f"--lora-alpha must be positive: got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1): got {self.lora_dropout}")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                "--lora-dropout must be 0 with --target-parameters, as PEFT wants it: "
+                f"got {self.lora_dropout}"
+            )
         has_layers = self.layers_to_transform is not None or bool(self.layers_pattern)
         if has_layers and isinstance(self.target_modules, str):
             raise ValueError(
@@ -149,8 +156,16 @@ class LoRAConfig:
 
     def update_size(self, path: str) -> UpdateSize | None:
         """Find the size of a projection's update; None where it has none."""
-        if not self.has_target(path):
-            return None
+        return self._size(path) if self.has_target(path) else None
+
+    def parameter_size(self, path: str) -> UpdateSize | None:
+        """Find the size of the updates of a tensor of all experts; None where it has none.
+
+        PEFT's rules: neither what excludes modules nor what picks layers is for tensors.
+        """
+        return self._size(path) if _ends_with(path, self.target_parameters) else None
+
+    def _size(self, path: str) -> UpdateSize:
         rank = int(_look_up(self.rank_pattern, path, self.r))
         alpha = _look_up(self.alpha_pattern, path, self.lora_alpha)
         return UpdateSize(rank, self._scaling(alpha, rank))

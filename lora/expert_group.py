@@ -1,4 +1,5 @@
-"""The frozen projections of all experts of a layer, one behind the other, and their products.
+"""The frozen projections of all experts of a layer, one behind the other, and their products, with
+optional low-rank updates.
 
     gate_up   | 0.gate_proj | 0.up_proj | 1.gate_proj | ...        (E 2 F, D)
     down      | 0.down_proj | 1.down_proj | ...                    (E D, F)
@@ -19,6 +20,8 @@ from torch import Tensor
 from kernels.grouped_matmul import grouped_matmul, grouped_matmul_backward_input
 from kernels.nf4_decode import make_nf4_tables
 from kernels.nf4_dequantize import nf4_dequantize
+from lora.config import UpdateSize
+from lora.expert_update import ExpertUpdate
 from lora.frozen_group import FrozenGroup
 from nf4.weight import NF4Weight, members, pick_parts
 
@@ -33,9 +36,11 @@ class ExpertGroup(FrozenGroup):
 
     Attributes:
         num_experts: whose matrices lie one behind the other, the same of each.
+        update: of each expert, for the caller to add; None: there is none.
     """
 
     expanded: Tensor | None  # all experts' matrices
+    update: ExpertUpdate | None
 
     def __init__(
         self,
@@ -47,11 +52,18 @@ class ExpertGroup(FrozenGroup):
     ) -> None:
         super().__init__(names, rows, in_features, num_stacked=num_stacked)
         self.num_experts = num_experts
+        self.update = None
 
     @property
     def rows_of_one(self) -> int:
         """The rows of one expert."""
         return self.num_rows // self.num_experts
+
+    def attach(self, size: UpdateSize, device: torch.device, generator: torch.Generator) -> None:
+        """Give every expert an update that starts at zero."""
+        assert self.update is None, "a group takes one adapter"
+        shape = (self.num_experts, self.rows_of_one, self.in_features)
+        self.update = ExpertUpdate(shape, size, device, generator)
 
     def expanded_shape(self, dtype: torch.dtype) -> tuple[int, int, int]:
         """The most experts that are expanded together, and the rows and columns of each."""
@@ -64,7 +76,7 @@ class ExpertGroup(FrozenGroup):
         x: Tensor,  # (R, K), sorted by expert
         offsets: Tensor,  # (E + 1,) int32, on x's device
     ) -> Tensor:  # (R, N)
-        """Apply to each row the matrices of its expert."""
+        """Apply to each row the matrices of its expert, without an update."""
         y = x.new_empty(x.shape[0], self.rows_of_one)
         for first, W in self._expanded(x.dtype):
             grouped_matmul(x, W, offsets, out=y, first_expert=first)
@@ -77,7 +89,7 @@ class ExpertGroup(FrozenGroup):
         grad_y: Tensor,  # (R, N), sorted by expert
         offsets: Tensor,  # (E + 1,) int32
     ) -> Tensor:  # (R, K)
-        """Compute x's gradient.
+        """Compute x's gradient, without an update.
 
         grad_x[r] = W_e^T grad_y[r]        offsets[e] <= r < offsets[e + 1]
         """
@@ -94,6 +106,20 @@ class ExpertGroup(FrozenGroup):
             picked = pick_parts(self.weight, self.num_experts, experts)
             return nf4_dequantize(picked, dtype).view(shape)
         return self.weight.view(shape)[experts].to(dtype)
+
+    def split(self, lora_A: Tensor, lora_B: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Take the values of updates apart by the tensors of checkpoints: name, A and B."""
+        assert self.update is not None
+        A, B = self.update.of_experts(lora_A, lora_B)
+        if self.num_stacked is not None:
+            yield self.names[0], A, B
+            return
+        num_members = len(self.names) // self.num_experts
+        for e in range(self.num_experts):
+            some = slice(e * num_members, (e + 1) * num_members)
+            parts = B[e].split(self.rows[some])
+            for name, part in zip(self.names[some], parts, strict=True):
+                yield name, A[e], part
 
     def make_tables(self, dtype: torch.dtype) -> None:
         if isinstance(self.weight, NF4Weight) and self.weight.device.type != "cpu":

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llama.model import update_sizes
+from llama.targets import update_sizes
 from lora.adapter_file import read_adapter_config
 from lora.config import ALL_LINEAR, LoRAConfig, resolve_target_modules
 from run.config import TrainConfig
@@ -21,14 +21,22 @@ def lora_config(config: AdapterFlags, names: Sequence[str]) -> LoRAConfig:
     Raises:
         ValueError: an unknown target module, or a number out of range.
     """
-    requested = [name.strip() for name in config.target_modules.split(",") if name.strip()]
+    requested, tensors = _listed(config.target_modules), _listed(config.target_parameters)
+    # experts alone
+    has_modules = bool(requested or not tensors)
     return LoRAConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=resolve_target_modules(requested, names),
+        target_modules=resolve_target_modules(requested, names) if has_modules else (),
         use_rslora=config.use_rslora,
+        # in the order in which an adapter's file has them
+        target_parameters=tuple(sorted(set(tensors))),
     )
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def follow_adapter(
@@ -37,6 +45,7 @@ def follow_adapter(
     folder: Path,
     names: Sequence[str],  # of the model's projections
     paths: Iterable[str],  # of the model's projections
+    parameters: Iterable[str] = (),  # paths of the model's tensors of all experts
 ) -> tuple[TrainConfig, LoRAConfig]:
     """Take over the shape of the adapter to start from.
 
@@ -50,13 +59,17 @@ def follow_adapter(
             it.
     """
     found = read_adapter_config(folder)
-    adapted = {path.rpartition(".")[2] for path in update_sizes(found, paths)}
+    paths, parameters = list(paths), list(parameters)
+    sizes = update_sizes(found, paths, parameters)
+    adapted = {path.rpartition(".")[2] for path in paths if path in sizes}
     targets = tuple(name for name in names if name in adapted)
+    tensors = dict.fromkeys(path.rpartition(".")[2] for path in parameters if path in sizes)
     shape = {
         "lora_r": found.r,
         "lora_alpha": float(found.lora_alpha),
         "use_rslora": found.use_rslora,
         "target_modules": ALL_LINEAR if targets == tuple(names) else ",".join(targets),
+        "target_parameters": ",".join(tensors),
     }
     config = replace(config, **{name: shape[name] for name in shape if name not in given})
     asked = lora_config(config, names)
@@ -67,6 +80,7 @@ def follow_adapter(
         "lora_alpha": scales_alike or asked.lora_alpha == found.lora_alpha,
         "use_rslora": scales_alike or asked.use_rslora == found.use_rslora,
         "target_modules": asked.target_modules == targets,
+        "target_parameters": set(asked.target_parameters) == set(tensors),
     }
     if wrong := [name for name, holds in agrees.items() if not holds]:
         has, came = (

@@ -10,7 +10,8 @@ import torch
 from checkpoint.files import find_checkpoint, find_description
 from checkpoint.implied import has_weights, implied_checkpoint
 from checkpoint.opening import Checkpoint, open_checkpoint
-from llama.model import projection_shapes, projections, update_sizes
+from llama.model import parameter_shapes, projection_shapes, projections
+from llama.targets import update_sizes
 from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from lora.readers import plain
@@ -64,9 +65,10 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     checkpoint = _open(config)
     llama_config = checkpoint.config
     names, paths = projections(llama_config), projection_shapes(llama_config)
+    parameters = parameter_shapes(llama_config)
     start = find_adapter(config.init_adapter, "--init-adapter") if config.init_adapter else None
     if start:
-        config, lora = follow_adapter(config, given, start, names, paths)
+        config, lora = follow_adapter(config, given, start, names, paths, parameters)
     else:
         lora = lora_config(config, names)
     followed = follow_checkpoint(config, checkpoint)
@@ -88,7 +90,7 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     undecided = {
         name: value for name, value in asdict(followed).items() if getattr(config, name) != value
     }
-    lora = plain(lora, update_sizes(lora, paths))
+    lora = plain(lora, update_sizes(lora, paths, parameters))
     return Asked(config, checkpoint, lora, start, gpu, undecided)
 
 

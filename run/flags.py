@@ -207,6 +207,12 @@ class AdapterFlags(_Flags):
         also={"all": "all-linear"},
         is_list=True,
     )
+    target_parameters: str = _flag(
+        "",
+        "tensors of all experts to adapt in a mixture of experts: gate_up_proj, down_proj, or both "
+        "separated by a comma",
+        is_list=True,
+    )
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
     init_adapter: str = _flag(
         "",

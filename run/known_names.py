@@ -49,6 +49,7 @@ ALSO = {
     "--r": "--lora-r",
     "--lora-target": "--target-modules",
     "--lora-target-modules": "--target-modules",
+    "--lora-target-parameters": "--target-parameters",
     "--lora-task-type causal_lm": "",
     "--bias none": "",
     "--loftq-config None": "",

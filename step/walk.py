@@ -20,6 +20,7 @@ from llama.balance import Balance
 from llama.layer import DecoderLayer
 from llama.model import Llama
 from llama.served import as_served
+from lora.expert_group import ExpertGroup
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight
@@ -194,6 +195,8 @@ def _form_of(group: FrozenGroup) -> Hashable:
     updates = None
     if isinstance(group, LinearGroup):
         updates = (str(group.updates), group.dropout, group.fp8_scale is None)
+    elif isinstance(group, ExpertGroup) and group.update is not None:
+        updates = group.update.rank
     return type(group), form, bias_dtype, updates, group.expanded is not None
 
 

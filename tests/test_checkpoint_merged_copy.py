@@ -27,7 +27,8 @@ from checkpoint.merged_copy import MergeFigures, read_updates, write_merged_shar
 from checkpoint.opening import open_checkpoint
 from checkpoint.tensor_names import TensorNames
 from llama.config import read_config
-from llama.model import projection_shapes, quantized_shapes, update_sizes
+from llama.model import projection_shapes, quantized_shapes
+from llama.targets import update_sizes
 from lora.adapter_file import load_adapter, read_adapter_config, save_adapter
 from nf4.weight import Quantization, dequantize, quantize
 
@@ -65,7 +66,7 @@ def merge(
     folder.mkdir()
     for path in checkpoint.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
-    updates = read_updates(adapter, projection_shapes(config))
+    updates = read_updates(adapter, config)
     shards = open_checkpoint(checkpoint).shards
     paths = quantized_shapes(config)
     return write_merged_shards(shards, paths, updates, quantization, CPU, folder)
@@ -337,8 +338,8 @@ def test_only_some_rows_are_in_float32_and_the_bits_do_not_depend_on_it(
     merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_copy, "BLOCK_ELEMENTS", 3 * 72)
-    shapes = projection_shapes(read_config(merged.checkpoint))
-    updates = read_updates(merged.adapter, shapes)
+    config = read_config(merged.checkpoint)
+    shapes, updates = projection_shapes(config), read_updates(merged.adapter, config)
     shards = open_checkpoint(merged.checkpoint).shards
     (tmp_path / "merged").mkdir()
     with LargestFloat32() as seen:
@@ -412,9 +413,8 @@ def test_an_adapter_of_another_model_is_refused(
     if isinstance(fields["target_modules"], str):
         del fields["layers_to_transform"]
     write_adapter(tmp_path / "adapter", fields, tensors)
-    shapes = projection_shapes(read_config(checkpoint))
     with pytest.raises(ValueError, match=message):
-        read_updates(tmp_path / "adapter", shapes)
+        read_updates(tmp_path / "adapter", read_config(checkpoint))
 
 
 def test_a_weight_that_would_overflow_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.equality import assert_no_worse_on_the_whole_than
+from support.llama_peers import EXPERT_TENSORS
 from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
@@ -40,7 +41,9 @@ def load(
     model = load_model(checkpoint, device, dtype, quantization)
     if num_updated != 0:
         names = projections(model.config)[:num_updated]
-        model.attach_lora(LoRAConfig(3, 6, 0.1, names), seed=0)
+        experts = EXPERT_TENSORS if model.config.experts and num_updated is None else ()
+        lora = LoRAConfig(3, 6, 0.0 if experts else 0.1, names, target_parameters=experts)
+        model.attach_lora(lora, seed=0)
         generator = torch.Generator().manual_seed(1)
         for tensor in model.adapter_tensors().values():
             drawn = torch.randn(tensor.shape, generator=generator) * 0.1

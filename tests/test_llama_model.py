@@ -40,7 +40,7 @@ from torch import Tensor
 
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
-from llama.model import PROJECTIONS, Llama, projection_shapes
+from llama.model import PROJECTIONS, Llama, parameter_shapes, projection_shapes
 from lora.adapter_file import load_adapter, read_adapter_config
 from lora.config import LoRAConfig, resolve_target_modules
 from nf4.weight import Quantization
@@ -117,7 +117,8 @@ def test_gradients_of_the_adapter_equal_pefts(peer: Peer) -> None:
         assert actual[name].isfinite().all()
         # two layers forward and back, about 20 sums each way
         assert (actual[name] - grad).abs().max() <= float32_error(grad, 80), name
-    assert len(expected) == 2 * len(projection_shapes(model.config))
+    targets = (*projection_shapes(model.config), *parameter_shapes(model.config))
+    assert len(expected) == 2 * len(targets)
     assert PEFT_LORA["target_modules"] == "all-linear"
 
 
@@ -215,7 +216,7 @@ def test_experts_are_no_targets(
     tmp_path: Path, variant: str, targets: tuple[str, ...] | str, name: str
 ) -> None:
     model = load(write_variant(tmp_path, variant))
-    with pytest.raises(ValueError, match=f"experts stay as they are: .* includes their {name}"):
+    with pytest.raises(ValueError, match=f"includes {name}; .*--target-parameters gate_up_proj"):
         model.attach_lora(LoRAConfig(4, 8, 0.0, targets), seed=0)
     # all-linear is attention, in layers with one MLP too
     model.attach_lora(LoRAConfig(4, 8, 0.0, "all-linear"), seed=0)

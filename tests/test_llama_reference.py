@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.llama_peers import EXPERT_TENSORS
 from support.micro_steps import (
     KEEP,
     LORA,
@@ -19,8 +20,10 @@ from support.micro_steps import (
 from support.tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
-from llama.model import Llama, projection_shapes, projections
+from llama.model import Llama, parameter_shapes, projection_shapes, projections
 from llama.reference import Projection, Reference
+from lora.expert_group import ExpertGroup
+from lora.expert_update import ExpertUpdate
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight, Quantization, dequantize
@@ -35,7 +38,9 @@ SAMPLES = torch.tensor(
 def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama:
     """A model with an update of every projection, none of them zero."""
     model = load_tiny(folder, None, quantization, variant=variant)
-    model.attach_lora(replace(LORA, target_modules=projections(model.config)), seed=0)
+    experts = EXPERT_TENSORS if model.config.experts else ()
+    targets = {"target_modules": projections(model.config), "target_parameters": experts}
+    model.attach_lora(replace(LORA, **targets), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.adapter_tensors().items():
         if "lora_B" in name:
@@ -52,6 +57,40 @@ def of_experts(prefix: str, group: FrozenGroup, weight: Tensor) -> dict[str, Ten
     parts = weight.chunk(group.num_stacked * len(names))
     paths = [f"{e}.{name}" for e in range(group.num_stacked) for name in names]
     return {f"{prefix}{path}.weight": part for path, part in zip(paths, parts, strict=True)}
+
+
+def parts_of_update(group: ExpertGroup, update: ExpertUpdate) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each expert's projections, of which gate and up have one A."""
+    A, B = update.of_experts(update.lora_A.detach(), update.lora_B.detach())
+    names = ("gate_proj", "up_proj") if "gate" in group.names[0] else ("down_proj",)
+    return {
+        f"{e}.{name}": (A[e], part)
+        for e in range(group.num_experts)
+        for name, part in zip(names, B[e].chunk(len(names)), strict=True)
+    }
+
+
+def joined(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of experts' updates as PEFT has them: those of gate and up add up in A."""
+    found = {name: grad for name, grad in grads.items() if ".experts." not in name}
+    of_experts = {name: grad for name, grad in grads.items() if ".experts." in name}
+    for prefix in dict.fromkeys(name.partition(".experts.")[0] for name in of_experts):
+        some = {n: g for n, g in of_experts.items() if n.startswith(f"{prefix}.experts.")}
+        count = 1 + max(int(name.split(".experts.")[1].split(".")[0]) for name in some)
+        for before, names in (("base_layer.", ("gate_proj", "up_proj")), ("", ("down_proj",))):
+            path = f"{prefix}.experts.{{e}}.{{name}}.lora_{{kind}}.weight"
+            parts = {
+                kind: [
+                    [some[path.format(e=e, name=name, kind=kind)] for name in names]
+                    for e in range(count)
+                ]
+                for kind in "AB"
+            }
+            A = torch.cat([torch.stack(own).sum(0) for own in parts["A"]])
+            B = torch.stack([torch.cat(own) for own in parts["B"]], dim=2)
+            found[f"{prefix}.experts.{before}lora_A.weight"] = A
+            found[f"{prefix}.experts.{before}lora_B.weight"] = B.flatten(1)
+    return found
 
 
 def reference_of(model: Llama) -> Reference:
@@ -75,7 +114,20 @@ def reference_of(model: Llama) -> Reference:
             projection = reference.get_submodule(prefix + name)
             assert isinstance(projection, Projection)
             projection.attach(*size)
-    reference.double().load_state_dict(tensors | model.adapter_tensors())
+    for prefix, experts in model.experts():
+        prefix = prefix.replace(".block_sparse_moe.", ".mlp.")
+        for _, group, update in experts.updates():
+            for path, part in parts_of_update(group, update).items():
+                projection = reference.get_submodule(prefix + path)
+                assert isinstance(projection, Projection)
+                projection.attach(update.rank, update.scaling)
+                names = ("lora_A", "lora_B")
+                tensors |= {
+                    f"{prefix}{path}.{name}.weight": matrix
+                    for name, matrix in zip(names, part, strict=True)
+                }
+    of_modules = {n: t for n, t in model.adapter_tensors().items() if ".experts." not in n}
+    reference.double().load_state_dict(tensors | of_modules)
     for name, parameter in reference.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return reference
@@ -89,7 +141,7 @@ def results_of_autograd(
     loss = reference.loss(Batch(ids, labels, positions))
     named = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()))
-    return {"loss": loss.detach()} | dict(zip(named, grads, strict=True))
+    return {"loss": loss.detach()} | joined(dict(zip(named, grads, strict=True)))
 
 
 @pytest.mark.parametrize("quantization", [NF4, None], ids=["nf4", "unquantized"])
@@ -107,10 +159,12 @@ def test_loss_and_gradients_are_the_references(
         labels = labels.masked_fill(positions == 0, -100)
     model = load(tmp_path, variant, quantization)
     loss = gradients_of(step_of(model, KEEP), ids, labels, positions=positions)["loss"]
-    actual = {"loss": loss} | adapter_gradients(model)
+    found = adapter_gradients(model).items()
+    actual = {"loss": loss} | {n.replace(".block_sparse_moe.", ".mlp."): g for n, g in found}
     truth = results_of_autograd(model, ids, labels, positions)
     assert actual.keys() == truth.keys()
-    assert len(truth) == 1 + 2 * len(projection_shapes(model.config))
+    targets = (*projection_shapes(model.config), *parameter_shapes(model.config))
+    assert len(truth) == 1 + 2 * len(targets)
     for name, expected in truth.items():
         assert expected.dtype == torch.float64
         # two layers forward and back, about 20 sums each way

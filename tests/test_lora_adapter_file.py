@@ -22,7 +22,8 @@ from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
 from foreign import guest
 from llama.config import read_config
-from llama.model import Llama, projection_shapes, projections, update_sizes
+from llama.model import Llama, parameter_shapes, projection_shapes, projections
+from llama.targets import update_sizes
 from lora.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -100,8 +101,9 @@ def test_peft_warns_of_nothing_in_ours(peer: Peer) -> None:
 def test_we_load_pefts_and_give_the_same_logits(peer: Peer) -> None:
     folder = peer.folder / "peft_adapter"
     config = read_adapter_config(folder)
-    paths = projection_shapes(read_config(peer.checkpoint))
-    assert update_sizes(config, paths).keys() == paths.keys()
+    base = read_config(peer.checkpoint)
+    paths, tensors = projection_shapes(base), parameter_shapes(base)
+    assert update_sizes(config, paths, tensors).keys() == paths.keys() | tensors.keys()
     assert (config.r, config.lora_alpha) == (PEFT_LORA["r"], PEFT_LORA["lora_alpha"])
     actual = with_adapter(peer.checkpoint, folder).logits(peer.inputs["input_ids"]).detach()
     assert_logits_close(actual, peer.outputs["peft_adapter_logits"])
@@ -113,7 +115,9 @@ def test_names_shapes_and_dtypes_in_the_file_are_pefts(peer: Peer) -> None:
     theirs = load_file(peer.folder / "peft_adapter" / WEIGHTS_NAME)
     assert ours.keys() == theirs.keys()
     assert "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight" in ours
-    ranks = {OUR_LORA.r, PEFT_LORA["r"]}
+    experts = read_config(peer.checkpoint).experts
+    count = experts.num_experts if experts else 1
+    ranks = {rank * number for rank in (OUR_LORA.r, PEFT_LORA["r"]) for number in (1, count)}
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype == torch.float32
         assert set(ours[name].shape) - ranks == set(tensor.shape) - ranks, name
@@ -148,12 +152,15 @@ def test_the_config_is_a_part_of_pefts(peer: Peer) -> None:
     ours = json.loads((peer.folder / "our_adapter" / CONFIG_NAME).read_text())
     theirs = json.loads((peer.folder / "peft_adapter" / CONFIG_NAME).read_text())
     assert ours.keys() <= theirs.keys()
-    own = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+    own = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters"}
     assert {k: v for k, v in ours.items() if k not in own} == {
         k: v for k, v in theirs.items() if k in ours.keys() - own
     }
     assert isinstance(ours["lora_alpha"], int)
     assert ours["target_modules"] == list(projections(read_config(peer.checkpoint)))
+    # PEFT's are those of a set
+    tensors = sorted(theirs["target_parameters"] or ())
+    assert ours.get("target_parameters", []) == tensors
 
 
 def test_an_adapter_survives_the_round_trip(adapter: Path, model: Llama) -> None:
@@ -207,7 +214,8 @@ def test_16_bit_adapters_are_loaded_into_float32(adapter: Path, model: Llama) ->
         ({"use_qalora": True}, "plain LoRA: use_qalora is True"),
         ({"alora_invocation_tokens": [1]}, "plain LoRA: alora_invocation_tokens is [1]"),
         ({"trainable_token_indices": [1]}, "plain LoRA: trainable_token_indices is [1]"),
-        ({"target_parameters": ["w"]}, "plain LoRA: target_parameters is ['w']"),
+        ({"target_parameters": "w"}, "target_parameters must be a list of names: got 'w'"),
+        ({"target_parameters": ["w"]}, "--lora-dropout must be 0 with --target-parameters"),
         ({"arrow_config": {"top_k": 3}}, "plain LoRA: arrow_config is {'top_k': 3}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes them; save the"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16' changes"),
@@ -375,7 +383,7 @@ def test_a_pattern_beyond_reason_is_refused(pattern: str, message: str, tmp_path
 
 
 def test_names_alone_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama.model.in_guest", lambda *_: pytest.fail("it was forked"))
+    monkeypatch.setattr("llama.targets.in_guest", lambda *_: pytest.fail("it was forked"))
     for targets in (("q_proj",), "all-linear"):
         assert update_sizes(LoRAConfig(4, 8, 0.0, targets), PATHS)
 

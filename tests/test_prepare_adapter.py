@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from llama.model import PROJECTIONS
+from llama.targets import update_sizes
 from lora.adapter_file import read_adapter_config
-from prepare.adapter import follow_adapter
+from lora.config import LoRAConfig
+from prepare.adapter import follow_adapter, lora_config
 from run.config import TrainConfig
 
 PATHS = [f"model.layers.{layer}.x.{name}" for layer in (0, 1) for name in PROJECTIONS]
@@ -96,3 +98,42 @@ def test_the_dropout_is_the_flags(tmp_path: Path) -> None:
     config = TrainConfig(lora_dropout=0.25)
     _, lora = follow_adapter(config, (), tmp_path, PROJECTIONS, PATHS)
     assert lora.lora_dropout == 0.25
+
+
+TENSORS = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+
+
+def follow_mixture(folder: Path, given: dict[str, Any]) -> tuple[TrainConfig, LoRAConfig]:
+    names = PROJECTIONS[:4]
+    paths = [f"model.layers.0.self_attn.{name}" for name in names]
+    return follow_adapter(TrainConfig(**given), given, folder, names, paths, TENSORS)
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], []], ids=["", "experts alone"])
+def test_tensors_of_experts_are_taken_over(tmp_path: Path, modules: list[str]) -> None:
+    write(tmp_path, target_modules=modules, target_parameters=["mlp.experts.down_proj"])
+    config, lora = follow_mixture(tmp_path, {})
+    assert (config.target_modules, config.target_parameters) == (",".join(modules), "down_proj")
+    assert lora.target_parameters == ("mlp.experts.down_proj",)
+    assert follow_mixture(tmp_path, asdict(config))[0] == config
+    with pytest.raises(ValueError, match=r"--target-parameters must be .* has down_proj, the sett"):
+        follow_mixture(tmp_path, {"target_parameters": "gate_up_proj,down_proj"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_parameters": "up_proj"}, "all experts, .* has down_proj, gate_up_proj: got 'up"),
+        ({"target_parameters": "down_proj", "lora_dropout": 0.1}, "--lora-dropout must be 0 with"),
+    ],
+    ids=["unknown", "dropout"],
+)
+def test_flags_that_no_experts_have_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        update_sizes(lora_config(TrainConfig(**given), PROJECTIONS[:4]), [], TENSORS)
+
+
+def test_a_dense_model_has_no_tensors_of_experts() -> None:
+    lora = lora_config(TrainConfig(target_parameters="down_proj"), PROJECTIONS)
+    with pytest.raises(ValueError, match="of which this model has none: got 'down_proj'"):
+        update_sizes(lora, PATHS)

@@ -1,8 +1,9 @@
-"""train.py on a mixture of experts: its auxiliary loss, on one process and on two."""
+"""train.py on a mixture of experts: its auxiliary loss, and updates of its experts."""
 
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from support.tiny_mixture import mixture_model
 from test_train_ranks import assert_close, flags, rows_of, run_ranks
 
@@ -57,3 +58,20 @@ def test_a_line_says_that_config_json_asks_in_vain(
     asked = ask(f"--model {model} --data d.jsonl --device cpu {flag}".split(), {}, Ranks())
     said = "\n".join(first_lines(asked.config, asked.lora, asked.checkpoint))
     assert ("--router-aux-loss-coef adds it" in said) == is_said
+
+
+def test_experts_learn_and_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    model, output = mixture_model(tmp_path / "model"), tmp_path / "out"
+    given = f"--model {model} --data {BUNDLED / 'eval.jsonl'} --output {output} --max-steps 3 "
+    given += "--batch-size 2 --gradient-accumulation-steps 1 --save-steps 2 --device cpu --lora-r 2"
+    given += " --target-parameters gate_up_proj,down_proj --activations recompute"
+    train.main(given.split())
+    adapter = output / "adapter_model.safetensors"
+    expected, learned = adapter.read_bytes(), load_file(adapter)
+    of_experts = [name for name in learned if ".mlp.experts." in name]
+    # A and B of both tensors, of two layers
+    assert len(of_experts) == 8
+    assert all(learned[name].any() for name in of_experts)
+    adapter.unlink()
+    train.main([*given.split(), "--resume"])
+    assert adapter.read_bytes() == expected

@@ -7,7 +7,8 @@ from pathlib import Path
 from export.gguf_architecture import has_architecture
 from foreign.terminal import one_line
 from hub.push import push_folder
-from llama.model import projection_shapes, update_sizes
+from llama.model import parameter_shapes, projection_shapes
+from llama.targets import update_sizes
 from lora.adapter_file import rename_base
 from lora.readers import misreaders
 from run.atomic import new_files, new_folder, remove_folder, write_text
@@ -67,7 +68,8 @@ def write_card(run: Run, log: RunLog, names: list[str]) -> None:
 def usage_of(run: Run) -> Usage:
     """Gather what the commands that use a run's adapter depend on."""
     job, output = run.job, str(run.job.output)
-    sizes = update_sizes(job.lora, projection_shapes(job.checkpoint.config))
+    shapes = (read(job.checkpoint.config) for read in (projection_shapes, parameter_shapes))
+    sizes = update_sizes(job.lora, *shapes)
     hub_id = None if job.is_base_local else job.base_id
     return Usage(
         adapter=output,

@@ -20,6 +20,10 @@ from support.cross_entropy_cases import (  # noqa: E402
     loss_results,
 )
 from support.dropout_cases import TINY_DROPOUTS, dropout_results  # noqa: E402
+from support.expert_gradient_cases import (  # noqa: E402
+    TINY_EXPERT_GRADIENTS,
+    expert_gradient_of,
+)
 from support.expert_rows_cases import TINY_EXPERT_ROWS, expert_rows_results  # noqa: E402
 from support.grouped_matmul_cases import (  # noqa: E402
     TINY_GROUPS,
@@ -63,6 +67,7 @@ from triton.runtime import interpreter  # noqa: E402
 from kernels.cross_entropy import _launch_cross_entropy  # noqa: E402
 from kernels.device import H200  # noqa: E402
 from kernels.dropout import _launch_dropout  # noqa: E402
+from kernels.expert_gradient import _launch_expert_gradient  # noqa: E402
 from kernels.expert_rows import (  # noqa: E402
     _launch_combine_expert_rows,
     _launch_gather_expert_rows,
@@ -263,6 +268,12 @@ def rows_of_tokens(results: dict[str, Tensor]) -> None:
         results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
 
 
+def gradients_of_experts(results: dict[str, Tensor]) -> None:
+    """Add the gradients of experts' updates."""
+    compute = partial(_launch_expert_gradient, gpu=H200)
+    results |= {str(case): expert_gradient_of(case, compute) for case in TINY_EXPERT_GRADIENTS}
+
+
 def inputs(results: dict[str, Tensor]) -> None:
     """Add inputs with their low-rank part behind them."""
     results |= {str(case): extended_input(case, _launch_extend_input) for case in TINY_INPUTS}
@@ -287,6 +298,7 @@ KERNELS = {
     "lora_extension": extensions,
     "lora_gradient": update_gradients,
     "grouped_matmul": grouped_products,
+    "expert_gradient": gradients_of_experts,
     "expert_rows": rows_of_tokens,
     "lora_input": inputs,
 }

@@ -22,7 +22,7 @@ from checkpoint.loading import load_model
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from checkpoint.opening import open_checkpoint
 from llama.config import CONFIG_NAME
-from llama.model import PROJECTIONS, projection_shapes, projections, quantized_shapes
+from llama.model import PROJECTIONS, projections, quantized_shapes
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
 
@@ -35,6 +35,7 @@ NUM_CHUNKS, CHUNK_LENGTH = 200, 256
 # rsLoRA, and an alpha that is no multiple of the rank
 OUR_LORA = LoRAConfig(4, 6.0, 0.05, PROJECTIONS, use_rslora=True)
 PEFT_LORA = {"r": 3, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": "all-linear"}
+EXPERT_TENSORS = ("down_proj", "gate_up_proj")
 TRAINABLE_RANK = 8
 TRAINABLE_TARGETS = {"all-linear": "all-linear", "q-v": ["q_proj", "v_proj"]}
 
@@ -55,6 +56,9 @@ def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     """Save an adapter that changes the logits, as the product does."""
     model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     lora = replace(OUR_LORA, target_modules=projections(model.config))
+    if model.config.experts:
+        # PEFT has no dropout for experts
+        lora = replace(lora, lora_dropout=0.0, target_parameters=EXPERT_TENSORS)
     model.attach_lora(lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in model.adapter_tensors().items():
@@ -69,7 +73,7 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
     folder.mkdir()
     base = open_checkpoint(checkpoint)
     (folder / CONFIG_NAME).write_bytes((checkpoint / CONFIG_NAME).read_bytes())
-    updates = read_updates(adapter, projection_shapes(base.config))
+    updates = read_updates(adapter, base.config)
     paths = quantized_shapes(base.config)
     write_merged_shards(base.shards, paths, updates, None, CPU, folder)
 
@@ -106,7 +110,8 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
         checkpoint = write_variant(folder / "checkpoint", variant)
         has_experts = variant in MIXTURES
         # all-linear is experts and their router, too
-        lora = PEFT_LORA | ({"target_modules": PROJECTIONS[:4]} if has_experts else {})
+        of_experts = {"target_modules": PROJECTIONS[:4], "target_parameters": EXPERT_TENSORS}
+        lora = PEFT_LORA | (of_experts if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
         write_merged(checkpoint, folder / "our_adapter", folder / "merged")
         jobs[variant] = {

@@ -122,4 +122,10 @@ def adapter_gradients(model: Llama) -> dict[str, Tensor]:
             grad_A, grad_B = group.lora_A.grad[update.A], group.lora_B.grad[update.B]
             found[f"{prefix}{name}.lora_A.weight"] = grad_A[: size.rank]
             found[f"{prefix}{name}.lora_B.weight"] = grad_B[:, : size.rank]
+    for prefix, experts in model.experts():
+        for before, _, update in experts.updates():
+            assert update.lora_A.grad is not None
+            assert update.lora_B.grad is not None
+            found[f"{prefix}{before}lora_A.weight"] = update.lora_A.grad
+            found[f"{prefix}{before}lora_B.weight"] = update.lora_B.grad
     return found

@@ -59,7 +59,8 @@ def make_adapter(job: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Te
     if job.get("has_experts"):
         given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         loss = model(**given, output_router_logits=True).aux_loss
-        grads = torch.autograd.grad(loss, list(trained.values()))
+        # the last experts do not choose again
+        grads = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
         output["aux_loss"] = loss.detach()
         output |= {f"aux_grad.{n}": grad for n, grad in zip(trained, grads, strict=True)}
     return output
