@@ -282,8 +282,7 @@ def train_step(run: Run) -> PendingStep:
 
     The divisor counts the target tokens of the whole step. So the gradient does not depend on how
     samples are split into micro-batches, nor on how micro-batches are split over ranks; a short
-    last step is no exception. In mixtures of experts --router-aux-loss-coef adds the auxiliary
-    loss, which each micro-batch has by itself: the mean of all of them counts.
+    last step is no exception. With --router-aux-loss-coef the mean of their auxiliary losses joins.
 
     Note:
         Does not wait for the device: `settle` counts updates and skipped steps, and reads the loss

@@ -28,6 +28,7 @@ from llama.layer_experts import Experts
 from llama.routing import Routing, route, route_backward
 from lora.expert_group import ExpertGroup
 from lora.expert_update import ExpertUpdate
+from lora.rows import Rows
 
 
 class Routed(Gated):
@@ -102,30 +103,31 @@ class ExpertMLP(nn.Module):
         """The last projection, as an MLP's."""
         return self.experts.down
 
-    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, D)
+    def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, D)
         """Allocate a buffer for the input."""
-        return like.new_empty(num_rows, self.gate.in_features)
+        return Rows(like.new_empty(num_rows, self.gate.in_features))
 
-    def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
+    def project_in(self, y: Rows, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
         needs_shares = kept.balance is not None
-        routing = kept.routing = route(y, self.gate.weight, *self.choice, needs_shares)
-        rows = gather_expert_rows(y, routing.places)
+        routing = kept.routing = route(y.ext, self.gate.weight, *self.choice, needs_shares)
+        rows = gather_expert_rows(y.ext, routing.places)
         kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
         if (update := self.gate_up.update) is not None:
             kept.h_gate_up = update(rows, routing.offsets, kept.gate_up_ext)
 
-    def inner(self, kept: Routed) -> Tensor:  # (R, F)
+    def inner(self, kept: Routed) -> Rows:  # (R, F)
         """Compute activation(gate) up."""
-        return glu(kept.gate_up_ext, self.activation)
+        return Rows(glu(kept.gate_up_ext, self.activation))
 
-    def project_out(self, inner: Tensor, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
+    def project_out(self, inner: Rows, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
         """Compute the output of what `inner` returns."""
         routing = kept.routing
         assert routing is not None
-        rows = self.down.forward(inner, routing.offsets)
-        update = self.down.update
-        kept.h_down = inner.new_empty(0) if update is None else update(inner, routing.offsets, rows)
+        rows, update = self.down.forward(inner.ext, routing.offsets), self.down.update
+        kept.h_down = inner.ext.new_empty(0)
+        if update is not None:
+            kept.h_down = update(inner.ext, routing.offsets, rows)
         return combine_expert_rows(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
@@ -147,7 +149,7 @@ class ExpertMLP(nn.Module):
             grad_h = weights * update.backward(grad_rows, routing.offsets, grad_inner)
             update.accumulate_grad_B(grad_rows, weights * kept.h_down, routing.offsets)
         del grad_rows
-        inner = self.inner(kept)
+        inner = self.inner(kept).ext
         if update is not None and grad_h is not None:
             update.accumulate_grad_A(grad_h, inner, routing.offsets)
         kept.grad_weights = weigh_expert_rows_backward(

@@ -156,8 +156,6 @@ class ExpertMLP(nn.Module):
     """The MLPs of the experts whose logits are a token's largest, each times its share, Shazeer et
     al. 2017."""
 
-    shares: Tensor  # (B, T, E), of the last pass
-
     def __init__(self, config: LlamaConfig, experts: Experts) -> None:
         super().__init__()
         self.num_chosen, self.is_normalized = experts.num_chosen, experts.is_normalized
@@ -167,6 +165,7 @@ class ExpertMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shares = self.gate(x).softmax(dim=-1)
         weights, chosen = shares.topk(self.num_chosen)
+        # of the last pass, (B, T, E), for its auxiliary loss
         self.shares = shares
         if self.is_normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
