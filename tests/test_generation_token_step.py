@@ -20,6 +20,7 @@ from llama.cache import KeyValueCache, Slot
 from llama.experts import ExpertMLP, Routed
 from llama.model import Llama, projections
 from lora.config import LoRAConfig
+from lora.rows import Rows
 from nf4.weight import Quantization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -114,7 +115,7 @@ def test_few_tokens_have_the_experts_that_many_have(
     assert isinstance(mlp, ExpertMLP)
     y = torch.randn(num_tokens, mlp.gate.in_features, generator=torch.Generator().manual_seed(3))
     kept = Routed()
-    mlp.project_in(y, None, kept)
+    mlp.project_in(Rows(y), None, kept)
     expected = mlp.project_out(mlp.inner(kept), None, kept)
     one_token = TokenExperts(mlp, torch.float32, num_tokens)
     assert one_token._picks == (num_tokens == 1)
