@@ -48,6 +48,9 @@ def truth_of(case: GateCase) -> dict[str, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
     if case.activation == "silu":
         h = gate * torch.sigmoid(gate) * up
+    elif case.activation == "clamped_swish":
+        gate = gate.clamp(max=7.0)
+        h = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     else:
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         h = 0.5 * gate * (1 + torch.tanh(inner)) * up
