@@ -15,9 +15,10 @@ which may be a view.
 M K + N K + 2 M N + 2 T (M + N) bytes. On Hopper the sums of E4M3 products keep about 14 bits within
 a tensor core; next to the 3.7 % that rounding the operands costs, that is nothing.
 
-Tiles come by TMA, which reads zeros beyond a matrix, from tensors that begin and step by multiples
-of 16 bytes. GPUs with tensor cores of another kind (8.9, 12.x) load them by pointers:
-`fp8_matmul_pointers.py`.
+Tiles come and go by TMA, which reads zeros beyond a matrix and writes nothing there, in tensors that
+begin and step by multiples of 16 bytes. There are as many programs as multiprocessors, and each
+computes tile after tile, so a tile is still written while the next one's operands come. GPUs with
+tensor cores of another kind (8.9, 12.x) load tiles by pointers: `fp8_matmul_pointers.py`.
 """
 
 # triton's annotations do not know static_range
@@ -43,7 +44,7 @@ from kernels.fp8 import (
     shape_obstacle,
 )
 from kernels.fp8_matmul_pointers import launch_fp8_matmul_pointers
-from kernels.fp8_matmul_tiles import GROUP_M, scaled, store_tile, tile_of
+from kernels.fp8_matmul_tiles import GROUP_M, load_bias, scaled, tile_of
 from kernels.language import TensorDescriptor, tl, triton
 from kernels.launch import cdiv, launch
 
@@ -53,8 +54,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 TILES_FROM, TILES_BEFORE = (9, 0), (12, 0)
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_T = 128, 256, 128, 64
 NUM_WARPS = 8
-# tiles of x and W under way: 192 KB of the 227 KB of shared memory
-NUM_STAGES = 4
+# tiles of x and W under way: 144 KB of the 227 KB of shared memory
+NUM_STAGES = 3
 
 
 def fp8_matmul_reference(
@@ -72,7 +73,7 @@ def fp8_matmul_reference(
 # any number of rows, one compilation
 @triton.jit(do_not_specialize=["M"])
 def _fp8_matmul_kernel(
-    y_ptr,  # (M, N)
+    y_tiles,  # of (M, N)
     x_tiles,  # of (M, K) E4M3
     w_tiles,  # of (N, K) E4M3
     scales_ptr,  # (M,) float32
@@ -83,7 +84,6 @@ def _fp8_matmul_kernel(
     M,
     N,
     K,
-    stride_ym,
     NUM_TAILS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_B_TRANSPOSED: tl.constexpr,
@@ -93,28 +93,39 @@ def _fp8_matmul_kernel(
     BLOCK_T: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # one program computes a (BLOCK_M, BLOCK_N) tile of y
-    first_m, first_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        x = x_tiles.load([first_m, k])
-        w = w_tiles.load([first_n, k])
-        acc = tl.dot(x, w.T, acc)
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    acc = scaled(acc, scales_ptr, scale_ptr, offs_m, M)
-    for tail in tl.static_range(NUM_TAILS):
-        h = h_tiles.load([first_m, tail * BLOCK_T])
-        if IS_B_TRANSPOSED:
-            B = B_tiles.load([tail * BLOCK_T, first_n])
-        else:
-            B = B_tiles.load([first_n, tail * BLOCK_T]).T
-        acc = tl.dot(h, B, acc)
-    store_tile(y_ptr, acc, bias_ptr, offs_m, offs_n, M, N, stride_ym, HAS_BIAS)
+    # one program computes every so many-th (BLOCK_M, BLOCK_N) tile of y
+    num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        first_m, first_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = x_tiles.load([first_m, k])
+            w = w_tiles.load([first_n, k])
+            acc = tl.dot(x, w.T, acc)
+        acc = scaled(acc, scales_ptr, scale_ptr, first_m + tl.arange(0, BLOCK_M), M)
+        for tail in tl.static_range(NUM_TAILS):
+            h = h_tiles.load([first_m, tail * BLOCK_T])
+            if IS_B_TRANSPOSED:
+                B = B_tiles.load([tail * BLOCK_T, first_n])
+            else:
+                B = B_tiles.load([first_n, tail * BLOCK_T]).T
+            acc = tl.dot(h, B, acc)
+        if HAS_BIAS:
+            acc += load_bias(bias_ptr, first_n + tl.arange(0, BLOCK_N), N)
+        # half by half, in half of the shared memory
+        halves = tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)).permute(0, 2, 1)
+        left, right = tl.split(halves)
+        y_tiles.store([first_m, first_n], left.to(y_tiles.dtype))
+        y_tiles.store([first_m, first_n + BLOCK_N // 2], right.to(y_tiles.dtype))
 
 
 def _launch_fp8_matmul(
-    x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
+    x: Fp8Rows,
+    w: Fp8Weight,
+    out: Tensor,
+    tail: LowRankTail | None,
+    bias: Tensor | None,
+    num_programs: int,
 ) -> None:
     (M, K), N = x.values.shape, w.values.shape[0]
     x_tiles = TensorDescriptor.from_tensor(x.values, [BLOCK_M, BLOCK_K])
@@ -127,21 +138,21 @@ def _launch_fp8_matmul(
             B_tiles = TensorDescriptor.from_tensor(tail.B.T, [BLOCK_T, BLOCK_N])
         else:
             B_tiles = TensorDescriptor.from_tensor(tail.B, [BLOCK_N, BLOCK_T])
+    num_tiles = cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     launch(
         _fp8_matmul_kernel,
-        (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),),
-        y_ptr=out,
+        (min(num_tiles, num_programs),),
+        y_tiles=TensorDescriptor.from_tensor(out, [BLOCK_M, BLOCK_N // 2]),
         x_tiles=x_tiles,
         w_tiles=TensorDescriptor.from_tensor(w.values, [BLOCK_N, BLOCK_K]),
         scales_ptr=x.scales,
         scale_ptr=w.scale,
         h_tiles=h_tiles,
         B_tiles=B_tiles,
-        bias_ptr=out if bias is None else bias,
+        bias_ptr=w.scale if bias is None else bias,
         M=M,
         N=N,
         K=K,
-        stride_ym=out.stride(0),
         NUM_TAILS=cdiv(tail.h.shape[1], BLOCK_T) if tail else 0,
         HAS_BIAS=bias is not None,
         IS_B_TRANSPOSED=is_B_transposed,
@@ -185,7 +196,7 @@ def _check(
     check_is("W", w.values, E4M3, (N, K))
     check_is("the scales of x", x.scales, torch.float32, (M,))
     check_is("the scale of W", w.scale, torch.float32, ())
-    matrices = {"x": x.values, "W": w.values}
+    matrices = {"x": x.values, "W": w.values, "out": out}
     others = {"the scales of x": x.scales, "the scale of W": w.scale}
     if tail is not None:
         T = tail.h.shape[1]
@@ -202,9 +213,8 @@ def _check(
     for name, matrix in matrices.items():
         check_rows_are_contiguous(name, matrix)
         _check_aligned(name, matrix)
-    check_rows_are_contiguous("out", out)
     check_rows_are_apart("out", out)
-    check_one_device(matrices | others | {"out": out})
+    check_one_device(matrices | others)
 
 
 def fp8_matmul(
@@ -223,7 +233,7 @@ def fp8_matmul(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; N, K or the tail's columns are no
-            multiples of 16; or an operand's rows are not contiguous or do not begin at multiples of
+            multiples of 16; or a matrix's rows are not contiguous or do not begin at multiples of
             16 bytes.
         RuntimeError: the GPU has no FP8 products.
     """
@@ -231,10 +241,12 @@ def fp8_matmul(
     if out.device.type == "cpu":
         fp8_matmul_reference(x, w, out, tail, bias)
         return
-    capability = properties(out.device).capability
-    if obstacle := fp8_obstacle(capability):
+    gpu = properties(out.device)
+    if obstacle := fp8_obstacle(gpu.capability):
         raise RuntimeError(obstacle)
     if not out.shape[0]:
         return
-    takes_tiles = TILES_FROM <= capability < TILES_BEFORE
-    (_launch_fp8_matmul if takes_tiles else launch_fp8_matmul_pointers)(x, w, out, tail, bias)
+    if TILES_FROM <= gpu.capability < TILES_BEFORE:
+        _launch_fp8_matmul(x, w, out, tail, bias, gpu.num_multiprocessors)
+    else:
+        launch_fp8_matmul_pointers(x, w, out, tail, bias)

@@ -11,7 +11,7 @@ registers on 12.x than there are. Rows beyond a matrix repeat its last one, and 
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows, Fp8Weight, LowRankTail
-from kernels.fp8_matmul_tiles import GROUP_M, scaled, store_tile, tile_of
+from kernels.fp8_matmul_tiles import GROUP_M, load_bias, scaled, tile_of
 from kernels.language import tl, triton
 from kernels.launch import cdiv, launch
 
@@ -71,7 +71,11 @@ def _fp8_matmul_pointers_kernel(
         B_ptrs = B_ptr + offs_t[:, None] * stride_bt + rows_n[None, :] * stride_bn
         B = tl.load(B_ptrs, (offs_t < T)[:, None], 0.0)
         acc = tl.dot(h, B, acc)
-    store_tile(y_ptr, acc, bias_ptr, offs_m, offs_n, M, N, stride_ym, HAS_BIAS)
+    if HAS_BIAS:
+        acc += load_bias(bias_ptr, offs_n, N)
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_fp8_matmul_pointers(
