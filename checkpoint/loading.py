@@ -163,7 +163,7 @@ def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, Slot], report: Rep
         home = slot.home(stored.dtype, CPU)
         if home is None:
             matrix = read_tensor(stored)
-            if not bool(slot.quantize(matrix).isfinite().all()):
+            if not bool(slot.place(matrix).isfinite().all()):
                 raise non_finite_weights(matrix, stored.name)
             # gone before the next one is read
             del matrix

@@ -1,6 +1,6 @@
 """Where each tensor of a checkpoint goes in a model, by the checkpoint's name for it."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +28,16 @@ class Slot:
     Attributes:
         dtypes: the dtypes that the tensor may be stored as.
         home: finds, or makes, the memory that holds the tensor's own bytes; None where the tensor
-            is quantized.
-        quantize: quantizes a tensor without home, and returns scales that tell whether it is
-            finite.
+            is quantized, or laid out otherwise.
+        place: brings a tensor without home where it belongs, and returns numbers that tell whether
+            it is finite.
         settle: turns a tensor that was read into its home into the one that is kept.
     """
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     home: Callable[[torch.dtype, torch.device], Tensor | None]
-    quantize: Callable[[Tensor], Tensor]
+    place: Callable[[Tensor], Tensor]
     settle: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
@@ -54,11 +54,12 @@ def slots_of(
     floats = tuple(FLOATS.values())
 
     def add_parameter(name: str, shape: tuple[int, ...]) -> None:
-        owner = model.get_submodule(name.rpartition(".")[0])
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
 
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
             weight = torch.empty(shape, dtype=dtype, device=device)
-            owner.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(owner, attribute, nn.Parameter(weight, requires_grad=False))
             return weight
 
         def settle(tensor: Tensor) -> Tensor:
@@ -69,11 +70,15 @@ def slots_of(
 
     def add_member(prefix: str, group: FrozenGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
+
+        def stack_of(tensor: Tensor) -> Iterable[Tensor]:
+            return (tensor,) if group.num_stacked is None else tensor
+
         slots[name] = Slot(
             shape,
             floats,
             lambda dtype, device: group.home(member),
-            lambda tensor: group.quantize(member, tensor, name),
+            lambda tensor: group.place(member, stack_of(tensor), name),
         )
 
     def add_stored(name: str, suffix: str, like: Tensor, group: FrozenGroup, member: str) -> None:
@@ -92,8 +97,8 @@ def slots_of(
                 alone = empty_weight(shape[:1], group.in_features, *state.quantization, META)
                 for suffix, like in stored_buffers(alone).items():
                     add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
-            if group.has_bias:
-                add_member(prefix, group, f"{name}.bias", shape[:1])
+        for name, shape in group.bias_shapes().items():
+            add_member(prefix, group, f"{name}.bias", shape)
     embeddings = embeddings_name(model.config)
     if model.config.tie_word_embeddings and HEAD in stored and embeddings not in stored:
         slots[HEAD] = slots.pop(embeddings)

@@ -193,7 +193,8 @@ class DecoderLayer(nn.Module):
         )
         if slot is not None:
             slot.store(self.index, key, value)
-        kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
+        samples, sinks = shared.samples, attn.sinks
+        kept.mixed = attention(query, key, value, self.scores, has_backward, samples, sinks)
         output, mixed_ext = o.forward_from(_rows_of(kept.mixed.output), seed)
         kept.h_o = own(mixed_ext[:, o.in_features :])
         delta, kept.output_o = self._normalize_behind(self.norms.behind_attention, output)

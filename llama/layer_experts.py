@@ -19,12 +19,15 @@ class LayerExperts(NamedTuple):
         is_normalized: as in `Experts`; None: `norm_topk_prob` says it.
         is_stacked: the checkpoint has a projection of all experts as one tensor, gate and up
             together.
+        is_by_columns: the matrices of such a tensor multiply from the right, and columns of gate
+            and of up come in turn.
     """
 
     layers: Literal["all", "sparse"] = "all"
     width_field: str = "intermediate_size"
     is_normalized: bool | None = None
     is_stacked: bool = False
+    is_by_columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Experts:
         num_chosen: of a token, those with the largest scores.
         width: the intermediate size of each.
         is_normalized: whether the weights of the experts that a token has sum to one.
-        is_stacked: as in `LayerExperts`.
+        is_stacked, is_by_columns: as in `LayerExperts`.
         has_experts: of each layer; the others have one MLP.
     """
 
@@ -45,6 +48,7 @@ class Experts:
     is_normalized: bool
     is_stacked: bool
     has_experts: tuple[bool, ...]
+    is_by_columns: bool = False
 
 
 def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int) -> Experts | None:
@@ -75,6 +79,7 @@ def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int)
         is_normalized,
         kind.is_stacked,
         tuple(has_experts),
+        kind.is_by_columns,
     )
 
 

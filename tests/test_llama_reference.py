@@ -44,14 +44,18 @@ def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama
 
 
 def of_experts(prefix: str, group: FrozenGroup, weight: Tensor) -> dict[str, Tensor]:
-    """The matrices of experts, also where a checkpoint has them in one tensor."""
+    """The matrices and biases of experts, also where a checkpoint has them in one tensor."""
     if group.num_stacked is None:
         parts = weight.split(group.rows)
         return {f"{prefix}{n}.weight": p for n, p in zip(group.names, parts, strict=True)}
     names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[group.names[0]]
-    parts = weight.chunk(group.num_stacked * len(names))
     paths = [f"{e}.{name}" for e in range(group.num_stacked) for name in names]
-    return {f"{prefix}{path}.weight": part for path, part in zip(paths, parts, strict=True)}
+    stacked = {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
+    return {
+        f"{prefix}{path}.{kind}": part
+        for kind, tensor in stacked.items()
+        for path, part in zip(paths, tensor.chunk(len(paths)), strict=True)
+    }
 
 
 def reference_of(model: Llama) -> Reference:

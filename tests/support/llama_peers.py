@@ -22,7 +22,7 @@ from checkpoint.loading import load_model
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from checkpoint.opening import open_checkpoint
 from llama.config import CONFIG_NAME
-from llama.model import PROJECTIONS, projection_shapes, projections, quantized_shapes
+from llama.model import PROJECTIONS, projection_shapes, projections, quantized_layouts
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
 
@@ -70,7 +70,7 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
     base = open_checkpoint(checkpoint)
     (folder / CONFIG_NAME).write_bytes((checkpoint / CONFIG_NAME).read_bytes())
     updates = read_updates(adapter, projection_shapes(base.config))
-    paths = quantized_shapes(base.config)
+    paths = quantized_layouts(base.config)
     write_merged_shards(base.shards, paths, updates, None, CPU, folder)
 
 
