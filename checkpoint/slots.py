@@ -10,6 +10,7 @@ from checkpoint.shard_reader import FLOATS
 from llama.config import LlamaConfig
 from llama.model import Llama
 from lora.frozen_group import FrozenGroup
+from nf4.mxfp4 import BLOCK, BLOCKS, SCALES, expand
 from nf4.serialized import WeightState, stored_buffers
 from nf4.weight import empty_weight
 
@@ -47,7 +48,8 @@ def slots_of(
     """Find the slot of every tensor that a model needs.
 
     Args:
-        stored: the names in the files: tied embeddings may be stored as the head alone.
+        stored: the names in the files: tied embeddings may be stored as the head alone, and weights
+            in MXFP4 as blocks and scales.
         states: what describes the weights that are stored in NF4.
     """
     slots: dict[str, Slot] = {}
@@ -81,6 +83,23 @@ def slots_of(
             lambda tensor: group.place(member, stack_of(tensor), name),
         )
 
+    def add_mxfp4(prefix: str, group: FrozenGroup, member: str) -> None:
+        name = prefix + member
+        shapes = mxfp4_shapes(group, member.removesuffix(".weight"))
+        scales: list[Tensor] = []
+
+        def take_scales(tensor: Tensor) -> Tensor:
+            # the memory that it lies in is the next tensor's
+            scales.append(tensor.clone())
+            return torch.zeros(1, device=tensor.device)
+
+        def place_blocks(tensor: Tensor) -> Tensor:
+            experts = zip(tensor, scales.pop(), strict=True)
+            return group.place(member, (expand(*each).mT for each in experts), name)
+
+        for suffix, place in ((SCALES, take_scales), (BLOCKS, place_blocks)):
+            slots[name + suffix] = Slot(shapes[suffix], (torch.uint8,), _no_home, place)
+
     def add_stored(name: str, suffix: str, like: Tensor, group: FrozenGroup, member: str) -> None:
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
             return stored_buffers(group.member(member))[suffix]
@@ -91,7 +110,9 @@ def slots_of(
         add_parameter(name, tuple(parameter.shape))
     for prefix, group in model.frozen_groups():
         for name, shape in group.shapes().items():
-            if (state := states.get(f"{prefix}{name}.weight")) is None:
+            if f"{prefix}{name}.weight{BLOCKS}" in stored:
+                add_mxfp4(prefix, group, f"{name}.weight")
+            elif (state := states.get(f"{prefix}{name}.weight")) is None:
                 add_member(prefix, group, f"{name}.weight", shape)
             else:
                 alone = empty_weight(shape[:1], group.in_features, *state.quantization, META)
@@ -103,6 +124,24 @@ def slots_of(
     if model.config.tie_word_embeddings and HEAD in stored and embeddings not in stored:
         slots[HEAD] = slots.pop(embeddings)
     return slots
+
+
+def mxfp4_shapes(group: FrozenGroup, member: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that stand for a stack of matrices in MXFP4, by their suffixes.
+
+    The rows of a matrix, gate's and up's in turn, lie by rows there, where those in 16 bits lie by
+    columns.
+    """
+    count, columns, rows = group.shapes()[member]
+    num_blocks = columns // BLOCK
+    return {
+        SCALES: (count, rows, num_blocks),
+        BLOCKS: (count, rows, num_blocks, BLOCK // 2),
+    }
+
+
+def _no_home(dtype: torch.dtype, device: torch.device) -> None:
+    """There is no memory of a checkpoint's own bytes."""
 
 
 def _never(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from kernels.glu import LIMIT, STEEPNESS
 from llama.family import Family
 from llama.layer_experts import LayerExperts
+from nf4.mxfp4 import BLOCKS, SCALES
 
 MULTIPLIERS = frozenset(
     {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
@@ -127,8 +128,8 @@ MIXTURES = {
                 for theirs, ours in (
                     ("", ".weight"),
                     ("_bias", ".bias"),
-                    ("_blocks", ".weight_blocks"),
-                    ("_scales", ".weight_scales"),
+                    ("_blocks", f".weight{BLOCKS}"),
+                    ("_scales", f".weight{SCALES}"),
                 )
             },
         },

@@ -21,6 +21,7 @@ from support.equality import assert_equal
 from support.hub_server import Repository, files_of, serving
 from support.live_bytes import LiveBytes
 from support.llama_peers import CPU, Peer, tiny_peer
+from support.mxfp4_cases import write_mxfp4
 from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
 
@@ -792,6 +793,20 @@ def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
         actual.named_parameters(), expected.named_parameters(), strict=True
     ):
         assert_equal(ours.detach(), theirs.detach(), name)
+
+
+def test_a_stand_in_gpu_expands_the_same_experts(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    write_mxfp4(tmp_path, num_shards=2)
+    expected = load(tmp_path, NF4)
+    request.getfixturevalue("_stand_in_gpu")
+    actual = load(tmp_path, NF4)
+    for (_, ours), (prefix, theirs) in zip(
+        actual.frozen_groups(), expected.frozen_groups(), strict=True
+    ):
+        for mine, other in zip(ours.frozen_tensors(), theirs.frozen_tensors(), strict=True):
+            assert_equal(mine, other, prefix)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)

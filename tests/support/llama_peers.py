@@ -7,12 +7,19 @@ and one stories260K, each run once a session.
 import functools
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from support.mxfp4_cases import (
+    MXFP4,
+    MXFP4_FIELDS,
+    all_codes_at_all_scales,
+    write_mxfp4,
+)
 from support.peer_process import run_peer
 from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
@@ -99,17 +106,18 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
     input_ids = torch.randint(0, 96, (2, 40), generator=generator)
     labels = input_ids.masked_fill(torch.rand(2, 40, generator=generator) < 0.3, -100)
     jobs = {}
-    for variant in VARIANTS:
+    for variant, fields in (VARIANTS | {MXFP4: MXFP4_FIELDS}).items():
         folder = base / variant
-        checkpoint = write_variant(folder / "checkpoint", variant)
-        has_experts = "num_experts_per_tok" in VARIANTS[variant]
+        write = write_mxfp4 if variant == MXFP4 else partial(write_variant, variant=variant)
+        checkpoint = write(folder / "checkpoint")
+        has_experts = "num_experts_per_tok" in fields
         # all-linear is experts and their router, too
         lora = PEFT_LORA | ({"target_modules": PROJECTIONS[:4]} if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
         write_merged(checkpoint, folder / "our_adapter", folder / "merged")
         jobs[variant] = {
             "checkpoint": str(checkpoint),
-            "is_capped": "attn_logit_softcapping" in VARIANTS[variant],
+            "is_capped": "attn_logit_softcapping" in fields,
             "has_experts": has_experts,
             "dtypes": ["float64", "bfloat16", "float16"],
             "lora": lora,
@@ -118,8 +126,11 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
                 for name in ("our_adapter", "peft_adapter", "merged", "resaved")
             },
         }
+    # what was expanded is not saved in MXFP4
+    del jobs[MXFP4]["resaved"]
     # tensors of one file may not share memory
-    inputs = {v: {"input_ids": input_ids.clone(), "labels": labels.clone()} for v in VARIANTS}
+    inputs = {v: {"input_ids": input_ids.clone(), "labels": labels.clone()} for v in jobs}
+    inputs[MXFP4] |= dict(zip(("blocks", "scales"), all_codes_at_all_scales(), strict=True))
     return _run(base, jobs, inputs)
 
 
@@ -139,7 +150,7 @@ def _stories_peer(base: Path, assets: Path) -> Peer:
 
 
 def tiny_peer(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Peer:
-    """transformers and PEFT on the tiny checkpoint of one of VARIANTS."""
+    """transformers and PEFT on the tiny checkpoint of one of VARIANTS, or on that in MXFP4."""
     return _tiny_peers(tmp_path_factory.getbasetemp() / "tiny_peers")[variant]
 
 
