@@ -36,6 +36,7 @@ from optim.loss_scale import LossScale
 from optim.schedule import learning_rate_at, num_warmup_steps
 from optim.state_memory import OrdinaryMemory
 from optim.unified_memory import paged_memory
+from prepare.base_compute import set_base_compute
 from prepare.job import Job, check
 from prepare.quantization import quantization_of
 from run.bars import reporting
@@ -136,6 +137,7 @@ def load_run(job: Job, ranks: Ranks, state: RunState) -> Run:
         if job.plan:
             limit_memory(job.plan, job.device, config.max_memory_bytes)
         model = load_model(job.checkpoint, job.device, dtype, quantization, report)
+    set_base_compute(model, config)
     model.attach_lora(job.lora, config.seed)
     if job.start:
         load_adapter(job.start, model.adapter_tensors(), job.checkpoint.vocabulary_tensors)

@@ -16,7 +16,8 @@ from pathlib import Path
 from foreign.terminal import guard_output, one_line
 
 FOLDER = Path(__file__).resolve().parent
-WITHOUT_A_GPU = ("fits", "report")
+WITHOUT_A_GPU = ("fits", "fp8_curves", "fp8_error", "report")
+WORKS_ANYWHERE = f"{', '.join(WITHOUT_A_GPU[:-1])} and {WITHOUT_A_GPU[-1]}"
 
 
 def has_gpu() -> bool:
@@ -42,7 +43,7 @@ def listed() -> str:
     width = max(map(len, found))
     lines = [f"  {name:<{width}}  {what}" for name, what in found.items()]
     if not has_gpu():
-        lines.append(f"\nThis machine has no CUDA GPU: {' and '.join(WITHOUT_A_GPU)} work here.")
+        lines.append(f"\nThis machine has no CUDA GPU: {WORKS_ANYWHERE} work here.")
     return "\n".join(["python -m benchmarks NAME [FLAGS]; NAME is one of\n", *lines])
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     if not (name in WITHOUT_A_GPU or asks_for_help or has_gpu()):
         raise ValueError(
             f"{name} needs a CUDA GPU: torch.cuda.is_available() is False; "
-            f"{' and '.join(WITHOUT_A_GPU)} work without one"
+            f"{WORKS_ANYWHERE} work without one"
         )
     sys.argv = [f"python -m benchmarks {name}", *flags]
     runpy.run_module(f"benchmarks.{name}", run_name="__main__")

@@ -1,13 +1,14 @@
 """Charts of the results, drawn by matplotlib; the same results give the same bytes."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.tables import Case, Row, by_case, short_name
+from benchmarks.tables import FP8_KINDS, Case, Row, by_case, short_name
 
 Record = dict[str, Any]
 
@@ -30,6 +31,7 @@ BARS = {
     "bitsandbytes": ("bitsandbytes", VERMILION),
     "torch": ("torch, the reference", GREY),
 }
+KIND_COLORS = {"bf16": GREY, "fp8": BLUE, "unquantized": VERMILION}
 BANDWIDTH_TITLES = {"nf4_dequantize": "Dequantize", "nf4_quantize": "Quantize"}
 
 STYLE: dict[Any, Any] = {
@@ -54,6 +56,8 @@ def draw(path: Path, records: dict[str, Record]) -> None:
             figure = matmul_figure(records["nf4_matmul"])
         elif path.name.startswith("breakdown."):
             figure = breakdown_figure(records["breakdown"])
+        elif path.name.startswith("fp8_curves."):
+            figure = fp8_curves_figure(records["fp8_curves"])
         else:
             figure = bandwidth_figure(records)
         # neither a date nor the version of matplotlib
@@ -190,4 +194,60 @@ def breakdown_figure(record: Record) -> Figure:
         fontsize=11,
     )
     axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def _draw_losses(axes: Axes, runs: list[Row]) -> None:
+    """Draw the eval loss of each kind over the steps, and the range of its seeds."""
+    for kind, label in FP8_KINDS.items():
+        curves = [row["eval_losses"] for row in runs if row["kind"] == kind]
+        if not curves:
+            continue
+        steps, color = runs[0]["steps"], KIND_COLORS[kind]
+        by_step = [*zip(*curves, strict=True)]
+        axes.fill_between(
+            steps, [*map(min, by_step)], [*map(max, by_step)], color=color, alpha=0.2, linewidth=0
+        )
+        style = "--" if kind == "fp8" else "-"
+        axes.plot(steps, [*map(fmean, by_step)], style, color=color, label=label)
+    axes.set_ylabel("eval loss, nats a token")
+
+
+def _draw_differences(axes: Axes, runs: list[Row]) -> None:
+    """Draw how far each run in bf16 and in FP8 is from the mean of those in bf16."""
+    curves = [row["eval_losses"] for row in runs if row["kind"] == "bf16"]
+    means = [fmean(losses) for losses in zip(*curves, strict=True)]
+    for row in runs:
+        if row["kind"] != "unquantized":
+            percent = [
+                100 * (loss / mean - 1)
+                for loss, mean in zip(row["eval_losses"], means, strict=True)
+            ]
+            style = "--" if row["kind"] == "fp8" else "-"
+            axes.plot(row["steps"], percent, style, color=KIND_COLORS[row["kind"]])
+    axes.set_ylabel("to the mean of bf16, %")
+    axes.set_xlabel("steps")
+
+
+def fp8_curves_figure(record: Record) -> Figure:
+    """Draw the losses of training in bf16, in FP8 and of an unquantized base, a column a data
+    set."""
+    names = list(record["files"])
+    figure = Figure(figsize=(5 * len(names), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
+    for (upper, lower), name in zip(panels.T, names, strict=True):
+        runs = [row for row in record["rows"] if row["data"] == name]
+        _draw_losses(upper, runs)
+        _draw_differences(lower, runs)
+        upper.set_title(name, fontsize=10, loc="left")
+        for axes in (upper, lower):
+            axes.grid(color="#dddddd", linewidth=0.6)
+    num_seeds = len({row["seed"] for row in record["rows"]})
+    figure.suptitle(
+        f"Base products of {record['model']} in training, {num_seeds} seeds, on an "
+        f"{record['device']};\nevaluated in bf16",
+        fontsize=11,
+    )
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure

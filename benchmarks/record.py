@@ -14,8 +14,23 @@ def _output_of(*command: str) -> str:
     return done.stdout.strip()
 
 
+def _device() -> dict[str, Any]:
+    """Describe what computes: a GPU, or a CPU by the instructions that torch uses."""
+    import torch
+
+    if not torch.cuda.is_available():
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+        return {"device": name, "driver": None, "cuda": None}
+    query = "--query-gpu=driver_version"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()[0],
+        "cuda": torch.version.cuda,
+    }
+
+
 def head(benchmark: str, commit: str) -> dict[str, Any]:
-    """Describe the GPU, the software and the commit.
+    """Describe the device, the software and the commit.
 
     Args:
         commit: of the checkout that is measured; empty to ask git.
@@ -25,12 +40,9 @@ def head(benchmark: str, commit: str) -> dict[str, Any]:
 
     from kernels.language import triton
 
-    query = "--query-gpu=driver_version"
     return {
         "benchmark": benchmark,
-        "device": torch.cuda.get_device_name(),
-        "driver": _output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()[0],
-        "cuda": torch.version.cuda,
+        **_device(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or _output_of("git", "rev-parse", "HEAD"),

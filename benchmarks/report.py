@@ -27,6 +27,8 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    fp8_curves_table,
+    fp8_error_table,
     grouped_matmul_table,
     load_table,
     markdown,
@@ -160,6 +162,24 @@ STEP_SECTIONS = {
         "(`python -m benchmarks breakdown`). The limit is the time of a family's bytes or FLOPs.",
         breakdown_table,
     ),
+    "fp8_error": Section(
+        "Errors of FP8 products",
+        "SmolLM2-135M-Instruct in NF4 on GSM8K, its own activations and gradients "
+        "(`python -m benchmarks fp8_error`): errors of y and of the gradient of x against products "
+        "in float32, relative to their norms, means of the layers; FP8's worst layer, and its "
+        "number; FP8 with a scale for each row of the weight; the largest value of an operand over "
+        "its row's root mean square. Then the adapter's gradient of a step: bf16's against "
+        "float32's, FP8's against bf16's.",
+        fp8_error_table,
+    ),
+    "fp8_curves": Section(
+        "Training in FP8",
+        "SmolLM2-135M-Instruct in NF4, rank 16 on all linear layers (`python -m benchmarks "
+        "fp8_curves`): the mean of the last eval losses over seeds, the spread from the lowest to "
+        "the highest seed, the difference to the mean in bf16. All are evaluated in bf16; `as "
+        "served` is the loss that another process finds after it loaded the adapter.",
+        fp8_curves_table,
+    ),
     "load": Section(
         "Load",
         "Seconds from a checkpoint of bf16 weights in the page cache to the device "
@@ -272,6 +292,8 @@ def charts_of(device: str, benchmarks: Iterable[str]) -> dict[str, str]:
     charts = {}
     if "breakdown" in found:
         charts[f"breakdown.{device}.svg"] = "Time of a micro-step by what its kernels are for"
+    if "fp8_curves" in found:
+        charts[f"fp8_curves.{device}.svg"] = "Losses of training in bf16, in FP8 and unquantized"
     if "nf4_matmul" in found:
         charts[f"nf4_matmul.{device}.svg"] = "Time of a product over the rows of x, log-log"
     if found & {"nf4_dequantize", "nf4_quantize"}:
@@ -300,7 +322,7 @@ def step_section(devices: dict[str, dict[str, Record]]) -> str:
     """Write the section of the whole step from results; empty where there are none."""
     parts = []
     for device, records in devices.items():
-        parts += _parts(device, records, STEP_SECTIONS, ["breakdown"])
+        parts += _parts(device, records, STEP_SECTIONS, ["breakdown", "fp8_curves"])
     return "\n\n".join(["## Loading and training", *parts]) if parts else ""
 
 

@@ -1,6 +1,7 @@
 """Result rows as tables: providers side by side, aligned for a terminal or in Markdown."""
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -147,6 +148,60 @@ def fp8_matmul_table(rows: Iterable[Row]) -> Table:
         for case, providers in by_case(rows).items()
     ]
     return ["layer", "mode", "M", *columns.values()], lines
+
+
+FP8_KINDS = {"bf16": "bf16", "fp8": "FP8", "unquantized": "bf16, base not quantized"}
+
+
+def fp8_error_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the errors of products, and of the adapter's gradient, over a model's layers."""
+    header = ["", "projection", "bf16", "FP8", "worst layer", "a scale a row", "largest / rms"]
+    found: dict[tuple[str, str], list[Row]] = {}
+    cosines: list[list[str]] = []
+    for row in rows:
+        if row["layer"] is None:
+            cells = [f"{row[name]:.5f}" for name in ("cosine-bf16", "cosine-fp8")]
+            cosines.append(["cosine", row["projection"], *cells, *3 * ["-"]])
+        else:
+            found.setdefault((row["product"], row["projection"]), []).append(row)
+    lines = []
+    order = ("y", "grad_x", "gradient")
+    for (product, projection), layers in sorted(found.items(), key=lambda i: order.index(i[0][0])):
+        worst = max(layers, key=lambda row: row["fp8"])
+        cells = [f"{fmean(row[name] for row in layers):.2%}" for name in ("bf16", "fp8")]
+        cells.append(f"{worst['fp8']:.2%} ({worst['layer']})")
+        if product == "gradient":
+            cells += ["-", "-"]
+        else:
+            cells.append(f"{fmean(row['fp8-by-row'] for row in layers):.2%}")
+            cells.append(f"{max(row['largest'] for row in layers):.0f}")
+        lines.append([product, projection, *cells])
+    return header, [*lines, *cosines]
+
+
+def fp8_curves_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the last eval losses of runs whose base products differ, over their seeds."""
+    header = ["data", "products", "seeds", "eval loss", "spread", "against bf16", "as served"]
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["data"], row["kind"]), []).append(row)
+    lines = []
+    for (data, kind), runs in found.items():
+        losses = [row["eval_losses"][-1] for row in runs]
+        bf16 = fmean(row["eval_losses"][-1] for row in found[data, "bf16"])
+        served = [row["served_eval_loss"] for row in runs if "served_eval_loss" in row]
+        lines.append(
+            [
+                data,
+                FP8_KINDS[kind],
+                str(len(runs)),
+                f"{fmean(losses):.4f}",
+                f"{(max(losses) - min(losses)) / bf16:.2%}",
+                "-" if kind == "bf16" else f"{fmean(losses) / bf16 - 1:+.2%}",
+                f"{fmean(served):.4f}" if served else "-",
+            ]
+        )
+    return header, lines
 
 
 def adamw_table(rows: Iterable[Row]) -> Table:

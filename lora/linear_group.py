@@ -181,6 +181,11 @@ class LinearGroup(FrozenGroup):
         if isinstance(weight, NF4Weight) and not members_obstacle(weight.rows, self.in_features):
             self.fp8_scale = fp8_scale(weight)
 
+    def frozen_tensors(self) -> Iterator[Tensor]:
+        yield from super().frozen_tensors()
+        if self.fp8_scale is not None:
+            yield self.fp8_scale
+
     def keep_expanded(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all passes, which then write the updates beside it alone."""
         self.expanded = self._expand_weight(dtype).kept()

@@ -15,9 +15,10 @@ from lora.adapter_file import find_adapter
 from lora.config import LoRAConfig
 from lora.readers import plain
 from prepare.adapter import follow_adapter, lora_config
+from prepare.base_compute import check_base_compute
 from prepare.quantization import follow_checkpoint
 from run.config import TrainConfig, make_config, read_given
-from run.machine import configure_torch
+from run.machine import Capability, configure_torch
 from run.ranks import Ranks
 from run.resolve import resolve
 from step.gpus import Gpu, find_gpu, unnamed_gpu
@@ -78,6 +79,7 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
     )
     local_rank = 0 if gpu else ranks.local_rank
     configure_torch(torch.device(config.device), local_rank, config.deterministic)
+    check_base_compute(config, _capability(config, gpu, local_rank))
     undecided = {
         name: value for name, value in asdict(followed).items() if getattr(config, name) != value
     }
@@ -93,6 +95,13 @@ def _planned_gpu(config: TrainConfig) -> Gpu | None:
     if config.plan and config.max_memory_bytes and is_elsewhere:
         return unnamed_gpu(config.max_memory_bytes)
     return None
+
+
+def _capability(config: TrainConfig, gpu: Gpu | None, local_rank: int) -> Capability | None:
+    """Find the compute capability of the run's GPU; None on a CPU."""
+    if gpu:
+        return gpu.facts.capability
+    return torch.cuda.get_device_capability(local_rank) if config.device == "cuda" else None
 
 
 def _open(config: TrainConfig) -> Checkpoint:

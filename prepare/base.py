@@ -12,6 +12,7 @@ from llama.model import Llama
 from lora.adapter_file import read_base_identity
 from lora.config import LoRAConfig
 from optim.adamw import moment_bytes_per_element
+from prepare.base_compute import set_base_compute
 from prepare.quantization import quantization_of
 from run.checkpoint import ResumePoint
 from run.config import TrainConfig
@@ -52,8 +53,13 @@ def identify_base(
 
 
 def sized_model(config: TrainConfig, lora: LoRAConfig, checkpoint: Checkpoint) -> Llama:
-    """Make the run's model, the adapter beside it, of sizes without values."""
+    """Make the run's model, the adapter beside it, of sizes without values.
+
+    Raises:
+        ValueError: as `set_base_compute`.
+    """
     model = load_sizes(checkpoint, getattr(torch, config.dtype), quantization_of(config))
+    set_base_compute(model, config)
     model.attach_lora(lora, seed=0)
     return model
 

@@ -13,6 +13,7 @@ from data.tokenizer import Tokenizer
 from data.tokens.stored_samples import full_rows
 from foreign.terminal import one_line
 from prepare.asked import Asked
+from prepare.base_compute import describe_base_compute
 from prepare.course import Course, course_of
 from prepare.data import load_data, prompt_of
 from step.duration import Rates, measure_rates
@@ -39,7 +40,8 @@ def say_plan(asked: Asked, num_ranks: int, now: datetime) -> None:
     if asked.config.inspect:
         return
     plan = _plan(asked, course.work)
-    for line in describe_loading(checkpoint, course.work.dtype):
+    work = course.work
+    for line in [*describe_loading(checkpoint, work.dtype), *describe_base_compute(work.model)]:
         print(one_line(line))
     if gpu:
         print(

@@ -92,6 +92,13 @@ class ModelFlags(_Flags):
         ("auto", "bfloat16", "float16", "float32"),
         also={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "None": "auto"},
     )
+    base_compute: str = _flag(
+        "bf16",
+        "number format of the frozen projections' products in training; bf16: that of --dtype; "
+        "fp8: E4M3, in half of the time, on a GPU of compute capability 8.9 or later, with "
+        "evaluations and answers in --dtype",
+        ("bf16", "fp8"),
+    )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
 
 
@@ -308,8 +315,8 @@ class MemoryFlags(_Flags):
     activations: str = _flag(
         "auto",
         "activations of each layer: keep them for the backward pass, recompute them from the "
-        "layer's input, or offload that input to the host; expand: keep them, and the weights in "
-        "16 bits; auto: the fastest mix that fits",
+        "layer's input, or offload that input to the host; expand: keep them, and the weights as "
+        "products read them; auto: the fastest mix that fits",
         ("auto", "expand", "keep", "recompute", "offload"),
     )
     max_memory: str = _flag(

@@ -28,6 +28,11 @@ _ADVICE = """The base model was read from a folder of that name: write the folde
 `adapter_config.json`, as `base_model_name_or_path`, where it has the name alone.
 
 """
+# readers of the adapter multiply in 16 bits
+_FP8_PRODUCTS = """
+In training the base's products were in FP8 (E4M3). Evaluations multiplied in 16 bits, as those do
+who use the adapter.
+"""
 # characters with a meaning in Markdown inside a line; a bar ends a table's cell
 _MARKS = re.compile(r"[\\`*\[\]|]")
 
@@ -207,6 +212,7 @@ def model_card(
         revision=revision or None,
     )
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
+    products = _FP8_PRODUCTS if config.base_compute == "fp8" else ""
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return f"""{_front_matter(config, name if is_on_hub else None)}
 
@@ -214,7 +220,7 @@ def model_card(
 
 Trained by Quatrain with the base model frozen {frozen}. The adapter's files are
 {", ".join(map(_text, sorted(files)))} and this card.
-
+{products}
 ## Results
 
 {_table(("figure", "value"), _figures(rows))}

@@ -32,6 +32,7 @@ from kernels.neftune import neftune_, noise_scale
 from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
+from llama.served import as_served
 from lora.linear_group import new_rows
 from optim.arena import GradientArena
 from rows.batch import Batch
@@ -162,10 +163,14 @@ class MicroStep:
         return tensor.to(self.model.device, non_blocking=True)
 
     def evaluate(self, batch: Batch) -> Tensor:  # () float32
-        """Compute a batch's summed loss without dropout, in the memory that training takes."""
+        """Compute a batch's summed loss without dropout, in the memory that training takes.
+
+        The base's products are those of a served model.
+        """
         model = self.model
         if model.device.type == "cpu":
-            return model.loss(batch)
+            with as_served(model):
+                return model.loss(batch)
         batch, given = self._padded(batch)
         *given, rows, targets = [self._send(t) for t in (*given, *target_rows(batch.labels))]
         with self._on_stream():
@@ -186,7 +191,8 @@ class MicroStep:
         """Write the hidden states, and keep nothing."""
         input_ids, *places = given
         samples = Samples(*places) if places else None
-        self.model.hidden_states(input_ids, samples=samples, out=hidden)
+        with as_served(self.model):
+            self.model.hidden_states(input_ids, samples=samples, out=hidden)
 
     def release(self) -> None:
         """Give the memory of all passes back, that of expanded weights too; later passes begin anew

@@ -18,6 +18,7 @@ from kernels.constants import no_new_constants
 from kernels.device import meta_stands_for
 from llama.layer import DecoderLayer
 from llama.model import Llama
+from llama.served import as_served
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight
@@ -97,11 +98,12 @@ class StepWalk:
         """Walk through a pass over the longest text, padded as on a GPU, and the pass for one token
         more, which is launched once and then captured."""
         num_tokens = self._work.prompt_tokens
-        step = TokenStep(self._work.model, Sampling(), num_tokens, 1, captures=False)
-        step.begin(0, [0] * (num_tokens + -num_tokens % PADDED_TOKENS), 0)
-        step()
-        with recorded.taking_from(TOKENS):
+        with as_served(self._work.model):
+            step = TokenStep(self._work.model, Sampling(), num_tokens, 1, captures=False)
+            step.begin(0, [0] * (num_tokens + -num_tokens % PADDED_TOKENS), 0)
             step()
+            with recorded.taking_from(TOKENS):
+                step()
 
     def expanded(self, policies: Sequence[Policy]) -> list[int]:
         """List the bytes of the weights that stay expanded from pass to pass."""

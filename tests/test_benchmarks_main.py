@@ -45,7 +45,9 @@ def test_the_list_says_what_works_without_a_gpu(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert printed == listed() + "\n"
     assert "  adamw " in printed
-    assert printed.endswith("\nThis machine has no CUDA GPU: fits and report work here.\n")
+    assert printed.endswith(
+        "\nThis machine has no CUDA GPU: fits, fp8_curves, fp8_error and report work here.\n"
+    )
 
 
 def test_the_list_of_a_machine_with_a_gpu_says_nothing_of_it(
@@ -57,7 +59,10 @@ def test_the_list_of_a_machine_with_a_gpu_says_nothing_of_it(
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_without_a_gpu_a_benchmark_that_needs_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"adamw needs a CUDA GPU.*fits and report work without"):
+    with pytest.raises(
+        ValueError,
+        match=r"adamw needs a CUDA GPU.*fits, fp8_curves, fp8_error and report work without",
+    ):
         main(["adamw", "--json", "x.json"])
 
 

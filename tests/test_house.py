@@ -29,6 +29,7 @@ FLOORS = {
         "data",
         "foreign",
         "hub",
+        "kernels",
         "llama",
         "lora",
         "nf4",

@@ -5,15 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 from support.equality import assert_equal
-from support.micro_steps import gradients_of, load_tiny, step_of, tokens
+from support.micro_steps import LORA, gradients_of, load_tiny, step_of, tokens
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
 from test_lora_linear_group import SEED, TARGETS, make, mask_of, results_of, run, run_torch
 from torch import Tensor
 
+from checkpoint.loading import load_model
+from checkpoint.opening import open_checkpoint
 from kernels.fp8_rows import quantize_rows
 from kernels.nf4_to_fp8 import fp8_scale, nf4_to_fp8
+from llama.model import PROJECTIONS, Llama
+from lora.config import LoRAConfig
 from lora.expansion import EightBits, SixteenBits
 from lora.linear_group import LinearGroup
 from nf4.weight import NF4Weight, Quantization
+from optim.adamw import AdamW
+from rows.batch import Batch
 from step.micro_step import Policy
 
 ROWS, IN_FEATURES, NUM_TOKENS = (32, 16, 48), 64, 11
@@ -141,3 +148,89 @@ def test_every_policy_gives_the_same_bits(tmp_path: Path, policies: tuple[Policy
         close = torch.cosine_similarity(grad.flatten(), sixteen[name].flatten(), dim=0)
         assert close > 0.98, (name, close)
     assert any(not torch.equal(grad, sixteen[name]) for name, grad in expected.items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_is_recomputed_bit_for_bit(tmp_path: Path, variant: str) -> None:
+    # with ranks that are no multiples of 8, in rows of several samples
+    lora = LoRAConfig(5, 6, 0.3, PROJECTIONS)
+    model = load_tiny(tmp_path, lora, dtype=BF16, variant=variant)
+    model.multiply_in_fp8()
+    assert any(group.fp8_scale is not None for _, group in model.groups())
+    input_ids, positions = tokens(4, 16), torch.arange(16).expand(4, 16) % 7
+    labels = input_ids.masked_fill(positions == 0, -100)
+    policies: list[tuple[Policy, Policy]] = [("keep", "keep"), ("expand", "recompute")]
+    expected, actual = (
+        gradients_of(step_of(model, each), input_ids, labels, 0.25, 7, positions)
+        for each in policies
+    )
+    for name, grad in expected.items():
+        assert grad.isfinite().all(), name
+        assert_equal(actual[name], grad, name)
+
+
+def with_weights(folder: Path, **weights: Tensor) -> Llama:
+    """A tiny model of which some weights are given, in training in FP8."""
+    tensors = random_tensors(FIELDS, BF16)
+    for name, tensor in weights.items():
+        tensors[f"model.layers.0.self_attn.{name}.weight"] = tensor.to(BF16)
+    checkpoint = open_checkpoint(write_checkpoint(folder, FIELDS, tensors))
+    model = load_model(checkpoint, torch.device("cpu"), BF16, NF4)
+    model.attach_lora(LORA, seed=0)
+    for name, tensor in model.adapter_tensors().items():
+        if name.endswith("lora_B.weight"):
+            tensor.fill_(0.1)
+    return model
+
+
+def outlier(*shape: int) -> Tensor:
+    weight = torch.randn(shape) * 0.02
+    weight[0, 1] = 10.0
+    return weight
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{name: torch.zeros(32, 32) for name in ("q_proj", "o_proj")}, {"o_proj": outlier(32, 32)}],
+    ids=["zeros", "outlier"],
+)
+def test_a_weight_of_zeros_or_of_one_outlier_trains(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    model = with_weights(tmp_path, **weights)
+    sixteen = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 33), tokens(2, 33))
+    model.multiply_in_fp8()
+    found = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 33), tokens(2, 33))
+    for name, grad in found.items():
+        assert grad.isfinite().all(), name
+        assert grad.any() == sixteen[name].any(), name
+        close = torch.cosine_similarity(grad.flatten(), sixteen[name].flatten(), dim=0)
+        assert close > 0.95 or not grad.any(), (name, close)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "is_finite"),
+    [
+        (torch.zeros(32), True),
+        (torch.eye(32)[3] * 3e4, True),
+        (torch.full((32,), torch.inf), False),
+    ],
+    ids=["zeros", "outlier", "infinities"],
+)
+def test_a_step_with_a_row_that_is_not_finite_is_skipped(
+    tmp_path: Path, embedding: Tensor, is_finite: bool
+) -> None:
+    model = with_weights(tmp_path)
+    model.multiply_in_fp8()
+    model.decoder.embed_tokens.weight[5] = embedding.to(BF16)
+    input_ids = tokens(2, 33)
+    input_ids[:, 7] = 5
+    step = step_of(model, ("keep", "recompute"))
+    optimizer = AdamW(step.gradients, weight_decay=0.0)
+    before = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    loss = step(Batch(input_ids, input_ids), torch.tensor(1.0))
+    norm = optimizer.step(0.01)
+    assert loss.isfinite() == norm.isfinite() == is_finite
+    for name, tensor in model.adapter_tensors().items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(tensor, before[name]) != is_finite, name

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support.micro_steps import gradients_of, load_tiny, step_of, tokens
-from test_step_memory_plan import WORK
+from test_step_memory_plan import FP8_WORK, WORK
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora.linear_group import LinearGroup
 from nf4.weight import quantize
-from step.duration import ATTENTION_SHARE, Rates, step_seconds
+from step.duration import ATTENTION_SHARE, FP8_SPEEDUP, QUANTIZING_BYTES, Rates, step_seconds
 from step.micro_step import Policy
 from step.workload import Workload
 
@@ -36,12 +36,29 @@ def matrix_products(counter: FlopCounterMode) -> int:
 
 
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("grouped-query", torch.float32),
+        ("gemma2", torch.float32),
+        ("qwen3-moe", torch.float32),
+        # in E4M3, but for the MLP
+        ("grouped-query", torch.bfloat16),
+    ],
+)
 def test_products_are_those_of_a_micro_step(
-    tmp_path: Path, variant: str, policies: tuple[Policy, Policy]
+    tmp_path: Path,
+    variant: str,
+    dtype: torch.dtype,
+    policies: tuple[Policy, Policy],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # the updates' products, a percent of a real model's, are not reckoned with
-    model = load_tiny(tmp_path, lora=None, variant=variant)
+    model = load_tiny(tmp_path, lora=None, variant=variant, dtype=dtype)
+    if dtype == torch.bfloat16:
+        model.multiply_in_fp8()
+    # counted one by one
+    monkeypatch.setattr("step.duration.FP8_SPEEDUP", 1)
     input_ids = tokens(B, T)
     with FlopCounterMode(display=False) as counter:
         gradients_of(step_of(model, policies), input_ids, input_ids)
@@ -68,11 +85,12 @@ def test_attention_multiplies_half_a_square_for_each_of_its_products(
 
 
 @pytest.mark.parametrize("policy", ["expand", "keep", "recompute"])
+@pytest.mark.parametrize("work", [WORK, FP8_WORK], ids=["bf16", "fp8"])
 def test_weights_are_read_in_nf4_and_written_expanded_before_their_products(
-    policy: Policy,
+    work: Workload, policy: Policy
 ) -> None:
     weight = quantize(torch.randn(256, 256), 64, double_quant=True)
-    bytes_of_one = weight.num_bytes / 256**2 + WORK.dtype.itemsize
+    bytes_of_one = weight.num_bytes / 256**2 + (1 if work is FP8_WORK else 2)
     *others, down = (
         group.num_rows * group.in_features
         for group in WORK.model.layers[0].modules()
@@ -84,6 +102,30 @@ def test_weights_are_read_in_nf4_and_written_expanded_before_their_products(
         # once, before the first pass
         num_expanded = 0
     # no row that moves
-    work, rates = replace(WORK, batch=0), Rates(product=1.0, memory=1.0)
+    work, rates = replace(work, batch=0), Rates(product=1.0, memory=1.0)
     expected = NUM_LAYERS * num_expanded * bytes_of_one
     assert step_seconds(work, (policy,) * NUM_LAYERS, rates) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["expand", "keep", "recompute"])
+def test_products_in_8_bits_take_less_time_and_rows_that_are_quantized_first(
+    policy: Policy,
+) -> None:
+    policies = (policy,) * NUM_LAYERS
+    config = WORK.config
+    head = 4 * WORK.M * config.vocab_size * config.hidden_size
+    by_product, in_fp8 = (
+        products(replace(work, sample_tokens=NO_ATTENTION), policies) - head
+        for work in (WORK, FP8_WORK)
+    )
+    assert in_fp8 == pytest.approx(by_product / FP8_SPEEDUP, rel=1e-6)
+    # the bytes that differ where no weight is expanded: of x forward, and again, and of grad_y
+    rates = Rates(product=math.inf, memory=1.0)
+    by_bytes, more = (
+        step_seconds(work, policies, rates) - step_seconds(replace(work, batch=0), policies, rates)
+        for work in (WORK, FP8_WORK)
+    )
+    inputs, outputs = (3 * 4096 + 14336), (6144 + 4096 + 28672 + 4096)
+    again = 3 * 4096 if policy == "recompute" else 0
+    expected = QUANTIZING_BYTES * WORK.M * NUM_LAYERS * (inputs + outputs + again)
+    assert more - by_bytes == pytest.approx(expected, rel=1e-6)

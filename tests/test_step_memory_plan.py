@@ -53,6 +53,8 @@ def work_for(
 
 
 WORK = work_for()
+FP8_WORK = work_for()
+FP8_WORK.model.multiply_in_fp8()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -116,15 +118,32 @@ def test_each_policy_needs_less_than_the_one_before() -> None:
 
 
 def test_base_products_in_8_bits_take_no_more_memory() -> None:
-    work = work_for()
-    work.model.multiply_in_fp8()
     for policy in POLICIES.values():
-        plan, other = (plan_memory(w, (policy,) * NUM_LAYERS) for w in (work, WORK))
+        plan, other = (plan_memory(w, (policy,) * NUM_LAYERS) for w in (FP8_WORK, WORK))
         assert plan.device == pytest.approx(other.device, rel=0.01), policy
     # forward and transposed, a byte a weight each, and both matrices of the updates
     sizes = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     expanded = sum(2 * rows * columns + 2 * 64 * (rows + columns) for rows, columns in sizes)
-    assert plan_memory(work, ("expand",) * NUM_LAYERS).expanded == NUM_LAYERS * expanded
+    assert plan_memory(FP8_WORK, ("expand",) * NUM_LAYERS).expanded == NUM_LAYERS * expanded
+
+
+def test_an_evaluation_expands_in_16_bits_what_trains_in_8() -> None:
+    config = replace(LLAMA_3_8B, num_hidden_layers=2, windows=(None, None))
+    # of more rows than are multiplied by packed weights
+    work, policies = replace(work_for(config), batch=1, tokens=256), mix(2, 2, 0, 2)
+    work.model.multiply_in_fp8()
+    plan = plan_memory(work, policies)
+    expanded = 2 * (28672 + 64) * (4096 + 64)
+    assert plan.step < 0.4 * expanded
+    evaluated = plan_memory(replace(work, evaluation=(1, 256)), policies)
+    assert expanded < evaluated.step < 1.2 * expanded
+    assert evaluated.expanded == plan.expanded
+    # so does a text that is sampled
+    sampling = [
+        plan_memory(replace(of, prompt_tokens=2048), policies).sampling
+        for of in (work, work_for(config))
+    ]
+    assert sampling[0] == sampling[1]
 
 
 def test_pinned_memory_is_rounded_up_to_a_power_of_two() -> None:
@@ -225,9 +244,13 @@ def test_no_more_rows_are_evaluated_at_once_than_training_has_memory_for() -> No
     assert evaluated_rows(WORK, 4, 65536) == 1
 
 
-@pytest.mark.parametrize("gib", [9, 10, 12, 16, 24, 32, 36, 80])
-def test_the_mix_fills_the_budget_and_stays_within_it(gib: int) -> None:
-    plan = choose_policies(WORK, gib * GIB)
+@pytest.mark.parametrize(
+    ("work", "gib"),
+    [*((WORK, gib) for gib in (9, 10, 12, 16, 24, 32, 36, 80)), (FP8_WORK, 16), (FP8_WORK, 36)],
+    ids=lambda value: "fp8" if value is FP8_WORK else "bf16" if value is WORK else str(value),
+)
+def test_the_mix_fills_the_budget_and_stays_within_it(work: Workload, gib: int) -> None:
+    plan = choose_policies(work, gib * GIB)
     assert plan is not None
     assert plan.device <= gib * GIB
     names = ("offload", "recompute", "keep", "expand")
@@ -237,14 +260,14 @@ def test_the_mix_fills_the_budget_and_stays_within_it(gib: int) -> None:
         assert plan.policies == mix(NUM_LAYERS, NUM_LAYERS, 0, counts[3])
         if counts[3] < NUM_LAYERS:
             more = mix(NUM_LAYERS, NUM_LAYERS, 0, counts[3] + 1)
-            assert plan_memory(WORK, more).device > gib * GIB
+            assert plan_memory(work, more).device > gib * GIB
         return
     assert plan.policies == mix(NUM_LAYERS, counts[2], counts[1])
     if counts[2] < NUM_LAYERS:
-        assert plan_memory(WORK, mix(NUM_LAYERS, counts[2] + 1, 0)).device > gib * GIB
+        assert plan_memory(work, mix(NUM_LAYERS, counts[2] + 1, 0)).device > gib * GIB
     if counts[0]:
         more = mix(NUM_LAYERS, counts[2], counts[1] + 1)
-        assert plan_memory(WORK, more).device > gib * GIB
+        assert plan_memory(work, more).device > gib * GIB
     assert plan.layers() in plan.table()
 
 

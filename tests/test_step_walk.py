@@ -61,7 +61,9 @@ def test_layers_alike_repeat_what_one_did(tmp_path: Path, variant: str, dtype: t
     assert_composed_is_walked(sizes_of(tmp_path, variant, dtype))
 
 
-@pytest.mark.parametrize("case", ["packed", "dropout", "noise", "evaluated", "other ranks", "none"])
+@pytest.mark.parametrize(
+    "case", ["packed", "dropout", "noise", "evaluated", "evaluated fp8", "other ranks", "none"]
+)
 def test_settings_repeat_what_one_layer_did(tmp_path: Path, case: str) -> None:
     if case == "none":
         assert_composed_is_walked(sizes_of(tmp_path, "mistral", torch.bfloat16, None))
@@ -78,8 +80,10 @@ def test_settings_repeat_what_one_layer_did(tmp_path: Path, case: str) -> None:
         work = replace(work, sample_tokens=17.0)
     if case == "noise":
         work = replace(work, has_noise=True)
-    if case == "evaluated":
+    if case.startswith("evaluated"):
         work = replace(work, evaluation=(5, 200))
+    if case.endswith("fp8"):
+        work.model.multiply_in_fp8()
     assert_composed_is_walked(work)
 
 

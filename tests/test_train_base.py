@@ -20,6 +20,8 @@ import quantize
 import train
 from checkpoint.identity import Identity, identify
 from checkpoint.opening import open_checkpoint
+from generation.generator import generate_greedy
+from llama.model import Llama
 from prepare.job import BUNDLED
 from run.checkpoint import MANIFEST_FILE, STATE_FILE
 
@@ -128,6 +130,41 @@ def test_a_state_without_a_base_goes_on_unchecked_and_says_so(
     assert f"{path} does not say what its base was: {model} is not checked" in said
     # from here on it is known
     assert state_of(output, 3)["base"] == identity_of(model).own
+
+
+def test_a_base_in_fp8_is_evaluated_and_answers_as_it_is_served(
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def generate(model: Llama, *rest: Any) -> list[int]:
+        assert all(group.fp8_scale is None for _, group in model.groups())
+        return generate_greedy(model, *rest)
+
+    monkeypatch.setattr("training.answers.generate_greedy", generate)
+    more = f"--eval-data {tmp_path / 'data.jsonl'} --sample-prompt Ember? --dtype bfloat16"
+    rows, answers, said = {}, {}, {}
+    for name in ("bf16", "fp8"):
+        output = tmp_path / name
+        given = [*flags(tmp_path, more), "--output", str(output), "--base-compute", name]
+        train.main([*given, "--max-steps", "1"])
+        rows[name] = [json.loads(line) for line in (output / "metrics.jsonl").open()]
+        answers[name] = json.loads((output / "samples.jsonl").read_text().splitlines()[0])
+        said[name] = capsys.readouterr().out
+        card = (output / "README.md").read_text()
+        assert ("the base's products were in FP8 (E4M3). Evaluations" in card) == (name == "fp8")
+        assert json.loads((output / "run.json").read_text())["base_compute"] == name
+    assert "base products in FP8: 14 of 14 projections; evaluations and ans" in said["fp8"]
+    assert "FP8" not in said["bf16"]
+    # before the first step the adapters are equal, and behind it another one is trained
+    assert rows["fp8"][0]["eval_loss"] == rows["bf16"][0]["eval_loss"]
+    assert answers["fp8"] == answers["bf16"]
+    assert rows["fp8"][1]["loss"] != rows["bf16"][1]["loss"]
+    assert rows["fp8"][1]["loss"] == pytest.approx(rows["bf16"][1]["loss"], rel=0.02)
+    # a run has one base compute from its first step to its last
+    with pytest.raises(ValueError, match="--base-compute was 'bf16', now 'fp8'"):
+        train.main([*given, "--output", str(tmp_path / "bf16"), "--resume"])
 
 
 def test_a_plan_reads_no_weight(

@@ -2,6 +2,7 @@
 
 from foreign.terminal import one_line
 from generation.generator import generate_greedy
+from llama.served import as_served
 from prepare.course import SAMPLE_TOKENS
 from run.log import RunLog
 from run.watching import Watching
@@ -41,7 +42,8 @@ def answer(run: Run, log: RunLog) -> str:
             with Watching("--sample-prompt", log.say, is_spared=is_of_device):
                 job = run.job
                 assert job.prompt is not None
-                new_ids = generate_greedy(run.model, job.prompt, SAMPLE_TOKENS, job.stop_ids)
+                with as_served(run.model):
+                    new_ids = generate_greedy(run.model, job.prompt, SAMPLE_TOKENS, job.stop_ids)
                 text = job.tokenizer.decode(new_ids).strip()
                 log.add_answer(run.state.step, text)
     return text

@@ -1,0 +1,72 @@
+"""--base-compute: where the base's products may be in FP8, and which of a model's are."""
+
+from collections import Counter
+
+from kernels.fp8 import fp8_obstacle
+from kernels.fp8_matmul import DTYPES
+from llama.model import Llama
+from run.config import TrainConfig
+from run.machine import Capability
+
+
+def check_base_compute(config: TrainConfig, capability: Capability | None) -> None:
+    """Refuse FP8 products that the flags or the GPU rule out.
+
+    Args:
+        config: resolved.
+        capability: of the GPU; None for a CPU, which computes the same roundings.
+
+    Raises:
+        ValueError: the base is not quantized, the passes are in 32 bits, or the GPU is too old.
+    """
+    if config.base_compute == "bf16":
+        return
+    if config.quant != "nf4":
+        raise ValueError(
+            "--base-compute fp8 must be given with --quant nf4, whose weights it expands to FP8: "
+            f"got --quant {config.quant}"
+        )
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    if config.dtype not in names:
+        raise ValueError(
+            f"--base-compute fp8 must be given with --dtype {' or '.join(names)}: got "
+            f"{config.dtype}; choose --dtype {names[0]}"
+        )
+    if capability and (obstacle := fp8_obstacle(capability)):
+        raise ValueError(f"{obstacle}; leave out --base-compute fp8")
+
+
+def set_base_compute(model: Llama, config: TrainConfig) -> None:
+    """Let a model's base products be as the flag says, before its first pass.
+
+    Raises:
+        ValueError: none of its projections can be multiplied in FP8.
+    """
+    if config.base_compute == "bf16":
+        return
+    model.multiply_in_fp8()
+    if all(group.fp8_scale is None for _, group in model.groups()):
+        raise ValueError(
+            "--base-compute fp8 must be given for a model with projections in NF4 whose sizes are "
+            f"multiples of 16: {config.model} has none; leave it out"
+        )
+
+
+def describe_base_compute(model: Llama) -> list[str]:
+    """Say which projections are multiplied in FP8, and which are not; no line where none is."""
+    in_fp8, others = 0, Counter[str]()
+    for _, group in model.groups():
+        if group.fp8_scale is None:
+            others.update(group.names)
+        else:
+            in_fp8 += len(group.names)
+    if not in_fp8:
+        return []
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    line = f"base products in FP8: {in_fp8} of {in_fp8 + others.total()} projections"
+    if others:
+        counted = ", ".join(f"{count} {name}" for name, count in others.items())
+        line += f"; in {dtype}: {counted}, not in NF4 or of sizes that are no multiples of 16"
+    if model.config.experts:
+        line += f"; the experts in {dtype}"
+    return [f"{line}; evaluations and answers are in {dtype}"]
