@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoint.implied import implied_checkpoint
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
+from checkpoint.slots import slots_of
 from checkpoint.stored_mxfp4 import scales_first
 from generation.generator import generate_greedy
 from llama.model import Llama
@@ -101,6 +102,20 @@ def test_experts_are_quantized_as_those_in_16_bits_are(tmp_path: Path, num_shard
     assert_holds_nf4(model, mxfp4_tensors())
 
 
+def test_scales_are_kept_until_their_blocks_come(tmp_path: Path) -> None:
+    model, tensors = load(write_mxfp4(tmp_path), NF4), mxfp4_tensors()
+    slots = slots_of(model, open_checkpoint(tmp_path).stored, {})
+    for prefix, group in model.frozen_groups():
+        if isinstance(group, ExpertGroup):
+            name = f"{prefix}{group.names[0]}"
+            staged = tensors[f"{name}_scales"].clone()
+            slots[f"{name}.weight_scales"].place(staged)
+            # by the next tensor, which is copied while kernels still work
+            staged.fill_(200)
+            slots[f"{name}.weight_blocks"].place(tensors[f"{name}_blocks"])
+    assert_holds_nf4(model, tensors)
+
+
 def test_scales_come_right_before_their_blocks(tmp_path: Path) -> None:
     opened = open_checkpoint(write_mxfp4(tmp_path, num_shards=3))
     names = [tensor.name for tensor in opened.needed()]
@@ -155,6 +170,17 @@ def test_a_plan_has_the_sizes_of_what_is_loaded(
     ):
         model = load_sizes(checkpoint, torch.float32, quantization)
         assert [(tuple(t.shape), t.dtype) for t in model.frozen_tensors()] == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_same_experts(tmp_path: Path) -> None:
+    expected = load(write_mxfp4(tmp_path, num_shards=2))
+    actual = load_model(open_checkpoint(tmp_path), torch.device("cuda"), torch.float32, None)
+    for (prefix, ours), (_, theirs) in zip(
+        actual.frozen_groups(), expected.frozen_groups(), strict=True
+    ):
+        for mine, other in zip(ours.frozen_tensors(), theirs.frozen_tensors(), strict=True):
+            assert_equal(mine.cpu(), other, prefix)
 
 
 def test_it_is_said_that_experts_are_rounded_again(tmp_path: Path) -> None:

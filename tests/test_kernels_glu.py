@@ -100,6 +100,9 @@ def test_a_cpu_buffer_is_gated_as_torch_does_and_kept(dtype: torch.dtype) -> Non
     before = gate_up.clone()
     assert_equal(glu(gate_up, "silu"), F.silu(gate) * up)
     assert_equal(glu(gate_up, "gelu_tanh"), F.gelu(gate, approximate="tanh") * up)
+    most = gate.clamp(max=7.0)
+    expected = most * torch.sigmoid(1.702 * most) * (up.clamp(-7.0, 7.0) + 1)
+    assert_equal(glu(gate_up, "clamped_swish"), expected)
     assert_equal(gate_up, before)
 
 

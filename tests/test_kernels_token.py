@@ -224,6 +224,16 @@ def test_interpreted_kernels_are_as_good_as_torch(kernel: str, case: Case) -> No
     assert_right(kernel, case, found)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in TINY["attn"] if c.heads.dtype == torch.float32], ids=str
+)
+def test_attentions_reference_is_the_truth(case: AttentionCase) -> None:
+    found, truth = results(case, REFERENCES["attn"], CPU), attention_truth(*case.inputs(CPU))
+    # float32 sums of at most 200 tokens
+    allowed = 200 * torch.finfo(torch.float32).eps * float(truth[0].abs().max())
+    assert float((found["0"] - truth[0]).abs().max()) <= allowed
+
+
 @pytest.mark.parametrize(("kernel", "case"), TINY_CASES, ids=str)
 def test_a_cpu_tensor_takes_the_reference(kernel: str, case: Case) -> None:
     found = results(case, FUNCTIONS[kernel], CPU)

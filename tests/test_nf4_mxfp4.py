@@ -30,6 +30,13 @@ def test_every_code_is_expanded_exactly(scale: int) -> None:
     assert_equal(found[0].double(), expected)
 
 
+@pytest.mark.gpu
+def test_a_gpu_expands_to_the_same_bits() -> None:
+    blocks, scales = all_codes_at_all_scales()
+    found = expand(blocks.cuda(), scales.cuda()).cpu()
+    assert torch.equal(found.view(torch.int16), expand(blocks, scales).view(torch.int16))
+
+
 def test_a_block_has_one_scale_and_32_values() -> None:
     blocks = torch.full((2, 3, 16), 0x22, dtype=torch.uint8)
     scales = torch.tensor([[127, 128, 129], [126, 125, 124]], dtype=torch.uint8)
