@@ -40,6 +40,7 @@ from kernels.nf4_to_fp8 import fp8_scale, nf4_to_fp8
 from llama.model import Llama
 from lora.expansion import SixteenBits
 from lora.linear_group import LinearGroup
+from lora.rows import Rows
 from nf4.weight import NF4Weight
 from prepare.job import check
 from run.ranks import Ranks
@@ -63,9 +64,9 @@ class Recording(SixteenBits):
         self.x: list[Tensor] = []
         self.grad_y: list[Tensor] = []
 
-    def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        self.x.append(x_ext[:, : self.in_features].clone())
-        return super().multiply(x_ext, bias, out)
+    def multiply(self, x: Rows, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        self.x.append(x.ext[:, : self.in_features].clone())
+        return super().multiply(x, bias, out)
 
     def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
         self.grad_y.append(grad_ext[:, : self.num_rows].clone())

@@ -13,6 +13,7 @@ product round by 2^-24 of themselves each, and a little more than 448 becomes 44
 has no E4M3 below compute capability 8.9.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,12 @@ class LowRankTail(NamedTuple):
 
     h: Tensor  # (M, T), rows contiguous
     B: Tensor  # (N, T), rows or columns contiguous
+
+
+def empty_fp8_rows(shape: Sequence[int], device: torch.device) -> Fp8Rows:  # shape: (M, K)
+    """Allocate a matrix with a scale a row."""
+    values = torch.empty(shape, dtype=E4M3, device=device)
+    return Fp8Rows(values, torch.empty(shape[:1], dtype=torch.float32, device=device))
 
 
 def scale_of(largest: Tensor) -> Tensor:  # float32, of any shape

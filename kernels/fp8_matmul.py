@@ -15,8 +15,8 @@ which may be a view.
 M K + N K + 2 M N + 2 T (M + N) bytes. On Hopper the sums of E4M3 products keep about 14 bits within
 a tensor core; next to the 3.7 % that rounding the operands costs, that is nothing.
 
-Tiles come and go by TMA, which reads zeros beyond a matrix and writes nothing there, in tensors that
-begin and step by multiples of 16 bytes. There are as many programs as multiprocessors, and each
+Tiles come and go by TMA, which reads zeros beyond a matrix and writes nothing there, in tensors
+that begin and step by multiples of 16 bytes. There are as many programs as multiprocessors; each
 computes tile after tile, so a tile is still written while the next one's operands come. GPUs with
 tensor cores of another kind (8.9, 12.x) load tiles by pointers: `fp8_matmul_pointers.py`.
 """

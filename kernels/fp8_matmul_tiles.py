@@ -7,7 +7,7 @@ tiles of y    0  2  4 | 8 10 12       GROUP_M rows of tiles go column by column:
 
 from kernels.language import tl, triton
 
-GROUP_M = 8
+GROUP_M = 16
 
 
 @triton.jit

@@ -26,7 +26,15 @@ from kernels.checks import (
     check_rows_are_contiguous,
 )
 from kernels.device import properties
-from kernels.fp8 import E4M3, LEAST_LARGEST, SCALE_OF_LARGEST, Fp8Rows, fp8_obstacle, scale_of
+from kernels.fp8 import (
+    E4M3,
+    LEAST_LARGEST,
+    SCALE_OF_LARGEST,
+    Fp8Rows,
+    empty_fp8_rows,
+    fp8_obstacle,
+    scale_of,
+)
 from kernels.language import tl, triton
 from kernels.launch import cdiv, launch
 from kernels.rms_norm_row import VECTOR_BYTES, VECTORS, load_row
@@ -49,6 +57,28 @@ def quantize_rows_reference(
 
 
 @triton.jit
+def magnitude_bits(x):
+    # of numbers in 16 bits: without their sign they are in the order of their bits, and a NaN is
+    # above all
+    return x.to(tl.int16, bitcast=True) & 0x7FFF
+
+
+@triton.jit
+def scale_of_bits(bits, DTYPE: tl.constexpr):  # (), of the magnitudes of a row
+    largest = tl.max(bits, 0).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return tl.where(largest < float("inf"), tl.maximum(largest, LEAST) * STEP, float("nan"))
+
+
+@triton.jit
+def store_quantized(values_ptr, tiles, scale, D, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    inverse = tl.div_rn(1.0, scale)
+    for chunk in tl.static_range(CHUNKS):
+        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        values = (tiles[chunk].to(tl.float32) * inverse).to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + offs, values, mask=offs < D)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     values_ptr,  # (M, D)
     scales_ptr,  # (M,)
@@ -64,17 +94,10 @@ def _quantize_rows_kernel(
     tiles = load_row(x_ptr + row * stride_xm, D, CHUNK, CHUNKS)
     bits = tl.zeros((CHUNK,), tl.int16)
     for chunk in tl.static_range(CHUNKS):
-        # without their sign, floats are in the order of their bits, and a NaN is above all
-        bits = tl.maximum(bits, tiles[chunk].to(tl.int16, bitcast=True) & 0x7FFF)
-    largest = tl.max(bits, 0).to(tl.int16).to(x_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
-    scale = tl.where(largest < float("inf"), tl.maximum(largest, LEAST) * STEP, float("nan"))
-    inverse = tl.div_rn(1.0, scale)
+        bits = tl.maximum(bits, magnitude_bits(tiles[chunk]))
+    scale = scale_of_bits(bits, x_ptr.dtype.element_ty)
     tl.store(scales_ptr + row, scale)
-    values_ptr += row * stride_vm
-    for chunk in tl.static_range(CHUNKS):
-        offs = chunk * CHUNK + tl.arange(0, CHUNK)
-        values = (tiles[chunk].to(tl.float32) * inverse).to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + offs, values, mask=offs < D)
+    store_quantized(values_ptr + row * stride_vm, tiles, scale, D, CHUNK, CHUNKS)
 
 
 def _shape_of(x: Tensor) -> tuple[int, int]:
@@ -106,7 +129,13 @@ def _launch_quantize_rows(x: Tensor, out: Fp8Rows) -> None:
     )
 
 
-def _check(x: Tensor, out: Fp8Rows) -> None:
+def check_fp8_rows(x: Tensor, out: Fp8Rows) -> None:
+    """Refuse rows to be written that do not fit a matrix, and GPUs without E4M3."""
+    if x.dim() != 2 or not x.shape[1] or x.dtype not in DTYPES:
+        raise ValueError(
+            "x must be a matrix with columns in bfloat16 or float16: got shape "
+            f"{tuple(x.shape)} in {x.dtype}"
+        )
     check_rows_are_contiguous("x", x)
     check_is("the values", out.values, E4M3, tuple(x.shape))
     check_is("the scales", out.scales, torch.float32, (x.shape[0],))
@@ -114,6 +143,10 @@ def _check(x: Tensor, out: Fp8Rows) -> None:
     check_rows_are_apart("the values", out.values)
     check_rows_are_contiguous("the scales", out.scales)
     check_one_device({"x": x, "the values": out.values, "the scales": out.scales})
+    if x.device.type == "cpu":
+        return
+    if obstacle := fp8_obstacle(properties(x.device).capability):
+        raise RuntimeError(obstacle)
 
 
 def quantize_rows(
@@ -133,21 +166,9 @@ def quantize_rows(
             `out` does not fit it.
         RuntimeError: the GPU has no FP8 products.
     """
-    if x.dim() != 2 or not x.shape[1] or x.dtype not in DTYPES:
-        raise ValueError(
-            "x must be a matrix with columns in bfloat16 or float16: got shape "
-            f"{tuple(x.shape)} in {x.dtype}"
-        )
-    if out is None:
-        values = torch.empty(x.shape, dtype=E4M3, device=x.device)
-        out = Fp8Rows(values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device))
-    _check(x, out)
-    if x.device.type == "cpu":
-        quantize_rows_reference(x, out)
-        return out
-    if obstacle := fp8_obstacle(properties(x.device).capability):
-        raise RuntimeError(obstacle)
-    if _shape_of(x)[1] > MAX_CHUNKS:
+    out = empty_fp8_rows(x.shape, x.device) if out is None else out
+    check_fp8_rows(x, out)
+    if x.device.type == "cpu" or _shape_of(x)[1] > MAX_CHUNKS:
         quantize_rows_reference(x, out)
     else:
         _launch_quantize_rows(x, out)

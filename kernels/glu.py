@@ -304,7 +304,7 @@ def _launch_glu_backward(
         )
 
 
-def _check(gate_up: Tensor, activation: Activation) -> None:
+def check_gate_up(gate_up: Tensor, activation: Activation) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"the activation must be one of {', '.join(ACTIVATIONS)}: got {activation!r}"
@@ -318,7 +318,7 @@ def _check(gate_up: Tensor, activation: Activation) -> None:
     check_not_recorded({"gate_up": gate_up}, "glu_backward")
 
 
-def _check_half(name: str, half: Tensor, gate_up: Tensor) -> None:
+def check_half(name: str, half: Tensor, gate_up: Tensor) -> None:
     """Refuse a matrix, to be written to, that is not like one half of gate_up."""
     M, width = gate_up.shape[0], gate_up.shape[1] // 2
     if half.shape != (M, width) or half.dtype != gate_up.dtype:
@@ -350,9 +350,9 @@ def glu(
         ValueError: the activation is unknown, shapes, dtypes or devices do not fit, a row is not
             contiguous, or something requires a gradient.
     """
-    _check(gate_up, activation)
+    check_gate_up(gate_up, activation)
     if out is not None:
-        _check_half("out", out, gate_up)
+        check_half("out", out, gate_up)
     if gate_up.device.type == "cpu":
         h = glu_reference(gate_up, activation)
         return h if out is None else out.copy_(h)
@@ -384,8 +384,8 @@ def glu_backward(
         ValueError: the activation is unknown, shapes, dtypes or devices do not fit, a row is not
             contiguous, or something requires a gradient.
     """
-    _check(gate_up, activation)
-    _check_half("grad_h", grad_h, gate_up)
+    check_gate_up(gate_up, activation)
+    check_half("grad_h", grad_h, gate_up)
     check_rows_are_apart("gate_up", gate_up)
     if gate_up.device.type == "cpu":
         grad_gate_up, h = glu_backward_reference(grad_h, gate_up, activation)

@@ -44,6 +44,14 @@ et al. 2016, equation 4.
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Fp8Rows
+from kernels.fp8_rows import (
+    check_fp8_rows,
+    magnitude_bits,
+    quantize_rows,
+    scale_of_bits,
+    store_quantized,
+)
 from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_long_kernel
@@ -54,6 +62,7 @@ from kernels.rms_norm_row import (
     factor_of,
     load_row,
     mean_of,
+    quantizes,
     rstd_of,
     shape_of,
     sum_with_residual,
@@ -88,14 +97,18 @@ def _rms_norm_kernel(
     x_ptr,  # (M, D)
     residual_ptr,  # (M, D)
     weight_ptr,  # (D,)
+    values_ptr,  # (M, D) E4M3, of y, written if IN_FP8; so the scales
+    scales_ptr,  # (M,)
     D,
     eps,
     stride_ym,
     stride_xm,
     stride_residual_m,
+    stride_vm,
     OFFSET: tl.constexpr,
     IS_CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    IN_FP8: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -129,11 +142,20 @@ def _rms_norm_kernel(
         squares += r * r
     rstd = rstd_of(squares, D, eps)
     tl.store(rstd_ptr + row, rstd)
+    bits = tl.zeros((CHUNK,), tl.int16)
+    ys = ()
     for chunk in tl.static_range(CHUNKS):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
         r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
-        y = r * rstd * factor_of(weights[chunk], OFFSET)
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < D)
+        y = (r * rstd * factor_of(weights[chunk], OFFSET)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs, y, mask=offs < D)
+        if IN_FP8:
+            bits = tl.maximum(bits, magnitude_bits(y))
+            ys = ys + (y,)  # noqa: RUF005
+    if IN_FP8:
+        scale = scale_of_bits(bits, y_ptr.dtype.element_ty)
+        tl.store(scales_ptr + row, scale)
+        store_quantized(values_ptr + row * stride_vm, ys, scale, D, CHUNK, CHUNKS)
 
 
 def _launch_rms_norm(
@@ -144,6 +166,7 @@ def _launch_rms_norm(
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
     is_centred: bool = False,
+    fp8: Fp8Rows | None = None,  # (M, D)
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D); rstd (M,) float32
     M, D = x.shape
     y = torch.empty((M, D), dtype=x.dtype, device=x.device) if out is None else out
@@ -152,9 +175,23 @@ def _launch_rms_norm(
     r = torch.empty((M, D), dtype=x.dtype, device=x.device) if has_residual else x
     addend = residual if has_residual else x
     shape = shape_of(x, is_centred)
+    is_long = "CHUNKS" not in shape
+    is_quantized = fp8 is not None and quantizes(shape)
+    # stand-ins for what is not written
+    values, scales = (y, rstd) if fp8 is None else fp8
+    arguments = (
+        {}
+        if is_long
+        else {
+            "values_ptr": values,
+            "scales_ptr": scales,
+            "stride_vm": values.stride(0),
+            "IN_FP8": is_quantized,
+        }
+    )
     if M > 0:
         launch(
-            _rms_norm_kernel if "CHUNKS" in shape else _rms_norm_long_kernel,
+            _rms_norm_long_kernel if is_long else _rms_norm_kernel,
             (M,),
             y_ptr=y,
             r_ptr=r,
@@ -172,8 +209,11 @@ def _launch_rms_norm(
             HAS_RESIDUAL=has_residual,
             # multiply-adds round less
             enable_fp_fusion=True,
+            **arguments,
             **shape,
         )
+    if fp8 is not None and not is_quantized:
+        quantize_rows(y, fp8)
     return y, r, rstd
 
 
@@ -185,6 +225,7 @@ def rms_norm(
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
     is_centred: bool = False,
+    fp8: Fp8Rows | None = None,  # (M, D)
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add a residual and normalize the sum by its root mean square.
 
@@ -197,6 +238,7 @@ def rms_norm(
             columns stay as they are; shares no memory with x or residual. A new tensor if None.
         offset: added to the weights, in float32.
         is_centred: r - mean(r) takes r's place in rstd and y.
+        fp8: takes y in E4M3, as `quantize_rows` makes it, in the same pass.
 
     Returns:
         y: out, if that is given.
@@ -208,7 +250,12 @@ def rms_norm(
             requires a gradient.
     """
     check_rows(weight, x=x, residual=residual, out=out)
+    if fp8 is not None:
+        check_fp8_rows(x, fp8)
     if x.device.type == "cpu":
         y, r, rstd = rms_norm_reference(x, weight, eps, residual, offset, is_centred)
-        return y if out is None else out.copy_(y), r, rstd
-    return _launch_rms_norm(x, weight, eps, residual, out, offset, is_centred)
+        y = y if out is None else out.copy_(y)
+        if fp8 is not None:
+            quantize_rows(y, fp8)
+        return y, r, rstd
+    return _launch_rms_norm(x, weight, eps, residual, out, offset, is_centred, fp8)

@@ -112,6 +112,11 @@ def shape_of(x: Tensor, is_centred: bool = False) -> dict[str, int]:
     return shape | {"CHUNKS": num_chunks} if num_chunks <= most else shape
 
 
+def quantizes(shape: dict[str, int]) -> bool:
+    """Tell whether a kernel has registers left to hold a row's result until it is quantized."""
+    return shape.get("CHUNKS", MAX_CHUNKS) <= MAX_CENTRED_CHUNKS
+
+
 def check_rows(weight: Tensor, **matrices: Tensor | None) -> None:
     """Refuse matrices, by name, that are not like the first, and a weight that does not fit it.
 

@@ -26,6 +26,7 @@ from llama.halves import Gated
 from llama.layer_experts import Experts
 from llama.routing import Routing, route, route_backward
 from lora.expert_group import ExpertGroup
+from lora.rows import Rows
 from lora.stacked_layout import StackedLayout
 
 
@@ -85,27 +86,27 @@ class ExpertMLP(nn.Module):
         """The last projection, as an MLP's."""
         return self.experts.down
 
-    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, D)
+    def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, D)
         """Allocate a buffer for the input."""
-        return like.new_empty(num_rows, self.gate.in_features)
+        return Rows(like.new_empty(num_rows, self.gate.in_features))
 
-    def project_in(self, y: Tensor, seed: Tensor | None, kept: Routed) -> None:
+    def project_in(self, y: Rows, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
-        routing = kept.routing = route(y, self.gate.weight, *self.choice, self.gate.bias)
-        rows = gather_expert_rows(y, routing.places)
+        routing = kept.routing = route(y.ext, self.gate.weight, *self.choice, self.gate.bias)
+        rows = gather_expert_rows(y.ext, routing.places)
         kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
 
-    def inner(self, kept: Routed) -> Tensor:  # (R, F)
+    def inner(self, kept: Routed) -> Rows:  # (R, F)
         """Compute activation(gate) up."""
-        return glu(kept.gate_up_ext, self.activation)
+        return Rows(glu(kept.gate_up_ext, self.activation))
 
-    def project_out(self, inner: Tensor, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
+    def project_out(self, inner: Rows, seed: Tensor | None, kept: Routed) -> Tensor:  # (M, D)
         """Compute the output of what `inner` returns."""
         routing = kept.routing
         assert routing is not None
         # there are no updates
-        kept.h_down = inner.new_empty(0)
-        rows = self.down.forward(inner, routing.offsets)
+        kept.h_down = inner.ext.new_empty(0)
+        rows = self.down.forward(inner.ext, routing.offsets)
         return combine_expert_rows(rows, routing.places, routing.weights)
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
@@ -122,7 +123,7 @@ class ExpertMLP(nn.Module):
         grad_rows = gather_expert_rows(grad_out, routing.places)
         grad_inner = self.down.backward(grad_rows, routing.offsets)
         del grad_rows
-        inner = self.inner(kept)
+        inner = self.inner(kept).ext
         kept.grad_weights = weigh_expert_rows_backward(
             grad_inner, inner, routing.places, routing.weights
         )

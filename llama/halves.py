@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.glu import Activation, glu, glu_backward
+from kernels.glu_fp8 import glu_fp8
 from llama.config import LlamaConfig
 from llama.norm import RMSNorm
 from lora.linear_group import LinearGroup
+from lora.rows import Rows
 
 
 class Gated:
@@ -89,29 +91,32 @@ class MLP(nn.Module):
         """Columns behind the gradient of the output, for that of h."""
         return self.down.tail
 
-    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, D + tail)
-        """Allocate a buffer for the input."""
+    def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, D + tail)
+        """Allocate buffers for the input."""
         return self.gate_up.empty_input(num_rows, like)
 
-    def project_in(self, y_ext: Tensor, seed: Tensor | None, kept: Gated) -> None:
+    def project_in(self, y: Rows, seed: Tensor | None, kept: Gated) -> None:
         """Compute gate | up."""
         gate_up = self.gate_up
-        kept.gate_up_ext = gate_up.empty_output(y_ext.shape[0], y_ext)
-        gate_up.forward(y_ext, seed, out=kept.gate_up_ext[:, : gate_up.num_rows])
-        kept.h_gate_up = own(y_ext[:, gate_up.in_features :])
+        kept.gate_up_ext = gate_up.empty_output(y.ext.shape[0], y.ext)
+        gate_up.forward(y, seed, out=kept.gate_up_ext[:, : gate_up.num_rows])
+        kept.h_gate_up = own(y.ext[:, gate_up.in_features :])
 
-    def inner(self, kept: Gated) -> Tensor:  # (M, F + tail)
+    def inner(self, kept: Gated) -> Rows:  # (M, F + tail)
         """Compute activation(gate) up."""
-        down = self.down
-        inner_ext = down.empty_input(kept.gate_up_ext.shape[0], kept.gate_up_ext)
-        gates_and_ups = kept.gate_up_ext[:, : self.gate_up.num_rows]
-        glu(gates_and_ups, self.activation, out=inner_ext[:, : down.in_features])
-        return inner_ext
+        down, gates_and_ups = self.down, kept.gate_up_ext[:, : self.gate_up.num_rows]
+        inner = down.empty_input(gates_and_ups.shape[0], gates_and_ups)
+        h = inner.ext[:, : down.in_features]
+        if inner.fp8 is None:
+            glu(gates_and_ups, self.activation, out=h)
+        else:
+            glu_fp8(gates_and_ups, self.activation, h, inner.fp8)
+        return inner
 
-    def project_out(self, inner_ext: Tensor, seed: Tensor | None, kept: Gated) -> Tensor:  # (M, D)
+    def project_out(self, inner: Rows, seed: Tensor | None, kept: Gated) -> Tensor:  # (M, D)
         """Compute the output of what `inner` returns."""
-        output = self.down.forward(inner_ext, seed)
-        kept.h_down = own(inner_ext[:, self.down.in_features :])
+        output = self.down.forward(inner, seed)
+        kept.h_down = own(inner.ext[:, self.down.in_features :])
         return output
 
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Gated) -> None:

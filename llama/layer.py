@@ -44,6 +44,7 @@ from llama.experts import ExpertMLP, Routed
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
 from lora.frozen_group import FrozenGroup
+from lora.rows import Rows
 
 
 class Shared(NamedTuple):
@@ -145,11 +146,11 @@ class DecoderLayer(nn.Module):
         gated = attended if has_backward else Activations()
         r2 = self._gate(r1, delta, shared, gated)
         del attended, delta
-        inner_ext = self.mlp.inner(gated)
+        inner = self.mlp.inner(gated)
         projected = gated if has_backward else Activations()
         projected.routing = gated.routing
         del gated
-        delta = self._project(inner_ext, shared, projected)
+        delta = self._project(inner, shared, projected)
         if has_backward:
             return r2, delta, projected
         kept = Activations()
@@ -181,43 +182,42 @@ class DecoderLayer(nn.Module):
         """Compute what attention adds to the residual stream."""
         qkv, o, seed = self.self_attn.qkv, self.self_attn.o, shared.dropout_seed
         M, D = x.shape
-        y_ext = qkv.empty_input(M, x)
+        y = qkv.empty_input(M, x)
         norm = self.norm_before(self.norms.before_attention)
-        _, kept.r1, kept.rstd1 = norm(x, delta, out=y_ext[:, :D])
-        heads = qkv.forward(y_ext, seed).unflatten(0, tuple(shared.positions.shape))
+        _, kept.r1, kept.rstd1 = norm(x, delta, out=y.ext[:, :D], fp8=y.fp8)
+        heads = qkv.forward(y, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
         # the rotation overwrites heads, which nothing else holds
-        attn, tables = self.self_attn, shared.tables[self.table]
+        attn, tables, samples = self.self_attn, shared.tables[self.table], shared.samples
         query, key, value = rope(
             heads, shared.positions, tables, *attn.counts[:2], head_dim=attn.head_dim
         )
         if slot is not None:
             slot.store(self.index, key, value)
-        samples, sinks = shared.samples, attn.sinks
-        kept.mixed = attention(query, key, value, self.scores, has_backward, samples, sinks)
+        kept.mixed = attention(query, key, value, self.scores, has_backward, samples, attn.sinks)
         output, mixed_ext = o.forward_from(_rows_of(kept.mixed.output), seed)
         kept.h_o = own(mixed_ext[:, o.in_features :])
         delta, kept.output_o = self._normalize_behind(self.norms.behind_attention, output)
-        kept.h_qkv = own(y_ext[:, D:])
+        kept.h_qkv = own(y.ext[:, D:])
         return delta
 
     def _gate(self, r1: Tensor, delta: Tensor, shared: Shared, kept: Activations) -> Tensor:
         """Compute gate | up, and r2, (M, D)."""
         norm = self.norm_before(self.norms.before_mlp)
         M, D = r1.shape
-        y_ext = self.mlp.empty_input(M, r1)
+        y = self.mlp.empty_input(M, r1)
         if self.is_parallel:
-            norm(r1, out=y_ext[:, :D])
+            norm(r1, out=y.ext[:, :D], fp8=y.fp8)
             r2 = r1 + delta
         else:
-            _, r2, kept.rstd2 = norm(delta, r1, out=y_ext[:, :D])
+            _, r2, kept.rstd2 = norm(delta, r1, out=y.ext[:, :D], fp8=y.fp8)
             kept.r2 = r2
-        self.mlp.project_in(y_ext, shared.dropout_seed, kept)
+        self.mlp.project_in(y, shared.dropout_seed, kept)
         return r2
 
-    def _project(self, inner_ext: Tensor, shared: Shared, kept: Activations) -> Tensor:  # (M, D)
+    def _project(self, inner: Rows, shared: Shared, kept: Activations) -> Tensor:  # (M, D)
         """Compute what the MLP adds to the residual stream."""
-        output = self.mlp.project_out(inner_ext, shared.dropout_seed, kept)
+        output = self.mlp.project_out(inner, shared.dropout_seed, kept)
         delta, kept.output_down = self._normalize_behind(self.norms.behind_mlp, output)
         return delta
 

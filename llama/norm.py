@@ -12,6 +12,8 @@ So the multiplier is in two constants: the scale of embeddings, and eps of the s
 import torch
 from torch import Tensor, nn
 
+from kernels.fp8 import Fp8Rows
+from kernels.fp8_rows import quantize_rows
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_backward import rms_norm_backward
 from llama.config import LlamaConfig
@@ -39,10 +41,15 @@ class RMSNorm(nn.Module):
         self.is_centred = config.has_centred_norms
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        fp8: Fp8Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (M,) float32
         """Normalize r = x + residual as `kernels.rms_norm.rms_norm` does."""
-        return rms_norm(x, self.weight, self.eps, residual, out, self.offset, self.is_centred)
+        kind = (self.offset, self.is_centred)
+        return rms_norm(x, self.weight, self.eps, residual, out, *kind, fp8)
 
     def backward(
         self,
@@ -62,11 +69,17 @@ class NoNorm:
     """What stands before a half of a layer where a family has no norm there: y = r."""
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        fp8: Fp8Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (0,) float32
         """Add as `RMSNorm.forward` does."""
         r = x if residual is None else x + residual
         y = r if out is None else out.copy_(r)
+        if fp8 is not None:
+            quantize_rows(y, fp8)
         return y, r, x.new_empty(0, dtype=torch.float32)
 
     def backward(

@@ -98,10 +98,8 @@ class Attention(nn.Module):
         self.config = config
         D, head_dim = config.hidden_size, config.head_dim
         self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
-        rows = {
-            n: c * head_dim
-            for n, c in zip(("q_proj", "k_proj", "v_proj"), self.counts, strict=True)
-        }
+        names = ("q_proj", "k_proj", "v_proj")
+        rows = {n: c * head_dim for n, c in zip(names, self.counts, strict=True)}
         self.inputs = {"qkv_proj": sum(rows.values())} if config.is_fused else rows
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.qkv_bias))

@@ -8,7 +8,10 @@ and are added to the same sums:
     SixteenBits     | W | s B |          EightBits       W in E4M3, W^T in E4M3
                     | A |     |                          A, s B
 
-Before a pass `write_updates` fills A and s B. x and grad_y come with h and grad_h in their tails.
+Before a pass `write_updates` fills A and s B. x and grad_y come with h and grad_h in their tails,
+and x in E4M3 too where the kernel that produced it wrote that. Gradients are quantized some rows at
+a time when they are multiplied: all of gate | up at once would be the most that a pass has in
+memory.
 """
 
 from collections.abc import Iterator
@@ -21,11 +24,14 @@ from kernels.fp8 import Fp8Weight, LowRankTail
 from kernels.fp8_matmul import fp8_matmul
 from kernels.fp8_rows import quantize_rows
 from kernels.nf4_to_fp8 import nf4_to_fp8
+from lora.rows import Rows
 from nf4.weight import NF4Weight
 
 # rows of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more time a row
 # on an H200, while products by the transposed weight take the same
 MOST_ROWS = 8192
+# rows of gradients that are in E4M3 at once: as many bytes as an 8B's widest weight then has
+MOST_QUANTIZED_ROWS = 4096
 
 
 class SixteenBits(NamedTuple):
@@ -43,12 +49,12 @@ class SixteenBits(NamedTuple):
     def sB(self) -> Tensor:  # (N, T)
         return self.W_ext[: self.num_rows, self.in_features :]
 
-    def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    def multiply(self, x: Rows, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """Multiply (M, K + T) rows to (M, N)."""
         W = self.W_ext[: self.num_rows].T
         if bias is None:
-            return torch.mm(x_ext, W, out=out)
-        return torch.addmm(bias, x_ext, W, out=out)
+            return torch.mm(x.ext, W, out=out)
+        return torch.addmm(bias, x.ext, W, out=out)
 
     def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
         """Multiply (M, N + T) gradients to (M, K), the updates' part included or not."""
@@ -80,25 +86,28 @@ class EightBits(NamedTuple):
     W: Fp8Weight | None = None
     W_transposed: Fp8Weight | None = None
 
-    def multiply(self, x_ext: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    def multiply(self, x: Rows, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """Multiply (M, K + T) rows to (M, N)."""
         N, K = self.weight.shape
-        y = x_ext.new_empty(x_ext.shape[0], N) if out is None else out
+        y = x.ext.new_empty(x.ext.shape[0], N) if out is None else out
         W = nf4_to_fp8(self.weight, self.scale) if self.W is None else self.W
-        tail = LowRankTail(x_ext[:, K:], self.sB) if self.sB.shape[1] else None
-        fp8_matmul(quantize_rows(x_ext[:, :K]), W, y, tail, bias)
+        tail = LowRankTail(x.ext[:, K:], self.sB) if self.sB.shape[1] else None
+        values = quantize_rows(x.ext[:, :K]) if x.fp8 is None else x.fp8
+        fp8_matmul(values, W, y, tail, bias)
         return y
 
     def multiply_back(self, grad_ext: Tensor, has_updates: bool) -> Tensor:
         """Multiply (M, N + T) gradients to (M, K), the updates' part included or not."""
         N, K = self.weight.shape
-        grad_x = grad_ext.new_empty(grad_ext.shape[0], K)
         W = self.W_transposed
         if W is None:
             W = nf4_to_fp8(self.weight, self.scale, is_transposed=True)
-        tail = LowRankTail(grad_ext[:, N:], self.A.T) if has_updates else None
-        fp8_matmul(quantize_rows(grad_ext[:, :N]), W, grad_x, tail)
-        return grad_x
+        out = grad_ext.new_empty(grad_ext.shape[0], K)
+        num_parts = max(grad_ext.shape[0] // MOST_QUANTIZED_ROWS, 1)
+        for part, rows in zip(out.chunk(num_parts), grad_ext.chunk(num_parts), strict=True):
+            tail = LowRankTail(rows[:, N:], self.A.T) if has_updates else None
+            fp8_matmul(quantize_rows(rows[:, :N]), W, part, tail)
+        return out
 
     def kept(self) -> "EightBits":
         """What stays from pass to pass."""

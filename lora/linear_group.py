@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
+from kernels.fp8 import empty_fp8_rows
 from kernels.lora_extension import Update, make_lora_extension_tables, write_updates
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
@@ -48,6 +49,7 @@ from kernels.nf4_to_fp8 import fp8_scale, members_obstacle
 from lora.config import UpdateSize
 from lora.expansion import EightBits, Expansion, SixteenBits
 from lora.frozen_group import FrozenGroup
+from lora.rows import Rows
 from nf4.weight import NF4Weight
 
 # of the tails' columns: rows stay aligned for the widest access, and their strides are no powers of
@@ -158,15 +160,17 @@ class LinearGroup(FrozenGroup):
         """The columns that x and grad_y have behind their own, for h and its gradient."""
         return tail_columns(0 if self.lora_A is None else self.lora_A.shape[0])
 
-    def empty_input(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, K + T)
-        """Allocate a buffer for x and its tail, on a tensor's device and in its dtype."""
-        return new_rows(like, num_rows, self.in_features + self.tail)
+    def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, K + T)
+        """Allocate buffers for x and its tail, on a tensor's device and in its dtype."""
+        ext, K = new_rows(like, num_rows, self.in_features + self.tail), self.in_features
+        in_fp8 = self.fp8_scale is not None
+        return Rows(ext, empty_fp8_rows((num_rows, K), ext.device) if in_fp8 else None)
 
     def extended(self, x: Tensor) -> Tensor:  # (M, K) -> (M, K + T)
         """Put x into a buffer with a tail; x itself where there is none."""
         if not self.tail:
             return x
-        x_ext = self.empty_input(x.shape[0], x)
+        x_ext = new_rows(x, x.shape[0], self.in_features + self.tail)
         x_ext[:, : self.in_features] = x
         return x_ext
 
@@ -225,7 +229,7 @@ class LinearGroup(FrozenGroup):
 
     def forward(
         self,
-        x_ext: Tensor,  # (M, K + T), x in the first K columns
+        rows: Rows,  # (M, K + T), x in the first K columns
         seed: Tensor | None = None,  # (1,) int64, of the dropout; None: there is none
         out: Tensor | None = None,  # (M, N), each row contiguous
     ) -> Tensor:  # (M, N)
@@ -234,13 +238,13 @@ class LinearGroup(FrozenGroup):
         Few rows are multiplied by the packed weight.
         """
         K = self.in_features
-        x, h = x_ext[:, :K], x_ext[:, K:]
+        x, h = rows.ext[:, :K], rows.ext[:, K:]
         if self._decodes_inside(x, seed):
             return self._multiply_packed(x, h, out)
         expansion = self.expand(x.dtype)
         if self.updates:
             torch.mm(self.dropped(x, seed), expansion.A.T, out=h)
-        return expansion.multiply(x_ext, self._bias(x.dtype), out)
+        return expansion.multiply(rows, self._bias(x.dtype), out)
 
     def forward_from(
         self,
@@ -249,11 +253,12 @@ class LinearGroup(FrozenGroup):
     ) -> tuple[Tensor, Tensor]:  # (M, N) and (M, K + T)
         """Apply all members to an x that lies elsewhere, and return it with h behind it."""
         if self.lora_A is None or self._drops(seed) or self._decodes_inside(x, seed):
-            x_ext = self.extended(x)
-            return self.forward(x_ext, seed), x_ext
-        x_ext, expansion = self.empty_input(x.shape[0], x), self.expand(x.dtype)
-        extend_input(x, expansion.A[: self.lora_A.shape[0]], x_ext)
-        return expansion.multiply(x_ext, self._bias(x.dtype), None), x_ext
+            rows = Rows(self.extended(x))
+            return self.forward(rows, seed), rows.ext
+        rows = Rows(new_rows(x, x.shape[0], self.in_features + self.tail))
+        expansion = self.expand(x.dtype)
+        extend_input(x, expansion.A[: self.lora_A.shape[0]], rows.ext)
+        return expansion.multiply(rows, self._bias(x.dtype), None), rows.ext
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

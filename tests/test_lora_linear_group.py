@@ -17,6 +17,7 @@ from lora import linear_group
 from lora.config import UpdateSize
 from lora.expansion import SixteenBits
 from lora.linear_group import TAIL_MULTIPLE, LinearGroup
+from lora.rows import Rows
 from nf4.weight import NF4Weight, Quantization, dequantize, quantize
 from optim.adamw import AdamW
 from optim.arena import GradientArena
@@ -125,7 +126,7 @@ def run(
     for parameter in group.parameters():
         parameter.grad = torch.full_like(parameter, start)
     x_ext = group.extended(x)
-    y = group(x_ext, seed, out)
+    y = group(Rows(x_ext), seed, out)
     assert out is None or y is out
     assert_equal(x_ext[:, :K], x)
     h = x_ext[:, K:].clone()
@@ -288,7 +289,7 @@ def test_the_room_beyond_a_members_rank_is_never_trained(is_8bit: bool, dtype: t
         optimizer.gradients.zero_()
         x_ext = group.extended(x)
         with torch.no_grad():
-            group(x_ext, seed_on(CPU) + seed)
+            group(Rows(x_ext), seed_on(CPU) + seed)
             h = x_ext[:, IN_FEATURES:].clone()
             grad_ext = group.empty_output(len(x), grad_y)
             grad_ext[:, : sum(ROWS)] = grad_y
@@ -496,7 +497,7 @@ def test_without_updates_there_is_no_tail(quantization: str) -> None:
     x, grad_y = draw()
     assert group.tail == 0
     assert group.extended(x) is x
-    assert group.empty_input(3, x).shape == (3, IN_FEATURES)
+    assert group.empty_input(3, x).ext.shape == (3, IN_FEATURES)
     assert group.empty_output(3, x).shape == (3, sum(ROWS))
     (W,) = group.expand(torch.float32).tensors()
     assert_equal(W, case.weight.float())
@@ -684,8 +685,8 @@ def test_gpu_few_rows_are_multiplied_by_the_packed_weight(
     x = torch.randn(num_tokens, group.in_features, device="cuda").bfloat16()
     with torch.no_grad():
         x_ext = group.extended(x)
-        group(x_ext)
+        group(Rows(x_ext))
         assert len(calls) == num_calls
         # not for a product whose h is of a dropped x
-        group(x_ext, seed_on(x.device))
+        group(Rows(x_ext), seed_on(x.device))
     assert len(calls) == num_calls

@@ -2,20 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from support.layer_cases import (
     CPU,
+    TINY_GATES,
+    TINY_NORMS,
+    GateCase,
+    NormCase,
     assert_nan_behind,
+    gate_results,
     generator_of,
     nan_in_wider_rows,
+    norm_results,
     part_of_wider_rows,
 )
 from support.nf4_cases import WeightCase
 from torch import Tensor
 
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail
+from kernels.glu import Activation
 
 
 def midpoints() -> Tensor:  # (126,) float32
@@ -91,6 +99,54 @@ def quantized_rows(
     quantize(x, out)
     assert_nan_behind(values)
     return Fp8Rows(values.contiguous(), out.scales)
+
+
+# of the cases of kernels that write their result in E4M3 too
+NORMS_IN_FP8 = [case for case in TINY_NORMS if case.dtype == torch.float16]
+GATES_IN_FP8 = [case for case in TINY_GATES if case.dtype == torch.float16]
+
+
+def nan_rows(num_rows: int, width: int, device: torch.device = CPU) -> Fp8Rows:
+    """Make rows to be written to, NaN all over."""
+    values = nan_in_wider_rows((num_rows, width), E4M3, device)
+    return Fp8Rows(values, torch.full((num_rows,), torch.nan, device=device))
+
+
+def with_rows(results: dict[str, Tensor], **rows: Fp8Rows) -> dict[str, Tensor]:
+    """Add what was written to rows, and see that nothing is behind them."""
+    for name, (values, scales) in rows.items():
+        assert_nan_behind(values)
+        results |= {f"{name}/values": values.contiguous(), f"{name}/scales": scales}
+    return results
+
+
+def norm_in_fp8(
+    case: NormCase,
+    norm: Callable[..., Any],
+    norm_backward: Callable[..., Any],
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run a normalization that writes its result in E4M3 too."""
+    y = nan_rows(case.num_rows, case.width, device)
+    return with_rows(norm_results(case, partial(norm, fp8=y), norm_backward, device), y=y)
+
+
+def gate_in_fp8(
+    case: GateCase,
+    glu: Callable[..., Any],
+    glu_backward: Callable[..., Any],
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """Run a gating that writes its result in E4M3 too."""
+    h = nan_rows(case.num_rows, case.width, device)
+
+    def forward(gate_up: Tensor, activation: Activation, out: Tensor | None) -> Tensor:
+        shape = (case.num_rows, case.width)
+        written = gate_up.new_full(shape, torch.nan) if out is None else out
+        glu(gate_up, activation, written, h)
+        return written
+
+    return with_rows(gate_results(case, forward, glu_backward, device), h=h)
 
 
 # one member; several, of sizes that no tile has; a block of several rows, and of a half

@@ -16,14 +16,19 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from support.fp8_cases import (  # noqa: E402
+    GATES_IN_FP8,
+    NORMS_IN_FP8,
     TINY_FP8_WEIGHTS,
     TINY_MATMULS,
     TINY_ROWS,
+    gate_in_fp8,
     non_finite_rows,
+    norm_in_fp8,
     product,
     quantized_rows,
 )
 from support.interpreted_kernels import (  # noqa: E402
+    gated_in_place,
     let_functions_find_the_language_patched,
     let_loops_run_under_numpy_2_4,
 )
@@ -37,7 +42,10 @@ from kernels.fp8 import E4M3, Fp8Rows  # noqa: E402
 from kernels.fp8_matmul import _launch_fp8_matmul  # noqa: E402
 from kernels.fp8_matmul_pointers import launch_fp8_matmul_pointers  # noqa: E402
 from kernels.fp8_rows import _launch_quantize_rows  # noqa: E402
+from kernels.glu_fp8 import _launch_glu_fp8  # noqa: E402
 from kernels.nf4_to_fp8 import _launch_nf4_to_fp8, fp8_scale  # noqa: E402
+from kernels.rms_norm import _launch_rms_norm  # noqa: E402
+from kernels.rms_norm_backward import _launch_rms_norm_backward  # noqa: E402
 
 
 def let_e4m3_be_converted_as_by_torch() -> None:
@@ -88,8 +96,28 @@ def products(results: dict[str, Tensor]) -> None:
         results[f"pointers-{case}"] = product(case, launch_fp8_matmul_pointers)
 
 
+def norms(results: dict[str, Tensor]) -> None:
+    """Add normalized rows, in E4M3 too, and their gradients."""
+    for case in NORMS_IN_FP8:
+        found = norm_in_fp8(case, _launch_rms_norm, _launch_rms_norm_backward)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
+def gates(results: dict[str, Tensor]) -> None:
+    """Add gated rows, in E4M3 too, and their gradients."""
+    for case in GATES_IN_FP8:
+        found = gate_in_fp8(case, _launch_glu_fp8, gated_in_place)
+        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+
+
 # by the file in kernels/
-KERNELS = {"fp8_rows": rows, "nf4_to_fp8": weights, "fp8_matmul": products}
+KERNELS = {
+    "fp8_rows": rows,
+    "nf4_to_fp8": weights,
+    "fp8_matmul": products,
+    "rms_norm": norms,
+    "glu_fp8": gates,
+}
 
 
 def main() -> None:
