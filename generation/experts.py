@@ -16,6 +16,7 @@ from kernels.nf4_decode import make_nf4_tables
 from llama.experts import ExpertMLP, Routed
 from llama.routing import choose
 from lora.expert_group import ExpertGroup
+from lora.rows import Rows
 from nf4.weight import NF4Weight, pick_parts
 
 
@@ -44,7 +45,7 @@ class TokenExperts:
         mlp = self._mlp
         if not self._picks:
             kept = Routed()
-            mlp.project_in(y, None, kept)
+            mlp.project_in(Rows(y), None, kept)
             return mlp.project_out(mlp.inner(kept), None, kept)
         chosen, weights, _ = choose(y, mlp.gate.weight, *mlp.choice, mlp.gate.bias)
         experts, rows = chosen.flatten(), y.repeat_interleave(chosen.shape[1], dim=0)
