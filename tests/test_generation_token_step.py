@@ -19,6 +19,7 @@ from llama.cache import KeyValueCache, Slot
 from llama.experts import ExpertMLP, Routed
 from llama.model import Llama, projections
 from lora.config import LoRAConfig
+from lora.rows import Rows
 from nf4.weight import Quantization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -103,7 +104,7 @@ def test_a_quantized_model_token_by_token_as_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 3], ids=["picked", "all expanded"])
 @pytest.mark.parametrize("quantization", [None, NF4, Quantization(32, False)], ids=str)
-@pytest.mark.parametrize("variant", ["olmoe", "mixtral", "granite-moe"])
+@pytest.mark.parametrize("variant", ["olmoe", "mixtral", "granite-moe", "gpt-oss"])
 def test_few_tokens_have_the_experts_that_many_have(
     tmp_path: Path, variant: str, quantization: Quantization | None, num_tokens: int
 ) -> None:
@@ -111,7 +112,7 @@ def test_few_tokens_have_the_experts_that_many_have(
     assert isinstance(mlp, ExpertMLP)
     y = torch.randn(num_tokens, mlp.gate.in_features, generator=torch.Generator().manual_seed(3))
     kept = Routed()
-    mlp.project_in(y, None, kept)
+    mlp.project_in(Rows(y), None, kept)
     expected = mlp.project_out(mlp.inner(kept), None, kept)
     one_token = TokenExperts(mlp, torch.float32, num_tokens)
     assert one_token._picks == (num_tokens == 1)
