@@ -1,6 +1,7 @@
 """Say where the time of a micro-step goes: every kernel in a family, beside the family's limit.
 
     python -m benchmarks breakdown --shape 4x2048 --json benchmarks/results/breakdown.h100.json
+    python -m benchmarks breakdown --base-compute fp8 ...
 
 One micro-step of Llama-3-8B's shape with random weights, rank 16 on all linear layers, is run
 kernel by kernel, as it is before it is captured, under torch's profiler. A kernel's name tells ours
@@ -18,10 +19,11 @@ and `family_of` decides. Regions are marked by wrapping the product's functions 
 runs; nothing in them changes.
 
 A family's limit is the bytes that it cannot do without over a copy's bandwidth, or its FLOPs over
-the rate of a large product, whichever takes longer; both are measured in this process. What a
-policy computes again is counted, each packed weight is expanded once forward and once backward, and
-the updates' tails within the base products are counted as nothing. Copies between host and device
-run beside the rest and have no share in the step.
+the rate of a large product, whichever takes longer; both are measured in this process. A FLOP in
+E4M3 counts as half of one, as data sheets have it. What a policy computes again is counted, each
+packed weight is expanded once forward and once backward, and the updates' tails within the base
+products are counted as nothing. Copies between host and device run beside the rest and have no
+share in the step.
 """
 
 import argparse
@@ -50,6 +52,7 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import parse_shape, random_ids
 from benchmarks.tables import Row, aligned, breakdown_table
+from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.experts import ExpertMLP
 from llama.model import Llama, projections
@@ -69,6 +72,7 @@ FAMILIES = (
     "attention, forward",
     "attention, backward",
     "dequantization",
+    "rows to E4M3",
     "low-rank updates",
     "norms",
     "rotation",
@@ -83,7 +87,9 @@ FAMILIES = (
 # our kernels, by what their names begin with
 KERNELS = {
     "_nf4_dequantize_kernel": "dequantization",
+    "_nf4_to_fp8_": "dequantization",
     "_nf4_matmul_": "base products, forward",
+    "_quantize_rows_kernel": "rows to E4M3",
     "_write_updates_kernel": "low-rank updates",
     "_extend_input_kernel": "low-rank updates",
     "_lora_gradient_": "low-rank updates",
@@ -112,8 +118,8 @@ REGIONS: tuple[tuple[Any, str, str], ...] = (
     (llama.layer, "attention_backward", "quatrain: attention backward"),
     (micro_step, "linear_cross_entropy_with_gradient", "quatrain: loss"),
 )
-# of experts' rows, forward or back as the region says
-GROUPED_PRODUCT = "_grouped_matmul_"
+# forward or back as the region says
+BASE_PRODUCTS = ("_grouped_matmul_", "_fp8_matmul_")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 # a product with a side as short as this is an update's: ranks are, tokens and weights are not
 LONGEST_RANK_SIDE = 256
@@ -251,7 +257,7 @@ def family_of(kernel: Kernel) -> str:
         return region.replace(" ", ", ")
     if region == "routing":
         return region
-    if kernel.name.startswith(GROUPED_PRODUCT):
+    if kernel.name.startswith(BASE_PRODUCTS):
         return region.replace("group", "base products,")
     if kernel.operation in PRODUCTS and not kernel.is_copy:
         if region == "loss":
@@ -310,16 +316,36 @@ def _times(times: float, *costs: Cost) -> Cost:
     return Cost(times * sum(c.num_bytes for c in costs), times * sum(c.num_flops for c in costs))
 
 
-def _products_of(groups: Sequence[FrozenGroup], M: int, num_chosen: int) -> Cost:
+def _is_in_fp8(group: FrozenGroup) -> bool:
+    return isinstance(group, LinearGroup) and group.fp8_scale is not None
+
+
+def _products_of(
+    groups: Sequence[FrozenGroup], M: int, num_chosen: int, is_backward: bool = False
+) -> Cost:
     total = Cost()
     for group in groups:
         weights, N, num_rows = group.num_rows * group.in_features, group.num_rows, M
         if isinstance(group, ExpertGroup):
             N, num_rows = group.rows_of_one, M * num_chosen
         K = group.in_features
-        num_bytes = BF16 * (weights + num_rows * (N + K))
-        total = _times(1, total, Cost(num_bytes, 2 * num_rows * N * K))
+        read, written = (N, K) if is_backward else (K, N)
+        # of the weight and of the rows that it is multiplied by
+        itemsize = E4M3.itemsize if _is_in_fp8(group) else BF16
+        num_bytes = itemsize * (weights + num_rows * read) + BF16 * num_rows * written
+        num_flops = 2 * num_rows * N * K * itemsize / BF16
+        total = _times(1, total, Cost(num_bytes, num_flops))
     return total
+
+
+def _quantized(widths: Iterable[int], M: int) -> Cost:
+    """Rows are read in 16 bits and written in E4M3."""
+    return Cost(M * sum(widths) * (BF16 + E4M3.itemsize))
+
+
+def _written_too(groups: Iterable[FrozenGroup], M: int) -> Cost:
+    """Inputs are written in E4M3 by the kernels that produce them."""
+    return Cost(M * sum(group.in_features for group in groups if _is_in_fp8(group)))
 
 
 def _ways_of_rows(M: int, num_chosen: int, D: int, F: int) -> tuple[Cost, Cost]:
@@ -367,14 +393,23 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
             Cost(glu_bytes(mode, M * num_chosen, F, BF16)) for mode in ("forward", "backward-h")
         )
         costs["base products, forward"].append(_products_of(groups, M, num_chosen))
-        costs["base products, backward"].append(_products_of(groups[is_first:], M, num_chosen))
+        costs["base products, backward"].append(
+            _products_of(groups[is_first:], M, num_chosen, is_backward=True)
+        )
+        in_fp8 = [group for group in groups if _is_in_fp8(group)]
+        # attention's result is not written in E4M3
+        mixed = [group.in_features for group in in_fp8 if group is layer.self_attn.o]
+        gradients = [g.num_rows for g in in_fp8 if not (is_first and g is layer.self_attn.qkv)]
+        costs["rows to E4M3"] += [_quantized(mixed, M), _quantized(gradients, M)]
+        costs["norms"].append(_written_too(groups[::2], M))
+        costs["gate"].append(_written_too(groups[3:], M))
         costs["attention, forward"].append(mixing)
         costs["attention, backward"].append(mixing_back)
         if policy != "expand":
-            costs["dequantization"] += [
-                Cost(2 * (nf4_bytes(N, K) + BF16 * N * K))
-                for N, K in ((group.num_rows, group.in_features) for group in groups)
-            ]
+            for group in groups:
+                N, K = group.num_rows, group.in_features
+                itemsize = E4M3.itemsize if _is_in_fp8(group) else BF16
+                costs["dequantization"].append(Cost(2 * (nf4_bytes(N, K) + itemsize * N * K)))
         for is_backward in (False, True):
             costs["low-rank updates"].append(_updates_of(groups, M, is_backward))
         # the first layer has nothing to add, and no gradient to pass on
@@ -385,6 +420,8 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         if policy not in KEEPS_ACTIVATIONS:
             # all but down, and what comes right before it
             costs["base products, forward"].append(_products_of(groups[:3], M, num_chosen))
+            costs["rows to E4M3"].append(_quantized(mixed, M))
+            costs["norms"].append(_written_too(groups[:3:2], M))
             costs["attention, forward"].append(mixing)
             costs["low-rank updates"].append(_updates_of(groups[:3], M, False))
             costs["norms"] += [norm, norm_added]
@@ -397,7 +434,8 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
     num_targets = M - num_samples
     costs["loss, products"] = [Cost(0, 4 * num_targets * V * D)]
     costs["loss, cross-entropy"] = [Cost(cross_entropy_bytes("gradient", num_targets, V, BF16))]
-    return {family: _times(1, *parts) for family, parts in costs.items()}
+    totals = {family: _times(1, *parts) for family, parts in costs.items()}
+    return {family: total for family, total in totals.items() if any(total)}
 
 
 def limit_ms(cost: Cost, gbps: float, tflops: float) -> float:
@@ -492,6 +530,7 @@ def main() -> int:
     parser.add_argument("--shape", type=parse_shape, default="4x2048", help="SAMPLESxTOKENS")
     parser.add_argument("--model", choices=CONFIGS, default="llama-3-8b", help="a named shape")
     parser.add_argument("--policy", choices=get_args(Policy), default="keep")
+    parser.add_argument("--base-compute", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--json", type=Path, help="result file to write")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     arguments = parser.parse_args()
@@ -504,6 +543,8 @@ def main() -> int:
     gbps, tflops = copy_gbps(device), matmul_tflops(device)
     torch.cuda.empty_cache()
     model = random_model(CONFIGS[arguments.model], device)
+    if arguments.base_compute == "fp8":
+        model.multiply_in_fp8()
     lora = LoRAConfig(RANK, 2 * RANK, 0.0, projections(model.config))
     model.attach_lora(lora, seed=0)
     policies: list[Policy] = [arguments.policy] * len(model.layers)
@@ -514,13 +555,15 @@ def main() -> int:
         "model": arguments.model,
         "shape": "x".join(map(str, arguments.shape)),
         "policy": arguments.policy,
+        "base_compute": arguments.base_compute,
         "copy_gbps": round(gbps, 1),
         "matmul_tflops": round(tflops, 1),
         "span_ms": round(span_ms(events), 3),
         "kernels": listed(kernels),
         "rows": rows,
     }
-    print(f"\n{record['device']}, {record['shape']}, {arguments.policy}")
+    shape, compute = record["shape"], arguments.base_compute
+    print(f"\n{record['device']}, {shape}, {arguments.policy}, base products in {compute}")
     print(f"copy {gbps:,.0f} GB/s, product {tflops:,.0f} TFLOP/s; kernel by kernel, with the gaps")
     print(f"between launches that a captured step has not, {record['span_ms']:.1f} ms\n")
     print(aligned(*breakdown_table(rows)))

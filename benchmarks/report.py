@@ -29,6 +29,7 @@ from benchmarks.tables import (
     decode_table,
     fp8_curves_table,
     fp8_error_table,
+    fp8_matmul_table,
     grouped_matmul_table,
     load_table,
     markdown,
@@ -111,6 +112,13 @@ STEP_SECTIONS = {
         f"layers, AdamW in 32 bits (`python -m benchmarks train_step`). {STEP_COUNTED}",
         train_step_table,
     ),
+    "train_step_fp8": Section(
+        "Training step, base products in FP8",
+        "The same with the frozen base's products in FP8 "
+        "(`python -m benchmarks train_step --base-compute fp8`); so are those of the limit, by "
+        "torch. The peers multiply in bf16.",
+        train_step_table,
+    ),
     "train_step_seed": Section(
         "Training step, two projections",
         "The same with rank 16 on q_proj and v_proj, dropout 0.05 and AdamW in 8 bits "
@@ -160,6 +168,13 @@ STEP_SECTIONS = {
         "Breakdown",
         "The kernels of one micro-step of Llama-3-8B, rank 16 on all linear layers, in families "
         "(`python -m benchmarks breakdown`). The limit is the time of a family's bytes or FLOPs.",
+        breakdown_table,
+    ),
+    "breakdown_fp8": Section(
+        "Breakdown, base products in FP8",
+        "The same with the frozen base's products in FP8 "
+        "(`python -m benchmarks breakdown --base-compute fp8`). The limit of a product in E4M3 is "
+        "half of the time of one in bf16.",
         breakdown_table,
     ),
     "fp8_error": Section(
@@ -213,6 +228,15 @@ KERNEL_SECTIONS = {
         "and 2 M N K FLOPs. `fused`, `warpgroup` and `expand` are our three paths, and `path` "
         "names the path that training takes. cuBLAS multiplies by the expanded weight.",
         lambda rows: matmul_table(shown(rows)),
+    ),
+    "fp8_matmul": Section(
+        "Multiply in FP8",
+        "y = x W^T + h B^T (forward) and grad_x = grad_y W + grad_h A (backward) for M rows in "
+        "E4M3 with a scale each, h and B in bf16 (`python -m benchmarks fp8_matmul`); `without "
+        "update` leaves h B^T out. torch multiplies in E4M3 without an update, with a scale for "
+        "each operand or for each row, and in bf16 with the update as columns of one product. The "
+        "limit is the time of the FLOPs at twice the rate of a large bf16 product.",
+        fp8_matmul_table,
     ),
     "rms_norm": Section(
         "Normalize",

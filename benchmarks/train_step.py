@@ -3,6 +3,7 @@
     python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
     python -m benchmarks train_step --recipe seed ...
     python -m benchmarks train_step --recipe 1b ...             and 3b, 70b, 30b-a3b
+    python -m benchmarks train_step --base-compute fp8 ...      our base products in FP8
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
     seed         Llama-3-8B, rank 16 on q_proj and v_proj, dropout 0.05, paged AdamW in 8 bits
@@ -203,7 +204,8 @@ def command_of(
     """Write out the command of a provider's process; of a peer its script's copy in a folder."""
     if provider.name == "limit":
         module = ["-m", "benchmarks.train_step_limit", "--shape-name", recipe.shape_name]
-        return [sys.executable, *module, "--shapes", ",".join(shapes)]
+        flags = ["--shapes", ",".join(shapes), "--base-compute", recipe.base_compute]
+        return [sys.executable, *module, *flags]
     flags = {
         "--policy": provider.policy,
         "--model": model,

@@ -4,14 +4,17 @@
     recompute   the forward products and attention of the layers once more
 
 Products are cuBLAS's of bf16 weights: y = x W^T and grad_x = grad_y W of a layer's four groups and
-of the head, attention the faster of cuDNN's and FlashAttention's. No weight is expanded, no update
-is applied, nothing is normalized, rotated, gated or optimized: what a step takes beyond the limit
-is what its author has to answer for. Recomputation could spare down's product, and ours does.
+of the head. With base products in FP8 those of the groups are torch's in E4M3, with fast sums and
+one scale for each operand. Attention is the faster of cuDNN's and FlashAttention's. No weight is
+expanded, no row is quantized, no update is applied, nothing is normalized, rotated, gated or
+optimized: what a step takes beyond the limit is what its author has to answer for. Recomputation
+could spare down's product, and ours does.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +22,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.fp8_matmul import torch_fp8
 from benchmarks.layer_operations import backward_calls
 from benchmarks.layers import WEIGHT_STD
 from benchmarks.measure import measure
 from benchmarks.random_model import CONFIGS
 from benchmarks.step_timing import parse_shape, print_row
+from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, shape_obstacle
 from llama.config import LlamaConfig
 
 DTYPE = torch.bfloat16
@@ -61,18 +66,39 @@ def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def fp8_groups(config: LlamaConfig) -> set[str]:
+    """Name the groups that `--base-compute fp8` multiplies in E4M3: experts stay in 16 bits."""
+    names = {name for name, shape in group_shapes(config).items() if not shape_obstacle(*shape)}
+    return names - {"gate_up", "down"} if config.experts else names
+
+
+def product_of(x: Tensor, w: Tensor, is_fp8: bool) -> Callable[[], Tensor]:
+    """Make the call that multiplies rows (M, K) by a weight (K, N)."""
+    if not is_fp8:
+        return partial(torch.mm, x, w)
+    scale = torch.ones((), device=x.device)
+    # both operands lie along what is added up
+    rows = Fp8Rows(x.to(E4M3), scale)
+    return partial(torch_fp8, rows, Fp8Weight(w.T.contiguous().to(E4M3), scale), (scale, scale))
+
+
 def products(
-    shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device
+    shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device, is_fp8: bool = False
 ) -> tuple[float, float]:
     """Measure y = x W^T and grad_x = grad_y W of all weights together, in milliseconds."""
+    if not shapes:
+        return 0.0, 0.0
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=DTYPE, device=device)
 
     def measured(width: Callable[[tuple[int, int]], int], is_transposed: bool) -> float:
         inputs = [draw(num_rows, width(shape)) for shape in shapes]
-        pairs = [(x, W if is_transposed else W.T) for x, W in zip(inputs, weights, strict=True)]
-        return measure([lambda: [x @ W for x, W in pairs]]).ms_p50
+        calls = [
+            product_of(x, W if is_transposed else W.T, is_fp8)
+            for x, W in zip(inputs, weights, strict=True)
+        ]
+        return measure([lambda: [call() for call in calls]]).ms_p50
 
     weights = [draw(*shape) * WEIGHT_STD for shape in shapes]
     return measured(lambda shape: shape[1], False), measured(lambda shape: shape[0], True)
@@ -118,11 +144,18 @@ def step_ms(times: Times, num_layers: int, policy: str) -> float:
     return num_layers * layer_ms + times.head_ms
 
 
-def rows_of(config: LlamaConfig, text: str, device: torch.device) -> list[dict[str, Any]]:
+def rows_of(
+    config: LlamaConfig, text: str, device: torch.device, base_compute: str = "bf16"
+) -> list[dict[str, Any]]:
     """Measure the limit of one shape, for both policies."""
     shape = parse_shape(text)
     num_rows = shape[0] * shape[1]
-    forward, backward = products(list(group_shapes(config).values()), num_rows, device)
+    in_fp8 = fp8_groups(config) if base_compute == "fp8" else set()
+    forward = backward = 0.0
+    for is_fp8 in (False, True):
+        shapes = [s for name, s in group_shapes(config).items() if (name in in_fp8) == is_fp8]
+        more = products(shapes, num_rows, device, is_fp8)
+        forward, backward = forward + more[0], backward + more[1]
     head_rows = min(num_rows, MAX_HEAD_ROWS)
     head = sum(products([(config.vocab_size, config.hidden_size)], head_rows, device))
     by_backend = attention(config, shape, device)
@@ -142,11 +175,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the limit of a training step.")
     parser.add_argument("--shape-name", choices=CONFIGS, required=True)
     parser.add_argument("--shapes", required=True)
+    parser.add_argument("--base-compute", choices=("bf16", "fp8"), required=True)
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     print_row({"is_ready": True})
     for text in arguments.shapes.split(","):
-        for row in rows_of(CONFIGS[arguments.shape_name], text, device):
+        for row in rows_of(CONFIGS[arguments.shape_name], text, device, arguments.base_compute):
             print_row(row)
         torch.cuda.empty_cache()
     return 0

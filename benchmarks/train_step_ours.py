@@ -25,6 +25,7 @@ from llama.model import Llama, projections
 from nf4.weight import Quantization
 from optim.adamw import moment_bytes_per_element
 from prepare.adapter import lora_config
+from prepare.base_compute import set_base_compute
 from rows.batch import Batch
 from run.config import TrainConfig
 from run.machine import configure_torch
@@ -37,11 +38,9 @@ SEED = 0
 QUANTIZATION = Quantization(BLOCK_SIZE, True)
 
 
-def workload_of(
-    source: str, config: TrainConfig, shape: tuple[int, int], base_compute: str = "bf16"
-) -> Workload:
+def workload_of(source: str, config: TrainConfig, shape: tuple[int, int]) -> Workload:
     """Size a shape's micro-step as train.py's plan wants it."""
-    model = load(source, config, torch.device("meta"), base_compute)
+    model = load(source, config, torch.device("meta"))
     model.attach_lora(lora_config(config, projections(model.config)), SEED)
     return Workload(
         model=model,
@@ -88,15 +87,9 @@ def make_step(
     return step
 
 
-def load(
-    source: str, config: TrainConfig, device: torch.device, base_compute: str = "bf16"
-) -> Llama:
+def load(source: str, config: TrainConfig, device: torch.device) -> Llama:
     """Load a checkpoint folder, or draw a model of one of the shapes that have a name; on the meta
-    device, without values.
-
-    Args:
-        base_compute: fp8 for base products of E4M3 rows.
-    """
+    device, without values."""
     dtype = getattr(torch, config.dtype)
     if source in CONFIGS:
         model = random_model(CONFIGS[source], device, dtype)
@@ -106,8 +99,7 @@ def load(
             model = load_sizes(checkpoint, dtype, QUANTIZATION)
         else:
             model = load_model(checkpoint, device, dtype, QUANTIZATION)
-    if base_compute == "fp8":
-        model.multiply_in_fp8()
+    set_base_compute(model, config)
     return model
 
 
@@ -140,19 +132,20 @@ def main() -> int:
         lora_alpha=arguments.alpha,
         lora_dropout=arguments.dropout,
         optim=arguments.optim,
+        base_compute=arguments.base_compute,
     )
     configure_torch(device, 0, config.deterministic)
     shapes = arguments.shapes.split(",")
     # while the device is empty, as train.py does; what does not fit is told with its shape
     plans: dict[tuple[int, int], MemoryPlan | ValueError] = {}
     for shape in map(parse_shape, shapes):
-        work = workload_of(arguments.model, config, shape, arguments.base_compute)
+        work = workload_of(arguments.model, config, shape)
         try:
             plans[shape] = plan_of(arguments.policy, config, work)
         except ValueError as error:
             plans[shape] = error
     start = time.perf_counter()
-    model = load(arguments.model, config, device, arguments.base_compute)
+    model = load(arguments.model, config, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     load_s = time.perf_counter() - start

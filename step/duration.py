@@ -20,8 +20,9 @@ ATTENTION_SHARE = 0.5
 # the rate of products in E4M3 over that of 16 bits, for which data sheets say 2: torch's multiply
 # 1,335 over 767 TFLOP/s on an H100 and 1,365 over 770 on an H200, in the shapes of an 8B model
 FP8_SPEEDUP = 1.75
-# bytes that a number of a row moves to be an operand in E4M3: read in 16 bits, written in 8
-QUANTIZING_BYTES = 3
+# bytes that a number moves to be an operand in E4M3: of an input those that its producer writes, of
+# a gradient those that are read in 16 bits too
+INPUT_BYTES, GRADIENT_BYTES = 1, 3
 # bytes of a weight in NF4, its scales among them
 PACKED_BYTES = 0.516
 
@@ -128,8 +129,8 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
         attended += attention * (passes + is_again)
         if policy != "expand":
             num_bytes += 2 * all_of_it.expanded + is_again * again.expanded
-        quantized = all_of_it.inputs + all_of_it.outputs + is_again * again.inputs
-        num_bytes += QUANTIZING_BYTES * M * quantized
+        num_bytes += INPUT_BYTES * M * (all_of_it.inputs + is_again * again.inputs)
+        num_bytes += GRADIENT_BYTES * M * all_of_it.outputs
         num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind + 8 * num_pairs) * D + (4 + 10) * F)
         num_bytes += is_again * M * e * ((12 + 2 * num_behind + 4 * num_pairs) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D

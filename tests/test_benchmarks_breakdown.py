@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.micro_steps import LORA, load_tiny
 
 from benchmarks import breakdown as module
@@ -54,6 +55,10 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
     ("found", "family"),
     [
         (kernel("_nf4_dequantize_kernel", region=FORWARD), "dequantization"),
+        (kernel("_nf4_to_fp8_transposed_kernel", region=BACKWARD), "dequantization"),
+        (kernel("_quantize_rows_kernel", region=FORWARD), "rows to E4M3"),
+        (kernel("_fp8_matmul_kernel", region=FORWARD), "base products, forward"),
+        (kernel("_fp8_matmul_pointers_kernel", region=BACKWARD), "base products, backward"),
         (kernel("_write_updates_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
@@ -107,7 +112,7 @@ def test_a_bias_is_no_factor() -> None:
 def test_kernels_of_our_product_have_families_that_match_their_names() -> None:
     root = Path(module.__file__).parent.parent / "kernels"
     text = "".join(path.read_text() for path in root.glob("*.py"))
-    for beginning in module.KERNELS:
+    for beginning in (*module.KERNELS, *module.BASE_PRODUCTS):
         assert f"def {beginning}" in text, beginning
 
 
@@ -235,6 +240,30 @@ def test_costs_are_those_of_the_shapes(tmp_path: Path) -> None:
     columns = 64 + 32 + 2 * F + 32
     inputs = 3 * D + F
     assert keep["low-rank updates"].num_bytes == 2 * 2 * M * (2 * inputs + columns)
+
+
+def test_costs_in_fp8_are_those_of_a_byte_a_number_and_half_a_flop(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, dtype=torch.bfloat16)
+    others = costs_of(model, SHAPE, ["recompute", "recompute"])
+    assert "rows to E4M3" not in others
+    model.multiply_in_fp8()
+    costs = costs_of(model, SHAPE, ["recompute", "recompute"])
+    M, D, F = 12, 32, 72
+    # of both layers, the attention's alone, whose sizes are multiples of 16
+    qkv, o, mlp = 64 * D, D * D, 2 * F * D
+    forward = 2 * M * (2 * (qkv + o) / 2 + 2 * mlp + F * D)
+    assert costs["base products, forward"].num_flops == 2 * forward
+    read, written = 2 * D, 64 + D
+    # attention's result is read for that, and every gradient; the first norm's result is written
+    assert costs["rows to E4M3"].num_bytes == 3 * M * (2 * 2 * D + 2 * written - 64)
+    assert costs["norms"].num_bytes - others["norms"].num_bytes == 2 * 2 * M * D
+    assert costs["gate"] == others["gate"]
+    more = others["base products, forward"].num_bytes - costs["base products, forward"].num_bytes
+    assert more == 2 * 2 * (qkv + o + M * read)
+    more = others["base products, backward"].num_bytes - costs["base products, backward"].num_bytes
+    assert more == 2 * (qkv + o + M * written) - (qkv + M * 64)
+    more = others["dequantization"].num_bytes - costs["dequantization"].num_bytes
+    assert more == 2 * 2 * (qkv + o)
 
 
 def test_costs_of_experts_are_those_of_a_tokens_experts(tmp_path: Path) -> None:

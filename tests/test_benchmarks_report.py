@@ -172,6 +172,21 @@ def test_the_step_has_its_own_section() -> None:
     assert "two projections" not in section
 
 
+def test_products_in_fp8_have_their_own_tables() -> None:
+    made = records()
+    products = [row("limit", 250, 8192), row("ours", 300, 8192), row("torch-rowwise", 310, 8192)]
+    found = {"h200": {"fp8_matmul": HEAD | {"rows": products}}}
+    section = kernels_section(found)
+    assert "**Multiply in FP8.** y = x W^T + h B^T" in section
+    assert "| q_proj | forward | 8192 | 250 | 300 | - | - | 310 | - |" in section
+    steps = {f"{name}_fp8": made[name] for name in ("train_step", "breakdown")}
+    section = step_section({"h200": made | steps})
+    assert section.count("| Quatrain, keep | 16,000, 12.3 GiB |") == 2
+    assert "**Training step, base products in FP8.** The same with" in section
+    assert section.index("**Training step.**") < section.index("**Training step, base products")
+    assert section.index("**Breakdown.**") < section.index("**Breakdown, base products in FP8.**")
+
+
 def test_a_section_without_results_says_so_or_is_empty() -> None:
     assert kernels_section({}).endswith("No results are committed yet.")
     assert step_section({}) == ""

@@ -13,6 +13,7 @@ from support.stand_in_gpu import install
 from support.tiny_llama import FIELDS, VARIANTS
 
 from benchmarks import load, train_step, train_step_limit, train_step_ours
+from benchmarks.random_model import CONFIGS
 from benchmarks.step_timing import (
     NUM_BLOCKS,
     NUM_WARM_UPS,
@@ -38,6 +39,7 @@ from benchmarks.train_step import (
 )
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
+from kernels.fp8 import Fp8Rows, Fp8Weight
 from llama.config import read_config
 from run.config import TrainConfig
 
@@ -306,6 +308,40 @@ def test_the_limit_of_a_tiny_step_is_measured(
     keep, recompute = (row["ms_p50"] for row in rows)
     again = rows[0]["forward_ms"] + rows[0]["attention_forward_ms"]
     assert recompute - keep == pytest.approx(config.num_hidden_layers * again, abs=2e-3)
+
+
+def test_the_limit_in_fp8_is_of_the_groups_that_fp8_multiplies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch)
+    # of the MLP's products none has sizes that are multiples of 16
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"intermediate_size": 68}))
+    config, called = read_config(tmp_path), []
+    assert train_step_limit.fp8_groups(config) == {"qkv", "o"}
+
+    def product(x: Fp8Rows, w: Fp8Weight, scales: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        called.append((tuple(x.values.shape), tuple(w.values.shape)))
+        return x.values.float() @ w.values.float().T
+
+    monkeypatch.setattr(train_step_limit, "torch_fp8", product)
+    train_step_limit.rows_of(config, "2x16", CPU, "fp8")
+    # there and back, both along what is added up
+    assert {*called} == {((32, 32), (64, 32)), ((32, 32), (32, 32)), ((32, 64), (32, 64))}
+    experts = replace(config, experts=CONFIGS["qwen3-30b-a3b"].experts)
+    assert train_step_limit.fp8_groups(experts) == {"qkv", "o"}
+
+
+def test_base_products_in_fp8_are_planned_and_measured_as_train_does(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(device="cpu", dtype="bfloat16", base_compute="fp8")
+    work = train_step_ours.workload_of(str(checkpoint), config, (2, 16))
+    assert all(group.fp8_scale is not None for _, group in work.model.groups())
+    recipe = replace(TINY, base_compute="fp8")
+    for name in ("limit", "ours"):
+        provider = Provider(name, "keep")
+        command = train_step.command_of(provider, recipe, "m", ["1x8"], 2, checkpoint)
+        assert command[-2:] == ["--base-compute", "fp8"]
 
 
 def test_the_limit_has_the_experts_of_a_token_alone(tmp_path: Path) -> None:

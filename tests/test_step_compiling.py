@@ -99,6 +99,10 @@ AdamW(own, weight_decay=0.0).step(0.0)
 torch.cuda.synchronize()
 print(len(before), "then", [name for name in compiled() if name not in before], len(compiled()))
 """
+# and a step whose evaluations alone multiply in 16 bits
+FP8_STEP = STEP.replace(
+    "    model.attach_lora(", "    model.multiply_in_fp8()\n    model.attach_lora("
+)
 
 
 def run(script: str, cache: Path) -> str:
@@ -138,7 +142,8 @@ def test_without_room_for_processes_the_body_runs(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
-def test_gpu_finds_all_kernels_of_a_step_compiled(tmp_path: Path) -> None:
-    num_before, later = run(STEP, tmp_path).split(" then ")
+@pytest.mark.parametrize("step", [STEP, FP8_STEP], ids=["bf16", "fp8"])
+def test_gpu_finds_all_kernels_of_a_step_compiled(tmp_path: Path, step: str) -> None:
+    num_before, later = run(step, tmp_path).split(" then ")
     assert int(num_before) > 20
     assert later == f"[] {num_before}\n"

@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora.linear_group import LinearGroup
 from nf4.weight import quantize
-from step.duration import ATTENTION_SHARE, FP8_SPEEDUP, QUANTIZING_BYTES, Rates, step_seconds
+from step.duration import (
+    ATTENTION_SHARE,
+    FP8_SPEEDUP,
+    GRADIENT_BYTES,
+    INPUT_BYTES,
+    Rates,
+    step_seconds,
+)
 from step.micro_step import Policy
 from step.workload import Workload
 
@@ -127,5 +134,6 @@ def test_products_in_8_bits_take_less_time_and_rows_that_are_quantized_first(
     )
     inputs, outputs = (3 * 4096 + 14336), (6144 + 4096 + 28672 + 4096)
     again = 3 * 4096 if policy == "recompute" else 0
-    expected = QUANTIZING_BYTES * WORK.M * NUM_LAYERS * (inputs + outputs + again)
+    numbers = INPUT_BYTES * (inputs + again) + GRADIENT_BYTES * outputs
+    expected = WORK.M * NUM_LAYERS * numbers
     assert more - by_bytes == pytest.approx(expected, rel=1e-6)

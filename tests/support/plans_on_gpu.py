@@ -15,6 +15,7 @@ from generation.generator import generate_greedy
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.model import PROJECTIONS
+from llama.served import as_served
 from lora.config import LoRAConfig
 from optim.arena import GradientArena
 from rows.batch import Batch
@@ -97,6 +98,7 @@ def draw(generator: random.Random) -> dict[str, Any]:
         "targets": generator.choice((PROJECTIONS, PROJECTIONS, ("q_proj", "v_proj"))),
         "evaluation": generator.choice((None, None, (1, 4096), (4, 1536))),
         "prompt": generator.choice((0, 0, 0, 700)),
+        "is_fp8": generator.random() < 0.4,
     }
 
 
@@ -107,7 +109,10 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     windows = config.windows[: len(policies)]
     config = replace(config, num_hidden_layers=len(policies), windows=windows)
     lora = LoRAConfig(given["rank"], 32.0, given["dropout"], given["targets"])
+    is_fp8 = given["is_fp8"] and given["dtype"] != torch.float32
     sizes = random_model(config, META, given["dtype"])
+    if is_fp8:
+        sizes.multiply_in_fp8()
     sizes.attach_lora(lora, seed=0)
     work = Workload(
         sizes,
@@ -129,6 +134,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.synchronize()
     reserved_before, used_before = torch.cuda.memory_reserved(), used()
     model = random_model(config, CUDA, given["dtype"])
+    if is_fp8:
+        model.multiply_in_fp8()
     model.attach_lora(lora, seed=0)
     gradients = GradientArena({n: p for n, p in model.named_parameters() if p.requires_grad})
     factor = torch.tensor(1.0, device=CUDA)
@@ -146,7 +153,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         for _ in range(3):
             step.evaluate(Batch(ids, ids, positions))
     if given["prompt"]:
-        generate_greedy(model, [1] * given["prompt"], NEW_TOKENS, ())
+        with as_served(model):
+            generate_greedy(model, [1] * given["prompt"], NEW_TOKENS, ())
     torch.cuda.synchronize()
     found = {
         "reserved": torch.cuda.max_memory_reserved() - reserved_before,
