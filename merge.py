@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from export.modelfile import MODELFILE
 from foreign.terminal import guard_output, one_line
-from llama.model import quantized_shapes
+from llama.model import quantized_layouts
 from lora.adapter_file import WEIGHTS_NAME
 from merging.files import files_beside_the_weights
 from merging.gguf_export import plan_export, write_export
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     for remark in base.remarks:
         print(one_line(remark))
     updates = read_updates(job.adapter, base.config, base.vocabulary_tensors)
-    paths = quantized_shapes(base.config).keys()
+    layouts = quantized_layouts(base.config)
     check_base(job)
     files = files_beside_the_weights(job)
     export = plan_export(job) if job.gguf else None
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         quantization = job.quantization if job.base == "nf4" else None
         with reporting("merging", "tensors") as report:
             figures = write_merged_shards(
-                base.shards, paths, updates, quantization, job.device, folder, report
+                base.shards, layouts, updates, quantization, job.device, folder, report
             )
         if figures.num_changed == 0:
             raise ValueError(

@@ -71,7 +71,7 @@ class DeviceSink:
         self._kernels.wait_stream(self._copies)
         values = self._target
         if self.homes[stored.name] is None:
-            values = self._slots[stored.name].quantize(values)
+            values = self._slots[stored.name].place(values)
             self._staging[0].vacated.record(self._kernels)
         else:
             self.homes[stored.name] = self._slots[stored.name].settle(values)

@@ -97,6 +97,8 @@ def _function(config: LlamaConfig) -> dict[str, Any]:
         # as config.json names what all layers share
         del fields["ropes"]
         fields |= {f"rope_{name}": value for name, value in asdict(rope).items()}
+    if config.experts is not None:
+        fields["experts"] = {name: value for name, value in fields["experts"].items() if value}
     return {name: value for name, value in fields.items() if value}
 
 

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from checkpoint.files import INDEX_NAME, SINGLE_NAME
-from checkpoint.number_formats import NF4_FORMAT, WAY_OUT, number_format
+from checkpoint.number_formats import MXFP4_FORMAT, NF4_FORMAT, WAY_OUT, number_format
 from checkpoint.opening import Checkpoint
 from checkpoint.shard_reader import FLOATS, StoredTensor
 from checkpoint.slots import META, slots_of
+from checkpoint.stored_mxfp4 import can_be_mxfp4
 from checkpoint.stored_nf4 import StoredNF4, check_stored_nf4
 from checkpoint.tensor_names import TensorNames
 from foreign.reading import Reading
 from llama.config import CONFIG_NAME, check_config, read_config_json
 from llama.model import Llama
+from nf4.mxfp4 import BLOCKS, SCALES
 from nf4.serialized import WeightState
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -49,15 +51,19 @@ def implied_checkpoint(folder: Path, block_size: int) -> Checkpoint:
     with Reading(fields.path):
         dtype = _stated_dtype(folder, fields.values)
         states = _states(folder, fields.values, model, dtype, block_size)
-    nf4 = StoredNF4(states, frozenset())
-    check_stored_nf4(folder, model, nf4, number_format(fields.values))
+    nf4, said = StoredNF4(states, frozenset()), number_format(fields.values)
+    check_stored_nf4(folder, model, nf4, said)
+    in_mxfp4 = can_be_mxfp4(model) if said == MXFP4_FORMAT else []
+    mxfp4 = frozenset(name + suffix for name in in_mxfp4 for suffix in (BLOCKS, SCALES))
     stored = {}
-    for name, slot in slots_of(model, (), nf4.states).items():
+    for name, slot in slots_of(model, mxfp4, nf4.states).items():
         # codes and scales can be stored in one dtype alone
         kept = dtype if dtype in slot.dtypes else slot.dtypes[0]
         num_bytes = math.prod(slot.shape) * kept.itemsize
         stored[name] = StoredTensor(name, fields.path, slot.shape, kept, 0, num_bytes)
-    return Checkpoint(folder, config, fields.values, (), stored, nf4, frozenset(), TensorNames())
+    return Checkpoint(
+        folder, config, fields.values, (), stored, nf4, frozenset(), TensorNames(), mxfp4
+    )
 
 
 def _stated_dtype(folder: Path, values: Mapping[str, Any]) -> torch.dtype:
@@ -76,6 +82,8 @@ def _states(
 ) -> dict[str, WeightState]:
     """Describe the weights that are stored in NF4, as the JSON in their files would."""
     said = number_format(values)
+    if said == MXFP4_FORMAT and can_be_mxfp4(model):
+        return {}
     if said not in (None, NF4_FORMAT):
         raise ValueError(
             f"{folder / CONFIG_NAME}: weights must be in 16 or 32 bits, or in {NF4_FORMAT}: "

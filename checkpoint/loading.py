@@ -8,6 +8,7 @@
     on the CPU: shard -> home, or memory of its own -> quantized -> its group's buffer
 
     stored NF4, on both: codes and scales go home unchanged
+    MXFP4, on both: scales -> kept; then blocks -> an expert at a time, expanded and quantized
 
 The peak is the packed model, plus one tensor on the CPU or two on a GPU (the largest of those that
 are quantized, in the checkpoint's dtype), plus the quantizer's bounded temporaries. Embeddings,
@@ -147,7 +148,7 @@ def _allocate(
 
 def _shared_dtype(checkpoint: Checkpoint, names: Sequence[str]) -> torch.dtype:
     """Find the one dtype of tensors that share a buffer."""
-    dtypes = {checkpoint.stored[name].dtype for name in names}
+    dtypes = {checkpoint.weight_dtype(name) for name in names}
     if len(dtypes) > 1:
         raise ValueError(
             f"{checkpoint.folder}: {', '.join(names)} must share a dtype: "
@@ -163,8 +164,8 @@ def _load_on_cpu(wanted: list[StoredTensor], slots: dict[str, Slot], report: Rep
         home = slot.home(stored.dtype, CPU)
         if home is None:
             matrix = read_tensor(stored)
-            if not bool(slot.quantize(matrix).isfinite().all()):
-                raise non_finite_weights(matrix, stored.name)
+            if not bool(slot.place(matrix).isfinite().all()):
+                raise _non_finite_weights(matrix, stored.name)
             # gone before the next one is read
             del matrix
         else:
@@ -193,7 +194,7 @@ def _load_on_gpu(
             continue
         if sink.homes[tensor.name] is not None:
             raise _non_finite_values(tensor.name)
-        raise non_finite_weights(read_tensor(tensor), tensor.name)
+        raise _non_finite_weights(read_tensor(tensor), tensor.name)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -205,6 +206,15 @@ def check_finite(name: str, tensor: Tensor) -> None:
     # two numbers, where isfinite() would make a temporary as large as the embeddings
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise _non_finite_values(name)
+
+
+def _non_finite_weights(matrix: Tensor, name: str) -> ValueError:
+    if matrix.dtype != torch.uint8:
+        return non_finite_weights(matrix, name)
+    return ValueError(
+        f"{name} must stand for finite weights: one of their scales is NaN, or too large for its "
+        "block; the checkpoint is damaged, download it again"
+    )
 
 
 def _non_finite_values(name: str) -> ValueError:

@@ -13,7 +13,7 @@ merge_and_unload holds the whole model in memory, and does not report the loss.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -28,6 +28,7 @@ from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import LlamaConfig
 from llama.model import Llama
 from lora.adapter_file import load_adapter, read_adapter_config
+from lora.stacked_layout import StackedLayout
 from nf4.weight import Quantization, empty_weight
 
 # the most numbers of a weight's rows that are in float32 at once
@@ -40,7 +41,7 @@ class LowRankUpdate(NamedTuple):
     several matrices that are stored as one tensor."""
 
     A: Tensor  # (rank, in_features) float32, or (E, rank, in_features)
-    B: Tensor  # (rows, rank) float32
+    B: Tensor  # (rows, rank) float32, or (E, rows, rank)
     scaling: float
 
 
@@ -108,7 +109,7 @@ def read_updates(
 
 def write_merged_shards(
     shards: Sequence[Shard],
-    paths: Container[str],
+    layouts: Mapping[str, StackedLayout | None],
     updates: Mapping[str, LowRankUpdate],
     quantization: Quantization | None,
     device: torch.device,
@@ -119,7 +120,7 @@ def write_merged_shards(
 
     Args:
         shards: the files of the checkpoint.
-        paths: of its weights that NF4 is for, experts' too.
+        layouts: of its weights that NF4 is for, experts' too, by their paths; None: one matrix.
         quantization: with which each of these weights is first quantized and dequantized, as
             while the adapter was trained; None: the update is added to the weights as stored.
         device: where a tensor is merged.
@@ -139,9 +140,15 @@ def write_merged_shards(
                 _copy(source, target, tensor.start - source.tell())
                 projection = tensor.name.removesuffix(".weight")
                 update = updates.get(projection)
-                if update is not None or (quantization and projection in paths):
+                if update is not None or (quantization and projection in layouts):
                     W = _read(source, tensor).to(device)
-                    merged = _merged(W, tensor.name, update, quantization, figures)
+                    layout = layouts.get(projection)
+                    if layout is None:
+                        merged = _merged(W, tensor.name, update, quantization, figures)
+                    else:
+                        merged = _merged_stack(
+                            W, tensor.name, layout, update, quantization, figures
+                        )
                     target.write(merged.cpu().view(-1).view(torch.uint8).numpy().data)
                 else:
                     _copy(source, target, tensor.num_bytes)
@@ -178,26 +185,15 @@ def _row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
 
 
 def _merged(
-    W: Tensor,  # (N, K) as stored, or several such matrices
+    W: Tensor,  # (N, K) as stored
     name: str,
     update: LowRankUpdate | None,
     quantization: Quantization | None,
     figures: MergeFigures,
 ) -> Tensor:  # (N, K) W's dtype
     """Add an update to a weight in float32, round once, and add up the figures."""
-    if W.dim() == 3:
-        parts: list[LowRankUpdate | None] = [None] * len(W)
-        if update is not None:
-            pairs = zip(update.A, update.B, strict=True)
-            parts = [LowRankUpdate(A, B, update.scaling) for A, B in pairs]
-        each = zip(W, parts, strict=True)
-        return torch.stack([_merged(one, name, part, quantization, figures) for one, part in each])
     N, K = W.shape
-    base = W
-    if quantization is not None:
-        weight = empty_weight((N,), K, *quantization, W.device)
-        nf4_quantize_member(weight, 0, W, name)
-        base = nf4_dequantize(weight, torch.float32)
+    base = W if quantization is None else _quantized(W, name, quantization)
     if update is None:
         return base.to(W.dtype)
     A, B = update.A.to(W.device), update.B.to(W.device)
@@ -218,6 +214,33 @@ def _merged(
         figures.lost_squares += _squares((merged[rows].float() - before).sub_(change))
     figures.num_tensors += 1
     figures.num_weights += W.numel()
+    return merged
+
+
+def _quantized(W: Tensor, name: str, quantization: Quantization) -> Tensor:  # (N, K) float32
+    """Quantize a matrix and back."""
+    weight = empty_weight((W.shape[0],), W.shape[1], *quantization, W.device)
+    nf4_quantize_member(weight, 0, W, name)
+    return nf4_dequantize(weight, torch.float32)
+
+
+def _merged_stack(
+    W: Tensor,  # (E, ., .) as stored
+    name: str,
+    layout: StackedLayout,
+    update: LowRankUpdate | None,
+    quantization: Quantization | None,
+    figures: MergeFigures,
+) -> Tensor:  # as W
+    """Merge the matrices of all experts one by one, as rows, which they are in training."""
+    parts: list[LowRankUpdate | None] = [None] * len(W)
+    if update is not None:
+        pairs = zip(update.A, update.B, strict=True)
+        parts = [LowRankUpdate(A, B, update.scaling) for A, B in pairs]
+    merged = torch.empty_like(W)
+    for place, stored, part in zip(merged, W, parts, strict=True):
+        matrix = _merged(layout.in_rows(stored), name, part, quantization, figures)
+        place.copy_(layout.as_stored(matrix))
     return merged
 
 

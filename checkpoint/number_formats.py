@@ -1,7 +1,7 @@
 """The number formats of weights as config.json and the tensors' names tell of them.
 
-Weights in 16 or 32 bits and in bitsandbytes' NF4 are loaded; any other format is refused by its
-name.
+Weights in 16 or 32 bits, in bitsandbytes' NF4 and, of gpt-oss's experts, in MXFP4 are loaded; any
+other format is refused by its name.
 """
 
 from collections.abc import Mapping, Set
@@ -11,6 +11,7 @@ from typing import Any
 from checkpoint.shard_reader import FLOATS, StoredTensor
 
 NF4_FORMAT = "bitsandbytes nf4"
+MXFP4_FORMAT = "mxfp4"
 WAY_OUT = "use the original checkpoint, which is quantized to NF4 while it loads"
 # how the names of tensors end that other formats store beside or in place of a weight; of two that
 # fit, the first

@@ -16,12 +16,14 @@ from checkpoint.files import INDEX_NAME, SINGLE_NAME, first_few, read_shards
 from checkpoint.number_formats import check_not_quantized, number_format
 from checkpoint.shard_reader import Shard, StoredTensor, read_tensor
 from checkpoint.slots import HEAD, META, Slot, embeddings_name, slots_of
+from checkpoint.stored_mxfp4 import find_mxfp4, scales_first
 from checkpoint.stored_nf4 import StoredNF4, as_bytes, check_stored_nf4, read_stored_nf4
 from checkpoint.tensor_names import TensorNames, encoder_of, tower_names
 from llama.config import CONFIG_NAME, LlamaConfig, check_config, read_config_json
 from llama.config_fields import DROPOUTS
 from llama.model import Llama
 from llama.towers import TEXT
+from nf4.mxfp4 import BLOCKS, EXPANDED
 from nf4.weight import Quantization
 
 _GIB = 1 << 30
@@ -36,6 +38,7 @@ class Checkpoint:
         shards: the files of weights, sorted by name; none where config.json is all that is known.
         stored: their tensors, in the files' order.
         nf4: the weights that are stored in NF4.
+        mxfp4: the names of the tensors that stand for weights in MXFP4.
         left_alone: names of stored tensors that the model does not need.
         names: the names of the model's tensors in the files.
     """
@@ -48,6 +51,7 @@ class Checkpoint:
     nf4: StoredNF4
     left_alone: frozenset[str]
     names: TensorNames
+    mxfp4: frozenset[str]
 
     @property
     def quantization(self) -> Quantization | None:
@@ -94,8 +98,13 @@ class Checkpoint:
             for name in sorted(DROPOUTS & given.keys())
             if given[name]
         ]
+        if self.mxfp4:
+            lines.append(
+                f"{self.folder}: experts are in MXFP4, and expanded exactly while they load; NF4 "
+                "rounds them again (docs/models.md says by how much)"
+            )
         said = number_format(self.config_json)
-        if said and not self.nf4.states:
+        if said and not self.nf4.states and not self.mxfp4:
             lines.append(
                 f"{self.folder / CONFIG_NAME} has a quantization_config ({said}), and no "
                 "weight is quantized: it is left over from another form, and ignored"
@@ -106,7 +115,13 @@ class Checkpoint:
         """List the tensors that a model is loaded from, in the files' order, so that each file is
         read front to back."""
         others = self.left_alone | self.nf4.read
-        return [tensor for name, tensor in self.stored.items() if name not in others]
+        wanted = [tensor for name, tensor in self.stored.items() if name not in others]
+        return list(scales_first(wanted)) if self.mxfp4 else wanted
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """Find the dtype of a weight that is not in NF4, or of a bias; in MXFP4 that which it is
+        expanded to."""
+        return EXPANDED if name + BLOCKS in self.mxfp4 else self.stored[name].dtype
 
     def copied(self) -> list[StoredTensor]:
         """List the tensors of a copy of the checkpoint in another form, in the files' order."""
@@ -170,14 +185,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     nf4 = read_stored_nf4(folder, {n: t for n, t in stored.items() if not encoder_of(n)})
     check_stored_nf4(folder, model, nf4, said)
     stored |= {name: as_bytes(stored[name]) for name in nf4.states if name in stored}
+    mxfp4 = find_mxfp4(folder, model, stored, said)
     slots = slots_of(model, stored, nf4.states)
     others = stored.keys() - slots.keys()
     left_alone = frozenset(n for n in others if _is_left_alone(n, config.tie_word_embeddings))
-    if not nf4.states:
+    if not nf4.states and not mxfp4:
         taken = {name: tensor for name, tensor in stored.items() if name not in left_alone}
         check_not_quantized(folder, taken, slots.keys(), said)
     checkpoint = Checkpoint(
-        folder, config, fields.values, tuple(shards), stored, nf4, left_alone, names
+        folder, config, fields.values, tuple(shards), stored, nf4, left_alone, names, mxfp4
     )
     _check(checkpoint, slots)
     return checkpoint

@@ -30,7 +30,7 @@ from checkpoint.slots import META, embeddings_name
 from checkpoint.tensor_names import modules_of
 from kernels.nf4_quantize import nf4_quantize_member
 from llama.config import CONFIG_NAME
-from llama.model import quantized_shapes
+from llama.model import quantized_layouts
 from nf4.serialized import serialize
 from nf4.weight import NF4Weight, Quantization, empty_weight
 
@@ -98,14 +98,14 @@ def plan_quantized_copy(
                 f"--model must have an encoder in 16 or 32 bits: {tensor.name} is in "
                 f"{_name(tensor.dtype)}; give the original one"
             )
-    shapes = quantized_shapes(source.config)
-    if stacked := [path for path, shape in shapes.items() if len(shape) > 2]:
+    layouts = quantized_layouts(source.config)
+    if stacked := [path for path, layout in layouts.items() if layout is not None]:
         raise ValueError(
             "--model must store each expert's weights apart, as bitsandbytes' format has matrices "
             f"alone: {source.names.in_files(stacked[0] + '.weight')} has those of all experts; "
             "train from this checkpoint, which is quantized to NF4 while it loads"
         )
-    weights = frozenset(f"{path}.weight" for path in shapes)
+    weights = frozenset(f"{path}.weight" for path in layouts)
     units = [
         _plan_tensor(
             replace(tensor, name=source.names.in_files(tensor.name)),

@@ -1,6 +1,6 @@
 """Where each tensor of a checkpoint goes in a model, by the checkpoint's name for it."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from checkpoint.shard_reader import FLOATS
 from llama.config import LlamaConfig
 from llama.model import Llama
 from lora.frozen_group import FrozenGroup
+from nf4.mxfp4 import BLOCK, BLOCKS, SCALES, expand
 from nf4.serialized import WeightState, stored_buffers
 from nf4.weight import empty_weight
 
@@ -28,16 +29,16 @@ class Slot:
     Attributes:
         dtypes: the dtypes that the tensor may be stored as.
         home: finds, or makes, the memory that holds the tensor's own bytes; None where the tensor
-            is quantized.
-        quantize: quantizes a tensor without home, and returns scales that tell whether it is
-            finite.
+            is quantized, or laid out otherwise.
+        place: brings a tensor without home where it belongs, and returns numbers that tell whether
+            it is finite.
         settle: turns a tensor that was read into its home into the one that is kept.
     """
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     home: Callable[[torch.dtype, torch.device], Tensor | None]
-    quantize: Callable[[Tensor], Tensor]
+    place: Callable[[Tensor], Tensor]
     settle: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
@@ -47,18 +48,20 @@ def slots_of(
     """Find the slot of every tensor that a model needs.
 
     Args:
-        stored: the names in the files: tied embeddings may be stored as the head alone.
+        stored: the names in the files: tied embeddings may be stored as the head alone, and weights
+            in MXFP4 as blocks and scales.
         states: what describes the weights that are stored in NF4.
     """
     slots: dict[str, Slot] = {}
     floats = tuple(FLOATS.values())
 
     def add_parameter(name: str, shape: tuple[int, ...]) -> None:
-        owner = model.get_submodule(name.rpartition(".")[0])
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
 
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
             weight = torch.empty(shape, dtype=dtype, device=device)
-            owner.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(owner, attribute, nn.Parameter(weight, requires_grad=False))
             return weight
 
         def settle(tensor: Tensor) -> Tensor:
@@ -69,12 +72,33 @@ def slots_of(
 
     def add_member(prefix: str, group: FrozenGroup, member: str, shape: tuple[int, ...]) -> None:
         name = prefix + member
+
+        def stack_of(tensor: Tensor) -> Iterable[Tensor]:
+            return (tensor,) if group.num_stacked is None else tensor
+
         slots[name] = Slot(
             shape,
             floats,
             lambda dtype, device: group.home(member),
-            lambda tensor: group.quantize(member, tensor, name),
+            lambda tensor: group.place(member, stack_of(tensor), name),
         )
+
+    def add_mxfp4(prefix: str, group: FrozenGroup, member: str) -> None:
+        name = prefix + member
+        shapes = mxfp4_shapes(group, member.removesuffix(".weight"))
+        scales: list[Tensor] = []
+
+        def take_scales(tensor: Tensor) -> Tensor:
+            # the memory that it lies in is the next tensor's
+            scales.append(tensor.clone())
+            return torch.zeros(1, device=tensor.device)
+
+        def place_blocks(tensor: Tensor) -> Tensor:
+            experts = zip(tensor, scales.pop(), strict=True)
+            return group.place(member, (expand(*each).mT for each in experts), name)
+
+        for suffix, place in ((SCALES, take_scales), (BLOCKS, place_blocks)):
+            slots[name + suffix] = Slot(shapes[suffix], (torch.uint8,), _no_home, place)
 
     def add_stored(name: str, suffix: str, like: Tensor, group: FrozenGroup, member: str) -> None:
         def home(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -86,18 +110,38 @@ def slots_of(
         add_parameter(name, tuple(parameter.shape))
     for prefix, group in model.frozen_groups():
         for name, shape in group.shapes().items():
-            if (state := states.get(f"{prefix}{name}.weight")) is None:
+            if f"{prefix}{name}.weight{BLOCKS}" in stored:
+                add_mxfp4(prefix, group, f"{name}.weight")
+            elif (state := states.get(f"{prefix}{name}.weight")) is None:
                 add_member(prefix, group, f"{name}.weight", shape)
             else:
                 alone = empty_weight(shape[:1], group.in_features, *state.quantization, META)
                 for suffix, like in stored_buffers(alone).items():
                     add_stored(f"{prefix}{name}.weight", suffix, like, group, name)
-            if group.has_bias:
-                add_member(prefix, group, f"{name}.bias", shape[:1])
+        for name, shape in group.bias_shapes().items():
+            add_member(prefix, group, f"{name}.bias", shape)
     embeddings = embeddings_name(model.config)
     if model.config.tie_word_embeddings and HEAD in stored and embeddings not in stored:
         slots[HEAD] = slots.pop(embeddings)
     return slots
+
+
+def mxfp4_shapes(group: FrozenGroup, member: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that stand for a stack of matrices in MXFP4, by their suffixes.
+
+    The rows of a matrix, gate's and up's in turn, lie by rows there, where those in 16 bits lie by
+    columns.
+    """
+    count, columns, rows = group.shapes()[member]
+    num_blocks = columns // BLOCK
+    return {
+        SCALES: (count, rows, num_blocks),
+        BLOCKS: (count, rows, num_blocks, BLOCK // 2),
+    }
+
+
+def _no_home(dtype: torch.dtype, device: torch.device) -> None:
+    """There is no memory of a checkpoint's own bytes."""
 
 
 def _never(tensor: Tensor) -> Tensor:

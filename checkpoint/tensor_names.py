@@ -12,6 +12,7 @@ with the names of experts, which are the same in all families here:
 
     model.layers.0.mlp.experts.0.gate_proj.weight                     Qwen3-MoE, OLMoE
     model.layers.0.block_sparse_moe.experts.0.w1.weight               Mixtral
+    model.layers.0.mlp.experts.gate_up_proj                           gpt-oss, of all experts
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -51,21 +52,24 @@ class TensorNames:
 
     Attributes:
         prefixes: the model's by the files', where they differ.
-        parts: of names, the files' and the model's, where they differ.
+        parts: of names, the files' and the model's, where they differ; $ is the end of a name.
     """
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[tuple[str, str], ...] = ()
 
     def in_model(self, name: str) -> str:
+        name += "$"
         for theirs, ours in self.parts:
             name = name.replace(theirs, ours)
-        return _renamed(name, self.prefixes)
+        return _renamed(name.removesuffix("$"), self.prefixes)
 
     def in_files(self, name: str) -> str:
+        name += "$"
         for theirs, ours in self.parts:
             name = name.replace(ours, theirs)
-        return _renamed(name, {ours: theirs for theirs, ours in self.prefixes.items()})
+        prefixes = {ours: theirs for theirs, ours in self.prefixes.items()}
+        return _renamed(name.removesuffix("$"), prefixes)
 
     def renamed(self, shard: Shard) -> Shard:
         """Name the tensors of a file as the model does."""

@@ -47,7 +47,7 @@ class TokenExperts:
             kept = Routed()
             mlp.project_in(Rows(y), None, kept)
             return mlp.project_out(mlp.inner(kept), None, kept)
-        chosen, weights, _ = choose(y, mlp.gate.weight, *mlp.choice)
+        chosen, weights, _ = choose(y, mlp.gate.weight, *mlp.choice, mlp.gate.bias)
         experts, rows = chosen.flatten(), y.repeat_interleave(chosen.shape[1], dim=0)
         inner = glu(_products(rows, mlp.gate_up, experts), mlp.activation)
         rows = _products(inner, mlp.down, experts)
@@ -55,6 +55,11 @@ class TokenExperts:
 
 
 def _products(x: Tensor, group: ExpertGroup, experts: Tensor) -> Tensor:  # (P, K) -> (P, N)
-    """Multiply each row by the matrices of its own expert, its update added."""
-    y = torch.bmm(group.pick(experts, x.dtype), x[:, :, None])[:, :, 0]
+    """Multiply each row by the matrices of its own expert, its bias and its update added."""
+    W, columns = group.pick(experts, x.dtype), x[:, :, None]
+    if group.biases is None:
+        y = torch.bmm(W, columns)[:, :, 0]
+    else:
+        biases = group.biases[experts].to(x.dtype)
+        y = torch.baddbmm(biases[:, :, None], W, columns)[:, :, 0]
     return y if group.update is None else y + group.update.pick(x, experts)

@@ -61,7 +61,7 @@ class TokenLayer:
             self.mlp = TokenMLP(mlp, dtype, num_sequences)
         else:
             self.mlp = TokenExperts(mlp, dtype, num_sequences)
-        self.layer, self.scores = layer, TokenScores(*layer.scores)
+        self.layer, self.scores = layer, TokenScores(*layer.scores, attention.sinks)
         self.head_norms = None
         # of all heads together, they are a launch of their own
         self.normalizes_jointly = layer.self_attn.has_joint_norm

@@ -4,8 +4,9 @@
     grad_gate = grad_h up s (1 + gate (1 - s) z')
     grad_up   = grad_h gate s
 
-    silu        z = gate                                            z' = 1
-    gelu_tanh   z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3)         z' = dz / dgate
+    silu           z = gate                                         z' = 1
+    gelu_tanh      z = 2 sqrt(2 / pi) (gate + 0.044715 gate^3)      z' = dz / dgate
+    clamped_swish  z = 1.702 gate                                   z' = 1.702
 
     gate_up        | gate 0 .. F-1      | up 0 .. F-1      |     a row, as the linear group
     grad_gate_up   | grad_gate 0 .. F-1 | grad_up 0 .. F-1 |     writes it and wants it back
@@ -25,6 +26,10 @@ rounds gate s before it is multiplied.
 gelu_tanh is gate (1 + tanh(z / 2)) / 2, an approximation of GELU (Hendrycks and Gimpel 2016) that
 Gemma was trained with. tanh and the logistic function are the same curve, so both activations take
 the same path through the kernel.
+
+clamped_swish is gpt-oss's: h = min(gate, 7) s (clamp(up, -7, 7) + 1). The gradient of what exceeds
+7 is zero. Swish is Ramachandran et al. 2017; with 1.702 it is Hendrycks and Gimpel's other
+approximation of GELU.
 
 Autograd records neither function: the layer writes its backward pass out. A matrix may be the first
 columns of wider rows; accesses stay 16 bytes wide where its row stride, and F, is a multiple of 16
@@ -54,11 +59,13 @@ from kernels.checks import (
 from kernels.language import tl, triton
 from kernels.launch import cdiv, launch
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swish"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 # of gelu_tanh's z, the factors of gate and of gate^3
 LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+# of clamped_swish, the factor of gate in z, and what neither gate nor up exceeds
+STEEPNESS, LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
 
 NUM_WARPS = 4
 # the widest access of a thread
@@ -67,10 +74,19 @@ VECTOR_BYTES = 16
 CHUNKS = 2
 
 
-def glu_reference(gate_up: Tensor, activation: Activation) -> Tensor:  # (M, 2 F) -> (M, F)
+def glu_reference(gate_up: Tensor, activation: Activation) -> Tensor:  # (..., 2 F) -> (..., F)
     """Gate in the tensor's dtype, rounding the activation and the product."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    gate = gate.clamp(max=LIMIT.value)
+    return gate * torch.sigmoid(STEEPNESS.value * gate) * (_clamped(up) + 1)
+
+
+def _clamped(x: Tensor) -> Tensor:
+    return x.clamp(-LIMIT.value, LIMIT.value)
 
 
 def glu_backward_reference(
@@ -80,9 +96,16 @@ def glu_backward_reference(
 ) -> tuple[Tensor, Tensor]:  # grad_gate_up (M, 2 F), h (M, F)
     """Compute the gradient and the forward result in float32, each rounded once."""
     gate, up = gate_up.float().chunk(2, dim=1)
+    # of which of them the gradient is not zero
+    is_inside = (torch.ones_like(gate), torch.ones_like(up))
     if activation == "silu":
         sigmoid = torch.sigmoid(gate)
         slope = 1 + gate * (1 - sigmoid)
+    elif activation == "clamped_swish":
+        is_inside = (gate <= LIMIT.value, up.abs() <= LIMIT.value)
+        gate, up = gate.clamp(max=LIMIT.value), _clamped(up) + 1
+        sigmoid = torch.sigmoid(STEEPNESS.value * gate)
+        slope = 1 + STEEPNESS.value * gate * (1 - sigmoid)
     else:
         cubic = CUBIC.value * gate * gate
         z = gate * (LINEAR.value + cubic)
@@ -92,7 +115,7 @@ def glu_backward_reference(
     activated = gate * sigmoid
     grad_gate = grad_h.float() * up * sigmoid * slope
     grad_up = grad_h.float() * activated
-    grad_gate_up = torch.cat((grad_gate, grad_up), dim=1)
+    grad_gate_up = torch.cat((grad_gate * is_inside[0], grad_up * is_inside[1]), dim=1)
     return grad_gate_up.to(gate_up.dtype), (activated * up).to(gate_up.dtype)
 
 
@@ -116,11 +139,23 @@ def _curve(gate, ACTIVATION: tl.constexpr):
     z = gate
     if ACTIVATION == "gelu_tanh":
         z *= LINEAR + CUBIC * gate * gate
+    if ACTIVATION == "clamped_swish":
+        z *= STEEPNESS
     return z
 
 
 @triton.jit
+def _limited(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "clamped_swish":
+        # comparisons keep what is no number
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+    return gate, up
+
+
+@triton.jit
 def gated(gate, up, ACTIVATION: tl.constexpr):  # float32
+    gate, up = _limited(gate, up, ACTIVATION)
     return gate * _sigmoid(_curve(gate, ACTIVATION)) * up
 
 
@@ -175,8 +210,9 @@ def _glu_backward_kernel(
     gates = load_chunks(gate_ptr, first, width, CHUNK, CHUNKS)
     ups = load_chunks(gate_ptr + width, first, width, CHUNK, CHUNKS)
     for chunk in tl.static_range(CHUNKS):
-        grad_h, up = grads_h[chunk].to(tl.float32), ups[chunk].to(tl.float32)
-        gate = gates[chunk].to(tl.float32)
+        grad_h = grads_h[chunk].to(tl.float32)
+        stored_gate, stored_up = gates[chunk].to(tl.float32), ups[chunk].to(tl.float32)
+        gate, up = _limited(stored_gate, stored_up, ACTIVATION)
         z = _curve(gate, ACTIVATION)
         sigmoid = _sigmoid(z)
         activated = gate * sigmoid
@@ -185,8 +221,13 @@ def _glu_backward_kernel(
             rest = activated * (LINEAR + 3.0 * CUBIC * gate * gate) * _sigmoid(-z)
         else:
             rest = activated * (1.0 - sigmoid)
+        if ACTIVATION == "clamped_swish":
+            rest *= STEEPNESS
         grad_gate = grad_h * up * (sigmoid + rest)
         grad_up = grad_h * activated
+        if ACTIVATION == "clamped_swish":
+            grad_gate = tl.where(stored_gate > LIMIT, 0.0, grad_gate)
+            grad_up = tl.where(tl.abs(stored_up) > LIMIT, 0.0, grad_up)
         offs = first + chunk * CHUNK + tl.arange(0, CHUNK)
         mask = offs < width
         dtype = grad_gate_up_ptr.dtype.element_ty
@@ -298,7 +339,7 @@ def glu(
 ) -> Tensor:  # (M, F)
     """Gate one half of each row by the other.
 
-        h = activation(gate) * up
+        h = activation(gate) * up               of clamped_swish as the module says
 
     Args:
         out: what to write into and return, for instance the first F columns of a wider matrix,

@@ -1,6 +1,6 @@
 """Multiply rows by their experts' matrices in one launch: the products of a mixture of experts.
 
-    y[r]      = x[r] W[e]^T             offsets[e] <= r < offsets[e + 1]
+    y[r]      = x[r] W[e]^T + bias[e]   offsets[e] <= r < offsets[e + 1]
     grad_x[r] = grad_y[r] W[e]
 
     rows of x    | expert 0 | expert 1 |  | expert 3 | ...      sorted by expert; any number each
@@ -46,6 +46,7 @@ from kernels.grouped_matmul_tiles import (
     count_row_tiles,
     find_tile,
     is_aligned,
+    load_bias,
     most_tiles,
 )
 from kernels.language import tl, triton
@@ -67,11 +68,13 @@ def grouped_matmul_reference(
     offsets: Tensor,  # (E + 1,)
     out: Tensor,  # (R, N), written
     first_expert: int = 0,
+    bias: Tensor | None = None,  # (C, N)
 ) -> Tensor:
     """Multiply expert by expert, accumulating in float32."""
     chunk = offsets[first_expert : first_expert + len(W) + 1].tolist()
-    for matrix, (start, stop) in zip(W, pairwise(chunk), strict=True):
-        out[start:stop] = (x[start:stop].float() @ matrix.float().T).to(x.dtype)
+    for expert, (start, stop) in enumerate(pairwise(chunk)):
+        y = x[start:stop].float() @ W[expert].float().T
+        out[start:stop] = (y if bias is None else y + bias[expert].float()).to(x.dtype)
     return out
 
 
@@ -81,6 +84,7 @@ def _grouped_matmul_kernel(
     x_ptr,  # (R, K)
     W_ptr,  # (num_experts, N, K)
     offsets_ptr,
+    bias_ptr,  # (num_experts, N), read where HAS_BIAS
     first_expert,
     num_experts,
     N,
@@ -90,6 +94,7 @@ def _grouped_matmul_kernel(
     stride_we,
     stride_wn,
     stride_wk,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,6 +124,8 @@ def _grouped_matmul_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * stride_wk
+        if HAS_BIAS:
+            acc += load_bias(bias_ptr, expert, offs_n, N)[None, :]
         mask = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
         tl.store(y_ptr + rows * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask)
 
@@ -131,6 +138,7 @@ def _launch_grouped_matmul(
     first_expert: int,
     is_transposed: bool,
     gpu: Properties,
+    bias: Tensor | None = None,  # (C, N)
 ) -> None:
     (R, K), N = x.shape, y.shape[1]
     unrolled = x.dtype == torch.float32 or gpu.capability < TENSOR_CORES_FROM
@@ -143,6 +151,7 @@ def _launch_grouped_matmul(
         x_ptr=x,
         W_ptr=W,
         offsets_ptr=offsets,
+        bias_ptr=offsets if bias is None else bias,
         first_expert=first_expert,
         num_experts=len(W),
         N=N,
@@ -152,6 +161,7 @@ def _launch_grouped_matmul(
         stride_we=W.stride(0),
         stride_wn=W.stride(1),
         stride_wk=W.stride(2),
+        HAS_BIAS=bias is not None,
         BLOCK_E=next_power_of_2(len(W)),
         **tile._asdict(),
         # multiply-adds round less
@@ -191,6 +201,7 @@ def _multiply(
     out: Tensor | None,  # (R, N)
     first_expert: int,
     is_transposed: bool,
+    bias: Tensor | None = None,  # (C, N)
 ) -> Tensor:
     shape = (len(x), W.shape[2 if is_transposed else 1])
     if out is None:
@@ -200,12 +211,13 @@ def _multiply(
     check_rows_are_apart("out", out)
     check_one_device({"x": x, "out": out})
     if x.device.type == "cpu":
-        grouped_matmul_reference(x, W.mT if is_transposed else W, offsets, out, first_expert)
+        W = W.mT if is_transposed else W
+        grouped_matmul_reference(x, W, offsets, out, first_expert, bias)
     elif out.numel() > 0 and len(W) > 0:
         gpu = properties(x.device)
         obstacle = copied_obstacle(x, W, out, gpu)
         launch_product = _launch_grouped_matmul if obstacle else _launch_grouped_matmul_copied
-        launch_product(x, W, offsets, out, first_expert, is_transposed, gpu)
+        launch_product(x, W, offsets, out, first_expert, is_transposed, gpu, bias)
     return out
 
 
@@ -215,10 +227,13 @@ def grouped_matmul(
     offsets: Tensor,  # (E + 1,) int32: where each expert's rows begin; at last R
     out: Tensor | None = None,  # (R, N), rows of any stride
     first_expert: int = 0,
+    bias: Tensor | None = None,  # (C, N), of the same experts as W
 ) -> Tensor:  # (R, N), x's dtype
-    """Multiply rows by the transposes of their experts' matrices.
+    """Multiply rows by the transposes of their experts' matrices, and add their biases.
 
-        y[r] = x[r] W[e - first_expert]^T       offsets[e] <= r < offsets[e + 1]
+        y[r] = x[r] W[e - first_expert]^T + bias[e - first_expert]
+
+    where offsets[e] <= r < offsets[e + 1].
 
     Args:
         offsets: not decreasing, from 0 to R; their values are not looked at, which would wait for
@@ -231,7 +246,13 @@ def grouped_matmul(
             overlap, or something requires a gradient.
     """
     _check("x", x, W, offsets, first_expert, is_transposed=False)
-    return _multiply(x, W, offsets, out, first_expert, is_transposed=False)
+    if bias is not None:
+        check_dtype("bias", bias.dtype)
+        check_is("bias", bias, bias.dtype, tuple(W.shape[:2]))
+        check_is_contiguous("bias", bias)
+        check_one_device({"x": x, "bias": bias})
+        check_not_recorded({"bias": bias}, "grouped_matmul_backward_input")
+    return _multiply(x, W, offsets, out, first_expert, is_transposed=False, bias=bias)
 
 
 def grouped_matmul_backward_input(

@@ -27,6 +27,7 @@ from kernels.grouped_matmul_tiles import (
     count_row_tiles,
     find_tile,
     is_aligned,
+    load_bias,
     most_tiles,
 )
 from kernels.language import TensorDescriptor, tl, triton
@@ -44,11 +45,13 @@ def _grouped_matmul_copied_kernel(
     x_tiles,  # of (R, K)
     W_tiles,  # of (num_experts, N, K), or where IS_TRANSPOSED of (num_experts, K, N)
     offsets_ptr,
+    bias_ptr,  # (num_experts, N), read where HAS_BIAS
     first_expert,
     num_experts,
     N,
     K,
     stride_ym,
+    HAS_BIAS: tl.constexpr,
     IS_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,6 +77,8 @@ def _grouped_matmul_copied_kernel(
                 acc = tl.dot(x, w.T, acc)
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = column + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += load_bias(bias_ptr, expert, offs_n, N)[None, :]
         y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
         mask = (offs_m < stop)[:, None] & (offs_n < N)[None, :]
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask)
@@ -98,6 +103,7 @@ def _launch_grouped_matmul_copied(
     first_expert: int,
     is_transposed: bool,
     gpu: Properties,
+    bias: Tensor | None = None,  # (C, N)
 ) -> None:
     (R, K), N, tile = x.shape, y.shape[1], TILE
     block = (tile.BLOCK_K, tile.BLOCK_N) if is_transposed else (tile.BLOCK_N, tile.BLOCK_K)
@@ -110,11 +116,13 @@ def _launch_grouped_matmul_copied(
         x_tiles=TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K]),
         W_tiles=TensorDescriptor.from_tensor(W, [1, *block]),
         offsets_ptr=offsets,
+        bias_ptr=offsets if bias is None else bias,
         first_expert=first_expert,
         num_experts=len(W),
         N=N,
         K=K,
         stride_ym=y.stride(0),
+        HAS_BIAS=bias is not None,
         IS_TRANSPOSED=is_transposed,
         BLOCK_E=next_power_of_2(len(W)),
         **tile._asdict(),

@@ -62,6 +62,13 @@ def find_tile(tile, ends, offsets_ptr, num_column_tiles, BLOCK_M: tl.constexpr):
     return expert, start + (first + tile % size) * BLOCK_M, stop, tile // size
 
 
+@triton.jit
+def load_bias(bias_ptr, expert, offs_n, N):
+    # (BLOCK_N,), of one expert, whose bias has N numbers
+    bias = tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, offs_n < N, 0.0)
+    return bias.to(tl.float32)
+
+
 def is_aligned(*matrices: Tensor) -> bool:
     """Tell whether matrices can be moved 16 bytes at a time, to their last column."""
     return all(

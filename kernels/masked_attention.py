@@ -1,9 +1,9 @@
-"""Causal grouped-query attention with capped scores, windows and several samples in a row, on the
-GPU.
+"""Causal grouped-query attention with capped scores, windows, sinks and several samples in a row,
+on the GPU.
 
     s     = softcap(scale q k^T)                    softcap(x) = cap tanh(x / cap), or x
     p     = exp(s - lse)                            lse = log sum exp(s), over the tokens seen
-    out   = p v
+    out   = p v                                           and the head's sink, if it has one
 
     queries |     keys -->              token i sees j <= i; in a window of W tokens j > i - W; and
      BLOCK_M|  . x x . . .              only tokens of its sample (`masked_attention_mask.py`). A
@@ -12,7 +12,9 @@ GPU.
             |    BLOCK_N
 
 torch's products know no cap, and a mask they take as a tensor of T^2 scores. Gemma 2 caps at 50
-with heads of 256 (Gemma Team 2024, section 2).
+with heads of 256 (Gemma Team 2024, section 2). A sink is a score beside those of the tokens that
+weighs no value (gpt-oss; Xiao et al. 2023, "Efficient Streaming Language Models with Attention
+Sinks"): the sum begins with it. The gradients need no more than an lse that counts it.
 
 Scores live in registers, tile by tile, in float32; what is multiplied again is rounded to the
 inputs' dtype. No atomic addition: each result is summed by one program, in one order, so equal
@@ -67,6 +69,7 @@ def _masked_attention_kernel(
     k_ptr,  # (B, H_kv, T_all, E)
     v_ptr,
     positions_ptr,  # (B, T), read where rows hold several samples
+    sinks_ptr,  # (H,), read where HAS_SINKS
     scale,
     cap,
     window,
@@ -85,6 +88,7 @@ def _masked_attention_kernel(
     stride_vt,
     CAPPED: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD: tl.constexpr,  # HEAD_DIM, to a power of two
     BLOCK_M: tl.constexpr,
@@ -110,6 +114,10 @@ def _masked_attention_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     # no score is below
     largest = tl.zeros((BLOCK_M,), tl.float32) + (-cap if CAPPED else LOWEST)
+    if HAS_SINKS:
+        # as after a first token with this score and no value
+        largest = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + h).to(tl.float32)
+        total += 1.0
     first = tl.maximum(tl.min(places - reach), 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(num_past + first_row + BLOCK_M, num_keys)
     for start in range(first, last, BLOCK_N):
@@ -141,6 +149,7 @@ def _launch_masked_attention(
     cap: float | None,
     window: int | None,
     samples: Samples | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, E), lse (B, H, T)
     B, H, T, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
@@ -159,6 +168,7 @@ def _launch_masked_attention(
         k_ptr=key,
         v_ptr=value,
         positions_ptr=samples.positions if samples else lse,
+        sinks_ptr=lse if sinks is None else sinks,
         scale=scale,
         cap=cap or 0.0,
         window=window or num_keys,
@@ -169,6 +179,7 @@ def _launch_masked_attention(
         **head_strides(q=query, k=key, v=value),
         CAPPED=cap is not None,
         PACKED=samples is not None,
+        HAS_SINKS=sinks is not None,
         HEAD_DIM=head_dim,
         HEAD=head,
         # multiply-adds round less
@@ -228,6 +239,19 @@ def check_heads(
             raise ValueError(f"the {name} must be a positive number: got {number}")
 
 
+def check_sinks(sinks: Tensor, query: Tensor) -> None:
+    """Refuse sinks that are not one of each head.
+
+    Raises:
+        ValueError: what the public functions say.
+    """
+    check_dtype("sinks", sinks.dtype)
+    check_is("sinks", sinks, sinks.dtype, (query.shape[1],))
+    check_is_contiguous("sinks", sinks)
+    check_one_device({"query": query, "sinks": sinks})
+    check_not_recorded({"sinks": sinks}, "masked_attention_backward")
+
+
 def masked_attention(
     query: Tensor,  # (B, H, T, head_dim), any layout whose heads are contiguous; so the next two
     key: Tensor,  # (B, H_kv, T_all, head_dim)
@@ -236,6 +260,7 @@ def masked_attention(
     cap: float | None = None,
     window: int | None = None,
     samples: Samples | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, head_dim), lse (B, H, T) float32
     """Compute attention: a token mixes its own value with those of the tokens before it.
 
@@ -248,10 +273,11 @@ def masked_attention(
         window: how many tokens a token sees, itself included; None: all.
         samples: where the samples of a row lie: a token sees its own sample alone; None: a row is
             one sample.
+        sinks: of each head, a score that takes its share and has no value; None: there are none.
 
     Returns:
         out: a token's heads side by side, so its rows may be viewed as a matrix.
-        lse: what `masked_attention_backward` needs beside out.
+        lse: what `masked_attention_backward` needs beside out; it counts the sinks.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a head is not contiguous or wider than
@@ -260,6 +286,9 @@ def masked_attention(
     """
     tensors = {"query": query, "key": key, "value": value}
     check_heads(tensors, key.shape[2] if key.dim() == 4 else 0, scale, cap, window, samples)
+    if sinks is not None:
+        check_sinks(sinks, query)
+    arguments = (query, key, value, scale, cap, window, samples, sinks)
     if query.device.type == "cpu":
-        return masked_attention_reference(query, key, value, scale, cap, window, samples)
-    return _launch_masked_attention(query, key, value, scale, cap, window, samples)
+        return masked_attention_reference(*arguments)
+    return _launch_masked_attention(*arguments)

@@ -24,12 +24,15 @@ def masked_attention_reference(
     cap: float | None,
     window: int | None,
     samples: Samples | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> tuple[Tensor, Tensor]:  # out (B, H, T, E), lse (B, H, T) float32
     """Attend in float32, some queries at a time, rounding once."""
     outs, lses = [], []
     for rows in _row_chunks(query, key):
         scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window, samples)
         lse = scores.logsumexp(dim=-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.float().view(key.shape[1], -1, 1))
         out = (scores - lse[..., None]).exp() @ value[:, :, None].float()
         outs.append(out.flatten(1, 2).to(query.dtype))
         lses.append(lse.flatten(1, 2))

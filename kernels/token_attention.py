@@ -1,6 +1,7 @@
 """Attention of one new token for each sequence to the cache, and its way down to the ranks.
 
     mixed = softmax(scale q k^T) v               over the last `window` of `place + 1` cached tokens
+                                                 and the head's sink, if it has one
     h     = mixed A^T
 
     program (b, kv head, split) | the queries that share a kv head | a share of the tokens
@@ -57,6 +58,7 @@ class TokenScores(NamedTuple):
     scale: float
     cap: float | None
     window: int | None  # tokens that a token sees, itself included
+    sinks: Tensor | None = None  # (H,), scores beside the tokens', without a value
 
 
 def token_attention_reference(
@@ -79,7 +81,11 @@ def token_attention_reference(
     s = s.masked_fill(~is_seen[:, None, None], float("-inf"))
     # what was never written may be NaN
     v = values.float().masked_fill(~is_seen[:, None, :, None], 0.0)
-    mixed = (s.softmax(-1) @ v).reshape(B, -1).to(query.dtype)
+    p = s.softmax(-1)
+    if scores.sinks is not None:
+        # the share that the sink leaves
+        p *= torch.sigmoid(s.logsumexp(-1, True) - scores.sinks.float().view(H_kv, -1, 1))
+    mixed = (p @ v).reshape(B, -1).to(query.dtype)
     return mixed, None if A is None else (mixed.float() @ A.float().T).to(mixed.dtype)
 
 
@@ -162,9 +168,11 @@ def _add_splits_kernel(
     total_ptr,
     A_ptr,  # (num_programs(1), H * HEAD_DIM)
     place_ptr,  # (B,)
+    sinks_ptr,  # (H,), read where HAS_SINKS
     window,
     H,
     HAS_UPDATE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD: tl.constexpr,
@@ -192,9 +200,17 @@ def _add_splits_kernel(
         offs = places[:, :, None] * HEAD_DIM + column[None, None, :]
         mask = is_known[:, :, None] & is_column[None, None, :]
         sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
-        factor = tl.exp(largest - tl.max(largest, 1)[:, None])
+        top = tl.max(largest, 1)
+        sink = top
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head, mask=head < H, other=0.0).to(tl.float32)
+        top = tl.maximum(top, sink)
+        factor = tl.exp(largest - top[:, None])
+        whole = tl.sum(total * factor, 1)
+        if HAS_SINKS:
+            whole += tl.exp(sink - top)
         # heads that are not there would divide by zero
-        whole = tl.where(is_head, tl.sum(total * factor, 1)[:, None], 1.0)
+        whole = tl.where(is_head, whole[:, None], 1.0)
         mixed = tl.sum(sums * (factor / whole)[:, :, None], 1).to(mixed_ptr.dtype.element_ty)
         is_own = is_head & (head // HEADS % tl.num_programs(1) == rank)[:, None]
         out = (b * H + head)[:, None] * HEAD_DIM + column[None, :]
@@ -282,7 +298,9 @@ def _launch_token_attention(
         total_ptr=total,
         A_ptr=mixed if A is None else A,
         H=H,
+        sinks_ptr=mixed if scores.sinks is None else scores.sinks,
         HAS_UPDATE=A is not None,
+        HAS_SINKS=scores.sinks is not None,
         HEADS=heads,
         num_warps=16,
         **shape,
@@ -300,7 +318,7 @@ def token_attention(
 ) -> tuple[Tensor, Tensor | None]:  # mixed (B, H head_dim), h (B, P)
     """Let the newest token of each sequence mix the values that it sees, and multiply by A.
 
-        mixed = softmax(softcap(scale q k^T)) v        h = mixed A^T
+        mixed = softmax(softcap(scale q k^T), sinks) v        h = mixed A^T
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a tensor is not contiguous.
@@ -319,6 +337,9 @@ def token_attention(
     if A is not None:
         check_is("A", A, query.dtype, (A.shape[0], H * head_dim))
         given["A"] = A
+    if scores.sinks is not None:
+        check_is("sinks", scores.sinks, scores.sinks.dtype, (H,))
+        given["sinks"] = scores.sinks
     for name, tensor in given.items():
         check_is_contiguous(name, tensor)
     check_one_device(given)

@@ -3,13 +3,15 @@
     mixed = softmax(scale q k^T + mask) v
 
     mask    token i sees j <= i, with a window of W tokens j > i - W, and only its own sample
+    sink    a score of a head beside those, which has no value, in families that have them
 
 On a GPU torch chooses between the kernels of cuDNN and FlashAttention. Each keeps one number a row
 and head for the backward pass, not the scores. torch holds that number in an autograd graph, the
 only one in a layer's passes. `kernels.masked_attention` does the rest, for which torch has no
-kernel or needs a mask or scores of T^2 numbers: capped scores, windows shorter than the rows, rows
-of several samples, float32, and every dtype on a GPU before compute capability 8.0. Its sums have a
-fixed order, so in deterministic runs it takes the place of torch's slower kernel that has one.
+kernel or needs a mask or scores of T^2 numbers: capped scores, windows shorter than the rows,
+sinks, rows of several samples, float32, and every dtype on a GPU before compute capability 8.0. Its
+sums have a fixed order, so in deterministic runs it takes the place of torch's slower kernel that
+has one.
 
 On the meta device this file allocates what torch allocates on a GPU, and computes nothing.
 """
@@ -63,21 +65,23 @@ def attention(
     scores: Scores,
     has_backward: bool,
     samples: Samples | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> Mixed:
     """Let every token mix the values of itself and of those before it.
 
     Args:
         has_backward: keep what `attention_backward` needs.
         samples: where each token lies, if a row holds several.
+        sinks: the backward pass needs none: lse counts them.
     """
     num_tokens, (scale, cap, window) = query.shape[2], scores
     is_windowed = window is not None and num_tokens > window
-    is_plain = cap is None and not is_windowed and samples is None
+    is_plain = cap is None and not is_windowed and samples is None and sinks is None
     is_by_torch = query.device.type == "cpu" or torch_attends(
         properties(query.device), query.dtype, query.shape[3]
     )
     if not (is_plain and is_by_torch):
-        output, lse = masked_attention(query, key, value, scale, cap, window, samples)
+        output, lse = masked_attention(query, key, value, scale, cap, window, samples, sinks)
         return Mixed((query, key, value), output, scores, lse, True, samples)
     if query.device.type == "meta":
         output, lse = _forward_sizes(query)

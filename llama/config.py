@@ -79,6 +79,7 @@ class LlamaConfig:
     experts: Experts | None = None  # in place of the MLP, in some layers or all
     # parts of tensors' names in checkpoints, and what they are called here
     file_names: tuple[tuple[str, str], ...] = ()
+    has_sinks: bool = False  # each head has a score beside those of the tokens, without a value
     is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
 
     @property
@@ -222,6 +223,16 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
     return family.activation_names[name]
 
 
+def _check_constants(fields: JsonFields, family: Family) -> None:
+    """Refuse other values than the one of a field that this model computes."""
+    for name, computed in family.constants.items():
+        if (given := fields.number(name, computed)) != computed:
+            raise ValueError(
+                f"{fields.where}: {name} must be {computed:g}, which is what is computed here: "
+                f"got {given:g}"
+            )
+
+
 def _has_bias(fields: JsonFields, said: bool | str) -> bool:
     return fields.boolean(said, False) if isinstance(said, str) else said
 
@@ -299,7 +310,10 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     replaced = set(family.aliases.values()) - family.fields
     given = {key: value for key, value in text.values.items() if key not in replaced}
     fields = replace(text, values={**family.defaults, **given, **_named(text, given, family)})
+    if not fields.values.get("rope_parameters") and not fields.values.get("rope_scaling"):
+        fields.values["rope_parameters"] = dict(family.rope_default)
     path = fields.where
+    _check_constants(fields, family)
     num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
@@ -364,6 +378,7 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         eos_token_ids=eos_token_ids or (),
         experts=read_experts(fields, family.experts, num_layers),
         file_names=tuple(family.file_names.items()),
+        has_sinks=family.has_sinks,
         is_tower=is_tower,
     )
     if config.num_attention_heads % config.num_key_value_heads:

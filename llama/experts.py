@@ -2,6 +2,8 @@
 
     output = sum_j weights[j] down_e(activation(gate_e(y)) up_e(y))        e = chosen[j]
 
+where down_e, gate_e and up_e may have biases, and the router, too.
+
 Shazeer et al. 2017, section 2; Jiang et al. 2024 (Mixtral), section 2.2. `llama/layer.py` runs it
 as it runs the MLP of `llama/halves.py`, `llama/routing.py` has the router, and
 `lora/expert_group.py` the experts' weights. The MLP's steps are taken for sorted rows, one for each
@@ -29,6 +31,7 @@ from llama.routing import Routing, route, route_backward
 from lora.expert_group import ExpertGroup
 from lora.expert_update import ExpertUpdate
 from lora.rows import Rows
+from lora.stacked_layout import StackedLayout
 
 
 class Routed(Gated):
@@ -44,13 +47,21 @@ class Routed(Gated):
 class ExpertProjections(nn.Module):
     """The projections of a layer's experts."""
 
-    def __init__(self, hidden_size: int, experts: Experts) -> None:
+    def __init__(self, config: LlamaConfig, experts: Experts) -> None:
         super().__init__()
         self.block = experts.block
-        D, width, count = hidden_size, experts.width, experts.num_experts
+        D, width, count = config.hidden_size, experts.width, experts.num_experts
         if experts.is_stacked:
-            self.gate_up = ExpertGroup(("gate_up_proj",), (2 * width,), D, count, num_stacked=count)
-            self.down = ExpertGroup(("down_proj",), (D,), width, count, num_stacked=count)
+            is_by_columns, has_bias = experts.is_by_columns, config.mlp_bias
+            layouts = [StackedLayout(is_by_columns, 2 if is_by_columns else 1)]
+            layouts.append(StackedLayout(is_by_columns))
+            self.gate_up, self.down = (
+                ExpertGroup((name,), (rows,), columns, count, count, has_bias, layout)
+                for name, rows, columns, layout in (
+                    ("gate_up_proj", 2 * width, D, layouts[0]),
+                    ("down_proj", D, width, layouts[1]),
+                )
+            )
             return
         gate_up = tuple(f"{e}.{name}" for e in range(count) for name in ("gate_proj", "up_proj"))
         self.gate_up = ExpertGroup(gate_up, (width,) * len(gate_up), D, count)
@@ -58,8 +69,13 @@ class ExpertProjections(nn.Module):
         self.down = ExpertGroup(down, (D,) * count, width, count)
 
     def groups(self) -> dict[str, ExpertGroup]:
-        """The groups by what transformers calls the tensors of all experts."""
-        return {"gate_up_proj": self.gate_up, "down_proj": self.down}
+        """The groups that may have updates, by what transformers calls the tensors of all experts.
+
+        Where a checkpoint has experts by columns, PEFT's lora_B has those of gate and of up in
+        turn, and there are no updates.
+        """
+        groups = {"gate_up_proj": self.gate_up, "down_proj": self.down}
+        return {name: group for name, group in groups.items() if group.layout.is_by_rows}
 
     def updates(self) -> Iterator[tuple[str, ExpertGroup, ExpertUpdate]]:
         """The updates, each with its group and what PEFT puts before the names of lora_A and B.
@@ -88,9 +104,9 @@ class ExpertMLP(nn.Module):
         super().__init__()
         self.choice = (experts.num_chosen, experts.is_normalized)
         # the router, as checkpoints call it
-        self.gate = nn.Linear(config.hidden_size, experts.num_experts, bias=False)
+        self.gate = nn.Linear(config.hidden_size, experts.num_experts, config.mlp_bias)
         self.gate.requires_grad_(False)
-        self.experts = ExpertProjections(config.hidden_size, experts)
+        self.experts = ExpertProjections(config, experts)
         self.activation: Activation = config.activation
 
     @property
@@ -109,8 +125,9 @@ class ExpertMLP(nn.Module):
 
     def project_in(self, y: Rows, seed: Tensor | None, kept: Routed) -> None:
         """Choose the experts of each token, and compute gate | up of each pair, (R, 2 F)."""
-        needs_shares = kept.balance is not None
-        routing = kept.routing = route(y.ext, self.gate.weight, *self.choice, needs_shares)
+        router, needs_shares = self.gate, kept.balance is not None
+        routing = route(y.ext, router.weight, *self.choice, router.bias, needs_shares)
+        kept.routing = routing
         rows = gather_expert_rows(y.ext, routing.places)
         kept.gate_up_ext = self.gate_up.forward(rows, routing.offsets)
         if (update := self.gate_up.update) is not None:
@@ -133,7 +150,8 @@ class ExpertMLP(nn.Module):
     def inner_backward(self, grad_out: Tensor, seed: Tensor | None, kept: Routed) -> None:
         """Turn gate | up into their gradient, and find that of the router's weights.
 
-            grad_weights[m, j] = grad_out[m] . down_e(inner) = down_e'(grad_out[m]) . inner
+            grad_weights[m, j] = grad_out[m] . down_e(inner)
+                               = down_e'(grad_out[m]) . inner + grad_out[m] . bias_e
 
         In the gradients of down's updates the rows have their weights, which h's short rows take.
 
@@ -156,6 +174,10 @@ class ExpertMLP(nn.Module):
             grad_inner, inner, routing.places, routing.weights
         )
         del inner
+        if (biases := self.down.biases) is not None:
+            with_biases = grad_out.float() @ biases.float().T
+            kept.grad_weights += with_biases.gather(1, routing.chosen)
+            del with_biases
         glu_backward(grad_inner, kept.gate_up_ext, self.activation)
         del kept.h_down
 

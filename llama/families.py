@@ -8,7 +8,7 @@ it is set, because it might change the function.
 from dataclasses import replace
 
 from llama.family import ACTIVATION_NAMES, Family, LayerNorms
-from llama.layer_experts import LayerExperts
+from llama.mixtures import MIXTURES, MULTIPLIERS, WINDOW_FIELDS
 
 NORMS_BEHIND = LayerNorms(
     before_attention=None,
@@ -46,13 +46,6 @@ _COHERE = Family(
     fields=frozenset({"attention_bias", "logit_scale"}),
     aliases={"layer_norm_eps": "rms_norm_eps"},
 )
-_MULTIPLIERS = frozenset(
-    {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
-)
-# transformers adds the auxiliary loss that the last one weighs where output_router_logits is set;
-# here --router-aux-loss-coef does
-_EXPERT_FIELDS = frozenset({"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"})
-_WINDOW_FIELDS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
 
 FAMILIES = {
     "LlamaForCausalLM": Family(
@@ -118,7 +111,7 @@ FAMILIES = {
         o_bias=False,
         windows="later",
         defaults={"max_window_layers": 28},
-        fields=_WINDOW_FIELDS,
+        fields=WINDOW_FIELDS,
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -126,7 +119,7 @@ FAMILIES = {
         head_dim=128,
         windows="later",
         defaults={"max_window_layers": 28},
-        fields=_WINDOW_FIELDS | {"attention_bias"},
+        fields=WINDOW_FIELDS | {"attention_bias"},
     ),
     "Phi3ForCausalLM": Family(
         "phi3",
@@ -207,7 +200,7 @@ FAMILIES = {
         "granite",
         mlp_bias="mlp_bias",
         defaults={"attention_multiplier": 1.0},
-        fields=_MULTIPLIERS | {"attention_bias", "mlp_bias"},
+        fields=MULTIPLIERS | {"attention_bias", "mlp_bias"},
     ),
     "GemmaForCausalLM": Family(
         "gemma",
@@ -307,77 +300,8 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         # transformers ignores max_window_layers
-        fields=_WINDOW_FIELDS
+        fields=WINDOW_FIELDS
         | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
     ),
-    "Qwen3MoeForCausalLM": Family(
-        "qwen3_moe",
-        qk_norm=True,
-        windows="switched",
-        experts=LayerExperts("sparse", "moe_intermediate_size"),
-        defaults={
-            "rms_norm_eps": 1e-6,
-            "num_key_value_heads": 4,
-            "sliding_window": 4096,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
-        # transformers ignores max_window_layers and use_qk_norm
-        fields=_EXPERT_FIELDS
-        | _WINDOW_FIELDS
-        | {
-            "attention_bias",
-            "decoder_sparse_step",
-            "mlp_only_layers",
-            "moe_intermediate_size",
-            "norm_topk_prob",
-            "num_experts",
-            "use_qk_norm",
-        },
-        aliases={"num_local_experts": "num_experts"},
-    ),
-    "OlmoeForCausalLM": Family(
-        "olmoe",
-        qk_norm=True,
-        has_joint_qk_norm=True,
-        experts=LayerExperts(),
-        defaults={"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
-        fields=_EXPERT_FIELDS | {"attention_bias", "norm_topk_prob", "num_experts"},
-        aliases={"num_local_experts": "num_experts"},
-    ),
-    "MixtralForCausalLM": Family(
-        "mixtral",
-        qkv_bias=False,
-        o_bias=False,
-        windows="all",
-        experts=LayerExperts(is_normalized=True),
-        defaults={
-            "rms_norm_eps": 1e-5,
-            "num_key_value_heads": 8,
-            "rope_theta": 1e6,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-        fields=_EXPERT_FIELDS | {"sliding_window", "num_experts"},
-        aliases={"num_local_experts": "num_experts"},
-        file_names={
-            ".block_sparse_moe.": ".mlp.",
-            ".w1.": ".gate_proj.",
-            ".w3.": ".up_proj.",
-            ".w2.": ".down_proj.",
-        },
-    ),
-    "GraniteMoeForCausalLM": Family(
-        "granitemoe",
-        experts=LayerExperts(is_normalized=True, is_stacked=True, block="block_sparse_moe"),
-        defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
-        fields=_EXPERT_FIELDS | _MULTIPLIERS | {"attention_bias"},
-        aliases={"num_local_experts": "num_experts"},
-        file_names={
-            ".block_sparse_moe.router.layer.": ".mlp.gate.",
-            ".block_sparse_moe.input_linear.": ".mlp.experts.gate_up_proj.",
-            ".block_sparse_moe.output_linear.": ".mlp.experts.down_proj.",
-        },
-    ),
+    **MIXTURES,
 }

@@ -34,7 +34,7 @@ class Family:
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: whether the projections have one, or what the field of
-            config.json is called that says so.
+            config.json is called that says so; of experts, their router too.
         qk_norm: whether queries and keys are normalized, each head by itself.
         has_joint_qk_norm: whether all heads of a token are normalized together instead.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
@@ -49,17 +49,21 @@ class Family:
         is_interleaved: rotary positions turn dimensions 2 i and 2 i + 1 together, not the halves.
         ropes: which layers have which rotary positions, as `read_ropes` takes it.
         experts: how config.json describes those of the layers, if they have any.
+        has_sinks: whether each head has a score beside those of the tokens.
         activation_field: what names the activation of the gates.
         activation_names: what the file may call it.
         norm_offset: added to the stored weights of all norms.
         has_centred_norms: whether all norms subtract the mean first.
         is_parallel: whether the MLP has attention's input, and not its result added to that.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
+        constants: fields of config.json that have one value here.
         defaults: for fields missing in the file, where they differ from Llama's; null in the file
             stays null.
+        rope_default: the rotary positions' parameters where the file gives none.
         fields: of config.json that this family has beside Llama's.
         aliases: what the family's first config.json called fields, and what they are called here.
-        file_names: parts of tensors' names in checkpoints, and what they are called here.
+        file_names: parts of tensors' names in checkpoints, and what they are called here; $ is the
+            end of a name.
         transformers_class: the architecture that transformers writes, where it computes the family
             by another one's class.
     """
@@ -80,6 +84,7 @@ class Family:
     is_interleaved: bool = False
     ropes: LayerRopes = "alike"
     experts: LayerExperts | None = None
+    has_sinks: bool = False
     activation_field: str = "hidden_act"
     activation_names: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATION_NAMES)
     norms: LayerNorms = LLAMA_NORMS
@@ -87,7 +92,9 @@ class Family:
     has_centred_norms: bool = False
     is_parallel: bool = False
     scales_embeddings: bool = False
+    constants: Mapping[str, float] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    rope_default: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     file_names: Mapping[str, str] = field(default_factory=dict)

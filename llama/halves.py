@@ -41,6 +41,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
         self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
         self.has_joint_norm = config.has_joint_qk_norm
+        sinks = torch.empty(self.counts[0]) if config.has_sinks else None
+        # of each head, a score beside those of the tokens, which has no value
+        self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
 
     def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Normalize queries and keys in place, head by head or together, in families that do.

@@ -192,13 +192,13 @@ class DecoderLayer(nn.Module):
         heads = qkv.forward(y, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = self.self_attn.normalize_heads(heads)
         # the rotation overwrites heads, which nothing else holds
-        attn, tables = self.self_attn, shared.tables[self.table]
+        attn, tables, samples = self.self_attn, shared.tables[self.table], shared.samples
         query, key, value = rope(
             heads, shared.positions, tables, *attn.counts[:2], head_dim=attn.head_dim
         )
         if slot is not None:
             slot.store(self.index, key, value)
-        kept.mixed = attention(query, key, value, self.scores, has_backward, shared.samples)
+        kept.mixed = attention(query, key, value, self.scores, has_backward, samples, attn.sinks)
         output, mixed_ext = o.forward_from(_rows_of(kept.mixed.output), seed)
         kept.h_o = own(mixed_ext[:, o.in_features :])
         delta, kept.output_o = self._normalize_behind(self.norms.behind_attention, output)

@@ -19,6 +19,8 @@ class LayerExperts(NamedTuple):
         is_normalized: as in `Experts`; None: `norm_topk_prob` says it.
         is_stacked: the checkpoint has a projection of all experts as one tensor, gate and up
             together.
+        is_by_columns: the matrices of such a tensor multiply from the right, and columns of gate
+            and of up come in turn.
         block: what transformers calls the module of the router and its experts.
     """
 
@@ -26,6 +28,7 @@ class LayerExperts(NamedTuple):
     width_field: str = "intermediate_size"
     is_normalized: bool | None = None
     is_stacked: bool = False
+    is_by_columns: bool = False
     block: str = "mlp"
 
 
@@ -37,7 +40,7 @@ class Experts:
         num_chosen: of a token, those with the largest scores.
         width: the intermediate size of each.
         is_normalized: whether the weights of the experts that a token has sum to one.
-        is_stacked, block: as in `LayerExperts`.
+        is_stacked, is_by_columns, block: as in `LayerExperts`.
         has_experts: of each layer; the others have one MLP.
         asks_for_aux_loss: transformers adds the auxiliary loss in training (`llama/balance.py`).
     """
@@ -48,6 +51,7 @@ class Experts:
     is_normalized: bool
     is_stacked: bool
     has_experts: tuple[bool, ...]
+    is_by_columns: bool = False
     asks_for_aux_loss: bool = False
     block: str = "mlp"
 
@@ -80,6 +84,7 @@ def read_experts(fields: JsonFields, kind: LayerExperts | None, num_layers: int)
         is_normalized,
         kind.is_stacked,
         tuple(has_experts),
+        kind.is_by_columns,
         fields.boolean("output_router_logits", False),
         kind.block,
     )

@@ -32,6 +32,7 @@ from llama.targets import update_sizes
 from lora.config import LoRAConfig
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
+from lora.stacked_layout import StackedLayout
 from rows.batch import NO_LOSS, Batch
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,8 +65,8 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
-    """Experts, rows and columns of every tensor of all experts, by its path in transformers, in the
-    model's order."""
+    """Experts, rows and columns of every tensor of all experts that may have an update, by its path
+    in transformers, in the model's order."""
     with torch.device("meta"):
         model = Llama(config, torch.float32)
     return {
@@ -75,15 +76,15 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def quantized_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights that NF4 is for, experts' too, by their paths in the model's
-    order."""
+def quantized_layouts(config: LlamaConfig) -> dict[str, StackedLayout | None]:
+    """How all weights that NF4 is for lie in checkpoints, experts' too, by their paths in the
+    model's order; None: as one matrix."""
     with torch.device("meta"):
         model = Llama(config, torch.float32)
     return {
-        prefix + name: shape
+        prefix + name: None if group.num_stacked is None else group.layout
         for prefix, group in model.frozen_groups()
-        for name, shape in group.shapes().items()
+        for name in group.names
     }
 
 

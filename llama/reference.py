@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.glu import Activation, glu_reference
 from llama.config import LlamaConfig
 from llama.layer_experts import Experts
 from llama.rope import query_factors, rope_factor, rope_frequencies, rope_tables
 from rows.batch import Batch
-
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh")}
 
 
 class Projection(nn.Linear):
@@ -92,23 +91,23 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """softmax(scale q k^T) v of rotated queries and keys, several queries to a key."""
+    """softmax(scale q k^T, sink) v of rotated queries and keys, several queries to a key."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         D, head_dim = config.hidden_size, config.head_dim
         self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
-        rows = {
-            n: c * head_dim
-            for n, c in zip(("q_proj", "k_proj", "v_proj"), self.counts, strict=True)
-        }
+        names = ("q_proj", "k_proj", "v_proj")
+        rows = {n: c * head_dim for n, c in zip(names, self.counts, strict=True)}
         self.inputs = {"qkv_proj": sum(rows.values())} if config.is_fused else rows
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.qkv_bias))
         self.o_proj = Projection(self.counts[0] * head_dim, D, config.o_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
+        if config.has_sinks:
+            self.sinks = nn.Parameter(torch.empty(self.counts[0]))
 
     def forward(self, x: Tensor, rotation: Rotation, is_seen: Tensor) -> Tensor:
         qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
@@ -128,7 +127,10 @@ class Attention(nn.Module):
         scores = self.config.score_scale * (query @ key.mT)
         if cap := self.config.attn_logit_softcapping:
             scores = cap * torch.tanh(scores / cap)
-        mixed = scores.masked_fill(~is_seen, -math.inf).softmax(dim=-1) @ value
+        scores = scores.masked_fill(~is_seen, -math.inf)
+        if self.config.has_sinks:
+            scores = torch.cat((scores, self.sinks[:, None, None].expand(*scores.shape[:3], 1)), -1)
+        mixed = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -143,13 +145,11 @@ class MLP(nn.Module):
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.mlp_bias))
         self.down_proj = Projection(width, D, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation: Activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = self.activation(gate) * up
-        return self.down_proj(inner)
+        return self.down_proj(glu_reference(gate_up, self.activation))
 
 
 class ExpertMLP(nn.Module):
@@ -159,7 +159,7 @@ class ExpertMLP(nn.Module):
     def __init__(self, config: LlamaConfig, experts: Experts) -> None:
         super().__init__()
         self.num_chosen, self.is_normalized = experts.num_chosen, experts.is_normalized
-        self.gate = nn.Linear(config.hidden_size, experts.num_experts, bias=False)
+        self.gate = nn.Linear(config.hidden_size, experts.num_experts, config.mlp_bias)
         self.experts = nn.ModuleList(MLP(config, experts.width) for _ in range(experts.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which experts each token has, the order in which they compute, and the way back.
 
-    logits   = y W^T                                       W the router, frozen
+    logits   = y W^T + b                                   W and b the router, frozen
     chosen   = the k experts with the largest logits
     weights  = softmax(logits)[chosen]                     over all experts
              = softmax(logits[chosen])                     where a token's weights sum to one
@@ -50,6 +50,7 @@ def choose(
     router: Tensor,  # (E, D)
     num_chosen: int,
     is_normalized: bool,
+    bias: Tensor | None = None,  # (E,)
     needs_shares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Choose the experts of each token, and weigh them: `Routing`'s chosen, weights and shares.
@@ -58,6 +59,8 @@ def choose(
         needs_shares: compute all shares, also where the weights do not.
     """
     logits = y.float() @ router.float().T
+    if bias is not None:
+        logits += bias.float()
     largest, chosen = logits.topk(num_chosen, dim=1)
     shares = logits.softmax(dim=1) if needs_shares or not is_normalized else None
     if is_normalized:
@@ -71,10 +74,11 @@ def route(
     router: Tensor,  # (E, D)
     num_chosen: int,
     is_normalized: bool,
+    bias: Tensor | None = None,  # (E,)
     needs_shares: bool = False,
 ) -> Routing:
     """Choose the experts of each token, and sort the pairs by expert; takes what `choose` does."""
-    chosen, weights, shares = choose(y, router, num_chosen, is_normalized, needs_shares)
+    chosen, weights, shares = choose(y, router, num_chosen, is_normalized, bias, needs_shares)
     num_experts = router.shape[0]
     experts, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(max(len(order), num_experts + 1), device=y.device)

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Sequence
 from foreign.guest import in_guest
 from lora.config import ALL_LINEAR, LoRAConfig, UpdateSize
 
-# of an MLP; in a mixture of experts PEFT takes them for those of the experts
+# of an MLP, which may have updates in all models but mixtures of experts: there PEFT takes them for
+# those of the experts
 _OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def update_sizes(
     lora: LoRAConfig,
     paths: Iterable[str],  # of projections
-    parameters: Iterable[str] = (),  # paths of tensors of all experts
+    parameters: Iterable[str] = (),  # paths of tensors of all experts that may have updates
 ) -> dict[str, UpdateSize]:
     """Find which projections and tensors of experts get an update, and its size.
 
@@ -44,16 +45,27 @@ def _find_sizes(
                 "target_modules must be projections of the layers, head and embeddings stay as "
                 f"they are: {lora.target_modules!r} includes {path}"
             )
-    for name in _OF_MLP if parameters and lora.target_modules != ALL_LINEAR else ():
+    is_mixture = not any(path.endswith(f".{_OF_MLP[-1]}") for path in paths)
+    for name in _OF_MLP if is_mixture and lora.target_modules != ALL_LINEAR else ():
         if lora.has_target(f"model.layers.0.mlp.experts.0.{name}"):
+            advice = "the experts of this model stay as they are"
+            if parameters:
+                advice = (
+                    "all experts together are target_parameters "
+                    "(--target-parameters gate_up_proj,down_proj)"
+                )
             raise ValueError(
                 "target_modules must be projections of attention in a mixture of experts: "
-                f"{lora.target_modules!r} includes {name}; all experts together are "
-                "target_parameters (--target-parameters gate_up_proj,down_proj)"
+                f"{lora.target_modules!r} includes {name}; {advice}"
             )
     unknown = [name for name in lora.target_parameters if not _ends_any(name, parameters)]
     if unknown:
-        names = sorted({path.rpartition(".")[2] for path in parameters}) or ["none"]
+        if not parameters:
+            raise ValueError(
+                "--target-parameters must be left out, it is for mixtures of experts, and not for "
+                f"gpt-oss, whose experts lie by columns: got target_parameters {unknown[0]!r}"
+            )
+        names = sorted({path.rpartition(".")[2] for path in parameters})
         raise ValueError(
             "target_parameters must be tensors of all experts, of which this model has "
             f"{', '.join(names)}: got {unknown[0]!r}"

@@ -23,6 +23,7 @@ from kernels.nf4_dequantize import nf4_dequantize
 from lora.config import UpdateSize
 from lora.expert_update import ExpertUpdate
 from lora.frozen_group import FrozenGroup
+from lora.stacked_layout import BY_ROWS, StackedLayout
 from nf4.weight import NF4Weight, members, pick_parts
 
 # the most bytes of expanded weights at a time, but for one expert that has more
@@ -32,7 +33,7 @@ EXPANDED_BYTES = 128 << 20
 class ExpertGroup(FrozenGroup):
     """A projection, or several of one input, of each expert.
 
-        y[r] = W_e x[r]        offsets[e] <= r < offsets[e + 1]
+        y[r] = W_e x[r] + b_e        offsets[e] <= r < offsets[e + 1]
 
     Attributes:
         num_experts: whose matrices lie one behind the other, the same of each.
@@ -49,8 +50,10 @@ class ExpertGroup(FrozenGroup):
         in_features: int,
         num_experts: int,
         num_stacked: int | None = None,
+        has_bias: bool = False,
+        layout: StackedLayout = BY_ROWS,
     ) -> None:
-        super().__init__(names, rows, in_features, num_stacked=num_stacked)
+        super().__init__(names, rows, in_features, has_bias, num_stacked, layout)
         self.num_experts = num_experts
         self.update = None
 
@@ -58,6 +61,11 @@ class ExpertGroup(FrozenGroup):
     def rows_of_one(self) -> int:
         """The rows of one expert."""
         return self.num_rows // self.num_experts
+
+    @property
+    def biases(self) -> Tensor | None:
+        """The bias of each expert, (E, N)."""
+        return None if self.bias is None else self.bias.view(self.num_experts, -1)
 
     def attach(self, size: UpdateSize, device: torch.device, generator: torch.Generator) -> None:
         """Give every expert an update that starts at zero."""
@@ -77,9 +85,10 @@ class ExpertGroup(FrozenGroup):
         offsets: Tensor,  # (E + 1,) int32, on x's device
     ) -> Tensor:  # (R, N)
         """Apply to each row the matrices of its expert, without an update."""
-        y = x.new_empty(x.shape[0], self.rows_of_one)
+        y, biases = x.new_empty(x.shape[0], self.rows_of_one), self.biases
         for first, W in self._expanded(x.dtype):
-            grouped_matmul(x, W, offsets, out=y, first_expert=first)
+            bias = None if biases is None else biases[first : first + len(W)]
+            grouped_matmul(x, W, offsets, out=y, first_expert=first, bias=bias)
             # gone before the next ones are expanded
             del W
         return y

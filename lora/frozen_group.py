@@ -6,10 +6,11 @@ for several of them in one tensor.
 
     q_proj | k_proj | v_proj            LinearGroup: (sum of rows, in_features)
     0.gate_proj | 0.up_proj | 1. ...    ExpertGroup: the same, one expert behind the other
-    input_linear                        one tensor of three dimensions, a matrix an expert
+    input_linear                        one tensor of three dimensions, a matrix an expert, as
+                                        `stacked_layout.py` lays it out
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.nf4_quantize import nf4_quantize_member_unchecked
+from lora.stacked_layout import BY_ROWS, StackedLayout
 from nf4.weight import NF4Weight, Quantization, empty_weight, member
 
 
@@ -27,6 +29,7 @@ class FrozenGroup(nn.Module):
         names: of the tensors in checkpoints, without ".weight".
         rows: of each matrix of each tensor.
         num_stacked: matrices of a tensor of three dimensions; None: tensors are matrices.
+        layout: of such a matrix, and of its bias, in checkpoints.
     """
 
     weight: NF4Weight | Tensor  # (sum of rows, in_features)
@@ -41,6 +44,7 @@ class FrozenGroup(nn.Module):
         in_features: int,
         has_bias: bool = False,
         num_stacked: int | None = None,
+        layout: StackedLayout = BY_ROWS,
     ) -> None:
         super().__init__()
         self.names = names
@@ -48,6 +52,7 @@ class FrozenGroup(nn.Module):
         self.in_features = in_features
         self.has_bias = has_bias
         self.num_stacked = num_stacked
+        self.layout = layout
         self.expanded = None
 
     @property
@@ -61,11 +66,20 @@ class FrozenGroup(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the weights in checkpoints, by the tensors' names."""
-        stack = () if self.num_stacked is None else (self.num_stacked,)
         return {
-            name: (*stack, rows, self.in_features)
+            name: (*self._stack, *self.layout.shape(rows, self.in_features))
             for name, rows in zip(self.names, self.rows, strict=True)
         }
+
+    def bias_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the biases in checkpoints, by the tensors' names; empty without biases."""
+        if not self.has_bias:
+            return {}
+        return {n: (*self._stack, rows) for n, rows in zip(self.names, self.rows, strict=True)}
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.num_stacked is None else (self.num_stacked,)
 
     def row_slices(self) -> list[slice]:
         """Find the rows of each tensor in the buffer."""
@@ -99,14 +113,17 @@ class FrozenGroup(nn.Module):
 
     def home(self, name: str) -> Tensor | None:
         """Find the rows of the buffer for a tensor's weight or bias ("q_proj.weight"), stored as in
-        the checkpoint; None for a quantized weight."""
+        the checkpoint; None where `place` brings them there."""
+        is_quantized = name.endswith(".weight") and isinstance(self.weight, NF4Weight)
+        return self._rows_of(name) if self.layout.is_by_rows and not is_quantized else None
+
+    def _rows_of(self, name: str) -> Tensor:
+        """View the rows of a weight in 16 or 32 bits, or those of a bias."""
         member_name, kind = name.rsplit(".", 1)
-        if kind == "weight" and isinstance(self.weight, NF4Weight):
-            return None
         buffer = self.bias if kind == "bias" else self.weight
         assert isinstance(buffer, Tensor)
         rows = buffer[self.row_slices()[self.names.index(member_name)]]
-        return rows if self.num_stacked is None else rows.unflatten(0, (self.num_stacked, -1))
+        return rows.unflatten(0, (*self._stack, -1)) if self._stack else rows
 
     def member(self, name: str) -> NF4Weight:
         """View a quantized matrix ("q_proj") as a weight of its own."""
@@ -114,20 +131,29 @@ class FrozenGroup(nn.Module):
         assert self.num_stacked is None
         return member(self.weight, self.names.index(name))
 
-    def quantize(self, name: str, tensor: Tensor, checkpoint_name: str) -> Tensor:
-        """Quantize a tensor ("q_proj.weight") into the buffers, without waiting for the device.
+    def place(self, name: str, stored: Iterable[Tensor], checkpoint_name: str) -> Tensor:
+        """Bring the matrices of a tensor that has no home ("q_proj.weight"), or its biases, into
+        the buffers, quantized if these are, without waiting for the device.
+
+        Args:
+            stored: as they lie in the checkpoint; one, where tensors are matrices.
 
         Returns:
-            The scales, float32: one that is not finite tells of a weight that is not.
+            What is not finite where one of the numbers is not: the scales, float32, or the numbers.
         """
-        assert isinstance(self.weight, NF4Weight)
-        matrices = [tensor] if self.num_stacked is None else list(tensor)
-        first = self.names.index(name.rsplit(".", 1)[0]) * len(matrices)
-        scales = [
-            nf4_quantize_member_unchecked(self.weight, first + i, matrix, checkpoint_name)
-            for i, matrix in enumerate(matrices)
-        ]
-        return scales[0] if len(scales) == 1 else torch.cat(scales)
+        matrices = map(self.layout.in_rows, stored)
+        member_name, kind = name.rsplit(".", 1)
+        if kind == "weight" and isinstance(self.weight, NF4Weight):
+            first = self.names.index(member_name) * (self.num_stacked or 1)
+            scales = [
+                nf4_quantize_member_unchecked(self.weight, first + i, matrix, checkpoint_name)
+                for i, matrix in enumerate(matrices)
+            ]
+            return scales[0] if len(scales) == 1 else torch.cat(scales)
+        rows = self._rows_of(name)
+        for place, matrix in zip(rows if self._stack else (rows,), matrices, strict=True):
+            place.copy_(matrix)
+        return rows
 
     def make_tables(self, dtype: torch.dtype) -> None:
         """Copy the tables that kernels read in passes of a dtype to the device, before the first

@@ -77,6 +77,12 @@ def parse(arguments: Sequence[str]) -> MergeJob:
             f"--model must be a checkpoint in 16 or 32 bits: {model.folder} is in NF4 already; "
             "give the one it was made from, with --base nf4 to merge into its dequantized weights"
         )
+    if given.base == "nf4" and model.mxfp4:
+        raise ValueError(
+            f"--base nf4 must be for a checkpoint in 16 or 32 bits: the experts of {model.folder} "
+            "are in MXFP4, which cannot hold what NF4 makes of them; use --base original, which "
+            "leaves them as they are"
+        )
     return MergeJob(
         model=model,
         adapter=adapter,

@@ -20,10 +20,26 @@ from support.tiny_llama import (
 from torch import Tensor
 
 import quantize
-from checkpoint.identity import PAGE_BYTES, Identity, identify, sample_of
+from checkpoint.identity import PAGE_BYTES, Identity, _function, identify, sample_of
 from checkpoint.opening import open_checkpoint
 from checkpoint.shard_reader import StoredTensor, read_bytes
 from prepare.job import BUNDLED
+
+
+def test_experts_have_the_identity_that_they_had_before_other_families_came(tmp_path: Path) -> None:
+    fields = FIELDS | VARIANTS["mixtral"]
+    config = open_checkpoint(write_checkpoint(tmp_path, fields, random_tensors(fields))).config
+    assert config.experts is not None
+    # stacked by columns
+    assert not config.experts.is_by_columns
+    assert _function(config)["experts"] == {
+        "num_experts": 4,
+        "num_chosen": 2,
+        "width": 24,
+        "is_normalized": True,
+        "has_experts": (True, True),
+    }
+
 
 LLAMA_3_8B = FIELDS | {
     "vocab_size": 128256,

@@ -21,6 +21,7 @@ from support.equality import assert_equal
 from support.hub_server import Repository, files_of, serving
 from support.live_bytes import LiveBytes
 from support.llama_peers import CPU, Peer, tiny_peer
+from support.mxfp4_cases import write_mxfp4
 from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint, write_variant
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from checkpoint.tensor_names import TensorNames
 from kernels.nf4_dequantize import nf4_dequantize
 from llama.model import Llama
 from lora.expert_group import ExpertGroup
+from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from nf4.double_quant import QuantizedAbsmax
 from nf4.serialized import serialize
@@ -53,16 +55,22 @@ def load(folder: Path, quantization: Quantization | None = None, **options: Any)
     return load_model(open_checkpoint(folder), CPU, torch.float32, quantization, **options)
 
 
+def as_stored(group: FrozenGroup, rows: Tensor) -> Tensor:
+    """Lay the rows of a tensor out as a checkpoint does."""
+    if group.num_stacked is None:
+        return rows
+    return torch.stack([group.layout.as_stored(each) for each in rows.chunk(group.num_stacked)])
+
+
 def loaded_tensors(model: Llama) -> dict[str, Tensor]:
     """Everything an unquantized model holds, by the checkpoint's names."""
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     for prefix, group in model.frozen_groups():
         assert isinstance(group.weight, Tensor)
         for name, rows in zip(group.names, group.row_slices(), strict=True):
-            tensors[f"{prefix}{name}.weight"] = group.weight[rows].view(group.shapes()[name])
-        if group.bias is not None:
-            for name, bias in zip(group.names, group.bias.split(group.rows), strict=True):
-                tensors[f"{prefix}{name}.bias"] = bias
+            tensors[f"{prefix}{name}.weight"] = as_stored(group, group.weight[rows])
+            if group.bias is not None:
+                tensors[f"{prefix}{name}.bias"] = as_stored(group, group.bias[rows])
     names = TensorNames(parts=model.config.file_names)
     return {names.in_files(name): tensor for name, tensor in tensors.items()}
 
@@ -127,7 +135,7 @@ def test_a_quantized_member_is_its_tensor_quantized_alone(
     assert num_members == 7 * FIELDS["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "granite-moe"])
+@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "granite-moe", "gpt-oss"])
 def test_a_quantized_expert_is_its_tensor_quantized_alone(tmp_path: Path, variant: str) -> None:
     fields = FIELDS | VARIANTS[variant]
     tensors = random_tensors(fields)
@@ -140,6 +148,11 @@ def test_a_quantized_expert_is_its_tensor_quantized_alone(tmp_path: Path, varian
         stored = [tensors[names.in_files(f"{prefix}{name}.weight")] for name in group.names]
         matrices = stored if group.num_stacked is None else list(stored[0])
         for index, matrix in enumerate(matrices):
+            if variant == "gpt-oss":
+                # by columns, and of gate and up in turn
+                num_in_turn = 2 if group.names == ("gate_up_proj",) else 1
+                rows = [matrix.T[start::num_in_turn] for start in range(num_in_turn)]
+                matrix = torch.cat(rows)
             for key, expected in buffers(quantize(matrix, 64, True)).items():
                 assert_equal(buffers(member(group.weight, index))[key], expected, key)
         assert len(group.weight.rows) == len(matrices)
@@ -147,7 +160,12 @@ def test_a_quantized_expert_is_its_tensor_quantized_alone(tmp_path: Path, varian
     # three of each expert; one layer of the first has none, gate and up of the last are one
     assert (
         num_matrices
-        == {"qwen3-moe": 3 * 6, "mixtral": 2 * 3 * 4, "granite-moe": 2 * 2 * 4}[variant]
+        == {
+            "qwen3-moe": 3 * 6,
+            "mixtral": 2 * 3 * 4,
+            "granite-moe": 2 * 2 * 4,
+            "gpt-oss": 2 * 2 * 4,
+        }[variant]
     )
 
 
@@ -777,6 +795,20 @@ def test_a_stand_in_gpu_quantizes_to_the_same_bytes(
         assert_equal(ours.detach(), theirs.detach(), name)
 
 
+def test_a_stand_in_gpu_expands_the_same_experts(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    write_mxfp4(tmp_path, num_shards=2)
+    expected = load(tmp_path, NF4)
+    request.getfixturevalue("_stand_in_gpu")
+    actual = load(tmp_path, NF4)
+    for (_, ours), (prefix, theirs) in zip(
+        actual.frozen_groups(), expected.frozen_groups(), strict=True
+    ):
+        for mine, other in zip(ours.frozen_tensors(), theirs.frozen_tensors(), strict=True):
+            assert_equal(mine, other, prefix)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", [Quantization(32, False), NF4], ids=["nf4", "nf4-dq"])
 def test_a_stand_in_gpu_keeps_stored_nf4_byte_for_byte(
@@ -961,13 +993,13 @@ CUDA = torch.device("cuda")
 
 def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels fall behind the copies, by some milliseconds a tensor."""
-    quantize_late = LinearGroup.quantize
+    quantize_late = LinearGroup.place
 
     def quantize_later(group: LinearGroup, *arguments: Any) -> Tensor:
         torch.cuda._sleep(5_000_000)
         return quantize_late(group, *arguments)
 
-    monkeypatch.setattr(LinearGroup, "quantize", quantize_later)
+    monkeypatch.setattr(LinearGroup, "place", quantize_later)
 
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:

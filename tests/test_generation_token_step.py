@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.equality import assert_no_worse_on_the_whole_than
-from support.llama_peers import EXPERT_TENSORS
+from support.llama_peers import expert_tensors
 from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def load(
     model = load_model(checkpoint, device, dtype, quantization)
     if num_updated != 0:
         names = projections(model.config)[:num_updated]
-        experts = EXPERT_TENSORS if model.config.experts and num_updated is None else ()
+        experts = expert_tensors(model.config) if num_updated is None else ()
         lora = LoRAConfig(3, 6, 0.0 if experts else 0.1, names, target_parameters=experts)
         model.attach_lora(lora, seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def test_a_quantized_model_token_by_token_as_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 3], ids=["picked", "all expanded"])
 @pytest.mark.parametrize("quantization", [None, NF4, Quantization(32, False)], ids=str)
-@pytest.mark.parametrize("variant", ["olmoe", "mixtral", "granite-moe"])
+@pytest.mark.parametrize("variant", ["olmoe", "mixtral", "granite-moe", "gpt-oss"])
 def test_few_tokens_have_the_experts_that_many_have(
     tmp_path: Path, variant: str, quantization: Quantization | None, num_tokens: int
 ) -> None:

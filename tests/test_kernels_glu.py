@@ -48,6 +48,9 @@ def truth_of(case: GateCase) -> dict[str, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
     if case.activation == "silu":
         h = gate * torch.sigmoid(gate) * up
+    elif case.activation == "clamped_swish":
+        gate = gate.clamp(max=7.0)
+        h = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     else:
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         h = 0.5 * gate * (1 + torch.tanh(inner)) * up
@@ -97,6 +100,9 @@ def test_a_cpu_buffer_is_gated_as_torch_does_and_kept(dtype: torch.dtype) -> Non
     before = gate_up.clone()
     assert_equal(glu(gate_up, "silu"), F.silu(gate) * up)
     assert_equal(glu(gate_up, "gelu_tanh"), F.gelu(gate, approximate="tanh") * up)
+    most = gate.clamp(max=7.0)
+    expected = most * torch.sigmoid(1.702 * most) * (up.clamp(-7.0, 7.0) + 1)
+    assert_equal(glu(gate_up, "clamped_swish"), expected)
     assert_equal(gate_up, before)
 
 

@@ -24,6 +24,7 @@ from support.grouped_matmul_cases import (
     grouped_inputs,
     grouped_product,
     grouped_product_by_hand,
+    ways,
 )
 from support.interpreter import interpreted_results
 from torch import Tensor
@@ -56,18 +57,16 @@ ALL_CASES = TINY_GROUPS + TINY_ODD_GROUPS + CPU_CASES
 both_ways = pytest.mark.parametrize("is_transposed", [False, True], ids=["forward", "backward"])
 
 
-@both_ways
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+@pytest.mark.parametrize(("case", "is_transposed"), ways(ALL_CASES), ids=str)
 def test_on_a_cpu_whole_numbers_are_exact(case: GroupedCase, is_transposed: bool) -> None:
     found = grouped_product(case, is_transposed, PRODUCTS[is_transposed])
     assert_equal(found, grouped_product_by_hand(case, is_transposed))
 
 
-@both_ways
 @pytest.mark.parametrize(
-    ("kernel", "case"),
-    [("copied", case) for case in TINY_GROUPS]
-    + [("loaded", case) for case in TINY_GROUPS + TINY_ODD_GROUPS],
+    ("kernel", "case", "is_transposed"),
+    [("copied", *way) for way in ways(TINY_GROUPS)]
+    + [("loaded", *way) for way in ways(TINY_GROUPS + TINY_ODD_GROUPS)],
     ids=str,
 )
 def test_interpreted_kernels_add_whole_numbers_exactly(
@@ -129,6 +128,10 @@ GIVEN: dict[str, Any] = {
         ({"W": torch.zeros(2, 5, 6, device=META)}, "^x and W must be on one device"),
         ({"out": torch.zeros(4, 5, device=META)}, "^x and out must be on one device"),
         ({"x": torch.zeros(4, 6, requires_grad=True)}, "^nothing is recorded for autograd"),
+        ({"bias": torch.zeros(3, 5)}, r"^bias must be torch.float32 of shape \(2, 5\)"),
+        ({"bias": torch.zeros(2, 5).int()}, "^bias must be bfloat16, float16 or float32"),
+        ({"bias": torch.zeros(5, 2).T}, "^bias must be contiguous"),
+        ({"bias": torch.zeros(2, 5, device=META)}, "^x and bias must be on one device"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
@@ -212,7 +215,7 @@ def test_a_gpu_takes_the_kernel_that_fits(
         monkeypatch.setattr(module, name, lambda *given, name=name: taken.append((name, *given)))
     x, W, offsets = halves(4, width), halves(2, width, width), halves(4).int()
     out = PRODUCTS[is_transposed](x, W, offsets, first_expert=1)
-    assert taken == [(chosen, x, W, offsets, out, 1, is_transposed, H200)]
+    assert taken == [(chosen, x, W, offsets, out, 1, is_transposed, H200, None)]
 
 
 @both_ways
@@ -239,7 +242,12 @@ QWEN, SMALL, ODD = (128, 1536, 2048), (1, 16, 16), (5, 97, 101)
 
 
 def compile_product(
-    kernel: str, shape: tuple[int, ...], dtype: torch.dtype, capability: int, is_transposed: bool
+    kernel: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    capability: int,
+    is_transposed: bool,
+    has_bias: bool = False,
 ) -> CompiledLaunch:
     (E, N, K), R = shape, 4096
     file, name, launch = LAUNCHES[kernel]
@@ -248,7 +256,8 @@ def compile_product(
     x, y = (torch.empty(R, width, dtype=dtype, device=META) for width in widths)
     W = torch.empty(E, N, K, dtype=dtype, device=META)
     offsets = torch.empty(E + 1, dtype=torch.int32, device=META)
-    given = (x, W, offsets, y, 0, is_transposed, gpu)
+    bias = torch.empty(E, N, dtype=dtype, device=META) if has_bias else None
+    given = (x, W, offsets, y, 0, is_transposed, gpu, bias)
     return compile_launch(file, name, partial(launch, *given), capability)
 
 
@@ -275,6 +284,21 @@ def test_kernels_compile_without_spilling(
         record_property(str(key), str(one))
         one.assert_fits(capability)
         one.assert_multiplies_as(products)
+
+
+# gpt-oss-20b's gate and up
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_kernels_with_biases_compile_without_spilling(
+    capability: int, record_property: Callable[[str, object], None]
+) -> None:
+    products = TENSOR_CORE_INSTRUCTION[capability]
+    kernel = "copied" if SHARED_BYTES_LIMIT[capability] >= copied_module.SHARED_BYTES else "loaded"
+    compiled = compile_product(
+        kernel, (32, 5760, 2880), torch.bfloat16, capability, False, has_bias=True
+    )
+    record_property(kernel, str(compiled))
+    compiled.assert_fits(capability)
+    compiled.assert_multiplies_as(products)
 
 
 @both_ways
@@ -313,14 +337,16 @@ def test_loads_of_16_bytes_are_under_way_while_a_tile_is_multiplied(
 
 
 # and several tiles of a program, in every direction with a rest
-GPU_CASES = ALL_CASES + grouped_cases(
-    [((300, 0, 1, 511, 128, 257), 528, 400), ((0,) * 60 + (1,) * 40, 144, 80, 30, 55)], DTYPES
+GPU_CASES = ways(
+    ALL_CASES
+    + grouped_cases(
+        [((300, 0, 1, 511, 128, 257), 528, 400), ((0,) * 60 + (1,) * 40, 144, 80, 30, 55)], DTYPES
+    )
 )
 
 
 @pytest.mark.gpu
-@both_ways
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+@pytest.mark.parametrize(("case", "is_transposed"), GPU_CASES, ids=str)
 def test_gpu_kernels_add_whole_numbers_exactly(case: GroupedCase, is_transposed: bool) -> None:
     found = grouped_product(case, is_transposed, PRODUCTS[is_transposed], CUDA)
     assert_equal(found.cpu(), grouped_product_by_hand(case, is_transposed))

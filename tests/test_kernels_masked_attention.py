@@ -40,6 +40,7 @@ CUDA = torch.device("cuda")
 SCRIPT = "interpreted_attention.py"
 CPU_CASES = attention_cases([(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9)], DTYPES)
 CPU_CASES += [replace(case, cap=None, lengths=(30, 39, 1)) for case in CPU_CASES]
+CPU_CASES += [replace(case, has_sinks=True) for case in CPU_CASES]
 # heads of real models, in windows shorter and longer than a tile, and a prime of tokens
 GPU_CASES = attention_cases(
     [
@@ -72,6 +73,9 @@ GPU_CASES += [
     )
 ]
 GPU_CASES += [replace(case, lengths=(100, 231)) for case in GPU_CASES if case.num_queries == 331]
+GPU_CASES += [
+    replace(case, has_sinks=True) for case in GPU_CASES if case.head_dim == 64 or case.cap is None
+]
 
 
 def assert_as_good_as_torch(case: AttentionCase, actual: dict[str, Tensor]) -> None:
@@ -143,6 +147,10 @@ HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
         ({"cap": 0.0}, "^the cap must be a positive number: got 0"),
         ({"scale": math.nan}, "^the scale must be a positive number: got nan"),
         ({"window": -1}, "^the window must be a positive number: got -1"),
+        ({"sinks": torch.ones(2)}, r"^sinks must be torch.float32 of shape \(4,\)"),
+        ({"sinks": torch.ones(4).int()}, "^sinks must be bfloat16, float16 or float32"),
+        ({"sinks": torch.ones(8)[::2]}, "^sinks must be contiguous"),
+        ({"sinks": torch.ones(4, device="meta")}, "^query and sinks must be on one device"),
         ({"samples": Samples(ZEROS, ZEROS.long())}, "^the samples' remaining must be torch.int32"),
         ({"samples": Samples(ZEROS[:1], ZEROS)}, r"^the samples' positions must be .* \(2, 3\)"),
         (
@@ -198,7 +206,8 @@ KERNELS = ["", "_grad_q", "_grad_kv"]
 def compile_kernel(
     kernel: str, head_dim: int, dtype: torch.dtype, capability: int, mask: str = "capped"
 ) -> CompiledLaunch:
-    """Compile for heads in a buffer of q, k and v: capped, of several samples, or neither."""
+    """Compile for heads in a buffer of q, k and v: capped, of several samples, with sinks, or none
+    of these."""
     buffer = torch.empty(1, 4097, 4 * head_dim, dtype=dtype, device="meta")
     heads = buffer.unflatten(-1, (4, head_dim)).transpose(1, 2)
     query, key, value = heads.split((2, 1, 1), dim=1)
@@ -206,11 +215,12 @@ def compile_kernel(
     lse = torch.empty(1, 2, 4097, device="meta")
     places = torch.empty(1, 4097, device="meta", dtype=torch.int32)
     samples = Samples(places, places) if mask == "packed" else None
+    sinks = torch.empty(2, dtype=dtype, device="meta") if mask == "sinks" else None
 
     def launch() -> None:
         numbers = (0.0625, 50.0 if mask == "capped" else None, None, samples)
         with meta_stands_for(H200._replace(shared_bytes=SHARED_BYTES_LIMIT[capability])):
-            forward_module._launch_masked_attention(query, key, value, *numbers)
+            forward_module._launch_masked_attention(query, key, value, *numbers, sinks)
             backward_module._launch_masked_attention_backward(
                 out, query, key, value, out, lse, *numbers
             )
@@ -230,6 +240,7 @@ COMPILED += [
     for mask in ("capped", "packed")
 ]
 COMPILED += [(128, HALF, gpu, "causal") for gpu in (80, 90, 100)]
+COMPILED += [(64, HALF, gpu, "sinks") for gpu in (80, 90, 100, 120)]
 COMPILED += [(256, HALF, gpu, "packed") for gpu in (86, 121)]
 COMPILED += [(width, HALF, 120, "packed") for width in (64, 128, 256)]
 COMPILED += [(128, torch.float16, 120, "capped"), (128, WIDE, 90, "causal")]

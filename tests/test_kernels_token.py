@@ -86,7 +86,11 @@ def norm_truth(
 
 def glu_truth(gate_up: Tensor, activation: str, A: Tensor) -> tuple[Tensor, ...]:
     gate, up = gate_up.double().chunk(2, 1)
-    y = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    if activation == "clamped_swish":
+        gate = gate.clamp(max=7.0)
+        y = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    else:
+        y = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     return y, y @ A.double().T
 
 
@@ -144,6 +148,9 @@ def attention_truth(
         s = (k @ q.double()[:, :, None])[..., 0] * scores.scale
         if scores.cap is not None:
             s = scores.cap * torch.tanh(s / scores.cap)
+        if scores.sinks is not None:
+            s = torch.cat((s, scores.sinks.double()[:, None]), 1)
+            v = F.pad(v, (0, 0, 0, 1))
         rows.append((s.softmax(1)[:, None] @ v).flatten())
     mixed = torch.stack(rows)
     return (mixed,) if A is None else (mixed, mixed @ A.double().T)
@@ -217,6 +224,16 @@ def test_interpreted_kernels_are_as_good_as_torch(kernel: str, case: Case) -> No
     assert_right(kernel, case, found)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in TINY["attn"] if c.heads.dtype == torch.float32], ids=str
+)
+def test_attentions_reference_is_the_truth(case: AttentionCase) -> None:
+    found, truth = results(case, REFERENCES["attn"], CPU), attention_truth(*case.inputs(CPU))
+    # float32 sums of at most 200 tokens
+    allowed = 200 * torch.finfo(torch.float32).eps * float(truth[0].abs().max())
+    assert float((found["0"] - truth[0]).abs().max()) <= allowed
+
+
 @pytest.mark.parametrize(("kernel", "case"), TINY_CASES, ids=str)
 def test_a_cpu_tensor_takes_the_reference(kernel: str, case: Case) -> None:
     found = results(case, FUNCTIONS[kernel], CPU)
@@ -265,10 +282,13 @@ def _launch_heads(
     token_heads._launch_token_heads(qkv, cache, cache, places, tables, norms)
 
 
-def _launch_attention(dtype: torch.dtype, head_dim: int = 128, num_splits: int = 16) -> None:
+def _launch_attention(
+    dtype: torch.dtype, head_dim: int = 128, num_splits: int = 16, has_sinks: bool = False
+) -> None:
     cache, place = _cache(dtype, head_dim), torch.zeros(2, dtype=torch.int64)
     query, A = torch.empty(2, 32, head_dim, dtype=dtype), torch.empty(16, 32 * head_dim)
-    scores = token_attention.TokenScores(0.1, 50.0, 4096)
+    sinks = torch.empty(32, dtype=dtype) if has_sinks else None
+    scores = token_attention.TokenScores(0.1, 50.0, 4096, sinks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_attention, "num_splits", lambda device, num_kv_heads: num_splits)
         token_attention._launch_token_attention(query, cache, cache, place, scores, A.to(dtype))
@@ -311,6 +331,11 @@ COMPILED: dict[str, tuple[Any, str, Callable[[torch.dtype], None]]] = {
         "_add_splits_kernel",
         lambda dtype: _launch_attention(dtype, 256, 32),
     ),
+    "splits-sinks": (
+        token_attention,
+        "_add_splits_kernel",
+        lambda dtype: _launch_attention(dtype, 64, has_sinks=True),
+    ),
     "linear": (nf4_matmul_fused, "_nf4_matmul_fused_kernel", _launch_linear),
 }
 
@@ -349,6 +374,7 @@ GPU_CASES: list[Any] = [
         ("norm", NormCase(3, 4096, 16, dtype, True, 0.0, True)),
         ("glu", GluCase(1, 14336, 16, dtype)),
         ("glu", GluCase(8, 1111, 3, dtype, "gelu_tanh")),
+        ("glu", GluCase(8, 2880, 3, dtype, "clamped_swish")),
         ("heads", HeadsCase((700,), 32, 8, 128, dtype, 1024)),
         ("heads", HeadsCase((0, 63, 64, 199), 4, 2, 96, dtype, has_norms=True)),
         ("heads", HeadsCase((5, 700), 24, 8, 128, dtype, 1024, rotary_dim=96)),
@@ -357,6 +383,16 @@ GPU_CASES: list[Any] = [
         ("attn", AttentionCase(HeadsCase((1000,), 32, 8, 128, dtype, 1024), num_ranks=16)),
         ("attn", AttentionCase(HeadsCase((0, 5, 900), 8, 2, 256, dtype, 1024), 30.0, 512)),
         ("attn", AttentionCase(HeadsCase(tuple(range(9)), 6, 6, 64, dtype), num_ranks=2)),
+        (
+            "attn",
+            AttentionCase(
+                HeadsCase((40, 700), 64, 8, 64, dtype, 1024),
+                None,
+                128,
+                num_ranks=16,
+                has_sinks=True,
+            ),
+        ),
         # more queries share a key than a product has rows; the most splits of the widest heads
         ("attn", AttentionCase(HeadsCase((40, 700), 40, 1, 80, dtype, 800), num_ranks=40)),
         ("attn", AttentionCase(HeadsCase((513,), 6, 2, 256, dtype, 600), num_ranks=1)),

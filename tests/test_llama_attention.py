@@ -54,6 +54,16 @@ def test_where_torch_would_hold_scores_our_own_kernel_attends(
         assert sizes == [*grads, 4 * tiled, 4 * tiled * HEAD_DIM, *[rows * H * HEAD_DIM * e] * 2]
 
 
+def test_heads_with_sinks_are_our_own_kernels() -> None:
+    # torch's kernels know none
+    query, key, value = (heads(count, torch.bfloat16, "meta") for count in (H, H_KV, H_KV))
+    sinks = torch.zeros(H, dtype=torch.bfloat16, device="meta")
+    with meta_stands_for(H200), torch.no_grad():
+        for given, is_masked in ((None, False), (sinks, True)):
+            mixed = attention(query, key, value, PLAIN, has_backward=True, sinks=given)
+            assert mixed.is_masked == is_masked
+
+
 @pytest.fixture
 def equal_bits() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.llama_peers import EXPERT_TENSORS
+from support.llama_peers import expert_tensors
 from support.micro_steps import (
     KEEP,
     LORA,
@@ -38,8 +38,8 @@ SAMPLES = torch.tensor(
 def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama:
     """A model with an update of every projection, none of them zero."""
     model = load_tiny(folder, None, quantization, variant=variant)
-    experts = EXPERT_TENSORS if model.config.experts else ()
-    targets = {"target_modules": projections(model.config), "target_parameters": experts}
+    tensors = expert_tensors(model.config)
+    targets = {"target_modules": projections(model.config), "target_parameters": tensors}
     model.attach_lora(replace(LORA, **targets), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in model.adapter_tensors().items():
@@ -49,14 +49,18 @@ def load(folder: Path, variant: str, quantization: Quantization | None) -> Llama
 
 
 def of_experts(prefix: str, group: FrozenGroup, weight: Tensor) -> dict[str, Tensor]:
-    """The matrices of experts, also where a checkpoint has them in one tensor."""
+    """The matrices and biases of experts, also where a checkpoint has them in one tensor."""
     if group.num_stacked is None:
         parts = weight.split(group.rows)
         return {f"{prefix}{n}.weight": p for n, p in zip(group.names, parts, strict=True)}
     names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[group.names[0]]
-    parts = weight.chunk(group.num_stacked * len(names))
     paths = [f"{e}.{name}" for e in range(group.num_stacked) for name in names]
-    return {f"{prefix}{path}.weight": part for path, part in zip(paths, parts, strict=True)}
+    stacked = {"weight": weight} if group.bias is None else {"weight": weight, "bias": group.bias}
+    return {
+        f"{prefix}{path}.{kind}": part
+        for kind, tensor in stacked.items()
+        for path, part in zip(paths, tensor.chunk(len(paths)), strict=True)
+    }
 
 
 def parts_of_update(group: ExpertGroup, update: ExpertUpdate) -> dict[str, tuple[Tensor, Tensor]]:

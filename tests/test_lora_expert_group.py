@@ -42,7 +42,8 @@ def make_group(stored: str, is_stacked: bool = False) -> ExpertGroup:
         tensor = drawn[place].view(group.shapes()[name])
         home = group.home(f"{name}.weight")
         if home is None:
-            assert group.quantize(f"{name}.weight", tensor, name).isfinite().all()
+            matrices = tensor if is_stacked else (tensor,)
+            assert group.place(f"{name}.weight", matrices, name).isfinite().all()
         else:
             home.copy_(tensor)
     return group

@@ -63,7 +63,7 @@ def sizes_of(targets: Sequence[str], rank: int = RANK) -> dict[str, UpdateSize]:
 def load(group: LinearGroup, name: str, tensor: torch.Tensor) -> None:
     home = group.home(name)
     if home is None:
-        group.quantize(name, tensor, name)
+        group.place(name, (tensor,), name)
     else:
         home.copy_(tensor)
 

@@ -263,7 +263,9 @@ def test_labels_that_ask_for_nothing_give_no_loss_and_no_gradient(tmp_path: Path
 @pytest.mark.parametrize("policies", GPU_POLICIES)
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["unquantized", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "olmo2", "command-r", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "variant", ["grouped-query", "gemma2", "olmo2", "command-r", "qwen3-moe", "gpt-oss"]
+)
 def test_gpu_captured_steps_give_the_same_bits(
     tmp_path: Path,
     dtype: torch.dtype,
@@ -289,7 +291,7 @@ def test_gpu_captured_steps_give_the_same_bits(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_packed", [False, True], ids=["", "packed"])
-@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma2", "qwen3-moe", "gpt-oss"])
 def test_gpu_captured_evaluations_give_the_same_bits(
     tmp_path: Path, variant: str, is_packed: bool
 ) -> None:

@@ -30,12 +30,15 @@ class AttentionCase:
     cap: float | None = 5.0
     # lengths of a row's samples; empty: it is one
     lengths: tuple[int, ...] = ()
+    has_sinks: bool = False
 
     def __str__(self) -> str:
         heads = f"B{self.batch}-H{self.num_heads}+{self.num_kv_heads}x{self.head_dim}"
         tokens = f"T{self.num_queries}of{self.num_keys}-W{self.window}"
         packed = f"-{'+'.join(map(str, self.lengths))}" if self.lengths else ""
-        return f"{heads}-{tokens}{packed}-{'' if self.cap else 'uncapped-'}{str(self.dtype)[6:]}"
+        words = "" if self.cap else "uncapped-"
+        words += "sinks-" * self.has_sinks
+        return f"{heads}-{tokens}{packed}-{words}{str(self.dtype)[6:]}"
 
     def samples(self, device: torch.device = CPU) -> Samples | None:
         """Lay the samples in each row, in another order in every second one."""
@@ -45,6 +48,13 @@ class AttentionCase:
         positions = [torch.cat([torch.arange(n) for n in order]) for order in orders]
         remaining = [torch.cat([torch.arange(n).flip(0) for n in order]) for order in orders]
         return Samples(*(torch.stack(x).int().to(device) for x in (positions, remaining)))
+
+    def sinks(self, device: torch.device = CPU) -> Tensor | None:
+        """Draw sinks below, among and above the largest scores of their heads."""
+        if not self.has_sinks:
+            return None
+        drawn = torch.randn(self.num_heads, generator=generator_of((self, "sinks")))
+        return (4 * drawn).to(device, self.dtype)
 
     @property
     def has_backward(self) -> bool:
@@ -83,6 +93,12 @@ TINY_ATTENTIONS += [
     if case.num_queries == 70 and case.window is None and case.cap is not None
     for cap, window in ((None, None), (None, 9), (5.0, None))
 ]
+# all kinds of masks with sinks
+TINY_ATTENTIONS += [
+    replace(case, has_sinks=True)
+    for case in TINY_ATTENTIONS
+    if case.num_queries in (1, 70) and (case.lengths or case.window == 9)
+]
 
 
 def attention_inputs(case: AttentionCase, device: torch.device = CPU) -> dict[str, Tensor]:
@@ -106,9 +122,9 @@ def attention_inputs(case: AttentionCase, device: torch.device = CPU) -> dict[st
 
 def attention_results(
     case: AttentionCase,
-    # (query, key, value, scale, cap, window, samples) -> out, lse
+    # (query, key, value, scale, cap, window, samples, sinks) -> out, lse
     attend: Callable[..., Any],
-    # (grad, query, key, value, out, lse, and those four) -> grad_q, grad_k, grad_v
+    # (grad, query, key, value, out, lse, and those but the sinks) -> grad_q, grad_k, grad_v
     attend_backward: Callable[..., Any],
     device: torch.device = CPU,
 ) -> dict[str, Tensor]:
@@ -116,7 +132,7 @@ def attention_results(
     inputs = attention_inputs(case, device)
     grad = inputs.pop("grad")
     numbers = (case.scale, case.cap, case.window, case.samples(device))
-    out, lse = attend(*inputs.values(), *numbers)
+    out, lse = attend(*inputs.values(), *numbers, case.sinks(device))
     results = {"out": out, "lse": lse}
     if case.has_backward:
         grads = attend_backward(grad, *inputs.values(), out, lse, *numbers)
@@ -125,7 +141,8 @@ def attention_results(
 
 
 def _scores_of_torch(case: AttentionCase, query: Tensor, key: Tensor) -> Tensor:
-    """Cap the scores of each query head, and leave out what it does not see."""
+    """Cap the scores of each query head, and leave out what it does not see; the last column is
+    the sinks."""
     scores = query @ key.mT * case.scale
     if case.cap is not None:
         scores = torch.tanh(scores / case.cap) * case.cap
@@ -137,7 +154,12 @@ def _scores_of_torch(case: AttentionCase, query: Tensor, key: Tensor) -> Tensor:
         # a new sample begins wherever positions start again
         number = (samples.positions == 0).cumsum(dim=1)
         is_seen = is_seen & (number[:, None, :, None] == number[:, None, None, :])
-    return scores.masked_fill(~is_seen, float("-inf"))
+    scores = scores.masked_fill(~is_seen, float("-inf"))
+    sinks = case.sinks()
+    lowest = scores.new_full((case.num_heads,), float("-inf"))
+    column = lowest if sinks is None else sinks.to(scores.dtype)
+    column = column[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat((scores, column), dim=-1)
 
 
 def attention_of_torch(case: AttentionCase, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -150,7 +172,7 @@ def attention_of_torch(case: AttentionCase, dtype: torch.dtype) -> dict[str, Ten
     key, value = (x.repeat_interleave(num_shared, dim=1) for x in leaves[1:])
     scores = _scores_of_torch(case, leaves[0], key)
     wide = scores if dtype == torch.float64 else scores.float()
-    out = wide.softmax(dim=-1).to(dtype) @ value
+    out = wide.softmax(dim=-1)[..., :-1].to(dtype) @ value
     results = {"out": out, "lse": wide.logsumexp(dim=-1)}
     if case.has_backward:
         grads = torch.autograd.grad(out, leaves, grad)
@@ -171,7 +193,7 @@ def allowances(case: AttentionCase) -> dict[str, float]:
     query, grad = inputs["query"], inputs["grad"].abs()
     key, value = (inputs[name].repeat_interleave(num_shared, dim=1) for name in ("key", "value"))
     scores = _scores_of_torch(case, query, key)
-    p = scores.softmax(dim=-1)
+    p = scores.softmax(dim=-1)[..., :-1]
     grad_p = grad @ value.abs().mT
     grad_s = case.scale * p * (grad_p + (grad_p * p).sum(dim=-1, keepdim=True))
     magnitudes = {

@@ -220,6 +220,7 @@ SAID: dict[str, Mapping[Any, str]] = {
         "windowed": "layers without a window have no rotary positions",
     },
     "scales_queries": {True: "queries grow with their positions"},
+    "has_sinks": {True: "a sink in the scores of each head"},
     "norm_offset": {1.0: "weights of norms are stored less one"},
     "has_centred_norms": {True: "layer normalization"},
     "is_parallel": {True: "attention and MLP have one input"},
@@ -243,6 +244,8 @@ UNSAID = frozenset(
         "head_dim",
         "rope_types",
         "activation_names",
+        "constants",
+        "rope_default",
         "aliases",
         "file_names",
         "transformers_class",
@@ -261,12 +264,15 @@ def differences(family: Family) -> list[str]:
     if family.experts is not None:
         some = "all layers" if family.experts.layers == "all" else "most layers"
         words.append(f"a mixture of experts in {some}")
+        words += ["router and experts have biases"] if family.mlp_bias else []
     if family.norms.before_attention is None:
         words.append("norms behind attention and MLP, none before")
     elif family.norms.behind_attention is not None:
         words.append("norms before and behind attention and MLP")
     if "gelu" in family.defaults.get(family.activation_field, "silu"):
         words.append("GELU")
+    if "clamped_swish" in family.activation_names.values():
+        words.append("clamped gates")
     return words + [said for name, said in FIELDS_SAID.items() if name in family.fields]
 
 

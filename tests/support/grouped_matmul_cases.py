@@ -1,7 +1,7 @@
 """Rows of experts, whole numbers whose sums are exact: in the interpreter, on a CPU and a GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -29,13 +29,15 @@ class GroupedCase:
     num_matrices: int | None = None
     # parts of wider rows
     is_strided: bool = False
+    # forward alone
+    has_bias: bool = False
 
     def __str__(self) -> str:
         rows = "+".join(map(str, self.sizes))
         name = f"R{rows}-N{self.N}-K{self.K}-{str(self.dtype)[6:]}"
         if self.num_matrices is not None:
             name += f"-{self.num_matrices}from{self.first_expert}"
-        return name + "-strided" * self.is_strided
+        return name + "-strided" * self.is_strided + "-bias" * self.has_bias
 
     @property
     def offsets(self) -> list[int]:
@@ -77,6 +79,13 @@ TINY_GROUPS = grouped_cases(ALIGNED_SHAPES, (torch.float16,))
 TINY_ODD_GROUPS = grouped_cases(ODD_SHAPES, (torch.float16, torch.float32))
 
 
+def ways(cases: list[GroupedCase]) -> list[tuple[GroupedCase, bool]]:
+    """List cases forward, with and without biases, and backward, where biases do not count."""
+    backward = [(case, True) for case in cases]
+    biased = [(replace(case, has_bias=True), False) for case in cases if case.is_strided]
+    return [*((case, False) for case in cases), *biased, *backward]
+
+
 def grouped_inputs(
     case: GroupedCase, is_transposed: bool, device: torch.device = CPU
 ) -> dict[str, Any]:
@@ -98,21 +107,24 @@ def grouped_inputs(
     start, stop = offsets[case.experts.start], offsets[case.experts.stop]
     x[:start], x[stop:] = float("nan"), float("nan")
     out.fill_(UNTOUCHED)
+    bias = torch.randint(-2, 3, W.shape[:2], generator=generator).to(case.dtype).to(device)
     return {
         "x": x,
         "W": W,
         "offsets": torch.tensor(offsets, dtype=torch.int32, device=device),
         "out": out,
         "first_expert": case.first_expert,
+        **({"bias": bias} if case.has_bias else {}),
     }
 
 
 def grouped_product(
     case: GroupedCase, is_transposed: bool, product: Product, device: torch.device = CPU
 ) -> Tensor:
-    """Compute a case by a public function, or by a launcher with its last arguments bound."""
+    """Compute a case by a public function, or by a launcher with its other arguments bound."""
     given = grouped_inputs(case, is_transposed, device)
-    product(*given.values())
+    bias = {"bias": given.pop("bias")} if case.has_bias else {}
+    product(*given.values(), **bias)
     return given["out"].contiguous()
 
 
@@ -124,4 +136,6 @@ def grouped_product_by_hand(case: GroupedCase, is_transposed: bool) -> Tensor:
         matrix = W[expert - case.first_expert]
         for row in range(case.offsets[expert], case.offsets[expert + 1]):
             out[row] = x[row] @ matrix if is_transposed else matrix @ x[row]
+            if case.has_bias:
+                out[row] += given["bias"][expert - case.first_expert]
     return out.to(case.dtype)

@@ -29,6 +29,7 @@ from support.grouped_matmul_cases import (  # noqa: E402
     TINY_GROUPS,
     TINY_ODD_GROUPS,
     grouped_product,
+    ways,
 )
 from support.layer_cases import (  # noqa: E402
     TINY_GATES,
@@ -249,11 +250,11 @@ def grouped_products(results: dict[str, Tensor]) -> None:
     gpu = H200._replace(num_multiprocessors=3)
     launches = {"loaded": _launch_grouped_matmul, "copied": _launch_grouped_matmul_copied}
     for name, launch in launches.items():
-        for case in TINY_GROUPS if name == "copied" else TINY_GROUPS + TINY_ODD_GROUPS:
-            for is_transposed in (False, True):
-                compute = partial(launch, is_transposed=is_transposed, gpu=gpu)
-                found = grouped_product(case, is_transposed, compute)
-                results[f"{name}-{case}-{is_transposed}"] = found
+        cases = TINY_GROUPS if name == "copied" else TINY_GROUPS + TINY_ODD_GROUPS
+        for case, is_transposed in ways(cases):
+            compute = partial(launch, is_transposed=is_transposed, gpu=gpu)
+            found = grouped_product(case, is_transposed, compute)
+            results[f"{name}-{case}-{is_transposed}"] = found
 
 
 def rows_of_tokens(results: dict[str, Tensor]) -> None:

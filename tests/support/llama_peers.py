@@ -7,22 +7,29 @@ and one stories260K, each run once a session.
 import functools
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from support.mxfp4_cases import (
+    MXFP4,
+    MXFP4_FIELDS,
+    all_codes_at_all_scales,
+    write_mxfp4,
+)
 from support.peer_process import run_peer
-from support.tiny_llama import MIXTURES, VARIANTS, write_variant
+from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
 from checkpoint.identity import identify
 from checkpoint.loading import load_model
 from checkpoint.merged_copy import read_updates, write_merged_shards
 from checkpoint.opening import open_checkpoint
-from llama.config import CONFIG_NAME
-from llama.model import PROJECTIONS, projections, quantized_shapes
+from llama.config import CONFIG_NAME, LlamaConfig, read_config
+from llama.model import PROJECTIONS, projections, quantized_layouts
 from lora.adapter_file import save_adapter
 from lora.config import LoRAConfig
 
@@ -52,13 +59,19 @@ class Peer:
     facts: dict[str, Any]
 
 
+def expert_tensors(config: LlamaConfig) -> tuple[str, ...]:
+    """The tensors of all experts of a layer that may have updates."""
+    experts = config.experts
+    return EXPERT_TENSORS if experts and not experts.is_by_columns else ()
+
+
 def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     """Save an adapter that changes the logits, as the product does."""
     model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
     lora = replace(OUR_LORA, target_modules=projections(model.config))
-    if model.config.experts:
+    if tensors := expert_tensors(model.config):
         # PEFT has no dropout for experts
-        lora = replace(lora, lora_dropout=0.0, target_parameters=EXPERT_TENSORS)
+        lora = replace(lora, lora_dropout=0.0, target_parameters=tensors)
     model.attach_lora(lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in model.adapter_tensors().items():
@@ -74,8 +87,8 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
     base = open_checkpoint(checkpoint)
     (folder / CONFIG_NAME).write_bytes((checkpoint / CONFIG_NAME).read_bytes())
     updates = read_updates(adapter, base.config)
-    paths = quantized_shapes(base.config)
-    write_merged_shards(base.shards, paths, updates, None, CPU, folder)
+    layouts = quantized_layouts(base.config)
+    write_merged_shards(base.shards, layouts, updates, None, CPU, folder)
 
 
 def _run(
@@ -105,18 +118,20 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
     # for the auxiliary loss of experts, the second row ends in padding
     is_token = (torch.arange(40) < torch.tensor([[40], [27]])).long()
     jobs = {}
-    for variant in VARIANTS:
+    for variant, fields in (VARIANTS | {MXFP4: MXFP4_FIELDS}).items():
         folder = base / variant
-        checkpoint = write_variant(folder / "checkpoint", variant)
-        has_experts = variant in MIXTURES
+        write = write_mxfp4 if variant == MXFP4 else partial(write_variant, variant=variant)
+        checkpoint = write(folder / "checkpoint")
+        has_experts = "num_experts_per_tok" in fields
         # all-linear is experts and their router, too
-        of_experts = {"target_modules": PROJECTIONS[:4], "target_parameters": EXPERT_TENSORS}
+        tensors = expert_tensors(read_config(checkpoint))
+        of_experts = {"target_modules": PROJECTIONS[:4], "target_parameters": tensors or None}
         lora = PEFT_LORA | (of_experts if has_experts else {})
         write_our_adapter(checkpoint, folder / "our_adapter")
         write_merged(checkpoint, folder / "our_adapter", folder / "merged")
         jobs[variant] = {
             "checkpoint": str(checkpoint),
-            "is_capped": "attn_logit_softcapping" in VARIANTS[variant],
+            "is_capped": "attn_logit_softcapping" in fields,
             "has_experts": has_experts,
             "dtypes": ["float64", "bfloat16", "float16"],
             "lora": lora,
@@ -125,9 +140,12 @@ def _tiny_peers(base: Path) -> dict[str, Peer]:
                 for name in ("our_adapter", "peft_adapter", "merged", "resaved")
             },
         }
+    # what was expanded is not saved in MXFP4
+    del jobs[MXFP4]["resaved"]
     # tensors of one file may not share memory
     given = {"input_ids": input_ids, "labels": labels, "attention_mask": is_token}
-    inputs = {v: {name: t.clone() for name, t in given.items()} for v in VARIANTS}
+    inputs = {v: {name: t.clone() for name, t in given.items()} for v in jobs}
+    inputs[MXFP4] |= dict(zip(("blocks", "scales"), all_codes_at_all_scales(), strict=True))
     return _run(base, jobs, inputs)
 
 
@@ -147,7 +165,7 @@ def _stories_peer(base: Path, assets: Path) -> Peer:
 
 
 def tiny_peer(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Peer:
-    """transformers and PEFT on the tiny checkpoint of one of VARIANTS."""
+    """transformers and PEFT on the tiny checkpoint of one of VARIANTS, or on that in MXFP4."""
     return _tiny_peers(tmp_path_factory.getbasetemp() / "tiny_peers")[variant]
 
 

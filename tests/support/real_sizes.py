@@ -35,6 +35,7 @@ _TIED: dict[str, Any] = {"tie_word_embeddings": True}
 _WIDE = {"head_dim": 128}
 _MINISTRAL3 = _WIDE | {"rope_parameters": VARIANTS["ministral3"]["rope_parameters"]}
 _EXPERTS = {"num_experts_per_tok": 8}
+_FOUR = {"num_experts_per_tok": 4}
 
 # of those that read images, the language models alone
 REAL: dict[str, dict[str, Any]] = {
@@ -92,5 +93,14 @@ REAL: dict[str, dict[str, Any]] = {
         **_TIED,
         **_EXPERTS,
         num_local_experts=40,
+    ),
+    "gpt-oss-20b": _size(
+        "GptOssForCausalLM", *(2880, 2880, 24, 64, 8, 201088), **_FOUR, num_local_experts=32
+    ),
+    "gpt-oss-120b": _size(
+        "GptOssForCausalLM",
+        *(2880, 2880, 36, 64, 8, 201088),
+        **_FOUR,
+        num_local_experts=128,
     ),
 }

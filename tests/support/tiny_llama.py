@@ -318,6 +318,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "logits_scaling": 0.7,
     },
+    # the first layer sees a window, the second everything
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "pad_token_id": 0,
+        "head_dim": 12,
+        "attention_bias": True,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": 100.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 32,
+            "truncate": False,
+        },
+        "swiglu_limit": 7.0,
+    },
 }
 
 MIXTURES = [name for name, fields in VARIANTS.items() if "num_experts_per_tok" in fields]
@@ -374,12 +397,30 @@ def _experts_stacked(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _experts_by_columns(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer's router and its experts, with biases, whose matrices lie by columns
+    and have names of their own."""
+    D, inner, count = (
+        fields[name] for name in ("hidden_size", "intermediate_size", "num_local_experts")
+    )
+    return {
+        "mlp.router.weight": (count, D),
+        "mlp.router.bias": (count,),
+        "mlp.experts.gate_up_proj": (count, D, 2 * inner),
+        "mlp.experts.gate_up_proj_bias": (count, 2 * inner),
+        "mlp.experts.down_proj": (count, inner, D),
+        "mlp.experts.down_proj_bias": (count, D),
+        "self_attn.sinks": (fields["num_attention_heads"],),
+    }
+
+
 _PROJ = ("gate_proj", "up_proj", "down_proj")
 EXPERT_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]] = {
     "qwen3_moe": lambda fields: _experts_apart(fields, "mlp", _PROJ),
     "olmoe": lambda fields: _experts_apart(fields, "mlp", _PROJ),
     "mixtral": lambda fields: _experts_apart(fields, "block_sparse_moe", ("w1", "w3", "w2")),
     "granitemoe": _experts_stacked,
+    "gpt_oss": _experts_by_columns,
 }
 
 
@@ -418,7 +459,8 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         blocks = {"self_attn": attention, "mlp": mlp}
         if kind in EXPERT_SHAPES and layer not in fields.get("mlp_only_layers", ()):
             del blocks["mlp"]
-            found |= {f"{prefix}{n}.weight": s for n, s in EXPERT_SHAPES[kind](fields).items()}
+            suffix = "" if kind == "gpt_oss" else ".weight"
+            found |= {f"{prefix}{n}{suffix}": s for n, s in EXPERT_SHAPES[kind](fields).items()}
         for block, members in blocks.items():
             for name, shape in members.items():
                 found[f"{prefix}{block}.{name}_proj.weight"] = shape
@@ -440,8 +482,12 @@ def random_tensors(
             tensor = (not fields["model_type"].startswith("gemma")) + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
+        elif name.endswith("_proj_bias"):
+            # of experts: some of what gpt-oss clamps exceeds 7
+            tensor = 5 * noise
         else:
-            tensor = noise / math.sqrt(shape[-1])
+            columns = -2 if name.endswith(".experts.gate_up_proj") else -1
+            tensor = noise / math.sqrt(shape[columns])
         tensors[name] = tensor.to(dtype)
     return tensors
 

@@ -68,7 +68,8 @@ class GluCase:
 
     def inputs(self, device: torch.device) -> tuple[Any, ...]:
         drawn = generator_of(self)
-        gate_up = torch.randn(self.num_rows, 2 * self.width, generator=drawn)
+        # some exceed 7
+        gate_up = 4 * torch.randn(self.num_rows, 2 * self.width, generator=drawn)
         A = torch.randn(self.num_ranks, self.width, generator=drawn) * self.width**-0.5
         return gate_up.to(self.dtype).to(device), self.activation, A.to(self.dtype).to(device)
 
@@ -178,16 +179,20 @@ class AttentionCase:
     cap: float | None = None
     window: int | None = None
     num_ranks: int = 0
+    has_sinks: bool = False
 
     def __str__(self) -> str:
-        return f"{self.heads} cap{self.cap} window{self.window} P{self.num_ranks}"
+        words = [f"{self.heads} cap{self.cap} window{self.window} P{self.num_ranks}"]
+        return " ".join(words + ["sinks"] * self.has_sinks)
 
     def inputs(self, device: torch.device) -> tuple[Any, ...]:
         drawn, heads = generator_of(self), self.heads
         query = torch.randn(len(heads.places), heads.num_heads, heads.head_dim, generator=drawn)
         width = heads.num_heads * heads.head_dim
         A = torch.randn(self.num_ranks, width, generator=drawn) * width**-0.5
-        scores = TokenScores(heads.head_dim**-0.5, self.cap, self.window)
+        sinks = 2 * torch.randn(heads.num_heads, generator=generator_of((self, "sinks")))
+        sinks = sinks.to(heads.dtype).to(device) if self.has_sinks else None
+        scores = TokenScores(heads.head_dim**-0.5, self.cap, self.window, sinks)
         keys, values = heads.cache(device)
         query, A = query.to(heads.dtype).to(device), A.to(heads.dtype).to(device)
         return query, keys, values, heads.place(device), scores, A if self.num_ranks else None
@@ -215,7 +220,11 @@ def _tiny() -> dict[str, list[Any]]:
     for dtype in INTERPRETED_DTYPES:
         cases["norm"] += [NormCase(2, 100, 3, dtype), NormCase(1, 64, 1, dtype, False, 1.0)]
         cases["norm"].append(NormCase(2, 100, 3, dtype, is_centred=True))
-        cases["glu"] += [GluCase(2, 2500, 3, dtype), GluCase(1, 96, 1, dtype, "gelu_tanh")]
+        cases["glu"] += [
+            GluCase(2, 2500, 3, dtype),
+            GluCase(1, 96, 1, dtype, "gelu_tanh"),
+            GluCase(1, 96, 1, dtype, "clamped_swish"),
+        ]
         heads = HeadsCase((5, 130), 4, 2, 24, dtype)
         wide = HeadsCase((0, 63, 64), 3, 3, 16, dtype, has_norms=True)
         cases["heads"] += [
@@ -232,6 +241,8 @@ def _tiny() -> dict[str, list[Any]]:
             AttentionCase(wide, window=64, num_ranks=1),
             # more queries share a key than a product has rows, and a window is shorter than a split
             AttentionCase(HeadsCase((0, 70), 20, 1, 24, dtype), window=3, num_ranks=4),
+            AttentionCase(wide, window=64, num_ranks=1, has_sinks=True),
+            AttentionCase(HeadsCase((0, 70), 20, 1, 24, dtype), cap=2.0, has_sinks=True),
         ]
         if dtype != torch.float32:
             cases["linear"] += [

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 
 def load(job: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -109,6 +110,8 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
             output[f"logits.{dtype}"] = load(job, getattr(torch, dtype))(input_ids=input_ids).logits
         if "chunks" in inputs:
             facts["mean_loss"] = mean_loss(model, inputs["chunks"])
+    if "blocks" in inputs:
+        output["expanded"] = convert_moe_packed_tensors(inputs["blocks"], inputs["scales"])
     if "resaved" in job:
         model.save_pretrained(job["resaved"], max_shard_size="20KB")
     if "lora" in job:
