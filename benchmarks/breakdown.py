@@ -62,6 +62,7 @@ from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from optim.arena import GradientArena
 from rows.batch import Batch
+from run.flags import BASE_COMPUTES
 from run.machine import configure_torch
 from step import micro_step
 from step.micro_step import KEEPS_ACTIVATIONS, MicroStep, Policy
@@ -118,6 +119,7 @@ REGIONS: tuple[tuple[Any, str, str], ...] = (
     (llama.layer, "attention_backward", "quatrain: attention backward"),
     (micro_step, "linear_cross_entropy_with_gradient", "quatrain: loss"),
 )
+
 # forward or back as the region says
 BASE_PRODUCTS = ("_grouped_matmul_", "_fp8_matmul_")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
@@ -316,8 +318,10 @@ def _times(times: float, *costs: Cost) -> Cost:
     return Cost(times * sum(c.num_bytes for c in costs), times * sum(c.num_flops for c in costs))
 
 
-def _is_in_fp8(group: FrozenGroup) -> bool:
-    return isinstance(group, LinearGroup) and group.fp8_scale is not None
+def _itemsize(group: FrozenGroup, is_backward: bool) -> int:
+    """Bytes of a number of a base product's operands."""
+    in_fp8 = isinstance(group, LinearGroup) and group.is_in_fp8(is_backward)
+    return E4M3.itemsize if in_fp8 else BF16
 
 
 def _products_of(
@@ -331,21 +335,22 @@ def _products_of(
         K = group.in_features
         read, written = (N, K) if is_backward else (K, N)
         # of the weight and of the rows that it is multiplied by
-        itemsize = E4M3.itemsize if _is_in_fp8(group) else BF16
+        itemsize = _itemsize(group, is_backward)
         num_bytes = itemsize * (weights + num_rows * read) + BF16 * num_rows * written
         num_flops = 2 * num_rows * N * K * itemsize / BF16
         total = _times(1, total, Cost(num_bytes, num_flops))
     return total
 
 
-def _quantized(widths: Iterable[int], M: int) -> Cost:
-    """Rows are read in 16 bits and written in E4M3."""
+def _quantized(groups: Iterable[FrozenGroup], M: int) -> Cost:
+    """Gradients are read in 16 bits and written in E4M3."""
+    widths = (group.num_rows for group in groups if _itemsize(group, True) != BF16)
     return Cost(M * sum(widths) * (BF16 + E4M3.itemsize))
 
 
-def _written_too(groups: Iterable[FrozenGroup], M: int) -> Cost:
-    """Inputs are written in E4M3 by the kernels that produce them."""
-    return Cost(M * sum(group.in_features for group in groups if _is_in_fp8(group)))
+def _written_too(group: FrozenGroup, M: int) -> Cost:
+    """An input is written in E4M3 by the kernel that produces it."""
+    return Cost(M * group.in_features * (_itemsize(group, False) != BF16))
 
 
 def _ways_of_rows(M: int, num_chosen: int, D: int, F: int) -> tuple[Cost, Cost]:
@@ -396,20 +401,17 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         costs["base products, backward"].append(
             _products_of(groups[is_first:], M, num_chosen, is_backward=True)
         )
-        in_fp8 = [group for group in groups if _is_in_fp8(group)]
-        # attention's result is not written in E4M3
-        mixed = [group.in_features for group in in_fp8 if group is layer.self_attn.o]
-        gradients = [g.num_rows for g in in_fp8 if not (is_first and g is layer.self_attn.qkv)]
-        costs["rows to E4M3"] += [_quantized(mixed, M), _quantized(gradients, M)]
-        costs["norms"].append(_written_too(groups[::2], M))
-        costs["gate"].append(_written_too(groups[3:], M))
+        costs["rows to E4M3"].append(_quantized(groups[is_first:], M))
+        costs["norms"].append(_written_too(layer.mlp.gate_up, M))
+        costs["gate"].append(_written_too(layer.mlp.down, M))
         costs["attention, forward"].append(mixing)
         costs["attention, backward"].append(mixing_back)
         if policy != "expand":
             for group in groups:
                 N, K = group.num_rows, group.in_features
-                itemsize = E4M3.itemsize if _is_in_fp8(group) else BF16
-                costs["dequantization"].append(Cost(2 * (nf4_bytes(N, K) + itemsize * N * K)))
+                for is_backward in (False, True):
+                    num_bytes = nf4_bytes(N, K) + _itemsize(group, is_backward) * N * K
+                    costs["dequantization"].append(Cost(num_bytes))
         for is_backward in (False, True):
             costs["low-rank updates"].append(_updates_of(groups, M, is_backward))
         # the first layer has nothing to add, and no gradient to pass on
@@ -420,8 +422,7 @@ def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -
         if policy not in KEEPS_ACTIVATIONS:
             # all but down, and what comes right before it
             costs["base products, forward"].append(_products_of(groups[:3], M, num_chosen))
-            costs["rows to E4M3"].append(_quantized(mixed, M))
-            costs["norms"].append(_written_too(groups[:3:2], M))
+            costs["norms"].append(_written_too(layer.mlp.gate_up, M))
             costs["attention, forward"].append(mixing)
             costs["low-rank updates"].append(_updates_of(groups[:3], M, False))
             costs["norms"] += [norm, norm_added]
@@ -530,7 +531,7 @@ def main() -> int:
     parser.add_argument("--shape", type=parse_shape, default="4x2048", help="SAMPLESxTOKENS")
     parser.add_argument("--model", choices=CONFIGS, default="llama-3-8b", help="a named shape")
     parser.add_argument("--policy", choices=get_args(Policy), default="keep")
-    parser.add_argument("--base-compute", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--base-compute", choices=BASE_COMPUTES, default="bf16")
     parser.add_argument("--json", type=Path, help="result file to write")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     arguments = parser.parse_args()
@@ -543,8 +544,8 @@ def main() -> int:
     gbps, tflops = copy_gbps(device), matmul_tflops(device)
     torch.cuda.empty_cache()
     model = random_model(CONFIGS[arguments.model], device)
-    if arguments.base_compute == "fp8":
-        model.multiply_in_fp8()
+    if arguments.base_compute != "bf16":
+        model.multiply_in_fp8(forward=arguments.base_compute == "fp8")
     lora = LoRAConfig(RANK, 2 * RANK, 0.0, projections(model.config))
     model.attach_lora(lora, seed=0)
     policies: list[Policy] = [arguments.policy] * len(model.layers)

@@ -31,7 +31,7 @@ BARS = {
     "bitsandbytes": ("bitsandbytes", VERMILION),
     "torch": ("torch, the reference", GREY),
 }
-KIND_COLORS = {"bf16": GREY, "fp8": BLUE, "unquantized": VERMILION}
+KIND_COLORS = {"bf16": GREY, "fp8": BLUE, "fp8-backward": GREEN, "unquantized": VERMILION}
 BANDWIDTH_TITLES = {"nf4_dequantize": "Dequantize", "nf4_quantize": "Quantize"}
 
 STYLE: dict[Any, Any] = {
@@ -101,7 +101,7 @@ def matmul_figure(record: Record) -> Figure:
         axes.set_ylabel("microseconds, median")
     figure.suptitle(f"y = x W^T with an NF4 weight, bf16, on an {record['device']}", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -208,7 +208,7 @@ def _draw_losses(axes: Axes, runs: list[Row]) -> None:
         axes.fill_between(
             steps, [*map(min, by_step)], [*map(max, by_step)], color=color, alpha=0.2, linewidth=0
         )
-        style = "--" if kind == "fp8" else "-"
+        style = "--" if kind.startswith("fp8") else "-"
         axes.plot(steps, [*map(fmean, by_step)], style, color=color, label=label)
     axes.set_ylabel("eval loss, nats a token")
 
@@ -223,7 +223,7 @@ def _draw_differences(axes: Axes, runs: list[Row]) -> None:
                 100 * (loss / mean - 1)
                 for loss, mean in zip(row["eval_losses"], means, strict=True)
             ]
-            style = "--" if row["kind"] == "fp8" else "-"
+            style = "--" if row["kind"].startswith("fp8") else "-"
             axes.plot(row["steps"], percent, style, color=KIND_COLORS[row["kind"]])
     axes.set_ylabel("to the mean of bf16, %")
     axes.set_xlabel("steps")
@@ -249,5 +249,5 @@ def fp8_curves_figure(record: Record) -> Figure:
         fontsize=11,
     )
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure

@@ -31,6 +31,7 @@ from benchmarks.tables import Row, aligned, fp8_curves_table
 KINDS: dict[str, tuple[str, ...]] = {
     "bf16": (),
     "fp8": ("--base-compute", "fp8"),
+    "fp8-backward": ("--base-compute", "fp8-backward"),
     "unquantized": ("--quant", "none"),
 }
 # of train.py: packed rows, a micro-batch a step
@@ -102,7 +103,7 @@ def run(case: Case, course: Course, folder: Path) -> Row:
             for before, at in pairwise(evaluations)
         ],
     }
-    if case.kind == "fp8":
+    if case.kind.startswith("fp8"):
         served = ["--init-adapter", str(output), "--max-steps", "0"]
         (evaluated,) = train([*common, *served], output.with_name(f"{output.name}-served"))
         row["served_eval_loss"] = round(evaluated["eval_loss"], 5)

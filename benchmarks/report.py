@@ -114,9 +114,8 @@ STEP_SECTIONS = {
     ),
     "train_step_fp8": Section(
         "Training step, base products in FP8",
-        "The same with the frozen base's products in FP8 "
-        "(`python -m benchmarks train_step --base-compute fp8`); so are those of the limit, by "
-        "torch. The peers multiply in bf16.",
+        "The same with base products in FP8 (`python -m benchmarks train_step --base-compute "
+        "fp8`); so are those of the limit, by torch. The peers multiply in bf16.",
         train_step_table,
     ),
     "train_step_seed": Section(
@@ -140,6 +139,13 @@ STEP_SECTIONS = {
         "Training step, 70B",
         "Llama-3-70B's shape with random codes, rank 16 on all linear layers "
         "(`python -m benchmarks train_step --recipe 70b`).",
+        train_step_table,
+    ),
+    "train_step_30b_a3b": Section(
+        "Training step, 30B mixture",
+        "Qwen3-30B-A3B's shape with random codes, rank 16 on attention "
+        "(`python -m benchmarks train_step --recipe 30b-a3b`). The limit has the products of a "
+        "token's experts.",
         train_step_table,
     ),
     "decode": Section(

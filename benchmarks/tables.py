@@ -150,7 +150,12 @@ def fp8_matmul_table(rows: Iterable[Row]) -> Table:
     return ["layer", "mode", "M", *columns.values()], lines
 
 
-FP8_KINDS = {"bf16": "bf16", "fp8": "FP8", "unquantized": "bf16, base not quantized"}
+FP8_KINDS = {
+    "bf16": "bf16",
+    "fp8": "FP8",
+    "fp8-backward": "FP8, backward",
+    "unquantized": "bf16, base not quantized",
+}
 
 
 def fp8_error_table(rows: Iterable[Row]) -> Table:

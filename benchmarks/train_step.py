@@ -47,6 +47,7 @@ from benchmarks.record import ROOT, head, write
 from benchmarks.step_timing import parse_shape
 from benchmarks.tables import Row, aligned, train_step_lines
 from checkpoint.files import INDEX_NAME, SINGLE_NAME
+from run.flags import BASE_COMPUTES
 
 HERE = Path(__file__).resolve().parent
 # what the peers expect of a config.json beyond what a shape needs
@@ -358,7 +359,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description="Measure the training step.")
     result.add_argument("--recipe", choices=RECIPES, default="all-linear")
     result.add_argument("--shapes", default="", help="SAMPLESxTOKENS with commas, or the recipe's")
-    result.add_argument("--base-compute", choices=("bf16", "fp8"), default="bf16", help="of ours")
+    result.add_argument("--base-compute", choices=BASE_COMPUTES, default="bf16", help="of ours")
     result.add_argument("--ours", help="policies with commas, of them auto:8GiB and the like")
     result.add_argument("--peers", default="hf,unsloth", help="hf and unsloth, with a comma")
     result.add_argument("--model", type=Path, help="checkpoint folder, written if it is not there")

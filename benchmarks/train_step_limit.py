@@ -30,6 +30,7 @@ from benchmarks.random_model import CONFIGS
 from benchmarks.step_timing import parse_shape, print_row
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, shape_obstacle
 from llama.config import LlamaConfig
+from run.flags import BASE_COMPUTES
 
 DTYPE = torch.bfloat16
 BACKENDS = {
@@ -66,10 +67,15 @@ def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def fp8_groups(config: LlamaConfig) -> set[str]:
-    """Name the groups that `--base-compute fp8` multiplies in E4M3: experts stay in 16 bits."""
+def fp8_groups(config: LlamaConfig, base_compute: str, is_backward: bool) -> set[str]:
+    """Name the groups that a pass multiplies in E4M3: experts stay in 16 bits, and forward
+    attention's."""
     names = {name for name, shape in group_shapes(config).items() if not shape_obstacle(*shape)}
-    return names - {"gate_up", "down"} if config.experts else names
+    if config.experts:
+        names -= {"gate_up", "down"}
+    if is_backward:
+        return names if base_compute != "bf16" else set()
+    return names - {"qkv", "o"} if base_compute == "fp8" else set()
 
 
 def product_of(x: Tensor, w: Tensor, is_fp8: bool) -> Callable[[], Tensor]:
@@ -83,25 +89,25 @@ def product_of(x: Tensor, w: Tensor, is_fp8: bool) -> Callable[[], Tensor]:
 
 
 def products(
-    shapes: Sequence[tuple[int, int]], num_rows: int, device: torch.device, is_fp8: bool = False
-) -> tuple[float, float]:
-    """Measure y = x W^T and grad_x = grad_y W of all weights together, in milliseconds."""
+    shapes: Sequence[tuple[int, int]],
+    num_rows: int,
+    device: torch.device,
+    is_backward: bool,
+    is_fp8: bool = False,
+) -> float:
+    """Measure y = x W^T, or grad_x = grad_y W, of all weights together, in milliseconds."""
     if not shapes:
-        return 0.0, 0.0
+        return 0.0
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=DTYPE, device=device)
 
-    def measured(width: Callable[[tuple[int, int]], int], is_transposed: bool) -> float:
-        inputs = [draw(num_rows, width(shape)) for shape in shapes]
-        calls = [
-            product_of(x, W if is_transposed else W.T, is_fp8)
-            for x, W in zip(inputs, weights, strict=True)
-        ]
-        return measure([lambda: [call() for call in calls]]).ms_p50
-
     weights = [draw(*shape) * WEIGHT_STD for shape in shapes]
-    return measured(lambda shape: shape[1], False), measured(lambda shape: shape[0], True)
+    calls = [
+        product_of(draw(num_rows, shape[not is_backward]), W if is_backward else W.T, is_fp8)
+        for shape, W in zip(shapes, weights, strict=True)
+    ]
+    return measure([lambda: [call() for call in calls]]).ms_p50
 
 
 def attention(
@@ -150,14 +156,17 @@ def rows_of(
     """Measure the limit of one shape, for both policies."""
     shape = parse_shape(text)
     num_rows = shape[0] * shape[1]
-    in_fp8 = fp8_groups(config) if base_compute == "fp8" else set()
-    forward = backward = 0.0
-    for is_fp8 in (False, True):
-        shapes = [s for name, s in group_shapes(config).items() if (name in in_fp8) == is_fp8]
-        more = products(shapes, num_rows, device, is_fp8)
-        forward, backward = forward + more[0], backward + more[1]
-    head_rows = min(num_rows, MAX_HEAD_ROWS)
-    head = sum(products([(config.vocab_size, config.hidden_size)], head_rows, device))
+    groups, times_of_products = group_shapes(config), [0.0, 0.0]
+    for is_backward in (False, True):
+        in_fp8 = fp8_groups(config, base_compute, is_backward)
+        for is_fp8 in (False, True):
+            shapes = [shape for name, shape in groups.items() if (name in in_fp8) == is_fp8]
+            times_of_products[is_backward] += products(
+                shapes, num_rows, device, is_backward, is_fp8
+            )
+    forward, backward = times_of_products
+    head_rows, head_shape = min(num_rows, MAX_HEAD_ROWS), (config.vocab_size, config.hidden_size)
+    head = sum(products([head_shape], head_rows, device, is_back) for is_back in (False, True))
     by_backend = attention(config, shape, device)
     backend = min(by_backend, key=lambda name: sum(by_backend[name]))
     times = Times(forward, backward, *by_backend[backend], head * num_rows / head_rows)
@@ -175,7 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the limit of a training step.")
     parser.add_argument("--shape-name", choices=CONFIGS, required=True)
     parser.add_argument("--shapes", required=True)
-    parser.add_argument("--base-compute", choices=("bf16", "fp8"), required=True)
+    parser.add_argument("--base-compute", choices=BASE_COMPUTES, required=True)
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     print_row({"is_ready": True})

@@ -67,7 +67,7 @@ class SixteenBits(NamedTuple):
             torch.mm(rows, W, out=part)
         return out
 
-    def kept(self) -> "SixteenBits":
+    def kept(self, has_forward: bool) -> "SixteenBits":
         """What stays from pass to pass."""
         return self
 
@@ -109,10 +109,10 @@ class EightBits(NamedTuple):
             fp8_matmul(quantize_rows(rows[:, :N]), W, part, tail)
         return out
 
-    def kept(self) -> "EightBits":
-        """What stays from pass to pass."""
+    def kept(self, has_forward: bool) -> "EightBits":
+        """What stays from pass to pass: W where it is multiplied forward too, and W^T."""
         return self._replace(
-            W=nf4_to_fp8(self.weight, self.scale),
+            W=nf4_to_fp8(self.weight, self.scale) if has_forward else None,
             W_transposed=nf4_to_fp8(self.weight, self.scale, is_transposed=True),
         )
 

@@ -81,7 +81,8 @@ class LinearGroup(FrozenGroup):
     lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
     # of the weight in E4M3, () float32; None: the base products are in the dtype of the passes
     fp8_scale: Tensor | None
-    expanded: Expansion | None
+    # for the forward and the backward pass
+    expanded: tuple[Expansion, Expansion] | None
 
     def __init__(
         self, names: tuple[str, ...], rows: tuple[int, ...], in_features: int, has_bias: bool
@@ -92,6 +93,7 @@ class LinearGroup(FrozenGroup):
         self.dropout = 0.0
         self.site = 0
         self.fp8_scale = None
+        self.is_forward_in_fp8 = False
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
@@ -163,7 +165,7 @@ class LinearGroup(FrozenGroup):
     def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, K + T)
         """Allocate buffers for x and its tail, on a tensor's device and in its dtype."""
         ext, K = new_rows(like, num_rows, self.in_features + self.tail), self.in_features
-        in_fp8 = self.fp8_scale is not None
+        in_fp8 = self.is_in_fp8(is_backward=False)
         return Rows(ext, empty_fp8_rows((num_rows, K), ext.device) if in_fp8 else None)
 
     def extended(self, x: Tensor) -> Tensor:  # (M, K) -> (M, K + T)
@@ -178,39 +180,54 @@ class LinearGroup(FrozenGroup):
         """Allocate a buffer for y or its gradient and the tail."""
         return new_rows(like, num_rows, self.num_rows + self.tail)
 
-    def multiply_in_fp8(self) -> None:
+    def multiply_in_fp8(self, forward: bool) -> None:
         """Let the base products be of E4M3 rows, where the weight is in NF4 and its members' sizes
-        allow that; after loading, before the first pass."""
+        allow that; after loading, before the first pass.
+
+        Args:
+            forward: the forward pass's product too, not the backward pass's alone.
+        """
         weight = self.weight
         if isinstance(weight, NF4Weight) and not members_obstacle(weight.rows, self.in_features):
-            self.fp8_scale = fp8_scale(weight)
+            self.fp8_scale, self.is_forward_in_fp8 = fp8_scale(weight), forward
 
     def frozen_tensors(self) -> Iterator[Tensor]:
         yield from super().frozen_tensors()
         if self.fp8_scale is not None:
             yield self.fp8_scale
 
+    def is_in_fp8(self, is_backward: bool) -> bool:
+        """Tell whether a pass's base product is of E4M3 rows."""
+        return self.fp8_scale is not None and (is_backward or self.is_forward_in_fp8)
+
     def keep_expanded(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all passes, which then write the updates beside it alone."""
-        self.expanded = self._expand_weight(dtype).kept()
+        back = self._expand_weight(dtype, True).kept(self.is_forward_in_fp8)
+        is_one = self.fp8_scale is None or self.is_forward_in_fp8
+        self.expanded = (back if is_one else self._expand_weight(dtype, False), back)
 
     def expanded_tensors(self) -> Iterator[Tensor]:
-        if self.expanded is not None:
-            yield from (t for t in self.expanded.tensors() if t is not self.weight)
+        expansions = [] if self.expanded is None else self.expanded
+        tensors = {id(t): t for expansion in expansions for t in expansion.tensors()}
+        yield from (tensor for tensor in tensors.values() if tensor is not self.weight)
 
-    def expand(self, dtype: torch.dtype) -> Expansion:
-        """Write out what the products read: the weight, and the updates as they are now."""
-        expansion = self._expand_weight(dtype) if self.expanded is None else self.expanded
+    def expand(self, dtype: torch.dtype, is_backward: bool = False) -> Expansion:
+        """Write out what a pass's product reads: the weight, and the updates as they are now."""
+        if self.expanded is None:
+            expansion = self._expand_weight(dtype, is_backward)
+        else:
+            expansion = self.expanded[is_backward]
         if self.lora_A is not None and self.lora_B is not None:
             A, sB = expansion.A, expansion.sB
             write_updates(A, sB, self.lora_A, self.lora_B, self.updates)
         return expansion
 
-    def _expand_weight(self, dtype: torch.dtype) -> Expansion:
+    def _expand_weight(self, dtype: torch.dtype, is_backward: bool) -> Expansion:
         """Write out the weight, and leave room for the updates."""
         N, K, tail, weight = self.num_rows, self.in_features, self.tail, self.weight
-        if self.fp8_scale is not None:
+        if self.is_in_fp8(is_backward):
             assert isinstance(weight, NF4Weight)
+            assert self.fp8_scale is not None
             A, sB = (
                 torch.empty(shape, dtype=dtype, device=weight.device)
                 for shape in ((tail, K), (N, tail))
@@ -308,7 +325,7 @@ class LinearGroup(FrozenGroup):
         if not needs_grad_x and not self.updates:
             return None
         # the updates are written again, since a forward pass of few rows has not written them
-        expansion = self.expand(grad_ext.dtype)
+        expansion = self.expand(grad_ext.dtype, is_backward=True)
         grad_y, grad_h = grad_ext[:, :N], grad_ext[:, N:]
         if self.updates:
             assert self.lora_B is not None

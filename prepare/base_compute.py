@@ -21,19 +21,20 @@ def check_base_compute(config: TrainConfig, capability: Capability | None) -> No
     """
     if config.base_compute == "bf16":
         return
+    flag = f"--base-compute {config.base_compute}"
     if config.quant != "nf4":
         raise ValueError(
-            "--base-compute fp8 must be given with --quant nf4, whose weights it expands to FP8: "
-            f"got --quant {config.quant}"
+            f"{flag} must be given with --quant nf4, whose weights it expands to FP8: got --quant "
+            f"{config.quant}"
         )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     if config.dtype not in names:
         raise ValueError(
-            f"--base-compute fp8 must be given with --dtype {' or '.join(names)}: got "
-            f"{config.dtype}; choose --dtype {names[0]}"
+            f"{flag} must be given with --dtype {' or '.join(names)}: got {config.dtype}; choose "
+            f"--dtype {names[0]}"
         )
     if capability and (obstacle := fp8_obstacle(capability)):
-        raise ValueError(f"{obstacle}; leave out --base-compute fp8")
+        raise ValueError(f"{obstacle}; leave out {flag}")
 
 
 def set_base_compute(model: Llama, config: TrainConfig) -> None:
@@ -44,26 +45,28 @@ def set_base_compute(model: Llama, config: TrainConfig) -> None:
     """
     if config.base_compute == "bf16":
         return
-    model.multiply_in_fp8()
+    model.multiply_in_fp8(forward=config.base_compute == "fp8")
     if all(group.fp8_scale is None for _, group in model.groups()):
         raise ValueError(
-            "--base-compute fp8 must be given for a model with projections in NF4 whose sizes are "
-            f"multiples of 16: {config.model} has none; leave it out"
+            f"--base-compute {config.base_compute} must be given for a model with projections in "
+            f"NF4 whose sizes are multiples of 16: {config.model} has none; leave it out"
         )
 
 
 def describe_base_compute(model: Llama) -> list[str]:
     """Say which projections are multiplied in FP8, and which are not; no line where none is."""
-    in_fp8, others = 0, Counter[str]()
+    back, forward, others = 0, 0, Counter[str]()
     for _, group in model.groups():
         if group.fp8_scale is None:
             others.update(group.names)
         else:
-            in_fp8 += len(group.names)
-    if not in_fp8:
+            back += len(group.names)
+            forward += len(group.names) * group.is_forward_in_fp8
+    if not back:
         return []
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    line = f"base products in FP8: {in_fp8} of {in_fp8 + others.total()} projections"
+    total = back + others.total()
+    line = f"base products in FP8: {forward} of {total} projections forward, {back} back"
     if others:
         counted = ", ".join(f"{count} {name}" for name, count in others.items())
         line += f"; in {dtype}: {counted}, not in NF4 or of sizes that are no multiples of 16"

@@ -18,6 +18,8 @@ from run.places import read_places
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})?")
 
+BASE_COMPUTES = ("bf16", "fp8", "fp8-backward")
+
 
 def _flag(
     default: Any,
@@ -95,9 +97,10 @@ class ModelFlags(_Flags):
     base_compute: str = _flag(
         "bf16",
         "number format of the frozen projections' products in training; bf16: that of --dtype; "
-        "fp8: E4M3, in half of the time, on a GPU of compute capability 8.9 or later, with "
-        "evaluations and answers in --dtype",
-        ("bf16", "fp8"),
+        "fp8: E4M3, in half of the time, in the backward pass and in the MLP's forward pass; "
+        "fp8-backward: in the backward pass alone; on GPUs of compute capability 8.9 or later, "
+        "with evaluations and answers in --dtype",
+        BASE_COMPUTES,
     )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))
 
@@ -209,8 +212,7 @@ class AdapterFlags(_Flags):
     )
     target_parameters: str = _flag(
         "",
-        "tensors of all experts to adapt in a mixture of experts: gate_up_proj, down_proj, or both "
-        "separated by a comma",
+        "tensors of all experts to adapt: gate_up_proj, down_proj, or both separated by a comma",
         is_list=True,
     )
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
@@ -276,9 +278,7 @@ class TrainingFlags(_Flags):
         0.0, "NEFTune: noise of alpha / sqrt(tokens x hidden size) on embeddings; 0: none"
     )
     router_aux_loss_coef: float = _flag(
-        0.0,
-        "weight of the auxiliary loss of a mixture of experts, which is small where all experts "
-        "have as many tokens; 0: none",
+        0.0, "weight of the auxiliary loss that spreads tokens evenly over experts; 0: none"
     )
     max_bad_steps: int = _flag(
         30,

@@ -30,8 +30,8 @@ _ADVICE = """The base model was read from a folder of that name: write the folde
 """
 # readers of the adapter multiply in 16 bits
 _FP8_PRODUCTS = """
-In training the base's products were in FP8 (E4M3). Evaluations multiplied in 16 bits, as those do
-who use the adapter.
+In training base products were in FP8 (E4M3). Evaluations multiplied in 16 bits, as those do who
+use the adapter.
 """
 # characters with a meaning in Markdown inside a line; a bar ends a table's cell
 _MARKS = re.compile(r"[\\`*\[\]|]")
@@ -212,7 +212,7 @@ def model_card(
         revision=revision or None,
     )
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
-    products = _FP8_PRODUCTS if config.base_compute == "fp8" else ""
+    products = _FP8_PRODUCTS if config.base_compute != "bf16" else ""
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return f"""{_front_matter(config, name if is_on_hub else None)}
 

@@ -65,31 +65,31 @@ class _Products(NamedTuple):
     Attributes:
         multiplied: weights by which a token is multiplied, one in E4M3 as a part of one in 16 bits.
         expanded: bytes that are moved to expand the weights.
-        inputs, outputs: numbers of a token that are quantized forward and back.
+        quantized: numbers of a token that are quantized.
     """
 
     multiplied: float
     expanded: float
-    inputs: int
-    outputs: int
+    quantized: int
 
 
-def _products_of(groups: Iterable[FrozenGroup], num_chosen: int, itemsize: int) -> _Products:
+def _products_of(
+    groups: Iterable[FrozenGroup], num_chosen: int, itemsize: int, is_backward: bool
+) -> _Products:
     """Add up projections, of which experts' are those that a token has."""
     multiplied = expanded = 0.0
-    inputs = outputs = 0
+    quantized = 0
     for group in groups:
         weights = group.num_rows * group.in_features
         share = num_chosen / group.num_experts if isinstance(group, ExpertGroup) else 1
-        if isinstance(group, LinearGroup) and group.fp8_scale is not None:
+        if isinstance(group, LinearGroup) and group.is_in_fp8(is_backward):
             multiplied += weights / FP8_SPEEDUP
             expanded += (PACKED_BYTES + E4M3.itemsize) * weights
-            inputs += group.in_features
-            outputs += group.num_rows
+            quantized += group.num_rows if is_backward else group.in_features
         else:
             multiplied += share * weights
             expanded += (PACKED_BYTES + itemsize) * weights
-    return _Products(multiplied, expanded, inputs, outputs)
+    return _Products(multiplied, expanded, quantized)
 
 
 def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> float:
@@ -120,17 +120,16 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
             assert config.experts is not None
             num_pairs, router = config.experts.num_chosen, config.experts.num_experts * D
             F = num_pairs * config.experts.width
-        all_of_it = _products_of(groups, num_pairs, e)
-        again = _products_of(
-            (g for g in groups if config.norms.behind_mlp or g is not mlp.down), num_pairs, e
-        )
-        flops += 2 * M * (2 * (all_of_it.multiplied + router))
+        forward, back = (_products_of(groups, num_pairs, e, is_back) for is_back in (False, True))
+        repeated = [g for g in groups if config.norms.behind_mlp or g is not mlp.down]
+        again = _products_of(repeated, num_pairs, e, False)
+        flops += 2 * M * (forward.multiplied + back.multiplied + 2 * router)
         flops += 2 * M * is_again * (again.multiplied + router)
         attended += attention * (passes + is_again)
         if policy != "expand":
-            num_bytes += 2 * all_of_it.expanded + is_again * again.expanded
-        num_bytes += INPUT_BYTES * M * (all_of_it.inputs + is_again * again.inputs)
-        num_bytes += GRADIENT_BYTES * M * all_of_it.outputs
+            num_bytes += forward.expanded + back.expanded + is_again * again.expanded
+        num_bytes += INPUT_BYTES * M * (forward.quantized + is_again * again.quantized)
+        num_bytes += GRADIENT_BYTES * M * back.quantized
         num_bytes += M * e * ((12 + 22 + (2 + 3) * num_behind + 8 * num_pairs) * D + (4 + 10) * F)
         num_bytes += is_again * M * e * ((12 + 2 * num_behind + 4 * num_pairs) * D + 2 * F)
     flops += 4 * M * config.vocab_size * D

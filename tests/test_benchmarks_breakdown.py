@@ -243,27 +243,27 @@ def test_costs_are_those_of_the_shapes(tmp_path: Path) -> None:
 
 
 def test_costs_in_fp8_are_those_of_a_byte_a_number_and_half_a_flop(tmp_path: Path) -> None:
-    model = load_tiny(tmp_path, dtype=torch.bfloat16)
+    M, D, F = 12, 32, 80
+    model = load_tiny(tmp_path, dtype=torch.bfloat16, intermediate_size=F)
     others = costs_of(model, SHAPE, ["recompute", "recompute"])
     assert "rows to E4M3" not in others
     model.multiply_in_fp8()
     costs = costs_of(model, SHAPE, ["recompute", "recompute"])
-    M, D, F = 12, 32, 72
-    # of both layers, the attention's alone, whose sizes are multiples of 16
-    qkv, o, mlp = 64 * D, D * D, 2 * F * D
-    forward = 2 * M * (2 * (qkv + o) / 2 + 2 * mlp + F * D)
+    qkv, o, gate_up, down = 64 * D, D * D, 2 * F * D, F * D
+    # of both layers: attention's forward stays, and both are computed again, but for down
+    forward = 2 * M * (2 * (qkv + o) + (2 * gate_up + down) / 2)
     assert costs["base products, forward"].num_flops == 2 * forward
-    read, written = 2 * D, 64 + D
-    # attention's result is read for that, and every gradient; the first norm's result is written
-    assert costs["rows to E4M3"].num_bytes == 3 * M * (2 * 2 * D + 2 * written - 64)
+    # every gradient is read for that, but for the first layer's; norm and gate write theirs
+    gradients = 64 + D + 2 * F + D
+    assert costs["rows to E4M3"].num_bytes == 3 * M * (2 * gradients - 64)
     assert costs["norms"].num_bytes - others["norms"].num_bytes == 2 * 2 * M * D
-    assert costs["gate"] == others["gate"]
+    assert costs["gate"].num_bytes - others["gate"].num_bytes == 2 * M * F
     more = others["base products, forward"].num_bytes - costs["base products, forward"].num_bytes
-    assert more == 2 * 2 * (qkv + o + M * read)
+    assert more == 2 * (2 * (gate_up + M * D) + down + M * F)
     more = others["base products, backward"].num_bytes - costs["base products, backward"].num_bytes
-    assert more == 2 * (qkv + o + M * written) - (qkv + M * 64)
+    assert more == 2 * (qkv + o + gate_up + down + M * gradients) - (qkv + M * 64)
     more = others["dequantization"].num_bytes - costs["dequantization"].num_bytes
-    assert more == 2 * 2 * (qkv + o)
+    assert more == 2 * (qkv + o + 2 * (gate_up + down))
 
 
 def test_costs_of_experts_are_those_of_a_tokens_experts(tmp_path: Path) -> None:

@@ -314,10 +314,15 @@ def test_the_limit_in_fp8_is_of_the_groups_that_fp8_multiplies(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install(monkeypatch)
-    # of the MLP's products none has sizes that are multiples of 16
-    (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"intermediate_size": 68}))
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"intermediate_size": 48}))
     config, called = read_config(tmp_path), []
-    assert train_step_limit.fp8_groups(config) == {"qkv", "o"}
+    groups = train_step_limit.fp8_groups
+    assert groups(config, "fp8", False) == {"gate_up", "down"}
+    assert groups(config, "fp8-backward", False) == groups(config, "bf16", True) == set()
+    # sizes that are no multiples of 16
+    odd = replace(config, intermediate_size=68)
+    assert groups(odd, "fp8", False) == set()
+    assert groups(odd, "fp8", True) == {"qkv", "o"}
 
     def product(x: Fp8Rows, w: Fp8Weight, scales: tuple[torch.Tensor, ...]) -> torch.Tensor:
         called.append((tuple(x.values.shape), tuple(w.values.shape)))
@@ -326,9 +331,11 @@ def test_the_limit_in_fp8_is_of_the_groups_that_fp8_multiplies(
     monkeypatch.setattr(train_step_limit, "torch_fp8", product)
     train_step_limit.rows_of(config, "2x16", CPU, "fp8")
     # there and back, both along what is added up
-    assert {*called} == {((32, 32), (64, 32)), ((32, 32), (32, 32)), ((32, 64), (32, 64))}
+    forward = {((32, 32), (96, 32)), ((32, 48), (32, 48))}
+    back = {((32, 64), (32, 64)), ((32, 32), (32, 32)), ((32, 96), (32, 96)), ((32, 32), (48, 32))}
+    assert {*called} == forward | back
     experts = replace(config, experts=CONFIGS["qwen3-30b-a3b"].experts)
-    assert train_step_limit.fp8_groups(experts) == {"qkv", "o"}
+    assert groups(experts, "fp8", True) == {"qkv", "o"}
 
 
 def test_base_products_in_fp8_are_planned_and_measured_as_train_does(

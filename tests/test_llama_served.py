@@ -17,7 +17,7 @@ POLICIES: list[Policy] = ["keep", "expand"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_served_model_multiplies_in_16_bits(tmp_path: Path, policy: Policy) -> None:
-    model, input_ids = load_tiny(tmp_path, dtype=BF16), tokens(2, 65)
+    model, input_ids = load_tiny(tmp_path, dtype=BF16, intermediate_size=80), tokens(2, 65)
     expected = model.logits(input_ids)
     model.multiply_in_fp8()
     step = step_of(model, (policy, policy))
@@ -38,7 +38,7 @@ def test_a_served_model_multiplies_in_16_bits(tmp_path: Path, policy: Policy) ->
 
 
 def test_a_failed_pass_leaves_the_training_as_it_was(tmp_path: Path) -> None:
-    model = load_tiny(tmp_path, dtype=BF16)
+    model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
     model.multiply_in_fp8()
     in_fp8 = model.logits(tokens(1, 9))
     with pytest.raises(RuntimeError, match="no room"), as_served(model):

@@ -34,7 +34,7 @@ NAMED_TARGETS = pytest.mark.parametrize("targets", ["none", "outer", "all"])
 def eight_bits(targets: str, dropout: float = 0.0, has_bias: bool = True) -> LinearGroup:
     sizes = {"rows": ROWS, "in_features": IN_FEATURES, "dtype": BF16}
     group = make(TARGETS[targets], NF4, has_bias, dropout, **sizes).group
-    group.multiply_in_fp8()
+    group.multiply_in_fp8(forward=True)
     assert isinstance(group.expand(BF16), EightBits)
     return group
 
@@ -108,6 +108,29 @@ def test_an_expanded_weight_that_stays_gives_the_same_bits(targets: str) -> None
         assert_equal(results_of(actual)[name], tensor, name)
 
 
+@DROPOUTS
+@NAMED_TARGETS
+def test_the_backward_pass_alone_may_be_in_e4m3(targets: str, dropout: float) -> None:
+    group = eight_bits(targets, dropout)
+    given = (*drawn(), torch.tensor([SEED]))
+    in_fp8 = results_of(run(group, *given))
+    group.fp8_scale = None
+    expected = results_of(run(group, *given))
+    group.multiply_in_fp8(forward=False)
+    expected["grad_x"] = in_fp8["grad_x"]
+    for is_kept in (False, True):
+        if is_kept:
+            group.keep_expanded(BF16)
+        found = results_of(run(group, *given))
+        for name, tensor in expected.items():
+            assert_equal(found[name], tensor, name)
+    # 16 bits with the updates inside; E4M3 transposed, and the updates' matrices beside it
+    N, K, T = sum(ROWS), IN_FEATURES, group.tail
+    in_16_bits = 2 * (N + T) * (K + T) if T else 2 * N * K
+    kept = sum(tensor.nbytes for tensor in group.expanded_tensors())
+    assert kept == in_16_bits + N * K + 2 * T * (N + K)
+
+
 @pytest.mark.parametrize(
     ("quantization", "rows"), [(None, ROWS), (NF4, (32, 17, 48))], ids=["unquantized", "odd rows"]
 )
@@ -115,13 +138,13 @@ def test_what_has_no_e4m3_stays_in_16_bits(
     quantization: Quantization | None, rows: tuple[int, ...]
 ) -> None:
     group = make(TARGETS["all"], quantization, rows=rows, in_features=64, dtype=BF16).group
-    group.multiply_in_fp8()
+    group.multiply_in_fp8(forward=True)
     assert isinstance(group.expand(BF16), SixteenBits)
 
 
 def test_the_truth_is_as_far_as_e4m3_allows() -> None:
     case = make(TARGETS["all"], NF4, True, rows=ROWS, in_features=IN_FEATURES, dtype=BF16)
-    case.group.multiply_in_fp8()
+    case.group.multiply_in_fp8(forward=True)
     x, grad_y = drawn()
     actual = results_of(run(case.group, x, grad_y))
     for name, truth in run_torch(case, x, grad_y).items():
@@ -139,7 +162,7 @@ POLICIES: list[tuple[Policy, Policy]] = [
 
 @pytest.mark.parametrize("policies", POLICIES, ids=str)
 def test_every_policy_gives_the_same_bits(tmp_path: Path, policies: tuple[Policy, Policy]) -> None:
-    model = load_tiny(tmp_path, dtype=BF16)
+    model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
     sixteen = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 65), tokens(2, 65))
     model.multiply_in_fp8()
     expected = gradients_of(step_of(model, ("keep", "keep")), tokens(2, 65), tokens(2, 65))
@@ -155,7 +178,7 @@ def test_every_policy_gives_the_same_bits(tmp_path: Path, policies: tuple[Policy
 def test_every_family_is_recomputed_bit_for_bit(tmp_path: Path, variant: str) -> None:
     # with ranks that are no multiples of 8, in rows of several samples
     lora = LoRAConfig(5, 6, 0.3, PROJECTIONS)
-    model = load_tiny(tmp_path, lora, dtype=BF16, variant=variant)
+    model = load_tiny(tmp_path, lora, dtype=BF16, variant=variant, intermediate_size=80)
     model.multiply_in_fp8()
     assert any(group.fp8_scale is not None for _, group in model.groups())
     input_ids, positions = tokens(4, 16), torch.arange(16).expand(4, 16) % 7

@@ -82,9 +82,9 @@ def test_it_is_said_once_what_stays_in_16_bits(tmp_path: Path) -> None:
     model.multiply_in_fp8()
     # the MLP's width is 72
     assert describe_base_compute(model) == [
-        "base products in FP8: 8 of 14 projections; in bfloat16: 2 gate_proj, 2 up_proj, "
-        "2 down_proj, not in NF4 or of sizes that are no multiples of 16; evaluations and answers "
-        "are in bfloat16"
+        "base products in FP8: 0 of 14 projections forward, 8 back; in bfloat16: 2 gate_proj, "
+        "2 up_proj, 2 down_proj, not in NF4 or of sizes that are no multiples of 16; evaluations "
+        "and answers are in bfloat16"
     ]
 
 
@@ -94,5 +94,5 @@ def test_experts_are_said_to_stay_in_16_bits(tmp_path: Path) -> None:
     model.multiply_in_fp8()
     (line,) = describe_base_compute(model)
     # the queries and keys have 6 rows a head
-    assert line.startswith("base products in FP8: 2 of 8 projections; in float16: 2 q_proj, 2 k_")
+    assert line.startswith("base products in FP8: 0 of 8 projections forward, 2 back; in float16:")
     assert "multiples of 16; the experts in float16; evaluations and" in line

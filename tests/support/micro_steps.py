@@ -40,9 +40,10 @@ def load_tiny(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     variant: str = "grouped-query",
+    **changes: Any,  # of the config
 ) -> Llama:
     """A tiny model whose updates are not zero."""
-    folder = write_variant(folder, variant, dtype)
+    folder = write_variant(folder, variant, dtype, **changes)
     model = load_model(open_checkpoint(folder), device, dtype, quantization)
     if lora is not None:
         model.attach_lora(fitting(lora, model.config), seed=0)

@@ -512,9 +512,11 @@ def write_checkpoint(
     return folder
 
 
-def write_variant(folder: Path, variant: str, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the checkpoint of one of VARIANTS."""
-    fields = FIELDS | VARIANTS[variant]
+def write_variant(
+    folder: Path, variant: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """Write the checkpoint of one of VARIANTS, with other config fields than that has."""
+    fields = FIELDS | VARIANTS[variant] | changes
     return write_checkpoint(folder, fields, random_tensors(fields, dtype))
 
 
