@@ -30,12 +30,18 @@ def masked_attention_reference(
     outs, lses = [], []
     for rows in _row_chunks(query, key):
         scores = _scores(query[:, :, rows], rows, query, key, scale, cap, window, samples)
-        lse = scores.logsumexp(dim=-1)
+        largest = scores.amax(dim=-1, keepdim=True)
         if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.float().view(key.shape[1], -1, 1))
-        out = (scores - lse[..., None]).exp() @ value[:, :, None].float()
+            sink = sinks.float().view(key.shape[1], -1, 1, 1)
+            largest = largest.maximum(sink)
+        # by lse instead of the largest, weights would err as much as large scores are rounded
+        weights = (scores - largest).exp()
+        total = weights.sum(dim=-1, keepdim=True)
+        if sinks is not None:
+            total += (sink - largest).exp()
+        out = weights @ value[:, :, None].float() / total
         outs.append(out.flatten(1, 2).to(query.dtype))
-        lses.append(lse.flatten(1, 2))
+        lses.append((largest + total.log()).squeeze(-1).flatten(1, 2))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 

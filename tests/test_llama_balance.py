@@ -72,14 +72,7 @@ def test_loss_and_gradients_equal_transformers_and_pefts(
         truth = peer.outputs[f"aux_grad.{name}"]
         # the last layer's experts are behind all choices
         assert bool(truth.any()) != (name.startswith("model.layers.1.") and ".experts." in name)
-        tolerance = float32_error(truth, 80)
-        if ".q_proj." in name or ".k_proj." in name:
-            # exp(score - lse) errs with the size of lse, one more sum; and gradients of scores are
-            # small differences of gradients as large as those of values
-            of_values = name.replace("q_proj", "v_proj").replace("k_proj", "v_proj")
-            tolerance += float32_error(peer.outputs[f"aux_grad.{of_values}"], 1)
-        assert (grad - truth).abs().max() <= tolerance, name
-        assert tolerance <= 1e-4 * truth.abs().max() or not truth.any(), name
+        assert (grad - truth).abs().max() <= float32_error(truth, 80), name
     assert len(actual) == sum(name.startswith("aux_grad.") for name in peer.outputs)
 
 
