@@ -9,13 +9,14 @@ weight is then kept, and multiplied again in four ways:
 
     exact           the NF4 weight and sums in float32
     bf16            the weight rounded to bfloat16
-    fp8             `--base-compute fp8`: both operands in E4M3, one scale for the weight
+    fp8             as FP8 products do: both operands in E4M3, one scale for the weight
     fp8-by-row      the same with a scale for each row of the weight, in grad_x of its transpose
 
 `largest` is the largest magnitude of an operand's row over that row's root mean square. Last, the
-adapter's gradient of that step is computed with base products in float32, bfloat16 and FP8: bf16 is
-compared with float32, FP8 with bf16, and the gradient of the step behind it, in bf16, tells how far
-two batches are apart. On a CPU the references compute, which round as the kernels.
+adapter's gradient of that step is computed with all base products in float32, bfloat16 and FP8:
+bf16 is compared with float32, FP8 with bf16, and the gradient of the step behind it, in bf16, tells
+how far two batches are apart. `--base-compute fp8` leaves attention's products in 16 bits forward,
+and errs less. On a CPU the references compute, which round as the kernels.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def take_step(
     # launched kernel by kernel: a captured graph would go on with the weights that it knows
     micro_step = MicroStep(run.model, arena, run.micro_step.policies)
     for _, group, recording in recorded:
-        group.expanded = recording
+        group.expanded = (recording, recording)
     arena.zero_()
     micro_batches = epochs.micro_batches(run.state.step)
     _, num_targets = epochs.count(micro_batches)
@@ -209,7 +210,9 @@ def measure(flags: Sequence[str], steps: int) -> tuple[list[Row], dict[str, Any]
     for own, given in zip(*adapters, strict=True):
         own.detach().copy_(given.detach())
     of_exact = take_step(exact)
-    run.model.multiply_in_fp8()
+    # all of them, attention's forward too
+    for _, group in run.model.groups():
+        group.multiply_in_fp8(forward=True)
     of_fp8 = take_step(run)
     recorded = [*recordings(run.model)]
     of_bf16 = take_step(run, recorded)

@@ -190,7 +190,7 @@ STEP_SECTIONS = {
         "in float32, relative to their norms, means of the layers; FP8's worst layer, and its "
         "number; FP8 with a scale for each row of the weight; the largest value of an operand over "
         "its row's root mean square. Then the adapter's gradient of a step: bf16's against "
-        "float32's, FP8's against bf16's.",
+        "float32's, and against bf16's that with all products in FP8.",
         fp8_error_table,
     ),
     "fp8_curves": Section(
