@@ -98,7 +98,10 @@ def _function(config: LlamaConfig) -> dict[str, Any]:
         del fields["ropes"]
         fields |= {f"rope_{name}": value for name, value in asdict(rope).items()}
     if config.experts is not None:
-        fields["experts"] = {name: value for name, value in fields["experts"].items() if value}
+        # tensors' names, and what training alone adds
+        del fields["experts"]["block"], fields["experts"]["asks_for_aux_loss"]
+        if not config.experts.is_by_columns:
+            del fields["experts"]["is_by_columns"]
     return {name: value for name, value in fields.items() if value}
 
 

@@ -6,8 +6,8 @@
     row of D | chunk 0 | chunk 1 | ...       16 bytes a thread and chunk, in registers
 
 One program reads a row once, finds its largest magnitude and writes 8 bits a value: 3 M D + 4 M
-bytes for M rows of D values, and memory bandwidth is the limit. Rows of more than MAX_CHUNKS chunks
-do not fit the registers; the reference quantizes them. Equals the reference bit for bit.
+bytes for M rows of D values, and memory bandwidth is the limit. A row of more than MAX_CHUNKS
+chunks does not fit the registers, and is read once more, from L2. Equals the reference bit for bit.
 
 A row that holds a NaN or an infinity gets a NaN as its scale, so that a product has NaN in it, and
 a step with such a gradient is skipped. A row of zeros has zeros, and a small scale.
@@ -100,6 +100,34 @@ def _quantize_rows_kernel(
     store_quantized(values_ptr + row * stride_vm, tiles, scale, D, CHUNK, CHUNKS)
 
 
+@triton.jit
+def _quantize_long_rows_kernel(
+    values_ptr,  # (M, D)
+    scales_ptr,  # (M,)
+    x_ptr,  # (M, D)
+    D,
+    stride_vm,
+    stride_xm,
+    CHUNK: tl.constexpr,
+):
+    # one program quantizes one row, which it reads twice, the second time from L2
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_xm
+    values_ptr += row * stride_vm
+    bits = tl.zeros((CHUNK,), tl.int16)
+    for first in range(0, D, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        bits = tl.maximum(bits, magnitude_bits(tl.load(x_ptr + offs, mask=offs < D, other=0.0)))
+    scale = scale_of_bits(bits, x_ptr.dtype.element_ty)
+    tl.store(scales_ptr + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    for first in range(0, D, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+        values = (x * inverse).to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + offs, values, mask=offs < D)
+
+
 def _shape_of(x: Tensor) -> tuple[int, int]:
     """Choose the warps and the chunks of a row."""
     warp_width = 32 * VECTOR_BYTES // x.element_size()
@@ -113,8 +141,9 @@ def _launch_quantize_rows(x: Tensor, out: Fp8Rows) -> None:
     num_warps, num_chunks = _shape_of(x)
     if M == 0:
         return
+    is_long = num_chunks > MAX_CHUNKS
     launch(
-        _quantize_rows_kernel,
+        _quantize_long_rows_kernel if is_long else _quantize_rows_kernel,
         (M,),
         values_ptr=out.values,
         scales_ptr=out.scales,
@@ -123,7 +152,7 @@ def _launch_quantize_rows(x: Tensor, out: Fp8Rows) -> None:
         stride_vm=out.values.stride(0),
         stride_xm=x.stride(0),
         CHUNK=num_warps * 32 * VECTOR_BYTES // x.element_size(),
-        CHUNKS=num_chunks,
+        **({} if is_long else {"CHUNKS": num_chunks}),
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
@@ -168,7 +197,7 @@ def quantize_rows(
     """
     out = empty_fp8_rows(x.shape, x.device) if out is None else out
     check_fp8_rows(x, out)
-    if x.device.type == "cpu" or _shape_of(x)[1] > MAX_CHUNKS:
+    if x.device.type == "cpu":
         quantize_rows_reference(x, out)
     else:
         _launch_quantize_rows(x, out)

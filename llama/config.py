@@ -310,7 +310,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     replaced = set(family.aliases.values()) - family.fields
     given = {key: value for key, value in text.values.items() if key not in replaced}
     fields = replace(text, values={**family.defaults, **given, **_named(text, given, family)})
-    if not fields.values.get("rope_parameters") and not fields.values.get("rope_scaling"):
+    is_given = fields.values.get("rope_parameters") is not None
+    if not is_given and not fields.values.get("rope_scaling"):
         fields.values["rope_parameters"] = dict(family.rope_default)
     path = fields.where
     _check_constants(fields, family)

@@ -15,12 +15,15 @@ def as_served(model: Llama) -> Iterator[None]:
     """Let no base product be of E4M3 rows, for as long as this lasts.
 
     Note:
-        Weights that stay expanded in E4M3 stay, and passes expand them in 16 bits beside that.
+        Weights that stay expanded in E4M3 stay, and passes expand them in 16 bits beside that;
+        those that stay in 16 bits for the forward pass serve here too.
     """
     groups = [group for _, group in model.groups() if group.fp8_scale is not None]
     kept = [(group.fp8_scale, group.expanded) for group in groups]
     for group in groups:
-        group.fp8_scale = group.expanded = None
+        group.fp8_scale = None
+        if group.is_forward_in_fp8:
+            group.expanded = None
     try:
         yield
     finally:

@@ -27,11 +27,11 @@ from kernels.nf4_to_fp8 import nf4_to_fp8
 from lora.rows import Rows
 from nf4.weight import NF4Weight
 
-# rows of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more time a row
-# on an H200, while products by the transposed weight take the same
-MOST_ROWS = 8192
-# rows of gradients that are in E4M3 at once: as many bytes as an 8B's widest weight then has
-MOST_QUANTIZED_ROWS = 4096
+# about the rows of a product by a weight as it lies: of twice as many cuBLAS takes 3 to 5 % more
+# time a row on an H200, while products by the transposed weight take the same
+PART_ROWS = 8192
+# about the rows of gradients that are in E4M3 at once: as many bytes as an 8B's widest weight has
+QUANTIZED_ROWS = 4096
 
 
 class SixteenBits(NamedTuple):
@@ -62,7 +62,7 @@ class SixteenBits(NamedTuple):
         if not has_updates:
             grad_ext, W = grad_ext[:, : self.num_rows], W[: self.num_rows]
         out = grad_ext.new_empty(grad_ext.shape[0], self.in_features)
-        num_parts = max(grad_ext.shape[0] // MOST_ROWS, 1)
+        num_parts = max(grad_ext.shape[0] // PART_ROWS, 1)
         for part, rows in zip(out.chunk(num_parts), grad_ext.chunk(num_parts), strict=True):
             torch.mm(rows, W, out=part)
         return out
@@ -103,7 +103,7 @@ class EightBits(NamedTuple):
         if W is None:
             W = nf4_to_fp8(self.weight, self.scale, is_transposed=True)
         out = grad_ext.new_empty(grad_ext.shape[0], K)
-        num_parts = max(grad_ext.shape[0] // MOST_QUANTIZED_ROWS, 1)
+        num_parts = max(grad_ext.shape[0] // QUANTIZED_ROWS, 1)
         for part, rows in zip(out.chunk(num_parts), grad_ext.chunk(num_parts), strict=True):
             tail = LowRankTail(rows[:, N:], self.A.T) if has_updates else None
             fp8_matmul(quantize_rows(rows[:, :N]), W, part, tail)

@@ -30,8 +30,8 @@ _ADVICE = """The base model was read from a folder of that name: write the folde
 """
 # readers of the adapter multiply in 16 bits
 _FP8_PRODUCTS = """
-In training base products were in FP8 (E4M3). Evaluations multiplied in 16 bits, as those do who
-use the adapter.
+In training a part of the base's products was in FP8 (E4M3). Evaluations multiplied in 16 bits, as
+those do who use the adapter.
 """
 # characters with a meaning in Markdown inside a line; a bar ends a table's cell
 _MARKS = re.compile(r"[\\`*\[\]|]")

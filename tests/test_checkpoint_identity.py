@@ -3,6 +3,7 @@ costs."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,18 @@ def test_experts_have_the_identity_that_they_had_before_other_families_came(tmp_
     assert config.experts is not None
     # stacked by columns
     assert not config.experts.is_by_columns
-    assert _function(config)["experts"] == {
+    before = {
         "num_experts": 4,
         "num_chosen": 2,
         "width": 24,
         "is_normalized": True,
+        "is_stacked": False,
         "has_experts": (True, True),
     }
+    assert _function(config)["experts"] == before
+    # what is added to the loss, and where tensors lie, is not what a model computes
+    experts = replace(config.experts, asks_for_aux_loss=True, block="block_sparse_moe")
+    assert _function(replace(config, experts=experts))["experts"] == before
 
 
 LLAMA_3_8B = FIELDS | {

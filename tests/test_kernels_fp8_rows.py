@@ -101,24 +101,16 @@ def test_arguments_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("capability", "width", "chosen"),
-    [
-        ((9, 0), 65_536, "_launch_quantize_rows"),
-        ((9, 0), 65_544, "quantize_rows_reference"),
-        ((8, 9), 4096, "_launch_quantize_rows"),
-    ],
-    ids=str,
+    ("width", "chosen"),
+    [(65_536, "_quantize_rows_kernel"), (65_544, "_quantize_long_rows_kernel")],
 )
 def test_rows_that_fit_the_registers_are_read_once(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], width: int, chosen: str
+    monkeypatch: pytest.MonkeyPatch, width: int, chosen: str
 ) -> None:
-    taken: list[str] = []
-    for name in ("_launch_quantize_rows", "quantize_rows_reference"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: taken.append(name))
-    x = torch.empty(4, width, dtype=torch.bfloat16, device=META)
-    with meta_stands_for(H200._replace(capability=capability)):
-        quantize_rows(x)
-    assert taken == [chosen]
+    taken: list[Any] = []
+    monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: taken.append(kernel))
+    quantize_rows(torch.empty(4, width, dtype=torch.bfloat16, device=META))
+    assert taken == [getattr(module, chosen)]
 
 
 def test_a_gpu_without_e4m3_is_refused() -> None:
@@ -130,8 +122,8 @@ def test_a_gpu_without_e4m3_is_refused() -> None:
         quantize_rows(x)
 
 
-# hidden sizes of 8B and 70B models; their gate and up; a part of wider rows
-@pytest.mark.parametrize("width", [4096, 8192, 14_336, 28_672, 57_344])
+# hidden sizes of 8B and 70B models; their gate and up; a 405B's; a part of wider rows
+@pytest.mark.parametrize("width", [4096, 8192, 14_336, 28_672, 57_344, 106_496])
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
 def test_kernel_compiles_to_16_bytes_a_load_without_spilling(
     width: int, capability: int, record_property: Callable[[str, object], None]
@@ -141,8 +133,9 @@ def test_kernel_compiles_to_16_bytes_a_load_without_spilling(
 
     x = empty(8192, width + 64, dtype=torch.bfloat16)[:, :width]
     out = Fp8Rows(empty(8192, width, dtype=E4M3), empty(8192))
+    name = "_quantize_rows_kernel" if width < 65_536 else "_quantize_long_rows_kernel"
     compiled = compile_launch(
-        module, "_quantize_rows_kernel", lambda: module._launch_quantize_rows(x, out), capability
+        module, name, lambda: module._launch_quantize_rows(x, out), capability
     )
     record_property("resources", str(compiled))
     compiled.assert_fits(capability)

@@ -95,6 +95,9 @@ def test_missing_fields_are_those_of_transformers_class(tmp_path: Path) -> None:
     assert read(tmp_path, GPT_OSS_20B | others) == read(tmp_path, GPT_OSS_20B)
     both = {"rope_scaling": None, "rope_parameters": None}
     assert read(tmp_path, GPT_OSS_20B | both) == read(tmp_path, GPT_OSS_20B)
+    # an empty object is none
+    plain = read(tmp_path, GPT_OSS_20B | {"rope_scaling": None, "rope_parameters": {}})
+    assert plain.distinct_ropes == [Rope(150000.0)]
     assert read(tmp_path, GPT_OSS_20B | {"swiglu_alpha": 1.702}) == read(tmp_path, GPT_OSS_20B)
 
 

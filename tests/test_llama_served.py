@@ -37,6 +37,17 @@ def test_a_served_model_multiplies_in_16_bits(tmp_path: Path, policy: Policy) ->
     assert [id(tensor) for tensor in model.expanded_tensors()] == held
 
 
+def test_weights_that_stay_in_16_bits_serve_an_evaluation_too(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
+    model.multiply_in_fp8()
+    step = step_of(model, ("expand", "expand"))
+    gradients_of(step, tokens(1, 9), tokens(1, 9))
+    with as_served(model):
+        for prefix, group in model.groups():
+            # attention's forward products are not in FP8
+            assert (group.expanded is not None) == prefix.endswith(".self_attn."), prefix
+
+
 def test_a_failed_pass_leaves_the_training_as_it_was(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
     model.multiply_in_fp8()

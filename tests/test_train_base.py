@@ -153,7 +153,9 @@ def test_a_base_in_fp8_is_evaluated_and_answers_as_it_is_served(
         answers[name] = json.loads((output / "samples.jsonl").read_text().splitlines()[0])
         said[name] = capsys.readouterr().out
         card = (output / "README.md").read_text()
-        assert ("base products were in FP8 (E4M3). Evaluations" in card) == (name == "fp8")
+        assert ("a part of the base's products was in FP8 (E4M3). Evaluations" in card) == (
+            name == "fp8"
+        )
         assert json.loads((output / "run.json").read_text())["base_compute"] == name
     assert "base products in FP8: 6 of 14 projections forward, 14 back; evaluati" in said["fp8"]
     assert "FP8" not in said["bf16"]

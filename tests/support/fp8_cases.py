@@ -55,8 +55,10 @@ def rows_cases(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -
     ]
 
 
-# no rows; one value; rests of a chunk; several chunks
-TINY_ROWS = rows_cases([(0, 16), (3, 1), (7, 97), (5, 1024), (6, 3000)], (torch.float16,))
+# no rows; one value; rests of a chunk; several chunks; a row that no program holds
+TINY_ROWS = rows_cases(
+    [(0, 16), (3, 1), (7, 97), (5, 1024), (6, 3000), (2, 66_000)], (torch.float16,)
+)
 
 
 def rows_of(case: RowsCase, device: torch.device = CPU) -> Tensor:  # (M, D)
