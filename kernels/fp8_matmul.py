@@ -17,8 +17,8 @@ a tensor core; next to the 3.7 % that rounding the operands costs, that is nothi
 
 Tiles come and go by TMA, which reads zeros beyond a matrix and writes nothing there, in tensors
 that begin and step by multiples of 16 bytes. There are as many programs as multiprocessors; each
-computes tile after tile, so a tile is still written while the next one's operands come. GPUs with
-tensor cores of another kind (8.9, 12.x) load tiles by pointers: `fp8_matmul_pointers.py`.
+computes tile after tile, so a tile's second half is still written while the next one is multiplied.
+GPUs with tensor cores of another kind (8.9, 12.x) load tiles by pointers: `fp8_matmul_pointers.py`.
 """
 
 # triton's annotations do not know static_range

@@ -16,6 +16,7 @@ from checkpoint.opening import open_checkpoint
 from kernels.fp8_rows import quantize_rows
 from kernels.nf4_to_fp8 import fp8_scale, nf4_to_fp8
 from llama.model import PROJECTIONS, Llama
+from lora import expansion
 from lora.config import LoRAConfig
 from lora.expansion import EightBits, SixteenBits
 from lora.linear_group import LinearGroup
@@ -106,6 +107,25 @@ def test_an_expanded_weight_that_stays_gives_the_same_bits(targets: str) -> None
     actual = run(group, *given)
     for name, tensor in results_of(expected).items():
         assert_equal(results_of(actual)[name], tensor, name)
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["16 bits", "8 bits"])
+@NAMED_TARGETS
+def test_gradients_may_be_multiplied_in_parts(
+    monkeypatch: pytest.MonkeyPatch, targets: str, is_fp8: bool
+) -> None:
+    group, given = eight_bits(targets), drawn()
+    if not is_fp8:
+        group.fp8_scale = None
+    expected = run(group, *given).grad_x
+    for name in ("PART_ROWS", "QUANTIZED_ROWS"):
+        # three parts, of which the last is shorter
+        monkeypatch.setattr(expansion, name, NUM_TOKENS // 3)
+    actual = run(group, *given).grad_x
+    assert actual is not None
+    assert expected is not None
+    # bfloat16's rounding, of sums that another number of rows may order otherwise
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-9)
 
 
 @DROPOUTS

@@ -72,7 +72,8 @@ def rows_of(case: RowsCase, device: torch.device = CPU) -> Tensor:  # (M, D)
     ties = midpoints()[: case.width]
     kinds = (
         torch.zeros(()),
-        torch.cat((torch.tensor([-6e4]), torch.full((case.width - 1,), 0.3))),
+        # in the last chunk
+        torch.cat((torch.full((case.width - 1,), 0.3), torch.tensor([-6e4]))),
         torch.full((), torch.finfo(case.dtype).smallest_normal / 4),
         # a scale of exactly 1
         torch.cat((torch.tensor([448.0]), ties))[: case.width],
