@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    fp8_8b_table,
     fp8_curves_table,
     fp8_error_table,
     fp8_matmul_table,
@@ -200,6 +201,15 @@ STEP_SECTIONS = {
         "the highest seed, the difference to the mean in bf16. All are evaluated in bf16; `as "
         "served` is the loss that another process finds after it loaded the adapter.",
         fp8_curves_table,
+    ),
+    "fp8_8b": Section(
+        "8B's shape in FP8",
+        "Llama-3-8B's shape with random weights in NF4, rank 16 on all linear layers, the same "
+        "seeds in bf16 and in FP8 (`python -m benchmarks fp8_8b`): tokens from the whole "
+        "vocabulary, of which nothing can be learned, and a Markov chain's, whose loss can fall to "
+        "0.69. Losses are means of ten steps, but the first step's; the largest norm is that of "
+        "any step's gradient before clipping.",
+        fp8_8b_table,
     ),
     "load": Section(
         "Load",
