@@ -55,6 +55,21 @@ LLAMA_3_8B = LlamaConfig(
     eos_token_ids=(128001,),
 )
 CONFIGS = {
+    "smollm2-135m": replace(
+        LLAMA_3_8B,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rotary_dim=64,
+        tie_word_embeddings=True,
+        ropes=(Rope(100000.0),) * 30,
+        windows=(None,) * 30,
+        query_pre_attn_scalar=64,
+    ),
     "llama-3.2-1b": replace(
         LLAMA_3_8B,
         hidden_size=2048,

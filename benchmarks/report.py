@@ -149,6 +149,34 @@ STEP_SECTIONS = {
         "token's experts.",
         train_step_table,
     ),
+    "train_step_8b_codes": Section(
+        "Training step, 8B beside other families",
+        "Llama-3-8B's shape with random codes, rank 16 on all linear layers (`python -m benchmarks "
+        'train_step --shapes 4x2048 --peers ""`), on the machine of the families that follow.',
+        train_step_table,
+    ),
+    "train_step_gemma_3_12b": Section(
+        "Training step, Gemma-3-12B",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe gemma-3-12b`). The limit's "
+        "attention has the pairs of a window's tokens alone, in layers that see a window.",
+        train_step_table,
+    ),
+    "train_step_phi_4_mini": Section(
+        "Training step, Phi-4-mini",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe phi-4-mini`).",
+        train_step_table,
+    ),
+    "train_step_smollm3_3b": Section(
+        "Training step, SmolLM3-3B",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe smollm3-3b`).",
+        train_step_table,
+    ),
+    "train_step_gpt_oss_20b": Section(
+        "Training step, gpt-oss-20b",
+        "Its shape, rank 16 on attention (`python -m benchmarks train_step --recipe gpt-oss-20b`). "
+        "The limit has the products of a token's experts, and the pairs of windows.",
+        train_step_table,
+    ),
     "decode": Section(
         "Generation",
         "Llama-3-8B with random weights, NF4 and double quantization, bf16, an adapter of rank 16 "
@@ -162,6 +190,12 @@ STEP_SECTIONS = {
         "Tokens per second without padding (`python -m benchmarks packed_step`): of full rows, of "
         "samples as long as GSM8K's that share rows of 2,048 tokens, and of the same samples "
         "padded, four to a micro-batch.",
+        packed_step_table,
+    ),
+    "packed_step_135m": Section(
+        "Samples that share rows, 135M",
+        "The same of SmolLM2-135M's shape (`python -m benchmarks packed_step --model "
+        "smollm2-135m`). The limit is that of full rows.",
         packed_step_table,
     ),
     "data_parallel": Section(
@@ -182,6 +216,12 @@ STEP_SECTIONS = {
         "The same with the frozen base's products in FP8 "
         "(`python -m benchmarks breakdown --base-compute fp8`). The limit of a product in E4M3 is "
         "half of the time of one in bf16.",
+        breakdown_table,
+    ),
+    "breakdown_135m": Section(
+        "Breakdown, 135M",
+        "The kernels of a micro-step of SmolLM2-135M's shape (`python -m benchmarks breakdown "
+        "--model smollm2-135m`).",
         breakdown_table,
     ),
     "fp8_error": Section(

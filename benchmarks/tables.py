@@ -409,9 +409,9 @@ def packed_step_table(rows: Iterable[Row]) -> Table:
     lines = [
         [
             row["mode"],
-            f"{row['samples']:,}",
-            f"{row['steps']:,}",
-            f"{row['share_of_padding']:.1%}",
+            _number(row, "samples", 0),
+            _number(row, "steps", 0),
+            f"{row['share_of_padding']:.1%}" if "share_of_padding" in row else "-",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['tokens_per_second'] / full:.2f}",
         ]

@@ -317,7 +317,9 @@ def providers_of(recipe: Recipe, ours: Sequence[str], peers: Sequence[str]) -> l
     """List who is measured, the limit first."""
     found = [Provider("limit", "keep"), *(Provider("ours", policy) for policy in ours)]
     if recipe.has_checkpoint:
-        found += [provider for peer in peers for provider in PEERS[peer]]
+        for peer in peers:
+            name, _, policy = peer.partition(":")
+            found += [provider for provider in PEERS[name] if policy in ("", provider.policy)]
     return found
 
 
@@ -368,7 +370,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--shapes", default="", help="SAMPLESxTOKENS with commas, or the recipe's")
     result.add_argument("--base-compute", choices=BASE_COMPUTES, default="bf16", help="of ours")
     result.add_argument("--ours", help="policies with commas, of them auto:8GiB and the like")
-    result.add_argument("--peers", default="hf,unsloth", help="hf and unsloth, with a comma")
+    result.add_argument(
+        "--peers", default="hf,unsloth", help="hf, unsloth, unsloth:keep, with commas"
+    )
     result.add_argument("--model", type=Path, help="checkpoint folder, written if it is not there")
     result.add_argument(
         "--steps", type=int, default=3, help="of each of three blocks, after two to warm up"

@@ -185,6 +185,13 @@ def test_without_a_checkpoint_there_are_no_peers() -> None:
     assert names == {"limit", "ours"}
 
 
+def test_one_policy_of_a_peer_can_be_asked_for() -> None:
+    assert providers_of(TINY, [], ["unsloth:keep", "hf"])[1:] == [
+        ("unsloth", "keep"),
+        ("hf", "recompute"),
+    ]
+
+
 def test_output_among_other_lines_is_found() -> None:
     rows = [{"is_ready": True}, {"versions": {"a": "1"}}, {"provider": "hf", "shape": "1x1"}]
     text = "a banner\n" + "\n".join(map(json.dumps, rows)) + '\n{not json\n{"provider": "h'
