@@ -184,12 +184,8 @@ def rows_of(
     by_backend = attention(config, shape, device)
     backend = min(by_backend, key=lambda name: sum(by_backend[name]))
     share = share_of_pairs(config, shape[1])
-    times = Times(
-        forward,
-        backward,
-        *(share * ms for ms in by_backend[backend]),
-        head * num_rows / head_rows,
-    )
+    there, back = (share * ms for ms in by_backend[backend])
+    times = Times(forward, backward, there, back, head * num_rows / head_rows)
     rows = []
     for policy in ("keep", "recompute"):
         ms = step_ms(times, config.num_hidden_layers, policy)

@@ -16,6 +16,7 @@ from lora.config import LoRAConfig
 from optim.adamw import AdamW
 from optim.arena import GradientArena
 from run.config import TrainConfig
+from step.micro_step import Policy
 
 CPU = torch.device("cpu")
 PUBLISHED = {
@@ -88,13 +89,16 @@ def test_a_model_of_a_shape_has_all_values_and_can_be_trained(name: str) -> None
     for tensor in model.frozen_tensors():
         assert tensor.device == CPU
         assert torch.isfinite(tensor.float()).all()
+    norms = [p for n, p in model.named_parameters() if n.endswith("norm.weight")]
+    assert all((norm + config.norm_offset == 1).all() for norm in norms)
     for _, group in model.frozen_groups():
         if group.bias is not None:
             assert 0.01 < group.bias.std() < 0.03
     model.attach_lora(LoRAConfig(4, 8.0, 0.0, projections(config)), 0)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(GradientArena(parameters), weight_decay=0.0)
-    step = make_step(model, TrainConfig(learning_rate=1e-2), ["keep"] * 6, optimizer)
+    policies: list[Policy] = ["keep"] * 6
+    step = make_step(model, TrainConfig(learning_rate=1e-2), policies, optimizer)
     ids = torch.randint(96, (2, 16))
     losses = [float(step(ids)) for _ in range(8)]
     assert losses[-1] < losses[0] < 8
