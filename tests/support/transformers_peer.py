@@ -137,5 +137,11 @@ def main() -> None:
     Path("facts.json").write_text(json.dumps(facts))
 
 
+if __name__ == "__host__":
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    # takes longer than loading a tiny checkpoint does
+    get_checkpoint_conversion_mapping("llama")
+
 if __name__ == "__main__":
     main()
