@@ -48,6 +48,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let Python end as ever."""
+    gc.unfreeze()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `tests/compiled` be written."""
     parser.addoption(WRITE, action="store_true", help="compile all kernels, write tests/compiled")
