@@ -88,7 +88,11 @@ def let_numpys_types_be_looked_up() -> None:
 def let_overflow_be_left_alone() -> None:
     """Leave out the sums in 64 bits for a check that the interpreter makes of no kernel."""
     assert not interpreter.interpreter_builder.options.debug
-    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *given: None
+
+    def leave_alone(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        pass
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = leave_alone
 
 
 def quicken() -> None:
