@@ -12,7 +12,7 @@ runs on a GPU is not seen: `llama/attention.py` says what attention takes.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -76,25 +76,28 @@ class Allocations(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = set()
-        for tensor in self._tensors(*args, *kwargs.values()):
+        for tensor in self._tensors((*args, *kwargs.values())):
             address = tensor.untyped_storage()._cdata
             given.add(address)
             # an operation may make the storage of a tensor that it is given larger
             if address in self._taken:
                 self.note(tensor)
-        for tensor in self._tensors(result):
+        for tensor in self._tensors((result,)):
             # a result in the storage of an argument is a view
             if tensor.untyped_storage()._cdata not in given:
                 self.note(tensor)
         return result
 
-    def _tensors(self, *values: Any) -> Iterator[Tensor]:
+    def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
         """List the device's tensors among values and in lists and tuples of them."""
+        found = []
         for value in values:
-            if isinstance(value, (tuple, list)):
-                yield from self._tensors(*value)
-            elif isinstance(value, Tensor) and value.device.type == self._device_type:
-                yield value
+            if isinstance(value, Tensor):
+                if value.device.type == self._device_type:
+                    found.append(value)
+            elif isinstance(value, (tuple, list)):
+                found += self._tensors(value)
+        return found
 
     def note(self, tensor: Tensor) -> None:
         """Record a tensor's storage, if it is new or has another size than before."""

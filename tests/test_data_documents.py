@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
+from support.data_loads import tokenized, tokenized_in_windows
+from support.small_process import in_small_process
 from test_data_tokenizer import save_byte_level, save_metaspace
 
 from data.formats.examples import Text
@@ -30,26 +32,30 @@ from foreign import guest
 from foreign.guest import in_guest
 
 NOW = datetime(2024, 7, 26)
+# of the small windows
+CHARACTERS, OVERLAP = 400, 96
 TOKENIZERS = ("byte-level", "metaspace", "llama-3", "mistral-v3", "phi-3-mini", "qwen3", "smollm2")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> dict[str, Tokenizer]:
+def folders(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    folders = {
+    ours = {
         "byte-level": save_byte_level(folder / "byte-level", adds_bos=True),
         "metaspace": save_metaspace(folder / "metaspace"),
     }
-    return {
-        name: Tokenizer.from_folder(folders.get(name, assets / "tokenizers" / name))
-        for name in TOKENIZERS
-    }
+    return {name: assets / "tokenizers" / name for name in TOKENIZERS} | ours
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders: dict[str, Path]) -> dict[str, Tokenizer]:
+    return {name: Tokenizer.from_folder(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "_TEXT_CHARACTERS", 400)
-    monkeypatch.setattr(documents, "_OVERLAP", 96)
+    monkeypatch.setattr(texts, "_TEXT_CHARACTERS", CHARACTERS)
+    monkeypatch.setattr(documents, "_OVERLAP", OVERLAP)
 
 
 def as_a_whole(text: str, tokenizer: Tokenizer, max_length: int) -> list[Sample]:
@@ -64,21 +70,23 @@ def as_a_whole(text: str, tokenizer: Tokenizer, max_length: int) -> list[Sample]
     return pieces if sample.num_target_tokens else []
 
 
+def recipe_of(max_length: int, **changes: Any) -> Recipe:
+    recipe = Recipe("auto", max_length, "completions", 200_000, NOW, False)
+    return replace(recipe, **changes)
+
+
 def load(
     path: Path, tokenizer: Tokenizer, max_length: int = 17, processes: int = 1, **changes: Any
 ) -> tuple[list[Sample], Counts]:
-    recipe = Recipe("auto", max_length, "completions", 200_000, NOW, False)
-    given = replace(recipe, **changes)
-    counts = Counts()
-    samples = []
-    for piece in tokenize_files([path], tokenizer, given, processes)[1]:
-        counts.add(piece.counts)
-        ends = np.cumsum(piece.rows["length"])
-        for start, end in zip(ends - piece.rows["length"], ends, strict=True):
-            samples.append(
-                Sample(piece.input_ids[start:end].tolist(), piece.labels[start:end].tolist())
-            )
-    return samples, counts
+    return tokenized([path], tokenizer, recipe_of(max_length, **changes), processes)
+
+
+def load_in_small_windows(
+    path: Path, tokenizer: Path, max_length: int
+) -> tuple[list[Sample], Counts]:
+    """The same as load(), with small windows, by a process that takes little time to fork."""
+    given = (CHARACTERS, OVERLAP, path, tokenizer, recipe_of(max_length))
+    return in_small_process(tokenized_in_windows, *given)
 
 
 SPECIAL = ("</s>", "<s>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>")
@@ -98,15 +106,14 @@ def text_of(seed: int) -> str:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.usefixtures("small_windows")
 def test_windows_give_the_tokens_of_the_whole(
-    tmp_path: Path, tokenizers: dict[str, Tokenizer], name: str
+    tmp_path: Path, folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str
 ) -> None:
     path = tmp_path / "x.txt"
     for seed in range(6):
         text = text_of(seed)
         path.write_bytes(text.encode())
-        samples, counts = load(path, tokenizers[name])
+        samples, counts = load_in_small_windows(path, folders[name], 17)
         assert samples == as_a_whole(text, tokenizers[name], 17)
         assert (counts.num_records, counts.num_dropped) == (1, 0)
 
@@ -161,9 +168,8 @@ def test_windows_that_are_encoded_as_one_are_confined(
 
 
 @pytest.mark.parametrize("name", ["byte-level", "metaspace", "llama-3", "smollm2"])
-@pytest.mark.usefixtures("small_windows")
 def test_bos_is_there_once_and_eos_ends_the_text_alone(
-    tmp_path: Path, tokenizers: dict[str, Tokenizer], name: str
+    tmp_path: Path, folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str
 ) -> None:
     tokenizer = tokenizers[name]
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
@@ -175,7 +181,7 @@ def test_bos_is_there_once_and_eos_ends_the_text_alone(
     ):
         path.write_text(text)
         for max_length in (2, 3, 17):
-            samples, counts = load(path, tokenizer, max_length)
+            samples, counts = load_in_small_windows(path, folders[name], max_length)
             assert samples == as_a_whole(text, tokenizer, max_length), text
             assert (counts.num_records, counts.num_without_target) == (1, not samples)
 

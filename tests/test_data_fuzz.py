@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.dataset_loads import loaded
+from support.small_process import in_small_process
 from test_data_tokenizer import save_byte_level
 
-from data.dataset import Dataset, load_dataset
 from data.reading.files import read_records
-from data.tokenizer import Tokenizer
+from data.samples import Sample
+from data.tokens.pieces import Counts
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -195,16 +197,15 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tokenizer = Tokenizer.from_folder(
-            save_byte_level(path / "tokenizer"), chat_template="chatml"
-        )
+        self.tokenizer = save_byte_level(path / "tokenizer")
 
-    def load(self, name: str, content: bytes, data_format: str, **options: Any) -> Dataset:
+    def load(
+        self, name: str, content: bytes, data_format: str, **options: Any
+    ) -> tuple[list[Sample], Counts]:
         path = self.path / name
         path.write_bytes(content)
-        return load_dataset(
-            [path], self.tokenizer, data_format=data_format, vocab_size=1000, **options
-        )
+        options |= {"data_format": data_format, "vocab_size": 1000}
+        return in_small_process(loaded, path, self.tokenizer, "chatml", **options)
 
     def refusal(self, name: str, content: bytes, data_format: str) -> str | None:
         """What it says with a place, None if it takes the file; another error passes through."""
@@ -242,10 +243,10 @@ def records_of(data_format: str) -> Records:
 def test_the_files_are_good_before_they_are_damaged(
     folder: Folder, name: str, data_format: str
 ) -> None:
-    dataset = folder.load(name, WRITERS[name](records_of(data_format)), data_format)
-    expected = folder.load("x.jsonl", write_json_lines(records_of(data_format)), "auto")
-    assert list(dataset.samples) == list(expected.samples)
-    assert len(dataset.samples) == NUM_RECORDS
+    samples, _ = folder.load(name, WRITERS[name](records_of(data_format)), data_format)
+    expected, _ = folder.load("x.jsonl", write_json_lines(records_of(data_format)), "auto")
+    assert samples == expected
+    assert len(samples) == NUM_RECORDS
 
 
 @pytest.mark.parametrize(
@@ -264,9 +265,9 @@ def test_wrong_records_are_refused_with_their_place_or_skipped_and_counted(
         place = f"[{index}]" if name == "x.json" else f":{index + 1}"
         assert said, records[index]
         assert said.startswith(f"{folder.path / name}{place}: "), said
-        dataset = folder.load(name, content, data_format, skip_bad_lines=True)
-        assert (len(dataset.samples), dataset.counts.num_bad) == (NUM_RECORDS - 1, 1)
-        assert dataset.counts.bad == [said]
+        samples, counts = folder.load(name, content, data_format, skip_bad_lines=True)
+        assert (len(samples), counts.num_bad) == (NUM_RECORDS - 1, 1)
+        assert counts.bad == [said]
 
 
 @pytest.mark.parametrize("data_format", FLAT)

@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from support.hosts import run_python
 
 PAGE = (ROOT / "docs" / "add-a-kernel.md").read_text()
 # a heading that is a file's name, and the first block of code below it
@@ -40,14 +40,8 @@ def run_the_files(
         (folder / name).write_text(text)
     # without the measuring process's own settings
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *TESTS],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *TESTS]
+    return run_python(arguments, environment | {"PYTHONPATH": str(folder)}, folder)
 
 
 def test_the_files_run_interpreted_and_compiled_ahead_of_time(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,12 @@ def test_the_last_lines_of_a_run_are_docs_runs_mds() -> None:
     assert block in (ROOT / "docs" / "runs.md").read_text()
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text() if path.suffix == ".py" else "")
+
+
+@cache
 def said_in(path: Path) -> str:
     """What a file says in words: a page as it is, a program's docstrings and comments."""
     text = path.read_text()
@@ -247,7 +254,7 @@ def said_in(path: Path) -> str:
         return text
     docstrings = [
         ast.get_docstring(node) or ""
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
     ]
     comments = re.findall(r"(?m)^\s*#(.*)$", text)
@@ -276,9 +283,8 @@ def test_every_file_that_is_named_is_there(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES + ROOM_PAGES + programs(), ids=name_of)
 def test_every_module_that_is_named_is_there(path: Path) -> None:
-    tree = ast.parse(path.read_text() if path.suffix == ".py" else "")
     # a parameter may have a room's name: checkpoint.quantization is an attribute of it
-    parameters = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    parameters = {node.arg for node in ast.walk(tree_of(path)) if isinstance(node, ast.arg)}
     rooms = "|".join({*FLOORS, "benchmarks"} - parameters)
     for name in re.findall(rf"`((?:{rooms})(?:\.\w+)+)`", said_in(path)):
         room, second = name.split(".")[:2]

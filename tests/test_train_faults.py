@@ -156,6 +156,8 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(
     with subprocess.Popen(
         command,
         cwd=ROOT,
+        # sums add up in the order of the whole run
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 _SCRIPT = Path(__file__).with_name("import_host.py")
+_PYTHON = Path(__file__).with_name("python_process.py")
 
 
 class Host:
@@ -53,3 +54,18 @@ class Host:
 def host(options: tuple[str, ...], **settings: str) -> Host:
     """The host of such processes, one for the tests of this process."""
     return Host(options, settings)
+
+
+def run_python(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, as `subprocess.run` does, but for the import of torch.
+
+    What torch, or Python as it starts, reads of the environment is that of this process.
+    """
+    with tempfile.TemporaryDirectory() as printed:
+        streams = [Path(printed, name) for name in ("out", "err")]
+        given = [*map(str, streams), json.dumps(dict(environment)), *arguments]
+        code, said = host(()).run(_PYTHON, given, folder)
+        assert not said, said
+        return subprocess.CompletedProcess(arguments, code, *(s.read_text() for s in streams))

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 from conftest import ROOT
+from support.hosts import run_python
 
 TOKEN = "hf_" + "secret" * 5
 _API = re.compile(
@@ -76,14 +76,7 @@ class Hub:
         self, arguments: list[str], home: Path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run Python with this hub, a cache of its own and no token, unless they are given."""
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=self.environment(home) | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return run_python(arguments, self.environment(home) | environment, ROOT)
 
     def environment(self, home: Path) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -1,5 +1,7 @@
 """Imports what scripts import, once, and runs each script in a fork of itself; see `hosts`.
 
+What else each fork would do again, a script has under `if __name__ == "__host__"`.
+
 A line of the standard input is a job: the script, its arguments, its working directory, and the
 file that takes what it prints. A line of the standard output is the exit code of a job.
 """
@@ -15,13 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+def is_for_host(line: ast.stmt) -> bool:
+    """Whether a statement is an import, or meant for this process alone."""
+    if isinstance(line, ast.If):
+        return ast.unparse(line.test) == "__name__ == '__host__'"
+    return isinstance(line, ast.Import | ast.ImportFrom)
+
+
 def import_as(script: Path) -> None:
     """Run the imports of a script, so that its forks find the modules."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
-    tree.body = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+    tree.body = [line for line in tree.body if is_for_host(line)]
     # the script itself says what is missing
     with contextlib.suppress(ImportError):
-        exec(compile(tree, str(script), "exec"), {})
+        exec(compile(tree, str(script), "exec"), {"__name__": "__host__"})
 
 
 def be(job: dict[str, Any]) -> NoReturn:

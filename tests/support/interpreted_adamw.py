@@ -25,6 +25,7 @@ from support.adamw_cases import (  # noqa: E402
 )
 from support.interpreted_kernels import let_loops_run_under_numpy_2_4  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
+from support.quick_interpreter import quicken  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from kernels import adamw as module  # noqa: E402
@@ -49,6 +50,7 @@ def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
         let_fma_round_once()
+    quicken()
     # the interpreter runs one after the other; two tiles then meet in one
     plan_module.SUM_PROGRAMS = 2
     results = {}

@@ -14,10 +14,10 @@ import triton  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from support.attention_cases import TINY_ATTENTIONS, attention_results  # noqa: E402
 from support.interpreted_kernels import (  # noqa: E402
-    let_functions_find_the_language_patched,
     let_loops_run_under_numpy_2_4,
 )
 from support.poison import poisoned_memory  # noqa: E402
+from support.quick_interpreter import quicken  # noqa: E402
 
 from kernels import masked_attention_tiles as module  # noqa: E402
 from kernels.device import H200  # noqa: E402
@@ -28,7 +28,7 @@ from kernels.masked_attention_backward import _launch_masked_attention_backward 
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
-    let_functions_find_the_language_patched()
+    quicken()
     results = {}
     # tiles are chosen by GPU, and there is none
     with poisoned_memory(), patch.object(module, "properties", lambda device: H200):

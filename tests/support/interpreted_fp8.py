@@ -29,11 +29,11 @@ from support.fp8_cases import (  # noqa: E402
 )
 from support.interpreted_kernels import (  # noqa: E402
     gated_in_place,
-    let_functions_find_the_language_patched,
     let_loops_run_under_numpy_2_4,
 )
 from support.nf4_cases import random_weight  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
+from support.quick_interpreter import quicken  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton import language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -123,7 +123,7 @@ KERNELS = {
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
-    let_functions_find_the_language_patched()
+    quicken()
     let_e4m3_be_converted_as_by_torch()
     results: dict[str, Tensor] = {}
     with poisoned_memory():

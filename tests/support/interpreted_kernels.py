@@ -62,6 +62,7 @@ from support.nf4_quantize_cases import (  # noqa: E402
     scales_on_midpoints,
 )
 from support.poison import poisoned_memory  # noqa: E402
+from support.quick_interpreter import quicken  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -112,22 +113,6 @@ def let_loops_run_under_numpy_2_4() -> None:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patched
-
-
-def let_functions_find_the_language_patched() -> None:
-    """Patch Triton's language at each launch, and not at each call of a kernel's functions too.
-
-    The interpreter looks through the language at every call, which takes a quarter of its time and
-    changes nothing: the launch has patched all that functions of kernels/ see.
-    """
-    original = interpreter.InterpretedFunction.__call__
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__.startswith("kernels."):
-            return self.rewrite()(*args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
 
 
 def quantized(results: dict[str, Tensor]) -> None:
@@ -308,7 +293,7 @@ KERNELS = {
 def main() -> None:
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9):
         let_loops_run_under_numpy_2_4()
-    let_functions_find_the_language_patched()
+    quicken()
     results: dict[str, Tensor] = {}
     with poisoned_memory():
         KERNELS[sys.argv[2]](results)

@@ -11,6 +11,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 import torch  # noqa: E402, the assertion comes first
 from safetensors.torch import save_file  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
+from support.quick_interpreter import quicken  # noqa: E402
 from support.token_cases import TINY, results  # noqa: E402
 
 from kernels.nf4_matmul_fused import _launch_nf4_matmul_fused  # noqa: E402
@@ -30,6 +31,7 @@ LAUNCHERS = {
 
 def main() -> None:
     output, kernel = sys.argv[1:]
+    quicken()
     found = {}
     with poisoned_memory(), torch.no_grad():
         for case in TINY[kernel]:

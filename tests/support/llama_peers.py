@@ -1,7 +1,7 @@
 """What transformers and PEFT compute from the checkpoints that the tests of llama/ and lora/ use.
 
-Importing them takes longer than all they are asked for, so one process serves all tiny checkpoints
-and one stories260K, each run once a session.
+Each checkpoint is asked about once a run of pytest, by whichever of its processes is the first to
+need it.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from support.mxfp4_cases import (
     MXFP4,
     MXFP4_FIELDS,
@@ -21,6 +22,7 @@ from support.mxfp4_cases import (
     write_mxfp4,
 )
 from support.peer_process import run_peer
+from support.shared_work import done_once, shared_folder
 from support.tiny_llama import VARIANTS, write_variant
 from torch import Tensor
 
@@ -91,67 +93,52 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
     write_merged_shards(base.shards, layouts, updates, None, CPU, folder)
 
 
-def _run(
-    base: Path, jobs: dict[str, dict[str, Any]], inputs: dict[str, dict[str, Tensor]]
-) -> dict[str, Peer]:
-    tensors = {f"{name}/{k}": v for name, own in inputs.items() for k, v in own.items()}
-    outputs = run_peer(SCRIPT, base, tensors, {"jobs": json.dumps(jobs)})
-    facts = json.loads((base / "facts.json").read_text())
-    return {
-        name: Peer(
-            Path(job["checkpoint"]),
-            base / name,
-            inputs[name],
-            {k.partition("/")[2]: v for k, v in outputs.items() if k.startswith(f"{name}/")},
-            facts[name],
-        )
-        for name, job in jobs.items()
-    }
+def _run_peer(folder: Path, job: dict[str, Any], inputs: dict[str, Tensor]) -> None:
+    """Let the peers do a job, and keep what it was beside what they wrote."""
+    run_peer(SCRIPT, folder, inputs, {"job": json.dumps(job)})
+    (folder / "job.json").write_text(json.dumps(job))
 
 
 @functools.cache
-def _tiny_peers(base: Path) -> dict[str, Peer]:
-    base.mkdir()
+def _peer_in(folder: Path) -> Peer:
+    job, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("job", "facts"))
+    inputs, outputs = (load_file(folder / f"{name}.safetensors") for name in ("in", "out"))
+    return Peer(Path(job["checkpoint"]), folder, inputs, outputs, facts)
+
+
+def _ask_for_variant(variant: str, folder: Path) -> None:
+    fields = MXFP4_FIELDS if variant == MXFP4 else VARIANTS[variant]
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, 96, (2, 40), generator=generator)
     labels = input_ids.masked_fill(torch.rand(2, 40, generator=generator) < 0.3, -100)
     # for the auxiliary loss of experts, the second row ends in padding
     is_token = (torch.arange(40) < torch.tensor([[40], [27]])).long()
-    jobs = {}
-    for variant, fields in (VARIANTS | {MXFP4: MXFP4_FIELDS}).items():
-        folder = base / variant
-        write = write_mxfp4 if variant == MXFP4 else partial(write_variant, variant=variant)
-        checkpoint = write(folder / "checkpoint")
-        has_experts = "num_experts_per_tok" in fields
-        # all-linear is experts and their router, too
-        tensors = expert_tensors(read_config(checkpoint))
-        of_experts = {"target_modules": PROJECTIONS[:4], "target_parameters": tensors or None}
-        lora = PEFT_LORA | (of_experts if has_experts else {})
-        write_our_adapter(checkpoint, folder / "our_adapter")
-        write_merged(checkpoint, folder / "our_adapter", folder / "merged")
-        jobs[variant] = {
-            "checkpoint": str(checkpoint),
-            "is_capped": "attn_logit_softcapping" in fields,
-            "has_experts": has_experts,
-            "dtypes": ["float64", "bfloat16", "float16"],
-            "lora": lora,
-            **{
-                name: str(folder / name)
-                for name in ("our_adapter", "peft_adapter", "merged", "resaved")
-            },
-        }
-    # what was expanded is not saved in MXFP4
-    del jobs[MXFP4]["resaved"]
-    # tensors of one file may not share memory
-    given = {"input_ids": input_ids, "labels": labels, "attention_mask": is_token}
-    inputs = {v: {name: t.clone() for name, t in given.items()} for v in jobs}
-    inputs[MXFP4] |= dict(zip(("blocks", "scales"), all_codes_at_all_scales(), strict=True))
-    return _run(base, jobs, inputs)
+    inputs = {"input_ids": input_ids, "labels": labels, "attention_mask": is_token}
+    write = write_mxfp4 if variant == MXFP4 else partial(write_variant, variant=variant)
+    checkpoint = write(folder / "checkpoint")
+    has_experts = "num_experts_per_tok" in fields
+    # all-linear is experts and their router, too
+    tensors = expert_tensors(read_config(checkpoint))
+    of_experts = {"target_modules": PROJECTIONS[:4], "target_parameters": tensors or None}
+    write_our_adapter(checkpoint, folder / "our_adapter")
+    write_merged(checkpoint, folder / "our_adapter", folder / "merged")
+    job = {
+        "checkpoint": str(checkpoint),
+        "is_capped": "attn_logit_softcapping" in fields,
+        "has_experts": has_experts,
+        "dtypes": ["float64", "bfloat16", "float16"],
+        "lora": PEFT_LORA | (of_experts if has_experts else {}),
+        **{name: str(folder / name) for name in ("our_adapter", "peft_adapter", "merged")},
+    }
+    if variant == MXFP4:
+        inputs |= dict(zip(("blocks", "scales"), all_codes_at_all_scales(), strict=True))
+    else:
+        # what was expanded is not saved in MXFP4
+        job["resaved"] = str(folder / "resaved")
+    _run_peer(folder, job, inputs)
 
 
-@functools.cache
-def _stories_peer(base: Path, assets: Path) -> Peer:
-    base.mkdir()
+def _ask_for_stories(assets: Path, folder: Path) -> None:
     checkpoint = assets / "stories260K"
     tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     text = (assets / "data" / "tinystories_val.txt").read_text(encoding="utf-8")
@@ -160,15 +147,19 @@ def _stories_peer(base: Path, assets: Path) -> Peer:
     ids = tokenizer.encode(text[: 5 * num_tokens]).ids[:num_tokens]
     chunks = torch.tensor(ids).view(NUM_CHUNKS, CHUNK_LENGTH)
     job = {"checkpoint": str(checkpoint), "rank": TRAINABLE_RANK, "trainable": TRAINABLE_TARGETS}
-    inputs = {"input_ids": chunks[:4].clone(), "chunks": chunks}
-    return _run(base, {"stories260K": job}, {"stories260K": inputs})["stories260K"]
+    _run_peer(folder, job, {"input_ids": chunks[:4].clone(), "chunks": chunks})
+
+
+TINY_WORK = {variant: partial(_ask_for_variant, variant) for variant in (*VARIANTS, MXFP4)}
 
 
 def tiny_peer(tmp_path_factory: pytest.TempPathFactory, variant: str) -> Peer:
     """transformers and PEFT on the tiny checkpoint of one of VARIANTS, or on that in MXFP4."""
-    return _tiny_peers(tmp_path_factory.getbasetemp() / "tiny_peers")[variant]
+    folder = shared_folder(tmp_path_factory) / "tiny_peers"
+    return _peer_in(done_once(folder, variant, TINY_WORK))
 
 
 def stories_peer(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Peer:
     """transformers and PEFT on stories260K."""
-    return _stories_peer(tmp_path_factory.getbasetemp() / "stories_peer", assets)
+    work = {"stories260K": partial(_ask_for_stories, assets)}
+    return _peer_in(done_once(shared_folder(tmp_path_factory), "stories260K", work))

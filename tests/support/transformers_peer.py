@@ -1,8 +1,8 @@
-"""transformers and PEFT on checkpoints; run by `peer_process.run_peer`.
+"""transformers and PEFT on a checkpoint; run by `peer_process.run_peer`.
 
-In: "JOB/input_ids" and more for each job, and as metadata the jobs: what to compute of which
-checkpoint, and the folders to read and write. Out: "JOB/logits" and more, and facts.json in the
-working directory with what is no tensor.
+In: "input_ids" and more, and as metadata the job: what to compute of which checkpoint, and the
+folders to read and write. Out: "logits" and more, and facts.json in the working directory with what
+is no tensor.
 """
 
 import contextlib
@@ -131,17 +131,17 @@ def run(job: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, Tenso
 def main() -> None:
     torch.manual_seed(0)
     with safe_open("in.safetensors", framework="pt") as file:
-        jobs = json.loads(file.metadata()["jobs"])
-    inputs = load_file("in.safetensors")
-    outputs, facts = {}, {}
-    for name, job in jobs.items():
-        prefix = f"{name}/"
-        own = {k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)}
-        output, facts[name] = run(job, own)
-        outputs |= {prefix + k: v.contiguous() for k, v in output.items()}
-    save_file(outputs, "out.safetensors")
+        job = json.loads(file.metadata()["job"])
+    outputs, facts = run(job, load_file("in.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, "out.safetensors")
     Path("facts.json").write_text(json.dumps(facts))
 
+
+if __name__ == "__host__":
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    # takes longer than loading a tiny checkpoint does
+    get_checkpoint_conversion_mapping("llama")
 
 if __name__ == "__main__":
     main()
