@@ -63,9 +63,9 @@ class TokenLayer:
             self.mlp = TokenExperts(mlp, dtype, num_sequences)
         self.layer, self.scores = layer, TokenScores(*layer.scores, attention.sinks)
         self.head_norms = None
-        # of all heads together, they are a launch of their own
-        self.normalizes_jointly = layer.self_attn.has_joint_norm
-        if attention.head_norms and not self.normalizes_jointly:
+        # of all heads together, or of values too, they are launches of their own
+        self.normalizes_apart = attention.has_joint_norm or len(attention.head_norms) > 2
+        if attention.head_norms and not self.normalizes_apart:
             query, key = attention.head_norms
             self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
@@ -81,9 +81,11 @@ class TokenLayer:
         """Run the layer."""
         layer, norms = self.layer, self.layer.norms
         y, h, r1 = _normalize(layer.norm_before(norms.before_attention), x, delta, self.qkv.A)
-        qkv = self.qkv(y, h)
-        if self.normalizes_jointly:
-            layer.self_attn.normalize_heads(qkv[:, None])
+        qkv, attn = self.qkv(y, h), layer.self_attn
+        if attn.num_shared:
+            qkv = torch.cat((qkv, qkv[:, -attn.num_shared :]), dim=1)
+        if self.normalizes_apart:
+            attn.normalize_heads(qkv[:, None])
         query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
@@ -93,7 +95,7 @@ class TokenLayer:
             r2 = r1 + delta
         else:
             y, h, r2 = _normalize(norm, r1, delta, self.mlp.A)
-        return r2, self._normalize_behind(norms.behind_mlp, self.mlp(y, h))
+        return layer.scaled(r2, self._normalize_behind(norms.behind_mlp, self.mlp(y, h)))
 
     def _normalize_behind(self, name: str | None, output: Tensor) -> Tensor:
         return output if name is None else self.layer.norm(name)(output)[0]
