@@ -341,16 +341,6 @@ FAMILIES = {
         ),
     ),
     "Gemma4ForCausalLM": _GEMMA4,
-    # Gemma-4 12B, whose transformers' class has nothing that _GEMMA4 lacks but shared keys
-    "Gemma4UnifiedForCausalLM": replace(
-        _GEMMA4,
-        model_type="gemma4_unified_text",
-        defaults={
-            **_GEMMA4.defaults,
-            "sliding_window": 1024,
-            "hidden_size_per_layer_input": 0,
-        },
-    ),
     "GlmForCausalLM": _GLM,
     "Glm4ForCausalLM": replace(
         _GLM,

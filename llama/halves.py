@@ -39,10 +39,12 @@ class Attention(nn.Module):
             names, rows = ("qkv_proj",), (sum(rows),)
         self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
         self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
+        # of queries, keys and values, as far as a family has them
+        self.head_norms: tuple[RMSNorm, ...] = ()
         if config.qk_norm:
             widths = config.qk_norm_widths(index)
             self.q_norm, self.k_norm = (RMSNorm(width, config) for width in widths)
-        self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
+            self.head_norms = (self.q_norm, self.k_norm)
         if config.has_value_norm:
             self.v_norm = RMSNorm(head_dim, config, has_weight=False)
             self.head_norms += (self.v_norm,)

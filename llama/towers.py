@@ -81,6 +81,13 @@ _LLAVAS_MISTRAL = replace(
     },
 )
 _GEMMA3 = FAMILIES["Gemma3ForCausalLM"]
+_GEMMA4 = FAMILIES["Gemma4ForCausalLM"]
+# Gemma-4 12B's, which has no embeddings of single layers
+_GEMMA4_UNIFIED = replace(
+    _GEMMA4,
+    model_type="gemma4_unified_text",
+    defaults={**_GEMMA4.defaults, "sliding_window": 1024, "hidden_size_per_layer_input": 0},
+)
 _SIZES_OF_GEMMA = {
     "vocab_size": 262_144,
     "num_attention_heads": 8,
@@ -97,11 +104,11 @@ TOWERS = {
         defaults=_SIZES_OF_GEMMA | {"vocab_size": 262_208},
     ),
     "Gemma4ForConditionalGeneration": Tower(
-        "gemma4", (FAMILIES["Gemma4ForCausalLM"],), is_tied=True, defaults=_SIZES_OF_GEMMA
+        "gemma4", (_GEMMA4,), is_tied=True, defaults=_SIZES_OF_GEMMA
     ),
     "Gemma4UnifiedForConditionalGeneration": Tower(
         "gemma4_unified",
-        (FAMILIES["Gemma4UnifiedForCausalLM"],),
+        (_GEMMA4_UNIFIED,),
         is_tied=True,
         defaults=_SIZES_OF_GEMMA | {"max_position_embeddings": 262_144},
     ),

@@ -257,8 +257,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "tie_word_embeddings": True,
     },
-    # the second layer sees everything: its heads are fewer and wider, their keys are the values too,
-    # and a quarter of each turns
+    # the second layer sees everything: its heads are wider, their keys are the values too, and a
+    # quarter of each turns
     "gemma4": {
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
@@ -283,18 +283,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
         "final_logit_softcapping": 3.0,
         "use_bidirectional_attention": "vision",
-        "tie_word_embeddings": True,
-    },
-    # as transformers 5 writes the heads of single layers; no layer lacks values
-    "gemma4-unified": {
-        "architectures": ["Gemma4UnifiedForCausalLM"],
-        "model_type": "gemma4_unified_text",
-        "pad_token_id": 0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "head_dim": 8,
-        "per_layer_config": {"1": {"head_dim": 12, "num_key_value_heads": 4}},
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
         "tie_word_embeddings": True,
     },
     # the second layer does not rotate its heads, and sees a window
@@ -392,7 +380,6 @@ OTHER_NORMS = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
     "gemma4_text": GEMMA_NORMS,
-    "gemma4_unified_text": GEMMA_NORMS,
     "glm4": (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
     "olmo2": NORMS_BEHIND,
     "olmo3": NORMS_BEHIND,
@@ -400,9 +387,8 @@ OTHER_NORMS = {
     "cohere": NORMS[:1],
     "cohere2": NORMS[:1],
 }
-GEMMA4 = ("gemma4_text", "gemma4_unified_text")
-NORMS_OF_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe", "exaone4"}
-NORMS_OF_HEADS |= set(GEMMA4)
+NORMS_OF_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"}
+NORMS_OF_HEADS |= {"olmo2", "olmo3", "olmoe", "exaone4"}
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
@@ -478,7 +464,6 @@ def _widths(fields: dict[str, Any], layer: int) -> tuple[int, int, int]:
     if "global_head_dim" in fields and not _sees_window(fields, layer):
         own["head_dim"] = fields["global_head_dim"]
         own["num_key_value_heads"] = fields["num_global_key_value_heads"]
-    own |= fields.get("per_layer_config", {}).get(str(layer), {})
     head_dim = own.get("head_dim", own["hidden_size"] // own["num_attention_heads"])
     return own["num_attention_heads"] * head_dim, own["num_key_value_heads"] * head_dim, head_dim
 
@@ -499,7 +484,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         queries, keys, head_dim = _widths(fields, layer)
         attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
         attention["o"] = (hidden, queries)
-        if kind in GEMMA4:
+        if kind == "gemma4_text":
             found[f"{prefix}layer_scalar"] = (1,)
         if fields.get("attention_k_eq_v") and not _sees_window(fields, layer):
             del attention["v"]
