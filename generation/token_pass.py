@@ -15,6 +15,7 @@ updates too, and the product adds h B^T: an adapter costs no launch.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generation.experts import TokenExperts
@@ -83,7 +84,8 @@ class TokenLayer:
         y, h, r1 = _normalize(layer.norm_before(norms.before_attention), x, delta, self.qkv.A)
         qkv, attn = self.qkv(y, h), layer.self_attn
         if attn.num_shared:
-            qkv = torch.cat((qkv, qkv[:, -attn.num_shared :]), dim=1)
+            # room for the values, which their norm writes
+            qkv = F.pad(qkv, (0, attn.num_shared))
         if self.normalizes_apart:
             attn.normalize_heads(qkv[:, None])
         query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)

@@ -8,6 +8,7 @@ from typing import Any
 from foreign.json_fields import JsonFields
 from llama.config_fields import COMPUTED, DROPOUTS, ONE_VALUE, WITHOUT_EFFECT
 from llama.family import Family
+from llama.layer_heads import PER_LAYER
 
 
 def check_model_type(fields: JsonFields, name: str, expected: Collection[str]) -> None:
@@ -26,7 +27,8 @@ def check_model_type(fields: JsonFields, name: str, expected: Collection[str]) -
 
 def fields_of(family: Family) -> Set[str]:
     """The fields that a family has beside those of all."""
-    return family.fields | family.aliases.keys()
+    own = family.fields | family.aliases.keys()
+    return own if family.heads == "alike" else own | {PER_LAYER}
 
 
 def check_fields(

@@ -8,7 +8,6 @@ it is set, because it might change the function.
 from dataclasses import replace
 
 from llama.family import ACTIVATION_NAMES, Family, LayerNorms
-from llama.layer_heads import PER_LAYER
 from llama.mixtures import MIXTURES, MULTIPLIERS, WINDOW_FIELDS
 from llama.rope_scaling import PROPORTIONAL, SHARE
 
@@ -75,7 +74,6 @@ _GEMMA4 = Family(
             "hidden_size_per_layer_input",
             "num_global_key_value_heads",
             "num_kv_shared_layers",
-            PER_LAYER,
             "sliding_window",
             # of experts, of embeddings of each layer, and of layers that share keys and values
             "moe_intermediate_size",

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         D, heads = config.hidden_size, config.heads(index)
         self.counts = (config.num_attention_heads, *2 * (heads.num_key_value_heads,))
         self.head_dim = head_dim = heads.head_dim
+        assert heads.has_values or config.has_value_norm
         # numbers of a token that are its projected keys and its values at once
         self.num_shared = 0 if heads.has_values else heads.num_key_value_heads * head_dim
         rows = tuple(count * head_dim for count in self.counts[: 2 + heads.has_values])
@@ -59,12 +60,12 @@ class Attention(nn.Module):
         return sum(self.counts) * self.head_dim
 
     def project(self, y: Rows, seed: Tensor | None) -> Tensor:  # (M, width)
-        """Compute the heads of queries, keys and values."""
+        """Compute the heads of queries, keys and values; of values that are keys, their norm writes
+        them."""
         if not self.num_shared:
             return self.qkv.forward(y, seed)
-        N, heads = self.qkv.num_rows, new_rows(y.ext, y.ext.shape[0], self.width)
-        self.qkv.forward(y, seed, out=heads[:, :N])
-        heads[:, N:] = heads[:, N - self.num_shared : N]
+        heads = new_rows(y.ext, y.ext.shape[0], self.width)
+        self.qkv.forward(y, seed, out=heads[:, : self.qkv.num_rows])
         return heads
 
     def empty_gradient(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, N + tail)
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         kept = []
         parts = self._heads(qkv) if self.head_norms else ()
         for norm, part in zip(self.head_norms, parts, strict=False):
-            # what keys and values share is kept once
+            # keys that are values are kept once
             is_kept = self.num_shared and len(kept) == 2
             heads = kept[1][0] if is_kept else own(part).view(-1, norm.weight.shape[0])
             y, _, rstd = norm(heads)

@@ -180,9 +180,7 @@ class StepWalk:
 def _kind_of(layer: DecoderLayer) -> Hashable:
     """What the memory of a layer's passes depends on, beside what they are given."""
     groups = [module for module in layer.modules() if isinstance(module, FrozenGroup)]
-    attention = layer.self_attn
-    heads = (attention.counts, attention.head_dim, attention.num_shared)
-    return layer.scores, heads, *(_form_of(group) for group in groups)
+    return layer.scores, *(_form_of(group) for group in groups)
 
 
 def _form_of(group: FrozenGroup) -> Hashable:

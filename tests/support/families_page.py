@@ -280,7 +280,7 @@ def differences(family: Family) -> list[str]:
     elif family.norms.behind_attention is not None:
         words.append("norms before and behind attention and MLP")
     if PROPORTIONAL in family.rope_types:
-        words.append("there a share of each head may turn")
+        words.append("in layers without a window a share of each head may turn")
     if family.defaults.get("query_pre_attn_scalar") == 1:
         words.append("scores without a scale")
     if "gelu" in family.defaults.get(family.activation_field, "silu"):
