@@ -1,14 +1,17 @@
 """Measure training on samples that share rows: beside full rows, and beside padded ones.
 
     python -m benchmarks packed_step --json benchmarks/results/packed_step.h100.json
+    python -m benchmarks packed_step --model smollm2-135m ...
 
+    limit     the products and the attention of full rows alone (`train_step_limit.py`)
     full      one sample of 2,048 tokens a row, 4 rows a micro-batch
     packed    samples as long as GSM8K's, in rows of 2,048 tokens, 4 rows a micro-batch
     padded    the same samples, 4 a micro-batch, each padded to the longest of them
 
-Llama-3-8B with random weights, rank 16 on all linear layers, AdamW in 32 bits; a step is one
-micro-batch, laid out by train.py's own `Epochs`, and the optimizer's step. Tokens are counted
-without padding. Every shape has come twice before anything is timed, so all are captured.
+A named shape with random weights, Llama-3-8B's by default, rank 16 on all linear layers, AdamW in
+32 bits; a step is one micro-batch, laid out by train.py's own `Epochs`, and the optimizer's step.
+Tokens are counted without padding. Every shape has come twice before anything is timed, so all are
+captured.
 """
 
 import argparse
@@ -25,9 +28,11 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import synchronize
 from benchmarks.tables import Row, aligned, packed_step_table
+from benchmarks.train_step_limit import rows_of
 from data.epochs import Epochs
 from data.tokens.pieces import ROW
 from data.tokens.stored_samples import StoredSamples
+from llama.config import LlamaConfig
 from llama.model import PROJECTIONS, Llama
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
@@ -75,6 +80,13 @@ def cases(num_samples: int, row_length: int, vocab_size: int) -> dict[str, Epoch
         "packed": Epochs(short, *order, row_length=row_length),
         "padded": Epochs(short, *order),
     }
+
+
+def limit_row(config: LlamaConfig, shape: str, device: torch.device) -> Row:
+    """Measure what full rows cannot do without, with all activations kept."""
+    limit, _ = rows_of(config, shape, device)
+    torch.cuda.empty_cache()
+    return {"provider": "limit", "mode": "limit", "tokens_per_second": limit["tokens_per_second"]}
 
 
 def measure(mode: str, epochs: Epochs, micro_step: MicroStep, optimizer: AdamW) -> Row:
@@ -127,6 +139,7 @@ def measure_all(model: Llama, epochs: dict[str, Epochs]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure training on rows of several samples.")
+    parser.add_argument("--model", choices=CONFIGS, default="llama-3-8b", help="a named shape")
     parser.add_argument("--json", type=Path, help="result file to write")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     arguments = parser.parse_args()
@@ -134,10 +147,11 @@ def main() -> int:
         raise RuntimeError("a benchmark needs a CUDA GPU: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
     configure_torch(device, local_rank=0, is_deterministic=False)
-    record = head("packed_step", arguments.commit)
-    config = CONFIGS["llama-3-8b"]
+    record = head("packed_step", arguments.commit) | {"model": arguments.model}
+    config = CONFIGS[arguments.model]
     epochs = cases(NUM_SAMPLES, ROW_LENGTH, config.vocab_size)
-    rows = measure_all(random_model(config, device), epochs)
+    rows = [limit_row(config, f"{BATCH_SIZE}x{ROW_LENGTH}", device)]
+    rows += measure_all(random_model(config, device), epochs)
     print(aligned(*packed_step_table(rows)))
     if arguments.json:
         write(arguments.json, record | {"rows": rows})

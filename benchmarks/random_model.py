@@ -1,12 +1,15 @@
 """A model of a real shape with random weights, made on the device without a checkpoint."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.layers import BLOCK_SIZE, WEIGHT_STD
-from llama.config import LlamaConfig
+from foreign.json_fields import JsonFields
+from llama.config import LlamaConfig, check_config
 from llama.family import LLAMA_NORMS
 from llama.layer_experts import Experts
 from llama.model import Llama
@@ -52,6 +55,21 @@ LLAMA_3_8B = LlamaConfig(
     eos_token_ids=(128001,),
 )
 CONFIGS = {
+    "smollm2-135m": replace(
+        LLAMA_3_8B,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rotary_dim=64,
+        tie_word_embeddings=True,
+        ropes=(Rope(100000.0),) * 30,
+        windows=(None,) * 30,
+        query_pre_attn_scalar=64,
+    ),
     "llama-3.2-1b": replace(
         LLAMA_3_8B,
         hidden_size=2048,
@@ -110,6 +128,67 @@ CONFIGS = {
         eos_token_ids=(151645,),
     ),
 }
+# of other families, as their config.json says it; without Phi-4-mini's factors of its frequencies,
+# which change numbers and no times
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma-3-12b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "vocab_size": 262208,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"],
+        "vocab_size": 200064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "partial_rotary_factor": 0.75,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    },
+    "smollm3-3b": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "max_position_embeddings": 65536,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
+HERE = Path(__file__).resolve().parent
+CONFIGS |= {
+    name: check_config(JsonFields(HERE / name, fields)) for name, fields in FAMILY_FIELDS.items()
+}
 
 
 def random_model(
@@ -124,11 +203,15 @@ def random_model(
         model = Llama(config, dtype)
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        weight = weight.fill_(1) if weight.dim() == 1 else weight.normal_(std=WEIGHT_STD)
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner.weight = nn.Parameter(weight, requires_grad=False)
+        # norms multiply by one
+        is_vector, one = weight.dim() == 1, 1 - config.norm_offset
+        weight = weight.fill_(one) if is_vector else weight.normal_(std=WEIGHT_STD)
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, nn.Parameter(weight, requires_grad=False))
     for _, group in model.frozen_groups():
-        group.allocate(device, None, None, Quantization(BLOCK_SIZE, True))
+        group.allocate(device, None, dtype, Quantization(BLOCK_SIZE, True))
+        if group.bias is not None:
+            group.bias.normal_(std=WEIGHT_STD)
         weight = group.weight
         assert isinstance(weight, NF4Weight)
         assert isinstance(weight.absmax, QuantizedAbsmax)

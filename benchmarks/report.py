@@ -27,6 +27,7 @@ from benchmarks.tables import (
     breakdown_table,
     data_parallel_table,
     decode_table,
+    fp8_8b_table,
     fp8_curves_table,
     fp8_error_table,
     fp8_matmul_table,
@@ -148,6 +149,34 @@ STEP_SECTIONS = {
         "token's experts.",
         train_step_table,
     ),
+    "train_step_8b_codes": Section(
+        "Training step, 8B beside other families",
+        "Llama-3-8B's shape with random codes, rank 16 on all linear layers (`python -m benchmarks "
+        'train_step --shapes 4x2048 --peers ""`), on the machine of the families that follow.',
+        train_step_table,
+    ),
+    "train_step_gemma_3_12b": Section(
+        "Training step, Gemma-3-12B",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe gemma-3-12b`). The limit's "
+        "attention has the pairs of a window's tokens alone, in layers that see a window.",
+        train_step_table,
+    ),
+    "train_step_phi_4_mini": Section(
+        "Training step, Phi-4-mini",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe phi-4-mini`).",
+        train_step_table,
+    ),
+    "train_step_smollm3_3b": Section(
+        "Training step, SmolLM3-3B",
+        "Its shape, likewise (`python -m benchmarks train_step --recipe smollm3-3b`).",
+        train_step_table,
+    ),
+    "train_step_gpt_oss_20b": Section(
+        "Training step, gpt-oss-20b",
+        "Its shape, rank 16 on attention (`python -m benchmarks train_step --recipe gpt-oss-20b`). "
+        "The limit has the products of a token's experts, and the pairs of windows.",
+        train_step_table,
+    ),
     "decode": Section(
         "Generation",
         "Llama-3-8B with random weights, NF4 and double quantization, bf16, an adapter of rank 16 "
@@ -161,6 +190,12 @@ STEP_SECTIONS = {
         "Tokens per second without padding (`python -m benchmarks packed_step`): of full rows, of "
         "samples as long as GSM8K's that share rows of 2,048 tokens, and of the same samples "
         "padded, four to a micro-batch.",
+        packed_step_table,
+    ),
+    "packed_step_135m": Section(
+        "Samples that share rows, 135M",
+        "The same of SmolLM2-135M's shape (`python -m benchmarks packed_step --model "
+        "smollm2-135m`). The limit is that of full rows.",
         packed_step_table,
     ),
     "data_parallel": Section(
@@ -183,6 +218,12 @@ STEP_SECTIONS = {
         "half of the time of one in bf16.",
         breakdown_table,
     ),
+    "breakdown_135m": Section(
+        "Breakdown, 135M",
+        "The kernels of a micro-step of SmolLM2-135M's shape (`python -m benchmarks breakdown "
+        "--model smollm2-135m`).",
+        breakdown_table,
+    ),
     "fp8_error": Section(
         "Errors of FP8 products",
         "SmolLM2-135M-Instruct in NF4 on GSM8K, its own activations and gradients "
@@ -200,6 +241,15 @@ STEP_SECTIONS = {
         "the highest seed, the difference to the mean in bf16. All are evaluated in bf16; `as "
         "served` is the loss that another process finds after it loaded the adapter.",
         fp8_curves_table,
+    ),
+    "fp8_8b": Section(
+        "8B's shape in FP8",
+        "Llama-3-8B's shape with random weights in NF4, rank 16 on all linear layers, the same "
+        "seeds in bf16 and in FP8 (`python -m benchmarks fp8_8b`): tokens from the whole "
+        "vocabulary, of which nothing can be learned, and a Markov chain's, whose loss can fall to "
+        "0.69. Losses are means of ten steps, but the first step's; the largest norm is that of "
+        "any step's gradient before clipping.",
+        fp8_8b_table,
     ),
     "load": Section(
         "Load",

@@ -209,6 +209,34 @@ def fp8_curves_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
+def fp8_8b_table(rows: Iterable[Row]) -> Table:
+    """Tabulate the losses and gradients of runs in bf16 and in FP8, point by point the same."""
+    header = ["data", "products", "steps", "first loss", "last loss", "against bf16"]
+    header += ["farthest from bf16", "largest gradient", "steps skipped", "tokens/s"]
+    listed = list(rows)
+    bf16 = {row["data"]: row["losses"] for row in listed if row["base_compute"] == "bf16"}
+    lines = []
+    for row in listed:
+        pairs = zip(row["losses"], bf16[row["data"]], strict=True)
+        differences = [loss / other - 1 for loss, other in pairs]
+        is_bf16 = row["base_compute"] == "bf16"
+        lines.append(
+            [
+                row["data"],
+                FP8_KINDS[row["base_compute"]],
+                str(row["steps"][-1]),
+                f"{row['first_loss']:.4f}",
+                f"{row['losses'][-1]:.4f}",
+                "-" if is_bf16 else f"{differences[-1]:+.2%}",
+                "-" if is_bf16 else f"{max(differences, key=abs):+.2%}",
+                f"{max(row['grad_norms']):.3f}",
+                str(row["num_skipped"]),
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+        )
+    return header, lines
+
+
 def adamw_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of an optimizer's step."""
     columns = {
@@ -381,9 +409,9 @@ def packed_step_table(rows: Iterable[Row]) -> Table:
     lines = [
         [
             row["mode"],
-            f"{row['samples']:,}",
-            f"{row['steps']:,}",
-            f"{row['share_of_padding']:.1%}",
+            _number(row, "samples", 0),
+            _number(row, "steps", 0),
+            f"{row['share_of_padding']:.1%}" if "share_of_padding" in row else "-",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['tokens_per_second'] / full:.2f}",
         ]

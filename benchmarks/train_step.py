@@ -2,7 +2,7 @@
 
     python -m benchmarks train_step --json benchmarks/results/train_step.h100.json
     python -m benchmarks train_step --recipe seed ...
-    python -m benchmarks train_step --recipe 1b ...             and 3b, 70b, 30b-a3b
+    python -m benchmarks train_step --recipe 1b ...             and the others of the list
     python -m benchmarks train_step --base-compute fp8 ...      our base products in FP8
 
     all-linear   Llama-3-8B, rank 16 on all linear layers, paged AdamW in 32 bits
@@ -10,10 +10,13 @@
     1b, 3b       as all-linear, but the shapes of Llama-3.2-1B and Qwen2.5-3B
     70b          Llama-3-70B's shape with random codes, ours alone: no peer loads it without a file
     30b-a3b      Qwen3-30B-A3B's shape with random codes, rank 16 on attention, ours alone
+    gemma-3-12b  these shapes with random codes, ours alone: also phi-4-mini, smollm3-3b, and
+                 gpt-oss-20b with rank 16 on attention
 
 NF4 with double quantization, bf16, all tokens with a label. Every provider is a process of its own
 on the same GPU, one after the other, and all load the same checkpoint folder (--model; written with
-random weights where there is none, or into a temporary folder). `limit` rows are measured too: see
+random weights where there is none, or into a temporary folder); without --model and peers ours
+draws random codes. `limit` rows are measured too: see
 train_step_limit.py. A step is one micro-batch and the optimizer's step, with clipping; its time is
 the median of three blocks of --steps each, after two steps to warm up. peak_gib and reserved_gib
 are torch's allocator's, from each shape's first step on; first_step_s counts from the start of the
@@ -43,6 +46,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from benchmarks.load import SHAPES, write_checkpoint
+from benchmarks.random_model import FAMILY_FIELDS
 from benchmarks.record import ROOT, head, write
 from benchmarks.step_timing import parse_shape
 from benchmarks.tables import Row, aligned, train_step_lines
@@ -120,6 +124,9 @@ RECIPES = {
         has_checkpoint=False,
         ours=("offload", "recompute", "auto"),
     ),
+} | {
+    name: Recipe(("4x2048",), shape_name=name, has_checkpoint=False, ours=("offload", "expand"))
+    for name in FAMILY_FIELDS
 }
 
 
@@ -310,7 +317,9 @@ def providers_of(recipe: Recipe, ours: Sequence[str], peers: Sequence[str]) -> l
     """List who is measured, the limit first."""
     found = [Provider("limit", "keep"), *(Provider("ours", policy) for policy in ours)]
     if recipe.has_checkpoint:
-        found += [provider for peer in peers for provider in PEERS[peer]]
+        for peer in peers:
+            name, _, policy = peer.partition(":")
+            found += [provider for provider in PEERS[name] if policy in ("", provider.policy)]
     return found
 
 
@@ -361,7 +370,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--shapes", default="", help="SAMPLESxTOKENS with commas, or the recipe's")
     result.add_argument("--base-compute", choices=BASE_COMPUTES, default="bf16", help="of ours")
     result.add_argument("--ours", help="policies with commas, of them auto:8GiB and the like")
-    result.add_argument("--peers", default="hf,unsloth", help="hf and unsloth, with a comma")
+    result.add_argument(
+        "--peers", default="hf,unsloth", help="hf, unsloth, unsloth:keep, with commas"
+    )
     result.add_argument("--model", type=Path, help="checkpoint folder, written if it is not there")
     result.add_argument(
         "--steps", type=int, default=3, help="of each of three blocks, after two to warm up"
@@ -389,9 +400,12 @@ def main() -> int:
         "num_cores": os.cpu_count(),
         "steps": arguments.steps,
     }
+    # a file that nobody else reads need not be written
+    has_checkpoint = recipe.has_checkpoint and bool(peers or arguments.model)
+    record |= {"checkpoint": has_checkpoint}
     with tempfile.TemporaryDirectory() as temporary:
         model = recipe.shape_name
-        if recipe.has_checkpoint:
+        if has_checkpoint:
             folder = arguments.model or Path(temporary) / recipe.shape_name
             fields = SHAPES[recipe.shape_name] | PEER_FIELDS
             model = str(prepare_checkpoint(folder, fields).resolve())

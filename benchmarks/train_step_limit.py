@@ -5,16 +5,18 @@
 
 Products are cuBLAS's of bf16 weights: y = x W^T and grad_x = grad_y W of a layer's four groups and
 of the head. With base products in FP8 those of the groups are torch's in E4M3, with fast sums and
-one scale for each operand. Attention is the faster of cuDNN's and FlashAttention's. No weight is
-expanded, no row is quantized, no update is applied, nothing is normalized, rotated, gated or
-optimized: what a step takes beyond the limit is what its author has to answer for. Recomputation
-could spare down's product, and ours does.
+one scale for each operand. Attention is the faster of cuDNN's and FlashAttention's over full causal
+rows; of a layer that sees a window it is the same share of that time as the pairs that the window
+has are of all pairs. No weight is expanded, no row is quantized, no update is applied, nothing is
+normalized, rotated, gated or optimized: what a step takes beyond the limit is what its author has
+to answer for. Recomputation could spare down's product, and ours does.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ MAX_HEAD_ROWS = 4096
 
 
 class Times(NamedTuple):
-    """Milliseconds of one layer's parts, and of the head over all rows."""
+    """Milliseconds of the mean layer's parts, and of the head over all rows."""
 
     forward_ms: float
     backward_ms: float
@@ -142,6 +144,18 @@ def attention(
     return found
 
 
+def num_pairs(num_tokens: int, window: int | None) -> int:
+    """Count the pairs of a token and one that it sees, itself included."""
+    seen = min(num_tokens, window or num_tokens)
+    return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
+
+
+def share_of_pairs(config: LlamaConfig, num_tokens: int) -> float:
+    """Compute which share of the pairs of full causal rows the mean layer sees."""
+    pairs = [num_pairs(num_tokens, window) for window in config.windows]
+    return fmean(pairs) / num_pairs(num_tokens, None)
+
+
 def step_ms(times: Times, num_layers: int, policy: str) -> float:
     """Add up a step."""
     num_forward = 2 if policy == "recompute" else 1
@@ -169,7 +183,13 @@ def rows_of(
     head = sum(products([head_shape], head_rows, device, is_back) for is_back in (False, True))
     by_backend = attention(config, shape, device)
     backend = min(by_backend, key=lambda name: sum(by_backend[name]))
-    times = Times(forward, backward, *by_backend[backend], head * num_rows / head_rows)
+    share = share_of_pairs(config, shape[1])
+    times = Times(
+        forward,
+        backward,
+        *(share * ms for ms in by_backend[backend]),
+        head * num_rows / head_rows,
+    )
     rows = []
     for policy in ("keep", "recompute"):
         ms = step_ms(times, config.num_hidden_layers, policy)

@@ -6,7 +6,8 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from benchmarks.packed_step import cases, draw_lengths, measure_all
+from benchmarks import packed_step
+from benchmarks.packed_step import cases, draw_lengths, limit_row, measure_all
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.tables import packed_step_table
 
@@ -53,3 +54,15 @@ def test_a_run_measures_every_kind() -> None:
     header, lines = packed_step_table(rows)
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][-1] == "1.00"
+
+
+def test_the_limit_of_full_rows_stands_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [{"policy": policy, "tokens_per_second": n} for policy, n in (("keep", 40.0), ("", 9))]
+    monkeypatch.setattr(packed_step, "rows_of", lambda *given: limits)
+    limit = limit_row(TINY, "4x2048", torch.device("cpu"))
+    full = {"mode": "full", "samples": 8, "steps": 2, "share_of_padding": 0.25}
+    _, lines = packed_step_table([limit, full | {"tokens_per_second": 20.0}])
+    assert lines == [
+        ["limit", "-", "-", "-", "40", "2.00"],
+        ["full", "8", "2", "25.0%", "20", "1.00"],
+    ]

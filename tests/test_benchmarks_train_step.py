@@ -185,6 +185,13 @@ def test_without_a_checkpoint_there_are_no_peers() -> None:
     assert names == {"limit", "ours"}
 
 
+def test_one_policy_of_a_peer_can_be_asked_for() -> None:
+    assert providers_of(TINY, [], ["unsloth:keep", "hf"])[1:] == [
+        ("unsloth", "keep"),
+        ("hf", "recompute"),
+    ]
+
+
 def test_output_among_other_lines_is_found() -> None:
     rows = [{"is_ready": True}, {"versions": {"a": "1"}}, {"provider": "hf", "shape": "1x1"}]
     text = "a banner\n" + "\n".join(map(json.dumps, rows)) + '\n{not json\n{"provider": "h'
@@ -308,6 +315,50 @@ def test_the_limit_of_a_tiny_step_is_measured(
     keep, recompute = (row["ms_p50"] for row in rows)
     again = rows[0]["forward_ms"] + rows[0]["attention_forward_ms"]
     assert recompute - keep == pytest.approx(config.num_hidden_layers * again, abs=2e-3)
+
+
+def test_a_window_has_its_share_of_the_limits_attention(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch)
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))
+    config = read_config(tmp_path)
+    # of four tokens the last two see two: 1 + 2 + 2 + 2 of 1 + 2 + 3 + 4
+    assert train_step_limit.num_pairs(4, 2) == 7
+    assert train_step_limit.num_pairs(4, None) == train_step_limit.num_pairs(4, 9) == 10
+    half = replace(config, windows=(2, None))
+    assert train_step_limit.share_of_pairs(half, 4) == pytest.approx(0.85)
+    monkeypatch.setattr(train_step_limit, "attention", lambda *_: {"flash": (2.0, 4.0)})
+    monkeypatch.setattr(train_step_limit, "MAX_HEAD_ROWS", 8)
+    (row, _) = train_step_limit.rows_of(half, "2x4", CPU)
+    assert (row["attention_forward_ms"], row["attention_backward_ms"]) == (1.7, 3.4)
+
+
+def test_without_peers_no_checkpoint_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured: list[tuple[str, list[str]]] = []
+
+    def measure(bench: Bench, providers: list[Provider], record: Any, path: None) -> None:
+        measured.append((bench.model, [provider.name for provider in providers]))
+        record |= {"rows": []}
+
+    def prepare(folder: Path, fields: dict[str, Any]) -> Path:
+        return folder
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_step, "head", lambda *_: dict.fromkeys(("device", "torch", "triton")))
+    monkeypatch.setattr(train_step, "measure_all", measure)
+    monkeypatch.setattr(train_step, "prepare_checkpoint", prepare)
+    folder = str(tmp_path / "given")
+    for flags in (["--peers", ""], ["--peers", "", "--model", folder], ["--peers", "hf"]):
+        monkeypatch.setattr(sys, "argv", ["train_step", "--ours", "keep", *flags])
+        assert train_step.main() == 0
+    drawn, given, shared = measured
+    assert drawn == ("llama-3-8b", ["limit", "ours"])
+    assert given == (folder, ["limit", "ours"])
+    assert shared[0].endswith("/llama-3-8b")
+    assert shared[1] == ["limit", "ours", "hf"]
 
 
 def test_the_limit_in_fp8_is_of_the_groups_that_fp8_multiplies(
