@@ -67,7 +67,7 @@ class TokenLayer:
         # of all heads together, or of values too, they are launches of their own
         self.normalizes_apart = attention.has_joint_norm or len(attention.head_norms) > 2
         if attention.head_norms and not self.normalizes_apart:
-            query, key, *_ = attention.head_norms
+            query, key = attention.q_norm, attention.k_norm
             self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
     def __call__(

@@ -8,10 +8,10 @@
 
 In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
 that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. In
-Command-R gate_up has norm(r1), as qkv has. The reference's `Attention.forward` is `_attend` here,
-its `MLP.forward` is `_gate` and `_project`, each with the norms before and behind it;
-`llama/halves.py` has their projections, and `llama/experts.py` what a mixture of experts has in the
-MLP's place.
+Command-R gate_up has norm(r1), as qkv has. In Gemma 4 a factor multiplies x and delta. The
+reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate` and `_project`, each
+with the norms before and behind it; `llama/halves.py` has their projections, and `llama/experts.py`
+what a mixture of experts has in the MLP's place.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -28,58 +28,21 @@ is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.masked_attention_mask import Samples
 from kernels.rope import rope
 from kernels.rope_backward import rope_backward
-from kernels.rope_tables import RopeTables
-from llama.attention import Mixed, Scores, attention, attention_backward
-from llama.balance import Balance
+from llama.activations import Activations, Shared
+from llama.attention import Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
-from llama.experts import ExpertMLP, Routed
+from llama.experts import ExpertMLP
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
 from lora.frozen_group import FrozenGroup
 from lora.rows import Rows
-
-
-class Shared(NamedTuple):
-    """What all layers of one pass share."""
-
-    positions: Tensor  # (B, T), rows of the tables
-    tables: list[RopeTables]  # of each of the config's distinct ropes
-    dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
-    samples: Samples | None = None  # where rows hold several
-    balance: Balance | None = None  # where there is an auxiliary loss
-
-
-class Activations(Routed):
-    """What a layer's backward pass needs; the forward pass sets each as soon as it is computed.
-
-    Of a linear group's input only h is kept, what the low-rank updates make of the input. A layer
-    that is computed again keeps r1 and h_down alone.
-    """
-
-    r1: Tensor  # (M, D), the residual stream at the norm before attention
-    rstd1: Tensor  # (M,) float32; empty without a norm there
-    # queries and keys before their norms, in rows of the norms' width, and rstd; empty without
-    # such norms
-    heads: list[tuple[Tensor, Tensor]]
-    mixed: Mixed
-    h_o: Tensor  # (M, tail)
-    # o's output before the norm behind it, (M, D), and rstd; None without such a norm
-    output_o: tuple[Tensor, Tensor] | None = None
-    h_qkv: Tensor  # (M, tail)
-    # the residual stream at the norm before the MLP, (M, D), and its rstd; unset where the MLP has
-    # attention's input
-    r2: Tensor
-    rstd2: Tensor
-    output_down: tuple[Tensor, Tensor] | None = None  # as output_o
 
 
 class DecoderLayer(nn.Module):

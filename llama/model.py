@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from kernels.masked_attention_mask import Samples
 from kernels.rope_tables import RopeTables
 from kernels.softcap import softcap_reference
+from llama.activations import Shared
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.experts import ExpertProjections
-from llama.layer import DecoderLayer, Shared
+from llama.layer import DecoderLayer
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
 from llama.rope import query_factors, rope_factor, rope_tables, stacked_frequencies

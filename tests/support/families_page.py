@@ -242,9 +242,7 @@ FIELDS_SAID = {
     "final_logit_softcapping": "capped logits",
 }
 # of which more is said than a value, or nothing: what files call things, and other defaults
-OTHERWISE = frozenset(
-    {"norms", "experts", "fields", "activation_field", "defaults", "rope_types"}
-)
+OTHERWISE = frozenset({"norms", "experts", "fields", "activation_field", "defaults", "rope_types"})
 UNSAID = frozenset(
     {
         "model_type",
