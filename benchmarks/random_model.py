@@ -220,5 +220,5 @@ def random_model(
         weight.absmax.codes.random_(0, 256)
         weight.absmax.group_absmax.fill_(WEIGHT_STD / 2)
         weight.absmax.mean.fill_(1.6 * WEIGHT_STD)
-    model.frequencies = model.frequencies.to(device)
+    model.move_constants(device)
     return model.eval()

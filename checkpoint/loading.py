@@ -119,7 +119,7 @@ def _allocated(
         model = Llama(checkpoint.config, compute_dtype)
     for prefix, group in model.frozen_groups():
         _allocate(checkpoint, prefix, group, device, quantization)
-    model.frequencies = model.frequencies.to(device)
+    model.move_constants(device)
     return model
 
 

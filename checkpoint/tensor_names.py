@@ -25,10 +25,13 @@ from checkpoint.shard_reader import Shard
 _ENCODERS = frozenset(
     {
         "audio_tower",
+        "embed_audio",
+        "embed_vision",
         "image_newline",
         "mm_projector",
         "multi_modal_projector",
         "vision_embed_tokens",
+        "vision_embedder",
         "vision_model",
         "vision_tower",
         "visual",

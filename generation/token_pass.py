@@ -15,6 +15,7 @@ updates too, and the product adds h B^T: an adapter costs no launch.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generation.experts import TokenExperts
@@ -63,10 +64,10 @@ class TokenLayer:
             self.mlp = TokenExperts(mlp, dtype, num_sequences)
         self.layer, self.scores = layer, TokenScores(*layer.scores, attention.sinks)
         self.head_norms = None
-        # of all heads together, they are a launch of their own
-        self.normalizes_jointly = layer.self_attn.has_joint_norm
-        if attention.head_norms and not self.normalizes_jointly:
-            query, key = attention.head_norms
+        # of all heads together, or of values too, they are launches of their own
+        self.normalizes_apart = attention.has_joint_norm or len(attention.head_norms) > 2
+        if attention.head_norms and not self.normalizes_apart:
+            query, key = attention.q_norm, attention.k_norm
             self.head_norms = HeadNorms(query.weight, key.weight, query.eps, query.offset)
 
     def __call__(
@@ -81,9 +82,12 @@ class TokenLayer:
         """Run the layer."""
         layer, norms = self.layer, self.layer.norms
         y, h, r1 = _normalize(layer.norm_before(norms.before_attention), x, delta, self.qkv.A)
-        qkv = self.qkv(y, h)
-        if self.normalizes_jointly:
-            layer.self_attn.normalize_heads(qkv[:, None])
+        qkv, attn = self.qkv(y, h), layer.self_attn
+        if attn.num_shared:
+            # room for the values, which their norm writes
+            qkv = F.pad(qkv, (0, attn.num_shared))
+        if self.normalizes_apart:
+            attn.normalize_heads(qkv[:, None])
         query = token_heads(qkv, keys, values, places, tables[layer.table], self.head_norms)
         mixed, h = token_attention(query, keys, values, places.cache, self.scores, self.o.A)
         delta = self._normalize_behind(norms.behind_attention, self.o(mixed, h))
@@ -93,7 +97,7 @@ class TokenLayer:
             r2 = r1 + delta
         else:
             y, h, r2 = _normalize(norm, r1, delta, self.mlp.A)
-        return r2, self._normalize_behind(norms.behind_mlp, self.mlp(y, h))
+        return layer.scaled(r2, self._normalize_behind(norms.behind_mlp, self.mlp(y, h)))
 
     def _normalize_behind(self, name: str | None, output: Tensor) -> Tensor:
         return output if name is None else self.layer.norm(name)(output)[0]

@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 
 # the first kernel's tiles for heads up to a width, and where tensor cores do not multiply
-TILES = {128: Tile(64, 4, 2), 256: Tile(32, 4, 2)}
+TILES = {128: Tile(64, 4, 2), 256: Tile(32, 4, 2), 512: Tile(16, 4, 2)}
 UNROLLED = Tile(16, 8, 1)
 
 

@@ -9,9 +9,9 @@ On a GPU torch chooses between the kernels of cuDNN and FlashAttention. Each kee
 and head for the backward pass, not the scores. torch holds that number in an autograd graph, the
 only one in a layer's passes. `kernels.masked_attention` does the rest, for which torch has no
 kernel or needs a mask or scores of T^2 numbers: capped scores, windows shorter than the rows,
-sinks, rows of several samples, float32, and every dtype on a GPU before compute capability 8.0. Its
-sums have a fixed order, so in deterministic runs it takes the place of torch's slower kernel that
-has one.
+sinks, rows of several samples, heads wider than 256, float32, and every dtype on a GPU before
+compute capability 8.0. Its sums have a fixed order, so in deterministic runs it takes the place of
+torch's slower kernel that has one.
 
 On the meta device this file allocates what torch allocates on a GPU, and computes nothing.
 """
@@ -34,6 +34,8 @@ CUDNN_CAPABILITY = (9, 0)
 # passes of ours take 17 % less time at 4 x 2,048 tokens, 31 % at 8,192; measured for this width
 ORDERED_MAJOR = 9
 ORDERED_HEAD_DIM = 128
+# the widest heads that these kernels take
+FLASH_HEAD_DIM = 256
 # rows and columns of FlashAttention's tiles, to which its scratch memory is rounded up
 FLASH_ROWS, FLASH_COLUMNS = 128, 32
 
@@ -103,7 +105,8 @@ def torch_attends(gpu: Properties, dtype: torch.dtype, head_dim: int) -> bool:
     The kernels of cuDNN and FlashAttention write no scores out. Where queries share the heads of
     keys, the only other way in torch expands the keys and writes T^2 scores out.
     """
-    has_kernel = dtype in (torch.bfloat16, torch.float16) and gpu.capability >= FLASH_CAPABILITY
+    is_known = dtype in (torch.bfloat16, torch.float16) and head_dim <= FLASH_HEAD_DIM
+    has_kernel = is_known and gpu.capability >= FLASH_CAPABILITY
     is_ordered = torch.are_deterministic_algorithms_enabled()
     is_slower = gpu.capability[0] == ORDERED_MAJOR and head_dim <= ORDERED_HEAD_DIM
     return has_kernel and not (is_ordered and is_slower)

@@ -12,7 +12,8 @@ class KeyValueCache:
     """Room for the keys and values of some sequences, each of up to `capacity` tokens.
 
     Attributes:
-        keys: of each layer, (B, H_kv, capacity, head_dim); the tokens of a sequence from row 0 on.
+        keys: of each layer, (B, H_kv, capacity, head_dim) by its own heads; the tokens of a
+            sequence from row 0 on.
         values: as keys.
     """
 
@@ -26,13 +27,12 @@ class KeyValueCache:
     ) -> None:
         """Allocate; what was not stored yet is undefined."""
         self.num_sequences, self.capacity = num_sequences, capacity
-        shape = (num_sequences, config.num_key_value_heads, capacity, config.head_dim)
+        shapes = [
+            (num_sequences, heads.num_key_value_heads, capacity, heads.head_dim)
+            for heads in map(config.heads, range(config.num_hidden_layers))
+        ]
         self.keys, self.values = (
-            [
-                torch.empty(shape, dtype=dtype, device=device)
-                for _ in range(config.num_hidden_layers)
-            ]
-            for _ in range(2)
+            [torch.empty(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
         )
 
     @staticmethod
@@ -40,7 +40,8 @@ class KeyValueCache:
         config: LlamaConfig, num_sequences: int, capacity: int, dtype: torch.dtype
     ) -> int:
         """Count what a cache takes."""
-        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        layers = map(config.heads, range(config.num_hidden_layers))
+        values = 2 * sum(heads.num_key_value_heads * heads.head_dim for heads in layers)
         return values * num_sequences * capacity * dtype.itemsize
 
 

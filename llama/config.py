@@ -7,9 +7,8 @@ that changes its function is either computed here or refused; a field that it ig
 set. `llama/config_fields.py` has the lists.
 """
 
-import json
 import math
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,20 @@ from foreign.json_text import read_object
 from foreign.reading import Reading
 from kernels.glu import Activation
 from kernels.masked_attention_tiles import MAX_HEAD
-from llama.config_fields import COMPUTED, DROPOUTS, ONE_VALUE, WITHOUT_EFFECT
+from llama.config_checks import check_fields, check_function, check_model_type, fields_of
 from llama.families import FAMILIES
 from llama.family import Family, LayerNorms
 from llama.layer_experts import Experts, read_experts
+from llama.layer_heads import MOST_HEAD_DIM, MOST_HEADS, Heads, read_heads
 from llama.layer_ropes import read_ropes, read_rotary_dim
 from llama.layer_windows import read_windows
-from llama.rope_scaling import LongRopeScaling, Rope
+from llama.rope_scaling import LongRopeScaling, Rope, Turn
 from llama.towers import BESIDE_THE_TEXT, TOWERS, text_of
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 # far beyond any model of today, and small enough to be laid out before the weights contradict
 _MOST_SIZE = 1 << 24
-_MOST_HEADS = _MOST_HEAD_DIM = 1 << 16
 _MOST_LAYERS = 1000
 
 
@@ -45,7 +44,7 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
+    num_key_value_heads: int  # this and head_dim of all layers, or where own_heads gives none
     head_dim: int
     rms_norm_eps: float
     ropes: tuple[Rope | None, ...]  # of each layer; None: its heads are not rotated
@@ -81,18 +80,31 @@ class LlamaConfig:
     file_names: tuple[tuple[str, str], ...] = ()
     has_sinks: bool = False  # each head has a score beside those of the tokens, without a value
     is_tower: bool = False  # the model lies beside an encoder of images, in a larger one
+    own_heads: tuple[Heads, ...] = ()  # of each layer; empty: all have the ones above
+    has_value_norm: bool = False  # values are normalized too, head by head, and without a weight
+    has_layer_scalar: bool = False  # what leaves a layer is multiplied by a number of its own
 
     @property
     def decoder(self) -> str:
         """The module that has embeddings, layers and the last norm, as transformers 5 names it."""
         return "model.language_model" if self.is_tower else "model"
 
+    def heads(self, layer: int) -> Heads:
+        """The heads of a layer."""
+        common = Heads(self.num_key_value_heads, self.head_dim, self.rotary_dim)
+        return self.own_heads[layer] if self.own_heads else common
+
     @property
-    def qk_norm_widths(self) -> tuple[int, int]:
-        """How many numbers of queries are normalized together, and of keys."""
-        heads = (self.num_attention_heads, self.num_key_value_heads)
-        num_queries, num_keys = heads if self.has_joint_qk_norm else (1, 1)
-        return num_queries * self.head_dim, num_keys * self.head_dim
+    def distinct_heads(self) -> list[Heads]:
+        """The heads of all layers, each once."""
+        return list(dict.fromkeys(map(self.heads, range(self.num_hidden_layers))))
+
+    def qk_norm_widths(self, layer: int) -> tuple[int, int]:
+        """How many numbers of queries are normalized together in a layer, and of keys."""
+        heads = self.heads(layer)
+        counts = (self.num_attention_heads, heads.num_key_value_heads)
+        num_queries, num_keys = counts if self.has_joint_qk_norm else (1, 1)
+        return num_queries * heads.head_dim, num_keys * heads.head_dim
 
     @property
     def score_scale(self) -> float:
@@ -103,6 +115,15 @@ class LlamaConfig:
     def distinct_ropes(self) -> list[Rope | None]:
         """The rotary positions of all layers, each once."""
         return list(dict.fromkeys(self.ropes))
+
+    def turn(self, layer: int) -> Turn:
+        """How the heads of a layer turn."""
+        return Turn(self.ropes[layer], self.heads(layer).rotary_dim)
+
+    @property
+    def distinct_turns(self) -> list[Turn]:
+        """How the heads of all layers turn, each once."""
+        return list(dict.fromkeys(map(self.turn, range(self.num_hidden_layers))))
 
     @property
     def short_length(self) -> int | None:
@@ -151,64 +172,21 @@ def _language_model(fields: JsonFields) -> tuple[Family, JsonFields, bool]:
             + ("; code that auto_map names is never run" if values.get("auto_map") else "")
         )
     if name in TOWERS:
-        _check_model_type(fields, name, [TOWERS[name].model_type])
+        check_model_type(fields, name, [TOWERS[name].model_type])
         family, text = text_of(fields, TOWERS[name])
-        around, inside = BESIDE_THE_TEXT, _fields_of(family)
+        around, inside = BESIDE_THE_TEXT, fields_of(family)
         if TOWERS[name].may_be_flat:
             # some versions of transformers wrote each field in both places
             around = inside = around | inside
-        _check_fields(fields, name, around)
-        _check_fields(text, name, inside)
+        check_fields(fields, name, around)
+        check_fields(text, name, inside, family.harmless)
         return family, text, True
     sharing = [f for key, f in FAMILIES.items() if name in (key, f.transformers_class)]
     by_type = {family.model_type: family for family in sharing}
-    _check_model_type(fields, name, by_type)
+    check_model_type(fields, name, by_type)
     family = by_type[values.get("model_type", FAMILIES[name].model_type)]
-    _check_fields(fields, name, _fields_of(family))
+    check_fields(fields, name, fields_of(family), family.harmless)
     return family, fields, False
-
-
-def _check_model_type(fields: JsonFields, name: str, expected: Collection[str]) -> None:
-    model_type = fields.values.get("model_type")
-    if "model_type" in fields.values and model_type not in tuple(expected):
-        raise ValueError(
-            f"{fields.path}: model_type must be {' or '.join(map(repr, expected))} with {name}: "
-            f"got {model_type!r}"
-        )
-
-
-def _fields_of(family: Family) -> Set[str]:
-    return family.fields | family.aliases.keys()
-
-
-def _check_fields(fields: JsonFields, name: str, own: Set[str]) -> None:
-    """Refuse fields that are unknown, and those that another model than this one is needed for.
-
-    Args:
-        name: of the architecture.
-        own: the fields that it has beside those of all.
-    """
-    known = COMPUTED | own | DROPOUTS | WITHOUT_EFFECT | ONE_VALUE.keys()
-    unknown = sorted(key for key, value in fields.values.items() if value and key not in known)
-    if unknown:
-        raise ValueError(
-            f"{fields.where} must hold fields that {name} has: got {unknown[0]} = "
-            f"{fields.values[unknown[0]]!r}; remove it or set it to null, which is safe if the "
-            "field does not change what the model computes"
-        )
-    _check_function(fields)
-
-
-def _check_function(fields: JsonFields) -> None:
-    """Refuse what another model than this one would be needed for."""
-    path, values = fields.where, fields.values
-    for key, computed in ONE_VALUE.items():
-        if key in values and bool(values[key]) != bool(computed):
-            raise ValueError(
-                f"{path}: {key} must be {json.dumps(computed)} or absent: got "
-                f"{json.dumps(values[key])}; another value is another function, which is not "
-                "computed here"
-            )
 
 
 def _activation(fields: JsonFields, family: Family) -> Activation:
@@ -221,16 +199,6 @@ def _activation(fields: JsonFields, family: Family) -> Activation:
             f"{', '.join(family.activation_names)}: got {name!r}"
         )
     return family.activation_names[name]
-
-
-def _check_constants(fields: JsonFields, family: Family) -> None:
-    """Refuse other values than the one of a field that this model computes."""
-    for name, computed in family.constants.items():
-        if (given := fields.number(name, computed)) != computed:
-            raise ValueError(
-                f"{fields.where}: {name} must be {computed:g}, which is what is computed here: "
-                f"got {given:g}"
-            )
 
 
 def _has_bias(fields: JsonFields, said: bool | str) -> bool:
@@ -314,8 +282,8 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     if not is_given and not fields.values.get("rope_scaling"):
         fields.values["rope_parameters"] = dict(family.rope_default)
     path = fields.where
-    _check_constants(fields, family)
-    num_heads = fields.integer("num_attention_heads", most=_MOST_HEADS)
+    check_function(fields, family)
+    num_heads = fields.integer("num_attention_heads", most=MOST_HEADS)
     hidden_size = fields.integer("hidden_size", most=_MOST_SIZE)
     has_head_dim = family.head_dim or fields.values.get("head_dim") is not None
     if not has_head_dim and hidden_size % num_heads:
@@ -332,26 +300,33 @@ def _checked(fields: JsonFields) -> LlamaConfig:
     num_layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
     windows = read_windows(fields, family.windows, num_layers)
     head_dim = family.head_dim or max(1, hidden_size // num_heads)
-    head_dim = fields.integer("head_dim", head_dim, most=_MOST_HEAD_DIM)
-    rotary_dim = read_rotary_dim(fields, family.rotary_share, head_dim)
+    head_dim = fields.integer("head_dim", head_dim, most=MOST_HEAD_DIM)
+    sees_window = [window is not None for window in windows]
+    heads = Heads(
+        fields.integer("num_key_value_heads", num_heads, MOST_HEADS),
+        head_dim,
+        read_rotary_dim(fields, family.rotary_share, head_dim),
+    )
+    own_heads = read_heads(fields, family.heads, heads, sees_window)
+    rotary_dims = [own.rotary_dim for own in own_heads or (heads,) * num_layers]
     config = LlamaConfig(
         vocab_size=fields.integer("vocab_size", most=_MOST_SIZE),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size", most=_MOST_SIZE),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=fields.integer("num_key_value_heads", num_heads, _MOST_HEADS),
+        num_key_value_heads=heads.num_key_value_heads,
         head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps"),
         ropes=read_ropes(
             fields,
             family.ropes,
-            [window is not None for window in windows],
-            rotary_dim,
+            sees_window,
+            rotary_dims,
             family.rope_types,
             family.scales_queries,
         ),
-        rotary_dim=rotary_dim,
+        rotary_dim=heads.rotary_dim,
         is_interleaved=family.is_interleaved,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
@@ -381,15 +356,19 @@ def _checked(fields: JsonFields) -> LlamaConfig:
         file_names=tuple(family.file_names.items()),
         has_sinks=family.has_sinks,
         is_tower=is_tower,
+        own_heads=own_heads,
+        has_value_norm=family.has_value_norm,
+        has_layer_scalar=family.has_layer_scalar,
     )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"{path}: num_attention_heads must be a multiple of num_key_value_heads: "
-            f"got {config.num_attention_heads} and {config.num_key_value_heads}"
-        )
-    if config.attn_logit_softcapping is not None and config.head_dim > MAX_HEAD:
-        raise ValueError(
-            f"{path}: head_dim must be at most {MAX_HEAD} with attn_logit_softcapping: "
-            f"got {config.head_dim}"
-        )
+    for own in config.distinct_heads:
+        if num_heads % own.num_key_value_heads:
+            raise ValueError(
+                f"{path}: num_attention_heads must be a multiple of num_key_value_heads: "
+                f"got {num_heads} and {own.num_key_value_heads}"
+            )
+        if config.attn_logit_softcapping is not None and own.head_dim > MAX_HEAD:
+            raise ValueError(
+                f"{path}: head_dim must be at most {MAX_HEAD} with attn_logit_softcapping: "
+                f"got {own.head_dim}"
+            )
     return config

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from llama.family import ACTIVATION_NAMES, Family, LayerNorms
 from llama.mixtures import MIXTURES, MULTIPLIERS, WINDOW_FIELDS
+from llama.rope_scaling import PROPORTIONAL, SHARE
 
 NORMS_BEHIND = LayerNorms(
     before_attention=None,
@@ -34,6 +35,65 @@ _GLM = Family(
         "eos_token_id": [151329, 151336, 151338],
     },
     fields=frozenset({"attention_bias"}),
+)
+_GEMMA4 = Family(
+    "gemma4_text",
+    qk_norm=True,
+    has_value_norm=True,
+    head_dim=256,
+    heads="by window",
+    windows="pattern but last",
+    ropes="by window",
+    rope_types={PROPORTIONAL: PROPORTIONAL},
+    activation_field="hidden_activation",
+    norms=_GEMMA_NORMS,
+    scales_embeddings=True,
+    has_layer_scalar=True,
+    rope_default={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": PROPORTIONAL, "rope_theta": 1e6, SHARE: 0.25},
+    },
+    defaults={
+        "num_key_value_heads": 4,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        # scores are as they are
+        "query_pre_attn_scalar": 1,
+        "tie_word_embeddings": True,
+        "hidden_size_per_layer_input": 256,
+    },
+    fields=frozenset(
+        {
+            "attention_bias",
+            "attention_k_eq_v",
+            "enable_moe_block",
+            "final_logit_softcapping",
+            "global_head_dim",
+            "hidden_activation",
+            "hidden_size_per_layer_input",
+            "num_global_key_value_heads",
+            "num_kv_shared_layers",
+            "sliding_window",
+            # of experts, of embeddings of each layer, and of layers that share keys and values
+            "moe_intermediate_size",
+            "num_experts",
+            "top_k_experts",
+            "use_double_wide_mlp",
+            "vocab_size_per_layer_input",
+        }
+    ),
+    lacks={
+        "hidden_size_per_layer_input": "a second table of embeddings, of which each layer mixes "
+        "its own part in (per-layer embeddings, as in Gemma-4 E2B and E4B)",
+        "num_kv_shared_layers": "layers that attend to the keys and values of an earlier layer (as "
+        "in Gemma-4 E2B and E4B)",
+        "enable_moe_block": "experts beside each MLP, with norms and a router of their own (as in "
+        "Gemma-4 26B-A4B)",
+        "rope_scaling": "a set of rotary positions for each kind of layer, as rope_parameters",
+    },
+    # tokens of an image see one another
+    harmless={"use_bidirectional_attention": "vision"},
 )
 _COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "tie_word_embeddings": True}
 _COHERE = Family(
@@ -278,6 +338,7 @@ FAMILIES = {
             }
         ),
     ),
+    "Gemma4ForCausalLM": _GEMMA4,
     "GlmForCausalLM": _GLM,
     "Glm4ForCausalLM": replace(
         _GLM,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from kernels.glu import Activation
 from llama.layer_experts import LayerExperts
+from llama.layer_heads import LayerHeads
 from llama.layer_ropes import LayerRopes
 from llama.layer_windows import LayerWindows
 
@@ -37,10 +38,12 @@ class Family:
             config.json is called that says so; of experts, their router too.
         qk_norm: whether queries and keys are normalized, each head by itself.
         has_joint_qk_norm: whether all heads of a token are normalized together instead.
+        has_value_norm: whether values are, without a weight, each head by itself.
         is_fused: the checkpoint has q, k and v as one tensor, qkv_proj, and gate and up as another,
             gate_up_proj: one member of a linear group, with one update, where others have several.
         is_mlp_fused: that holds for gate and up alone.
         head_dim: where the file gives none; None for hidden_size / num_attention_heads.
+        heads: which layers have which heads, as `read_heads` takes it.
         windows: which layers see how many tokens, as `read_windows` takes it.
         rope_types: what the family's files call a scaling of rotary positions, and its name here.
         rotary_share: of a head's dimensions, which turn, where `partial_rotary_factor` does not
@@ -56,7 +59,10 @@ class Family:
         has_centred_norms: whether all norms subtract the mean first.
         is_parallel: whether the MLP has attention's input, and not its result added to that.
         scales_embeddings: whether embeddings are multiplied by the root of hidden_size.
+        has_layer_scalar: whether what leaves a layer is multiplied by a number of its own.
         constants: fields of config.json that have one value here.
+        lacks: fields of config.json that ask for what no model here has, and what that is.
+        harmless: values of fields that ask for another function in other families.
         defaults: for fields missing in the file, where they differ from Llama's; null in the file
             stays null.
         rope_default: the rotary positions' parameters where the file gives none.
@@ -74,9 +80,11 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     has_joint_qk_norm: bool = False
+    has_value_norm: bool = False
     is_fused: bool = False
     is_mlp_fused: bool = False
     head_dim: int | None = None
+    heads: LayerHeads = "alike"
     windows: LayerWindows = "none"
     rotary_share: float | None = None
     rope_types: Mapping[str, str] = field(default_factory=dict)
@@ -92,7 +100,10 @@ class Family:
     has_centred_norms: bool = False
     is_parallel: bool = False
     scales_embeddings: bool = False
+    has_layer_scalar: bool = False
     constants: Mapping[str, float] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    harmless: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     rope_default: Mapping[str, Any] = field(default_factory=dict)
     fields: frozenset[str] = frozenset()

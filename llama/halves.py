@@ -11,7 +11,7 @@ from kernels.glu import Activation, glu, glu_backward
 from kernels.glu_fp8 import glu_fp8
 from llama.config import LlamaConfig
 from llama.norm import RMSNorm
-from lora.linear_group import LinearGroup
+from lora.linear_group import LinearGroup, new_rows
 from lora.rows import Rows
 
 
@@ -26,27 +26,63 @@ class Gated:
 class Attention(nn.Module):
     """The projections around causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        D, head_dim = config.hidden_size, config.head_dim
-        self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
-        self.head_dim = head_dim
-        rows = tuple(count * head_dim for count in self.counts)
-        names = ("q_proj", "k_proj", "v_proj")
+        D, heads = config.hidden_size, config.heads(index)
+        self.counts = (config.num_attention_heads, *2 * (heads.num_key_value_heads,))
+        self.head_dim = head_dim = heads.head_dim
+        assert heads.has_values or config.has_value_norm
+        # numbers of a token that are its projected keys and its values at once
+        self.num_shared = 0 if heads.has_values else heads.num_key_value_heads * head_dim
+        rows = tuple(count * head_dim for count in self.counts[: 2 + heads.has_values])
+        names = ("q_proj", "k_proj", "v_proj")[: len(rows)]
         if config.is_fused:
             names, rows = ("qkv_proj",), (sum(rows),)
         self.qkv = LinearGroup(names, rows, D, config.qkv_bias)
         self.o = LinearGroup(("o_proj",), (D,), self.counts[0] * head_dim, config.o_bias)
+        # of queries, keys and values, as far as a family has them
+        self.head_norms: tuple[RMSNorm, ...] = ()
         if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
-        self.head_norms = (self.q_norm, self.k_norm) if config.qk_norm else ()
+            widths = config.qk_norm_widths(index)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in widths)
+            self.head_norms = (self.q_norm, self.k_norm)
+        if config.has_value_norm:
+            self.v_norm = RMSNorm(head_dim, config, has_weight=False)
+            self.head_norms += (self.v_norm,)
         self.has_joint_norm = config.has_joint_qk_norm
         sinks = torch.empty(self.counts[0]) if config.has_sinks else None
         # of each head, a score beside those of the tokens, which has no value
         self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
 
+    @property
+    def width(self) -> int:
+        """Numbers of all heads of a token."""
+        return sum(self.counts) * self.head_dim
+
+    def project(self, y: Rows, seed: Tensor | None) -> Tensor:  # (M, width)
+        """Compute the heads of queries, keys and values; of values that are keys, their norm writes
+        them."""
+        if not self.num_shared:
+            return self.qkv.forward(y, seed)
+        heads = new_rows(y.ext, y.ext.shape[0], self.width)
+        self.qkv.forward(y, seed, out=heads[:, : self.qkv.num_rows])
+        return heads
+
+    def empty_gradient(self, num_rows: int, like: Tensor) -> Tensor:  # (num_rows, N + tail)
+        """Allocate a buffer for the heads' gradient, and for the projections' with its tail."""
+        N, tail = self.qkv.num_rows, self.qkv.tail
+        return new_rows(like, num_rows, max(self.width, N + tail))
+
+    def project_gradient(self, grad_ext: Tensor) -> Tensor:  # (M, N + tail)
+        """Turn the gradient of the heads into that of the projections, in place."""
+        N, tail = self.qkv.num_rows, self.qkv.tail
+        if self.num_shared:
+            grad_ext[:, N - self.num_shared : N] += grad_ext[:, N : self.width]
+        return grad_ext[:, : N + tail]
+
     def normalize_heads(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Normalize queries and keys in place, head by head or together, in families that do.
+        """Normalize queries, keys and values in place, head by head or together, in families that
+        do.
 
         Returns:
             What they were before, and rstd.
@@ -54,14 +90,16 @@ class Attention(nn.Module):
         kept = []
         parts = self._heads(qkv) if self.head_norms else ()
         for norm, part in zip(self.head_norms, parts, strict=False):
-            heads = own(part).view(-1, norm.weight.shape[0])
+            # keys that are values are kept once
+            is_kept = self.num_shared and len(kept) == 2
+            heads = kept[1][0] if is_kept else own(part).view(-1, norm.weight.shape[0])
             y, _, rstd = norm(heads)
             part.copy_(y.view(part.shape))
             kept.append((heads, rstd))
         return kept
 
     def normalize_heads_backward(self, grad_qkv: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
-        """Turn the gradients of normalized queries and keys into theirs, in place."""
+        """Turn the gradients of normalized queries, keys and values into theirs, in place."""
         parts = self._heads(grad_qkv) if self.head_norms else ()
         for norm, part, (heads, rstd) in zip(self.head_norms, parts, kept, strict=False):
             grad = own(part).view(heads.shape)

@@ -8,10 +8,10 @@
 
 In Gemma 2 a second norm follows o and down: norm(o(...)) and norm(down(...)) are added. OLMo 2 has
 that norm alone, and what stands before qkv and gate_up is no norm, but hands r1 and r2 on. In
-Command-R gate_up has norm(r1), as qkv has. The reference's `Attention.forward` is `_attend` here,
-its `MLP.forward` is `_gate` and `_project`, each with the norms before and behind it;
-`llama/halves.py` has their projections, and `llama/experts.py` what a mixture of experts has in the
-MLP's place.
+Command-R gate_up has norm(r1), as qkv has. In Gemma 4 a factor multiplies x and delta. The
+reference's `Attention.forward` is `_attend` here, its `MLP.forward` is `_gate` and `_project`, each
+with the norms before and behind it; `llama/halves.py` has their projections, and `llama/experts.py`
+what a mixture of experts has in the MLP's place.
 
 Autograd would save the inputs of every operation and add gradients up in tensors of their own.
 Here the backward pass keeps r1, r2, their rstd, q | k | v, the output of attention, gate | up and
@@ -28,58 +28,21 @@ is written "tail" in shapes (`lora/linear_group.py` has the algebra).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.masked_attention_mask import Samples
 from kernels.rope import rope
 from kernels.rope_backward import rope_backward
-from kernels.rope_tables import RopeTables
-from llama.attention import Mixed, Scores, attention, attention_backward
-from llama.balance import Balance
+from llama.activations import Activations, Shared
+from llama.attention import Scores, attention, attention_backward
 from llama.cache import Slot
 from llama.config import LlamaConfig
-from llama.experts import ExpertMLP, Routed
+from llama.experts import ExpertMLP
 from llama.halves import MLP, Attention, own
 from llama.norm import NoNorm, RMSNorm, stream_norm
 from lora.frozen_group import FrozenGroup
 from lora.rows import Rows
-
-
-class Shared(NamedTuple):
-    """What all layers of one pass share."""
-
-    positions: Tensor  # (B, T), rows of the tables
-    tables: list[RopeTables]  # of each of the config's distinct ropes
-    dropout_seed: Tensor | None = None  # (1,) int64, needed where a group drops
-    samples: Samples | None = None  # where rows hold several
-    balance: Balance | None = None  # where there is an auxiliary loss
-
-
-class Activations(Routed):
-    """What a layer's backward pass needs; the forward pass sets each as soon as it is computed.
-
-    Of a linear group's input only h is kept, what the low-rank updates make of the input. A layer
-    that is computed again keeps r1 and h_down alone.
-    """
-
-    r1: Tensor  # (M, D), the residual stream at the norm before attention
-    rstd1: Tensor  # (M,) float32; empty without a norm there
-    # queries and keys before their norms, in rows of the norms' width, and rstd; empty without
-    # such norms
-    heads: list[tuple[Tensor, Tensor]]
-    mixed: Mixed
-    h_o: Tensor  # (M, tail)
-    # o's output before the norm behind it, (M, D), and rstd; None without such a norm
-    output_o: tuple[Tensor, Tensor] | None = None
-    h_qkv: Tensor  # (M, tail)
-    # the residual stream at the norm before the MLP, (M, D), and its rstd; unset where the MLP has
-    # attention's input
-    r2: Tensor
-    rstd2: Tensor
-    output_down: tuple[Tensor, Tensor] | None = None  # as output_o
 
 
 class DecoderLayer(nn.Module):
@@ -91,16 +54,19 @@ class DecoderLayer(nn.Module):
         self.index, self.hidden_size = index, config.hidden_size
         self.is_parallel = config.is_parallel
         # of the pass's tables, those that rotate this layer's heads
-        self.table = config.distinct_ropes.index(config.ropes[index])
+        self.table = config.distinct_turns.index(config.turn(index))
         self.scores = Scores(
             config.score_scale, config.attn_logit_softcapping, config.windows[index]
         )
-        self.self_attn, self.mlp = Attention(config), _mlp_of(config, index)
+        self.self_attn, self.mlp = Attention(config, index), _mlp_of(config, index)
         self.norms = norms = config.norms
         for name in filter(None, (norms.before_attention, norms.before_mlp)):
             self.add_module(name, stream_norm(config))
         for name in filter(None, (norms.behind_attention, norms.behind_mlp)):
             self.add_module(name, RMSNorm(config.hidden_size, config))
+        scalar = torch.empty(1) if config.has_layer_scalar else None
+        # a factor of what leaves the layer
+        self.layer_scalar = None if scalar is None else nn.Parameter(scalar, requires_grad=False)
 
     def norm(self, name: str) -> RMSNorm:
         """Find one of the layer's norms by its name in the checkpoint."""
@@ -155,11 +121,19 @@ class DecoderLayer(nn.Module):
         projected.routing = gated.routing
         del gated
         delta = self._project(inner, shared, projected)
+        x, delta = self.scaled(r2, delta)
         if has_backward:
-            return r2, delta, projected
+            return x, delta, projected
         kept = Activations()
         kept.r1, kept.h_down = r1, projected.h_down
-        return r2, delta, kept
+        return x, delta, kept
+
+    def scaled(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # (M, D)
+        """Multiply what leaves the layer by its factor, in families that have one; delta in
+        place."""
+        if self.layer_scalar is None:
+            return x, delta
+        return x * self.layer_scalar.to(x.dtype), delta.mul_(self.layer_scalar)
 
     def recompute(self, kept: Activations, shared: Shared) -> Activations:
         """Compute the activations of an earlier `forward` again, bit for bit, from those it kept.
@@ -189,10 +163,10 @@ class DecoderLayer(nn.Module):
         y = qkv.empty_input(M, x)
         norm = self.norm_before(self.norms.before_attention)
         _, kept.r1, kept.rstd1 = norm(x, delta, out=y.ext[:, :D], fp8=y.fp8)
-        heads = qkv.forward(y, seed).unflatten(0, tuple(shared.positions.shape))
-        kept.heads = self.self_attn.normalize_heads(heads)
-        # the rotation overwrites heads, which nothing else holds
         attn, tables, samples = self.self_attn, shared.tables[self.table], shared.samples
+        heads = attn.project(y, seed).unflatten(0, tuple(shared.positions.shape))
+        kept.heads = attn.normalize_heads(heads)
+        # the rotation overwrites heads, which nothing else holds
         query, key, value = rope(
             heads, shared.positions, tables, *attn.counts[:2], head_dim=attn.head_dim
         )
@@ -260,11 +234,14 @@ class DecoderLayer(nn.Module):
             kept: of the same pass, and used up.
             needs_grad_x: False for the first layer, whose input is frozen.
         """
-        qkv, o, mlp = self.self_attn.qkv, self.self_attn.o, self.mlp
+        attn, mlp = self.self_attn, self.mlp
+        qkv, o = attn.qkv, attn.o
         norms, seed = self.norms, shared.dropout_seed
         M, D = kept.r1.shape
         B, T = shared.positions.shape
         grad = grad_ext[:, :D]
+        if self.layer_scalar is not None:
+            grad.mul_(self.layer_scalar)
 
         grad_out = self._behind_backward(norms.behind_mlp, grad_ext, kept.output_down, mlp.tail)
         kept.output_down = None
@@ -288,14 +265,15 @@ class DecoderLayer(nn.Module):
         assert grad_mixed is not None
         o.accumulate_grad_A(grad_out, _rows_of(kept.mixed.output), seed)
         del grad_out
-        grad_heads = grad_mixed.view(B, T, self.self_attn.counts[0], -1).transpose(1, 2)
+        grad_heads = grad_mixed.view(B, T, attn.counts[0], -1).transpose(1, 2)
         grads = attention_backward(kept.mixed, grad_heads)
         del grad_mixed, grad_heads
-        grad_qkv_ext = qkv.empty_output(M, grad)
-        grad_qkv = grad_qkv_ext[:, : qkv.num_rows].unflatten(0, (B, T))
+        grad_qkv_ext = attn.empty_gradient(M, grad)
+        grad_qkv = grad_qkv_ext[:, : attn.width].unflatten(0, (B, T))
         rope_backward(*grads, shared.positions, shared.tables[self.table], out=grad_qkv)
         del grads
-        self.self_attn.normalize_heads_backward(grad_qkv, kept.heads)
+        attn.normalize_heads_backward(grad_qkv, kept.heads)
+        grad_qkv_ext = attn.project_gradient(grad_qkv_ext)
         grad_y = qkv.backward(grad_qkv_ext, kept.h_qkv, seed, needs_grad_x)
         norm = self.norm_before(norms.before_attention)
         if grad_y is None:

@@ -5,16 +5,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from foreign.json_fields import JsonFields
-from llama.rope_scaling import LongRopeScaling, Rope, read_rope
+from llama.rope_scaling import PROPORTIONAL, SHARE, LongRopeScaling, Rope, read_rope
 
 DEFAULT_ROPE_THETA = 10000.0
-_SHARE = "partial_rotary_factor"
 
 LayerRopes = Literal["alike", "by window", "listed", "windowed"]
 
 
 def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> int:
-    """Read how many dimensions of a head turn.
+    """Read how many dimensions of a head turn, apart from the share of a proportional scaling.
 
     Args:
         share: the family's where config.json gives none; None: the family turns all dimensions.
@@ -26,12 +25,13 @@ def read_rotary_dim(fields: JsonFields, share: float | None, head_dim: int) -> i
     for key in ("rope_parameters", "rope_scaling"):
         given = fields.values.get(key)
         inner = (given, *given.values()) if isinstance(given, dict) else ()
-        scopes += [each for each in inner if isinstance(each, dict)]
-    if share is not None and any(scope.get(_SHARE, share) is None for scope in scopes):
+        sets = [each for each in inner if isinstance(each, dict)]
+        scopes += [s for s in sets if PROPORTIONAL not in (s.get("rope_type"), s.get("type"))]
+    if share is not None and any(scope.get(SHARE, share) is None for scope in scopes):
         # one class of transformers then turns all dimensions, another one stops
-        raise ValueError(f"{where}: {_SHARE} must be a number or absent: got null")
+        raise ValueError(f"{where}: {SHARE} must be a number or absent: got null")
     parts = [replace(fields, values=scope) for scope in scopes]
-    given = [part.optional_number(_SHARE) for part in parts]
+    given = [part.optional_number(SHARE) for part in parts]
     shares = {each for each in given if each is not None} or {1.0 if share is None else share}
     if len(shares) > 1:
         raise ValueError(
@@ -55,7 +55,7 @@ def read_ropes(
     fields: JsonFields,
     kind: LayerRopes,
     sees_window: Sequence[bool],
-    rotary_dim: int,
+    rotary_dims: Sequence[int],
     types: Mapping[str, str],
     scales_queries: bool,
 ) -> tuple[Rope | None, ...]:
@@ -66,6 +66,7 @@ def read_ropes(
             no_rope_layers says which layers have any; or those that see a window have some, and
             all layers of a model without windows.
         sees_window: of each layer.
+        rotary_dims: of each layer, dimensions of a head that turn.
         types: the family's names of scalings.
         scales_queries: whether the family's queries grow with their positions.
 
@@ -73,11 +74,12 @@ def read_ropes(
         ValueError: the fields are of the wrong type, or do not fit together.
     """
     if kind == "by window":
-        windowed, full = _ropes_by_window(fields, rotary_dim, types)
+        dims = dict(zip(sees_window, rotary_dims, strict=True))
+        windowed, full = _ropes_by_window(fields, dims, types)
         ropes = tuple(windowed if sees else full for sees in sees_window)
     else:
         theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
-        rope = read_rope(fields, _only_set(fields), theta, rotary_dim, types, scales_queries)
+        rope = read_rope(fields, _only_set(fields), theta, rotary_dims[0], types, scales_queries)
         num_layers = len(sees_window)
         is_rotated = [True] * num_layers
         if kind == "listed":
@@ -103,7 +105,9 @@ def _only_set(fields: JsonFields) -> Any:
 
 
 def _ropes_by_window(
-    fields: JsonFields, rotary_dim: int, types: Mapping[str, str]
+    fields: JsonFields,
+    dims: Mapping[bool, int],  # by whether a layer sees a window
+    types: Mapping[str, str],
 ) -> tuple[Rope, Rope]:
     """Read the rotary positions of layers that see a window, and of layers that see all tokens.
 
@@ -123,9 +127,10 @@ def _ropes_by_window(
         full = full | scaling if isinstance(scaling, dict) else scaling
     theta = fields.number("rope_local_base_freq", DEFAULT_ROPE_THETA)
     full_theta = fields.number("rope_theta", DEFAULT_ROPE_THETA)
+    (some, *_) = dims.values()
     return (
-        read_rope(fields, windowed, theta, rotary_dim, types),
-        read_rope(fields, full, full_theta, rotary_dim, types),
+        read_rope(fields, windowed, theta, dims.get(True, some), types),
+        read_rope(fields, full, full_theta, dims.get(False, some), types),
     )
 
 

@@ -11,13 +11,14 @@ LayerWindows = Literal[
     "listed",
     "alternating",
     "pattern",
+    "pattern but last",
     "pattern or none",
     "later",
     "unrotated",
     "switched",
 ]
 # transformers' classes make a mask of the window whatever the layers see, and stop without a size
-_ALWAYS: tuple[LayerWindows, ...] = ("listed", "alternating", "pattern")
+_ALWAYS: tuple[LayerWindows, ...] = ("listed", "alternating", "pattern", "pattern but last")
 
 
 def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tuple[int | None, ...]:
@@ -27,7 +28,8 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
         kind: which layers see only the last `sliding_window` tokens: none or all, or all
             where `use_sliding_window` is set, whatever `layer_types` says; otherwise those that
             `layer_types` names, or without it all, every other one from the first on, all but every
-            `sliding_window_pattern`th (of a model that has windows, or of every one), or, where
+            `sliding_window_pattern`th (of a model that has windows, or of every one; and in one
+            kind the last layer sees all tokens, whatever the file says), or, where
             `use_sliding_window` is set, those from `max_window_layers` on, or those without rotary
             positions.
 
@@ -47,6 +49,8 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
                 f"{fields.where}: layer_types must be {own} for all layers of this family: "
                 f"got {fields.values['layer_types']!r}"
             )
+    if kind == "pattern but last":
+        sees_window[-1] = False
     if any(sees_window) and size is None:
         raise ValueError(
             f"{fields.where}: sliding_window must be given with sliding layers: got none"
@@ -77,7 +81,7 @@ def _by_rule(fields: JsonFields, kind: LayerWindows, num_layers: int, has_size: 
         return [False] * num_layers
     if kind in ("all", "listed"):
         return [True] * num_layers
-    if kind in ("pattern", "pattern or none"):
+    if kind.startswith("pattern"):
         interval = fields.integer("sliding_window_pattern")
         return [(layer + 1) % interval != 0 for layer in range(num_layers)]
     is_used = fields.boolean("use_sliding_window", False)

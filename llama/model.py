@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from kernels.masked_attention_mask import Samples
 from kernels.rope_tables import RopeTables
 from kernels.softcap import softcap_reference
+from llama.activations import Shared
 from llama.cache import Slot
 from llama.config import LlamaConfig
 from llama.experts import ExpertProjections
-from llama.layer import DecoderLayer, Shared
+from llama.layer import DecoderLayer
 from llama.loss import linear_cross_entropy
 from llama.norm import stream_norm
-from llama.rope import query_factors, rope_factor, rope_frequencies, rope_tables
+from llama.rope import query_factors, rope_factor, rope_tables, stacked_frequencies
 from llama.targets import update_sizes
 from lora.config import LoRAConfig
 from lora.frozen_group import FrozenGroup
@@ -115,8 +116,8 @@ class Llama(nn.Module):
     """A Llama causal language model: frozen linear groups with low-rank updates, tied or separate
     head."""
 
-    # (number of distinct ropes, 2, rotary_dim / 2) float32, for sequences of the usual length and
-    # for long ones; computed from the config
+    # (number of distinct turns, 2, most pairs of dimensions) float32, for sequences of the usual
+    # length and for long ones; computed from the config
     frequencies: Tensor
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype) -> None:
@@ -134,11 +135,9 @@ class Llama(nn.Module):
         # rounded as transformers rounds it
         rounded = torch.tensor(config.embedding_scale, dtype=compute_dtype, device="cpu")
         self.embedding_scale = float(rounded) * self.embedding_multiplier
-        frequencies = [
-            torch.stack([rope_frequencies(rope, config.rotary_dim, long) for long in (False, True)])
-            for rope in config.distinct_ropes
-        ]
-        self.register_buffer("frequencies", torch.stack(frequencies), persistent=False)
+        self.register_buffer(
+            "frequencies", stacked_frequencies(config.distinct_turns), persistent=False
+        )
 
     @property
     def decoder(self) -> Decoder:
@@ -147,6 +146,12 @@ class Llama(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.decoder.embed_tokens.weight.device
+
+    def move_constants(self, device: torch.device) -> None:
+        """Bring what is computed from the config, and not loaded, to the model's device."""
+        for module in self.modules():
+            for name, constant in module.named_buffers(recurse=False):
+                setattr(module, name, constant.to(device))
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -291,8 +296,9 @@ class Llama(nn.Module):
 
     def _tables(self, positions: Tensor, is_long: bool) -> list[RopeTables]:
         tables = []
-        for rope, frequencies in zip(self.config.distinct_ropes, self.frequencies, strict=True):
-            cos, sin = rope_tables(frequencies[int(is_long)], positions, rope_factor(rope))
+        for turn, frequencies in zip(self.config.distinct_turns, self.frequencies, strict=True):
+            rope, own = turn.rope, frequencies[int(is_long), : turn.rotary_dim // 2]
+            cos, sin = rope_tables(own, positions, rope_factor(rope))
             factors = query_factors(rope, positions)
             tables.append(RopeTables(cos, sin, self.config.is_interleaved, factors))
         return tables

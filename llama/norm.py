@@ -29,15 +29,25 @@ class RMSNorm(nn.Module):
     to one rounding.
     """
 
-    def __init__(self, width: int, config: LlamaConfig, divisor: float = 1.0) -> None:
+    weight: Tensor
+
+    def __init__(
+        self, width: int, config: LlamaConfig, divisor: float = 1.0, has_weight: bool = True
+    ) -> None:
         """Leave the weight to be loaded.
 
         Args:
             divisor: what the rows to normalize are kept divided by.
+            has_weight: False: the weights are ones, and no tensor of a checkpoint.
         """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps, self.offset = config.rms_norm_eps / divisor**2, config.norm_offset
+        self.eps = config.rms_norm_eps / divisor**2
+        self.offset = config.norm_offset if has_weight else 0.0
+        if has_weight:
+            self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        else:
+            # on the CPU, so that a model built on the meta device has them too
+            self.register_buffer("weight", torch.ones(width, device="cpu"), persistent=False)
         self.is_centred = config.has_centred_norms
 
     def forward(

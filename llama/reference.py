@@ -50,9 +50,14 @@ class RMSNorm(nn.Module):
     hold several times as many numbers as the weight: each part is normalized by itself.
     """
 
-    def __init__(self, width: int, config: LlamaConfig) -> None:
+    weight: Tensor
+
+    def __init__(self, width: int, config: LlamaConfig, has_weight: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        if has_weight:
+            self.weight = nn.Parameter(torch.empty(width))
+        else:
+            self.register_buffer("weight", torch.ones(width), persistent=False)
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
         self.is_centred = config.has_centred_norms
 
@@ -93,28 +98,35 @@ def rotate(
 class Attention(nn.Module):
     """softmax(scale q k^T, sink) v of rotated queries and keys, several queries to a key."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.config = config
-        D, head_dim = config.hidden_size, config.head_dim
-        self.counts = (config.num_attention_heads, *2 * (config.num_key_value_heads,))
-        names = ("q_proj", "k_proj", "v_proj")
-        rows = {n: c * head_dim for n, c in zip(names, self.counts, strict=True)}
+        self.config, self.heads = config, config.heads(index)
+        D, head_dim = config.hidden_size, self.heads.head_dim
+        self.counts = (config.num_attention_heads, *2 * (self.heads.num_key_value_heads,))
+        names = ("q_proj", "k_proj", "v_proj")[: 2 + self.heads.has_values]
+        rows = {n: c * head_dim for n, c in zip(names, self.counts, strict=False)}
         self.inputs = {"qkv_proj": sum(rows.values())} if config.is_fused else rows
         for name, num_rows in self.inputs.items():
             self.add_module(name, Projection(D, num_rows, config.qkv_bias))
         self.o_proj = Projection(self.counts[0] * head_dim, D, config.o_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in config.qk_norm_widths)
+            widths = config.qk_norm_widths(index)
+            self.q_norm, self.k_norm = (RMSNorm(width, config) for width in widths)
+        if config.has_value_norm:
+            self.v_norm = RMSNorm(head_dim, config, has_weight=False)
         if config.has_sinks:
             self.sinks = nn.Parameter(torch.empty(self.counts[0]))
 
     def forward(self, x: Tensor, rotation: Rotation, is_seen: Tensor) -> Tensor:
         qkv = torch.cat([self.get_submodule(name)(x) for name in self.inputs], dim=-1)
-        head_dim = self.config.head_dim
-        query, key, value = qkv.split([count * head_dim for count in self.counts], dim=-1)
+        head_dim = self.heads.head_dim
+        widths = [count * head_dim for count in self.counts[: 2 + self.heads.has_values]]
+        query, key, *values = qkv.split(widths, dim=-1)
+        value = values[0] if values else key
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.has_value_norm:
+            value = self.v_norm(value)
         # (B, H, T, head_dim)
         query, key, value = (
             part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, key, value)
@@ -183,13 +195,15 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config, config.intermediate_size)
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config, config.intermediate_size)
         if config.experts and config.experts.has_experts[index]:
             self.mlp = ExpertMLP(config, config.experts)
         self.norms, self.window = config.norms, config.windows[index]
         self.multiplier, self.is_parallel = config.residual_multiplier or 1.0, config.is_parallel
         for name in filter(None, config.norms):
             self.add_module(name, RMSNorm(config.hidden_size, config))
+        self.layer_scalar = nn.Parameter(torch.empty(1)) if config.has_layer_scalar else 1.0
 
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else self.get_submodule(name)(x)
@@ -200,7 +214,8 @@ class DecoderLayer(nn.Module):
         delta = self.self_attn(self.norm(self.norms.before_attention, r1), rotation, is_seen)
         r2 = r1 + self.multiplier * self.norm(self.norms.behind_attention, delta)
         delta = self.mlp(self.norm(self.norms.before_mlp, r1 if self.is_parallel else r2))
-        return r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
+        r3 = r2 + self.multiplier * self.norm(self.norms.behind_mlp, delta)
+        return self.layer_scalar * r3
 
 
 class Decoder(nn.Module):
@@ -243,15 +258,16 @@ class Reference(nn.Module):
         scale = config.embedding_scale * (config.embedding_multiplier or 1.0)
         x = scale * self.model.embed_tokens(input_ids)
         rotations = {}
-        for rope in config.distinct_ropes:
-            frequencies = rope_frequencies(rope, config.rotary_dim, config.is_long(T))
+        for turn in config.distinct_turns:
+            rope = turn.rope
+            frequencies = rope_frequencies(*turn, config.is_long(T))
             tables = rope_tables(frequencies, positions.flatten(), rope_factor(rope))
             cos, sin = (t.to(x.dtype).unflatten(0, (-1, 1, T)) for t in tables)
             factors = query_factors(rope, positions)
             factors = None if factors is None else factors.to(x.dtype)[:, None, :, None]
-            rotations[rope] = Rotation(cos, sin, factors)
-        for layer, rope in zip(self.model.layers, config.ropes, strict=True):
-            x = layer(x, rotations[rope], distance)
+            rotations[turn] = Rotation(cos, sin, factors)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, rotations[config.turn(index)], distance)
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
         logits = (config.logit_scale or 1.0) * self.model.norm(x) @ head.weight.T
         cap = config.final_logit_softcapping

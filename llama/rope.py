@@ -1,11 +1,20 @@
 """The angles of rotary position embeddings (Su et al. 2021); `kernels.rope` rotates by them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llama.rope_scaling import LinearRopeScaling, LongRopeScaling, Rope, YarnRopeScaling
+from llama.rope_scaling import (
+    LinearRopeScaling,
+    LongRopeScaling,
+    ProportionalRopeScaling,
+    Rope,
+    Turn,
+    YarnRopeScaling,
+)
 
 
 def rope_frequencies(
@@ -25,7 +34,8 @@ def rope_frequencies(
         f      = (1 - s) f / factor + s f          s = smooth clamped to [0, 1]
 
     Phi-3 divides each by a factor of its own, and by another for long sequences. YaRN interpolates
-    like Llama 3.1 does, over the number of the pair in place of its frequency (`_yarn`).
+    like Llama 3.1 does, over the number of the pair in place of its frequency (`_yarn`). Gemma-4
+    lets a share of the pairs turn, the fast ones, and divides their frequencies by its factor.
 
     Heads without rotary positions turn by nothing: cosines of 1 and sines of 0 leave every number
     as it is.
@@ -45,6 +55,9 @@ def rope_frequencies(
         return frequencies
     if isinstance(scaling, LinearRopeScaling):
         return frequencies / scaling.factor
+    if isinstance(scaling, ProportionalRopeScaling):
+        frequencies[int(scaling.share * rotary_dim // 2) :] = 0
+        return frequencies / scaling.factor
     if isinstance(scaling, LongRopeScaling):
         factors = scaling.long_factor if is_long else scaling.short_factor
         return 1.0 / (torch.tensor(factors, device="cpu") * rope.theta**exponents)
@@ -57,6 +70,20 @@ def rope_frequencies(
     )
     smooth = smooth.clamp(0, 1)
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+def stacked_frequencies(
+    turns: Sequence[Turn],
+) -> Tensor:  # (number of turns, 2, most pairs of dimensions) float32
+    """Compute the frequencies of several kinds of heads, for sequences of the usual length and for
+    long ones; zeros behind those of heads with fewer pairs."""
+    most = max(turn.rotary_dim for turn in turns) // 2
+    rows = [
+        F.pad(own, (0, most - len(own)))
+        for turn in turns
+        for own in (rope_frequencies(*turn, is_long) for is_long in (False, True))
+    ]
+    return torch.stack(rows).unflatten(0, (-1, 2))
 
 
 def _yarn(theta: float, scaling: YarnRopeScaling, exponents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ frequencies. `llama/layer_ropes.py` finds the set of each layer."""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from foreign.json_fields import JsonFields
 
@@ -52,7 +52,25 @@ class YarnRopeScaling:
     truncate: bool  # whether the bounds between the pairs are whole numbers
 
 
-RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling | YarnRopeScaling
+@dataclass(frozen=True)
+class ProportionalRopeScaling:
+    """Gemma-4's rotation of a share of a head's pairs, the first ones, as slow as if all turned;
+    the others stay."""
+
+    share: float
+    factor: float  # that positions are divided by
+
+
+RopeScaling = (
+    Llama3RopeScaling
+    | LinearRopeScaling
+    | LongRopeScaling
+    | YarnRopeScaling
+    | ProportionalRopeScaling
+)
+# what config.json calls it, in families that have it
+PROPORTIONAL = "proportional"
+SHARE = "partial_rotary_factor"
 # turns over the first length, far beyond any model of today
 _LEAST_TURNS, _MOST_TURNS = 1e-6, 1e6
 
@@ -73,6 +91,13 @@ class Rope:
     theta: float
     scaling: RopeScaling | None = None
     query_scaling: QueryScaling | None = None
+
+
+class Turn(NamedTuple):
+    """How the heads of a layer turn, and how many of their dimensions; None: by nothing."""
+
+    rope: Rope | None
+    rotary_dim: int
 
 
 def read_rope(
@@ -117,10 +142,19 @@ def _read_scaling(
         return _read_yarn(fields, inner)
     if kind == "llama3":
         return _read_llama3(fields, inner)
+    if kind == PROPORTIONAL and kind in types:
+        return _read_proportional(inner)
     raise ValueError(
         f"{fields.where}: rope_scaling must be absent, default, linear, dynamic, llama3, longrope "
         f"or yarn: got {kind!r}"
     )
+
+
+def _read_proportional(inner: JsonFields) -> ProportionalRopeScaling:
+    share = inner.number(SHARE, 1.0)
+    if share > 1:
+        raise ValueError(f"{inner.where}: {SHARE} must be at most 1: got {share}")
+    return ProportionalRopeScaling(share, inner.number("factor", 1.0))
 
 
 def _read_llama3(fields: JsonFields, inner: JsonFields) -> Llama3RopeScaling:

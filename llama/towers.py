@@ -81,6 +81,19 @@ _LLAVAS_MISTRAL = replace(
     },
 )
 _GEMMA3 = FAMILIES["Gemma3ForCausalLM"]
+_GEMMA4 = FAMILIES["Gemma4ForCausalLM"]
+# Gemma-4 12B's, which has no embeddings of single layers
+_GEMMA4_UNIFIED = replace(
+    _GEMMA4,
+    model_type="gemma4_unified_text",
+    defaults={**_GEMMA4.defaults, "sliding_window": 1024, "hidden_size_per_layer_input": 0},
+)
+_SIZES_OF_GEMMA = {
+    "vocab_size": 262_144,
+    "num_attention_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 131_072,
+}
 
 TOWERS = {
     "Gemma3ForConditionalGeneration": Tower(
@@ -88,12 +101,16 @@ TOWERS = {
         # this class of transformers does not cap the logits
         (replace(_GEMMA3, fields=_GEMMA3.fields - {"final_logit_softcapping"}),),
         is_tied=True,
-        defaults={
-            "vocab_size": 262_208,
-            "num_attention_heads": 8,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 131_072,
-        },
+        defaults=_SIZES_OF_GEMMA | {"vocab_size": 262_208},
+    ),
+    "Gemma4ForConditionalGeneration": Tower(
+        "gemma4", (_GEMMA4,), is_tied=True, defaults=_SIZES_OF_GEMMA
+    ),
+    "Gemma4UnifiedForConditionalGeneration": Tower(
+        "gemma4_unified",
+        (_GEMMA4_UNIFIED,),
+        is_tied=True,
+        defaults=_SIZES_OF_GEMMA | {"max_position_embeddings": 262_144},
     ),
     "LlavaForConditionalGeneration": Tower(
         "llava", (_LLAVAS_LLAMA, _LLAVAS_MISTRAL), ties_as_text=True
@@ -113,11 +130,18 @@ TOWERS = {
     "Qwen3VLForConditionalGeneration": Tower("qwen3_vl", (_QWEN3_VL,), has_three_positions=True),
 }
 
-# fields around text_config that are read, and those about images and videos
+# fields around text_config that are read, and those about images, videos and sound
 BESIDE_THE_TEXT = frozenset(
     {
         TEXT,
+        "audio_config",
+        "audio_token_id",
+        "boa_token_id",
+        "boi_token_id",
         "boi_token_index",
+        "eoa_token_id",
+        "eoa_token_index",
+        "eoi_token_id",
         "eoi_token_index",
         "ignore_index",
         "image_seq_length",
@@ -132,6 +156,7 @@ BESIDE_THE_TEXT = frozenset(
         "vision_end_token_id",
         "vision_feature_layer",
         "vision_feature_select_strategy",
+        "vision_soft_tokens_per_image",
         "vision_start_token_id",
         "vision_token_id",
     }

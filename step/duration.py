@@ -106,11 +106,10 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     num_behind = sum(
         name is not None for name in (config.norms.behind_attention, config.norms.behind_mlp)
     )
-    width = config.num_attention_heads * config.head_dim
     # q k^T and its product with v, the lower triangle of each; five such products back, seven by
     # our own kernels
     passes = 4.5 if work.is_masked else 3.5
-    attention = 2 * M * (work.sample_tokens or work.tokens) * width
+    squares = 2 * M * (work.sample_tokens or work.tokens)
     flops, attended, num_bytes = 0.0, 0.0, 0.0
     for layer, policy in zip(work.model.layers, policies, strict=True):
         is_again, mlp = policy not in KEEPS_ACTIVATIONS, layer.mlp
@@ -125,7 +124,7 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
         again = _products_of(repeated, num_pairs, e, False)
         flops += 2 * M * (forward.multiplied + back.multiplied + 2 * router)
         flops += 2 * M * is_again * (again.multiplied + router)
-        attended += attention * (passes + is_again)
+        attended += squares * layer.self_attn.o.in_features * (passes + is_again)
         if policy != "expand":
             num_bytes += forward.expanded + back.expanded + is_again * again.expanded
         num_bytes += INPUT_BYTES * M * (forward.quantized + is_again * again.quantized)

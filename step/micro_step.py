@@ -29,8 +29,8 @@ from torch import Tensor
 from kernels.constants import no_new_constants
 from kernels.masked_attention_mask import Samples
 from kernels.neftune import neftune_, noise_scale
+from llama.activations import Activations, Shared
 from llama.balance import Balance
-from llama.layer import Activations, Shared
 from llama.loss import linear_cross_entropy, linear_cross_entropy_with_gradient
 from llama.model import Llama, samples_of, target_rows
 from llama.served import as_served

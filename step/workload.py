@@ -77,7 +77,10 @@ class Workload:
         """Whether attention is `kernels.masked_attention`'s, at least in some layers."""
         is_capped = self.config.attn_logit_softcapping is not None
         is_packed = self.sample_tokens is not None
-        is_by_torch = torch_attends(self.gpu, self.dtype, self.config.head_dim)
+        is_by_torch = all(
+            torch_attends(self.gpu, self.dtype, heads.head_dim)
+            for heads in self.config.distinct_heads
+        )
         return is_capped or is_packed or not is_by_torch
 
     @property

@@ -64,6 +64,14 @@ def test_what_does_not_fit_is_refused_with_what_would_help(
         check_memory(sizes, CPU, 1, 1)
 
 
+@pytest.mark.parametrize("variant", ["grouped-query", "gemma4"])
+def test_a_cache_takes_what_is_counted(tmp_path: Path, variant: str) -> None:
+    config = open_checkpoint(write_variant(tmp_path, variant)).config
+    cache = KeyValueCache(config, 2, 100, torch.float32, CPU)
+    num_bytes = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert KeyValueCache.num_bytes(config, 2, 100, torch.float32) == num_bytes
+
+
 def test_a_machine_says_what_it_has() -> None:
     free = available_bytes(CPU)
     assert free is None or free > 1 << 20

@@ -155,6 +155,7 @@ def test_a_config_that_asks_for_another_function_is_another_checkpoint(
     ("variant", "field"),
     [
         ("gemma3", {"rope_local_base_freq": 200.0}),
+        ("gemma4", {"rope_parameters": {}}),
         ("smollm3", {"no_rope_layers": [0, 1]}),
         ("smollm3", {"no_rope_layers": [0, 0]}),
     ],

@@ -65,10 +65,11 @@ GPU_CASES += [
                 (2, 4, 2, 331, 331, 128, None),
                 (2, 4, 1, 331, 331, 64, 100),
                 (3, 4, 2, 517, 517, 128, None),
+                (1, 8, 1, 331, 331, 512, None),
             ],
             DTYPES,
         ),
-        [(), (), (1, 200, 3, 64, 249)] * len(DTYPES),
+        [(), (), (1, 200, 3, 64, 249), ()] * len(DTYPES),
         strict=True,
     )
 ]
@@ -127,7 +128,7 @@ HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
         ({"query": HEADS.int()}, "^query must be bfloat16, float16 or float32: got torch.int32"),
         ({"query": HEADS[0]}, r"^query and key must be heads of some tokens.* \(4, 3, 8\)"),
         ({"key": torch.ones(2, 3, 3, 8)}, "^heads must be .* shared evenly"),
-        ({"query": torch.ones(2, 4, 3, 512)}, "^heads must be at most 256 wide"),
+        ({"query": torch.ones(2, 4, 3, 1024)}, "^heads must be at most 512 wide"),
         ({"query": torch.ones(2, 4, 5, 8)}, "there must be a key for each query"),
         (
             {"value": torch.ones(2, 2, 4, 8)},
@@ -243,6 +244,9 @@ COMPILED += [(128, HALF, gpu, "causal") for gpu in (80, 90, 100)]
 COMPILED += [(64, HALF, gpu, "sinks") for gpu in (80, 90, 100, 120)]
 COMPILED += [(256, HALF, gpu, "packed") for gpu in (86, 121)]
 COMPILED += [(width, HALF, 120, "packed") for width in (64, 128, 256)]
+COMPILED += [(512, HALF, gpu, "packed") for gpu in (80, 89, 90, 100, 120)]
+COMPILED += [(512, HALF, 90, "causal"), (512, WIDE, 89, "packed")]
+COMPILED += [(512, torch.float16, 75, "packed")]
 COMPILED += [(128, torch.float16, 120, "capped"), (128, WIDE, 90, "causal")]
 COMPILED += [
     (width, dtype, 75, "capped" if width == 256 else "packed")
@@ -261,6 +265,9 @@ SPILLED_BYTES = {
     (256, torch.float16, 75, "_grad_q"): 400,
     (256, torch.float16, 75, "_grad_kv"): 400,
     (256, torch.float32, 75, "_grad_q"): 200,
+    (512, WIDE, 89, "_grad_q"): 2000,
+    (512, torch.float16, 75, "_grad_q"): 3000,
+    (512, torch.float16, 75, "_grad_kv"): 3000,
 }
 
 
@@ -282,13 +289,23 @@ def test_kernels_fit_and_spill_nothing_more_than_is_known(
     record_property("resources", str(compiled))
     compiled.assert_fits(capability, SPILLED_BYTES.get((head_dim, dtype, capability, kernel), 0))
     instruction = TENSOR_CORE_INSTRUCTION[capability]
-    if instruction and (head_dim, kernel) == (256, "_grad_kv"):
-        # 32 keys are too few rows for a warpgroup
+    if instruction and (head_dim == 512 or (head_dim, kernel) == (256, "_grad_kv")):
+        # 32 rows are too few for a warpgroup
         instruction = TENSOR_CORE_INSTRUCTION[80]
     if dtype == WIDE:
         # not rounded to what tensor cores take
         instruction = None
     compiled.assert_multiplies_as(instruction)
+
+
+def test_heads_that_no_tile_of_a_gpu_has_room_for_are_refused() -> None:
+    heads = torch.empty(1, 2, 5, 512, device="meta")
+    small = H200._replace(shared_bytes=SHARED_BYTES_LIMIT[75])
+    with (
+        meta_stands_for(small),
+        pytest.raises(RuntimeError, match=r"^heads of 512 numbers in torch\.float32 need a"),
+    ):
+        masked_attention(heads, heads, heads, 1.0)
 
 
 @pytest.mark.parametrize(("B", "H"), [(1024, 128), (2, 65_534), (65_535, 2)], ids=str)

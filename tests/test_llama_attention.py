@@ -78,6 +78,11 @@ def test_equal_bits_take_a_sum_for_every_part() -> None:
     assert sizes[4] == 9 * 4 * B * 256 * H * HEAD_DIM
 
 
+def test_heads_wider_than_flash_attentions_are_our_own_kernels() -> None:
+    assert torch_attends(H200, torch.bfloat16, 256)
+    assert not torch_attends(H200, torch.bfloat16, 258)
+
+
 @pytest.mark.usefixtures("equal_bits")
 @pytest.mark.parametrize(
     ("capability", "head_dim", "is_torchs"),

@@ -48,9 +48,9 @@ def test_frequencies_equal_transformers_bit_for_bit(
 ) -> None:
     peer = tiny_peer(tmp_path_factory, variant)
     config = read_config(peer.checkpoint)
-    ropes = {rope for rope in config.ropes if rope is not None}
+    turns = [turn for turn in config.distinct_turns if turn.rope is not None]
     # they have computed a long sequence
-    actual = [rope_frequencies(rope, config.rotary_dim, is_long=True) for rope in ropes]
+    actual = [rope_frequencies(*turn, is_long=True) for turn in turns]
     expected = [t for name, t in peer.outputs.items() if name.endswith("inv_freq")]
     assert len(actual) == len(expected)
     assert all(any(torch.equal(a, e) for e in expected) for a in actual)

@@ -1,6 +1,7 @@
 """step/duration.py: what is reckoned with are the products that a micro-step multiplies."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ from step.workload import Workload
 B, T = 2, 40
 # samples so short that attention has nothing to multiply
 NO_ATTENTION = 1e-9
+GEMMA4_OF: dict[int, dict[str, Any]] = {
+    width: {"variant": "gemma4", "global_head_dim": width} for width in (256, 258)
+}
 POLICIES: list[tuple[Policy, Policy]] = [("keep", "keep"), ("keep", "recompute")]
 NUM_LAYERS = WORK.config.num_hidden_layers
 
 
-def products(work: Workload, policies: tuple[Policy, ...]) -> float:
+def products(work: Workload, policies: Sequence[Policy]) -> float:
     """FLOPs that are reckoned with; a moved byte takes no time."""
     return step_seconds(work, policies, Rates(product=1.0, memory=math.inf))
 
@@ -48,6 +52,7 @@ def matrix_products(counter: FlopCounterMode) -> int:
     [
         ("grouped-query", torch.float32),
         ("gemma2", torch.float32),
+        ("gemma4", torch.float32),
         ("qwen3-moe", torch.float32),
         # in E4M3, but for the MLP
         ("grouped-query", torch.bfloat16),
@@ -89,6 +94,26 @@ def test_attention_multiplies_half_a_square_for_each_of_its_products(
         num_products = 2 + num_again + num_back
         expected = NUM_LAYERS * num_products * square / 2 / ATTENTION_SHARE
         assert products(work, policies) - without == pytest.approx(expected, rel=1e-9)
+
+
+def test_wider_heads_of_a_layer_multiply_more(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, variant="gemma4")
+    work = replace(WORK, model=model, batch=B, tokens=T, sample_tokens=float(T))
+    policies: list[Policy] = ["keep"] * 2
+    without = products(replace(work, sample_tokens=NO_ATTENTION), policies)
+    # 4 heads of 12 numbers and 4 of 16; 2 products forward and 7 back, half a square each
+    expected = 9 * B * T * T * 4 * (12 + 16) / ATTENTION_SHARE
+    assert products(work, policies) - without == pytest.approx(expected, rel=1e-6)
+
+
+def test_attention_is_our_own_kernels_where_heads_of_some_layers_are_too_wide(
+    tmp_path: Path,
+) -> None:
+    models = (
+        load_tiny(tmp_path / str(width), None, None, dtype=torch.bfloat16, **GEMMA4_OF[width])
+        for width in GEMMA4_OF
+    )
+    assert [replace(WORK, model=model).is_masked for model in models] == [False, True]
 
 
 @pytest.mark.parametrize("policy", ["expand", "keep", "recompute"])

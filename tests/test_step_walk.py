@@ -153,8 +153,9 @@ def test_a_layer_keeps_on_the_cpu_what_the_walk_says(
     with torch.no_grad(), Allocations("cpu") as recorded:
         kept = model.layers[-1].forward(x, x, shared, has_backward=policy == "keep")[2]
     # there the rotated queries and keys lie beside the buffer that holds the values
-    rotated = fields["num_attention_heads"] + fields["num_key_value_heads"]
-    beside = 4 * work.M * rotated * model.config.head_dim * (policy == "keep")
+    heads = model.config.heads(5)
+    rotated = fields["num_attention_heads"] + heads.num_key_value_heads
+    beside = 4 * work.M * rotated * heads.head_dim * (policy == "keep")
     assert kept_bytes(recorded.events) == planned + beside
     del kept
 

@@ -21,6 +21,7 @@ from export.gguf_architecture import ARCHITECTURES
 from llama.families import FAMILIES
 from llama.family import Family
 from llama.model import projections
+from llama.rope_scaling import PROPORTIONAL
 from llama.towers import TOWERS
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
@@ -202,11 +203,16 @@ SAID: dict[str, Mapping[Any, str]] = {
     "is_mlp_fused": {True: "gate and up in one tensor"},
     "qk_norm": {True: "norms of queries and keys"},
     "has_joint_qk_norm": {True: "these norms are of all heads together"},
+    "has_value_norm": {True: "norms of values, without weights"},
+    "heads": {
+        "by window": "layers without a window have wider heads, whose keys may be the values too"
+    },
     "windows": {
         "all": "sliding windows",
         "listed": "sliding windows in layers that are listed",
         "alternating": "sliding windows in every other layer",
         "pattern": "sliding windows in most layers",
+        "pattern but last": "sliding windows in most layers",
         "pattern or none": "sliding windows in most layers, or in none",
         "later": "sliding windows in later layers, if switched on",
         "unrotated": "sliding windows in layers without rotary positions, if switched on",
@@ -225,6 +231,7 @@ SAID: dict[str, Mapping[Any, str]] = {
     "has_centred_norms": {True: "layer normalization"},
     "is_parallel": {True: "attention and MLP have one input"},
     "scales_embeddings": {True: "embeddings are times the root of hidden_size"},
+    "has_layer_scalar": {True: "a factor of what leaves each layer"},
 }
 # and what a field of config.json says that the family reads beside Llama's
 FIELDS_SAID = {
@@ -235,15 +242,16 @@ FIELDS_SAID = {
     "final_logit_softcapping": "capped logits",
 }
 # of which more is said than a value, or nothing: what files call things, and other defaults
-OTHERWISE = frozenset({"norms", "experts", "fields", "activation_field", "defaults"})
+OTHERWISE = frozenset({"norms", "experts", "fields", "activation_field", "defaults", "rope_types"})
 UNSAID = frozenset(
     {
         "model_type",
         "o_bias",
         "mlp_bias",
         "head_dim",
-        "rope_types",
         "activation_names",
+        "lacks",
+        "harmless",
         "constants",
         "rope_default",
         "aliases",
@@ -269,6 +277,10 @@ def differences(family: Family) -> list[str]:
         words.append("norms behind attention and MLP, none before")
     elif family.norms.behind_attention is not None:
         words.append("norms before and behind attention and MLP")
+    if PROPORTIONAL in family.rope_types:
+        words.append("in layers without a window a share of each head may turn")
+    if family.defaults.get("query_pre_attn_scalar") == 1:
+        words.append("scores without a scale")
     if "gelu" in family.defaults.get(family.activation_field, "silu"):
         words.append("GELU")
     if "clamped_swish" in family.activation_names.values():

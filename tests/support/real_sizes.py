@@ -34,6 +34,7 @@ def _size(
 _TIED: dict[str, Any] = {"tie_word_embeddings": True}
 _WIDE = {"head_dim": 128}
 _MINISTRAL3 = _WIDE | {"rope_parameters": VARIANTS["ministral3"]["rope_parameters"]}
+_GEMMA4 = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
 _EXPERTS = {"num_experts_per_tok": 8}
 _FOUR = {"num_experts_per_tok": 4}
 
@@ -72,6 +73,20 @@ REAL: dict[str, dict[str, Any]] = {
     "Gemma-3-4B": _size("Gemma3ForCausalLM", 2560, 10240, 34, 8, 4, 262208, **_TIED),
     "Gemma-3-12B": _size("Gemma3ForCausalLM", 3840, 15360, 48, 16, 8, 262208, **_TIED),
     "Gemma-3-27B": _size("Gemma3ForCausalLM", 5376, 21504, 62, 32, 16, 262208, **_TIED, **_WIDE),
+    "Gemma-4-12B": _size(
+        "Gemma4ForCausalLM",
+        *(3840, 15360, 48, 16, 8, 262144),
+        **_TIED,
+        **_GEMMA4,
+        num_global_key_value_heads=1,
+    ),
+    "Gemma-4-31B": _size(
+        "Gemma4ForCausalLM",
+        *(5376, 21504, 60, 32, 16, 262144),
+        **_TIED,
+        **_GEMMA4,
+        num_global_key_value_heads=4,
+    ),
     "GLM-4-9B-Chat": _size("GlmForCausalLM", 4096, 13696, 40, 32, 2, 151552),
     "GLM-4-32B": _size("Glm4ForCausalLM", 6144, 23040, 61, 48, 2, 151552),
     "SmolLM3-3B": _size("SmolLM3ForCausalLM", 2048, 11008, 36, 16, 4, 128256, **_TIED),

@@ -257,6 +257,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "tie_word_embeddings": True,
     },
+    # the second layer sees everything: its heads are wider, their keys are the values too, and a
+    # quarter of each turns
+    "gemma4": {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "pad_token_id": 0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size_per_layer_input": 0,
+        "head_dim": 12,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.25,
+                "factor": 2.0,
+            },
+        },
+        "final_logit_softcapping": 3.0,
+        "use_bidirectional_attention": "vision",
+        "tie_word_embeddings": True,
+    },
     # the second layer does not rotate its heads, and sees a window
     "smollm3": {
         "architectures": ["SmolLM3ForCausalLM"],
@@ -351,6 +379,7 @@ NORMS_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 OTHER_NORMS = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
+    "gemma4_text": GEMMA_NORMS,
     "glm4": (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
     "olmo2": NORMS_BEHIND,
     "olmo3": NORMS_BEHIND,
@@ -358,7 +387,8 @@ OTHER_NORMS = {
     "cohere": NORMS[:1],
     "cohere2": NORMS[:1],
 }
-NORMS_OF_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "olmoe", "exaone4"}
+NORMS_OF_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"}
+NORMS_OF_HEADS |= {"olmo2", "olmo3", "olmoe", "exaone4"}
 # what says whether q, k and v have biases, o has one, and the MLP has
 BIAS_FIELDS = ("attention_bias", "attention_bias", "mlp_bias")
 OTHER_BIAS_FIELDS = {
@@ -424,24 +454,40 @@ EXPERT_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]
 }
 
 
+def _sees_window(fields: dict[str, Any], layer: int) -> bool:
+    return fields["layer_types"][layer] == "sliding_attention"
+
+
+def _widths(fields: dict[str, Any], layer: int) -> tuple[int, int, int]:
+    """Numbers of all queries of a layer, of its keys, and of a head."""
+    own = dict(fields)
+    if "global_head_dim" in fields and not _sees_window(fields, layer):
+        own["head_dim"] = fields["global_head_dim"]
+        own["num_key_value_heads"] = fields["num_global_key_value_heads"]
+    head_dim = own.get("head_dim", own["hidden_size"] // own["num_attention_heads"])
+    return own["num_attention_heads"] * head_dim, own["num_key_value_heads"] * head_dim, head_dim
+
+
 def shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint with these config fields."""
     hidden, inner = fields["hidden_size"], fields["intermediate_size"]
-    head_dim = fields.get("head_dim", hidden // fields["num_attention_heads"])
-    queries = fields["num_attention_heads"] * head_dim
-    keys = fields["num_key_value_heads"] * head_dim
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (fields["vocab_size"], hidden),
         "model.norm.weight": (hidden,),
     }
     if not fields["tie_word_embeddings"]:
         found["lm_head.weight"] = (fields["vocab_size"], hidden)
-    attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
-    attention["o"] = (hidden, queries)
     mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     kind = fields["model_type"]
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
+        queries, keys, head_dim = _widths(fields, layer)
+        attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
+        attention["o"] = (hidden, queries)
+        if kind == "gemma4_text":
+            found[f"{prefix}layer_scalar"] = (1,)
+        if fields.get("attention_k_eq_v") and not _sees_window(fields, layer):
+            del attention["v"]
         for name in OTHER_NORMS.get(kind, NORMS):
             found[f"{prefix}{name}.weight"] = (hidden,)
         if kind in NORMS_OF_HEADS:
@@ -478,8 +524,11 @@ def random_tensors(
     for name, shape in shapes(fields).items():
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
-            # Gemma adds the one itself
-            tensor = (not fields["model_type"].startswith("gemma")) + 0.1 * noise
+            # Gemma adds the one itself, before its fourth version
+            is_offset = fields["model_type"] in ("gemma", "gemma2", "gemma3_text")
+            tensor = (not is_offset) + 0.1 * noise
+        elif name.endswith("layer_scalar"):
+            tensor = 0.6 + 0.1 * noise
         elif name == "model.embed_tokens.weight" or len(shape) == 1:
             tensor = noise
         elif name.endswith("_proj_bias"):

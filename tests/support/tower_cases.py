@@ -91,6 +91,42 @@ TOWERS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "tie_word_embeddings": True,
     },
+    # keys of the second layer are its values too, and a quarter of each head turns
+    "gemma4": {
+        "model_type": "gemma4",
+        "text_config": TEXT
+        | {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 3.0,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": _VISION | {"head_dim": 8, "num_key_value_heads": 2},
+        "audio_config": None,
+    },
+    # in place of an encoder it projects what an image is made of
+    "gemma4_unified": {
+        "model_type": "gemma4_unified",
+        "text_config": TEXT
+        | {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "vision_config": {
+            "patch_size": 2,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 16,
+        },
+        "audio_config": {"audio_embed_dim": 16},
+    },
     "llava": {
         "model_type": "llava",
         "text_config": TEXT | {"model_type": "llama", "rope_theta": 500000.0},

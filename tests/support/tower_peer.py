@@ -34,6 +34,9 @@ def make(job: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.mul_(0.7)
     model.save_pretrained(job["checkpoint"])
     model = load(job["checkpoint"])
     input_ids = inputs["input_ids"]
