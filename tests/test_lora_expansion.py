@@ -289,7 +289,15 @@ def test_gpu_captured_steps_give_the_same_bits(
 ) -> None:
     # two models: a weight stays expanded for all steps of one
     one, other, served = (
-        load_tiny(tmp_path, adapter(dropout), device=CUDA, dtype=BF16, variant=variant)
+        load_tiny(
+            tmp_path,
+            adapter(dropout),
+            device=CUDA,
+            dtype=BF16,
+            variant=variant,
+            # a multiple of 16, or no product is in FP8 forward
+            intermediate_size=80,
+        )
         for _ in range(3)
     )
     for model in (one, other):
@@ -306,7 +314,9 @@ def test_gpu_captured_steps_give_the_same_bits(
             actual = gradients_of(captured, input_ids, labels, 0.5, turn)
             assert_same(actual, expected)
             sixteen = gradients_of(in_16_bits, input_ids, labels, 0.5, turn)
-            assert not torch.equal(actual["loss"], sixteen["loss"])
+            # experts stay in 16 bits, so a mixture's loss does
+            names = ["loss"] if variant != "qwen3-moe" else [*actual]
+            assert any(not torch.equal(actual[name], sixteen[name]) for name in names)
             # an evaluation in between multiplies in 16 bits
             batch = Batch(input_ids, labels)
             assert_equal(captured.evaluate(batch), in_16_bits.evaluate(batch))
