@@ -51,8 +51,6 @@ CONFIGS = {
         (128, 4): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
         # spills: its products are unrolled over the head
         (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        # the queries' gradient spills
-        (512, 4): Tiles(Tile(16, 16, 8, 1), Tile(8, 8, 8, 1), Tile(8, 8, 8, 1)),
     },
     # of sm_75, for which Triton knows no tensor cores: its products are unrolled in any dtype
     64 << 10: {
@@ -91,7 +89,7 @@ def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it.
 
     Raises:
-        RuntimeError: the GPU's shared memory is too small for any.
+        RuntimeError: the GPU's shared memory is too small for any, or the dtype too wide.
     """
     head = max(next_power_of_2(heads.shape[3]), MIN_HEAD)
     kind = (head, heads.element_size())
@@ -103,8 +101,8 @@ def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
     ]
     if not fitting:
         raise RuntimeError(
-            f"heads of {heads.shape[3]} numbers in {heads.dtype} need a GPU that gives a program "
-            f"more shared memory: this one has {shared_bytes:,} bytes; use --dtype float16"
+            f"heads of {heads.shape[3]} numbers in {heads.dtype} need more shared memory than a "
+            f"program has on this GPU, {shared_bytes:,} bytes; use --dtype bfloat16 or float16"
         )
     return head, fitting[0]
 

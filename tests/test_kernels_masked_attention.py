@@ -72,6 +72,8 @@ GPU_CASES += [
         [(), (), (1, 200, 3, 64, 249), ()] * len(DTYPES),
         strict=True,
     )
+    # refused
+    if (case.head_dim, case.dtype) != (512, torch.float32)
 ]
 GPU_CASES += [replace(case, lengths=(100, 231)) for case in GPU_CASES if case.num_queries == 331]
 GPU_CASES += [
@@ -245,7 +247,7 @@ COMPILED += [(64, HALF, gpu, "sinks") for gpu in (80, 90, 100, 120)]
 COMPILED += [(256, HALF, gpu, "packed") for gpu in (86, 121)]
 COMPILED += [(width, HALF, 120, "packed") for width in (64, 128, 256)]
 COMPILED += [(512, HALF, gpu, "packed") for gpu in (80, 89, 90, 100, 120)]
-COMPILED += [(512, HALF, 90, "causal"), (512, WIDE, 89, "packed")]
+COMPILED += [(512, HALF, 90, "causal")]
 COMPILED += [(512, torch.float16, 75, "packed")]
 COMPILED += [(128, torch.float16, 120, "capped"), (128, WIDE, 90, "causal")]
 COMPILED += [
@@ -265,7 +267,6 @@ SPILLED_BYTES = {
     (256, torch.float16, 75, "_grad_q"): 400,
     (256, torch.float16, 75, "_grad_kv"): 400,
     (256, torch.float32, 75, "_grad_q"): 200,
-    (512, WIDE, 89, "_grad_q"): 2000,
     (512, torch.float16, 75, "_grad_q"): 3000,
     (512, torch.float16, 75, "_grad_kv"): 3000,
 }
@@ -298,12 +299,12 @@ def test_kernels_fit_and_spill_nothing_more_than_is_known(
     compiled.assert_multiplies_as(instruction)
 
 
-def test_heads_that_no_tile_of_a_gpu_has_room_for_are_refused() -> None:
+@pytest.mark.parametrize("capability", [75, 89, 90])
+def test_heads_that_no_tile_of_a_gpu_has_room_for_are_refused(capability: int) -> None:
     heads = torch.empty(1, 2, 5, 512, device="meta")
-    small = H200._replace(shared_bytes=SHARED_BYTES_LIMIT[75])
     with (
-        meta_stands_for(small),
-        pytest.raises(RuntimeError, match=r"^heads of 512 numbers in torch\.float32 need a"),
+        meta_stands_for(H200._replace(shared_bytes=SHARED_BYTES_LIMIT[capability])),
+        pytest.raises(RuntimeError, match=r"^heads of 512 numbers in torch\.float32 need more"),
     ):
         masked_attention(heads, heads, heads, 1.0)
 
