@@ -34,7 +34,8 @@ def test_a_provider_measures_every_shape(checkpoint: Path, provider: str) -> Non
     grown, prompts = outcome.rows
     assert grown["provider"] == provider
     assert grown["prompt_ms"] > 0
-    assert grown["tokens_per_second"] == pytest.approx(1e3 / grown["ms_p50"], rel=1e-2)
+    # recorded with one digit behind the point, which is much of what a busy CPU makes
+    assert grown["tokens_per_second"] == pytest.approx(1e3 / grown["ms_p50"], rel=1e-2, abs=0.05)
     # prompts alone have no rate of tokens
     assert "tokens_per_second" not in prompts
     assert ("torch" in outcome.versions) == (provider == "hf")
