@@ -89,7 +89,7 @@ def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
     """Find a head's width to a power of two, and the tiles for it.
 
     Raises:
-        RuntimeError: the GPU's shared memory is too small for any, or the dtype too wide.
+        RuntimeError: there are none for heads so wide in this dtype on this GPU.
     """
     head = max(next_power_of_2(heads.shape[3]), MIN_HEAD)
     kind = (head, heads.element_size())
@@ -101,8 +101,9 @@ def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
     ]
     if not fitting:
         raise RuntimeError(
-            f"heads of {heads.shape[3]} numbers in {heads.dtype} need more shared memory than a "
-            f"program has on this GPU, {shared_bytes:,} bytes; use --dtype bfloat16 or float16"
+            f"heads of {heads.shape[3]} numbers in {heads.dtype} have no tiles for this GPU, whose "
+            f"programs have {shared_bytes:,} bytes of shared memory; use --dtype bfloat16 or "
+            "float16"
         )
     return head, fitting[0]
 
