@@ -88,8 +88,8 @@ GPUS: tuple[tuple[int, Gpu], ...] = (
     # of an SXM module: medians over the files of benchmarks/results
     (80, _gpu("H100", 79.1, (9, 0), 132, Rates(product=789e12, memory=3.01e12))),
     (96, _gpu("RTX PRO 6000", 94.9, (12, 0), 188)),
-    # the copy of decode.h200.json; the products of two cards by measure_rates
-    (141, _gpu("H200", 139.7, (9, 0), 132, Rates(product=770e12, memory=4.24e12))),
+    # the copy: median as above; the products of two cards by measure_rates
+    (141, _gpu("H200", 139.7, (9, 0), 132, Rates(product=770e12, memory=4.264e12))),
 )
 
 
