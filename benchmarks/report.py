@@ -338,6 +338,13 @@ KERNEL_SECTIONS = {
         "cuBLAS for each expert.",
         grouped_matmul_table,
     ),
+    "rows_8bit": Section(
+        "Bring operands to 8 bits",
+        "Rows of an 8B layer in E4M3, or rotated in INT8, by themselves and on the way of a norm "
+        "and a gate, and gate | up from NF4 (`python -m benchmarks rows_8bit`). "
+        f"{_OPERATION}",
+        operation_table,
+    ),
     "expert_rows": Section(
         "Rows of experts",
         "The rows of M tokens to 8 experts each, Qwen3-30B-A3B's widths, and back "
