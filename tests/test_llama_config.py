@@ -143,7 +143,10 @@ def test_fields_without_effect_are_ignored(tmp_path: Path) -> None:
         ({"architectures": None}, "got None"),
         ({"hidden_act": "gelu"}, "hidden_act must be one of silu, gelu_pytorch_tanh: got 'gelu'"),
         (GEMMA2 | {"hidden_activation": "relu"}, "hidden_activation must be one of silu"),
-        (GEMMA2 | {"sliding_window": None}, "must give sliding_window: the key is missing"),
+        (
+            GEMMA2 | {"sliding_window": None},
+            "sliding_window must be the tokens of a window: got null",
+        ),
         (QWEN2 | {"max_window_layers": None}, "max_window_layers must be an integer: got None"),
         (
             GEMMA2 | {"use_bidirectional_attention": True},
