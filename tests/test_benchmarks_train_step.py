@@ -390,6 +390,28 @@ def test_heads_wider_than_torchs_kernels_take_have_the_time_of_narrower_ones(
     assert [ms / one for ms, one in zip(widest["math"], narrow["math"], strict=True)] == [4, 4]
 
 
+def test_a_step_is_compared_with_the_limit_of_the_layers_that_stay() -> None:
+    limits = [step_row("limit", "keep", "1x8", 200.0), step_row("limit", "recompute", "1x8", 100.0)]
+
+    def reached(policy: str, layers: str, rows: list[dict[str, Any]] = limits) -> str:
+        row = step_row("ours", policy, "1x8", 60.0, layers=layers)
+        return train_step_lines([*rows, row])[1][-1][4]
+
+    assert reached("auto", "20 expand, 28 keep") == "30 %"
+    assert reached("auto:8GiB", "3 recompute, 45 offload") == "60 %"
+    # half of the time of the one limit and half of the other: 1 / 200 and 1 / 100
+    assert reached("auto", "4 expand, 4 keep, 8 offload") == "45 %"
+    # a peer has no plan
+    peers = [step_row("unsloth", policy, "1x8", 60.0) for policy in ("keep", "offload")]
+    lines = train_step_lines([*limits, *peers])[1]
+    assert [line[4] for line in lines] == ["100 %", "100 %", "30 %", "60 %"]
+    # one limit is enough for those that it is of
+    for index, policy, layers in ((0, "auto", "2 keep"), (1, "offload", "2 offload")):
+        assert reached(policy, layers, [limits[index]]) != "-"
+        assert reached(policy, layers, [limits[1 - index]]) == "-"
+    assert reached("auto", "1 keep, 1 offload", limits[:1]) == "-"
+
+
 def test_without_peers_no_checkpoint_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
