@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer
 from foreign.guest import in_guest
 from foreign.terminal import one_line
 from generation.sampling import Sampling
+from llama.attention import check_heads
 from lora.adapter_file import find_adapter, read_adapter_config
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
@@ -96,6 +97,7 @@ def check(arguments: Sequence[str]) -> AnswerJob:
     name = choose_device(given.device)
     device, dtype = torch.device(name), getattr(torch, choose_dtype(given.dtype, name))
     configure_torch(device, 0, False)
+    check_heads(checkpoint.config, dtype, device)
     quantization = _choose_quantization(given, checkpoint, adapter)
     lora = read_adapter_config(adapter) if adapter else None
 

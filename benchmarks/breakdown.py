@@ -52,6 +52,7 @@ from benchmarks.random_model import CONFIGS, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import parse_shape, random_ids
 from benchmarks.tables import Row, aligned, breakdown_table
+from benchmarks.train_step_limit import share_of_pairs
 from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.experts import ExpertMLP
@@ -372,24 +373,38 @@ def _updates_of(groups: Sequence[FrozenGroup], M: int, is_backward: bool) -> Cos
     return Cost(total)
 
 
+def _heads_of(config: LlamaConfig, layer: int) -> tuple[int, int, int]:
+    """Count a layer's heads of queries and of keys, and the numbers of one."""
+    heads = config.heads(layer)
+    return config.num_attention_heads, heads.num_key_value_heads, heads.head_dim
+
+
+def _mixing_of(
+    heads: tuple[int, int, int], shape: tuple[int, int], window: int | None
+) -> tuple[Cost, Cost]:
+    """Attention there and back, over the pairs of tokens that a layer sees."""
+    (H, H_kv, head_dim), (num_samples, T) = heads, shape
+    scores = num_samples * H * T * T / 2 * head_dim * share_of_pairs(T, window)
+    q_bytes, kv_bytes = (BF16 * num_samples * T * count * head_dim for count in (H, H_kv))
+    forward = Cost(2 * q_bytes + 2 * kv_bytes, 4 * scores)
+    return forward, Cost(4 * q_bytes + 4 * kv_bytes, 10 * scores)
+
+
 def costs_of(model: Llama, shape: tuple[int, int], policies: Sequence[Policy]) -> dict[str, Cost]:
     """Count the bytes and FLOPs of every family that has a limit, in a step with all labels."""
     config: LlamaConfig = model.config
     num_samples, T = shape
     M, D, V = num_samples * T, config.hidden_size, config.vocab_size
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    scores = num_samples * heads[0] * T * T / 2 * heads[2]
-    q_bytes, kv_bytes = (BF16 * M * count * heads[2] for count in heads[:2])
-    mixing = Cost(2 * q_bytes + 2 * kv_bytes, 4 * scores)
-    mixing_back = Cost(4 * q_bytes + 4 * kv_bytes, 10 * scores)
     norm, norm_added = (Cost(rms_norm.forward_bytes(M, D, BF16, added)) for added in (False, True))
     norm_back = Cost(rms_norm.backward_bytes(M, D, BF16))
-    rotation = Cost(rope.forward_bytes(M, heads, BF16))
-    rotation_back = Cost(rope.backward_bytes(M, heads, BF16))
     costs: dict[str, list[Cost]] = defaultdict(list)
     for layer, policy in zip(model.layers, policies, strict=True):
         groups = [layer.self_attn.qkv, layer.self_attn.o, layer.mlp.gate_up, layer.mlp.down]
         is_first, num_chosen, F = layer.index == 0, 1, config.intermediate_size
+        heads = _heads_of(config, layer.index)
+        mixing, mixing_back = _mixing_of(heads, shape, config.windows[layer.index])
+        rotation = Cost(rope.forward_bytes(M, heads, BF16))
+        rotation_back = Cost(rope.backward_bytes(M, heads, BF16))
         to_experts = None
         if isinstance(layer.mlp, ExpertMLP) and config.experts:
             num_chosen, F = config.experts.num_chosen, config.experts.width

@@ -47,8 +47,9 @@ BYTES_PER_WEIGHT = 0.5 + (1 + 4 / 256) / 64
 
 def limit_row(config: LlamaConfig, shape: Shape, gbps: float) -> Row:
     """Work out the time of a token from the bytes that it must read."""
-    weights = sum(rows * columns for rows, columns in group_shapes(config).values())
-    num_bytes = config.num_hidden_layers * weights * BYTES_PER_WEIGHT
+    layers = [config.heads(layer) for layer in range(config.num_hidden_layers)]
+    groups = [shape for heads in layers for shape in group_shapes(config, heads).values()]
+    num_bytes = sum(rows * columns for rows, columns in groups) * BYTES_PER_WEIGHT
     num_bytes += config.vocab_size * config.hidden_size * 2
     middle = shape.num_tokens + shape.num_new // 2
     num_bytes += KeyValueCache.num_bytes(config, shape.num_sequences, middle, torch.bfloat16)

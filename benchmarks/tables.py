@@ -286,14 +286,29 @@ def _by_provider(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     return found
 
 
+def share_computed_again(row: Row) -> float:
+    """Compute which share of a training step's layers does not keep its activations; a row without
+    a plan has one policy for all."""
+    layers = row.get("layers") or f"1 {row['policy']}"
+    counts = [part.split() for part in layers.split(", ")]
+    again = sum(int(count) for count, policy in counts if policy not in ("expand", "keep"))
+    return again / sum(int(count) for count, _ in counts)
+
+
 def percent_of_limit(row: Row, rows: Iterable[Row]) -> str:
-    """Format how much of its policy's limit a training step reaches; what is not kept is computed
-    again."""
-    policy = "keep" if row["policy"] in ("expand", "keep") else "recompute"
-    for limit in _by_provider(rows).get(("limit", policy), {}).values():
-        if limit["shape"] == row["shape"] and "error" not in limit:
-            return f"{100 * row['tokens_per_second'] / limit['tokens_per_second']:.0f} %"
-    return "-"
+    """Format how much of its limit a training step reaches: the mean time of its layers, those that
+    keep their activations and those that compute them again."""
+    limits = {
+        limit["policy"]: limit["tokens_per_second"]
+        for limit in rows
+        if (limit["provider"], limit["shape"]) == ("limit", row["shape"]) and "error" not in limit
+    }
+    again = share_computed_again(row)
+    shares = {policy: s for policy, s in (("keep", 1 - again), ("recompute", again)) if s}
+    if not shares.keys() <= limits.keys():
+        return "-"
+    seconds = sum(share / limits[policy] for policy, share in shares.items())
+    return f"{100 * row['tokens_per_second'] * seconds:.0f} %"
 
 
 def _number(row: Row, key: str, digits: int) -> str:

@@ -7,14 +7,15 @@ Products are cuBLAS's of bf16 weights: y = x W^T and grad_x = grad_y W of a laye
 of the head. With base products in FP8 those of the groups are torch's in E4M3, with fast sums and
 one scale for each operand. Attention is the faster of cuDNN's and FlashAttention's over full causal
 rows; of a layer that sees a window it is the same share of that time as the pairs that the window
-has are of all pairs. No weight is expanded, no row is quantized, no update is applied, nothing is
-normalized, rotated, gated or optimized: what a step takes beyond the limit is what its author has
-to answer for. Recomputation could spare down's product, and ours does.
+has are of all pairs. Heads wider than both take have the time of two half as wide. Each layer
+counts with its own heads. No weight is expanded, no row is quantized, no update is applied, nothing
+is normalized, rotated, gated or optimized: what a step takes beyond the limit is what its author
+has to answer for. Recomputation could spare down's product, and ours does.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -31,7 +32,9 @@ from benchmarks.measure import measure
 from benchmarks.random_model import CONFIGS
 from benchmarks.step_timing import parse_shape, print_row
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, shape_obstacle
+from llama.attention import FLASH_HEAD_DIM
 from llama.config import LlamaConfig
+from llama.layer_heads import Heads
 from run.flags import BASE_COMPUTES
 
 DTYPE = torch.bfloat16
@@ -55,24 +58,26 @@ class Times(NamedTuple):
     head_ms: float
 
 
-def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """List the rows and columns of a layer's groups; of experts, those that a token has, as one."""
+def group_shapes(config: LlamaConfig, heads: Heads) -> dict[str, tuple[int, int]]:
+    """List the rows and columns of the groups of a layer with such heads; of experts, those that a
+    token has, as one."""
     experts = config.experts
     width = experts.num_chosen * experts.width if experts else config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    queries = config.num_attention_heads * heads.head_dim
+    keys = heads.num_key_value_heads * heads.head_dim
     return {
-        "qkv": (queries + 2 * keys, config.hidden_size),
+        "qkv": (queries + (1 + heads.has_values) * keys, config.hidden_size),
         "o": (config.hidden_size, queries),
         "gate_up": (2 * width, config.hidden_size),
         "down": (config.hidden_size, width),
     }
 
 
-def fp8_groups(config: LlamaConfig, base_compute: str, is_backward: bool) -> set[str]:
+def fp8_groups(config: LlamaConfig, heads: Heads, base_compute: str, is_backward: bool) -> set[str]:
     """Name the groups that a pass multiplies in 8 bits: experts stay in 16 bits, and forward
     attention's."""
-    names = {name for name, shape in group_shapes(config).items() if not shape_obstacle(*shape)}
+    shapes = group_shapes(config, heads)
+    names = {name for name, shape in shapes.items() if not shape_obstacle(*shape)}
     if config.experts:
         names -= {"gate_up", "down"}
     if is_backward:
@@ -112,15 +117,30 @@ def products(
     return measure([lambda: [call() for call in calls]]).ms_p50
 
 
+def groups_ms(
+    config: LlamaConfig, heads: Heads, num_rows: int, device: torch.device, base_compute: str
+) -> tuple[float, float]:
+    """Measure the products of a layer with such heads, forward and backward, in milliseconds."""
+    groups, found = group_shapes(config, heads), [0.0, 0.0]
+    for is_backward in (False, True):
+        in_fp8 = fp8_groups(config, heads, base_compute, is_backward)
+        for is_fp8 in (False, True):
+            shapes = [shape for name, shape in groups.items() if (name in in_fp8) == is_fp8]
+            found[is_backward] += products(shapes, num_rows, device, is_backward, is_fp8)
+    return found[0], found[1]
+
+
 def attention(
-    config: LlamaConfig, shape: tuple[int, int], device: torch.device
+    config: LlamaConfig, heads: Heads, shape: tuple[int, int], device: torch.device
 ) -> dict[str, tuple[float, float]]:
     """Measure attention there and back in milliseconds, by every backend that takes the shape."""
     num_samples, num_tokens = shape
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    num_halves, width = 1, heads.head_dim
+    while width > FLASH_HEAD_DIM:
+        num_halves, width = 2 * num_halves, -(-width // 2)
     query, key, value = (
-        torch.randn(num_samples, num, num_tokens, config.head_dim, dtype=DTYPE, device=device)
-        for num in heads
+        torch.randn(num_samples, num, num_tokens, width, dtype=DTYPE, device=device)
+        for num in (config.num_attention_heads, *[heads.num_key_value_heads] * 2)
     )
     grad = torch.randn_like(query)
 
@@ -140,7 +160,7 @@ def attention(
             forward = measure([lambda: run(query, key, value)]).ms_p50
             leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
             backward = measure(backward_calls(run, [leaves], [[grad]])).ms_p50
-        found[name] = (forward, backward)
+        found[name] = (num_halves * forward, num_halves * backward)
     return found
 
 
@@ -150,10 +170,27 @@ def num_pairs(num_tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
 
 
-def share_of_pairs(config: LlamaConfig, num_tokens: int) -> float:
-    """Compute which share of the pairs of full causal rows the mean layer sees."""
-    pairs = [num_pairs(num_tokens, window) for window in config.windows]
-    return fmean(pairs) / num_pairs(num_tokens, None)
+def share_of_pairs(num_tokens: int, window: int | None) -> float:
+    """Compute which share of the pairs of full causal rows a layer sees."""
+    return num_pairs(num_tokens, window) / num_pairs(num_tokens, None)
+
+
+def times_of(
+    config: LlamaConfig,
+    num_tokens: int,
+    products_ms: Mapping[Heads, tuple[float, float]],
+    attention_ms: Mapping[Heads, tuple[float, float]],
+    head_ms: float,
+) -> Times:
+    """Work out the mean layer's times from those of each kind of heads, forward and backward."""
+    layers = [config.heads(layer) for layer in range(config.num_hidden_layers)]
+    shares = [share_of_pairs(num_tokens, window) for window in config.windows]
+    products = [fmean(products_ms[heads][way] for heads in layers) for way in (0, 1)]
+    mixing = [
+        fmean(share * attention_ms[heads][way] for heads, share in zip(layers, shares, strict=True))
+        for way in (0, 1)
+    ]
+    return Times(products[0], products[1], mixing[0], mixing[1], head_ms)
 
 
 def step_ms(times: Times, num_layers: int, policy: str) -> float:
@@ -170,29 +207,23 @@ def rows_of(
     """Measure the limit of one shape, for both policies."""
     shape = parse_shape(text)
     num_rows = shape[0] * shape[1]
-    groups, times_of_products = group_shapes(config), [0.0, 0.0]
-    for is_backward in (False, True):
-        in_fp8 = fp8_groups(config, base_compute, is_backward)
-        for is_fp8 in (False, True):
-            shapes = [shape for name, shape in groups.items() if (name in in_fp8) == is_fp8]
-            times_of_products[is_backward] += products(
-                shapes, num_rows, device, is_backward, is_fp8
-            )
-    forward, backward = times_of_products
     head_rows, head_shape = min(num_rows, MAX_HEAD_ROWS), (config.vocab_size, config.hidden_size)
     head = sum(products([head_shape], head_rows, device, is_back) for is_back in (False, True))
-    by_backend = attention(config, shape, device)
-    backend = min(by_backend, key=lambda name: sum(by_backend[name]))
-    share = share_of_pairs(config, shape[1])
-    there, back = (share * ms for ms in by_backend[backend])
-    times = Times(forward, backward, there, back, head * num_rows / head_rows)
+    products_ms, attention_ms, backends = {}, {}, []
+    for heads in config.distinct_heads:
+        products_ms[heads] = groups_ms(config, heads, num_rows, device, base_compute)
+        by_backend = attention(config, heads, shape, device)
+        backends.append(min(by_backend, key=lambda name: sum(by_backend[name])))
+        attention_ms[heads] = by_backend[backends[-1]]
+    head_ms = head * num_rows / head_rows
+    times = times_of(config, shape[1], products_ms, attention_ms, head_ms)
     rows = []
     for policy in ("keep", "recompute"):
         ms = step_ms(times, config.num_hidden_layers, policy)
         row = {"provider": "limit", "policy": policy, "shape": text}
         row |= {"tokens_per_second": round(1e3 * num_rows / ms, 1), "ms_p50": round(ms, 3)}
         parts = {name: round(ms, 4) for name, ms in times._asdict().items()}
-        rows.append(row | {"attention": backend} | parts)
+        rows.append(row | {"attention": ", ".join(dict.fromkeys(backends))} | parts)
     return rows
 
 

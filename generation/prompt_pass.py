@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.constants import no_new_constants
+from kernels.capture import recording
 from llama.cache import KeyValueCache, Slot
 from llama.model import Llama
 
@@ -103,6 +103,6 @@ class PromptPass:
     def _capture(self, padded: int) -> _Captured:
         """Record the pass; nothing is computed."""
         graph, inputs = torch.cuda.CUDAGraph(), self._inputs(padded)
-        with no_new_constants(), torch.cuda.graph(graph, pool=self._pool):
+        with recording(graph, self._pool):
             hidden = self._run(inputs)
         return _Captured(graph, inputs, hidden)

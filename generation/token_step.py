@@ -14,7 +14,7 @@ from torch import Tensor
 from generation.prompt_pass import PromptPass
 from generation.sampling import Sampling, choose
 from generation.token_pass import TokenPass
-from kernels.constants import no_new_constants
+from kernels.capture import recording
 from llama.cache import KeyValueCache
 from llama.model import Llama
 
@@ -94,7 +94,7 @@ class TokenStep:
         self._run()
         if self._captures and self._model.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with no_new_constants(), torch.cuda.graph(graph):
+            with recording(graph):
                 self._run()
             self._graph = graph
 

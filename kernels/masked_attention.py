@@ -43,15 +43,17 @@ from kernels.checks import (
     check_one_device,
     check_rows_are_contiguous,
 )
+from kernels.device import properties
 from kernels.language import tl, triton
 from kernels.launch import MAX_LATER_AXIS, cdiv, head_strides, launch
 from kernels.masked_attention_mask import Samples, reach_of
 from kernels.masked_attention_reference import masked_attention_reference
 from kernels.masked_attention_tiles import (
-    MAX_HEAD,
     PRECISION,
+    check_head_dim,
     empty_heads,
     load_tile,
+    padded_width,
     store_tile,
     tiles_of,
 )
@@ -155,7 +157,11 @@ def _launch_masked_attention(
     num_kv_heads, num_keys = key.shape[1:3]
     out = empty_heads(query)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=query.device)
-    head, tiles = tiles_of(query)
+    tiles = tiles_of(head_dim, query.dtype, properties(query.device))
+    if tiles is None:
+        # a plan for a CPU, which takes heads of any width
+        assert query.device.type == "meta"
+        return out, lse
     tile = tiles.out
     # the programs of a head follow one another, since they read the same keys; an axis for heads
     # and one for rows, because both together may be more than one has
@@ -181,7 +187,7 @@ def _launch_masked_attention(
         PACKED=samples is not None,
         HAS_SINKS=sinks is not None,
         HEAD_DIM=head_dim,
-        HEAD=head,
+        HEAD=padded_width(head_dim),
         # multiply-adds round less
         enable_fp_fusion=True,
         **tile._asdict(),
@@ -210,11 +216,13 @@ def check_heads(
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     B, H, T, head_dim = query.shape
-    if head_dim > MAX_HEAD or H % key.shape[1] or num_keys < T:
+    if H % key.shape[1] or num_keys < T:
         raise ValueError(
-            f"heads must be at most {MAX_HEAD} wide, shared evenly, and there must be a key for "
-            f"each query: got {tuple(query.shape)} and {tuple(key.shape)}"
+            "heads must be shared evenly, and there must be a key for each query: "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
+    if query.device.type == "cuda":
+        check_head_dim(head_dim, query.dtype, properties(query.device))
     if B > MAX_LATER_AXIS or H > MAX_LATER_AXIS:
         raise ValueError(
             f"there must be at most {MAX_LATER_AXIS:,} rows and as many heads: got {B:,} and {H:,}"
@@ -280,9 +288,9 @@ def masked_attention(
         lse: what `masked_attention_backward` needs beside out; it counts the sinks.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, a head is not contiguous or wider than
-            MAX_HEAD, there are more rows or heads than MAX_LATER_AXIS, a number is not positive,
-            or something requires a gradient.
+        ValueError: shapes, dtypes or devices do not fit, a head is not contiguous or, on a GPU, as
+            `check_head_dim`, there are more rows or heads than MAX_LATER_AXIS, a number is not
+            positive, or something requires a gradient.
     """
     tensors = {"query": query, "key": key, "value": value}
     check_heads(tensors, key.shape[2] if key.dim() == 4 else 0, scale, cap, window, samples)

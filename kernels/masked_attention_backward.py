@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_is, check_is_contiguous
+from kernels.device import properties
 from kernels.language import tl, triton
 from kernels.launch import cdiv, head_strides, launch
 from kernels.masked_attention import check_heads
@@ -36,6 +37,7 @@ from kernels.masked_attention_tiles import (
     PRECISION,
     empty_heads,
     load_tile,
+    padded_width,
     store_tile,
     tiles_of,
 )
@@ -225,7 +227,11 @@ def _launch_masked_attention_backward(
     assert out.transpose(1, 2).is_contiguous()
     grad_q, grad_k, grad_v = empty_heads(query), empty_heads(key), empty_heads(value)
     delta = torch.empty_like(lse)
-    head, tiles = tiles_of(query)
+    tiles = tiles_of(head_dim, query.dtype, properties(query.device))
+    if tiles is None:
+        # as in the forward pass
+        assert query.device.type == "meta"
+        return grad_q, grad_k, grad_v
     # what both kernels take
     shared = {
         "delta_ptr": delta,
@@ -243,7 +249,7 @@ def _launch_masked_attention_backward(
         "CAPPED": cap is not None,
         "PACKED": samples is not None,
         "HEAD_DIM": head_dim,
-        "HEAD": head,
+        "HEAD": padded_width(head_dim),
         # multiply-adds round less
         "enable_fp_fusion": True,
     }
@@ -289,8 +295,8 @@ def masked_attention_backward(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, there are more keys than queries, a head
-            is not contiguous or wider than MAX_HEAD, a number is not positive, or something
-            requires a gradient.
+            is not contiguous or, on a GPU, as `check_head_dim`, a number is not positive, or
+            something requires a gradient.
     """
     tensors = {"query": query, "key": key, "value": value, "grad": grad, "out": out}
     check_heads(tensors, query.shape[2] if query.dim() == 4 else 0, scale, cap, window, samples)

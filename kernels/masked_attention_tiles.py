@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.device import properties
+from kernels.device import Properties
 from kernels.language import tl, triton
 from kernels.launch import next_power_of_2
 
@@ -65,7 +65,7 @@ CONFIGS = {
         (256, 4): Tiles(Tile(16, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 8, 8, 1)),
     },
 }
-MIN_HEAD, MAX_HEAD = 64, 512
+MIN_HEAD = 64
 # of float32, which is there for trials: no tensor cores
 PRECISION = tl.constexpr("ieee")
 
@@ -85,27 +85,36 @@ def store_tile(ptr, tile, offs, num_rows, stride, HEAD_DIM: tl.constexpr, HEAD: 
     tl.store(place, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
-def tiles_of(heads: Tensor) -> tuple[int, Tiles]:
-    """Find a head's width to a power of two, and the tiles for it.
+def padded_width(head_dim: int) -> int:
+    """Round a head's width up to that of a tile."""
+    return max(next_power_of_2(head_dim), MIN_HEAD)
+
+
+def tiles_of(head_dim: int, dtype: torch.dtype, gpu: Properties) -> Tiles | None:
+    """Find the tiles for heads so wide; None: this GPU has no room for any."""
+    kind = (padded_width(head_dim), dtype.itemsize)
+    fitting = (configs for least, configs in CONFIGS.items() if gpu.shared_bytes >= least)
+    return next((configs[kind] for configs in fitting if kind in configs), None)
+
+
+def check_head_dim(head_dim: int, dtype: torch.dtype, gpu: Properties) -> None:
+    """Refuse heads that a GPU has no tiles for.
 
     Raises:
-        RuntimeError: there are none for heads so wide in this dtype on this GPU.
+        ValueError: they are too wide for this dtype on this GPU.
     """
-    head = max(next_power_of_2(heads.shape[3]), MIN_HEAD)
-    kind = (head, heads.element_size())
-    shared_bytes = properties(heads.device).shared_bytes
-    fitting = [
-        configs[kind]
-        for least, configs in CONFIGS.items()
-        if shared_bytes >= least and kind in configs
+    if tiles_of(head_dim, dtype, gpu):
+        return
+    kinds = [
+        kind for least, kinds in CONFIGS.items() if gpu.shared_bytes >= least for kind in kinds
     ]
-    if not fitting:
-        raise RuntimeError(
-            f"heads of {heads.shape[3]} numbers in {heads.dtype} have no tiles for this GPU, whose "
-            f"programs have {shared_bytes:,} bytes of shared memory; use --dtype bfloat16 or "
-            "float16"
-        )
-    return head, fitting[0]
+    widest = max((width for width, size in kinds if size == dtype.itemsize), default=0)
+    in_16_bits = tiles_of(head_dim, torch.float16, gpu)
+    name = str(dtype).removeprefix("torch.")
+    raise ValueError(
+        f"the heads of attention must be at most {widest} numbers wide in {name} on this GPU: got "
+        f"{head_dim:,}; choose {'--dtype float16 or bfloat16' if in_16_bits else '--device cpu'}"
+    )
 
 
 def empty_heads(like: Tensor) -> Tensor:

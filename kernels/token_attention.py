@@ -256,7 +256,8 @@ def _launch_token_attention(
     head = max(next_power_of_2(head_dim), MIN_ROWS)
     tile = UNROLLED
     if _has_tensor_cores(query):
-        tile = next(tile for width, tile in TILES.items() if head <= width)
+        # wider heads come in a plan for a CPU alone
+        tile = next((tile for width, tile in TILES.items() if head <= width), UNROLLED)
     shape = {
         "NUM_SPLITS": splits,
         "HEAD_DIM": head_dim,
@@ -265,7 +266,7 @@ def _launch_token_attention(
         "window": scores.window or C,
         "place_ptr": place,
     }
-    heads = min(MAX_HEADS, MAX_SUMS // (splits * head))
+    heads = max(min(MAX_HEADS, MAX_SUMS // (splits * head)), 1)
     launch(
         _token_attention_kernel,
         (B * H_kv, splits),
@@ -325,9 +326,10 @@ def token_attention(
     """
     check_dtype("query", query.dtype)
     B, H, head_dim = query.shape
-    if H % keys.shape[1] or head_dim > max(TILES):
+    is_too_wide = query.device.type == "cuda" and head_dim > max(TILES)
+    if H % keys.shape[1] or is_too_wide:
         raise ValueError(
-            f"query heads must share keys evenly and be at most {max(TILES)} wide: "
+            f"query heads must share keys evenly and on a GPU be at most {max(TILES)} wide: "
             f"got {H} and {keys.shape[1]} heads of {head_dim}"
         )
     check_is("keys", keys, query.dtype, (B, *keys.shape[1:3], head_dim))

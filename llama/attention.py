@@ -26,6 +26,8 @@ from kernels.device import Properties, properties
 from kernels.masked_attention import masked_attention
 from kernels.masked_attention_backward import masked_attention_backward
 from kernels.masked_attention_mask import Samples
+from kernels.masked_attention_tiles import check_head_dim
+from llama.config import LlamaConfig
 
 # the first GPUs that FlashAttention has a kernel for, and those on which torch prefers cuDNN's
 FLASH_CAPABILITY = (8, 0)
@@ -110,6 +112,27 @@ def torch_attends(gpu: Properties, dtype: torch.dtype, head_dim: int) -> bool:
     is_ordered = torch.are_deterministic_algorithms_enabled()
     is_slower = gpu.capability[0] == ORDERED_MAJOR and head_dim <= ORDERED_HEAD_DIM
     return has_kernel and not (is_ordered and is_slower)
+
+
+def check_heads(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    planned: Properties | None = None,
+) -> None:
+    """Refuse a model with heads that its GPU has no room for; a CPU has room for any.
+
+    Args:
+        planned: the GPU of a plan, where that is not this machine's.
+
+    Raises:
+        ValueError: the heads of a layer are too wide for this dtype on this GPU.
+    """
+    if device.type == "cpu":
+        return
+    gpu = planned or properties(device)
+    for heads in config.distinct_heads:
+        check_head_dim(heads.head_dim, dtype, gpu)
 
 
 def attention_backward(mixed: Mixed, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

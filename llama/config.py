@@ -17,7 +17,6 @@ from foreign.json_fields import JsonFields
 from foreign.json_text import read_object
 from foreign.reading import Reading
 from kernels.glu import Activation
-from kernels.masked_attention_tiles import MAX_HEAD
 from llama.config_checks import check_fields, check_function, check_model_type, fields_of
 from llama.families import FAMILIES
 from llama.family import Family, LayerNorms
@@ -365,10 +364,5 @@ def _checked(fields: JsonFields) -> LlamaConfig:
             raise ValueError(
                 f"{path}: num_attention_heads must be a multiple of num_key_value_heads: "
                 f"got {num_heads} and {own.num_key_value_heads}"
-            )
-        if config.attn_logit_softcapping is not None and own.head_dim > MAX_HEAD:
-            raise ValueError(
-                f"{path}: head_dim must be at most {MAX_HEAD} with attn_logit_softcapping: "
-                f"got {own.head_dim}"
             )
     return config

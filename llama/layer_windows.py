@@ -37,6 +37,12 @@ def read_windows(fields: JsonFields, kind: LayerWindows, num_layers: int) -> tup
         ValueError: the fields are of the wrong type, or do not fit together.
     """
     has_size = fields.values.get("sliding_window") is not None
+    if kind in _ALWAYS and not has_size and "sliding_window" in fields.values:
+        raise ValueError(
+            f"{fields.where}: sliding_window must be the tokens of a window: got null, with which "
+            "transformers computes nothing in this family; give a number, and layer_types with "
+            "full_attention for layers without a window"
+        )
     size = fields.integer("sliding_window") if has_size or kind in _ALWAYS else None
     listed = _listed(fields, num_layers)
     if listed is not None and kind not in ("none", "all", "switched"):

@@ -10,6 +10,7 @@ import torch
 from checkpoint.files import find_checkpoint, find_description
 from checkpoint.implied import has_weights, implied_checkpoint
 from checkpoint.opening import Checkpoint, open_checkpoint
+from llama.attention import check_heads
 from llama.model import parameter_shapes, projection_shapes, projections
 from llama.targets import update_sizes
 from lora.adapter_file import find_adapter
@@ -80,7 +81,9 @@ def ask(arguments: Sequence[str], without_model: Mapping[str, Any], ranks: Ranks
         gpu.facts.capability if gpu else None,
     )
     local_rank = 0 if gpu else ranks.local_rank
-    configure_torch(torch.device(config.device), local_rank, config.deterministic)
+    device = torch.device(config.device)
+    configure_torch(device, local_rank, config.deterministic)
+    check_heads(llama_config, getattr(torch, config.dtype), device, gpu.facts if gpu else None)
     if config.router_aux_loss_coef and llama_config.experts is None:
         raise ValueError(
             "--router-aux-loss-coef must be given for a mixture of experts alone: no layer of "

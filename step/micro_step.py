@@ -21,11 +21,12 @@ pool.
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from kernels.capture import recording
 from kernels.constants import no_new_constants
 from kernels.masked_attention_mask import Samples
 from kernels.neftune import neftune_, noise_scale
@@ -297,9 +298,7 @@ class MicroStep:
         A pass that fails still waits for the stash's copies: without that the capture could not
         end, and torch's allocator would believe it was running ever after.
         """
-        # the stubs of torch 2.13 want a type that its own pools do not have
-        pool: Any = self._pool.id
-        with no_new_constants(), torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        with recording(graph, self._pool.id, self._stream):
             try:
                 yield
             except BaseException:

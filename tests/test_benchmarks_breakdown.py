@@ -288,6 +288,25 @@ def test_costs_of_experts_are_those_of_a_tokens_experts(tmp_path: Path) -> None:
     assert recompute["experts' rows"].num_bytes == keep["experts' rows"].num_bytes + 2 * way
 
 
+def test_costs_of_attention_are_those_of_each_layers_heads_and_window(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, variant="gemma4")
+    M, T, D, F = 32, 16, 32, 72
+    costs = costs_of(model, (2, T), ["keep", "keep"])
+    # four heads of 12 with two of keys in a window of 8 tokens, 100 of 136 pairs; then four of 16
+    # with one of keys, which are the values too
+    scores = 2 * 4 * T * T / 2 * (12 * 100 / 136 + 16)
+    assert costs["attention, forward"].num_flops == pytest.approx(4 * scores)
+    assert costs["attention, backward"].num_flops == pytest.approx(10 * scores)
+    queries, keys = 4 * 12 + 4 * 16, 2 * 12 + 16
+    assert costs["attention, forward"].num_bytes == 2 * M * 2 * (queries + keys)
+    assert costs["attention, backward"].num_bytes == 2 * M * 4 * (queries + keys)
+    tables = 4 * M * (12 + 16)
+    rotation = 2 * M * 2 * (queries + keys) + 2 * M * 2 * (queries + 2 * keys) + 2 * tables
+    assert costs["rotation"].num_bytes == rotation
+    weights = (4 * 12 + 2 * 2 * 12 + 4 * 16 + 16) * D + D * queries + 2 * 3 * D * F
+    assert costs["base products, forward"].num_flops == 2 * M * weights
+
+
 def test_rows_add_up() -> None:
     kernels = [
         kernel("_glu_kernel"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_llama import FIELDS
+from support.tiny_llama import FIELDS, VARIANTS
 
 from benchmarks import decode, load, train_step
 from benchmarks.decode import limit_row, run_provider
@@ -14,6 +14,7 @@ from benchmarks.decode_timing import Shape, parse_shape, random_prompts
 from benchmarks.random_model import LLAMA_3_8B
 from benchmarks.tables import decode_table
 from benchmarks.train_step import prepare_checkpoint
+from llama.config import read_config
 
 # a peer's kernels want whole blocks
 PEER_FIELDS = train_step.FIELDS | FIELDS | {"hidden_size": 64, "intermediate_size": 128}
@@ -64,6 +65,18 @@ def test_the_limit_is_what_a_token_reads() -> None:
     row = limit_row(LLAMA_3_8B, Shape(8, 256, 256), 4000)
     assert row["ms_p50"] == pytest.approx(expected / 4e9, abs=1e-3)
     assert row["tokens_per_second"] == pytest.approx(8e3 / row["ms_p50"], rel=1e-3)
+
+
+def test_the_limit_counts_each_layers_heads(tmp_path: Path) -> None:
+    fields = FIELDS | VARIANTS["gemma4"] | {"num_global_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    # heads of 12 with keys and values, then of 16 with keys alone; the cache has both of both
+    weights = (
+        32 * (4 * 12 + 2 * 2 * 12 + 4 * 12) + 32 * (4 * 16 + 2 * 16 + 4 * 16) + 2 * 3 * 32 * 72
+    )
+    expected = weights * 0.515869140625 + 96 * 32 * 2 + 3 * 6 * 2 * 2 * 2 * (12 + 16)
+    row = limit_row(read_config(tmp_path), Shape(3, 5, 2), 1e-6)
+    assert row["ms_p50"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_file_has_all_providers_and_what_went_wrong(

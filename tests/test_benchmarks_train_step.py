@@ -40,7 +40,8 @@ from benchmarks.train_step import (
 from checkpoint.loading import load_model
 from checkpoint.opening import open_checkpoint
 from kernels.fp8 import Fp8Rows, Fp8Weight
-from llama.config import read_config
+from llama.config import LlamaConfig, read_config
+from llama.layer_heads import Heads
 from run.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -308,7 +309,7 @@ def test_the_limit_of_a_tiny_step_is_measured(
     install(monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
     config = read_config(tmp_path)
-    assert train_step_limit.group_shapes(config)["qkv"] == (64, 32)
+    assert train_step_limit.group_shapes(config, config.heads(0))["qkv"] == (64, 32)
     monkeypatch.setattr(train_step_limit, "MAX_HEAD_ROWS", 8)
     rows = train_step_limit.rows_of(config, "2x16", CPU)
     assert [row["policy"] for row in rows] == ["keep", "recompute"]
@@ -327,11 +328,88 @@ def test_a_window_has_its_share_of_the_limits_attention(
     assert train_step_limit.num_pairs(4, 2) == 7
     assert train_step_limit.num_pairs(4, None) == train_step_limit.num_pairs(4, 9) == 10
     half = replace(config, windows=(2, None))
-    assert train_step_limit.share_of_pairs(half, 4) == pytest.approx(0.85)
+    assert train_step_limit.share_of_pairs(4, 2) == pytest.approx(0.7)
     monkeypatch.setattr(train_step_limit, "attention", lambda *_: {"flash": (2.0, 4.0)})
     monkeypatch.setattr(train_step_limit, "MAX_HEAD_ROWS", 8)
     (row, _) = train_step_limit.rows_of(half, "2x4", CPU)
     assert (row["attention_forward_ms"], row["attention_backward_ms"]) == (1.7, 3.4)
+
+
+def test_every_layer_counts_with_its_own_heads_in_the_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # 12 wide in a window of 8 tokens, then 16 wide with keys that are the values too
+    fields = FIELDS | VARIANTS["gemma4"] | {"num_global_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)
+    mlp = {"gate_up": (144, 32), "down": (32, 72)}
+    first, second = (train_step_limit.group_shapes(config, config.heads(i)) for i in (0, 1))
+    assert first == {"qkv": (4 * 12 + 2 * 2 * 12, 32), "o": (32, 48)} | mlp
+    assert second == {"qkv": (4 * 16 + 2 * 16, 32), "o": (32, 64)} | mlp
+
+    def products(shapes: Any, num_rows: int, *_: object) -> float:
+        return num_rows * sum(rows * columns for rows, columns in shapes)
+
+    def attention(_: object, heads: Heads, *__: object) -> dict[str, tuple[float, float]]:
+        return {"cudnn" if heads.head_dim == 12 else "flash": (heads.head_dim, 3 * heads.head_dim)}
+
+    monkeypatch.setattr(train_step_limit, "products", products)
+    monkeypatch.setattr(train_step_limit, "attention", attention)
+    keep, recompute = train_step_limit.rows_of(config, "1x16", CPU)
+    # a window of 8 has 36 + 8 * 8 of 136 pairs
+    forward = (12 * 100 / 136 + 16) / 2
+    weights = (11520 + 12032) / 2
+    assert keep["forward_ms"] == keep["backward_ms"] == 16 * weights
+    assert keep["attention_forward_ms"] == pytest.approx(forward, abs=1e-4)
+    assert keep["attention_backward_ms"] == pytest.approx(3 * forward, abs=1e-4)
+    assert keep["attention"] == "cudnn, flash"
+    head = 2 * 16 * 96 * 32
+    assert keep["ms_p50"] == pytest.approx(2 * (2 * 16 * weights + 4 * forward) + head, abs=1e-3)
+    again = recompute["ms_p50"] - keep["ms_p50"]
+    assert again == pytest.approx(2 * (16 * weights + forward), abs=2e-3)
+
+
+def test_heads_wider_than_torchs_kernels_take_have_the_time_of_narrower_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    widths, attend = set(), train_step_limit.scaled_dot_product_attention
+
+    def recorded(*heads: torch.Tensor, **flags: Any) -> torch.Tensor:
+        widths.update(x.shape[-1] for x in heads)
+        query, key, value = heads
+        return attend(query, key, value, **flags)
+
+    monkeypatch.setattr(train_step_limit, "scaled_dot_product_attention", recorded)
+    narrow, wide, widest = (
+        train_step_limit.attention(CONFIGS["smollm2-135m"], Heads(3, width, width), (1, 4), CPU)
+        for width in (256, 512, 1024)
+    )
+    assert widths == {256}
+    assert [ms / one for ms, one in zip(wide["math"], narrow["math"], strict=True)] == [2, 2]
+    assert [ms / one for ms, one in zip(widest["math"], narrow["math"], strict=True)] == [4, 4]
+
+
+def test_a_step_is_compared_with_the_limit_of_the_layers_that_stay() -> None:
+    limits = [step_row("limit", "keep", "1x8", 200.0), step_row("limit", "recompute", "1x8", 100.0)]
+
+    def reached(policy: str, layers: str, rows: list[dict[str, Any]] = limits) -> str:
+        row = step_row("ours", policy, "1x8", 60.0, layers=layers)
+        return train_step_lines([*rows, row])[1][-1][4]
+
+    assert reached("auto", "20 expand, 28 keep") == "30 %"
+    assert reached("auto:8GiB", "3 recompute, 45 offload") == "60 %"
+    # half of the time of the one limit and half of the other: 1 / 200 and 1 / 100
+    assert reached("auto", "4 expand, 4 keep, 8 offload") == "45 %"
+    # a peer has no plan
+    peers = [step_row("unsloth", policy, "1x8", 60.0) for policy in ("keep", "offload")]
+    lines = train_step_lines([*limits, *peers])[1]
+    assert [line[4] for line in lines] == ["100 %", "100 %", "30 %", "60 %"]
+    # one limit is enough for those that it is of
+    for index, policy, layers in ((0, "auto", "2 keep"), (1, "offload", "2 offload")):
+        assert reached(policy, layers, [limits[index]]) != "-"
+        assert reached(policy, layers, [limits[1 - index]]) == "-"
+    assert reached("auto", "1 keep, 1 offload", limits[:1]) == "-"
 
 
 def test_without_peers_no_checkpoint_is_written(
@@ -367,7 +445,10 @@ def test_the_limit_in_fp8_is_of_the_groups_that_fp8_multiplies(
     install(monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"intermediate_size": 48}))
     config, called = read_config(tmp_path), []
-    groups = train_step_limit.fp8_groups
+
+    def groups(config: LlamaConfig, base_compute: str, is_backward: bool) -> set[str]:
+        return train_step_limit.fp8_groups(config, config.heads(0), base_compute, is_backward)
+
     assert groups(config, "fp8", False) == {"gate_up", "down"}
     assert groups(config, "fp8-backward", False) == groups(config, "bf16", True) == set()
     # sizes that are no multiples of 16
@@ -404,7 +485,8 @@ def test_base_products_in_fp8_are_planned_and_measured_as_train_does(
 
 def test_the_limit_has_the_experts_of_a_token_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(FIELDS | VARIANTS["mixtral"]))
-    shapes = train_step_limit.group_shapes(read_config(tmp_path))
+    config = read_config(tmp_path)
+    shapes = train_step_limit.group_shapes(config, config.heads(0))
     # two of four, each 24 wide
     assert (shapes["gate_up"], shapes["down"]) == ((96, 32), (32, 48))
 

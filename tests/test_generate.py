@@ -16,7 +16,8 @@ import torch
 from support.llama_peers import tiny_peer
 from support.merge_cases import write_adapter
 from support.terminal_process import CTRL_C, CTRL_D, Terminal
-from support.tiny_llama import FIELDS, VARIANTS
+from support.tiny_llama import FIELDS, VARIANTS, random_tensors, write_checkpoint
+from test_run_machine import install_gpu
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
@@ -326,6 +327,21 @@ def test_mistakes_are_refused_before_the_model_is_loaded(
     with pytest.raises((ValueError, OSError), match=message):
         run(*given, *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_that_a_gpu_has_no_room_for_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = FIELDS | {"head_dim": 512}
+    write_checkpoint(tmp_path, fields, random_tensors(fields, torch.float32))
+    install_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr("answering.job.configure_torch", lambda *_: None)
+    given = ["--model", str(tmp_path), "--prompt", "a", "--dtype", "float32"]
+    with pytest.raises(ValueError, match=r"^the heads of attention .*: got 512; choose --dtype"):
+        generate.main(given)
+    # a CPU goes on, to the tokenizer that there is none of
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        run(*given)
 
 
 def test_a_template_without_a_generation_prompt_is_refused(tmp_path: Path) -> None:

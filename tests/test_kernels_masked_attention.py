@@ -34,11 +34,14 @@ from kernels.launch import MAX_LATER_AXIS
 from kernels.masked_attention import masked_attention
 from kernels.masked_attention_backward import masked_attention_backward
 from kernels.masked_attention_mask import Samples
+from kernels.masked_attention_tiles import check_head_dim
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA = torch.device("cuda")
 SCRIPT = "interpreted_attention.py"
-CPU_CASES = attention_cases([(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9)], DTYPES)
+CPU_CASES = attention_cases(
+    [(2, 4, 2, 70, 70, 12, None), (1, 3, 1, 70, 70, 16, 9), (1, 2, 1, 70, 70, 1024, 9)], DTYPES
+)
 CPU_CASES += [replace(case, cap=None, lengths=(30, 39, 1)) for case in CPU_CASES]
 CPU_CASES += [replace(case, has_sinks=True) for case in CPU_CASES]
 # heads of real models, in windows shorter and longer than a tile, and a prime of tokens
@@ -129,8 +132,7 @@ HEADS, KEYS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8)
     [
         ({"query": HEADS.int()}, "^query must be bfloat16, float16 or float32: got torch.int32"),
         ({"query": HEADS[0]}, r"^query and key must be heads of some tokens.* \(4, 3, 8\)"),
-        ({"key": torch.ones(2, 3, 3, 8)}, "^heads must be .* shared evenly"),
-        ({"query": torch.ones(2, 4, 3, 1024)}, "^heads must be at most 512 wide"),
+        ({"key": torch.ones(2, 3, 3, 8)}, "^heads must be shared evenly"),
         ({"query": torch.ones(2, 4, 5, 8)}, "there must be a key for each query"),
         (
             {"value": torch.ones(2, 2, 4, 8)},
@@ -299,14 +301,36 @@ def test_kernels_fit_and_spill_nothing_more_than_is_known(
     compiled.assert_multiplies_as(instruction)
 
 
-@pytest.mark.parametrize("capability", [75, 89, 90])
-def test_heads_that_no_tile_of_a_gpu_has_room_for_are_refused(capability: int) -> None:
-    heads = torch.empty(1, 2, 5, 512, device="meta")
-    with (
-        meta_stands_for(H200._replace(shared_bytes=SHARED_BYTES_LIMIT[capability])),
-        pytest.raises(RuntimeError, match=r"^heads of 512 numbers in torch\.float32 have no tiles"),
-    ):
+@pytest.mark.parametrize("capability", SHARED_BYTES_LIMIT)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "complaint"),
+    [
+        (512, torch.float16, ""),
+        (514, HALF, "at most 512 numbers wide in bfloat16 on this GPU: got 514; choose --device"),
+        (256, WIDE, ""),
+        (512, WIDE, "256 numbers wide in float32 on this GPU: got 512; choose --dtype float16 or"),
+        (1024, WIDE, "256 numbers wide in float32 on this GPU: got 1,024; choose --device cpu$"),
+    ],
+    ids=str,
+)
+def test_heads_that_no_tile_of_a_gpu_has_room_for_are_refused(
+    capability: int, head_dim: int, dtype: torch.dtype, complaint: str
+) -> None:
+    gpu = H200._replace(shared_bytes=SHARED_BYTES_LIMIT[capability])
+    if not complaint:
+        return check_head_dim(head_dim, dtype, gpu)
+    with pytest.raises(ValueError, match=f"^the heads of attention must be .*{complaint}"):
+        check_head_dim(head_dim, dtype, gpu)
+
+
+@pytest.mark.gpu
+def test_a_gpu_refuses_what_it_has_no_tiles_for() -> None:
+    heads = torch.empty(1, 2, 5, 512, device=CUDA)
+    lse = torch.empty(1, 2, 5, device=CUDA)
+    with pytest.raises(ValueError, match="in float32 on this GPU: got 512"):
         masked_attention(heads, heads, heads, 1.0)
+    with pytest.raises(ValueError, match="in float32 on this GPU: got 512"):
+        masked_attention_backward(heads, heads, heads, heads, heads, lse, 1.0)
 
 
 @pytest.mark.parametrize(("B", "H"), [(1024, 128), (2, 65_534), (65_535, 2)], ids=str)

@@ -49,6 +49,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attn": token_attention.token_attention,
 }
 LLAMA = WeightCase((4096, 1024, 1024), 4096)
+# wider than any on a GPU
+WIDE = AttentionCase(HeadsCase((0, 150), 4, 2, 1024, torch.float32))
 
 
 def _rounded(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
@@ -225,10 +227,10 @@ def test_interpreted_kernels_are_as_good_as_torch(kernel: str, case: Case) -> No
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in TINY["attn"] if c.heads.dtype == torch.float32], ids=str
+    "case", [c for c in TINY["attn"] if c.heads.dtype == torch.float32] + [WIDE], ids=str
 )
 def test_attentions_reference_is_the_truth(case: AttentionCase) -> None:
-    found, truth = results(case, REFERENCES["attn"], CPU), attention_truth(*case.inputs(CPU))
+    found, truth = results(case, FUNCTIONS["attn"], CPU), attention_truth(*case.inputs(CPU))
     # float32 sums of at most 200 tokens
     allowed = 200 * torch.finfo(torch.float32).eps * float(truth[0].abs().max())
     assert float((found["0"] - truth[0]).abs().max()) <= allowed

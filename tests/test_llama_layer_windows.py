@@ -42,14 +42,16 @@ def test_layers_from_the_29th_on_see_a_window_where_nothing_is_said(
     assert config.windows == (None,) * 28 + (8, 8)
 
 
-@pytest.mark.parametrize("variant", ["ministral", "olmo3", "command-r7b", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "variant", ["ministral", "olmo3", "command-r7b", "gemma2", "gemma3", "gemma4", "gpt-oss"]
+)
 def test_families_that_have_windows_need_their_size_whatever_the_layers_see(
     tmp_path: Path, variant: str
 ) -> None:
     full = VARIANTS[variant] | {"layer_types": ["full_attention"] * 2}
     assert read(tmp_path, full).windows == (None, None)
     for fields in (full, VARIANTS[variant]):
-        with pytest.raises(ValueError, match="must give sliding_window: the key is missing"):
+        with pytest.raises(ValueError, match=r"sliding_window must be the tokens .*: got null, w"):
             read(tmp_path, fields | {"sliding_window": None})
 
 

@@ -1,6 +1,7 @@
 """prepare/plan.py: config.json alone gives the plan that the weights give, for GPUs elsewhere."""
 
 import json
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -155,6 +156,19 @@ def test_memory_alone_stands_for_a_gpu(
     for given, least in (("8", "8.00"), ("80", "22.81")):
         planned.of(config_8b, f"--gpu 4090 --max-memory {given} {flags}")
         assert f"compute capability 8.9, {least} GiB for the run" in capsys.readouterr().out
+
+
+def test_a_cpu_is_planned_for_with_heads_that_no_gpu_has_room_for(
+    tmp_path: Path, planned: Planned
+) -> None:
+    fields = json.loads((BUNDLED / "model" / "config.json").read_text()) | {"head_dim": 4096}
+    folder = config_alone(tmp_path / "wide", fields)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / "model" / name, folder)
+    flags = f"--device cpu --data {DATA} --sample-prompt Hello --target-modules q_proj"
+    # with samples that share rows and with those that do not
+    in_32_bits = planned.of(folder, f"{flags} --packing")
+    assert in_32_bits.device > planned.of(folder, f"{flags} --dtype bfloat16").device > 0
 
 
 def test_a_cpu_is_planned_for_as_it_was(

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.ahead_of_time import SHARED_BYTES_LIMIT
 from support.door_process import ROOT
 
+import kernels.device
 import run.machine
+from kernels.device import Properties
 from run.machine import choose_device, choose_dtype, describe_device, has_bfloat16, why_no_gpu
 
 GPUS = {
@@ -27,6 +30,10 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPUS[capability])
+    # too old a GPU has no facts here
+    shared_bytes = SHARED_BYTES_LIMIT.get(10 * capability[0] + capability[1], 0)
+    facts = Properties(capability, 1, shared_bytes)
+    monkeypatch.setattr(kernels.device, "_properties_of_gpu", lambda device: facts)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

@@ -19,7 +19,7 @@ from support.interpreted_kernels import (  # noqa: E402
 from support.poison import poisoned_memory  # noqa: E402
 from support.quick_interpreter import quicken  # noqa: E402
 
-from kernels import masked_attention_tiles as module  # noqa: E402
+from kernels import device as device_module  # noqa: E402
 from kernels.device import H200  # noqa: E402
 from kernels.masked_attention import _launch_masked_attention  # noqa: E402
 from kernels.masked_attention_backward import _launch_masked_attention_backward  # noqa: E402
@@ -31,7 +31,7 @@ def main() -> None:
     quicken()
     results = {}
     # tiles are chosen by GPU, and there is none
-    with poisoned_memory(), patch.object(module, "properties", lambda device: H200):
+    with poisoned_memory(), patch.object(device_module, "_properties_of_gpu", lambda _: H200):
         for case in TINY_ATTENTIONS:
             found = attention_results(
                 case, _launch_masked_attention, _launch_masked_attention_backward
