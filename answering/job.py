@@ -13,14 +13,20 @@ from answering.flags import DEFAULT_BATCH_SIZE, parse
 from answering.lengths import choose_lengths
 from answering.memory import check_memory
 from answering.output import check_new_file
-from answering.prompts import Prompt, read_prompts
+from answering.prompts import Prompt, describe_unused, read_prompts, text_prompt
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.files import find_checkpoint
 from checkpoint.loading import describe_loading, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from checkpoint.stored_nf4 import describe_quantization
 from data.chat.template import Message
-from data.prompt import check_generation_prompt, encode_messages, encode_text, stop_ids
+from data.prompt import (
+    check_generation_prompt,
+    encode_conversation,
+    encode_messages,
+    encode_text,
+    stop_ids,
+)
 from data.tokenizer import Tokenizer
 from foreign.guest import in_guest
 from foreign.terminal import one_line
@@ -199,12 +205,15 @@ def _choose_system_prompt(given: Namespace, adapter: Path | None) -> str:
 
 def _read(given: Namespace) -> list[Prompt]:
     if given.prompts:
-        return read_prompts(Path(given.prompts).expanduser())
+        prompts = read_prompts(Path(given.prompts).expanduser())
+        for line in describe_unused(prompts):
+            say(line)
+        return prompts
     if given.chat:
-        return [Prompt("--system-prompt", {"prompt": "Who are you?"})]
+        return [text_prompt("--system-prompt", "Who are you?")]
     if not given.prompt.strip():
         raise ValueError("--prompt must be a text that is not empty: got none")
-    return [Prompt("--prompt", {"prompt": given.prompt})]
+    return [text_prompt("--prompt", given.prompt)]
 
 
 def _encoded(
@@ -220,7 +229,9 @@ def _encoded(
     def encode(prompt: Prompt) -> list[int]:
         try:
             if has_template:
-                return encode_messages(prompt.messages(system_prompt), tokenizer, vocab_size)
+                return encode_conversation(
+                    prompt.conversation(system_prompt), tokenizer, vocab_size
+                )
             return encode_text(prompt.text(), tokenizer, vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None

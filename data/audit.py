@@ -2,9 +2,9 @@
 
 A run does not fail where every label is masked, where no answer ends in EOS, or where most answers
 are cut or empty: the loss falls, and the model is useless. The audit counts such samples, shows a
-sample with its learned tokens marked, and refuses data that nobody can mean to train on. Two more faults
-are refused where samples are made: two BOS (data/tokens/tokenization.py) and data without any
-target (data/dataset.py).
+sample with its learned tokens marked, and refuses data that nobody can mean to train on. Two more
+faults are refused where samples are made: two BOS (data/tokens/tokenization.py) and data without
+any target (data/dataset.py).
 """
 
 import json

@@ -232,6 +232,22 @@ def test_answers_come_in_the_order_of_the_prompts(
     assert f"3 answers are in {output}" in capsys.readouterr().err
 
 
+def test_a_prompt_of_a_file_has_what_stands_beside_it(
+    tmp_path: Path, settings_seen: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    record = {"prompt": QUESTION, "system": "You are brief.", "completion": "A mouse."}
+    prompts.write_text(json.dumps(record))
+    run("--model", MODEL, "--prompts", prompts, "--output", output, "--system-prompt", "No.")
+    (ids,), *_ = settings_seen[-1]
+    assert Tokenizer.from_folder(MODEL).decode(ids).startswith("system\nYou are brief.\nuser")
+    said = capsys.readouterr().err
+    assert "fields of the 1 prompts that no answer is given: completion (in 1)" in said
+    prompts.write_text(json.dumps({"prompt": QUESTION, "tools": [{"name": "f"}]}))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: .* got no use of tools in it"):
+        run("--model", MODEL, "--prompts", prompts, "--output", tmp_path / "other.jsonl")
+
+
 def test_answers_of_a_file_are_those_of_its_prompts(tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     prompts.write_text(f"{QUESTION}\nWhat is Ember?\n")
