@@ -19,6 +19,7 @@ from checkpoint.files import find_checkpoint
 from checkpoint.loading import describe_loading, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from checkpoint.stored_nf4 import describe_quantization
+from data.answer_text import Opening, opening_of_words
 from data.chat.template import Message
 from data.prompt import (
     check_generation_prompt,
@@ -48,6 +49,7 @@ class AnswerJob:
         adapter: the adapter's folder and its shape, if there is one.
         quantization: of the frozen weights; None: as they are stored.
         stop_ids: the tokens that end an answer.
+        opening: the tokens that an answer has before its words.
         capacity: tokens of the longest prompt and its answer.
         num_sequences: that are continued at a time.
         prompts: what to answer, with its tokens; empty for a conversation.
@@ -63,6 +65,7 @@ class AnswerJob:
     tokenizer: Tokenizer
     system_prompt: str
     stop_ids: frozenset[int]
+    opening: Opening
     sampling: Sampling
     max_new_tokens: int
     capacity: int
@@ -72,7 +75,7 @@ class AnswerJob:
     private_as: Path | None
 
     @property
-    def opening(self) -> list[Message]:
+    def first_messages(self) -> list[Message]:
         """The messages that a conversation begins with."""
         system = {"role": "system", "content": self.system_prompt}
         return [system] if self.system_prompt else []
@@ -143,6 +146,7 @@ def check(arguments: Sequence[str]) -> AnswerJob:
         tokenizer=tokenizer,
         system_prompt=system_prompt,
         stop_ids=stop_ids(tokenizer, checkpoint.config.eos_token_ids),
+        opening=opening_of_words(tokenizer) if has_template else Opening(),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         capacity=capacity,

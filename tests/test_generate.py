@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import generate
+from answering.job import AnswerJob
 from data.tokenizer import Tokenizer
 from generation.generator import Generator
 from generation.sampling import Sampling
@@ -230,6 +231,42 @@ def test_answers_come_in_the_order_of_the_prompts(
     assert list(output.parent.iterdir()) == [output]
     assert output.stat().st_mode & 0o007 == 0
     assert f"3 answers are in {output}" in capsys.readouterr().err
+
+
+def test_reasoning_is_no_part_of_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.from_folder(MODEL)
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("Who?")
+    # parts reasoning and words by a control token
+    template = tmp_path / "channels.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.reasoning_content %}"
+        "{{ '<|im_start|>' + m.reasoning_content }}{% endif %}"
+        "{{ '<|im_end|>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    ids = tokenizer.encode("<|im_start|>Who is that?<|im_end|>Selma is a mouse.", False)
+    monkeypatch.setattr(Generator, "stream", lambda *given: (i for i in ids))
+    monkeypatch.setattr(Generator, "complete", lambda *given: iter([(0, ids)]))
+    given = ("--model", MODEL, "--chat-template", template)
+    run(*given, "--prompt", "Who?")
+    said = capsys.readouterr()
+    assert said.out == "Selma is a mouse.\n"
+    assert "<|im_start|>Who is that?\n" in said.err
+    run(*given, "--prompts", prompts, "--output", output)
+    assert json.loads(output.read_text())["answer"] == "Selma is a mouse."
+    # what a conversation goes on with
+    seen: list[Sequence[dict[str, str]]] = []
+    lines = iter(["Who?", "And?"])
+    monkeypatch.setattr("answering.chat._read_line", lambda: next(lines, None))
+    encode = AnswerJob.encode_messages
+    monkeypatch.setattr(
+        AnswerJob, "encode_messages", lambda job, said: seen.append(said) or encode(job, said)
+    )
+    run(*given, "--chat")
+    assert [message["content"] for message in seen[-1]] == ["Who?", "Selma is a mouse.", "And?"]
 
 
 def test_a_prompt_of_a_file_has_what_stands_beside_it(
