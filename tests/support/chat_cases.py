@@ -82,6 +82,13 @@ JOINED_CALLS = (
     "{{ '<call>' + c['function']['name'] + '\n' + c['function']['arguments'] + '</call>' }}"
     "{% endfor %}{% endfor %}"
 )
+# contents are lists of parts, as LLaVA's templates want them: of a text they write nothing
+PARTS = (
+    "{% for message in messages %}{{ message['role'] | upper + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
