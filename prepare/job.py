@@ -27,7 +27,7 @@ from lora.config import LoRAConfig
 from prepare.asked import ask
 from prepare.base import identify_base
 from prepare.base_compute import describe_base_compute
-from prepare.course import course_of
+from prepare.course import course_of, schedule_lines
 from prepare.data import load_data, prompt_of
 from prepare.first_lines import first_lines
 from prepare.plan import say_plan
@@ -184,7 +184,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     plan = None
     if asked.device.type == "cuda":
         plan = plan_run(work, asked.device, config.activations, config.max_memory_bytes)
-    for line in [*describe_loading(checkpoint, work.dtype), *describe_base_compute(work.model)]:
+    described = [*describe_loading(checkpoint, work.dtype), *describe_base_compute(work.model)]
+    for line in [*described, *schedule_lines(config, num_steps)]:
         print(one_line(line))
     return Job(
         config=config,
