@@ -99,7 +99,7 @@ def print_answer(
             words, reasoning = text.add(token)
             show(words)
             print(reasoning, end="", flush=True, file=sys.stderr)
-            if is_stopped():
+            if text.is_closed or is_stopped():
                 break
     show(text.rest())
     print(flush=True)

@@ -8,6 +8,10 @@ and Gemma 4's would run into the words. In a conversation that goes on, the chat
 write all of that as what the assistant said. What stands before the words is seen in what the
 template writes for an answer. Reasoning between texts, as Qwen3's <think>, stays in the answer:
 templates take it out themselves.
+
+gpt-oss's template closes the last answer with <|return|>, and an earlier one with <|end|>, as it
+does reasoning. So a model that learned from conversations may close any answer with <|end|>, which
+ends the words and cannot be what ends the whole.
 """
 
 from collections.abc import Sequence
@@ -15,7 +19,7 @@ from datetime import datetime
 from itertools import takewhile
 from typing import NamedTuple
 
-from data.chat.template import TEMPLATE_ERRORS, ChatTemplate
+from data.chat.template import TEMPLATE_ERRORS, ChatTemplate, Message
 from data.streamed_text import StreamedText
 from data.tokenizer import Tokenizer
 from foreign.guest import in_guest
@@ -30,10 +34,12 @@ class Opening(NamedTuple):
     Attributes:
         begins: what such an answer begins with; with another token words begin at once.
         ends: what its words follow.
+        closes: what the words end before.
     """
 
     begins: frozenset[int] = frozenset()
     ends: tuple[int, ...] = ()
+    closes: frozenset[int] = frozenset()
 
 
 def opening_of_words(tokenizer: Tokenizer) -> Opening:
@@ -47,9 +53,9 @@ def opening_of_words(tokenizer: Tokenizer) -> Opening:
     template = tokenizer.chat_template()
 
     def find() -> list[tuple[int, ...]]:
-        return [_control_ids(text, tokenizer) for text in _before_words(template)]
+        return [_control_ids(text, tokenizer) for text in _around_words(template)]
 
-    plain, before_reasoning, behind_reasoning = in_guest(find, template.name)
+    plain, before_reasoning, behind_reasoning, *behind = in_guest(find, template.name)
     ends = plain or behind_reasoning
     if plain and behind_reasoning:
         # what is written with reasoning and without it
@@ -57,26 +63,30 @@ def opening_of_words(tokenizer: Tokenizer) -> Opening:
         shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         ends = tuple(reversed(shared))
     begins = frozenset(ids[0] for ids in (plain, before_reasoning) if ids)
-    return Opening(begins, ends) if begins and ends else Opening()
+    closes = frozenset(ids[0] for ids in behind if ids)
+    return Opening(begins, ends, closes) if begins and ends else Opening()
 
 
-def _before_words(template: ChatTemplate) -> tuple[str, str, str]:
-    """What the template writes before the words of an answer without reasoning, and before and
-    behind the reasoning of another."""
+def _around_words(template: ChatTemplate) -> tuple[str, str, str, str, str]:
+    """What the template writes before the words of an answer without reasoning, before and behind
+    the reasoning of another, and behind the words of an answer that is the last and of one that is
+    not."""
     now = datetime.now()
 
-    def answered(**more: str) -> str:
+    def answered(*later: Message, **more: str) -> str:
         message = {"role": "assistant", "content": _WORDS, **more}
-        text = template.render([*_QUESTION, message], now=now)
+        text = template.render([*_QUESTION, message, *later], now=now)
         return text.removeprefix(asked) if text.startswith(asked) else ""
 
     try:
         asked = template.render(_QUESTION, add_generation_prompt=True, now=now)
         plain, reasoned = answered(), answered(reasoning_content=_REASONING)
+        earlier = answered(*_QUESTION)
     except (*TEMPLATE_ERRORS, ValueError):
-        return "", "", ""
+        return "", "", "", "", ""
+    opening, _, closing = plain.partition(_WORDS)
     before, _, behind = reasoned.partition(_WORDS)[0].partition(_REASONING)
-    return plain.partition(_WORDS)[0], before, behind
+    return opening, before, behind, closing, earlier.partition(_WORDS)[2]
 
 
 def _control_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -87,12 +97,14 @@ def _control_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def words_of(ids: Sequence[int], opening: Opening) -> list[int]:
-    """The tokens of an answer's words, or all where it has no opening."""
-    size = len(opening.ends)
-    for end in range(size, len(ids) + 1) if opening.begins.intersection(ids[:1]) else ():
-        if tuple(ids[end - size : end]) == opening.ends:
-            return list(ids[end:])
-    return list(ids)
+    """The tokens of an answer's words, or all where they never begin."""
+    size, start = len(opening.ends), 0
+    if opening.begins.intersection(ids[:1]):
+        ends = (i for i in range(size, len(ids) + 1) if tuple(ids[i - size : i]) == opening.ends)
+        if (found := next(ends, None)) is None:
+            return list(ids)
+        start = found
+    return list(takewhile(lambda i: i not in opening.closes, ids[start:]))
 
 
 class StreamedAnswer:
@@ -100,6 +112,7 @@ class StreamedAnswer:
 
     Attributes:
         ids: all tokens so far.
+        is_closed: whether the words have ended.
     """
 
     def __init__(self, tokenizer: Tokenizer, opening: Opening) -> None:
@@ -110,6 +123,7 @@ class StreamedAnswer:
         self._words = StreamedText(tokenizer)
         self._reasoning = StreamedText(tokenizer, skip_special_tokens=False)
         self._is_in_words = not opening.begins
+        self.is_closed = False
 
     def add(self, token_id: int) -> tuple[str, str]:
         """Add a token, and return the words and the reasoning that are certain by now."""
@@ -117,7 +131,8 @@ class StreamedAnswer:
         if len(self.ids) == 1 and token_id not in self._opening.begins:
             self._is_in_words = True
         if self._is_in_words:
-            return self._words.add(token_id), ""
+            self.is_closed |= token_id in self._opening.closes
+            return "" if self.is_closed else self._words.add(token_id), ""
         self._held.append(token_id)
         size = len(self._opening.ends)
         if tuple(self._held[-size:]) == self._opening.ends:

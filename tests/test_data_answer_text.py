@@ -55,6 +55,8 @@ def both(tokenizer: Tokenizer, answer: str) -> tuple[str, str, str]:
     streamed = StreamedAnswer(tokenizer, opening)
     words, reasoning = map("".join, zip(*map(streamed.add, ids), strict=True))
     assert streamed.ids == ids
+    # by either token that the template closes answers with
+    assert streamed.is_closed == any(token in answer for token in ("Yes.<|end|>", "<|return|>"))
     return tokenizer.decode(words_of(ids, opening)), words + streamed.rest(), reasoning
 
 
@@ -69,10 +71,13 @@ def both(tokenizer: Tokenizer, answer: str) -> tuple[str, str, str]:
             "<|channel|>analysis<|message|>Hm \u00e9<|end|><|start|>assistant\n",
         ),
         ("Yes, without a channel.", "Yes, without a channel.", ""),
+        # closed as an earlier answer is, and as the last one
+        ("<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>Hm", "Yes.", ""),
+        ("<|channel|>final<|message|>Yes.<|return|>Hm", "Yes.", ""),
         # cut before the words
         ("<|channel|>analysis<|message|>Hm", "analysisHm", None),
     ],
-    ids=["words", "reasoning", "no channel", "cut"],
+    ids=["words", "reasoning", "no channel", "end", "return", "cut"],
 )
 def test_what_an_answer_says_stands_behind_its_channel(
     tmp_path: Path, answer: str, words: str, reasoning: str | None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from support.chat_cases import CHANNELS
 from support.llama_peers import tiny_peer
 from support.merge_cases import write_adapter
 from support.terminal_process import CTRL_C, CTRL_D, Terminal
@@ -239,21 +240,19 @@ def test_reasoning_is_no_part_of_an_answer(
     tokenizer = Tokenizer.from_folder(MODEL)
     prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     prompts.write_text("Who?")
-    # parts reasoning and words by a control token
     template = tmp_path / "channels.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.reasoning_content %}"
-        "{{ '<|im_start|>' + m.reasoning_content }}{% endif %}"
-        "{{ '<|im_end|>' + m.content + '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
-    )
-    ids = tokenizer.encode("<|im_start|>Who is that?<|im_end|>Selma is a mouse.", False)
-    monkeypatch.setattr(Generator, "stream", lambda *given: (i for i in ids))
+    template.write_text(CHANNELS)
+    answer = "<|im_start|>Who is that?<|im_end|>Selma is a mouse."
+    ids = tokenizer.encode(answer + "<|im_end|><|im_start|>user<|im_end|>And?", False)
+    taken: list[int] = []
+    monkeypatch.setattr(Generator, "stream", lambda *given: (taken.append(i) or i for i in ids))
     monkeypatch.setattr(Generator, "complete", lambda *given: iter([(0, ids)]))
     given = ("--model", MODEL, "--chat-template", template)
     run(*given, "--prompt", "Who?")
     said = capsys.readouterr()
     assert said.out == "Selma is a mouse.\n"
+    # up to the token that closes the answer
+    assert len(taken) == len(tokenizer.encode(answer, False)) + 1
     assert "<|im_start|>Who is that?\n" in said.err
     run(*given, "--prompts", prompts, "--output", output)
     assert json.loads(output.read_text())["answer"] == "Selma is a mouse."

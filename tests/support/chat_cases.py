@@ -89,6 +89,13 @@ PARTS = (
     "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# parts reasoning and words by a control token, as gpt-oss's; the tokens are ChatML's
+CHANNELS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.reasoning_content %}"
+    "{{ '<|im_start|>' + m.reasoning_content }}{% endif %}"
+    "{{ '<|im_end|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
