@@ -61,6 +61,7 @@ from lora.expert_group import ExpertGroup
 from lora.frozen_group import FrozenGroup
 from lora.linear_group import LinearGroup
 from optim.arena import GradientArena
+from prepare.base_compute import FORWARD_FORMATS
 from rows.batch import Batch
 from run.flags import BASE_COMPUTES
 from run.machine import configure_torch
@@ -121,7 +122,7 @@ REGIONS: tuple[tuple[Any, str, str], ...] = (
 )
 
 # forward or back as the region says
-BASE_PRODUCTS = ("_grouped_matmul_", "_fp8_matmul_")
+BASE_PRODUCTS = ("_grouped_matmul_", "_matmul_8bit_")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 # a product with a side as short as this is an update's: ranks are, tokens and weights are not
 LONGEST_RANK_SIDE = 256
@@ -320,8 +321,8 @@ def _times(times: float, *costs: Cost) -> Cost:
 
 def _itemsize(group: FrozenGroup, is_backward: bool) -> int:
     """Bytes of a number of a base product's operands."""
-    in_fp8 = isinstance(group, LinearGroup) and group.is_in_fp8(is_backward)
-    return E4M3.itemsize if in_fp8 else BF16
+    format = group.product_format(is_backward) if isinstance(group, LinearGroup) else None
+    return format.itemsize if format else BF16
 
 
 def _products_of(
@@ -545,7 +546,7 @@ def main() -> int:
     torch.cuda.empty_cache()
     model = random_model(CONFIGS[arguments.model], device)
     if arguments.base_compute != "bf16":
-        model.multiply_in_fp8(forward=arguments.base_compute == "fp8")
+        model.multiply_in_8_bits(FORWARD_FORMATS[arguments.base_compute])
     lora = LoRAConfig(RANK, 2 * RANK, 0.0, projections(model.config))
     model.attach_lora(lora, seed=0)
     policies: list[Policy] = [arguments.policy] * len(model.layers)

@@ -32,6 +32,7 @@ from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import NUM_WARM_UPS, parse_shape, random_ids, synchronize
 from benchmarks.tables import Row, aligned, fp8_8b_table
+from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
@@ -88,7 +89,7 @@ def train(
     torch.manual_seed(SEED)
     model = random_model(config, device)
     if base_compute == "fp8":
-        model.multiply_in_fp8()
+        model.multiply_in_8_bits(E4M3)
     model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), SEED)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(GradientArena(parameters), weight_decay=0.0)

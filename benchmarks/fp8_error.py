@@ -33,11 +33,11 @@ from torch import Tensor
 
 from benchmarks.record import head, write
 from benchmarks.tables import Row, aligned, fp8_error_table
-from kernels.fp8 import E4M3, Fp8Rows, scale_of
-from kernels.fp8_matmul import fp8_matmul
-from kernels.fp8_rows import quantize_rows
+from kernels.fp8 import E4M3, Fp8Rows, empty_fp8_rows, scale_of
+from kernels.matmul_8bit import matmul_8bit
 from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_to_fp8 import fp8_scale, nf4_to_fp8
+from kernels.rows_8bit import quantize_rows
 from llama.model import Llama
 from lora.expansion import SixteenBits
 from lora.linear_group import LinearGroup
@@ -89,9 +89,9 @@ def products(
     """Multiply rows by a weight, or by its transpose, in every way; `exact` is in float32."""
     W = nf4_dequantize(weight, torch.float32)
     W = W.T.contiguous() if is_transposed else W
-    rows = quantize_rows(x)
+    rows = quantize_rows(x, empty_fp8_rows(x.shape, x.device))
     of_fp8 = x.new_empty(x.shape[0], W.shape[0])
-    fp8_matmul(rows, nf4_to_fp8(weight, fp8_scale(weight), is_transposed), of_fp8)
+    matmul_8bit(rows, nf4_to_fp8(weight, fp8_scale(weight), is_transposed), of_fp8)
     return {
         "exact": x.float() @ W.T,
         "bf16": x @ W.to(x.dtype).T,
@@ -212,7 +212,7 @@ def measure(flags: Sequence[str], steps: int) -> tuple[list[Row], dict[str, Any]
     of_exact = take_step(exact)
     # all of them, attention's forward too
     for _, group in run.model.groups():
-        group.multiply_in_fp8(forward=True)
+        group.multiply_in_8_bits(forward=E4M3)
     of_fp8 = take_step(run)
     recorded = [*recordings(run.model)]
     of_bf16 = take_step(run, recorded)

@@ -21,9 +21,9 @@ from benchmarks.layer_operations import NUM_ROWS
 from benchmarks.layers import GROUPS, LAYERS, WEIGHT_STD
 from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, fp8_matmul_table
-from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail
-from kernels.fp8_matmul import fp8_matmul
-from kernels.fp8_rows import quantize_rows
+from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail, empty_fp8_rows
+from kernels.matmul_8bit import matmul_8bit
+from kernels.rows_8bit import quantize_rows
 
 DTYPE = torch.bfloat16
 TAIL = 64
@@ -68,7 +68,7 @@ def measure_fp8_matmul(
             return (torch.randn(rows, columns, device=machine.device) * std).to(DTYPE)
 
         x_ext, W_ext = draw(m, k + TAIL), draw(n, k + TAIL, WEIGHT_STD)
-        x = quantize_rows(x_ext[:, :k])
+        x = quantize_rows(x_ext[:, :k], empty_fp8_rows((m, k), machine.device))
         scale = torch.tensor(WEIGHT_STD / 60, device=machine.device)
         w = Fp8Weight((W_ext[:, :k].float() / scale).to(E4M3), scale)
         # the backward pass has A as rows along its output
@@ -77,8 +77,8 @@ def measure_fp8_matmul(
         out = torch.empty(m, n, dtype=DTYPE, device=machine.device)
         by_row = x.scales[:, None], scale.expand(1, n).contiguous()
         for provider, call in {
-            "ours": partial(fp8_matmul, x, w, out, tail),
-            "ours-base": partial(fp8_matmul, x, w, out),
+            "ours": partial(matmul_8bit, x, w, out, tail),
+            "ours-base": partial(matmul_8bit, x, w, out),
             "torch-tensorwise": partial(torch_fp8, x, w, (scale, scale)),
             "torch-rowwise": partial(torch_fp8, x, w, by_row),
             "torch": partial(torch.mm, x_ext, W_ext.T, out=out),

@@ -70,14 +70,14 @@ def group_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def fp8_groups(config: LlamaConfig, base_compute: str, is_backward: bool) -> set[str]:
-    """Name the groups that a pass multiplies in E4M3: experts stay in 16 bits, and forward
+    """Name the groups that a pass multiplies in 8 bits: experts stay in 16 bits, and forward
     attention's."""
     names = {name for name, shape in group_shapes(config).items() if not shape_obstacle(*shape)}
     if config.experts:
         names -= {"gate_up", "down"}
     if is_backward:
         return names if base_compute != "bf16" else set()
-    return names - {"qkv", "o"} if base_compute == "fp8" else set()
+    return names - {"qkv", "o"} if base_compute in ("fp8", "int8") else set()
 
 
 def product_of(x: Tensor, w: Tensor, is_fp8: bool) -> Callable[[], Tensor]:

@@ -60,7 +60,7 @@ TILE_ROWS = 128
 TILE_BYTES = 32
 
 
-def _absmax_of(weight: NF4Weight) -> Tensor:  # (num_blocks,) float32
+def absmax_of(weight: NF4Weight) -> Tensor:  # (num_blocks,) float32
     parts = [member(weight, index).absmax for index in range(len(weight.rows))]
     return torch.cat(
         [dequantize_absmax(part) if isinstance(part, QuantizedAbsmax) else part for part in parts]
@@ -69,7 +69,7 @@ def _absmax_of(weight: NF4Weight) -> Tensor:  # (num_blocks,) float32
 
 def nf4_to_fp8_reference(weight: NF4Weight, scale: Tensor) -> Tensor:  # (N, K) E4M3
     """Expand levels times scaled scales in float32, rounded once to E4M3."""
-    scaled = replace(weight, absmax=_absmax_of(weight) * scale.reciprocal())
+    scaled = replace(weight, absmax=absmax_of(weight) * scale.reciprocal())
     return dequantize(scaled, torch.float32).to(E4M3)
 
 
@@ -80,11 +80,11 @@ def fp8_scale(weight: NF4Weight) -> Tensor:  # () float32
 
     Double quantization may make a small absmax negative, hence the magnitude.
     """
-    return scale_of(_absmax_of(weight).abs().max())
+    return scale_of(absmax_of(weight).abs().max())
 
 
 @triton.jit
-def _member_of(member_table_ptr, num_rows, in_features, NUM_MEMBERS: tl.constexpr):
+def member_of(member_table_ptr, num_rows, in_features, NUM_MEMBERS: tl.constexpr):
     # row, byte, block and group at which the program's member begins, and its number of rows
     if NUM_MEMBERS == 1:
         # the only one begins everything, and nothing waits for the table
@@ -118,7 +118,7 @@ def _nf4_to_fp8_kernel(
     CHUNKS: tl.constexpr,
 ):
     # one program expands CHUNKS * CHUNK_BYTES packed bytes of one member
-    row, byte_start, block_start, group_start, rows = _member_of(
+    row, byte_start, block_start, group_start, rows = member_of(
         member_table_ptr, num_rows, in_features, NUM_MEMBERS
     )
     num_bytes = rows * (in_features // 2)
@@ -175,7 +175,7 @@ def _nf4_to_fp8_transposed_kernel(
     TILE_BYTES: tl.constexpr,
 ):
     # one program transposes TILE_ROWS rows of TILE_BYTES packed bytes of one member
-    row, byte_start, block_start, group_start, rows = _member_of(
+    row, byte_start, block_start, group_start, rows = member_of(
         member_table_ptr, num_rows, in_features, NUM_MEMBERS
     )
     row_bytes = in_features // 2

@@ -44,14 +44,6 @@ et al. 2016, equation 4.
 import torch
 from torch import Tensor
 
-from kernels.fp8 import Fp8Rows
-from kernels.fp8_rows import (
-    check_fp8_rows,
-    magnitude_bits,
-    quantize_rows,
-    scale_of_bits,
-    store_quantized,
-)
 from kernels.language import tl, triton
 from kernels.launch import launch
 from kernels.rms_norm_long import _rms_norm_long_kernel
@@ -66,6 +58,15 @@ from kernels.rms_norm_row import (
     rstd_of,
     shape_of,
     sum_with_residual,
+)
+from kernels.rotation import EightBitRows
+from kernels.rows_8bit import (
+    check_8bit_rows,
+    magnitude_bits,
+    no_magnitudes,
+    quantize_rows,
+    scale_of_bits,
+    store_quantized,
 )
 
 
@@ -97,7 +98,7 @@ def _rms_norm_kernel(
     x_ptr,  # (M, D)
     residual_ptr,  # (M, D)
     weight_ptr,  # (D,)
-    values_ptr,  # (M, D) E4M3, of y, written if IN_FP8; so the scales
+    values_ptr,  # (M, D) E4M3 or INT8, of y, written if IN_8_BITS; so the scales
     scales_ptr,  # (M,)
     D,
     eps,
@@ -108,7 +109,7 @@ def _rms_norm_kernel(
     OFFSET: tl.constexpr,
     IS_CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    IN_FP8: tl.constexpr,
+    IN_8_BITS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -142,18 +143,19 @@ def _rms_norm_kernel(
         squares += r * r
     rstd = rstd_of(squares, D, eps)
     tl.store(rstd_ptr + row, rstd)
-    bits = tl.zeros((CHUNK,), tl.int16)
+    FORMAT: tl.constexpr = values_ptr.dtype.element_ty
+    bits = no_magnitudes(CHUNK, FORMAT)
     ys = ()
     for chunk in tl.static_range(CHUNKS):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
         r = centred(rows[chunk], mean, offs < D, IS_CENTRED)
         y = (r * rstd * factor_of(weights[chunk], OFFSET)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offs, y, mask=offs < D)
-        if IN_FP8:
-            bits = tl.maximum(bits, magnitude_bits(y))
+        if IN_8_BITS:
+            bits = tl.maximum(bits, magnitude_bits(y, FORMAT))
             ys = ys + (y,)  # noqa: RUF005
-    if IN_FP8:
-        scale = scale_of_bits(bits, y_ptr.dtype.element_ty)
+    if IN_8_BITS:
+        scale = scale_of_bits(bits, y_ptr.dtype.element_ty, FORMAT)
         tl.store(scales_ptr + row, scale)
         store_quantized(values_ptr + row * stride_vm, ys, scale, D, CHUNK, CHUNKS)
 
@@ -166,7 +168,7 @@ def _launch_rms_norm(
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
     is_centred: bool = False,
-    fp8: Fp8Rows | None = None,  # (M, D)
+    in_8_bits: EightBitRows | None = None,  # (M, D)
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D); rstd (M,) float32
     M, D = x.shape
     y = torch.empty((M, D), dtype=x.dtype, device=x.device) if out is None else out
@@ -176,9 +178,9 @@ def _launch_rms_norm(
     addend = residual if has_residual else x
     shape = shape_of(x, is_centred)
     is_long = "CHUNKS" not in shape
-    is_quantized = fp8 is not None and quantizes(shape)
+    is_quantized = in_8_bits is not None and quantizes(shape)
     # stand-ins for what is not written
-    values, scales = (y, rstd) if fp8 is None else fp8
+    values, scales = (y, rstd) if in_8_bits is None else in_8_bits
     arguments = (
         {}
         if is_long
@@ -186,7 +188,7 @@ def _launch_rms_norm(
             "values_ptr": values,
             "scales_ptr": scales,
             "stride_vm": values.stride(0),
-            "IN_FP8": is_quantized,
+            "IN_8_BITS": is_quantized,
         }
     )
     if M > 0:
@@ -212,8 +214,8 @@ def _launch_rms_norm(
             **arguments,
             **shape,
         )
-    if fp8 is not None and not is_quantized:
-        quantize_rows(y, fp8)
+    if in_8_bits is not None and not is_quantized:
+        quantize_rows(y, in_8_bits)
     return y, r, rstd
 
 
@@ -225,7 +227,7 @@ def rms_norm(
     out: Tensor | None = None,  # (M, D)
     offset: float = 0.0,
     is_centred: bool = False,
-    fp8: Fp8Rows | None = None,  # (M, D)
+    in_8_bits: EightBitRows | None = None,  # (M, D)
 ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), x's dtype; rstd (M,) float32
     """Add a residual and normalize the sum by its root mean square.
 
@@ -238,7 +240,7 @@ def rms_norm(
             columns stay as they are; shares no memory with x or residual. A new tensor if None.
         offset: added to the weights, in float32.
         is_centred: r - mean(r) takes r's place in rstd and y.
-        fp8: takes y in E4M3, as `quantize_rows` makes it, in the same pass.
+        in_8_bits: takes y in 8 bits, as `quantize_rows` makes it, in the same pass.
 
     Returns:
         y: out, if that is given.
@@ -250,12 +252,12 @@ def rms_norm(
             requires a gradient.
     """
     check_rows(weight, x=x, residual=residual, out=out)
-    if fp8 is not None:
-        check_fp8_rows(x, fp8)
+    if in_8_bits is not None:
+        check_8bit_rows(x, in_8_bits)
     if x.device.type == "cpu":
         y, r, rstd = rms_norm_reference(x, weight, eps, residual, offset, is_centred)
         y = y if out is None else out.copy_(y)
-        if fp8 is not None:
-            quantize_rows(y, fp8)
+        if in_8_bits is not None:
+            quantize_rows(y, in_8_bits)
         return y, r, rstd
-    return _launch_rms_norm(x, weight, eps, residual, out, offset, is_centred, fp8)
+    return _launch_rms_norm(x, weight, eps, residual, out, offset, is_centred, in_8_bits)

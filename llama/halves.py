@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.glu import Activation, glu, glu_backward
-from kernels.glu_fp8 import glu_fp8
+from kernels.glu_8bit import glu_8bit
 from llama.config import LlamaConfig
 from llama.norm import RMSNorm
 from lora.linear_group import LinearGroup, new_rows
@@ -145,10 +145,10 @@ class MLP(nn.Module):
         down, gates_and_ups = self.down, kept.gate_up_ext[:, : self.gate_up.num_rows]
         inner = down.empty_input(gates_and_ups.shape[0], gates_and_ups)
         h = inner.ext[:, : down.in_features]
-        if inner.fp8 is None:
+        if inner.in_8_bits is None:
             glu(gates_and_ups, self.activation, out=h)
         else:
-            glu_fp8(gates_and_ups, self.activation, h, inner.fp8)
+            glu_8bit(gates_and_ups, self.activation, h, inner.in_8_bits)
         return inner
 
     def project_out(self, inner: Rows, seed: Tensor | None, kept: Gated) -> Tensor:  # (M, D)

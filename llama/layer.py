@@ -162,7 +162,7 @@ class DecoderLayer(nn.Module):
         M, D = x.shape
         y = qkv.empty_input(M, x)
         norm = self.norm_before(self.norms.before_attention)
-        _, kept.r1, kept.rstd1 = norm(x, delta, out=y.ext[:, :D], fp8=y.fp8)
+        _, kept.r1, kept.rstd1 = norm(x, delta, out=y.ext[:, :D], in_8_bits=y.in_8_bits)
         attn, tables, samples = self.self_attn, shared.tables[self.table], shared.samples
         heads = attn.project(y, seed).unflatten(0, tuple(shared.positions.shape))
         kept.heads = attn.normalize_heads(heads)
@@ -186,10 +186,10 @@ class DecoderLayer(nn.Module):
         M, D = r1.shape
         y = self.mlp.empty_input(M, r1)
         if self.is_parallel:
-            norm(r1, out=y.ext[:, :D], fp8=y.fp8)
+            norm(r1, out=y.ext[:, :D], in_8_bits=y.in_8_bits)
             r2 = r1 + delta
         else:
-            _, r2, kept.rstd2 = norm(delta, r1, out=y.ext[:, :D], fp8=y.fp8)
+            _, r2, kept.rstd2 = norm(delta, r1, out=y.ext[:, :D], in_8_bits=y.in_8_bits)
             kept.r2 = r2
         self.mlp.project_in(y, shared.dropout_seed, kept)
         return r2

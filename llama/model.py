@@ -217,18 +217,18 @@ class Llama(nn.Module):
         for _, group in self.frozen_groups():
             group.make_tables(self.compute_dtype)
 
-    def multiply_in_fp8(self, forward: bool = True) -> None:
-        """Let the base products of projections in NF4 be of E4M3 rows, before the first pass.
+    def multiply_in_8_bits(self, forward: torch.dtype | None) -> None:
+        """Let the base products of projections in NF4 be of 8 bits, before the first pass.
 
         Attention's stay as they are forward: they are a fifth of the products, and make more than
         half of what that costs in the loss (docs/fp8.md).
 
         Args:
-            forward: the MLP's products of the forward pass too, not those of the backward pass
-                alone.
+            forward: E4M3 or INT8 for the MLP's products of the forward pass; None leaves them as
+                they are. Those of the backward pass are in E4M3.
         """
         for prefix, group in self.groups():
-            group.multiply_in_fp8(forward and not prefix.endswith(".self_attn."))
+            group.multiply_in_8_bits(None if prefix.endswith(".self_attn.") else forward)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All low-rank updates as views of the parameters, by their projection's name.

@@ -12,10 +12,10 @@ So the multiplier is in two constants: the scale of embeddings, and eps of the s
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8 import Fp8Rows
-from kernels.fp8_rows import quantize_rows
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_backward import rms_norm_backward
+from kernels.rotation import EightBitRows
+from kernels.rows_8bit import quantize_rows
 from llama.config import LlamaConfig
 
 
@@ -55,11 +55,11 @@ class RMSNorm(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         out: Tensor | None = None,
-        fp8: Fp8Rows | None = None,
+        in_8_bits: EightBitRows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (M,) float32
         """Normalize r = x + residual as `kernels.rms_norm.rms_norm` does."""
         kind = (self.offset, self.is_centred)
-        return rms_norm(x, self.weight, self.eps, residual, out, *kind, fp8)
+        return rms_norm(x, self.weight, self.eps, residual, out, *kind, in_8_bits)
 
     def backward(
         self,
@@ -83,13 +83,13 @@ class NoNorm:
         x: Tensor,
         residual: Tensor | None = None,
         out: Tensor | None = None,
-        fp8: Fp8Rows | None = None,
+        in_8_bits: EightBitRows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # y, r (M, D), rstd (0,) float32
         """Add as `RMSNorm.forward` does."""
         r = x if residual is None else x + residual
         y = r if out is None else out.copy_(r)
-        if fp8 is not None:
-            quantize_rows(y, fp8)
+        if in_8_bits is not None:
+            quantize_rows(y, in_8_bits)
         return y, r, x.new_empty(0, dtype=torch.float32)
 
     def backward(

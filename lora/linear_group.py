@@ -22,7 +22,7 @@ Members may have updates of different ranks. Then each has room for the largest,
 columns of B beyond a member's own rank are zero, and so are their gradients, since each is a
 product with the other. They stay zero in training, and no file sees them.
 
-The equations hold for a weight in 16 bits. In E4M3 the updates keep 16 bits and join the same sums:
+The equations hold for a weight in 16 bits. In 8 bits the updates keep 16 and join the same sums:
 `lora/expansion.py` has both forms.
 """
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dropout import dropout, dropout_add_
-from kernels.fp8 import empty_fp8_rows
+from kernels.fp8 import E4M3
 from kernels.lora_extension import Update, make_lora_extension_tables, write_updates
 from kernels.lora_gradient import lora_gradient, make_lora_gradient_tables
 from kernels.lora_gradient_products import add_product
@@ -46,6 +46,9 @@ from kernels.nf4_matmul import (
     nf4_matmul,
 )
 from kernels.nf4_to_fp8 import fp8_scale, members_obstacle
+from kernels.nf4_to_int8 import int8_scales
+from kernels.rotation import INT8
+from kernels.rows_8bit import empty_8bit_rows
 from lora.config import UpdateSize
 from lora.expansion import EightBits, Expansion, SixteenBits
 from lora.frozen_group import FrozenGroup
@@ -81,6 +84,10 @@ class LinearGroup(FrozenGroup):
     lora_B: nn.Parameter | None  # (sum of the targets' rows, R)
     # of the weight in E4M3, () float32; None: the base products are in the dtype of the passes
     fp8_scale: Tensor | None
+    # of the weight's rows in INT8, (N,) float32, where the forward product is of those
+    int8_scales: Tensor | None
+    # of the forward product: E4M3 or INT8; None: it is in the dtype of the passes
+    forward_format: torch.dtype | None
     # for the forward and the backward pass
     expanded: tuple[Expansion, Expansion] | None
 
@@ -92,8 +99,7 @@ class LinearGroup(FrozenGroup):
         self.sizes: dict[str, UpdateSize] = {}
         self.dropout = 0.0
         self.site = 0
-        self.fp8_scale = None
-        self.is_forward_in_fp8 = False
+        self.fp8_scale = self.int8_scales = self.forward_format = None
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
 
@@ -165,8 +171,8 @@ class LinearGroup(FrozenGroup):
     def empty_input(self, num_rows: int, like: Tensor) -> Rows:  # (num_rows, K + T)
         """Allocate buffers for x and its tail, on a tensor's device and in its dtype."""
         ext, K = new_rows(like, num_rows, self.in_features + self.tail), self.in_features
-        in_fp8 = self.is_in_fp8(is_backward=False)
-        return Rows(ext, empty_fp8_rows((num_rows, K), ext.device) if in_fp8 else None)
+        format = self.product_format(is_backward=False)
+        return Rows(ext, format and empty_8bit_rows((num_rows, K), format, ext.device))
 
     def extended(self, x: Tensor) -> Tensor:  # (M, K) -> (M, K + T)
         """Put x into a buffer with a tail; x itself where there is none."""
@@ -180,30 +186,33 @@ class LinearGroup(FrozenGroup):
         """Allocate a buffer for y or its gradient and the tail."""
         return new_rows(like, num_rows, self.num_rows + self.tail)
 
-    def multiply_in_fp8(self, forward: bool) -> None:
-        """Let the base products be of E4M3 rows, where the weight is in NF4 and its members' sizes
-        allow that; after loading, before the first pass.
+    def multiply_in_8_bits(self, forward: torch.dtype | None) -> None:
+        """Let the base products be of 8 bits, where the weight is in NF4 and its members' sizes
+        allow that; after loading, before the first pass. The backward pass's are in E4M3.
 
         Args:
-            forward: the forward pass's product too, not the backward pass's alone.
+            forward: E4M3 or INT8 for the forward pass's product; None leaves it as it is.
         """
         weight = self.weight
         if isinstance(weight, NF4Weight) and not members_obstacle(weight.rows, self.in_features):
-            self.fp8_scale, self.is_forward_in_fp8 = fp8_scale(weight), forward
+            self.fp8_scale, self.forward_format = fp8_scale(weight), forward
+            self.int8_scales = int8_scales(weight) if forward == INT8 else None
 
     def frozen_tensors(self) -> Iterator[Tensor]:
         yield from super().frozen_tensors()
-        if self.fp8_scale is not None:
-            yield self.fp8_scale
+        yield from (scale for scale in (self.fp8_scale, self.int8_scales) if scale is not None)
 
-    def is_in_fp8(self, is_backward: bool) -> bool:
-        """Tell whether a pass's base product is of E4M3 rows."""
-        return self.fp8_scale is not None and (is_backward or self.is_forward_in_fp8)
+    def product_format(self, is_backward: bool) -> torch.dtype | None:
+        """Tell the 8-bit format of a pass's base product: E4M3, INT8, or None if it is in 16."""
+        if self.fp8_scale is None:
+            return None
+        return E4M3 if is_backward else self.forward_format
 
     def keep_expanded(self, dtype: torch.dtype) -> None:
         """Expand the weight once for all passes, which then write the updates beside it alone."""
-        back = self._expand_weight(dtype, True).kept(self.is_forward_in_fp8)
-        is_one = self.fp8_scale is None or self.is_forward_in_fp8
+        has_forward = self.forward_format is not None
+        back = self._expand_weight(dtype, True).kept(has_forward)
+        is_one = self.fp8_scale is None or has_forward
         self.expanded = (back if is_one else self._expand_weight(dtype, False), back)
 
     def expanded_tensors(self) -> Iterator[Tensor]:
@@ -225,14 +234,14 @@ class LinearGroup(FrozenGroup):
     def _expand_weight(self, dtype: torch.dtype, is_backward: bool) -> Expansion:
         """Write out the weight, and leave room for the updates."""
         N, K, tail, weight = self.num_rows, self.in_features, self.tail, self.weight
-        if self.is_in_fp8(is_backward):
+        if self.product_format(is_backward):
             assert isinstance(weight, NF4Weight)
             assert self.fp8_scale is not None
             A, sB = (
                 torch.empty(shape, dtype=dtype, device=weight.device)
                 for shape in ((tail, K), (N, tail))
             )
-            return EightBits(weight, self.fp8_scale, A, sB)
+            return EightBits(weight, self.fp8_scale, self.int8_scales, A, sB)
         if not self.updates:
             is_packed = isinstance(weight, NF4Weight)
             W = nf4_dequantize(weight, dtype) if is_packed else weight.to(dtype)

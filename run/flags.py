@@ -18,7 +18,7 @@ from run.places import read_places
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})?")
 
-BASE_COMPUTES = ("bf16", "fp8", "fp8-backward")
+BASE_COMPUTES = ("bf16", "int8", "fp8", "fp8-backward")
 
 
 def _flag(
@@ -97,9 +97,9 @@ class ModelFlags(_Flags):
     base_compute: str = _flag(
         "bf16",
         "number format of the frozen projections' products in training; bf16: that of --dtype; "
-        "fp8: E4M3, in half of the time, in the backward pass and in the MLP's forward pass; "
-        "fp8-backward: in the backward pass alone; on GPUs of compute capability 8.9 or later, "
-        "with evaluations and answers in --dtype",
+        "int8, fp8: INT8 behind a rotation, or E4M3, in the MLP's forward pass, and E4M3 in the "
+        "backward pass, in half of the time; fp8-backward: in the backward pass alone; on GPUs of "
+        "compute capability 8.9 or later, with evaluations and answers in --dtype",
         BASE_COMPUTES,
     )
     device: str = _flag("auto", "auto: a GPU if there is one", ("auto", "cpu", "cuda"))

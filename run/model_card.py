@@ -29,8 +29,8 @@ _ADVICE = """The base model was read from a folder of that name: write the folde
 
 """
 # readers of the adapter multiply in 16 bits
-_FP8_PRODUCTS = """
-In training a part of the base's products was in FP8 (E4M3). Evaluations multiplied in 16 bits, as
+_8BIT_PRODUCTS = """
+In training a part of the base's products was in {formats}. Evaluations multiplied in 16 bits, as
 those do who use the adapter.
 """
 # characters with a meaning in Markdown inside a line; a bar ends a table's cell
@@ -212,7 +212,8 @@ def model_card(
         revision=revision or None,
     )
     frozen = "in NF4" if config.quant == "nf4" else "as its checkpoint has it"
-    products = _FP8_PRODUCTS if config.base_compute != "bf16" else ""
+    formats = "INT8 and FP8 (E4M3)" if config.base_compute == "int8" else "FP8 (E4M3)"
+    products = _8BIT_PRODUCTS.format(formats=formats) if config.base_compute != "bf16" else ""
     versions = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return f"""{_front_matter(config, name if is_on_hub else None)}
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.fp8 import E4M3
 from llama.experts import ExpertMLP
 from lora.expert_group import ExpertGroup
 from lora.frozen_group import FrozenGroup
@@ -17,11 +16,11 @@ from step.workload import Workload
 # attention's products run at about this share of a large product's rate, with the mask's half
 # left out, forward and backward together
 ATTENTION_SHARE = 0.5
-# the rate of products in E4M3 over that of 16 bits, for which data sheets say 2: torch's multiply
+# the rate of products in 8 bits over that of 16 bits, for which data sheets say 2: torch's multiply
 # 1,335 over 767 TFLOP/s on an H100 and 1,365 over 770 on an H200, in the shapes of an 8B model
 FP8_SPEEDUP = 1.75
-# bytes that a number moves to be an operand in E4M3: of an input those that its producer writes, of
-# a gradient those that are read in 16 bits too
+# bytes that a number moves to be an operand in 8 bits: of an input those that its producer writes,
+# of a gradient those that are read in 16 bits too
 INPUT_BYTES, GRADIENT_BYTES = 1, 3
 # bytes of a weight in NF4, its scales among them
 PACKED_BYTES = 0.516
@@ -63,7 +62,7 @@ class _Products(NamedTuple):
     """What some projections ask for in one pass.
 
     Attributes:
-        multiplied: weights by which a token is multiplied, one in E4M3 as a part of one in 16 bits.
+        multiplied: weights by which a token is multiplied, one in 8 bits as a part of one.
         expanded: bytes that are moved to expand the weights.
         quantized: numbers of a token that are quantized.
     """
@@ -82,9 +81,9 @@ def _products_of(
     for group in groups:
         weights = group.num_rows * group.in_features
         share = num_chosen / group.num_experts if isinstance(group, ExpertGroup) else 1
-        if isinstance(group, LinearGroup) and group.is_in_fp8(is_backward):
+        if isinstance(group, LinearGroup) and group.product_format(is_backward):
             multiplied += weights / FP8_SPEEDUP
-            expanded += (PACKED_BYTES + E4M3.itemsize) * weights
+            expanded += (PACKED_BYTES + 1) * weights
             quantized += group.num_rows if is_backward else group.in_features
         else:
             multiplied += share * weights
@@ -99,7 +98,7 @@ def step_seconds(work: Workload, policies: Sequence[Policy], rates: Rates) -> fl
     again and its output is not normalized; the head twice. Of experts' weights, those of a token's
     experts. Bytes, in rows of D and of F numbers: 12 and 4 forward, 22 and 10 back, 2 and 3 of D
     more for each norm behind a half; for each expert of a token 4 of D more, forward and back. Of
-    products in E4M3 the rows that they take, which are quantized.
+    products in 8 bits the rows that they take, which are quantized.
     """
     config, M, e = work.config, work.M, work.dtype.itemsize
     D = config.hidden_size

@@ -194,8 +194,8 @@ def _form_of(group: FrozenGroup) -> Hashable:
     # slices are no keys
     updates = None
     if isinstance(group, LinearGroup):
-        in_fp8 = [group.is_in_fp8(is_backward) for is_backward in (False, True)]
-        updates = (str(group.updates), group.dropout, *in_fp8)
+        formats = [group.product_format(is_backward) for is_backward in (False, True)]
+        updates = (str(group.updates), group.dropout, *formats)
     elif isinstance(group, ExpertGroup) and group.update is not None:
         updates = group.update.rank
     return type(group), form, bias_dtype, updates, group.expanded is not None

@@ -27,6 +27,7 @@ from benchmarks.breakdown import (
     span_ms,
 )
 from benchmarks.tables import breakdown_table
+from kernels.fp8 import E4M3
 from step.micro_step import Policy
 
 SHAPE = (2, 6)
@@ -57,8 +58,8 @@ LOGITS = ((512, 4096), (4096, 128256), (512, 128256))
         (kernel("_nf4_dequantize_kernel", region=FORWARD), "dequantization"),
         (kernel("_nf4_to_fp8_transposed_kernel", region=BACKWARD), "dequantization"),
         (kernel("_quantize_rows_kernel", region=FORWARD), "rows to E4M3"),
-        (kernel("_fp8_matmul_kernel", region=FORWARD), "base products, forward"),
-        (kernel("_fp8_matmul_pointers_kernel", region=BACKWARD), "base products, backward"),
+        (kernel("_matmul_8bit_kernel", region=FORWARD), "base products, forward"),
+        (kernel("_matmul_8bit_pointers_kernel", region=BACKWARD), "base products, backward"),
         (kernel("_write_updates_kernel", region=BACKWARD), "low-rank updates"),
         (kernel("_rms_norm_backward_kernel"), "norms"),
         (kernel("_rope_kernel_0d1d"), "rotation"),
@@ -247,7 +248,7 @@ def test_costs_in_fp8_are_those_of_a_byte_a_number_and_half_a_flop(tmp_path: Pat
     model = load_tiny(tmp_path, dtype=torch.bfloat16, intermediate_size=F)
     others = costs_of(model, SHAPE, ["recompute", "recompute"])
     assert "rows to E4M3" not in others
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(E4M3)
     costs = costs_of(model, SHAPE, ["recompute", "recompute"])
     qkv, o, gate_up, down = 64 * D, D * D, 2 * F * D, F * D
     # of both layers: attention's forward stays, and both are computed again, but for down

@@ -7,6 +7,8 @@ import torch
 from support.equality import assert_equal
 from support.micro_steps import gradients_of, load_tiny, step_of, tokens
 
+from kernels.fp8 import E4M3
+from kernels.rotation import INT8
 from llama.served import as_served
 from rows.batch import Batch
 from step.micro_step import Policy
@@ -15,11 +17,14 @@ BF16 = torch.bfloat16
 POLICIES: list[Policy] = ["keep", "expand"]
 
 
+@pytest.mark.parametrize("forward", [E4M3, INT8], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_served_model_multiplies_in_16_bits(tmp_path: Path, policy: Policy) -> None:
+def test_a_served_model_multiplies_in_16_bits(
+    tmp_path: Path, policy: Policy, forward: torch.dtype
+) -> None:
     model, input_ids = load_tiny(tmp_path, dtype=BF16, intermediate_size=80), tokens(2, 65)
     expected = model.logits(input_ids)
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(forward)
     step = step_of(model, (policy, policy))
     in_fp8 = model.logits(input_ids)
     assert not torch.equal(in_fp8, expected)
@@ -39,7 +44,7 @@ def test_a_served_model_multiplies_in_16_bits(tmp_path: Path, policy: Policy) ->
 
 def test_weights_that_stay_in_16_bits_serve_an_evaluation_too(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(E4M3)
     step = step_of(model, ("expand", "expand"))
     gradients_of(step, tokens(1, 9), tokens(1, 9))
     with as_served(model):
@@ -50,7 +55,7 @@ def test_weights_that_stay_in_16_bits_serve_an_evaluation_too(tmp_path: Path) ->
 
 def test_a_failed_pass_leaves_the_training_as_it_was(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(E4M3)
     in_fp8 = model.logits(tokens(1, 9))
     with pytest.raises(RuntimeError, match="no room"), as_served(model):
         raise RuntimeError("no room")

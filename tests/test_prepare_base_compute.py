@@ -11,9 +11,11 @@ from test_run_machine import install_gpu
 
 from checkpoint.loading import load_sizes
 from checkpoint.opening import open_checkpoint
+from kernels.fp8 import E4M3
+from kernels.rotation import INT8
 from prepare.asked import ask
 from prepare.base import sized_model
-from prepare.base_compute import check_base_compute, describe_base_compute
+from prepare.base_compute import check_base_compute, describe_base_compute, set_base_compute
 from prepare.job import BUNDLED
 from run.config import TrainConfig
 from run.ranks import Ranks
@@ -79,7 +81,7 @@ def test_a_model_without_a_projection_for_it_is_refused(tmp_path: Path) -> None:
 def test_it_is_said_once_what_stays_in_16_bits(tmp_path: Path) -> None:
     model = load_tiny(tmp_path, dtype=BF16)
     assert describe_base_compute(model) == []
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(E4M3)
     # the MLP's width is 72
     assert describe_base_compute(model) == [
         "base products in FP8: 0 of 14 projections forward, 8 back; in bfloat16: 2 gate_proj, "
@@ -88,10 +90,21 @@ def test_it_is_said_once_what_stays_in_16_bits(tmp_path: Path) -> None:
     ]
 
 
+def test_products_in_int8_are_told_from_those_in_fp8(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path, dtype=BF16, intermediate_size=80)
+    set_base_compute(model, replace(CONFIG, base_compute="int8"))
+    formats = {group.forward_format for _, group in model.groups()}
+    assert formats == {None, INT8}
+    assert describe_base_compute(model) == [
+        "base products in 8 bits: 6 of 14 projections forward in INT8, 14 back in FP8; "
+        "evaluations and answers are in bfloat16"
+    ]
+
+
 def test_experts_are_said_to_stay_in_16_bits(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_variant(tmp_path, "qwen3-moe"))
     model = load_sizes(checkpoint, torch.float16, NF4)
-    model.multiply_in_fp8()
+    model.multiply_in_8_bits(E4M3)
     (line,) = describe_base_compute(model)
     # the queries and keys have 6 rows a head
     assert line.startswith("base products in FP8: 0 of 8 projections forward, 2 back; in float16:")

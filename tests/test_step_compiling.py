@@ -101,7 +101,7 @@ print(len(before), "then", [name for name in compiled() if name not in before], 
 """
 # and a step whose evaluations alone multiply in 16 bits
 FP8_STEP = STEP.replace(
-    "    model.attach_lora(", "    model.multiply_in_fp8()\n    model.attach_lora("
+    "    model.attach_lora(", "    model.multiply_in_8_bits(E4M3)\n    model.attach_lora("
 )
 
 

@@ -12,6 +12,7 @@ from support.micro_steps import gradients_of, load_tiny, step_of, tokens
 from test_step_memory_plan import FP8_WORK, WORK
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.fp8 import E4M3
 from lora.linear_group import LinearGroup
 from nf4.weight import quantize
 from step.duration import (
@@ -68,7 +69,7 @@ def test_products_are_those_of_a_micro_step(
     # the updates' products, a percent of a real model's, are not reckoned with
     model = load_tiny(tmp_path, lora=None, variant=variant, dtype=dtype)
     if dtype == torch.bfloat16:
-        model.multiply_in_fp8()
+        model.multiply_in_8_bits(E4M3)
     # counted one by one
     monkeypatch.setattr("step.duration.FP8_SPEEDUP", 1)
     input_ids = tokens(B, T)

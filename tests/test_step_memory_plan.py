@@ -13,6 +13,7 @@ from support.tiny_llama import VARIANTS, write_variant
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
+from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.model import PROJECTIONS
@@ -54,7 +55,7 @@ def work_for(
 
 WORK = work_for()
 FP8_WORK = work_for()
-FP8_WORK.model.multiply_in_fp8()
+FP8_WORK.model.multiply_in_8_bits(E4M3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -136,7 +137,7 @@ def test_an_evaluation_expands_in_16_bits_what_trains_in_8() -> None:
     config = replace(LLAMA_3_8B, num_hidden_layers=2, windows=(None, None))
     # of more rows than are multiplied by packed weights
     work, policies = replace(work_for(config), batch=1, tokens=256), mix(2, 2, 0, 2)
-    work.model.multiply_in_fp8()
+    work.model.multiply_in_8_bits(E4M3)
     plan = plan_memory(work, policies)
     expanded = 2 * (28672 + 64) * (4096 + 64)
     assert plan.step < 0.4 * expanded

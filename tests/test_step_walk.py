@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoint.loading import load_model, load_sizes
 from checkpoint.opening import open_checkpoint
+from kernels.fp8 import E4M3
 from lora.config import LoRAConfig
 from nf4.weight import Quantization
 from step.allocations import Allocations, Event
@@ -100,7 +101,7 @@ def test_settings_repeat_what_one_layer_did(tmp_path: Path, case: str) -> None:
     if case.startswith("evaluated"):
         work = replace(work, evaluation=(5, 200))
     if case.endswith("fp8"):
-        work.model.multiply_in_fp8()
+        work.model.multiply_in_8_bits(E4M3)
     assert_composed_is_walked(work)
 
 

@@ -145,7 +145,7 @@ def test_a_base_in_fp8_is_evaluated_and_answers_as_it_is_served(
     monkeypatch.setattr("training.answers.generate_greedy", generate)
     more = f"--eval-data {tmp_path / 'data.jsonl'} --sample-prompt Ember? --dtype bfloat16"
     rows, answers, said = {}, {}, {}
-    for name in ("bf16", "fp8"):
+    for name in ("bf16", "fp8", "int8"):
         output = tmp_path / name
         given = [*flags(tmp_path, more), "--output", str(output), "--base-compute", name]
         train.main([*given, "--max-steps", "1"])
@@ -153,19 +153,21 @@ def test_a_base_in_fp8_is_evaluated_and_answers_as_it_is_served(
         answers[name] = json.loads((output / "samples.jsonl").read_text().splitlines()[0])
         said[name] = capsys.readouterr().out
         card = (output / "README.md").read_text()
-        assert ("a part of the base's products was in FP8 (E4M3). Evaluations" in card) == (
-            name == "fp8"
-        )
+        assert ("a part of the base's products was in" in card) == (name != "bf16")
+        assert ("products was in FP8 (E4M3). Evaluations" in card) == (name == "fp8")
+        assert ("was in INT8 and FP8 (E4M3). Evaluations" in card) == (name == "int8")
         assert json.loads((output / "run.json").read_text())["base_compute"] == name
     assert "base products in FP8: 6 of 14 projections forward, 14 back; evaluati" in said["fp8"]
+    assert "6 of 14 projections forward in INT8, 14 back in FP8; evaluations" in said["int8"]
     assert "FP8" not in said["bf16"]
     # before the first step the adapters are equal, and behind it another one is trained
-    assert rows["fp8"][0]["eval_loss"] == rows["bf16"][0]["eval_loss"]
-    assert answers["fp8"] == answers["bf16"]
-    assert rows["fp8"][1]["loss"] != rows["bf16"][1]["loss"]
+    for name in ("fp8", "int8"):
+        assert rows[name][0]["eval_loss"] == rows["bf16"][0]["eval_loss"]
+        assert answers[name] == answers["bf16"]
+    assert len({rows[name][1]["loss"] for name in rows}) == 3
     assert rows["fp8"][1]["loss"] == pytest.approx(rows["bf16"][1]["loss"], rel=0.02)
     # a run has one base compute from its first step to its last
-    with pytest.raises(ValueError, match="--base-compute was 'bf16', now 'fp8'"):
+    with pytest.raises(ValueError, match="--base-compute was 'bf16', now 'int8'"):
         train.main([*given, "--output", str(tmp_path / "bf16"), "--resume"])
 
 

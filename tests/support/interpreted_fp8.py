@@ -1,4 +1,4 @@
-"""Runs the FP8 kernels for all tiny cases in Triton's interpreter; a process of its own.
+"""Runs the kernels of 8 bits for all tiny cases in Triton's interpreter; a process of its own.
 
 Writes what the launchers compute, by case, to the safetensors file that is its first argument; the
 second is the name of the kernels' file. Values in E4M3 are written as bytes.
@@ -16,16 +16,20 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from support.fp8_cases import (  # noqa: E402
-    GATES_IN_FP8,
-    NORMS_IN_FP8,
+    FORMATS,
+    GATES_IN_8_BITS,
+    NORMS_IN_8_BITS,
     TINY_FP8_WEIGHTS,
     TINY_MATMULS,
     TINY_ROWS,
-    gate_in_fp8,
+    UNWRITTEN,
+    gate_in_8_bits,
+    in_both,
     non_finite_rows,
-    norm_in_fp8,
+    norm_in_8_bits,
     product,
     quantized_rows,
+    unwritten_rows,
 )
 from support.interpreted_kernels import (  # noqa: E402
     gated_in_place,
@@ -38,14 +42,16 @@ from torch import Tensor  # noqa: E402
 from triton import language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from kernels.fp8 import E4M3, Fp8Rows  # noqa: E402
-from kernels.fp8_matmul import _launch_fp8_matmul  # noqa: E402
-from kernels.fp8_matmul_pointers import launch_fp8_matmul_pointers  # noqa: E402
-from kernels.fp8_rows import _launch_quantize_rows  # noqa: E402
-from kernels.glu_fp8 import _launch_glu_fp8  # noqa: E402
+from kernels.fp8 import E4M3  # noqa: E402
+from kernels.glu_8bit import _launch_glu_8bit  # noqa: E402
+from kernels.matmul_8bit import _launch_matmul_8bit  # noqa: E402
+from kernels.matmul_8bit_pointers import launch_matmul_8bit_pointers  # noqa: E402
 from kernels.nf4_to_fp8 import _launch_nf4_to_fp8, fp8_scale  # noqa: E402
+from kernels.nf4_to_int8 import _launch_nf4_to_int8, int8_scales  # noqa: E402
 from kernels.rms_norm import _launch_rms_norm  # noqa: E402
 from kernels.rms_norm_backward import _launch_rms_norm_backward  # noqa: E402
+from kernels.rotation import INT8, RotatedRows  # noqa: E402
+from kernels.rows_8bit import _launch_quantize_rows  # noqa: E402
 
 
 def let_e4m3_be_converted_as_by_torch() -> None:
@@ -68,14 +74,16 @@ def let_e4m3_be_converted_as_by_torch() -> None:
 
 
 def rows(results: dict[str, Tensor]) -> None:
-    """Add rows in E4M3 and their scales."""
+    """Add rows in 8 bits and their scales."""
     for case in TINY_ROWS:
         found = quantized_rows(case, _launch_quantize_rows)
         results |= {f"{case}/values": found.values, f"{case}/scales": found.scales}
     x = non_finite_rows()
-    out = Fp8Rows(torch.empty(x.shape, dtype=E4M3), torch.empty(x.shape[0]))
-    _launch_quantize_rows(x, out)
-    results |= {"non-finite/values": out.values, "non-finite/scales": out.scales}
+    for format in FORMATS:
+        out = unwritten_rows((4, 304), format)
+        _launch_quantize_rows(x, out)
+        name = f"non-finite-{format}"
+        results |= {f"{name}/values": out.values.contiguous(), f"{name}/scales": out.scales}
 
 
 def weights(results: dict[str, Tensor]) -> None:
@@ -88,35 +96,45 @@ def weights(results: dict[str, Tensor]) -> None:
             results[f"{case}-{is_transposed}"] = out
 
 
+def rotated_weights(results: dict[str, Tensor]) -> None:
+    """Add weights in INT8."""
+    for case in TINY_FP8_WEIGHTS:
+        weight = random_weight(case)
+        values = torch.full(weight.shape, UNWRITTEN, dtype=INT8)
+        _launch_nf4_to_int8(weight, RotatedRows(values, int8_scales(weight)))
+        results[str(case)] = values
+
+
 def products(results: dict[str, Tensor]) -> None:
     """Add the products by both kernels."""
     for case in TINY_MATMULS:
         # some programs have two tiles, one has one
-        results[f"tiles-{case}"] = product(case, partial(_launch_fp8_matmul, num_programs=3))
-        results[f"pointers-{case}"] = product(case, launch_fp8_matmul_pointers)
+        results[f"tiles-{case}"] = product(case, partial(_launch_matmul_8bit, num_programs=3))
+        results[f"pointers-{case}"] = product(case, launch_matmul_8bit_pointers)
 
 
 def norms(results: dict[str, Tensor]) -> None:
-    """Add normalized rows, in E4M3 too, and their gradients."""
-    for case in NORMS_IN_FP8:
-        found = norm_in_fp8(case, _launch_rms_norm, _launch_rms_norm_backward)
-        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+    """Add normalized rows, in 8 bits too, and their gradients."""
+    for case, format in in_both(NORMS_IN_8_BITS):
+        found = norm_in_8_bits(case, format, _launch_rms_norm, _launch_rms_norm_backward)
+        results |= {f"{format}-{case}/{name}": tensor for name, tensor in found.items()}
 
 
 def gates(results: dict[str, Tensor]) -> None:
-    """Add gated rows, in E4M3 too, and their gradients."""
-    for case in GATES_IN_FP8:
-        found = gate_in_fp8(case, _launch_glu_fp8, gated_in_place)
-        results |= {f"{case}/{name}": tensor for name, tensor in found.items()}
+    """Add gated rows, in 8 bits too, and their gradients."""
+    for case, format in in_both(GATES_IN_8_BITS):
+        found = gate_in_8_bits(case, format, _launch_glu_8bit, gated_in_place)
+        results |= {f"{format}-{case}/{name}": tensor for name, tensor in found.items()}
 
 
 # by the file in kernels/
 KERNELS = {
-    "fp8_rows": rows,
+    "rows_8bit": rows,
     "nf4_to_fp8": weights,
-    "fp8_matmul": products,
+    "nf4_to_int8": rotated_weights,
+    "matmul_8bit": products,
     "rms_norm": norms,
-    "glu_fp8": gates,
+    "glu_8bit": gates,
 }
 
 

@@ -35,11 +35,15 @@ def part_of_wider_rows(matrix: Tensor, dtype: torch.dtype, device: torch.device)
     return nan_in_wider_rows(tuple(matrix.shape), dtype, device).copy_(matrix)
 
 
+def behind(part: Tensor) -> Tensor:
+    """View the columns behind a part of wider rows."""
+    shape = (*part.shape[:-1], NUM_EXTRA)
+    return part.as_strided(shape, part.stride(), part.storage_offset() + part.shape[-1])
+
+
 def assert_nan_behind(part: Tensor) -> None:
     """Nothing was written to the columns behind a part of wider rows."""
-    shape = (*part.shape[:-1], NUM_EXTRA)
-    behind = part.as_strided(shape, part.stride(), part.storage_offset() + part.shape[-1])
-    assert bool(behind.isnan().all())
+    assert bool(behind(part).isnan().all())
 
 
 def assert_kept(tensors: dict[str, Tensor], before: dict[str, Tensor], *but: str) -> None:

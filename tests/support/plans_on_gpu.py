@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.random_model import LLAMA_3_8B, random_model
 from generation.generator import generate_greedy
+from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.families import FAMILIES
 from llama.model import PROJECTIONS
@@ -112,7 +113,7 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     is_fp8 = given["is_fp8"] and given["dtype"] != torch.float32
     sizes = random_model(config, META, given["dtype"])
     if is_fp8:
-        sizes.multiply_in_fp8()
+        sizes.multiply_in_8_bits(E4M3)
     sizes.attach_lora(lora, seed=0)
     work = Workload(
         sizes,
@@ -135,7 +136,7 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     reserved_before, used_before = torch.cuda.memory_reserved(), used()
     model = random_model(config, CUDA, given["dtype"])
     if is_fp8:
-        model.multiply_in_fp8()
+        model.multiply_in_8_bits(E4M3)
     model.attach_lora(lora, seed=0)
     gradients = GradientArena({n: p for n, p in model.named_parameters() if p.requires_grad})
     factor = torch.tensor(1.0, device=CUDA)

@@ -1,7 +1,7 @@
-"""Multiply rows in E4M3 by a weight in E4M3 on GPUs whose products are those of a warp (8.9, 12.x).
+"""Multiply rows by a weight in 8 bits on GPUs whose products are those of a warp (8.x, 12.x).
 
-The equation, the arguments and the result are those of `fp8_matmul.py`. Tiles of x and W come by
-pointers, copied asynchronously (`cp.async`), since 8.9 knows no TMA and tiles by TMA take more
+The equation, the arguments and the result are those of `matmul_8bit.py`. Tiles of x and W come by
+pointers, copied asynchronously (`cp.async`), since 8.x knows no TMA and tiles by TMA take more
 registers on 12.x than there are. Rows beyond a matrix repeat its last one, and are not stored.
 """
 
@@ -10,10 +10,11 @@ registers on 12.x than there are. Rows beyond a matrix repeat its last one, and 
 
 from torch import Tensor
 
-from kernels.fp8 import Fp8Rows, Fp8Weight, LowRankTail
-from kernels.fp8_matmul_tiles import GROUP_M, load_bias, scaled, tile_of
+from kernels.fp8 import LowRankTail
 from kernels.language import tl, triton
 from kernels.launch import cdiv, launch
+from kernels.matmul_8bit_tiles import GROUP_M, load_bias, scaled, scales_of, tile_of, zero_sums
+from kernels.rotation import INT8, EightBitRows, EightBitWeight
 
 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_T = 128, 128, 64, 64
 NUM_WARPS = 8
@@ -23,12 +24,12 @@ NUM_STAGES = 3
 
 # any number of rows, one compilation
 @triton.jit(do_not_specialize=["M"])
-def _fp8_matmul_pointers_kernel(
+def _matmul_8bit_pointers_kernel(
     y_ptr,  # (M, N)
-    x_ptr,  # (M, K) E4M3
-    w_ptr,  # (N, K) E4M3
+    x_ptr,  # (M, K) E4M3 or INT8
+    w_ptr,  # (N, K), in x's dtype
     scales_ptr,  # (M,) float32
-    scale_ptr,  # () float32
+    w_scales_ptr,  # () float32, or (N,)
     h_ptr,  # (M, T)
     B_ptr,  # (N, T)
     bias_ptr,  # (N,)
@@ -42,6 +43,7 @@ def _fp8_matmul_pointers_kernel(
     stride_hm,
     stride_bn,
     stride_bt,
+    IS_INT8: tl.constexpr,
     NUM_TAILS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,12 +61,12 @@ def _fp8_matmul_pointers_kernel(
     offs_k = tl.arange(0, BLOCK_K)[None, :]
     x_ptrs = x_ptr + rows_m * stride_xm + offs_k
     w_ptrs = w_ptr + rows_n[:, None] * stride_wn + offs_k
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = zero_sums(BLOCK_M, BLOCK_N, IS_INT8)
     for k in range(0, K, BLOCK_K):
         x = tl.load(x_ptrs + k, mask=offs_k < K - k, other=0.0)
         w = tl.load(w_ptrs + k, mask=offs_k < K - k, other=0.0)
-        acc = tl.dot(x, w.T, acc)
-    acc = scaled(acc, scales_ptr, scale_ptr, offs_m, M)
+        acc = tl.dot(x, w.T, acc, out_dtype=acc.dtype)
+    acc = scaled(acc, scales_ptr, w_scales_ptr, offs_m, offs_n, M, N, IS_INT8)
     for tail in tl.static_range(NUM_TAILS):
         offs_t = tail * BLOCK_T + tl.arange(0, BLOCK_T)
         h = tl.load(h_ptr + rows_m * stride_hm + offs_t[None, :], (offs_t < T)[None, :], 0.0)
@@ -78,22 +80,27 @@ def _fp8_matmul_pointers_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_fp8_matmul_pointers(
-    x: Fp8Rows, w: Fp8Weight, out: Tensor, tail: LowRankTail | None, bias: Tensor | None
+def launch_matmul_8bit_pointers(
+    x: EightBitRows,
+    w: EightBitWeight,
+    out: Tensor,
+    tail: LowRankTail | None,
+    bias: Tensor | None,
 ) -> None:
-    """Launch the kernel on arguments that `fp8_matmul` has checked."""
+    """Launch the kernel on arguments that `matmul_8bit` has checked."""
     (M, K), N = x.values.shape, w.values.shape[0]
+    w_scales = scales_of(w)
     # any tensor stands for one that is not read
     h, B = tail or LowRankTail(out, out)
     T = h.shape[1] if tail else 0
     launch(
-        _fp8_matmul_pointers_kernel,
+        _matmul_8bit_pointers_kernel,
         (cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),),
         y_ptr=out,
         x_ptr=x.values,
         w_ptr=w.values,
         scales_ptr=x.scales,
-        scale_ptr=w.scale,
+        w_scales_ptr=w_scales,
         h_ptr=h,
         B_ptr=B,
         bias_ptr=out if bias is None else bias,
@@ -107,6 +114,7 @@ def launch_fp8_matmul_pointers(
         stride_hm=h.stride(0),
         stride_bn=B.stride(0),
         stride_bt=B.stride(1),
+        IS_INT8=x.values.dtype == INT8,
         NUM_TAILS=cdiv(T, BLOCK_T),
         HAS_BIAS=bias is not None,
         BLOCK_M=BLOCK_M,
