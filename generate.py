@@ -24,7 +24,6 @@ from answering.chat import print_answer, talk
 from answering.job import AnswerJob, check, say
 from answering.output import new_answers
 from checkpoint.loading import load_model
-from data.answer_text import words_of
 from foreign.terminal import first_line, guard_output, one_line
 from generation.generator import Generator
 from lora.adapter_file import load_adapter
@@ -67,8 +66,7 @@ def answer_all(job: AnswerJob, generator: Generator) -> None:
         try:
             with progress_bar("answering", "prompts", len(ids)) as bar:
                 for index, new_ids in generator.complete(ids, job.max_new_tokens, job.stop_ids):
-                    answer = job.tokenizer.decode(words_of(new_ids, job.opening))
-                    answers.add(index, job.prompts[index][0].given, answer)
+                    answers.add(index, job.prompts[index][0].given, job.words_of(new_ids))
                     num_cut += len(new_ids) == job.max_new_tokens
                     bar.update()
         except BaseException:

@@ -19,7 +19,7 @@ from checkpoint.files import find_checkpoint
 from checkpoint.loading import describe_loading, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from checkpoint.stored_nf4 import describe_quantization
-from data.answer_text import Opening, opening_of_words
+from data.answer_text import Opening, opening_of_words, words_of
 from data.chat.template import Message
 from data.prompt import (
     check_generation_prompt,
@@ -82,6 +82,10 @@ class AnswerJob:
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         return encode_messages(messages, self.tokenizer, self.checkpoint.config.vocab_size)
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        """The words of an answer."""
+        return self.tokenizer.decode(words_of(ids, self.opening))
 
 
 def say(text: object) -> None:

@@ -61,9 +61,12 @@ def test_a_template_that_writes_parts_alone_is_given_them(parts: str) -> None:
         CHATML,
         INST,
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        # writes whatever is short
+        "{% for m in messages %}{% if m.content | length > 5 %}{{ raise_exception('long') }}"
+        "{% endif %}{{ m.content }}{{ m.text }}{% endfor %}",
         # takes both
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-        "{{ 'parts' }}{% endif %}{% endfor %}",
+        "{{ m.content[0].text }}{% endif %}{% endfor %}",
     ],
 )
 def test_other_templates_are_given_texts(template: str) -> None:

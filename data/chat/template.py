@@ -13,6 +13,7 @@ Left out: images and other parts that are not text, and functions in place of to
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -253,8 +254,11 @@ def _takes_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
 
     Templates of models for images may, as LLaVA's do: of a text they write nothing.
     """
+    if "text" not in environment.fields_read(template):
+        return False
     letters = "quatrain"
     parts = [{"type": "text", "text": letters}]
+    whole = (str(parts), json.dumps(parts))
     variables = {"documents": None, **dict(special_tokens), "tools": None}
     variables |= {"add_generation_prompt": False, "strftime_now": datetime.now().strftime}
     is_written = []
@@ -264,8 +268,8 @@ def _takes_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> 
             text = environment.compiled(template).render(messages=messages, **variables)
         except TEMPLATE_ERRORS:
             text = ""
-        # a template may write in capitals
-        is_written.append(letters in text.lower())
+        # a template may write in capitals, or the list as it is
+        is_written.append(letters in text.lower() and not any(each in text for each in whole))
     return is_written == [False, True]
 
 
