@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.tables import FP8_KINDS, Case, Row, by_case, short_name
+from prepare.base_compute import FORWARD_FORMATS
 
 Record = dict[str, Any]
 
@@ -31,7 +32,13 @@ BARS = {
     "bitsandbytes": ("bitsandbytes", VERMILION),
     "torch": ("torch, the reference", GREY),
 }
-KIND_COLORS = {"bf16": GREY, "fp8": BLUE, "fp8-backward": GREEN, "unquantized": VERMILION}
+KIND_COLORS = {
+    "bf16": GREY,
+    "int8": PURPLE,
+    "fp8": BLUE,
+    "fp8-backward": GREEN,
+    "unquantized": VERMILION,
+}
 BANDWIDTH_TITLES = {"nf4_dequantize": "Dequantize", "nf4_quantize": "Quantize"}
 
 STYLE: dict[Any, Any] = {
@@ -208,7 +215,7 @@ def _draw_losses(axes: Axes, runs: list[Row]) -> None:
         axes.fill_between(
             steps, [*map(min, by_step)], [*map(max, by_step)], color=color, alpha=0.2, linewidth=0
         )
-        style = "--" if kind.startswith("fp8") else "-"
+        style = "--" if kind in FORWARD_FORMATS else "-"
         axes.plot(steps, [*map(fmean, by_step)], style, color=color, label=label)
     axes.set_ylabel("eval loss, nats a token")
 
@@ -223,7 +230,7 @@ def _draw_differences(axes: Axes, runs: list[Row]) -> None:
                 100 * (loss / mean - 1)
                 for loss, mean in zip(row["eval_losses"], means, strict=True)
             ]
-            style = "--" if row["kind"].startswith("fp8") else "-"
+            style = "--" if row["kind"] in FORWARD_FORMATS else "-"
             axes.plot(row["steps"], percent, style, color=KIND_COLORS[row["kind"]])
     axes.set_ylabel("to the mean of bf16, %")
     axes.set_xlabel("steps")

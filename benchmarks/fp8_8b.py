@@ -1,4 +1,4 @@
-"""Train an 8B model's shape with base products in bf16 and in FP8, and compare step by step.
+"""Train an 8B model's shape with base products in bf16 and in 8 bits, and compare.
 
     python -m benchmarks fp8_8b --json benchmarks/results/fp8_8b.h200.json
 
@@ -32,17 +32,17 @@ from benchmarks.random_model import LLAMA_3_8B, random_model
 from benchmarks.record import head, write
 from benchmarks.step_timing import NUM_WARM_UPS, parse_shape, random_ids, synchronize
 from benchmarks.tables import Row, aligned, fp8_8b_table
-from kernels.fp8 import E4M3
 from llama.config import LlamaConfig
 from llama.model import PROJECTIONS
 from lora.config import LoRAConfig
 from optim.adamw import AdamW
 from optim.arena import GradientArena
+from prepare.base_compute import FORWARD_FORMATS
 from rows.batch import Batch
 from run.machine import configure_torch
 from step.micro_step import MicroStep, Policy
 
-BASE_COMPUTES = ("bf16", "fp8")
+BASE_COMPUTES = ("bf16", "int8", "fp8")
 DATA = ("random", "chain")
 RANK = 16
 LEARNING_RATE = 2e-4
@@ -88,8 +88,8 @@ def train(
     """
     torch.manual_seed(SEED)
     model = random_model(config, device)
-    if base_compute == "fp8":
-        model.multiply_in_8_bits(E4M3)
+    if base_compute != "bf16":
+        model.multiply_in_8_bits(FORWARD_FORMATS[base_compute])
     model.attach_lora(LoRAConfig(RANK, 2 * RANK, 0.0, PROJECTIONS), SEED)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(GradientArena(parameters), weight_decay=0.0)

@@ -1,11 +1,11 @@
-"""Train with base products in bf16, in FP8 and of an unquantized base, and compare the losses.
+"""Train with base products in bf16, in 8 bits and of an unquantized base, and compare losses.
 
     python -m benchmarks fp8_curves --model DIR --data NAME TRAIN EVAL [--data ...] --json FILE
 
 Each run is a process of train.py, several at a time: a seed decides the adapter's first values and
 the order of the samples, the same for every kind. train.py evaluates in 16 bits, whatever the
 products of its training; beside that, a process of its own evaluates each adapter that was trained
-in FP8 with the base products in bf16, as a user loads it:
+in 8 bits with the base products in bf16, as a user loads it:
 
     train.py --base-compute fp8 --output OUT        train.py --init-adapter OUT --max-steps 0
 
@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 from benchmarks.record import ROOT, head, write
 from benchmarks.resume import rows_of
 from benchmarks.tables import Row, aligned, fp8_curves_table
+from prepare.base_compute import FORWARD_FORMATS
 
 KINDS: dict[str, tuple[str, ...]] = {
     "bf16": (),
+    "int8": ("--base-compute", "int8"),
     "fp8": ("--base-compute", "fp8"),
     "fp8-backward": ("--base-compute", "fp8-backward"),
     "unquantized": ("--quant", "none"),
@@ -103,7 +105,7 @@ def run(case: Case, course: Course, folder: Path) -> Row:
             for before, at in pairwise(evaluations)
         ],
     }
-    if case.kind.startswith("fp8"):
+    if case.kind in FORWARD_FORMATS:
         served = ["--init-adapter", str(output), "--max-steps", "0"]
         (evaluated,) = train([*common, *served], output.with_name(f"{output.name}-served"))
         row["served_eval_loss"] = round(evaluated["eval_loss"], 5)

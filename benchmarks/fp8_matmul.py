@@ -23,6 +23,7 @@ from benchmarks.measure import Operation, num_input_sets
 from benchmarks.tables import Row, aligned, fp8_matmul_table
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail, empty_fp8_rows
 from kernels.matmul_8bit import matmul_8bit
+from kernels.rotation import WIDTH, RotatedRows, empty_rotated_rows
 from kernels.rows_8bit import quantize_rows
 
 DTYPE = torch.bfloat16
@@ -54,6 +55,12 @@ def torch_fp8(x: Fp8Rows, w: Fp8Weight, scales: tuple[Tensor, Tensor]) -> Tensor
     )
 
 
+def int8_operands(x: Tensor, W: Tensor) -> tuple[RotatedRows, RotatedRows]:
+    """Rotate and quantize both, rows of a weight as rows of activations."""
+    rows, weight = (quantize_rows(t, empty_rotated_rows(t.shape, t.device)) for t in (x, W))
+    return rows, weight._replace(scales=weight.scales / WIDTH)
+
+
 def measure_fp8_matmul(
     layer: str, mode: str, m: int, n: int, k: int, machine: Machine
 ) -> list[Row]:
@@ -76,9 +83,15 @@ def measure_fp8_matmul(
         tail = LowRankTail(x_ext[:, k:], B)
         out = torch.empty(m, n, dtype=DTYPE, device=machine.device)
         by_row = x.scales[:, None], scale.expand(1, n).contiguous()
+        # in the backward pass nothing is in INT8
+        in_int8 = {}
+        if mode == "forward":
+            of_int8 = int8_operands(x_ext[:, :k], W_ext[:, :k])
+            in_int8["ours-int8"] = partial(matmul_8bit, *of_int8, out, tail)
         for provider, call in {
             "ours": partial(matmul_8bit, x, w, out, tail),
             "ours-base": partial(matmul_8bit, x, w, out),
+            **in_int8,
             "torch-tensorwise": partial(torch_fp8, x, w, (scale, scale)),
             "torch-rowwise": partial(torch_fp8, x, w, by_row),
             "torch": partial(torch.mm, x_ext, W_ext.T, out=out),

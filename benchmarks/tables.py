@@ -134,8 +134,12 @@ def matmul_table(rows: Iterable[Row]) -> Table:
 
 
 def fp8_matmul_table(rows: Iterable[Row]) -> Table:
-    """Tabulate the microseconds of a product in E4M3, the update's share, and torch's."""
+    """Tabulate the microseconds of a product in E4M3, the update's share, INT8's and torch's."""
+    found = by_case(rows)
     columns = {"limit": "limit", "ours": "ours", "ours-base": "without update"}
+    # records before it have none
+    if any("ours-int8" in providers for providers in found.values()):
+        columns["ours-int8"] = "INT8"
     columns |= {"torch-tensorwise": "torch, a scale", "torch-rowwise": "torch, a row"}
     columns["torch"] = "bf16"
     lines = [
@@ -145,13 +149,14 @@ def fp8_matmul_table(rows: Iterable[Row]) -> Table:
             str(case.m),
             *(microseconds(providers.get(provider)) for provider in columns),
         ]
-        for case, providers in by_case(rows).items()
+        for case, providers in found.items()
     ]
     return ["layer", "mode", "M", *columns.values()], lines
 
 
 FP8_KINDS = {
     "bf16": "bf16",
+    "int8": "INT8, FP8 backward",
     "fp8": "FP8",
     "fp8-backward": "FP8, backward",
     "unquantized": "bf16, base not quantized",

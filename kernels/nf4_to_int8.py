@@ -51,7 +51,7 @@ from nf4.weight import NF4Weight, member, member_spans
 
 _WIDTH = tl.constexpr(WIDTH)
 # weights that are expanded at once to find their rows' scales
-SLICE = 1 << 22
+SLICE = 1 << 23
 
 
 class _Part(NamedTuple):
@@ -103,7 +103,8 @@ def int8_scales(weight: NF4Weight) -> Tensor:  # (N,) float32
     if obstacle := members_obstacle(weight.rows, weight.in_features):
         raise ValueError(obstacle)
     largest = torch.empty(weight.shape[0], device=weight.device)
-    for rows, levels, absmax in _parts_of(weight):
+    # on the meta device there is nothing to look at
+    for rows, levels, absmax in () if largest.is_meta else _parts_of(weight):
         largest[rows] = (levels.abs().amax(2) * absmax.abs()).amax(1)
     return int8_scale_of(largest) / WIDTH
 

@@ -100,15 +100,12 @@ def test_the_file_is_written_after_every_run(
     monkeypatch.setattr(fp8_8b, "run", record)
     flags = ["--steps", "20", "--shape", "1x64", "--commit", "abc", "--json", str(path)]
     rows = measure_all(TINY, parser().parse_args(flags), CPU)
-    assert sizes == [0, 1, 2, 3]
+    assert sizes == [*range(6)]
     found = json.loads(path.read_text())
     assert found["rows"] == rows
     assert (found["benchmark"], found["commit"], found["shape"]) == ("fp8_8b", "abc", "1x64")
     assert [(row["data"], row["base_compute"]) for row in rows] == [
-        ("random", "bf16"),
-        ("random", "fp8"),
-        ("chain", "bf16"),
-        ("chain", "fp8"),
+        (data, kind) for data in ("random", "chain") for kind in ("bf16", "int8", "fp8")
     ]
 
 

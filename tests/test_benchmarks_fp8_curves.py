@@ -100,11 +100,11 @@ def test_all_runs_are_recorded_in_order(
     assert [(row["data"], row["kind"], row["seed"]) for row in record["rows"]] == [
         (name, kind, seed)
         for name in ("sums", "chat")
-        for kind in ("bf16", "fp8", "fp8-backward", "unquantized")
+        for kind in ("bf16", "int8", "fp8", "fp8-backward", "unquantized")
         for seed in (1, 2)
     ]
-    # FP8's adapters twice
-    assert len(started) == 2 * (4 + 2) * 2
+    # those of 8 bits twice
+    assert len(started) == 2 * (5 + 3) * 2
     assert record["model"] == "model"
     assert record["files"]["chat"] == ["train", "eval"]
     assert record["flags"][-2:] == ["--lora-r", "8"]

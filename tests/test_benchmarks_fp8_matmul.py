@@ -11,6 +11,7 @@ from benchmarks import fp8_matmul
 from benchmarks.command import Machine
 from benchmarks.tables import fp8_matmul_table
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
+from kernels.matmul_8bit import matmul_8bit
 
 MACHINE = Machine(torch.device("cpu"), copy_gbps=3000, matmul_tflops=800, peer=None)
 
@@ -39,11 +40,20 @@ def test_a_run_measures_every_provider(monkeypatch: pytest.MonkeyPatch, mode: st
     clock.tick_ms = 8.0
     monkeypatch.setattr(fp8_matmul, "torch_fp8", torch_fp8)
     rows = fp8_matmul.measure_fp8_matmul("a.layer", mode, 5, 48, 32, MACHINE)
-    providers = ["ours", "ours-base", "torch-tensorwise", "torch-rowwise", "torch"]
+    in_int8 = ["ours-int8"] * (mode == "forward")
+    providers = ["ours", "ours-base", *in_int8, "torch-tensorwise", "torch-rowwise", "torch"]
     assert [row["provider"] for row in rows] == ["limit", *providers]
     header, lines = fp8_matmul_table(rows)
     assert header == [
-        "layer", "mode", "M", "limit", "ours", "without update", "torch, a scale", "torch, a row",
-        "bf16",
-    ]  # fmt: skip
-    assert [len(line) for line in lines] == [9]
+        *("layer", "mode", "M", "limit", "ours", "without update", *["INT8"] * len(in_int8)),
+        *("torch, a scale", "torch, a row", "bf16"),
+    ]
+    assert [len(line) for line in lines] == [len(header)]
+
+
+def test_operands_in_int8_multiply_to_the_same_product() -> None:
+    x, W = (torch.randn(rows, 64).half() for rows in (5, 48))
+    out = torch.empty(5, 48).half()
+    matmul_8bit(*fp8_matmul.int8_operands(x, W), out)
+    exact = x.double() @ W.double().T
+    assert (out - exact).norm() < 0.02 * exact.norm()
