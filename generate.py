@@ -66,7 +66,7 @@ def answer_all(job: AnswerJob, generator: Generator) -> None:
         try:
             with progress_bar("answering", "prompts", len(ids)) as bar:
                 for index, new_ids in generator.complete(ids, job.max_new_tokens, job.stop_ids):
-                    answers.add(index, job.prompts[index][0].given, job.tokenizer.decode(new_ids))
+                    answers.add(index, job.prompts[index][0].given, job.words_of(new_ids))
                     num_cut += len(new_ids) == job.max_new_tokens
                     bar.update()
         except BaseException:

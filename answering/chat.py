@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 
 from answering.job import AnswerJob, say
+from data.answer_text import StreamedAnswer
 from data.chat.template import Message
-from data.streamed_text import StreamedText
 from generation.generator import Generator
 from run.signals import interruptible
 
@@ -25,7 +25,7 @@ def talk(job: AnswerJob, generator: Generator) -> None:
         # edits lines and recalls earlier ones, where Python has it
         with suppress(ImportError):
             importlib.import_module("readline")
-    messages = opening = job.opening
+    messages = opening = job.first_messages
     while (line := _read_line()) is not None:
         if line == "/exit":
             return
@@ -78,7 +78,7 @@ def print_answer(
     ids: list[int],
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Print an answer token by token, until it ends or is stopped.
+    """Print an answer token by token, until it ends or is stopped; reasoning before it to stderr.
 
     Args:
         ids: the prompt's tokens.
@@ -87,7 +87,7 @@ def print_answer(
     Returns:
         The answer as far as it was printed.
     """
-    text, pieces = StreamedText(job.tokenizer), []
+    text, pieces = StreamedAnswer(job.tokenizer, job.opening), []
     max_new_tokens = min(job.max_new_tokens, job.capacity - len(ids))
 
     def show(piece: str) -> None:
@@ -96,8 +96,10 @@ def print_answer(
 
     with closing(generator.stream(ids, max_new_tokens, job.stop_ids)) as tokens:
         for token in tokens:
-            show(text.add(token))
-            if is_stopped():
+            words, reasoning = text.add(token)
+            show(words)
+            print(reasoning, end="", flush=True, file=sys.stderr)
+            if text.is_closed or is_stopped():
                 break
     show(text.rest())
     print(flush=True)

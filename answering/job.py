@@ -13,14 +13,21 @@ from answering.flags import DEFAULT_BATCH_SIZE, parse
 from answering.lengths import choose_lengths
 from answering.memory import check_memory
 from answering.output import check_new_file
-from answering.prompts import Prompt, read_prompts
+from answering.prompts import Prompt, describe_unused, read_prompts, text_prompt
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.files import find_checkpoint
 from checkpoint.loading import describe_loading, load_sizes
 from checkpoint.opening import Checkpoint, open_checkpoint
 from checkpoint.stored_nf4 import describe_quantization
+from data.answer_text import Opening, opening_of_words, words_of
 from data.chat.template import Message
-from data.prompt import check_generation_prompt, encode_messages, encode_text, stop_ids
+from data.prompt import (
+    check_generation_prompt,
+    encode_conversation,
+    encode_messages,
+    encode_text,
+    stop_ids,
+)
 from data.tokenizer import Tokenizer
 from foreign.guest import in_guest
 from foreign.terminal import one_line
@@ -43,6 +50,7 @@ class AnswerJob:
         adapter: the adapter's folder and its shape, if there is one.
         quantization: of the frozen weights; None: as they are stored.
         stop_ids: the tokens that end an answer.
+        opening: the tokens that an answer has before its words.
         capacity: tokens of the longest prompt and its answer.
         num_sequences: that are continued at a time.
         prompts: what to answer, with its tokens; empty for a conversation.
@@ -58,6 +66,7 @@ class AnswerJob:
     tokenizer: Tokenizer
     system_prompt: str
     stop_ids: frozenset[int]
+    opening: Opening
     sampling: Sampling
     max_new_tokens: int
     capacity: int
@@ -67,13 +76,17 @@ class AnswerJob:
     private_as: Path | None
 
     @property
-    def opening(self) -> list[Message]:
+    def first_messages(self) -> list[Message]:
         """The messages that a conversation begins with."""
         system = {"role": "system", "content": self.system_prompt}
         return [system] if self.system_prompt else []
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         return encode_messages(messages, self.tokenizer, self.checkpoint.config.vocab_size)
+
+    def words_of(self, ids: Sequence[int]) -> str:
+        """The words of an answer."""
+        return self.tokenizer.decode(words_of(ids, self.opening))
 
 
 def say(text: object) -> None:
@@ -139,6 +152,7 @@ def check(arguments: Sequence[str]) -> AnswerJob:
         tokenizer=tokenizer,
         system_prompt=system_prompt,
         stop_ids=stop_ids(tokenizer, checkpoint.config.eos_token_ids),
+        opening=opening_of_words(tokenizer) if has_template else Opening(),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         capacity=capacity,
@@ -201,12 +215,15 @@ def _choose_system_prompt(given: Namespace, adapter: Path | None) -> str:
 
 def _read(given: Namespace) -> list[Prompt]:
     if given.prompts:
-        return read_prompts(Path(given.prompts).expanduser())
+        prompts = read_prompts(Path(given.prompts).expanduser())
+        for line in describe_unused(prompts):
+            say(line)
+        return prompts
     if given.chat:
-        return [Prompt("--system-prompt", {"prompt": "Who are you?"})]
+        return [text_prompt("--system-prompt", "Who are you?")]
     if not given.prompt.strip():
         raise ValueError("--prompt must be a text that is not empty: got none")
-    return [Prompt("--prompt", {"prompt": given.prompt})]
+    return [text_prompt("--prompt", given.prompt)]
 
 
 def _encoded(
@@ -222,7 +239,9 @@ def _encoded(
     def encode(prompt: Prompt) -> list[int]:
         try:
             if has_template:
-                return encode_messages(prompt.messages(system_prompt), tokenizer, vocab_size)
+                return encode_conversation(
+                    prompt.conversation(system_prompt), tokenizer, vocab_size
+                )
             return encode_text(prompt.text(), tokenizer, vocab_size)
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None

@@ -1,10 +1,10 @@
 """The audit of a data set before a run: counts, lengths, a sample, and faults that are refused.
 
 A run does not fail where every label is masked, where no answer ends in EOS, or where most answers
-are cut: the loss falls, and the model is useless. The audit counts such samples, shows a sample
-with its learned tokens marked, and refuses data that nobody can mean to train on. Two more faults
-are refused where samples are made: two BOS (data/tokens/tokenization.py) and data without any
-target (data/dataset.py).
+are cut or empty: the loss falls, and the model is useless. The audit counts such samples, shows a
+sample with its learned tokens marked, and refuses data that nobody can mean to train on. Two more
+faults are refused where samples are made: two BOS (data/tokens/tokenization.py) and data without
+any target (data/dataset.py).
 """
 
 import json
@@ -20,11 +20,12 @@ from data import mixture
 from data.dataset import Dataset, count
 from data.samples import NO_LOSS, Sample
 from data.tokenizer import Tokenizer
+from data.tokens.pieces import Counts
 from foreign.json_text import read_object
 from foreign.terminal import AsIs, escaped, one_line
 
 AUDIT_FILE = "data.json"
-MAX_SHARE_TRUNCATED = 0.5
+MAX_SHARE_TRUNCATED = MAX_SHARE_EMPTY = 0.5
 
 _BAR_WIDTH = 30
 # around the learned parts; on a terminal these are green and the rest is dim
@@ -70,6 +71,11 @@ def _count(dataset: Dataset) -> dict[str, Any]:
             "no target": counts.num_without_target,
             "cut before the first target": counts.num_cut_before_target,
             "bad": counts.num_bad,
+        },
+        "doubtful": {
+            "empty answer": counts.num_with_empty_answer,
+            "control token in a message": counts.num_with_control_token,
+            "answer without its reasoning": counts.num_without_reasoning,
         },
         "max_length": dataset.max_length,
         "longest": int(rows["length"].max()),
@@ -119,7 +125,39 @@ def describe(dataset: Dataset) -> str:
         lost.append(f"{count(counts.num_bad, 'bad record')} skipped (--skip-bad-lines):")
         lost += [f"  {error}" for error in counts.bad]
     # names of templates and errors of records may quote the text of others
-    return "\n".join(map(one_line, [*lines, *lost, *_bars(facts)]))
+    return "\n".join(map(one_line, [*lines, *lost, *_doubts(counts), *_bars(facts)]))
+
+
+def _doubts(counts: Counts) -> Iterator[str]:
+    """Warnings of records that are learned as they are, and that hardly anybody means to learn."""
+    for number, what, first, consequence in (
+        (
+            counts.num_with_empty_answer,
+            "an empty answer",
+            counts.first_empty_answer,
+            "there the model learns to say nothing",
+        ),
+        (
+            counts.num_with_control_token,
+            "a control token of the model within a message",
+            counts.first_control_token,
+            "there the turn ends for the model, and what follows is another one; delete it from "
+            "the data",
+        ),
+        (
+            counts.num_without_reasoning,
+            "an answer whose reasoning the chat template leaves out, because another turn follows",
+            counts.first_without_reasoning,
+            "there the model learns to answer without reasoning; give that message a weight of 0, "
+            "or let the conversation end with it",
+        ),
+    ):
+        if number:
+            has = "has" if number == 1 else "have"
+            yield (
+                f"warning: {count(number, 'record')} {has} {what} (the first: {first}): "
+                f"{consequence}"
+            )
 
 
 def _bars(facts: dict[str, Any]) -> Iterator[str]:
@@ -145,10 +183,18 @@ def check(dataset: Dataset, what: str, *, allow_truncation: bool) -> None:
         allow_truncation: let more than half of the records be cut.
 
     Raises:
-        ValueError: most samples are cut, no sample ends in a token that stops the model, or the
-            labels are shifted.
+        ValueError: most samples are cut or have empty answers, no sample ends in a token that stops
+            the model, or the labels are shifted.
     """
     rows, counts = dataset.samples.rows, dataset.counts
+    share = counts.num_empty / max(counts.num_records, 1)
+    if share > MAX_SHARE_EMPTY:
+        raise ValueError(
+            f"{what} must have answers, or the model learns to say nothing: those of "
+            f"{counts.num_empty:,} of {count(counts.num_records, 'record')} ({share:.0%}) are "
+            f"empty, the first in {counts.first_empty_answer}; say which field has them with "
+            "--fields, or delete these records"
+        )
     share = counts.num_truncated / max(counts.num_records, 1)
     if share > MAX_SHARE_TRUNCATED and not allow_truncation:
         raise ValueError(

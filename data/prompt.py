@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from data.chat.template import ChatTemplate, Message
+from data.chat.unwritten import check_written
+from data.formats.examples import Conversation
+from data.formats.tool_calls import show_arguments
 from data.tokenizer import Tokenizer
 from foreign.guest import in_guest
 
@@ -35,18 +38,32 @@ def encode_prompt(
 def encode_messages(
     messages: Sequence[Message], tokenizer: Tokenizer, vocab_size: int
 ) -> list[int]:
+    """Token ids of messages without tools; as `encode_conversation`."""
+    return encode_conversation(Conversation(list(messages), []), tokenizer, vocab_size)
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: Tokenizer, vocab_size: int
+) -> list[int]:
     """Token ids of a conversation, with the template's prompt for the assistant's next answer.
 
     Raises:
-        ValueError: as `encode_prompt`, or there is no chat template.
+        ValueError: as `encode_prompt`, there is no chat template, or it leaves out a part that the
+            answer may depend on.
     """
-    for message in messages:
+    tools = conversation.tools
+    for message in conversation.messages:
         # a call of a tool needs no words
         _check_unicode(message.get("content", ""))
-    template = tokenizer.chat_template()
+    template = tokenizer.chat_template(has_tools=tools is not None)
 
     def encode() -> list[int]:
-        text = template.render(messages, add_generation_prompt=True)
+        template.check_variables([*(["tools"] if tools else []), *conversation.variables])
+        messages = show_arguments(conversation.messages, template)
+        seen = template.variables(tools=tools, variables=conversation.variables, now=datetime.now())
+        text = template.write(messages, seen | {"add_generation_prompt": True})
+        # the answer, behind the last message, may depend on all of them
+        check_written(template, messages, seen, text, [len(messages)])
         return tokenizer.encode(text, add_special_tokens=False)
 
     ids = in_guest(encode, "the prompt, written by the chat template and tokenized,")

@@ -16,7 +16,7 @@ here:
   swallows whitespace after it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 
@@ -30,10 +30,15 @@ from rows.batch import NO_LOSS
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids and, for each, the id to be learned at its position, or -100; not shifted."""
+    """Token ids and, for each, the id to be learned at its position, or -100; not shifted.
+
+    Attributes:
+        lacks_reasoning: the chat template leaves out the reasoning of an answer that is learned.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    lacks_reasoning: bool = field(default=False, compare=False)
 
     @property
     def num_target_tokens(self) -> int:
@@ -94,12 +99,12 @@ def _conversation_sample(
     seen = template.variables(tools=example.tools, variables=example.variables, now=now)
     if train_on == "all":
         text = template.write(messages, seen)
-        check_written(template, messages, seen, text, range(len(messages)))
+        left_out = check_written(template, messages, seen, text, range(len(messages)))
         tokens = _Tokens(text, tokenizer, add_special_tokens=False)
         tokens.learn_all()
         if not _is_closed(text, tokenizer):
             tokens.append_eos()
-        return tokens.to_sample()
+        return replace(tokens.to_sample(), lacks_reasoning=bool(left_out))
     text, spans = render_with_spans(
         template,
         messages,
@@ -108,7 +113,7 @@ def _conversation_sample(
         variables=example.variables,
         now=now,
     )
-    check_written(template, messages, seen, text, example.targets)
+    left_out = check_written(template, messages, seen, text, example.targets)
     if template.has_marks():
         # they often enclose no more than the content
         spans = [_with_closing_token(text, span, tokenizer) for span in spans]
@@ -121,7 +126,7 @@ def _conversation_sample(
     if not is_closed:
         tokens.append_eos()
         tokens.append_unlearned(text[cut:])
-    return tokens.to_sample()
+    return replace(tokens.to_sample(), lacks_reasoning=bool(left_out))
 
 
 def _is_closed(text: str, tokenizer: Tokenizer) -> bool:

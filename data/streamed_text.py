@@ -18,8 +18,8 @@ class StreamedText:
         ids: all tokens so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self.ids: list[int] = []
         # of the tokens that are decoded again, and of those that have no text yet
         self._start = self._next = 0
@@ -40,5 +40,5 @@ class StreamedText:
         return piece
 
     def _piece(self) -> str:
-        known = self._tokenizer.decode(self.ids[self._start : self._next])
-        return self._tokenizer.decode(self.ids[self._start :])[len(known) :]
+        known = self._tokenizer.decode(self.ids[self._start : self._next], self._skips)
+        return self._tokenizer.decode(self.ids[self._start :], self._skips)[len(known) :]

@@ -7,8 +7,10 @@ from functools import partial
 from data.epochs import Epochs
 from data.shares import Share
 from data.tokens.stored_samples import StoredSamples
+from optim.schedule import learning_rate_at, num_warmup_steps
 from prepare.asked import Asked
 from prepare.base import evaluated_at_once, num_shapes, workload
+from run.config import TrainConfig
 from step.workload import Workload
 
 # the most tokens of an answer to --sample-prompt
@@ -77,3 +79,17 @@ def course_of(
     if num_steps < 0:
         num_steps = epochs.steps_in(config.epochs)
     return Course(epochs, evaluation, num_steps, work)
+
+
+def schedule_lines(config: TrainConfig, num_steps: int) -> list[str]:
+    """Say that the run ends before the learning rate has risen; no line where it does not."""
+    num_warmup = num_warmup_steps(num_steps, config.warmup_ratio, config.warmup_steps)
+    if not 0 < num_steps < num_warmup:
+        return []
+    rate, schedule = config.learning_rate, config.lr_scheduler
+    highest = learning_rate_at(num_steps - 1, num_steps, num_warmup, rate, schedule)
+    steps = f"{num_steps:,} step{'' if num_steps == 1 else 's'}"
+    return [
+        f"warning: --warmup-steps {num_warmup:,} is more than the {steps} of the run: the learning "
+        f"rate rises to {highest:.2e}, and never to --learning-rate {rate:g}"
+    ]

@@ -16,6 +16,7 @@ from checkpoint.identity import Identity
 from checkpoint.loading import describe_loading
 from checkpoint.opening import Checkpoint
 from data import audit
+from data.answer_text import Opening, opening_of_words
 from data.epochs import Epochs
 from data.prompt import stop_ids
 from data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from lora.config import LoRAConfig
 from prepare.asked import ask
 from prepare.base import identify_base
 from prepare.base_compute import describe_base_compute
-from prepare.course import course_of
+from prepare.course import course_of, schedule_lines
 from prepare.data import load_data, prompt_of
 from prepare.first_lines import first_lines
 from prepare.plan import say_plan
@@ -74,6 +75,7 @@ class Job:
         evaluation: the batches of an evaluation, if there is evaluation data.
         prompt: the tokens of --sample-prompt, if there is one.
         stop_ids: what ends the answer to it.
+        opening: the tokens that the answer has before its words.
         plan: the memory plan, on a GPU.
         policies: whether each layer keeps, recomputes or offloads its activations.
     """
@@ -94,6 +96,7 @@ class Job:
     evaluation: Epochs | None
     prompt: list[int] | None
     stop_ids: frozenset[int]
+    opening: Opening
     num_steps: int
     work: Workload
     plan: MemoryPlan | None
@@ -164,9 +167,10 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     audits = {name: audit.facts_of(dataset, tokenizer) for name, dataset in sets.items()}
     if resumed:
         audit.check_same(Path(config.output) / audit.AUDIT_FILE, audits)
-    prompt, stops = prompt_of(config, tokenizer, checkpoint), frozenset[int]()
+    prompt, stops, opening = prompt_of(config, tokenizer, checkpoint), frozenset[int](), Opening()
     if prompt:
         stops = stop_ids(tokenizer, checkpoint.config.eos_token_ids)
+        opening = opening_of_words(tokenizer)
 
     evaluated = eval_data.samples if eval_data else None
     course = course_of(asked, train_data.samples, evaluated, prompt, ranks.size, train_data.shares)
@@ -180,7 +184,8 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
     plan = None
     if asked.device.type == "cuda":
         plan = plan_run(work, asked.device, config.activations, config.max_memory_bytes)
-    for line in [*describe_loading(checkpoint, work.dtype), *describe_base_compute(work.model)]:
+    described = [*describe_loading(checkpoint, work.dtype), *describe_base_compute(work.model)]
+    for line in [*described, *schedule_lines(config, num_steps)]:
         print(one_line(line))
     return Job(
         config=config,
@@ -199,6 +204,7 @@ def check(arguments: Sequence[str], ranks: Ranks, now: datetime) -> Job | None:
         evaluation=course.evaluation,
         prompt=prompt,
         stop_ids=stops,
+        opening=opening,
         num_steps=num_steps,
         work=work,
         plan=plan,

@@ -14,7 +14,7 @@ from data.tokens.stored_samples import full_rows
 from foreign.terminal import one_line
 from prepare.asked import Asked
 from prepare.base_compute import describe_base_compute
-from prepare.course import Course, course_of
+from prepare.course import Course, course_of, schedule_lines
 from prepare.data import load_data, prompt_of
 from step.duration import Rates, measure_rates
 from step.gpus import smallest_with
@@ -59,7 +59,10 @@ def _with_data(asked: Asked, num_ranks: int, now: datetime) -> Course:
     train_data, eval_data = load_data(config, tokenizer, checkpoint, now.isoformat())
     prompt = prompt_of(config, tokenizer, checkpoint)
     evaluated = eval_data.samples if eval_data else None
-    return course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
+    course = course_of(asked, train_data.samples, evaluated, prompt, num_ranks, train_data.shares)
+    for line in schedule_lines(config, course.num_steps):
+        print(line)
+    return course
 
 
 def _full(asked: Asked, num_ranks: int) -> Course:

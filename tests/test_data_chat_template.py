@@ -7,7 +7,7 @@ import re
 from datetime import datetime
 
 import pytest
-from support.chat_cases import CHATML, INST, TOOLS, make, say
+from support.chat_cases import CHATML, INST, PARTS, TOOLS, make, say
 
 from data.chat.template import ChatTemplate
 
@@ -35,6 +35,43 @@ def test_reasoning_has_one_name_and_nulls_are_absent() -> None:
     )
     messages = [{"role": "assistant", "content": "a", "reasoning": "r", "tool_calls": None}]
     assert make(template).render(messages) == "rFalse"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        PARTS,
+        # LLaVA-NeXT's takes a text for an error
+        "{% for m in messages %}{{ m.role | upper + ': ' + m.content[0].text + ' ' }}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_parts_alone_is_given_them(parts: str) -> None:
+    messages = say("a", "", "c")
+    assert make(parts).render(messages).strip() == "USER: a ASSISTANT:  USER: c"
+    assert messages == say("a", "", "c")
+    # a call without words has no part
+    calls = [{"role": "assistant", "tool_calls": []}]
+    told = "{% for m in messages %}{{ m.content is defined }}{% endfor %}"
+    assert make(PARTS.replace("{% if", f"{told}{{% if")).render(calls).endswith("False")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        INST,
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        # writes whatever is short
+        "{% for m in messages %}{% if m.content | length > 5 %}{{ raise_exception('long') }}"
+        "{% endif %}{{ m.content }}{{ m.text }}{% endfor %}",
+        # takes both
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{{ m.content[0].text }}{% endif %}{% endfor %}",
+    ],
+)
+def test_other_templates_are_given_texts(template: str) -> None:
+    assert "hello" in make(template).render(say("hello")).lower()
+    assert "type" not in make(template).render(say("hello"))
 
 
 def test_a_refused_conversation_names_template_message_role_and_reason() -> None:

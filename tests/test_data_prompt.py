@@ -3,11 +3,28 @@
 from pathlib import Path
 
 import pytest
-from support.chat_cases import CHATML, IN_THE_LOOP, INST, LLAMA3, MARKED
+from support.chat_cases import (
+    CHATML,
+    IN_THE_LOOP,
+    INST,
+    JOINED_CALLS,
+    LLAMA3,
+    MARKED,
+    TOOLS,
+    call,
+    say,
+)
 from test_data_tokenizer import save_byte_level
 
 from data.chat.template import ChatTemplate
-from data.prompt import check_generation_prompt, encode_messages, encode_prompt, stop_ids
+from data.formats.examples import Conversation
+from data.prompt import (
+    check_generation_prompt,
+    encode_conversation,
+    encode_messages,
+    encode_prompt,
+    stop_ids,
+)
 from data.tokenizer import Tokenizer
 
 SPECIAL = {"bos_token": "<|begin|>", "eos_token": "<|end_of_text|>"}
@@ -49,6 +66,74 @@ def test_a_prompt_is_a_conversation_of_one_message(tmp_path: Path) -> None:
     text = f"<|im_start|>system\nBe kind.<|im_end|>\n{text}"
     assert encode_messages(longer, tokenizer, size) == tokenizer.encode(text, False)
     assert encode_prompt("Hi", tokenizer, size, "Be kind.") == tokenizer.encode(text, False)
+
+
+# with tools, and a variable of its own
+CALLING = "{% if tools %}{{ tools | tojson }}{% endif %}{% if shouts %}{{ 'LOUD' }}{% endif %}"
+
+
+def test_a_conversation_is_written_with_its_tools_and_variables(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, CALLING + CHATML)
+    asked = Conversation(say("Hi"), [], TOOLS, {"shouts": True})
+    text = tokenizer.decode(
+        encode_conversation(asked, tokenizer, tokenizer.vocab_size), skip_special_tokens=False
+    )
+    template = tokenizer.chat_template()
+    expected = template.render(
+        asked.messages, add_generation_prompt=True, tools=TOOLS, variables=asked.variables
+    )
+    assert text == expected
+    assert expected.startswith("[{")
+    assert "LOUD" in expected
+
+
+def test_the_template_for_tools_writes_a_conversation_with_tools(tmp_path: Path) -> None:
+    templates = {"default": CHATML, "tool_use": "TOOLS" + CALLING + CHATML}
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    config: dict[str, object] = {**SPECIAL, "chat_template": listed}
+    tokenizer = Tokenizer.from_folder(save_byte_level(tmp_path, config=config))
+    for tools, is_for_tools in ((None, False), (TOOLS, True)):
+        asked = Conversation(say("Hi"), [], tools)
+        text = tokenizer.decode(encode_conversation(asked, tokenizer, tokenizer.vocab_size))
+        assert text.startswith("TOOLS") == is_for_tools
+
+
+def test_earlier_calls_are_written_as_in_training(tmp_path: Path) -> None:
+    template = JOINED_CALLS + "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
+    tokenizer = with_template(tmp_path, template)
+    turn = {"role": "assistant", "content": "", "tool_calls": call({"x": 1})}
+    asked = Conversation([*say("Hi"), turn, *say("And?")], [])
+    text = tokenizer.decode(encode_conversation(asked, tokenizer, tokenizer.vocab_size))
+    assert text == 'Hi<call>add\n{"x": 1}</call>And?<answer>'
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Conversation(say("Hi"), [], TOOLS), "got no use of tools in it"),
+        (Conversation(say("Hi"), [], None, {"shouts": True}), "got no use of shouts in it"),
+        (
+            Conversation([{"role": "user", "content": "Hi", "name": "Ann"}], []),
+            r"ignores name of message 0 \(role 'user'\)",
+        ),
+    ],
+    ids=["tools", "a variable", "a name"],
+)
+def test_what_the_template_would_leave_out_is_refused(
+    tmp_path: Path, asked: Conversation, message: str
+) -> None:
+    tokenizer = with_template(tmp_path, CHATML)
+    with pytest.raises(ValueError, match=message):
+        encode_conversation(asked, tokenizer, tokenizer.vocab_size)
+
+
+def test_a_template_without_a_system_prompt_is_not_given_one(tmp_path: Path) -> None:
+    deaf = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(tmp_path, deaf)
+    with pytest.raises(ValueError, match=r"ignores content of message 0 \(role 'system'\)"):
+        encode_prompt("Hi", tokenizer, tokenizer.vocab_size, "Be kind.")
 
 
 def test_a_message_may_have_no_words(tmp_path: Path) -> None:

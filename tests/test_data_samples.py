@@ -3,7 +3,16 @@
 from pathlib import Path
 
 import pytest
-from support.chat_cases import CHATML, INST, JOINED_CALLS, LLAMA3, MARKED, call, say
+from support.chat_cases import (
+    CHATML,
+    INST,
+    JOINED_CALLS,
+    LLAMA3,
+    MARKED,
+    PARTS,
+    call,
+    say,
+)
 from test_data_tokenizer import save_byte_level, save_metaspace
 
 from data.formats.examples import Conversation, PromptCompletion, Text, TokenIds
@@ -267,3 +276,15 @@ def test_messages_that_the_template_refuses_are_value_errors(tmp_path: Path) -> 
     messages = [{"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="roles must alternate"):
         to_sample(Conversation(messages, [0]), tokenizer, train_on="completions")
+
+
+def test_answers_of_a_template_that_writes_parts_are_learned(tmp_path: Path) -> None:
+    marked = PARTS.replace(
+        "{{ part['text'] + ' ' }}",
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}"
+        "{% endgeneration %}{% else %}{{ part['text'] + ' ' }}{% endif %}",
+    )
+    for name, template in (("turns", PARTS), ("marks", marked)):
+        spans, whole = chat(tmp_path / name, template, "a", "first", "b", "last")
+        assert whole.startswith("USER: a ASSISTANT: first USER: b ASSISTANT: last")
+        assert [span.strip() for span in spans] == ["first", "last <|end_of_text|>"]

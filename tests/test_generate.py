@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from support.chat_cases import CHANNELS
 from support.llama_peers import tiny_peer
 from support.merge_cases import write_adapter
 from support.terminal_process import CTRL_C, CTRL_D, Terminal
@@ -22,6 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import generate
+from answering.job import AnswerJob
 from data.tokenizer import Tokenizer
 from generation.generator import Generator
 from generation.sampling import Sampling
@@ -231,6 +233,56 @@ def test_answers_come_in_the_order_of_the_prompts(
     assert list(output.parent.iterdir()) == [output]
     assert output.stat().st_mode & 0o007 == 0
     assert f"3 answers are in {output}" in capsys.readouterr().err
+
+
+def test_reasoning_is_no_part_of_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.from_folder(MODEL)
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("Who?")
+    template = tmp_path / "channels.jinja"
+    template.write_text(CHANNELS)
+    answer = "<|im_start|>Who is that?<|im_end|>Selma is a mouse."
+    ids = tokenizer.encode(answer + "<|im_end|><|im_start|>user<|im_end|>And?", False)
+    taken: list[int] = []
+    monkeypatch.setattr(Generator, "stream", lambda *given: (taken.append(i) or i for i in ids))
+    monkeypatch.setattr(Generator, "complete", lambda *given: iter([(0, ids)]))
+    given = ("--model", MODEL, "--chat-template", template)
+    run(*given, "--prompt", "Who?")
+    said = capsys.readouterr()
+    assert said.out == "Selma is a mouse.\n"
+    # up to the token that closes the answer
+    assert len(taken) == len(tokenizer.encode(answer, False)) + 1
+    assert "<|im_start|>Who is that?\n" in said.err
+    run(*given, "--prompts", prompts, "--output", output)
+    assert json.loads(output.read_text())["answer"] == "Selma is a mouse."
+    # what a conversation goes on with
+    seen: list[Sequence[dict[str, str]]] = []
+    lines = iter(["Who?", "And?"])
+    monkeypatch.setattr("answering.chat._read_line", lambda: next(lines, None))
+    encode = AnswerJob.encode_messages
+    monkeypatch.setattr(
+        AnswerJob, "encode_messages", lambda job, said: seen.append(said) or encode(job, said)
+    )
+    run(*given, "--chat")
+    assert [message["content"] for message in seen[-1]] == ["Who?", "Selma is a mouse.", "And?"]
+
+
+def test_a_prompt_of_a_file_has_what_stands_beside_it(
+    tmp_path: Path, settings_seen: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    record = {"prompt": QUESTION, "system": "You are brief.", "completion": "A mouse."}
+    prompts.write_text(json.dumps(record))
+    run("--model", MODEL, "--prompts", prompts, "--output", output, "--system-prompt", "No.")
+    (ids,), *_ = settings_seen[-1]
+    assert Tokenizer.from_folder(MODEL).decode(ids).startswith("system\nYou are brief.\nuser")
+    said = capsys.readouterr().err
+    assert "fields of the 1 prompts that no answer is given: completion (in 1)" in said
+    prompts.write_text(json.dumps({"prompt": QUESTION, "tools": [{"name": "f"}]}))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: .* got no use of tools in it"):
+        run("--model", MODEL, "--prompts", prompts, "--output", tmp_path / "other.jsonl")
 
 
 def test_answers_of_a_file_are_those_of_its_prompts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from support.chat_cases import CHANNELS
 from support.short_model import short_model
 from support.train_process import cut_off
 from test_train import BUNDLED, FEW, rows_of, small_data
@@ -158,6 +159,20 @@ def test_a_system_prompt_is_in_the_samples_and_before_the_prompt(
     assert "Be kind." in with_it
     assert "Be kind." not in without
     assert "Be kind." in capsys.readouterr().out
+
+
+def test_the_answer_to_the_prompt_has_no_reasoning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, output = tmp_path / "channels.jinja", tmp_path / "out"
+    template.write_text(CHANNELS)
+    tokenizer = Tokenizer.from_folder(short_model())
+    ids = tokenizer.encode("<|im_start|>Who is that?<|im_end|>Selma is a mouse.", False)
+    monkeypatch.setattr("training.answers.generate_greedy", lambda *given: ids)
+    flags = f"--chat-template {template} --sample-prompt Hi --max-steps 1"
+    run(small_data(tmp_path), output, flags)
+    rows = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["Selma is a mouse."] * 2
 
 
 def test_inspecting_shows_samples_and_writes_and_loads_nothing(

@@ -1,5 +1,6 @@
 """The model's answers to --sample-prompt before, during and after its training."""
 
+from data.answer_text import words_of
 from foreign.terminal import one_line
 from generation.generator import generate_greedy
 from llama.served import as_served
@@ -44,7 +45,7 @@ def answer(run: Run, log: RunLog) -> str:
                 assert job.prompt is not None
                 with as_served(run.model):
                     new_ids = generate_greedy(run.model, job.prompt, SAMPLE_TOKENS, job.stop_ids)
-                text = job.tokenizer.decode(new_ids).strip()
+                text = job.tokenizer.decode(words_of(new_ids, job.opening)).strip()
                 log.add_answer(run.state.step, text)
     return text
 

@@ -1,9 +1,10 @@
 """A conversation as text, exactly as transformers' apply_chat_template(tokenize=False) writes it.
 
 The Jinja environment is the same (data/chat/environment.py). A template sees plain JSON, the
-tokenizer's special tokens and the variables of the call. Two things differ:
+tokenizer's special tokens and the variables of the call. Three things differ:
 
 - An error says which template, where it came from, which message it stumbled over, and why.
+- A content is given as a list of one part to a template that writes no other one.
 - The text can be traced (data/chat/template_trace.py): which part was written for which message.
   From the trace data/chat/assistant_spans.py finds what the assistant says.
 
@@ -11,6 +12,8 @@ Left out: images and other parts that are not text, and functions in place of to
 """
 
 import contextlib
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -134,9 +137,12 @@ class ChatTemplate:
 
     def attempt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """Render, and let one of TEMPLATE_ERRORS pass as it is."""
-        return environment.compiled(self.text).render(
-            messages=[_as_seen(m) for m in messages], **variables
-        )
+        return environment.compiled(self.text).render(messages=self._seen(messages), **variables)
+
+    def _seen(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template can read them."""
+        takes_parts = _takes_parts(self.text, tuple(self.special_tokens.items()))
+        return [_as_seen(message, takes_parts) for message in messages]
 
     def trace(
         self,
@@ -155,7 +161,7 @@ class ChatTemplate:
 
         Raises one of TEMPLATE_ERRORS where attempt() does.
         """
-        seen = [_as_seen(message) for message in messages]
+        seen = self._seen(messages)
         marked = environment.traced(self.text)
         trace = Trace(MARK, with_loops)
         watched = Watched(seen, trace.sight) if environment.ending(self.text) else seen
@@ -242,9 +248,40 @@ def _reason(error: Exception) -> str:
     return str(error)[:_LONGEST_REASON] or type(error).__name__
 
 
-def _as_seen(message: Message) -> Message:
-    """The message as transformers gives it to a template: no nulls, reasoning under one name."""
+@functools.lru_cache(maxsize=16)
+def _takes_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template writes a content that is a list of parts, and not one that is a text.
+
+    Templates of models for images may, as LLaVA's do: of a text they write nothing.
+    """
+    if "text" not in environment.fields_read(template):
+        return False
+    letters = "quatrain"
+    parts = [{"type": "text", "text": letters}]
+    whole = (str(parts), json.dumps(parts))
+    variables = {"documents": None, **dict(special_tokens), "tools": None}
+    variables |= {"add_generation_prompt": False, "strftime_now": datetime.now().strftime}
+    is_written = []
+    for content in (letters, parts):
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = environment.compiled(template).render(messages=messages, **variables)
+        except TEMPLATE_ERRORS:
+            text = ""
+        # a template may write in capitals, or the list as it is
+        is_written.append(letters in text.lower() and not any(each in text for each in whole))
+    return is_written == [False, True]
+
+
+def _as_seen(message: Message, takes_parts: bool) -> Message:
+    """The message as transformers gives it to a template: no nulls, reasoning under one name.
+
+    Args:
+        takes_parts: the content as a list of one part.
+    """
     seen = {key: value for key, value in message.items() if value is not None}
+    if takes_parts and isinstance(content := seen.get("content"), str):
+        seen["content"] = [{"type": "text", "text": content}]
     reasoning = next((seen[name] for name in REASONING_FIELDS if name in seen), None)
     if reasoning is not None:
         seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}

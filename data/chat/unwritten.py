@@ -79,7 +79,7 @@ def check_written(
     variables: Mapping[str, Any],
     text: str,
     targets: Sequence[int],
-) -> None:
+) -> list[int]:
     """Refuse a conversation of which the template leaves out a part that a target may depend on.
 
     Args:
@@ -87,11 +87,15 @@ def check_written(
         text: the conversation as the template writes it.
         targets: indices of the messages that are learned, ascending.
 
+    Returns:
+        The targets without their reasoning, which the template writes only as long as the turn is
+        the last.
+
     Raises:
         ValueError: names the parts that are left out.
     """
     shape = _shape_of(template, messages, variables)
-    lost = []
+    lost, left_out = [], []
     for part, may_go in _unwritten(
         _Probe(template.text, shape, template, messages, variables, text)
     ):
@@ -103,6 +107,8 @@ def check_written(
         ):
             role = messages[part.index]["role"]
             lost.append(f"{part.name} of message {part.index} (role {role!r})")
+        elif may_go and part.index in targets:
+            left_out.append(part.index)
     if lost:
         more = f" and {len(lost) - _NUM_QUOTED} more" if len(lost) > _NUM_QUOTED else ""
         raise ValueError(
@@ -110,6 +116,7 @@ def check_written(
             f"ignores {', '.join(lost[:_NUM_QUOTED])}{more}; choose one that writes it "
             "(--chat-template), or delete it from the data (a field also with --ignore-fields)"
         )
+    return left_out
 
 
 def _shape_of(

@@ -3,6 +3,7 @@ stand beside them in the record.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from data.chat.template import GIVEN_VARIABLES
@@ -30,9 +31,9 @@ def to_conversation(
         own: the fields that the messages are from.
     """
     fields.refuse_others((*own, *CONVERSATION_FIELDS), [m.get("content", "") for m in messages])
-    if system := _system(messages, fields):
-        messages = [{"role": "system", "content": system}, *messages]
-        first += 1
+    found = to_request(messages, fields)
+    first += len(found.messages) - len(messages)
+    messages = found.messages
     targets = [
         i
         for i, message in enumerate(messages)
@@ -44,7 +45,14 @@ def to_conversation(
             f"roles {', '.join(m['role'] for m in messages[first:]) or 'of no message'}; delete "
             "the record"
         )
-    return Conversation(messages, targets, _tools(fields), _variables(fields))
+    return replace(found, targets=targets)
+
+
+def to_request(messages: list[dict[str, Any]], fields: Fields) -> Conversation:
+    """The conversation that a record asks to be answered, of which nothing is learned."""
+    if system := _system(messages, fields):
+        messages = [{"role": "system", "content": system}, *messages]
+    return Conversation(messages, [], _tools(fields), _variables(fields))
 
 
 def _system(messages: list[dict[str, Any]], fields: Fields) -> str:

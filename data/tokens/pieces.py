@@ -37,6 +37,11 @@ class Counts:
         num_truncated: records cut to max_length; includes num_cut_before_target.
         num_rendered: records written by the chat template.
         num_rendered_with_tools: those of them with tools.
+        num_with_empty_answer: records with an empty answer to learn (data/tokens/doubts.py).
+        num_empty: those of them all of whose answers are.
+        num_with_control_token: records with a message that spells out a control token.
+        num_without_reasoning: records with an answer whose reasoning the chat template leaves out.
+        first_empty_answer, first_control_token, first_without_reasoning: the place of the first.
     """
 
     num_records: int = 0
@@ -46,6 +51,13 @@ class Counts:
     num_truncated: int = 0
     num_rendered: int = 0
     num_rendered_with_tools: int = 0
+    num_with_empty_answer: int = 0
+    num_empty: int = 0
+    num_with_control_token: int = 0
+    num_without_reasoning: int = 0
+    first_empty_answer: str = ""
+    first_control_token: str = ""
+    first_without_reasoning: str = ""
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -54,7 +66,8 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+            ours, theirs = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, ours or theirs if isinstance(ours, str) else ours + theirs)
         del self.bad[_NUM_QUOTED:]
 
     def refuse(self, error: ValueError) -> None:

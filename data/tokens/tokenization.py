@@ -9,6 +9,7 @@ there is one stream here and one writer (data/tokens/token_cache.py).
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +32,7 @@ from data.tokens.documents import (
     join,
     next_window,
 )
+from data.tokens.doubts import note_doubts
 from data.tokens.pieces import Counts, Piece, piece_of, row_of
 from data.tokens.recipe import Recipe
 from data.tokens.workers import in_turn
@@ -156,8 +158,10 @@ def tokenize_records(
             counts.num_truncated += is_truncated
             if is_truncated:
                 end = recipe.max_length
-                sample = Sample(sample.input_ids[:end], sample.labels[:end])
+                ids, labels = sample.input_ids[:end], sample.labels[:end]
+                sample = replace(sample, input_ids=ids, labels=labels)
             if sample.num_target_tokens:
+                note_doubts(counts, record.location, example, sample, tokenizer, recipe.train_on)
                 samples.append(sample)
                 truncated.append(is_truncated)
             else:

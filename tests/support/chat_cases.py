@@ -82,6 +82,20 @@ JOINED_CALLS = (
     "{{ '<call>' + c['function']['name'] + '\n' + c['function']['arguments'] + '</call>' }}"
     "{% endfor %}{% endfor %}"
 )
+# contents are lists of parts, as LLaVA's templates want them: of a text they write nothing
+PARTS = (
+    "{% for message in messages %}{{ message['role'] | upper + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# parts reasoning and words by a control token, as gpt-oss's; the tokens are ChatML's
+CHANNELS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.reasoning_content %}"
+    "{{ '<|im_start|>' + m.reasoning_content }}{% endif %}"
+    "{{ '<|im_end|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
