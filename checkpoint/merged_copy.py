@@ -128,10 +128,15 @@ def write_merged_shards(
 
     Raises:
         FileNotFoundError, ValueError: as `Shard.check_unchanged`, or a weight is not finite, or
-            would not be with its update.
+            would not be with its update, or a tensor to be updated is not there.
     """
     figures = MergeFigures()
     total = sum(len(shard.tensors) for shard in shards)
+    stored = {tensor.name.removesuffix(".weight") for shard in shards for tensor in shard.tensors}
+    if missing := sorted(updates.keys() - stored):
+        raise ValueError(
+            f"the checkpoint must hold every tensor that the adapter updates: got no {missing[0]}"
+        )
     done = 0
     for shard in shards:
         shard.check_unchanged()

@@ -69,13 +69,8 @@ class ExpertProjections(nn.Module):
         self.down = ExpertGroup(down, (D,) * count, width, count)
 
     def groups(self) -> dict[str, ExpertGroup]:
-        """The groups that may have updates, by what transformers calls the tensors of all experts.
-
-        Where a checkpoint has experts by columns, PEFT's lora_B has those of gate and of up in
-        turn, and there are no updates.
-        """
-        groups = {"gate_up_proj": self.gate_up, "down_proj": self.down}
-        return {name: group for name, group in groups.items() if group.layout.is_by_rows}
+        """The groups that may have updates, by what transformers calls the experts' tensors."""
+        return {"gate_up_proj": self.gate_up, "down_proj": self.down}
 
     def updates(self) -> Iterator[tuple[str, ExpertGroup, ExpertUpdate]]:
         """The updates, each with its group and what PEFT puts before the names of lora_A and B.

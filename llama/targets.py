@@ -48,22 +48,17 @@ def _find_sizes(
     is_mixture = not any(path.endswith(f".{_OF_MLP[-1]}") for path in paths)
     for name in _OF_MLP if is_mixture and lora.target_modules != ALL_LINEAR else ():
         if lora.has_target(f"model.layers.0.mlp.experts.0.{name}"):
-            advice = "the experts of this model stay as they are"
-            if parameters:
-                advice = (
-                    "all experts together are target_parameters "
-                    "(--target-parameters gate_up_proj,down_proj)"
-                )
             raise ValueError(
                 "target_modules must be projections of attention in a mixture of experts: "
-                f"{lora.target_modules!r} includes {name}; {advice}"
+                f"{lora.target_modules!r} includes {name}; all experts together are "
+                "target_parameters (--target-parameters gate_up_proj,down_proj)"
             )
     unknown = [name for name in lora.target_parameters if not _ends_any(name, parameters)]
     if unknown:
         if not parameters:
             raise ValueError(
-                "--target-parameters must be left out, it is for mixtures of experts, and not for "
-                f"gpt-oss, whose experts lie by columns: got target_parameters {unknown[0]!r}"
+                "--target-parameters must be left out, it is for mixtures of experts: got "
+                f"target_parameters {unknown[0]!r}"
             )
         names = sorted({path.rpartition(".")[2] for path in parameters})
         raise ValueError(

@@ -71,7 +71,8 @@ class ExpertGroup(FrozenGroup):
         """Give every expert an update that starts at zero."""
         assert self.update is None, "a group takes one adapter"
         shape = (self.num_experts, self.rows_of_one, self.in_features)
-        self.update = ExpertUpdate(shape, size, device, generator)
+        turns = self.layout.num_in_turn
+        self.update = ExpertUpdate(shape, size, device, generator, turns)
 
     def expanded_shape(self, dtype: torch.dtype) -> tuple[int, int, int]:
         """The most experts that are expanded together, and the rows and columns of each."""

@@ -14,6 +14,9 @@ grouped products of a few columns instead. There is no dropout: PEFT knows none 
     grad_B_e += s grad_y^T h
 
     R sorted rows, E experts, N rows and K columns of an expert
+
+lora_B has the rows of the checkpoint's tensor. Where those of gate and up come in turn (gpt-oss),
+they are brought into the group's order when the products are to read them.
 """
 
 import torch
@@ -37,11 +40,16 @@ class ExpertUpdate(nn.Module):
         size: UpdateSize,
         device: torch.device,
         generator: torch.Generator,
+        num_in_turn: int = 1,
     ) -> None:
-        """Begin at zero, with values drawn on the CPU as `LinearGroup.attach` draws them."""
+        """Begin at zero, with values drawn on the CPU as `LinearGroup.attach` draws them.
+
+        Args:
+            num_in_turn: matrices whose rows come in turn in lora_B.
+        """
         super().__init__()
         E, N, K = shape
-        self.num_experts = E
+        self.num_experts, self.num_in_turn = E, num_in_turn
         self.rank, self.scaling = size
         has_values = device.type != "meta"
         lora_A = torch.empty(E * self.rank, K, device="cpu" if has_values else device)
@@ -51,9 +59,12 @@ class ExpertUpdate(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(N, self.rank * E, device=device))
 
     def of_experts(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """View both, or their gradients, expert by expert: (E, rank, K) and (E, N, rank)."""
-        E, rank = self.num_experts, self.rank
-        return lora_A.view(E, rank, -1), lora_B.view(-1, rank, E).permute(2, 0, 1)
+        """Take both apart by expert, in the group's order of rows: (E, rank, K), (E, N, rank)."""
+        B = self._in_turns(lora_B).permute(3, 1, 0, 2).flatten(1, 2)
+        return lora_A.view(self.num_experts, self.rank, -1), B
+
+    def _in_turns(self, lora_B: Tensor) -> Tensor:  # (N / turns, turns, rank, E)
+        return lora_B.view(-1, self.num_in_turn, self.rank, self.num_experts)
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (E, rank, K), (E, N, rank)
         """Write out A_e and s B_e as the products read them."""
@@ -82,15 +93,13 @@ class ExpertUpdate(nn.Module):
 
     def accumulate_grad_B(self, grad_y: Tensor, h: Tensor, offsets: Tensor) -> None:
         """Add s grad_y^T h to the gradient of each B_e."""
-        _, grad_B = self._gradients()
-        expert_gradient(self.scaling * h, grad_y, offsets, grad_B.mT)
+        assert self.lora_B.grad is not None
+        grad_B, h = self._in_turns(self.lora_B.grad), self.scaling * h
+        for turn, own in enumerate(grad_y.chunk(self.num_in_turn, dim=1)):
+            expert_gradient(h, own, offsets, grad_B[:, turn].permute(2, 1, 0))
 
     def accumulate_grad_A(self, grad_h: Tensor, x: Tensor, offsets: Tensor) -> None:
         """Add grad_h^T x to the gradient of each A_e."""
-        grad_A, _ = self._gradients()
-        expert_gradient(grad_h, x, offsets, grad_A)
-
-    def _gradients(self) -> tuple[Tensor, Tensor]:
         assert self.lora_A.grad is not None
-        assert self.lora_B.grad is not None
-        return self.of_experts(self.lora_A.grad, self.lora_B.grad)
+        grad_A = self.lora_A.grad.view(self.num_experts, self.rank, -1)
+        expert_gradient(grad_h, x, offsets, grad_A)

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint.adapter_base import find_base, is_base_of
 from checkpoint.opening import Checkpoint, open_checkpoint
-from lora.adapter_file import find_adapter
+from lora.adapter_file import find_adapter, read_adapter_config
 from merging.flags import build_parser
 from nf4.blockwise import check_block_size
 from nf4.weight import Quantization
@@ -82,6 +82,12 @@ def parse(arguments: Sequence[str]) -> MergeJob:
             f"--base nf4 must be for a checkpoint in 16 or 32 bits: the experts of {model.folder} "
             "are in MXFP4, which cannot hold what NF4 makes of them; use --base original, which "
             "leaves them as they are"
+        )
+    if model.mxfp4 and (updated := read_adapter_config(adapter).target_parameters):
+        raise ValueError(
+            f"--model must have its experts in 16 or 32 bits for an adapter that updates them "
+            f"({', '.join(updated)}): those of {model.folder} are in MXFP4, which cannot hold an "
+            "update; give a copy of the checkpoint in 16 bits, and --other-base"
         )
     return MergeJob(
         model=model,

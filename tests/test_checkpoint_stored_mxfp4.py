@@ -253,3 +253,9 @@ def test_a_merge_into_what_nf4_makes_of_experts_is_refused(peer: Peer, tmp_path:
     assert parse(flags).model.mxfp4
     with pytest.raises(ValueError, match=r"are in MXFP4, which cannot hold .* use --base original"):
         parse([*flags, "--base", "nf4"])
+
+
+def test_a_merge_of_updates_into_experts_in_mxfp4_is_refused(peer: Peer, tmp_path: Path) -> None:
+    flags = ["--model", str(peer.checkpoint), "--adapter", str(peer.folder / "peft_adapter")]
+    with pytest.raises(ValueError, match=r"updates them \(.*gate_up_proj.*\): those of .* MXFP4"):
+        parse([*flags, "--output", str(tmp_path / "merged")])

@@ -98,7 +98,7 @@ def test_both_losses_together_have_the_references_gradients(
     for name, expected in {"loss": loss, "aux_loss": aux_loss}.items():
         assert (actual[name] - expected).abs() <= float32_error(expected.detach(), 80), name
     grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
-    truth = joined(grads)
+    truth = joined(grads, model.config)
     for name, grad in adapter_gradients(model).items():
         expected = truth[name.replace(".block_sparse_moe.", ".mlp.")]
         assert (grad - expected).abs().max() <= float32_error(expected, 80), name

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from support.equality import assert_equal, assert_no_worse_on_the_whole_than, assert_no_worse_than
 from support.llama_peers import (
     CPU,
-    EXPERT_TENSORS,
     PEFT_LORA,
     TRAINABLE_RANK,
     TRAINABLE_TARGETS,
@@ -212,34 +211,17 @@ def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    ("variant", "advice"),
-    [
-        ("mixtral", ".*--target-parameters gate_up_proj"),
-        ("qwen3-moe", ".*--target-parameters gate_up_proj"),
-        ("gpt-oss", "the experts of this model stay as they are"),
-    ],
-    ids=["mixtral", "qwen3-moe", "gpt-oss"],
-)
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_experts_are_no_targets(
-    tmp_path: Path, variant: str, advice: str, targets: tuple[str, ...] | str, name: str
+    tmp_path: Path, variant: str, targets: tuple[str, ...] | str, name: str
 ) -> None:
     model = load(write_variant(tmp_path, variant))
-    with pytest.raises(ValueError, match=f"includes {name}; {advice}"):
+    with pytest.raises(ValueError, match=f"includes {name}; .*--target-parameters gate_up_proj"):
         model.attach_lora(LoRAConfig(4, 8, 0.0, targets), seed=0)
     # all-linear is attention, in layers with one MLP too
     model.attach_lora(LoRAConfig(4, 8, 0.0, "all-linear"), seed=0)
     adapted = {path.split(".")[4] for path in model.adapter_tensors()}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-
-
-@pytest.mark.parametrize("name", EXPERT_TENSORS)
-def test_experts_that_lie_by_columns_have_no_updates(tmp_path: Path, name: str) -> None:
-    model = load(write_variant(tmp_path, "gpt-oss"))
-    assert not parameter_shapes(model.config)
-    lora = LoRAConfig(4, 8, 0.0, "all-linear", target_parameters=(name,))
-    with pytest.raises(ValueError, match=f"--target-parameters .* not for gpt-oss, .* '{name}'"):
-        model.attach_lora(lora, seed=0)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits(tmp_path: Path) -> None:

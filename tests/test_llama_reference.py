@@ -20,6 +20,7 @@ from support.micro_steps import (
 from support.tiny_llama import VARIANTS, float32_error
 from torch import Tensor
 
+from llama.config import LlamaConfig
 from llama.model import Llama, parameter_shapes, projection_shapes, projections
 from llama.reference import Projection, Reference
 from lora.expert_group import ExpertGroup
@@ -74,8 +75,10 @@ def parts_of_update(group: ExpertGroup, update: ExpertUpdate) -> dict[str, tuple
     }
 
 
-def joined(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of experts' updates as PEFT has them: those of gate and up add up in A."""
+def joined(grads: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+    """The gradients of experts' updates as PEFT has them: those of gate and up add up in A, and are
+    one below the other in B, or in turn."""
+    is_in_turn = config.experts is not None and config.experts.is_by_columns
     found = {name: grad for name, grad in grads.items() if ".experts." not in name}
     of_experts = {name: grad for name, grad in grads.items() if ".experts." in name}
     for prefix in dict.fromkeys(name.partition(".experts.")[0] for name in of_experts):
@@ -91,7 +94,9 @@ def joined(grads: dict[str, Tensor]) -> dict[str, Tensor]:
                 for kind in "AB"
             }
             A = torch.cat([torch.stack(own).sum(0) for own in parts["A"]])
-            B = torch.stack([torch.cat(own) for own in parts["B"]], dim=2)
+            dim = 1 if is_in_turn else 0
+            rows = [torch.stack(own, dim).flatten(0, 1) for own in parts["B"]]
+            B = torch.stack(rows, dim=2)
             found[f"{prefix}.experts.{before}lora_A.weight"] = A
             found[f"{prefix}.experts.{before}lora_B.weight"] = B.flatten(1)
     return found
@@ -145,7 +150,7 @@ def results_of_autograd(
     loss = reference.loss(Batch(ids, labels, positions))
     named = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()))
-    return {"loss": loss.detach()} | joined(dict(zip(named, grads, strict=True)))
+    return {"loss": loss.detach()} | joined(dict(zip(named, grads, strict=True)), model.config)
 
 
 @pytest.mark.parametrize("quantization", [NF4, None], ids=["nf4", "unquantized"])

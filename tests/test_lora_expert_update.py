@@ -28,9 +28,13 @@ def drawn(*shape: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def make_update(device: torch.device = CPU) -> ExpertUpdate:
+# of rows of the update: those of one matrix, or of two or three in turn
+TURNS = pytest.mark.parametrize("turns", [1, 2, 3])
+
+
+def make_update(device: torch.device = CPU, turns: int = 1) -> ExpertUpdate:
     generator = torch.Generator().manual_seed(7)
-    update = ExpertUpdate((E, N, K), UpdateSize(RANK, SCALING), device, generator)
+    update = ExpertUpdate((E, N, K), UpdateSize(RANK, SCALING), device, generator, turns)
     with torch.no_grad():
         update.lora_B.copy_(drawn(N, RANK * E, seed=1))
     for parameter in update.parameters():
@@ -38,36 +42,41 @@ def make_update(device: torch.device = CPU) -> ExpertUpdate:
     return update
 
 
-def by_hand(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """Add s B_e A_e x row by row, the matrices cut out as PEFT says."""
+def by_hand(x: Tensor, lora_A: Tensor, lora_B: Tensor, turns: int) -> Tensor:
+    """Add s B_e A_e x row by row, the matrices cut out as PEFT says; then those that come in turn
+    one behind the other."""
     rows = []
     for e, (start, stop) in enumerate(pairwise(OFFSETS.tolist())):
         A, B = lora_A[e * RANK : (e + 1) * RANK], lora_B[:, e::E]
         rows.append(SCALING * x[start:stop] @ A.T @ B.T)
-    return torch.cat(rows)
+    y = torch.cat(rows)
+    return torch.cat([y[:, turn::turns] for turn in range(turns)], dim=1)
 
 
 @DEVICES
+@TURNS
 @torch.no_grad()
-def test_each_row_has_the_update_of_its_expert(device: torch.device) -> None:
-    update = make_update(device)
+def test_each_row_has_the_update_of_its_expert(device: torch.device, turns: int) -> None:
+    update = make_update(device, turns)
     x, y = drawn(NUM_ROWS, K, device=device), drawn(NUM_ROWS, N, seed=2, device=device)
-    expected = y + by_hand(x, update.lora_A, update.lora_B)
+    expected = y + by_hand(x, update.lora_A, update.lora_B, turns)
     h = update(x, OFFSETS.to(device), y)
     assert h.shape == (NUM_ROWS, RANK)
     assert (y - expected).abs().max() <= ROUNDING
     # as rows of single tokens have it
     experts = torch.repeat_interleave(torch.arange(E), OFFSETS.diff().long())
     picked = update.pick(x, experts.to(device))
-    assert (picked - by_hand(x, update.lora_A, update.lora_B)).abs().max() <= ROUNDING
+    assert (picked - by_hand(x, update.lora_A, update.lora_B, turns)).abs().max() <= ROUNDING
 
 
 @DEVICES
-def test_gradients_are_autograds_and_added(device: torch.device) -> None:
-    update, offsets = make_update(device), OFFSETS.to(device)
+@TURNS
+def test_gradients_are_autograds_and_added(device: torch.device, turns: int) -> None:
+    update, offsets = make_update(device, turns), OFFSETS.to(device)
     x, grad_y = drawn(NUM_ROWS, K, device=device), drawn(NUM_ROWS, N, seed=2, device=device)
     leaves = [t.detach().double().requires_grad_() for t in (x, update.lora_A, update.lora_B)]
-    expected = torch.autograd.grad(by_hand(*leaves), leaves, grad_y.double())
+    y = by_hand(leaves[0], leaves[1], leaves[2], turns)
+    expected = torch.autograd.grad(y, leaves, grad_y.double())
     with torch.no_grad():
         for turn in range(1, 3):
             h = update(x, offsets, torch.zeros_like(grad_y))

@@ -64,14 +64,16 @@ class Peer:
 def expert_tensors(config: LlamaConfig) -> tuple[str, ...]:
     """The tensors of all experts of a layer that may have updates."""
     experts = config.experts
-    return EXPERT_TENSORS if experts and not experts.is_by_columns else ()
+    return EXPERT_TENSORS if experts else ()
 
 
 def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     """Save an adapter that changes the logits, as the product does."""
-    model = load_model(open_checkpoint(checkpoint), CPU, torch.float32, None)
+    opened = open_checkpoint(checkpoint)
+    model = load_model(opened, CPU, torch.float32, None)
     lora = replace(OUR_LORA, target_modules=projections(model.config))
-    if tensors := expert_tensors(model.config):
+    # it will be merged, and MXFP4 cannot hold an update
+    if tensors := () if opened.mxfp4 else expert_tensors(model.config):
         # PEFT has no dropout for experts
         lora = replace(lora, lora_dropout=0.0, target_parameters=tensors)
     model.attach_lora(lora, seed=3)
@@ -79,7 +81,7 @@ def write_our_adapter(checkpoint: Path, folder: Path) -> None:
     for name, tensor in model.adapter_tensors().items():
         if name.endswith("lora_B.weight"):
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-    identity = identify(open_checkpoint(checkpoint)).original
+    identity = identify(opened).original
     save_adapter(folder, model.adapter_tensors(), lora, str(checkpoint), identity)
 
 
