@@ -30,11 +30,11 @@ from benchmarks.tables import (
     fp8_8b_table,
     fp8_curves_table,
     fp8_error_table,
-    fp8_matmul_table,
     grouped_matmul_table,
     load_table,
     markdown,
     masked_attention_table,
+    matmul_8bit_table,
     matmul_table,
     operation_table,
     packed_step_table,
@@ -285,14 +285,14 @@ KERNEL_SECTIONS = {
         "names the path that training takes. cuBLAS multiplies by the expanded weight.",
         lambda rows: matmul_table(shown(rows)),
     ),
-    "fp8_matmul": Section(
+    "matmul_8bit": Section(
         "Multiply in FP8",
         "y = x W^T + h B^T (forward) and grad_x = grad_y W + grad_h A (backward) for M rows in "
-        "E4M3 with a scale each, h and B in bf16 (`python -m benchmarks fp8_matmul`); `without "
+        "E4M3 with a scale each, h and B in bf16 (`python -m benchmarks matmul_8bit`); `without "
         "update` leaves h B^T out. torch multiplies in E4M3 without an update, with a scale for "
         "each operand or for each row, and in bf16 with the update as columns of one product. The "
         "limit is the time of the FLOPs at twice the rate of a large bf16 product.",
-        fp8_matmul_table,
+        matmul_8bit_table,
     ),
     "rms_norm": Section(
         "Normalize",

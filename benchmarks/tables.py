@@ -133,7 +133,7 @@ def matmul_table(rows: Iterable[Row]) -> Table:
     return header, lines
 
 
-def fp8_matmul_table(rows: Iterable[Row]) -> Table:
+def matmul_8bit_table(rows: Iterable[Row]) -> Table:
     """Tabulate the microseconds of a product in E4M3, the update's share, INT8's and torch's."""
     found = by_case(rows)
     columns = {"limit": "limit", "ours": "ours", "ours-base": "without update"}

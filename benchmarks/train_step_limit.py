@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.fp8_matmul import torch_fp8
 from benchmarks.layer_operations import backward_calls
 from benchmarks.layers import WEIGHT_STD
+from benchmarks.matmul_8bit import torch_fp8
 from benchmarks.measure import measure
 from benchmarks.random_model import CONFIGS
 from benchmarks.step_timing import parse_shape, print_row

@@ -63,8 +63,8 @@ class MergeFigures:
 
     @property
     def lost(self) -> float:
-        """The norm of the rounding error over that of the update."""
-        return math.sqrt(self.lost_squares / self.update_squares)
+        """The norm of the rounding error over that of the update; 0 for one of zeros."""
+        return math.sqrt(self.lost_squares / self.update_squares) if self.update_squares else 0.0
 
 
 def read_updates(

@@ -175,7 +175,7 @@ def test_the_step_has_its_own_section() -> None:
 def test_products_in_fp8_have_their_own_tables() -> None:
     made = records()
     products = [row("limit", 250, 8192), row("ours", 300, 8192), row("torch-rowwise", 310, 8192)]
-    found = {"h200": {"fp8_matmul": HEAD | {"rows": products}}}
+    found = {"h200": {"matmul_8bit": HEAD | {"rows": products}}}
     section = kernels_section(found)
     assert "**Multiply in FP8.** y = x W^T + h B^T" in section
     assert "| q_proj | forward | 8192 | 250 | 300 | - | - | 310 | - |" in section

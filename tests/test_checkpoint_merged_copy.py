@@ -449,3 +449,8 @@ def test_a_base_that_is_not_finite_is_named(checkpoint: Path, tmp_path: Path) ->
     for number, quantization in enumerate(FORMATS.values()):
         with pytest.raises(ValueError, match=f"{PATH}.weight must .* finite"):
             merge(checkpoint, tmp_path / "adapter", tmp_path / str(number), quantization)
+
+
+def test_an_update_of_zeros_loses_nothing() -> None:
+    # neither A nor B is zero, and each is where the other one is
+    assert MergeFigures(1, 4, 0, 0.0, 0.0).lost == 0.0

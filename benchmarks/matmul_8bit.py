@@ -1,6 +1,6 @@
 """Measure the products of a frozen base in E4M3: ours, torch's in E4M3 and in bf16.
 
-    python -m benchmarks fp8_matmul --json benchmarks/results/fp8_matmul.h200.json
+    python -m benchmarks matmul_8bit --json benchmarks/results/matmul_8bit.h200.json
 
 Forward is y = x W^T + h B^T for a group of Llama-3-8B, backward grad_x = grad_y W + grad_h A from
 W's transpose. torch multiplies in E4M3 with one scale for each operand or one for each row, both
@@ -20,7 +20,7 @@ from benchmarks.command import Candidate, Machine, Result, Work, limit_row, main
 from benchmarks.layer_operations import NUM_ROWS
 from benchmarks.layers import GROUPS, LAYERS, WEIGHT_STD
 from benchmarks.measure import Operation, num_input_sets
-from benchmarks.tables import Row, aligned, fp8_matmul_table
+from benchmarks.tables import Row, aligned, matmul_8bit_table
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight, LowRankTail, empty_fp8_rows
 from kernels.matmul_8bit import matmul_8bit
 from kernels.rotation import WIDTH, RotatedRows, empty_rotated_rows
@@ -38,14 +38,14 @@ MEASURED = {
 MODES = ("forward", "backward")
 
 
-def fp8_matmul_bytes(m: int, n: int, k: int, tail: int) -> float:
+def product_bytes(m: int, n: int, k: int, tail: int) -> float:
     """Count the bytes of a product: x and W in 8 bits, y, h and B in 16, scales in 32."""
     return m * k + n * k + 2 * m * n + 2 * tail * (m + n) + 4 * m + 4
 
 
 def work_of(layer: str, mode: str, m: int, n: int, k: int) -> Work:
     """Say what a product cannot do without; a column in 16 bits takes as long as two in 8."""
-    num_bytes = fp8_matmul_bytes(m, n, k, TAIL)
+    num_bytes = product_bytes(m, n, k, TAIL)
     return Work(mode, layer, m, n, k, E4M3, num_bytes, 2 * m * n * (k + 2 * TAIL))
 
 
@@ -61,9 +61,7 @@ def int8_operands(x: Tensor, W: Tensor) -> tuple[RotatedRows, RotatedRows]:
     return rows, weight._replace(scales=weight.scales / WIDTH)
 
 
-def measure_fp8_matmul(
-    layer: str, mode: str, m: int, n: int, k: int, machine: Machine
-) -> list[Row]:
+def measure_product(layer: str, mode: str, m: int, n: int, k: int, machine: Machine) -> list[Row]:
     """Measure one product by every provider."""
     work = work_of(layer, mode, m, n, k)
     # the matrices in bf16 are with each set
@@ -108,10 +106,10 @@ def run(machine: Machine) -> Result:
         for mode in MODES:
             for m in NUM_ROWS:
                 shape = (n, k) if mode == "forward" else (k, n)
-                rows += measure_fp8_matmul(layer, mode, m, *shape, machine)
+                rows += measure_product(layer, mode, m, *shape, machine)
         print(f"measured {layer}", flush=True)
-    return Result(rows, {}, aligned(*fp8_matmul_table(rows)))
+    return Result(rows, {}, aligned(*matmul_8bit_table(rows)))
 
 
 if __name__ == "__main__":
-    sys.exit(main("fp8_matmul", run))
+    sys.exit(main("matmul_8bit", run))

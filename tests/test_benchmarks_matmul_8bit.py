@@ -1,4 +1,4 @@
-"""benchmarks/fp8_matmul.py: its byte model, and a run over few rows."""
+"""benchmarks/matmul_8bit.py: its byte model, and a run over few rows."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 from support.stand_in_gpu import install
 from torch import Tensor
 
-from benchmarks import fp8_matmul
+from benchmarks import matmul_8bit as benchmark
 from benchmarks.command import Machine
-from benchmarks.tables import fp8_matmul_table
+from benchmarks.tables import matmul_8bit_table
 from kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
 from kernels.matmul_8bit import matmul_8bit
 
@@ -21,16 +21,16 @@ def test_bytes_are_those_of_the_matrices() -> None:
     y, h, B = torch.empty(7, 48).half(), torch.empty(7, 64).half(), torch.empty(48, 64).half()
     scales, scale = torch.empty(7), torch.empty(())
     expected = sum(tensor.nbytes for tensor in (x, w, y, h, B, scales, scale))
-    assert fp8_matmul.fp8_matmul_bytes(7, 48, 32, 64) == expected
+    assert benchmark.product_bytes(7, 48, 32, 64) == expected
 
 
 def test_the_limit_is_twice_the_rate_of_bf16() -> None:
     rows = 8192
-    work = fp8_matmul.work_of("a.layer", "forward", rows, 4096, 4096)
+    work = benchmark.work_of("a.layer", "forward", rows, 4096, 4096)
     assert work.num_flops == 2 * rows * 4096 * (4096 + 128)
 
 
-@pytest.mark.parametrize("mode", fp8_matmul.MODES)
+@pytest.mark.parametrize("mode", benchmark.MODES)
 def test_a_run_measures_every_provider(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     def torch_fp8(x: Fp8Rows, w: Fp8Weight, scales: tuple[Tensor, Tensor]) -> Any:
         assert scales[0].numel() in (1, x.values.shape[0])
@@ -38,12 +38,12 @@ def test_a_run_measures_every_provider(monkeypatch: pytest.MonkeyPatch, mode: st
 
     clock = install(monkeypatch)
     clock.tick_ms = 8.0
-    monkeypatch.setattr(fp8_matmul, "torch_fp8", torch_fp8)
-    rows = fp8_matmul.measure_fp8_matmul("a.layer", mode, 5, 48, 32, MACHINE)
+    monkeypatch.setattr(benchmark, "torch_fp8", torch_fp8)
+    rows = benchmark.measure_product("a.layer", mode, 5, 48, 32, MACHINE)
     in_int8 = ["ours-int8"] * (mode == "forward")
     providers = ["ours", "ours-base", *in_int8, "torch-tensorwise", "torch-rowwise", "torch"]
     assert [row["provider"] for row in rows] == ["limit", *providers]
-    header, lines = fp8_matmul_table(rows)
+    header, lines = matmul_8bit_table(rows)
     assert header == [
         *("layer", "mode", "M", "limit", "ours", "without update", *["INT8"] * len(in_int8)),
         *("torch, a scale", "torch, a row", "bf16"),
@@ -54,6 +54,6 @@ def test_a_run_measures_every_provider(monkeypatch: pytest.MonkeyPatch, mode: st
 def test_operands_in_int8_multiply_to_the_same_product() -> None:
     x, W = (torch.randn(rows, 64).half() for rows in (5, 48))
     out = torch.empty(5, 48).half()
-    matmul_8bit(*fp8_matmul.int8_operands(x, W), out)
+    matmul_8bit(*benchmark.int8_operands(x, W), out)
     exact = x.double() @ W.double().T
     assert (out - exact).norm() < 0.02 * exact.norm()
