@@ -11,7 +11,7 @@ trained with AdamW at a constant rate, clipped. There are two kinds of data:
     chain     a Markov chain over 512 tokens, in which each is followed by one of two: the loss can
               fall to ln 2 = 0.69
 
-A seed decides weights, adapter and tokens, the same ones in bf16 and in FP8. A row is a run; of
+A seed decides weights, adapter and tokens, the same ones in bf16 and in 8 bits. A row is a run; of
 each ten steps it has the mean loss and the largest norm of the adapter's gradient before clipping.
 A step whose norm is not finite changes nothing, and is counted.
 """
@@ -153,7 +153,7 @@ def run(
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Train an 8B model's shape in bf16 and in FP8.")
+    result = argparse.ArgumentParser(description="Train an 8B model's shape in bf16 and in 8 bits.")
     result.add_argument("--steps", type=int, default=300, help="of a micro-batch each")
     result.add_argument("--shape", default="1x2048", help="of a micro-batch, SAMPLESxTOKENS")
     result.add_argument("--json", type=Path, required=True, help="result file to write")

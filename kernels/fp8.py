@@ -79,7 +79,7 @@ def shape_obstacle(num_rows: int, num_columns: int) -> str:
     """
     if num_rows % ALIGNMENT or num_columns % ALIGNMENT:
         return (
-            f"an FP8 weight must have rows and columns that are multiples of {ALIGNMENT}: got "
+            f"a weight in 8 bits must have rows and columns that are multiples of {ALIGNMENT}: got "
             f"{num_rows} and {num_columns}; multiply it in 16 bits"
         )
     return ""

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.cases_8bit import midpoints
 from support.equality import assert_equal
-from support.fp8_cases import midpoints
 
 from kernels.fp8 import E4M3, LEAST_LARGEST, fp8_obstacle, scale_of, shape_obstacle
 

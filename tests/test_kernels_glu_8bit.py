@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.ahead_of_time import CompiledLaunch, compile_launch
-from support.equality import assert_equal
-from support.fp8_cases import (
+from support.cases_8bit import (
     FORMATS,
     GATES_IN_8_BITS,
     NORMS_IN_8_BITS,
@@ -15,6 +14,7 @@ from support.fp8_cases import (
     in_both,
     norm_in_8_bits,
 )
+from support.equality import assert_equal
 from support.interpreter import interpreted_results
 from support.layer_cases import (
     GateCase,
@@ -67,7 +67,7 @@ def interpreted(kernel: str, case: str, script: str = "interpreted_kernels.py") 
 
 
 def interpreted_in_8_bits(kernel: str, case: object, format: torch.dtype) -> Results:
-    found = interpreted(kernel, f"{format}-{case}", "interpreted_fp8.py")
+    found = interpreted(kernel, f"{format}-{case}", "interpreted_8bit.py")
     return {k: v.view(format) if k.endswith("/values") else v for k, v in found.items()}
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.ahead_of_time import TENSOR_CORE_INSTRUCTION, compile_launch
-from support.equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
-from support.fp8_cases import (
+from support.cases_8bit import (
     FORMATS,
     TINY_MATMULS,
     MatmulCase,
@@ -17,6 +16,7 @@ from support.fp8_cases import (
     product_by_hand,
     whole_operands,
 )
+from support.equality import assert_equal, assert_no_worse_than, assert_summed_in_float32
 from support.interpreter import interpreted_results
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def test_on_a_cpu_whole_numbers_are_exact(case: MatmulCase, dtype: torch.dtype) 
 @pytest.mark.parametrize("kernel", ["tiles", "pointers"])
 @pytest.mark.parametrize("case", TINY_MATMULS, ids=str)
 def test_interpreted_kernels_add_whole_numbers_exactly(case: MatmulCase, kernel: str) -> None:
-    results = interpreted_results("matmul_8bit", "interpreted_fp8.py")
+    results = interpreted_results("matmul_8bit", "interpreted_8bit.py")
     assert_equal(results[f"{kernel}-{case}"], exact_product(case))
 
 

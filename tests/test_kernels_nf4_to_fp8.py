@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.ahead_of_time import compile_launch
+from support.cases_8bit import TINY_8BIT_WEIGHTS
 from support.equality import assert_equal
-from support.fp8_cases import TINY_FP8_WEIGHTS
 from support.interpreter import interpreted_results
 from support.nf4_cases import WeightCase, random_matrices, random_weight, to_device
 from torch import Tensor
@@ -35,15 +35,15 @@ def assert_equal_values(actual: Tensor, expected: Tensor) -> None:
 
 
 @WAYS
-@pytest.mark.parametrize("case", TINY_FP8_WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", TINY_8BIT_WEIGHTS, ids=str)
 def test_interpreted_kernel_equals_the_reference(case: WeightCase, is_transposed: bool) -> None:
-    results = interpreted_results("nf4_to_fp8", "interpreted_fp8.py")
+    results = interpreted_results("nf4_to_fp8", "interpreted_8bit.py")
     found = results[f"{case}-{is_transposed}"].view(E4M3)
     assert_equal_values(found, expected(random_weight(case), is_transposed))
 
 
 @WAYS
-@pytest.mark.parametrize("case", TINY_FP8_WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", TINY_8BIT_WEIGHTS, ids=str)
 def test_every_weight_errs_by_a_sixteenth_at_most(case: WeightCase, is_transposed: bool) -> None:
     weight = random_weight(case)
     scale = fp8_scale(weight)
@@ -93,7 +93,7 @@ def test_a_negative_scale_of_a_block_counts_by_its_magnitude() -> None:
     assert nf4_to_fp8(negative, scale).values.float().abs().max() == 448
 
 
-WEIGHT = random_weight(TINY_FP8_WEIGHTS[2])  # (64, 80)
+WEIGHT = random_weight(TINY_8BIT_WEIGHTS[2])  # (64, 80)
 ONE = torch.ones(())
 
 
@@ -175,7 +175,7 @@ GPU_WEIGHTS = [
 
 @pytest.mark.gpu
 @WAYS
-@pytest.mark.parametrize("case", [*TINY_FP8_WEIGHTS, *GPU_WEIGHTS], ids=str)
+@pytest.mark.parametrize("case", [*TINY_8BIT_WEIGHTS, *GPU_WEIGHTS], ids=str)
 def test_gpu_kernel_equals_the_reference(case: WeightCase, is_transposed: bool) -> None:
     weight = random_weight(case)
     on_gpu = to_device(weight, CUDA)

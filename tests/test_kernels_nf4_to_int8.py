@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.ahead_of_time import compile_launch
+from support.cases_8bit import TINY_8BIT_WEIGHTS
 from support.equality import assert_equal
-from support.fp8_cases import TINY_FP8_WEIGHTS
 from support.interpreter import interpreted_results
 from support.nf4_cases import WeightCase, random_weight, to_device
 from torch import Tensor
@@ -26,13 +26,13 @@ def expected(weight: NF4Weight) -> Tensor:
     return nf4_to_int8_reference(weight, int8_scales(weight))
 
 
-@pytest.mark.parametrize("case", TINY_FP8_WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", TINY_8BIT_WEIGHTS, ids=str)
 def test_interpreted_kernel_equals_the_reference(case: WeightCase) -> None:
-    found = interpreted_results("nf4_to_int8", "interpreted_fp8.py")[str(case)]
+    found = interpreted_results("nf4_to_int8", "interpreted_8bit.py")[str(case)]
     assert_equal(found, expected(random_weight(case)))
 
 
-@pytest.mark.parametrize("case", TINY_FP8_WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", TINY_8BIT_WEIGHTS, ids=str)
 def test_every_weight_errs_by_half_a_step_at_most(case: WeightCase) -> None:
     weight = random_weight(case)
     scales = int8_scales(weight)
@@ -49,7 +49,7 @@ def test_every_weight_errs_by_half_a_step_at_most(case: WeightCase) -> None:
 
 
 def test_a_product_needs_no_rotation_back() -> None:
-    weight = random_weight(TINY_FP8_WEIGHTS[4])
+    weight = random_weight(TINY_8BIT_WEIGHTS[4])
     W = dequantize(weight, torch.float32).double()
     x = torch.randn(5, W.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values, scales = nf4_to_int8(weight, int8_scales(weight))
@@ -59,7 +59,7 @@ def test_a_product_needs_no_rotation_back() -> None:
 
 
 def test_rows_in_slices_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight(TINY_FP8_WEIGHTS[4])
+    weight = random_weight(TINY_8BIT_WEIGHTS[4])
     whole, scales = expected(weight), int8_scales(weight)
     # of 192 columns: two rows and a rest at once
     monkeypatch.setattr(module, "SLICE", 500)
@@ -85,7 +85,7 @@ def test_a_negative_scale_of_a_block_counts_by_its_magnitude() -> None:
     assert (nf4_to_int8(negative, scales).values.int().abs().amax(1) == 127).all()
 
 
-WEIGHT = random_weight(TINY_FP8_WEIGHTS[2])  # (64, 80)
+WEIGHT = random_weight(TINY_8BIT_WEIGHTS[2])  # (64, 80)
 SCALES = torch.ones(64)
 
 
@@ -163,7 +163,7 @@ GPU_WEIGHTS = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*TINY_FP8_WEIGHTS, *GPU_WEIGHTS], ids=str)
+@pytest.mark.parametrize("case", [*TINY_8BIT_WEIGHTS, *GPU_WEIGHTS], ids=str)
 def test_gpu_kernel_equals_the_reference(case: WeightCase) -> None:
     weight = random_weight(case)
     on_gpu = to_device(weight, CUDA)

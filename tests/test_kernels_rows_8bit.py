@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.ahead_of_time import compile_launch
-from support.equality import assert_equal
-from support.fp8_cases import (
+from support.cases_8bit import (
     FORMATS,
     TINY_ROWS,
     RowsCase,
@@ -16,6 +15,7 @@ from support.fp8_cases import (
     rows_cases,
     rows_of,
 )
+from support.equality import assert_equal
 from support.interpreter import interpreted_results
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def assert_equal_rows(actual: EightBitRows, expected: EightBitRows) -> None:
 
 
 def interpreted(name: str, format: torch.dtype) -> EightBitRows:
-    results = interpreted_results("rows_8bit", "interpreted_fp8.py")
+    results = interpreted_results("rows_8bit", "interpreted_8bit.py")
     kind = Fp8Rows if format == E4M3 else RotatedRows
     return kind(results[f"{name}/values"].view(format), results[f"{name}/scales"])
 

@@ -135,5 +135,7 @@ def test_flags_that_no_experts_have_are_refused(given: dict[str, Any], message: 
 
 def test_a_dense_model_has_no_tensors_of_experts() -> None:
     lora = lora_config(TrainConfig(target_parameters="down_proj"), PROJECTIONS)
-    with pytest.raises(ValueError, match="is for mixtures of experts: got target_parameters 'down_proj'"):
+    with pytest.raises(
+        ValueError, match="is for mixtures of experts: got target_parameters 'down_proj'"
+    ):
         update_sizes(lora, PATHS)

@@ -15,11 +15,11 @@ import numpy as np  # noqa: E402, the assertion comes first
 import torch  # noqa: E402
 import triton  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from support.fp8_cases import (  # noqa: E402
+from support.cases_8bit import (  # noqa: E402
     FORMATS,
     GATES_IN_8_BITS,
     NORMS_IN_8_BITS,
-    TINY_FP8_WEIGHTS,
+    TINY_8BIT_WEIGHTS,
     TINY_MATMULS,
     TINY_ROWS,
     UNWRITTEN,
@@ -88,7 +88,7 @@ def rows(results: dict[str, Tensor]) -> None:
 
 def weights(results: dict[str, Tensor]) -> None:
     """Add weights in E4M3 and their transposes."""
-    for case in TINY_FP8_WEIGHTS:
+    for case in TINY_8BIT_WEIGHTS:
         weight = random_weight(case)
         for shape, is_transposed in ((weight.shape, False), (weight.shape[::-1], True)):
             out = torch.full(shape, float("nan"), dtype=E4M3)
@@ -98,7 +98,7 @@ def weights(results: dict[str, Tensor]) -> None:
 
 def rotated_weights(results: dict[str, Tensor]) -> None:
     """Add weights in INT8."""
-    for case in TINY_FP8_WEIGHTS:
+    for case in TINY_8BIT_WEIGHTS:
         weight = random_weight(case)
         values = torch.full(weight.shape, UNWRITTEN, dtype=INT8)
         _launch_nf4_to_int8(weight, RotatedRows(values, int8_scales(weight)))

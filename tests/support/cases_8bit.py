@@ -202,7 +202,7 @@ def gate_in_8_bits(
 
 
 # one member; several, of sizes that no tile has; a block of several rows, and of a half
-TINY_FP8_WEIGHTS = [
+TINY_8BIT_WEIGHTS = [
     WeightCase(rows, in_features, block_size, double_quant)
     for rows, in_features, block_size in [
         ((16,), 16, 32),
