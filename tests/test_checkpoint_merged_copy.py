@@ -454,3 +454,14 @@ def test_a_base_that_is_not_finite_is_named(checkpoint: Path, tmp_path: Path) ->
 def test_an_update_of_zeros_loses_nothing() -> None:
     # neither A nor B is zero, and each is where the other one is
     assert MergeFigures(1, 4, 0, 0.0, 0.0).lost == 0.0
+
+
+def test_an_update_without_a_tensor_is_refused_before_anything_is_written(
+    merged: Merged, tmp_path: Path
+) -> None:
+    config, shards = read_config(merged.checkpoint), open_checkpoint(merged.checkpoint).shards
+    updates = read_updates(merged.adapter, config)
+    updates["model.layers.9.mlp.experts.down_proj"] = next(iter(updates.values()))
+    with pytest.raises(ValueError, match=r"every tensor .* got no model\.layers\.9\.mlp\.experts"):
+        write_merged_shards(shards, quantized_layouts(config), updates, None, CPU, tmp_path)
+    assert not [*tmp_path.iterdir()]
